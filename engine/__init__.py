@@ -1,0 +1,3 @@
+"""A performance-first training engine for text-to-image diffusion models."""
+
+__version__ = "0.1.0"

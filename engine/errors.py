@@ -1,0 +1,26 @@
+"""Errors that are part of the interface."""
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A mistake that the person running the engine can mend.
+
+    The message says what is wrong, where, and what to do, in one line. Command lines print it without a stack trace and
+    leave with exit code 2.
+    """
+
+
+def exit_code(program: str, main: Callable[[], int]) -> int:
+    """Runs a command line, turning a `UserError` into one line on standard error and exit code 2.
+
+    Under a launcher every process meets the same mistake; only the first process of each node repeats it.
+    """
+    try:
+        return main()
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{program}: error: {error}", file=sys.stderr)
+        return 2

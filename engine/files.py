@@ -1,0 +1,65 @@
+"""Files that are complete or absent: written aside, synced, renamed."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PARTIAL = ".partial"
+
+
+def sync(path: Path) -> None:
+    """Forces a file or a directory entry to stable storage."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Calls `write` with a temporary path beside `path`, syncs what it wrote and renames it to `path`."""
+    temporary = path.with_name(path.name + PARTIAL)
+    write(temporary)
+    sync(temporary)
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def publish_directory(temporary: Path, final: Path) -> None:
+    """Syncs every file under `temporary` and renames it to `final`, which must not exist."""
+    for path in sorted(temporary.rglob("*")):
+        sync(path)
+    sync(temporary)
+    temporary.rename(final)
+    sync(final.parent)
+
+
+def discard(path: Path) -> None:
+    """Removes a file or a directory tree, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of(value: Any) -> str:
+    """The SHA-256 of a JSON-serialisable value, in hexadecimal; independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
