@@ -1,0 +1,304 @@
+"""Every option of a run: its name, type, default and meaning, from the command line or a TOML file.
+
+The names, defaults and meanings are those of the diffusers training scripts; options that only this engine has are added
+beside them. One pydantic model is the single source for the command line, the TOML file, `--help` and `config.toml`.
+"""
+
+import argparse
+import difflib
+import os
+import shutil
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from engine.errors import UserError
+
+SECRETS = {"hub_token"}
+
+FAMILY_HELP = "Which model to train: sd (Stable Diffusion text-to-image UNet)."
+
+
+def option(default: Any, help: str, group: str, **constraints: Any) -> Any:
+    """A field of the configuration, with what `--help` needs to describe it."""
+    return Field(default, description=help, json_schema_extra={"group": group}, **constraints)
+
+
+class CacheConfig(BaseModel):
+    """What shapes the content of the latent shards."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    family: Literal["sd"] = option(..., FAMILY_HELP, "model")
+    pretrained_model_name_or_path: str = option(
+        ..., "Directory of a diffusers pipeline, or its name on the Hugging Face hub.", "model"
+    )
+    revision: str | None = option(None, "Revision of the pretrained model on the hub.", "model")
+    variant: str | None = option(None, "Variant of the pretrained model's files, for example fp16.", "model")
+    cache_dir: str | None = option(None, "Where downloaded models and data sets are kept.", "model")
+
+    dataset_name: str | None = option(
+        None, "Data set on the hub, or a local path that `datasets.load_dataset` opens (parquet files too).", "data"
+    )
+    dataset_config_name: str | None = option(None, "Configuration of the data set, if it has several.", "data")
+    train_data_dir: str | None = option(
+        None,
+        "Folder of images with `metadata.jsonl` or `metadata.csv` (columns `file_name` and the caption column). "
+        "With --dataset_name: its data directory.",
+        "data",
+    )
+    image_column: str = option("image", "Column that holds the image.", "data")
+    caption_column: str = option("text", "Column that holds a caption or a list of captions.", "data")
+    max_train_samples: int | None = option(
+        None, "Train on this many samples, drawn with --seed, instead of all.", "data", ge=1
+    )
+    resolution: int = option(512, "Images are resized and cropped to this many pixels on both sides.", "data", ge=8)
+    center_crop: bool = option(False, "Crop the centre of each image instead of random places.", "data")
+    random_flip: bool = option(False, "Show each image mirrored half of the time.", "data")
+    random_crops: int = option(
+        4, "Random crops stored per image without --center_crop (an image that is already square needs one).", "data", ge=1
+    )
+    image_interpolation_mode: Literal[
+        "nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"
+    ] = option("lanczos", "How images are resized.", "data")
+    strict: bool = option(False, "Stop at the first image or caption that cannot be used, instead of skipping it.", "data")
+
+    shards_dir: str | None = option(
+        None, "Directory of the latent shards, built when absent. Default: `shards` in the output directory.", "data"
+    )
+    shard_records: int = option(1024, "Source samples per shard.", "data", ge=1)
+    encode_batch_size: int = option(16, "Images encoded at a time while the shards are built.", "data", ge=1)
+    dataloader_num_workers: int = option(
+        0, "Threads that decode images while the shards are built; 0 decodes in the main thread.", "data", ge=0
+    )
+    mixed_precision: Literal["no", "fp16", "bf16"] = option(
+        "no", "Precision of weights, activations and shards; fp32 master weights are always kept.", "precision"
+    )
+    seed: int | None = option(None, "Seed of the run; drawn at random, and recorded, when not given.", "training", ge=0)
+    output_dir: str = option("sd-model-finetuned", "Where the trained pipeline, checkpoints and metrics go.", "output")
+
+    @property
+    def shards_path(self) -> Path:
+        return Path(self.shards_dir) if self.shards_dir else Path(self.output_dir) / "shards"
+
+
+class TrainConfig(CacheConfig):
+    """Every option of `python -m engine.run`."""
+
+    non_ema_revision: str | None = option(
+        None, "Revision of the trained weights, when the non-EMA ones are kept apart. Default: --revision.", "model"
+    )
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.", "model")
+    enable_xformers_memory_efficient_attention: bool = option(
+        False, "Use xFormers' attention instead of torch's own.", "model"
+    )
+    compile: bool = option(False, "Compile the trained model with torch.compile.", "model")
+
+    train_batch_size: int = option(16, "Samples per process and micro-batch.", "training", ge=1)
+    gradient_accumulation_steps: int = option(1, "Micro-batches per optimizer step.", "training", ge=1)
+    num_train_epochs: int = option(100, "Passes over the data, when --max_train_steps is not given.", "training", ge=1)
+    max_train_steps: int | None = option(
+        None, "Optimizer steps in all; overrides --num_train_epochs.", "training", ge=1
+    )
+    zero_stage: Literal[0, 1, 2] = option(
+        0,
+        "DeepSpeed ZeRO stage. 0 leaves the choice of the machinery under low precision to the engine; "
+        "2 accumulates bf16 and fp16 gradients in fp32.",
+        "training",
+    )
+
+    learning_rate: float = option(1e-4, "Learning rate after warm-up.", "optimizer", ge=0)
+    scale_lr: bool = option(False, "Multiply the learning rate by accumulation, batch size and processes.", "optimizer")
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = option("constant", "Schedule of the learning rate.", "optimizer")
+    lr_warmup_steps: int = option(500, "Warm-up in optimizer steps, for the schedules that warm up.", "optimizer", ge=0)
+    use_8bit_adam: bool = option(False, "Use the 8-bit AdamW of bitsandbytes.", "optimizer")
+    adam_beta1: float = option(0.9, "Decay of AdamW's first moment.", "optimizer", ge=0, lt=1)
+    adam_beta2: float = option(0.999, "Decay of AdamW's second moment.", "optimizer", ge=0, lt=1)
+    adam_weight_decay: float = option(1e-2, "Weight decay.", "optimizer", ge=0)
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon.", "optimizer", gt=0)
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this global norm; 0 leaves them as they are.", "optimizer", ge=0)
+    use_ema: bool = option(False, "Keep an exponential moving average of the weights, and export it.", "optimizer")
+    offload_ema: bool = option(False, "Keep the moving average in host memory between steps.", "optimizer")
+    foreach_ema: bool = option(False, "Accepted from the scripts; the moving average is always updated that way.", "optimizer")
+
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = option(
+        None, "What the model predicts. Default: as the pretrained scheduler says.", "objective"
+    )
+    snr_gamma: float | None = option(
+        None, "Gamma of the Min-SNR loss weights (arXiv:2303.09556); 5.0 is recommended.", "objective", gt=0
+    )
+    noise_offset: float = option(0.0, "Scale of an offset that the noise of a channel shares.", "objective", ge=0)
+    input_perturbation: float = option(
+        0.0, "Scale of extra noise in the input that the target does not see; 0.1 is recommended.", "objective", ge=0
+    )
+    dream_training: bool = option(False, "Train with DREAM (arXiv:2312.00210): one extra forward pass.", "objective")
+    dream_detail_preservation: float = option(1.0, "DREAM's detail preservation factor p.", "objective", gt=0)
+
+    allow_tf32: bool = option(False, "Allow TF32 matrix products on Ampere GPUs and newer.", "precision")
+
+    logging_dir: str = option("logs", "TensorBoard directory, inside the output directory.", "output")
+    report_to: Literal["tensorboard", "wandb", "all", "none"] = option(
+        "tensorboard", "Where metrics are reported beside metrics.jsonl.", "output"
+    )
+    tracker_project_name: str = option("text2image-fine-tune", "Project name in the tracker.", "output")
+    log_every: int = option(10, "Steps between two lines of metrics; the device is not read in between.", "output", ge=1)
+    validation_prompts: list[str] | None = option(None, "Prompts of the validation images.", "output")
+    validation_epochs: int = option(5, "Epochs between two rounds of validation images.", "output", ge=1)
+    num_validation_images: int = option(1, "Images per validation prompt.", "output", ge=1)
+    push_to_hub: bool = option(False, "Upload the trained pipeline to the hub.", "output")
+    hub_token: str | None = option(None, "Token for the upload; never logged or stored.", "output")
+    hub_model_id: str | None = option(None, "Repository of the upload. Default: the output directory's name.", "output")
+
+    checkpointing_steps: int = option(500, "Steps between two checkpoints.", "checkpoints", ge=1)
+    checkpoints_total_limit: int | None = option(None, "How many checkpoints to keep. Default: all.", "checkpoints", ge=1)
+    resume_from_checkpoint: str | None = option(
+        None, "A checkpoint directory, or `latest` for the newest in the output directory.", "checkpoints"
+    )
+    local_rank: int = option(-1, "Set by launchers; the environment variable LOCAL_RANK wins.", "training")
+
+
+Model = TypeVar("Model", bound=CacheConfig)
+
+
+def _argument_name(name: str) -> str:
+    return f"--{name}"
+
+
+def _closest(name: str, names: Sequence[str]) -> str:
+    matches = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {matches[0]}?" if matches else "; --help lists all options"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports mistakes as `UserError` instead of printing the usage."""
+
+    def error(self, message: str) -> Any:
+        raise UserError(message)
+
+
+def _choices(annotation: Any) -> list[str]:
+    if get_origin(annotation) is Literal:
+        return [str(choice) for choice in get_args(annotation)]
+    return [choice for argument in get_args(annotation) for choice in _choices(argument)]
+
+
+def build_parser(model: type[BaseModel], program: str, description: str) -> argparse.ArgumentParser:
+    """A parser whose options, groups and help follow the fields of `model`; values stay text for pydantic to judge."""
+    width = min(shutil.get_terminal_size((120, 24)).columns, 120)
+    parser = _Parser(
+        prog=program,
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=width),
+    )
+    parser.add_argument("--config", metavar="FILE.toml", help="Read options from a TOML file; the command line wins.")
+    groups: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        extra = field.json_schema_extra
+        assert isinstance(extra, dict)
+        title = str(extra["group"])
+        group = groups.setdefault(title, parser.add_argument_group(title)) if title not in groups else groups[title]
+        default = "required" if field.is_required() else f"default: {field.default}"
+        text = f"{field.description} ({default})".replace("%", "%%")
+        if field.annotation is bool:
+            group.add_argument(_argument_name(name), action=argparse.BooleanOptionalAction, help=text)
+        elif get_origin(field.annotation) is not Literal and list[str] in get_args(field.annotation):
+            group.add_argument(_argument_name(name), nargs="+", metavar="TEXT", help=text)
+        else:
+            choices = _choices(field.annotation)
+            metavar = "{" + ",".join(choices) + "}" if choices else name.rsplit("_", 1)[-1].upper()
+            group.add_argument(_argument_name(name), metavar=metavar, help=text)
+    return parser
+
+
+def _read_toml(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}; give the path of a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not valid TOML: {error}") from None
+    for name in values:
+        if name not in names:
+            raise UserError(f"--config {path}: unknown option {name}{_closest(name, names)}")
+    return values
+
+
+def _explain(error: ValidationError) -> str:
+    """One line that names every option pydantic refused."""
+    parts = []
+    for item in error.errors():
+        name = _argument_name(str(item["loc"][0])) if item["loc"] else ""
+        if item["type"] == "missing":
+            parts.append(f"{name} is required")
+        else:
+            parts.append(f"{name} {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
+    return "; ".join(dict.fromkeys(parts))
+
+
+def parse(model: type[Model], program: str, description: str, arguments: Sequence[str]) -> Model:
+    """Reads the command line and the TOML file it may name.
+
+    Raises:
+        UserError: an unknown option, a bad value or a missing one, named with the remedy.
+    """
+    parser = build_parser(model, program, description)
+    names = list(model.model_fields)
+    namespace, unknown = parser.parse_known_args(list(arguments))
+    if unknown:
+        unknown_name = unknown[0].split("=", 1)[0]
+        if not unknown_name.startswith("-"):
+            raise UserError(f"unexpected argument {unknown_name!r}; quote values that hold spaces")
+        raise UserError(f"unknown option {unknown_name}{_closest(unknown_name, [_argument_name(n) for n in names])}")
+    given = vars(namespace)
+    file = given.pop("config", None)
+    values = (_read_toml(Path(file), names) if file else {}) | given
+    try:
+        config = model.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from None
+    _check(config)
+    return config
+
+
+def _check(config: CacheConfig) -> None:
+    """Mistakes that only a look at several options, or at the disk, can find."""
+    if not (config.dataset_name or config.train_data_dir or config.shards_dir):
+        raise UserError("no data: give --train_data_dir, --dataset_name, or --shards_dir with shards built before")
+    if config.train_data_dir and not Path(config.train_data_dir).is_dir():
+        raise UserError(f"--train_data_dir {config.train_data_dir}: no such directory")
+    model = Path(config.pretrained_model_name_or_path)
+    if not model.exists() and (model.is_absolute() or len(model.parts) > 2 or str(model).startswith(".")):
+        raise UserError(f"--pretrained_model_name_or_path {model}: no such directory")
+    if model.is_dir() and not (model / "model_index.json").is_file():
+        raise UserError(f"--pretrained_model_name_or_path {model}: no model_index.json there; give a diffusers pipeline")
+    output = Path(config.output_dir)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output_dir {output}: is a file; name a directory")
+    if not isinstance(config, TrainConfig):
+        return
+    if config.report_to in ("wandb", "all") and config.hub_token:
+        raise UserError("--hub_token with --report_to wandb would expose the token; log in with `hf auth login` instead")
+    if config.offload_ema and not config.use_ema:
+        raise UserError("--offload_ema needs --use_ema")
+    resume = config.resume_from_checkpoint
+    if resume and resume != "latest" and not Path(resume).is_dir():
+        raise UserError(f"--resume_from_checkpoint {resume}: no such directory; give one, or `latest`")
+
+
+def to_toml(config: BaseModel) -> str:
+    """The resolved configuration as TOML, without secrets; options that are not set are left out."""
+    values = {k: v for k, v in config.model_dump(exclude_none=True).items() if k not in SECRETS}
+    return tomli_w.dumps(values)
+
+
+def local_rank(config: TrainConfig) -> int:
+    """Which of its node's processes this one is: LOCAL_RANK where a launcher set it, else --local_rank, else 0."""
+    return int(os.environ.get("LOCAL_RANK", max(config.local_rank, 0)))

@@ -1,0 +1,155 @@
+"""engine::diffusion_loss: the weighted squared error of a prediction and its gradient, in one pass over the prediction.
+
+loss[b] = weight[b] * mean over elements of (prediction - target)^2, target = c_x x0 + c_e (e + offset n). The noise e and the
+posterior draw in x0 are drawn again from the counter-based generator, so that neither they nor the target were ever stored.
+
+Per element of a bf16 prediction: 2 bytes read and 2 written; mean and std (4 bytes) and the posterior's draw are skipped for
+samples with c_x = 0, that is for epsilon prediction. Each program writes one partial sum, and a second small kernel adds
+them in a fixed order, so that the loss is reproducible bit for bit; atomics would not be.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.kernels.add_noise import (
+    clean_sample,
+    per_sample,
+    reference_clean,
+    reference_noise,
+    sample_tile,
+    unit_noise,
+)
+from engine.kernels.layout import positions_of, stored_like, strides, tile, walkable
+
+
+@triton.jit
+def diffusion_loss_kernel(
+    gradient_pointer, partial_pointer, prediction_pointer, mean_pointer, std_pointer,
+    c_x_pointer, c_e_pointer, weight_pointer, scale_pointer, seed_pointer, slot_pointer,
+    offset, channels, positions, channel_positions, target_elements,
+    prediction_batch_stride, prediction_channel_stride, prediction_position_stride,
+    mean_batch_stride, mean_channel_stride, mean_position_stride,
+    HAS_STD: tl.constexpr, HAS_OFFSET: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    sample = tl.program_id(2).to(tl.int64)
+    seed = tl.load(seed_pointer)
+    slot = tl.load(slot_pointer + sample)
+    c_x = tl.load(c_x_pointer + sample)
+    c_e = tl.load(c_e_pointer + sample)
+    row, position, group, element, exists = sample_tile(ROWS, GROUPS, channels, positions)
+    in_target = exists & (element < target_elements)
+
+    target = c_e * unit_noise(seed, group, element, row, slot, channel_positions, offset, HAS_OFFSET, FLAT)
+    if c_x != 0.0:
+        offsets = sample * mean_batch_stride + row * mean_channel_stride + position * mean_position_stride
+        target += c_x * clean_sample(mean_pointer, std_pointer, offsets, in_target, seed, group, slot, HAS_STD)
+
+    offsets = sample * prediction_batch_stride + row * prediction_channel_stride + position * prediction_position_stride
+    prediction = tl.load(prediction_pointer + offsets, mask=in_target, other=0.0).to(tl.float32)
+    error = tl.where(in_target, prediction - target, 0.0)
+    factor = tl.load(weight_pointer + sample) / target_elements
+    tl.store(gradient_pointer + offsets, 2.0 * factor * tl.load(scale_pointer) * error, mask=exists)
+
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(partial_pointer + sample * programs + program, factor * tl.sum(error * error))
+
+
+def launch_diffusion_loss(
+    prediction: Tensor,
+    mean: Tensor,
+    std: Tensor | None,
+    c_x: Tensor,
+    c_e: Tensor,
+    weight: Tensor,
+    seed: Tensor,
+    slots: Tensor,
+    offset: float,
+    gradient_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Runs the Triton kernel; arguments as `diffusion_loss`."""
+    prediction = walkable(prediction)
+    mean = walkable(mean)
+    std = None if std is None else stored_like(std, mean)
+    if gradient_scale is None:
+        gradient_scale = weight.new_ones(1)
+    gradient = torch.empty_like(prediction)
+    tiling = tile(prediction)
+    grid = tiling.grid(prediction.shape[0])
+    partial = torch.empty(prediction.shape[0], grid[0] * grid[1], dtype=torch.float32, device=prediction.device)
+    diffusion_loss_kernel[grid](
+        gradient, partial, prediction, mean, mean if std is None else std,
+        c_x, c_e, weight, gradient_scale, seed, slots,
+        offset, tiling.channels, tiling.positions, positions_of(mean), mean.shape[1:].numel(),
+        *strides(prediction, tiling), *strides(mean, tiling),
+        HAS_STD=std is not None, HAS_OFFSET=offset != 0,
+        FLAT=tiling.positions != positions_of(prediction), ROWS=tiling.rows, GROUPS=tiling.groups,
+    )  # fmt: skip
+    return partial.sum(dim=1), gradient
+
+
+@torch.library.custom_op("engine::diffusion_loss", mutates_args=())
+def diffusion_loss(
+    prediction: Tensor,
+    mean: Tensor,
+    std: Tensor | None,
+    c_x: Tensor,
+    c_e: Tensor,
+    weight: Tensor,
+    seed: Tensor,
+    slots: Tensor,
+    offset: float,
+    gradient_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The weighted mean squared error of each sample, and its gradient.
+
+    Args:
+        prediction: [B, C', ...] in bf16, fp16 or fp32, contiguous or channels-last, C' >= C; channels past the target's
+            (learned variance) get zero gradient.
+        mean, std: [B, C, ...], the posterior that x0 is drawn from; std may be None.
+        c_x, c_e, weight: fp32 [B], with target = c_x x0 + c_e (e + offset n).
+        seed: int64 [1]; slots: int64 [B], as given to `add_noise`.
+        gradient_scale: fp32 [1], a factor that the stored gradient carries, to fold in the mean over the batch and to keep
+            fp16 gradients in range; 1 when None. The gradient that autograd propagates does not carry it.
+
+    Returns:
+        loss fp32 [B], and gradient_scale * d loss[b] / d prediction in the shape, dtype and memory format of `prediction`.
+    """
+    channels = mean.shape[1]
+    clean = reference_clean(mean, std, seed, slots)
+    noise = reference_noise(seed, slots, mean.shape[1:], offset)
+    target = per_sample(c_x, mean) * clean + per_sample(c_e, mean) * noise
+    error = prediction[:, :channels].float() - target
+    factor = weight / mean.shape[1:].numel()
+    loss = error.square().flatten(1).sum(1) * factor
+    scale = 2 * factor if gradient_scale is None else 2 * factor * gradient_scale
+    gradient = torch.zeros_like(prediction)
+    gradient[:, :channels] = per_sample(scale, mean) * error
+    return loss, gradient
+
+
+diffusion_loss.register_kernel("cuda")(launch_diffusion_loss)
+
+
+@diffusion_loss.register_fake
+def _(prediction, mean, std, c_x, c_e, weight, seed, slots, offset, gradient_scale=None):
+    return weight.new_empty(prediction.shape[0], dtype=torch.float32), torch.empty_like(prediction)
+
+
+def _save_for_backward(ctx, inputs, output):
+    _, gradient = output
+    ctx.mark_non_differentiable(gradient)
+    ctx.save_for_backward(gradient, inputs[-1])
+
+
+def _backward(ctx, grad_loss, _):
+    gradient, gradient_scale = ctx.saved_tensors
+    if gradient_scale is not None:
+        grad_loss = grad_loss / gradient_scale
+    grad_prediction = (per_sample(grad_loss, gradient) * gradient).to(gradient.dtype)
+    return (grad_prediction, *[None] * 9)
+
+
+diffusion_loss.register_autograd(_backward, setup_context=_save_for_backward)

@@ -1,0 +1,79 @@
+"""How the fused kernels walk over samples: one tile shape for contiguous and channels-last memory.
+
+A sample is C channels of P positions (P = H * W), and its elements count c * P + p. A program takes a tile of ROWS channels
+and 4 * GROUPS positions, so that one Philox call fills four neighbouring elements, and the tile covers a contiguous piece of
+memory in either format: one channel and many positions, or all channels and fewer positions. Where P is not a multiple of 4 a
+group would straddle two channels; such samples are walked as one row of C * P positions, and must be contiguous.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TILE_ELEMENTS = 1024
+MAX_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The launch of a kernel over tensors [B, C, P].
+
+    rows, groups: the tile is rows x 4 * groups elements.
+    channels, positions: what the kernel takes a sample to be: (C, P), or (1, C * P) when walked as one row.
+    """
+
+    rows: int
+    groups: int
+    channels: int
+    positions: int
+
+    def grid(self, batch: int) -> tuple[int, int, int]:
+        return (-(-self.positions // (4 * self.groups)), -(-self.channels // self.rows), batch)
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether a tensor is stored with its channels innermost and not (also) contiguous."""
+    return (
+        tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def positions_of(tensor: Tensor) -> int:
+    """P of a tensor [B, C, ...]: the number of elements of one channel."""
+    return tensor.shape[2:].numel()
+
+
+def tile(tensor: Tensor) -> Tiling:
+    """The tiling for tensors in the memory format and of the shape of `tensor` [B, C, ...]."""
+    channels, positions = tensor.shape[1], positions_of(tensor)
+    if positions % 4:
+        return Tiling(1, TILE_ELEMENTS // 4, 1, channels * positions)
+    if is_channels_last(tensor):
+        rows = min(1 << (channels - 1).bit_length(), MAX_ROWS)
+        return Tiling(rows, max(TILE_ELEMENTS // 4 // rows, 1), channels, positions)
+    return Tiling(1, TILE_ELEMENTS // 4, channels, positions)
+
+
+def walkable(tensor: Tensor) -> Tensor:
+    """`tensor` itself where a kernel can walk it by three strides, else a contiguous copy.
+
+    That is: contiguous, or channels-last with P a multiple of 4.
+    """
+    if is_channels_last(tensor) and positions_of(tensor) % 4 == 0:
+        return tensor
+    return tensor.contiguous()
+
+
+def stored_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """`tensor` itself where its elements lie as those of `other`, else a copy that does."""
+    return tensor if tensor.stride() == other.stride() else torch.empty_like(other, dtype=tensor.dtype).copy_(tensor)
+
+
+def strides(tensor: Tensor, tiling: Tiling) -> tuple[int, int, int]:
+    """Strides of a walkable tensor over (sample, channel, position) as `tiling` counts them."""
+    if tiling.channels == 1 and tiling.positions != positions_of(tensor):
+        return tensor.stride(0), 0, 1
+    if is_channels_last(tensor):
+        return tensor.stride(0), 1, tensor.shape[1]
+    return tensor.stride(0), positions_of(tensor), 1
