@@ -1,0 +1,1 @@
+"""From source images to batches: source, transforms, shards, build, order, loader."""

@@ -1,0 +1,272 @@
+"""The latent shard format: writing, reading and verifying. Described for other readers in docs/shards.md.
+
+A directory holds `index.json` and `shard-00000.safetensors` ... Each shard covers a range of source samples and stores, per
+field of the family's record, one contiguous tensor [rows, ...]. Fields of an image have a row per stored variant (crops,
+flips); fields of a caption have a row per distinct caption, stored in the shard where it first appears. Three more tensors
+tie rows to records:
+
+    source           int64 [records]      which source sample each record came from
+    image_offsets    int64 [records + 1]  record r has image rows image_offsets[r] .. image_offsets[r + 1] - 1 of this shard
+    caption_offsets  int64 [records + 1]  and captions caption_numbers[caption_offsets[r] : caption_offsets[r + 1]]
+    caption_numbers  int64 [...]          a caption's number over all shards; each shard holds a consecutive range of them
+"""
+
+import concurrent.futures
+import json
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from engine.data.order import records_of
+from engine.errors import UserError
+from engine.files import digest, write_atomically, write_json
+from engine.kernels import philox
+
+FORMAT_VERSION = 1
+INDEX = "index.json"
+RECORD_TENSORS = ("source", "image_offsets", "caption_offsets", "caption_numbers")
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Field:
+    """One tensor of a family's record: what a row holds, and whether rows belong to images or to captions."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    per: Literal["image", "caption"]
+
+    @property
+    def row_bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def to_json(self) -> dict[str, Any]:
+        return {"shape": list(self.shape), "dtype": str(self.dtype).removeprefix("torch."), "per": self.per}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Field":
+        return cls(tuple(value["shape"]), getattr(torch, value["dtype"]), value["per"])
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """What the index says about one shard."""
+
+    file: str
+    records: int
+    image_rows: int
+    caption_rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Index:
+    """The content of `index.json`."""
+
+    family: str
+    fingerprint: str
+    identity: dict[str, Any]
+    fields: dict[str, Field]
+    shards: list[ShardEntry]
+    refused: list[dict[str, str]]
+
+    @property
+    def records(self) -> int:
+        return sum(shard.records for shard in self.shards)
+
+    def write(self, directory: Path) -> None:
+        value = {
+            "format_version": FORMAT_VERSION,
+            "family": self.family,
+            "fingerprint": self.fingerprint,
+            "records": self.records,
+            "image_rows": sum(shard.image_rows for shard in self.shards),
+            "caption_rows": sum(shard.caption_rows for shard in self.shards),
+            "refused_count": len(self.refused),
+            "identity": self.identity,
+            "fields": {name: field.to_json() for name, field in self.fields.items()},
+            "shards": [asdict(shard) for shard in self.shards],
+            "refused": self.refused,
+        }
+        write_json(directory / INDEX, value)
+
+    @classmethod
+    def read(cls, directory: Path) -> "Index":
+        """Raises `UserError` where there is no index, or one that this version cannot read."""
+        path = directory / INDEX
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+            version = value["format_version"]
+            if version != FORMAT_VERSION:
+                raise UserError(f"{path}: format version {version}, this engine reads {FORMAT_VERSION}; build the shards again")
+            return cls(
+                value["family"],
+                value["fingerprint"],
+                value["identity"],
+                {name: Field.from_json(field) for name, field in value["fields"].items()},
+                [ShardEntry(**shard) for shard in value["shards"]],
+                value["refused"],
+            )
+        except FileNotFoundError:
+            raise UserError(f"{directory}: no {INDEX} there; build shards with `python -m engine.cache build`") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not a readable index ({error}); build the shards again") from None
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Writes one shard: complete or absent. `metadata` is stored as JSON in the file's header."""
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    write_atomically(
+        path, lambda temporary: safetensors.torch.save_file(tensors, temporary, {"engine": json.dumps(metadata)})
+    )
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """The header of a safetensors file: its tensors' descriptions, the engine's metadata and where the data begin.
+
+    Raises:
+        ValueError: not a whole safetensors file of ours.
+    """
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise ValueError("truncated")
+        (length,) = struct.unpack("<Q", prefix)
+        size = path.stat().st_size
+        if length > size - 8:
+            raise ValueError("truncated")
+        header = json.loads(file.read(length))
+    metadata = json.loads(header.pop("__metadata__", {}).get("engine", "{}"))
+    data_start = 8 + length
+    end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    if size != data_start + end:
+        raise ValueError("truncated" if size < data_start + end else "longer than its header says")
+    return header, metadata, data_start
+
+
+def read_tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    with safetensors.safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in names}
+
+
+def check_shard(directory: Path, entry: ShardEntry) -> str | None:
+    """What is wrong with a shard on disk, or None."""
+    path = directory / entry.file
+    if not path.is_file():
+        return "missing"
+    size = path.stat().st_size
+    if size != entry.bytes:
+        return f"{size} bytes instead of {entry.bytes}: {'truncated' if size < entry.bytes else 'altered'}"
+    return None if digest(path) == entry.sha256 else "altered: its digest does not match the index"
+
+
+def verify(
+    directory: Path, shards: Sequence[ShardEntry], threads: int = 4, progress: Callable[[], Any] = lambda: None
+) -> dict[str, str]:
+    """Reads shards whole and compares their digests; returns what is wrong by file name, empty when all is well."""
+
+    def check(entry: ShardEntry) -> tuple[str, str | None]:
+        problem = check_shard(directory, entry)
+        progress()
+        return entry.file, problem
+
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        return {file: problem for file, problem in pool.map(check, shards) if problem}
+
+
+class Shards:
+    """Read access to verified shards: which rows a slot reads, and copying rows into a batch.
+
+    Host memory: 24 bytes per record, 8 per stored caption reference; the fields themselves are memory-mapped.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.index = Index.read(directory)
+        if self.index.records == 0:
+            raise UserError(f"{directory}: the shards hold no records; all {len(self.index.refused)} samples were refused")
+        self.fields = self.index.fields
+        self._maps: dict[str, list[np.ndarray]] = {name: [] for name in self.fields}
+        image_starts, image_counts, caption_starts, caption_counts, caption_numbers = [], [], [], [], []
+        row_base = reference_base = 0
+        for entry in self.index.shards:
+            path = directory / entry.file
+            header, _, data_start = read_header(path)
+            for name, field in self.fields.items():
+                self._maps[name].append(_map_rows(path, name, header[name], data_start, field))
+            tensors = {name: tensor.numpy() for name, tensor in read_tensors(path, RECORD_TENSORS).items()}
+            image_starts.append(row_base + tensors["image_offsets"][:-1])
+            image_counts.append(np.diff(tensors["image_offsets"]))
+            caption_starts.append(reference_base + tensors["caption_offsets"][:-1])
+            caption_counts.append(np.diff(tensors["caption_offsets"]))
+            caption_numbers.append(tensors["caption_numbers"])
+            row_base += entry.image_rows
+            reference_base += len(tensors["caption_numbers"])
+        self._image_starts, self._image_counts = _join(image_starts), _join(image_counts)
+        self._caption_starts, self._caption_counts = _join(caption_starts), _join(caption_counts)
+        self._caption_numbers = _join(caption_numbers)
+        self._bounds = {
+            "image": np.cumsum([entry.image_rows for entry in self.index.shards]),
+            "caption": np.cumsum([entry.caption_rows for entry in self.index.shards]),
+        }
+
+    def __len__(self) -> int:
+        return self.index.records
+
+    def rows_of(self, seed: int, slots: Tensor) -> dict[str, Tensor]:
+        """The image row and the caption row that each slot [B] reads: int64 [B] each, numbered over all shards."""
+        key = torch.tensor([seed])
+        records = records_of(seed, slots, len(self))
+        variant = philox.choices(key, slots, philox.IMAGE_VARIANT, self._image_counts[records])
+        rows = {"image": self._image_starts[records] + variant}
+        if len(self._caption_numbers):
+            caption = philox.choices(key, slots, philox.CAPTION, self._caption_counts[records])
+            rows["caption"] = self._caption_numbers[self._caption_starts[records] + caption]
+        return rows
+
+    def first_rows(self, records: Tensor) -> dict[str, Tensor]:
+        """The first image row and the first caption row of records, for showing them."""
+        rows = {"image": self._image_starts[records]}
+        if len(self._caption_numbers):
+            rows["caption"] = self._caption_numbers[self._caption_starts[records]]
+        return rows
+
+    def gather(self, name: str, rows: Tensor, out: Tensor) -> None:
+        """Copies rows [B] of a field into `out` [B, *shape], a contiguous host tensor of the field's dtype."""
+        field = self.fields[name]
+        bounds = self._bounds[field.per]
+        numbers = rows.numpy()
+        shards = np.searchsorted(bounds, numbers, side="right")
+        target = out.view(-1).view(torch.uint8).numpy().reshape(len(numbers), field.row_bytes)
+        maps = self._maps[name]
+        for position, (row, shard) in enumerate(zip(numbers, shards, strict=True)):
+            target[position] = maps[shard][row - (bounds[shard - 1] if shard else 0)]
+
+
+def _join(arrays: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(arrays))
+
+
+def _map_rows(path: Path, name: str, header: dict[str, Any], data_start: int, field: Field) -> np.ndarray:
+    """A field of a shard as memory-mapped bytes [rows, bytes of a row]."""
+    begin, end = header["data_offsets"]
+    if tuple(header["shape"][1:]) != field.shape or _SAFETENSORS_DTYPES.get(header["dtype"]) != field.dtype:
+        raise UserError(f"{path}: field {name} is not as the index describes it; build the shards again")
+    if begin == end:
+        return np.empty((0, field.row_bytes), np.uint8)
+    return np.memmap(path, np.uint8, "r", data_start + begin, (header["shape"][0], field.row_bytes))

@@ -1,0 +1,114 @@
+"""The processes of a run: who this one is, which device it has, and how all of them agree."""
+
+import datetime
+import os
+import signal
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from engine.errors import UserError
+
+_TIMEOUT = datetime.timedelta(minutes=60)
+
+
+class Processes:
+    """This process among all: rank, world, local rank and device. One process needs no launcher and opens no port."""
+
+    def __init__(self, local_rank: int = 0) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.local_rank = local_rank
+        if torch.cuda.is_available():
+            if local_rank >= torch.cuda.device_count():
+                raise UserError(
+                    f"local rank {local_rank} has no GPU (this node has {torch.cuda.device_count()}); start fewer processes"
+                )
+            self.device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(self.device)
+        else:
+            self.device = torch.device("cpu")
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def connect(self) -> "Processes":
+        """Joins the process group; NCCL for GPUs, gloo beside it for what stays on the host."""
+        if dist.is_initialized():
+            return self
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        if self.world == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
+        else:
+            dist.init_process_group(backend, timeout=_TIMEOUT)
+        return self
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.all_reduce(torch.zeros(1))
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every process's `value`, by rank, on every process."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, value: Any) -> Any:
+        """The first process's `value` on every process."""
+        if self.world == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Adds a tensor over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+
+class StopSignal:
+    """SIGTERM and SIGUSR1, turned into one step at which every process stops.
+
+    A process may be told before the others. Each step starts a reduction of the flags on the host, and the next step reads
+    its result, so that all processes see the same answer at the same step and none waits for it.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+        self.received = False
+        self._pending: tuple[torch.Tensor, Any] | None = None
+        self._previous = {
+            number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGUSR1)
+        }
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self.received = True
+
+    def agreed(self) -> bool:
+        """Whether to stop after this step. To be called once a step by every process."""
+        if self.processes.world == 1:
+            return self.received
+        stop = False
+        if self._pending is not None:
+            flag, work = self._pending
+            work.wait()
+            stop = bool(flag[0] > 0)
+        flag = torch.tensor([float(self.received)])
+        self._pending = (flag, dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True))
+        return stop
+
+    def close(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        if self._pending is not None:
+            self._pending[1].wait()
