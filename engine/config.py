@@ -175,7 +175,7 @@ def _closest(name: str, names: Sequence[str]) -> str:
     return f"; did you mean {matches[0]}?" if matches else "; --help lists all options"
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Reports mistakes as `UserError` instead of printing the usage."""
 
     def error(self, message: str) -> Any:
@@ -191,8 +191,9 @@ def _choices(annotation: Any) -> list[str]:
 def build_parser(model: type[BaseModel], program: str, description: str) -> argparse.ArgumentParser:
     """A parser whose options, groups and help follow the fields of `model`; values stay text for pydantic to judge."""
     width = min(shutil.get_terminal_size((120, 24)).columns, 120)
-    parser = _Parser(
+    parser = Parser(
         prog=program,
+        usage=f"python -m {program} --family FAMILY --pretrained_model_name_or_path PATH [options]",
         description=description,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -204,9 +205,15 @@ def build_parser(model: type[BaseModel], program: str, description: str) -> argp
         extra = field.json_schema_extra
         assert isinstance(extra, dict)
         title = str(extra["group"])
-        group = groups.setdefault(title, parser.add_argument_group(title)) if title not in groups else groups[title]
-        default = "required" if field.is_required() else f"default: {field.default}"
-        text = f"{field.description} ({default})".replace("%", "%%")
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        group = groups[title]
+        text = str(field.description)
+        if field.is_required():
+            text += " (required)"
+        elif field.default not in (None, False):
+            text += f" (default: {field.default})"
+        text = text.replace("%", "%%")
         if field.annotation is bool:
             group.add_argument(_argument_name(name), action=argparse.BooleanOptionalAction, help=text)
         elif get_origin(field.annotation) is not Literal and list[str] in get_args(field.annotation):

@@ -112,7 +112,8 @@ def build(config: CacheConfig, family: Encoder, source: Source, processes: Proce
     by_file = {entry.file: (entry, refused) for part in gathered for entry, refused in part}
     ordered = [by_file[shard_name(number)] for number in range(count)]
     index = Index(
-        config.family, fingerprint, identity, family.record_spec,
+        config.family, fingerprint, identity, config.model_dump(include=set(CacheConfig.model_fields)),
+        family.record_spec,
         [entry for entry, _ in ordered], [item for _, refused in ordered for item in refused],
     )  # fmt: skip
     if processes.is_first:
@@ -262,6 +263,7 @@ def _encode_shard(
         "records": len(source_numbers),
         "image_rows": image_offsets[-1],
         "caption_rows": len(texts),
+        "captions": texts,
         "refused": refused,
     }
     return tensors, metadata

@@ -72,11 +72,12 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Index:
-    """The content of `index.json`."""
+    """The content of `index.json`. `config` is how the shards were asked for; only `identity` is in the fingerprint."""
 
     family: str
     fingerprint: str
     identity: dict[str, Any]
+    config: dict[str, Any]
     fields: dict[str, Field]
     shards: list[ShardEntry]
     refused: list[dict[str, str]]
@@ -95,6 +96,7 @@ class Index:
             "caption_rows": sum(shard.caption_rows for shard in self.shards),
             "refused_count": len(self.refused),
             "identity": self.identity,
+            "config": self.config,
             "fields": {name: field.to_json() for name, field in self.fields.items()},
             "shards": [asdict(shard) for shard in self.shards],
             "refused": self.refused,
@@ -114,6 +116,7 @@ class Index:
                 value["family"],
                 value["fingerprint"],
                 value["identity"],
+                value["config"],
                 {name: Field.from_json(field) for name, field in value["fields"].items()},
                 [ShardEntry(**shard) for shard in value["shards"]],
                 value["refused"],

@@ -87,8 +87,9 @@ class Family(ABC):
         """The model's prediction for noisy samples [B, C, H, W] at timesteps [B]."""
 
     @abstractmethod
-    def pipeline(self, model: nn.Module) -> Any:
-        """A diffusers pipeline with the trained module in place, for validation and export."""
+    def pipeline(self, model: nn.Module, preview: bool) -> Any:
+        """A diffusers pipeline with the trained module in place: in the run's precision and without a safety checker for a
+        preview, else as it is published."""
 
 
 def open_family(config: CacheConfig) -> Family:

@@ -187,14 +187,16 @@ class StableDiffusion(Family):
     def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
         return model(noisy, timesteps, record["encoder_hidden_states"], return_dict=False)[0]
 
-    def pipeline(self, model: nn.Module) -> StableDiffusionPipeline:
+    def pipeline(self, model: nn.Module, preview: bool) -> StableDiffusionPipeline:
         config = self.config
+        overrides = {"safety_checker": None, "torch_dtype": self.dtype} if preview else {}
         pipeline = StableDiffusionPipeline.from_pretrained(
             config.pretrained_model_name_or_path,
             unet=model,
             revision=config.revision,
             variant=config.variant,
             cache_dir=config.cache_dir,
+            **overrides,
         )
         pipeline.scheduler.register_to_config(prediction_type=self.prediction_type)
         return pipeline

@@ -1,0 +1,140 @@
+"""Batches ahead of time: a thread gathers the rows of the next micro-batches and copies them to the device beside the step."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.data.order import slots_of_micro_batch
+from engine.data.shards import Shards
+
+DEPTH = 2  # micro-batches ready ahead of the step
+
+
+@dataclass
+class Batch:
+    """One micro-batch on the device. record: the family's fields, each [B, *shape]; slots int64 [B]; timesteps [B]."""
+
+    record: dict[str, Tensor]
+    slots: Tensor
+    timesteps: Tensor
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which part of the endless sequence of slots this process trains on."""
+
+    micro_batch: int
+    accumulation: int
+    rank: int
+    world: int
+
+    @property
+    def global_batch(self) -> int:
+        return self.micro_batch * self.accumulation * self.world
+
+    def slots(self, step: int, accumulation_index: int) -> Tensor:
+        return slots_of_micro_batch(
+            step, self.global_batch, self.micro_batch, accumulation_index, self.rank, self.world
+        )
+
+
+class Loader:
+    """Iterates over micro-batches from `first_step` to the end of `last_step`, exclusive.
+
+    Args:
+        draw_timesteps: slots [B] -> timesteps [B], a pure function (the host knows the slots, so it draws for the device).
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        plan: BatchPlan,
+        seed: int,
+        draw_timesteps: Callable[[Tensor], Tensor],
+        device: torch.device,
+        first_step: int,
+        last_step: int,
+    ) -> None:
+        self.shards, self.plan, self.seed, self.draw_timesteps, self.device = shards, plan, seed, draw_timesteps, device
+        self.steps = range(first_step, last_step)
+        self._ready: queue.Queue[tuple[Batch, torch.cuda.Event | None] | BaseException | None] = queue.Queue(DEPTH)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Batch]:
+        while (item := self._ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            batch, copied = item
+            if copied is not None:
+                stream = torch.cuda.current_stream(self.device)
+                stream.wait_event(copied)
+                for tensor in (*batch.record.values(), batch.slots, batch.timesteps):
+                    tensor.record_stream(stream)
+            yield batch
+
+    def close(self) -> None:
+        """Ends the thread; to be called also when the iteration was left early."""
+        self._stop.set()
+        while self._thread.is_alive():
+            try:
+                self._ready.get(timeout=0.05)
+            except queue.Empty:
+                continue
+
+    def _work(self) -> None:
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+                batches = self._device_batches()
+            else:
+                batches = ((batch, None) for batch in self._host_batches())
+            for item in batches:
+                self._ready.put(item)
+                if self._stop.is_set():
+                    return
+            self._ready.put(None)
+        except BaseException as error:  # raised again where the batches are consumed
+            self._ready.put(error)
+
+    def _host_batches(self, buffers: Iterator[dict[str, Tensor]] | None = None) -> Iterator[Batch]:
+        """Micro-batches in host memory; into the given (pinned) buffers, or fresh ones."""
+        for step in self.steps:
+            for accumulation_index in range(self.plan.accumulation):
+                slots = self.plan.slots(step, accumulation_index)
+                rows = self.shards.rows_of(self.seed, slots)
+                record = next(buffers) if buffers is not None else self._buffers(pinned=False)
+                for name, field in self.shards.fields.items():
+                    self.shards.gather(name, rows[field.per], record[name])
+                yield Batch(record, slots, self.draw_timesteps(slots))
+
+    def _buffers(self, pinned: bool) -> dict[str, Tensor]:
+        return {
+            name: torch.empty(self.plan.micro_batch, *field.shape, dtype=field.dtype, pin_memory=pinned)
+            for name, field in self.shards.fields.items()
+        }
+
+    def _device_batches(self) -> Iterator[tuple[Batch, torch.cuda.Event]]:
+        """Micro-batches copied on a side stream, each with the event that its copy is done."""
+        stream = torch.cuda.Stream(self.device)
+        ring = [(self._buffers(pinned=True), torch.cuda.Event()) for _ in range(DEPTH + 1)]
+
+        def free_buffers() -> Iterator[dict[str, Tensor]]:
+            while True:
+                for buffers, copied in ring:
+                    copied.synchronize()
+                    yield buffers
+
+        for number, batch in enumerate(self._host_batches(free_buffers())):
+            copied = ring[number % len(ring)][1]
+            with torch.cuda.stream(stream):
+                record = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.record.items()}
+                slots = batch.slots.pin_memory().to(self.device, non_blocking=True)
+                timesteps = batch.timesteps.pin_memory().to(self.device, non_blocking=True)
+                copied.record(stream)
+            yield Batch(record, slots, timesteps), copied

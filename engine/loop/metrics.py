@@ -1,0 +1,164 @@
+"""Metrics: summed on the device, read by the host every `--log_every` steps, written to metrics.jsonl and the trackers."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from engine.config import TrainConfig, to_toml
+from engine.errors import UserError
+from engine.files import write_text
+from engine.models.family import Family
+from engine.processes import Processes
+
+METRICS = "metrics.jsonl"
+
+
+class Metrics:
+    """The running sums between two log points, and the time that training took."""
+
+    def __init__(self, device: torch.device, global_batch: int, records: int) -> None:
+        self.loss_sum = torch.zeros((), device=device)
+        self.steps = 0
+        self.global_batch, self.records = global_batch, records
+        self.flops_per_sample = self.peak_flops = 0.0
+        self._since = time.perf_counter()
+        self.train_seconds = 0.0
+
+    def add(self, micro_batch_loss: Tensor, accumulation: int) -> None:
+        """Adds the losses [B] of one micro-batch; a step's loss is the mean over its micro-batches."""
+        self.loss_sum += micro_batch_loss.mean() / accumulation
+
+    def exclude(self, work: Callable[[], Any]) -> None:
+        """Runs work that is not training (a checkpoint, validation) without counting its time."""
+        if self.loss_sum.is_cuda:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        work()
+        self._since += time.perf_counter() - started
+
+    def read(self, step: int, rate: float, grad_norm: Tensor, processes: Processes) -> dict[str, float]:
+        """One line of metrics for the steps since the last; the only place where the host reads the device."""
+        mean_loss = processes.sum_(self.loss_sum.clone()) / (self.steps * processes.world)
+        loss, norm = torch.stack([mean_loss, grad_norm.to(mean_loss.device)]).tolist()
+        now = time.perf_counter()
+        seconds = now - self._since
+        per_second = self.steps * self.global_batch / seconds
+        line = {
+            "step": step,
+            "epoch": step * self.global_batch / self.records,
+            "loss": loss,
+            "lr": rate,
+            "grad_norm": norm,
+            "samples_per_second": per_second,
+            "step_seconds": seconds / self.steps,
+        }
+        if self.loss_sum.is_cuda:
+            if self.peak_flops:
+                line["mfu"] = 3 * self.flops_per_sample * per_second / processes.world / self.peak_flops
+            line["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.loss_sum.zero_()
+        self.steps = 0
+        self.train_seconds += seconds
+        self._since = now
+        return line
+
+
+def forward_flops(family: Family, model: torch.nn.Module) -> float:
+    """Operations of one forward pass for one sample, attention included, counted on meta tensors."""
+    with torch.device("meta"):
+        shadow = type(model).from_config(model.config)  # type: ignore[attr-defined]
+        record = {name: torch.empty(1, *field.shape) for name, field in family.record_spec.items()}
+        timesteps = torch.zeros(1, dtype=torch.int64)
+        with FlopCounterMode(display=False) as counter:
+            family.predict(shadow, record[family.mean], timesteps, record)
+    return float(counter.get_total_flops())
+
+
+def matrix_flops_per_second(device: torch.device, dtype: torch.dtype, size: int = 8192, repeats: int = 10) -> float:
+    """What a large matrix product reaches on this card: the measure that model FLOP utilisation is relative to."""
+    left, right = torch.randn(2, size, size, device=device, dtype=dtype)
+    for _ in range(3):
+        left @ right
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(repeats):
+        left @ right
+    end.record()
+    torch.cuda.synchronize(device)
+    return 2 * size**3 * repeats / (start.elapsed_time(end) / 1000)
+
+
+class Log:
+    """metrics.jsonl, and the trackers that `--report_to` names. Only the first process has one."""
+
+    def __init__(self, config: TrainConfig, first_step: int) -> None:
+        self.output = Path(config.output_dir)
+        self.path = self.output / METRICS
+        _forget_after(self.path, first_step)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.tensorboard = self.wandb = None
+        if config.report_to in ("tensorboard", "all"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(self.output / config.logging_dir), purge_step=first_step + 1)
+            self.tensorboard.add_text("config", f"```toml\n{to_toml(config)}```", first_step)
+        if config.report_to in ("wandb", "all"):
+            self.wandb = _open_wandb(config)
+
+    def write(self, line: dict[str, float]) -> None:
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        values = {name: value for name, value in line.items() if name != "step"}
+        if self.tensorboard:
+            for name, value in values.items():
+                self.tensorboard.add_scalar(f"train/{name}", value, int(line["step"]))
+        if self.wandb:
+            self.wandb.log(values, step=int(line["step"]))
+
+    def picture(self, image: Image.Image, step: int) -> None:
+        if self.tensorboard:
+            import numpy as np
+
+            self.tensorboard.add_image("validation", np.asarray(image), step, dataformats="HWC")
+        if self.wandb:
+            import wandb
+
+            self.wandb.log({"validation": wandb.Image(image)}, step=step)
+
+    def close(self) -> None:
+        self.file.close()
+        if self.tensorboard:
+            self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def _open_wandb(config: TrainConfig) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(f"--report_to {config.report_to}: wandb is not installed; install the extra `wandb`") from None
+    return wandb.init(
+        project=config.tracker_project_name, dir=config.output_dir, config=config.model_dump(exclude={"hub_token"})
+    )
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drops the lines of steps that will be trained again, and a last line that a crash cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    write_text(path, "".join(kept))

@@ -1,0 +1,79 @@
+"""One micro-batch: noise, prediction, loss and gradient, backward. The order of the lines is the order of the computation."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.config import TrainConfig
+from engine.data.loader import Batch
+from engine.kernels import add_noise, diffusion_loss
+from engine.kernels.add_noise import per_sample
+from engine.models.family import Family
+
+
+class _StoredGradient(torch.autograd.Function):
+    """A scalar whose backward pass hands the prediction a gradient that is already complete.
+
+    The fused loss writes the gradient of the whole step's loss, scale included. DeepSpeed wants a scalar to call backward
+    on; whatever it multiplies that scalar by is already in the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, prediction: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return torch.zeros((), device=prediction.device)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.saved_tensors[0], None
+
+
+def train_micro_batch(
+    engine: Any, family: Family, batch: Batch, config: TrainConfig, seed: Tensor, gradient_scale: Tensor
+) -> Tensor:
+    """Forward and backward for one micro-batch; returns the loss of each sample, fp32 [B], on the device.
+
+    Args:
+        engine: the DeepSpeed engine around the trained module.
+        seed: int64 [1] on the device.
+        gradient_scale: fp32 [1] on the device: loss scale / (micro-batch * accumulation).
+    """
+    mean = batch.record[family.mean]
+    std = batch.record[family.std] if family.std else None
+    alpha, sigma, c_x, c_e, weight = family.schedule.coefficients(batch.timesteps)
+    noisy = add_noise(
+        mean, std, alpha, sigma, seed, batch.slots, config.noise_offset, config.input_perturbation
+    )
+    correction = None
+    if config.dream_training:
+        noisy, correction, c_e = _dream(engine.module, family, batch, config, seed, noisy, sigma)
+    prediction = family.predict(engine, noisy, batch.timesteps, batch.record)
+    compared = prediction.detach() if correction is None else prediction.detach() + correction
+    loss, gradient = diffusion_loss(
+        compared, mean, std, c_x, c_e, weight, seed, batch.slots, config.noise_offset, gradient_scale
+    )
+    engine.backward(_StoredGradient.apply(prediction, gradient.to(prediction.dtype)), scale_wrt_gas=False)
+    return loss
+
+
+@torch.no_grad()
+def _dream(
+    model: Any, family: Family, batch: Batch, config: TrainConfig, seed: Tensor, noisy: Tensor, sigma: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """DREAM (arXiv:2312.00210): with d = lambda (e - model(x_t)), lambda = s^p, train on x_t + s d against e + d.
+
+    The target e + d is (1 + lambda) e - lambda model(x_t): the noise keeps its fused form with c_e = 1 + lambda, and the
+    rest moves to the prediction's side of the difference, so that the noise is not stored here either.
+
+    Returns:
+        The new noisy input, what to add to the prediction before comparing (fp32), and c_e.
+    """
+    strength = sigma**config.dream_detail_preservation
+    first = family.predict(model, noisy, batch.timesteps, batch.record).float()
+    mean = batch.record[family.mean]
+    nothing = torch.zeros_like(sigma)
+    shift = add_noise(mean.float(), None, nothing, sigma * strength, seed, batch.slots, config.noise_offset, 0.0)
+    correction = per_sample(strength, first) * first
+    moved = noisy.float() + shift - per_sample(sigma, first) * correction
+    return moved.to(noisy.dtype), correction, 1 + strength

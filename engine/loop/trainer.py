@@ -1,0 +1,258 @@
+"""The story of a run: shards, model, resume, steps, checkpoints, validation, export."""
+
+import json
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from engine.config import TrainConfig, local_rank, to_toml
+from engine.data.build import build
+from engine.data.loader import BatchPlan, Loader
+from engine.data.shards import INDEX, Index, Shards, verify
+from engine.data.source import open_source
+from engine.errors import UserError
+from engine.files import write_text
+from engine.kernels import philox
+from engine.loop import checkpoint
+from engine.loop.ema import Ema
+from engine.loop.metrics import Log, Metrics, forward_flops, matrix_flops_per_second
+from engine.loop.optimizer import learning_rates
+from engine.loop.step import train_micro_batch
+from engine.loop.validation import export, push_to_hub, validate
+from engine.loop.zero import Sharded
+from engine.models.family import Family, open_family
+from engine.processes import Processes, StopSignal
+
+
+def train(config: TrainConfig) -> int:
+    """Runs a whole training; returns the exit code.
+
+    Raises:
+        UserError: a mistake in the options, the model or the data.
+    """
+    processes = Processes(local_rank(config))
+    try:
+        return _train(config, processes)
+    finally:
+        processes.close()
+
+
+def _train(config: TrainConfig, processes: Processes) -> int:
+    family = open_family(config)
+    resumed = _find_checkpoint(config)
+    processes.connect()
+    state = checkpoint.read_state(resumed) if resumed else None
+    seed = processes.from_first(_seed(config, state))
+    shards = prepare_shards(config, family, processes)
+    plan = BatchPlan(config.train_batch_size, config.gradient_accumulation_steps, processes.rank, processes.world)
+    steps = config.max_train_steps or -(-config.num_train_epochs * len(shards) // plan.global_batch)
+    config = config.model_copy(update={"seed": seed, "max_train_steps": steps})
+    run = {"seed": seed, "global_batch": plan.global_batch, "fingerprint": shards.index.fingerprint}
+    if state is not None:
+        _check_same_run(resumed, state["run"], run)
+
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    # Dropout draws from torch's generator; each process its own numbers.
+    torch.manual_seed(seed + processes.rank)
+    if processes.is_first:
+        output = Path(config.output_dir)
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / "config.toml", to_toml(config))
+
+    training = _Training(config, family, shards, plan, processes, run, steps)
+    if state is not None and resumed is not None:
+        training.resume(resumed, state)
+    finished = training.run_steps()
+    if finished:
+        tensors = training.exported_weights
+        if config.validation_prompts:
+            training.validate()
+        export(config, family, training.sharded, tensors, processes)
+        if config.push_to_hub and processes.is_first:
+            push_to_hub(config)
+    training.report(finished)
+    return 0
+
+
+def prepare_shards(config: TrainConfig, family: Family, processes: Processes) -> Shards:
+    """Builds the shards where they are missing, verifies every one, and opens them.
+
+    Raises:
+        UserError: shards of another family or shape, or damaged ones, by name.
+    """
+    directory = config.shards_path
+    if config.dataset_name or config.train_data_dir:
+        index = build(config, family, open_source(config), processes)
+    else:
+        index = Index.read(directory)
+    if index.family != config.family or index.fields != family.record_spec:
+        raise UserError(
+            f"{directory / INDEX}: the shards hold other records than --family {config.family} at --resolution "
+            f"{config.resolution} and --mixed_precision {config.mixed_precision} reads; name another --shards_dir"
+        )
+    mine = index.shards[processes.rank :: processes.world]
+    with tqdm(total=len(mine), desc="Verifying shards", disable=None if processes.is_first else True, leave=False) as bar:
+        problems = verify(directory, mine, progress=bar.update)
+    problems = {file: problem for part in processes.gather_objects(problems) for file, problem in part.items()}
+    if problems:
+        listed = "; ".join(f"{file}: {problem}" for file, problem in sorted(problems.items()))
+        raise UserError(f"{directory}: damaged shards: {listed}; delete them and {INDEX}, and they are built again")
+    return Shards(directory)
+
+
+def _find_checkpoint(config: TrainConfig) -> Path | None:
+    if not config.resume_from_checkpoint:
+        return None
+    return checkpoint.find(Path(config.output_dir), config.resume_from_checkpoint)
+
+
+def _seed(config: TrainConfig, state: dict[str, Any] | None) -> int:
+    """The seed of the run: as given, else the resumed run's, else drawn."""
+    if config.seed is not None:
+        return config.seed
+    return int(state["run"]["seed"]) if state else secrets.randbits(31)
+
+
+def _check_same_run(path: Path | None, before: dict[str, Any], now: dict[str, Any]) -> None:
+    remedies = {
+        "seed": "leave out --seed, or give the same",
+        "global_batch": "choose processes, --train_batch_size and --gradient_accumulation_steps with the same product",
+        "fingerprint": "give the same data and preprocessing options",
+    }
+    for name, remedy in remedies.items():
+        if before[name] != now[name]:
+            raise UserError(f"{path}: was written with {name} {before[name]}, this run has {now[name]}; {remedy}")
+
+
+@dataclass
+class _Training:
+    """What the steps of a run share."""
+
+    config: TrainConfig
+    family: Family
+    shards: Shards
+    plan: BatchPlan
+    processes: Processes
+    run: dict[str, Any]
+    total_steps: int
+
+    def __post_init__(self) -> None:
+        config, device = self.config, self.processes.device
+        model = self.family.load_model()
+        self.metrics = Metrics(device, self.plan.global_batch, len(self.shards))
+        if device.type == "cuda":
+            self.metrics.flops_per_sample = forward_flops(self.family, model)
+            self.metrics.peak_flops = matrix_flops_per_second(device, self.family.dtype)
+        self.sharded = Sharded(model, config, self.processes)
+        if config.compile:
+            self.sharded.engine.module.compile()
+        self.ema = Ema(self.sharded.masters, config.offload_ema) if config.use_ema else None
+        self.family.schedule.to(device)
+        self.rate_of = learning_rates(config, self.processes, self.total_steps)
+        self.step = 0
+
+    @property
+    def exported_weights(self) -> list[Tensor]:
+        return self.ema.averages if self.ema else self.sharded.masters
+
+    def resume(self, path: Path, state: dict[str, Any]) -> None:
+        checkpoint.load(path, state, self.sharded, self.ema, self.metrics, self.processes)
+        self.step = int(state["step"])
+
+    def run_steps(self) -> bool:
+        """Trains to the last step; False when a signal asked to leave before."""
+        config, device = self.config, self.processes.device
+        seed = torch.tensor([self.run["seed"]])
+        timesteps = self.family.schedule.timesteps
+        loader = Loader(
+            self.shards, self.plan, self.run["seed"],
+            lambda slots: philox.choices(seed, slots, philox.TIMESTEP, timesteps),
+            device, self.step, self.total_steps,
+        )  # fmt: skip
+        self.log = Log(config, self.step) if self.processes.is_first else None
+        stop = StopSignal(self.processes)
+        progress = tqdm(
+            total=self.total_steps, initial=self.step, desc="Training", unit="step",
+            disable=None if self.processes.is_first else True,
+        )  # fmt: skip
+        batches = iter(loader)
+        device_seed = seed.to(device)
+        gradient_scale = torch.empty(1, device=device)
+        self.metrics.exclude(lambda: None)
+        try:
+            while self.step < self.total_steps:
+                gradient_scale.fill_(self.sharded.loss_scale / (config.train_batch_size * self.plan.accumulation))
+                rate = self.rate_of(self.step)
+                self.sharded.set_learning_rate(rate)
+                for _ in range(self.plan.accumulation):
+                    loss = train_micro_batch(
+                        self.sharded.engine, self.family, next(batches), config, device_seed, gradient_scale
+                    )
+                    self.metrics.add(loss, self.plan.accumulation)
+                    self.sharded.engine.step()
+                self.step += 1
+                self.metrics.steps += 1
+                if self.ema:
+                    self.ema.update(self.step)
+                progress.update()
+                leave = stop.agreed() and self.step < self.total_steps
+                self._after_step(rate, progress, leave)
+                if leave:
+                    return False
+            return True
+        finally:
+            progress.close()
+            loader.close()
+            stop.close()
+            if self.log:
+                self.log.close()
+
+    def _after_step(self, rate: float, progress: tqdm, leave: bool) -> None:
+        """Metrics, checkpoint and validation, where they are due."""
+        config = self.config
+        if self.step % config.log_every == 0 or self.step == self.total_steps:
+            line = self.metrics.read(self.step, rate, self.sharded.optimizer.grad_norm, self.processes)
+            progress.set_postfix(loss=f"{line['loss']:.4f}", lr=f"{rate:.2e}")
+            if self.log:
+                self.log.write(line)
+        if leave or self.step % config.checkpointing_steps == 0:
+            self.metrics.exclude(self._save)
+        if config.validation_prompts and self.step < self.total_steps and self._epoch_to_validate():
+            self.metrics.exclude(self.validate)
+
+    def _save(self) -> None:
+        checkpoint.save(
+            Path(self.config.output_dir), self.step, self.run, self.sharded, self.ema, self.metrics, self.processes,
+            self.config.checkpoints_total_limit,
+        )  # fmt: skip
+
+    def _epoch_to_validate(self) -> bool:
+        """Whether this step ended an epoch after which validation is due: the first, and every `--validation_epochs`."""
+        batch, records, every = self.plan.global_batch, len(self.shards), self.config.validation_epochs
+        before, now = (self.step - 1) * batch // records, self.step * batch // records
+        return any((epoch - 1) % every == 0 for epoch in range(before + 1, now + 1))
+
+    def validate(self) -> None:
+        config, processes = self.config, self.processes
+        path = validate(config, self.family, self.sharded, self.exported_weights, processes, self.run["seed"], self.step)
+        if path is not None and self.log is not None and not self.log.file.closed:
+            from PIL import Image
+
+            self.log.picture(Image.open(path), self.step)
+
+    def report(self, finished: bool) -> None:
+        """What the run came to, and where everything lies, for the person who started it."""
+        if not self.processes.is_first:
+            return
+        output = Path(self.config.output_dir)
+        if finished:
+            print(f"Trained {self.total_steps} steps; the pipeline is in {output}")
+        else:
+            print(f"Stopped after step {self.step}, saved in {output / f'checkpoint-{self.step}'}; "
+                  "continue with --resume_from_checkpoint latest")  # fmt: skip

@@ -1,0 +1,115 @@
+"""Validation images, and the export of the trained pipeline."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from engine.config import TrainConfig
+from engine.files import PARTIAL, discard, sync
+from engine.loop.zero import Sharded
+from engine.models.family import Family
+from engine.picture import labelled_grid, save_png
+from engine.processes import Processes
+
+INFERENCE_STEPS = 20
+
+
+@contextmanager
+def weights_in_place(sharded: Sharded, tensors: list[Tensor]) -> Iterator[nn.Module]:
+    """The module with its weights replaced by `tensors` (laid out as the masters), in evaluation mode; undone on leaving."""
+    module = sharded.engine.module
+    parameters = dict(module.named_parameters())
+    kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    with torch.no_grad():
+        for name, whole in sharded.gather(tensors):
+            parameters[name].copy_(whole)
+    module.eval()
+    try:
+        yield module
+    finally:
+        module.train()
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(kept[name])
+
+
+def validate(
+    config: TrainConfig, family: Family, sharded: Sharded, tensors: list[Tensor], processes: Processes, seed: int, step: int
+) -> Path | None:
+    """Draws the validation images into samples/step-N.png on the first process; every process must call it."""
+    path = Path(config.output_dir) / "samples" / f"step-{step}.png"
+    with weights_in_place(sharded, tensors) as module:
+        if processes.is_first:
+            prompts = config.validation_prompts or []
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                pipeline = family.pipeline(module, preview=True).to(processes.device)
+                pipeline.set_progress_bar_config(disable=True)
+                rows = []
+                for prompt in prompts:
+                    generator = torch.Generator(processes.device).manual_seed(seed)
+                    images = pipeline(
+                        prompt,
+                        num_inference_steps=INFERENCE_STEPS,
+                        num_images_per_prompt=config.num_validation_images,
+                        generator=generator,
+                    ).images
+                    rows.append((prompt, images))
+            save_png(labelled_grid(rows), path)
+        processes.barrier()
+    return path if processes.is_first else None
+
+
+def export(config: TrainConfig, family: Family, sharded: Sharded, tensors: list[Tensor], processes: Processes) -> None:
+    """Saves the pipeline with fp32 weights where the scripts leave it; every process must call it.
+
+    Each component is written aside and renamed into place; model_index.json, without which nothing loads, comes last.
+    """
+    state = {name: whole.cpu() for name, whole in sharded.gather(tensors) if processes.is_first}
+    if processes.is_first:
+        module = sharded.engine.module
+        with torch.device("meta"):
+            model = type(module).from_config(module.config)
+        model.load_state_dict({**dict(module.named_buffers()), **state}, assign=True, strict=False)
+        output = Path(config.output_dir)
+        aside = output / f"pipeline{PARTIAL}"
+        discard(aside)
+        family.pipeline(model, preview=False).save_pretrained(aside, safe_serialization=True)
+        for path in sorted(aside.rglob("*")):
+            sync(path)
+        for path in sorted(aside.iterdir(), key=lambda path: path.name == "model_index.json"):
+            discard(output / path.name)
+            shutil.move(path, output / path.name)
+        sync(output)
+        aside.rmdir()
+    processes.barrier()
+
+
+def push_to_hub(config: TrainConfig) -> None:
+    """Uploads the trained pipeline with a model card."""
+    from huggingface_hub import HfApi, ModelCard
+
+    output = Path(config.output_dir)
+    api = HfApi(token=config.hub_token)
+    repository = api.create_repo(config.hub_model_id or output.name, exist_ok=True).repo_id
+    data = config.dataset_name or config.train_data_dir or "its own latent shards"
+    card = ModelCard(
+        "---\n"
+        f"base_model: {config.pretrained_model_name_or_path}\n"
+        "library_name: diffusers\n"
+        "tags: [text-to-image, diffusers, diffusers-training]\n"
+        "---\n\n"
+        f"# {repository}\n\n"
+        f"Fine-tuned from `{config.pretrained_model_name_or_path}` on `{data}`: {config.max_train_steps} steps at learning "
+        f"rate {config.learning_rate}, {config.resolution} px, precision {config.mixed_precision}.\n"
+    )
+    card.save(output / "README.md")
+    api.upload_folder(
+        repo_id=repository,
+        folder_path=output,
+        commit_message="End of training",
+        ignore_patterns=["checkpoint-*", "shards/*", "logs/*", "latest"],
+    )

@@ -1,0 +1,18 @@
+"""Trains a model: `python -m engine.run --family sd ...`, also under `torchrun -m` and `deepspeed --module`."""
+
+import sys
+
+from engine.config import TrainConfig, parse
+from engine.errors import exit_code
+
+
+def main() -> int:
+    config = parse(TrainConfig, "engine.run", "Train a text-to-image diffusion model.", sys.argv[1:])
+    # After parsing, so that --help and mistakes answer at once.
+    from engine.loop.trainer import train
+
+    return train(config)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code("engine.run", main))
