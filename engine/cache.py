@@ -18,11 +18,13 @@ USAGE = "python -m engine.cache build|verify|info ...; each has --help"
 def build_command(arguments: list[str]) -> int:
     config = parse(CacheConfig, "engine.cache build", "Encode a data set into latent shards.", arguments)
     # After parsing, so that --help and mistakes answer at once.
+    from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     from engine.data.build import build
     from engine.data.source import open_source
     from engine.models.family import open_family
     from engine.processes import Processes
 
+    quiet_libraries()
     processes = Processes(int(os.environ.get("LOCAL_RANK", "0")))
     try:
         family = open_family(config)
@@ -88,9 +90,11 @@ def summary(directory: Path, index: Index) -> str:
 
 def contact_sheet(directory: Path, index: Index, count: int, output: Path, model: str | None) -> None:
     """Decodes records spread evenly over the shards into one picture, each under its caption."""
+    from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     from engine.models.family import open_family
     from engine.picture import labelled_grid, save_png
 
+    quiet_libraries()
     values = index.config | ({"pretrained_model_name_or_path": model} if model else {})
     family = open_family(CacheConfig.model_validate(values))
     shards = Shards(directory)

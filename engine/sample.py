@@ -20,10 +20,13 @@ def main() -> int:
     if not (options.model / "model_index.json").is_file():
         raise UserError(f"--model {options.model}: no model_index.json there; give the output directory of a training")
 
+    from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     import torch
     from diffusers import DiffusionPipeline
 
     from engine.picture import labelled_grid, save_png
+
+    quiet_libraries()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

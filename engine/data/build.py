@@ -1,6 +1,7 @@
 """Encoding a source into latent shards: on all processes, with decoding threads, resumable after any interruption."""
 
 import concurrent.futures
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,9 +104,10 @@ def build(config: CacheConfig, family: Encoder, source: Source, processes: Proce
     count = len(plan.first_of_shard) - 1
     mine = range(processes.rank, count, processes.world)
     missing = [number for number in mine if not _is_complete(directory / shard_name(number), fingerprint)]
+    started = time.perf_counter()
     if missing:
         _encode(config, family, source, plan, missing, fingerprint, processes)
-    processes.barrier()
+    seconds = max(processes.gather_objects(time.perf_counter() - started))
 
     entries: list[tuple[ShardEntry, list[dict[str, str]]]] = [_describe(directory / shard_name(n)) for n in mine]
     gathered = processes.gather_objects(entries)
@@ -115,6 +117,7 @@ def build(config: CacheConfig, family: Encoder, source: Source, processes: Proce
         config.family, fingerprint, identity, config.model_dump(include=set(CacheConfig.model_fields)),
         family.record_spec,
         [entry for entry, _ in ordered], [item for _, refused in ordered for item in refused],
+        seconds,
     )  # fmt: skip
     if processes.is_first:
         index.write(directory)

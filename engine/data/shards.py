@@ -72,7 +72,11 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Index:
-    """The content of `index.json`. `config` is how the shards were asked for; only `identity` is in the fingerprint."""
+    """The content of `index.json`.
+
+    config: how the shards were asked for; only `identity` is in the fingerprint.
+    encode_seconds: what the last build spent encoding, on the slowest process.
+    """
 
     family: str
     fingerprint: str
@@ -81,6 +85,7 @@ class Index:
     fields: dict[str, Field]
     shards: list[ShardEntry]
     refused: list[dict[str, str]]
+    encode_seconds: float = 0.0
 
     @property
     def records(self) -> int:
@@ -94,6 +99,7 @@ class Index:
             "records": self.records,
             "image_rows": sum(shard.image_rows for shard in self.shards),
             "caption_rows": sum(shard.caption_rows for shard in self.shards),
+            "encode_seconds": self.encode_seconds,
             "refused_count": len(self.refused),
             "identity": self.identity,
             "config": self.config,
@@ -120,6 +126,7 @@ class Index:
                 {name: Field.from_json(field) for name, field in value["fields"].items()},
                 [ShardEntry(**shard) for shard in value["shards"]],
                 value["refused"],
+                value["encode_seconds"],
             )
         except FileNotFoundError:
             raise UserError(f"{directory}: no {INDEX} there; build shards with `python -m engine.cache build`") from None
