@@ -20,6 +20,7 @@ class Processes:
         self.rank = int(os.environ.get("RANK", "0"))
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.local_rank = local_rank
+        self._connected = False
         if torch.cuda.is_available():
             if local_rank >= torch.cuda.device_count():
                 raise UserError(
@@ -38,6 +39,7 @@ class Processes:
         """Joins the process group; NCCL for GPUs, gloo beside it for what stays on the host."""
         if dist.is_initialized():
             return self
+        self._connected = True
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         if self.world == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
@@ -46,7 +48,8 @@ class Processes:
         return self
 
     def close(self) -> None:
-        if dist.is_initialized():
+        """Leaves the process group, if it was joined here."""
+        if self._connected:
             dist.destroy_process_group()
 
     def barrier(self) -> None:

@@ -56,6 +56,8 @@ class Sharded:
         )
         self.slices: list[Slice] = []
         if self.replicated:
+            # DeepSpeed would copy every gradient into buckets and back, for a sum over one process.
+            self.engine.enable_backward_allreduce = processes.world > 1
             self.masters: list[Tensor] = list(names)
             for number, (parameter, name) in enumerate(names.items()):
                 self.slices.append(Slice(name, parameter.shape, 0, parameter.numel(), number, 0))
@@ -162,7 +164,6 @@ def deepspeed_config(config: TrainConfig, stage: int, elements: int) -> dict[str
 def _import_deepspeed(processes: Processes) -> Any:
     """Imports DeepSpeed quietly, and keeps it from building its shared-memory operator (22 s) on the CPU."""
     os.environ.setdefault("DS_ACCELERATOR", processes.device.type)
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     # DeepSpeed reads these from the environment even when the process group exists.
     for name, value in (("RANK", processes.rank), ("WORLD_SIZE", processes.world), ("LOCAL_RANK", processes.local_rank)):
         os.environ.setdefault(name, str(value))

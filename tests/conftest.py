@@ -1,0 +1,64 @@
+"""Without a GPU, Triton kernels run in its interpreter; that must be decided before the kernels are imported."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import engine.quiet  # noqa: F401
+
+# isort: split
+from pathlib import Path
+
+import pytest
+
+from engine.quiet import quiet_libraries
+from tests import tiny
+
+quiet_libraries()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def process_group():
+    """One process group for all tests of this process: DeepSpeed cannot follow it through a second initialisation."""
+    from engine.processes import Processes
+
+    processes = Processes().connect()
+    yield
+    processes.close()
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    """The tiny Stable Diffusion pipeline."""
+    return tiny.write_pipeline(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    """An image folder with captions."""
+    return tiny.write_images(tmp_path_factory.mktemp("images") / "train")
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory, model, images) -> Path:
+    """Latent shards of the image folder, several files, with flips."""
+    from engine import cache
+
+    directory = tmp_path_factory.mktemp("shards") / "shards"
+    arguments = [
+        "--family", "sd", "--pretrained_model_name_or_path", str(model), "--train_data_dir", str(images),
+        "--resolution", "16", "--random_flip", "--shard_records", "5", "--shards_dir", str(directory),
+    ]  # fmt: skip
+    assert cache.build_command(arguments) == 0
+    return directory

@@ -1,0 +1,134 @@
+"""Training parity: 20 fp32 steps of the engine against a loop of diffusers' own parts and torch's AdamW."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel, compute_dream_and_update_latents, compute_snr
+from safetensors.torch import load_file
+
+from engine.config import TrainConfig
+from engine.data.order import records_of
+from engine.loop.trainer import train
+from tests import reference
+
+STEPS, BATCH, SEED = 20, 4, 2**40 + 7
+OPTIONS = {
+    "learning_rate": 1e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 3, "max_grad_norm": 0.2, "adam_weight_decay": 0.02,
+}  # fmt: skip
+
+
+def reference_run(model, shards, config: TrainConfig) -> tuple[dict, dict, list[float], list[float]]:
+    """Weights, averages, losses and gradient norms of the independent loop."""
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet").train()
+    scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
+    scheduler.register_to_config(prediction_type=config.prediction_type)
+    data = reference.PlainShards(shards)
+    optimizer = torch.optim.AdamW(
+        unet.parameters(), lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=config.adam_weight_decay, eps=1e-8
+    )
+    rates = get_scheduler(
+        config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=STEPS
+    )
+    ema = EMAModel(unet.parameters(), model_cls=UNet2DConditionModel, model_config=unet.config)
+    losses, norms = [], []
+    accumulation = config.gradient_accumulation_steps
+    for step in range(STEPS):
+        step_loss = 0.0
+        for part in range(accumulation):
+            first = (step * accumulation + part) * BATCH
+            slots = list(range(first, first + BATCH))
+            records = records_of(SEED, torch.tensor(slots), len(data.images)).tolist()
+            chosen = [data.images[r][reference.choice(SEED, s, 6, len(data.images[r]))]
+                      for r, s in zip(records, slots, strict=True)]  # fmt: skip
+            numbers = [data.caption_numbers[r][reference.choice(SEED, s, 5, len(data.caption_numbers[r]))]
+                       for r, s in zip(records, slots, strict=True)]  # fmt: skip
+            states = torch.stack([data.captions[number] for number in numbers])
+            mean = torch.stack([image["latent_mean"] for image in chosen])
+            std = torch.stack([image["latent_std"] for image in chosen])
+            shape = mean.shape[1:]
+
+            def draw(stream, shape, slots=slots):
+                return torch.from_numpy(reference.normals(SEED, slots, stream, tuple(shape))).float()
+
+            latents = mean + std * draw(1, shape)
+            noise = draw(0, shape) + config.noise_offset * draw(3, (shape[0], 1, 1))
+            timesteps = torch.tensor([reference.choice(SEED, s, 2, scheduler.config.num_train_timesteps) for s in slots])
+            noisy = scheduler.add_noise(latents, noise + config.input_perturbation * draw(4, shape), timesteps)
+            if config.prediction_type == "epsilon":
+                target = noise
+            elif config.prediction_type == "v_prediction":
+                target = scheduler.get_velocity(latents, noise, timesteps)
+            else:
+                target = latents
+            if config.dream_training:
+                noisy, target = compute_dream_and_update_latents(
+                    unet, scheduler, timesteps, noise, noisy, target, states, config.dream_detail_preservation
+                )
+            prediction = unet(noisy, timesteps, states, return_dict=False)[0]
+            loss = torch.nn.functional.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
+            if config.snr_gamma is not None:
+                snr = compute_snr(scheduler, timesteps)
+                weights = torch.stack([snr, config.snr_gamma * torch.ones_like(timesteps)], dim=1).min(dim=1)[0]
+                divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[config.prediction_type]
+                loss = loss * weights / divisor
+            (loss.mean() / accumulation).backward()
+            step_loss += loss.mean().item() / accumulation
+        norms.append(float(torch.nn.utils.clip_grad_norm_(unet.parameters(), config.max_grad_norm)))
+        optimizer.step()
+        rates.step()
+        optimizer.zero_grad()
+        ema.step(unet.parameters())
+        losses.append(step_loss)
+    weights = {name: parameter.detach() for name, parameter in unet.named_parameters()}
+    return weights, dict(zip(weights, ema.shadow_params, strict=True)), losses, norms
+
+
+def checkpoint_tensors(output, kind: str) -> dict[str, torch.Tensor]:
+    tensors = load_file(output / f"checkpoint-{STEPS}" / "rank-0.safetensors")
+    return {n.removeprefix(f"{kind}/").split("@")[0]: t for n, t in tensors.items() if n.startswith(f"{kind}/")}
+
+
+def relative_distance(ours: dict, theirs: dict, start: dict) -> float:
+    """The difference of two results, relative to how far training moved them: L2 over all parameters."""
+    difference = sum((ours[n].double().view(-1) - theirs[n].double().view(-1)).square().sum().item() for n in theirs)
+    moved = sum((theirs[n].double() - start[n].double()).square().sum().item() for n in theirs)
+    return (difference / moved) ** 0.5
+
+
+CASES = [
+    {"prediction_type": prediction, "snr_gamma": gamma, "gradient_accumulation_steps": accumulation}
+    for prediction, gamma, accumulation in itertools.product(["epsilon", "v_prediction"], [None, 5.0], [1, 3])
+] + [
+    {"prediction_type": "sample", "snr_gamma": 5.0, "gradient_accumulation_steps": 1},
+    {"prediction_type": "epsilon", "snr_gamma": 5.0, "dream_training": True, "gradient_accumulation_steps": 1},
+    {"prediction_type": "epsilon", "snr_gamma": None, "gradient_accumulation_steps": 3, "zero_stage": 1},
+    {"prediction_type": "v_prediction", "snr_gamma": 5.0, "gradient_accumulation_steps": 3, "zero_stage": 2},
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case.values()))
+def test_weights_and_averages_follow_the_reference(case, model, images, shards, tmp_path):
+    config = TrainConfig(
+        family="sd", pretrained_model_name_or_path=str(model), train_data_dir=str(images), shards_dir=str(shards),
+        output_dir=str(tmp_path / "out"), resolution=16, random_flip=True, shard_records=5, seed=SEED,
+        train_batch_size=BATCH, max_train_steps=STEPS, checkpointing_steps=STEPS, use_ema=True, log_every=1,
+        noise_offset=0.1, input_perturbation=0.1, report_to="none", **OPTIONS, **case,
+    )  # fmt: skip
+    assert train(config) == 0
+    start = dict(UNet2DConditionModel.from_pretrained(model, subfolder="unet").named_parameters())
+    weights, averages, losses, norms = reference_run(model, shards, config)
+    assert max(norms) > config.max_grad_norm, "clipping must be active"
+
+    output = tmp_path / "out"
+    assert relative_distance(checkpoint_tensors(output, "weight"), weights, start) < 1e-4
+    assert relative_distance(checkpoint_tensors(output, "ema"), averages, start) < 1e-4
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    np.testing.assert_allclose([line["loss"] for line in lines], losses, rtol=1e-4)
+    np.testing.assert_allclose([line["grad_norm"] for line in lines], norms, rtol=1e-3)
+    exported = UNet2DConditionModel.from_pretrained(output, subfolder="unet")
+    assert relative_distance(dict(exported.named_parameters()), averages, start) < 1e-4

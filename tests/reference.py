@@ -1,0 +1,68 @@
+"""Independent references: Philox and the draws of the slot contract in numpy, and the shards read with plain safetensors."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+WORD = np.uint64(0xFFFFFFFF)
+
+
+def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
+    """Philox4x32-10 on uint64 arrays [..., 4] that hold 32-bit words."""
+    c = [counter[..., i].astype(np.uint64) for i in range(4)]
+    k0, k1 = np.uint64(key[0]), np.uint64(key[1])
+    for _ in range(10):
+        p0, p1 = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        c = [(p1 >> np.uint64(32)) ^ c[1] ^ k0, p1 & WORD, (p0 >> np.uint64(32)) ^ c[3] ^ k1, p0 & WORD]
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & WORD, (k1 + np.uint64(0xBB67AE85)) & WORD
+    return np.stack(c, -1)
+
+
+def words(seed: int, slot: int, stream: int, count: int) -> np.ndarray:
+    """The words of elements 0 .. count - 1."""
+    groups = -(-count // 4)
+    seed, slot = seed % 2**64, slot % 2**64
+    counter = np.zeros((groups, 4), np.uint64)
+    counter[:, 0] = np.arange(groups)
+    counter[:, 1], counter[:, 2], counter[:, 3] = slot & 0xFFFFFFFF, slot >> 32, stream
+    return philox(counter, (seed & 0xFFFFFFFF, seed >> 32)).reshape(-1)[: 4 * groups]
+
+
+def normals(seed: int, slots, stream: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Unit normals in double precision, [B, *shape]."""
+    count = int(np.prod(shape))
+    result = []
+    for slot in slots:
+        uniform = ((words(seed, int(slot), stream, count) >> np.uint64(8)).astype(np.float64) + 0.5) * 2.0**-24
+        radius, angle = np.sqrt(-2 * np.log(uniform[0::2])), 2 * np.pi * uniform[1::2]
+        pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], -1).reshape(-1)
+        result.append(pairs[:count].reshape(shape))
+    return np.stack(result)
+
+
+def choice(seed: int, slot: int, stream: int, count: int) -> int:
+    uniform = (int(words(seed, slot, stream, 1)[0]) // 256 + 0.5) / 2**24
+    return int(np.floor(uniform * count))
+
+
+class PlainShards:
+    """Records of a shard directory, read as docs/shards.md describes them and without the engine's reader."""
+
+    def __init__(self, directory: Path) -> None:
+        index = json.loads((directory / "index.json").read_text())
+        self.images: list[list[dict[str, torch.Tensor]]] = []
+        self.captions: list[torch.Tensor] = []
+        self.caption_numbers: list[list[int]] = []
+        for shard in index["shards"]:
+            with safe_open(directory / shard["file"], "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            per_image = [name for name, field in index["fields"].items() if field["per"] == "image"]
+            for record in range(shard["records"]):
+                first, last = tensors["image_offsets"][record : record + 2]
+                self.images.append([{name: tensors[name][row] for name in per_image} for row in range(first, last)])
+                first, last = tensors["caption_offsets"][record : record + 2]
+                self.caption_numbers.append(tensors["caption_numbers"][first:last].tolist())
+            self.captions += list(tensors["encoder_hidden_states"])
