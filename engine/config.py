@@ -104,11 +104,13 @@ class TrainConfig(CacheConfig):
     max_train_steps: int | None = option(
         None, "Optimizer steps in all; overrides --num_train_epochs.", "training", ge=1
     )
-    zero_stage: Literal[0, 1, 2] = option(
+    zero_stage: int = option(
         0,
         "DeepSpeed ZeRO stage. 0 leaves the choice of the machinery under low precision to the engine; "
         "2 accumulates bf16 and fp16 gradients in fp32.",
         "training",
+        ge=0,
+        le=2,
     )
 
     learning_rate: float = option(1e-4, "Learning rate after warm-up.", "optimizer", ge=0)

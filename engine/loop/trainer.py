@@ -25,7 +25,7 @@ from engine.loop.metrics import Log, Metrics, forward_flops, matrix_flops_per_se
 from engine.loop.optimizer import learning_rates
 from engine.loop.step import train_micro_batch
 from engine.loop.validation import export, push_to_hub, validate
-from engine.loop.zero import Sharded
+from engine.loop.zero import Sharded, check_precision
 from engine.models.family import Family, open_family
 from engine.processes import Processes, StopSignal
 
@@ -45,6 +45,7 @@ def train(config: TrainConfig) -> int:
 
 def _train(config: TrainConfig, processes: Processes) -> int:
     family = open_family(config)
+    check_precision(config, processes)
     resumed = _find_checkpoint(config)
     processes.connect()
     state = checkpoint.read_state(resumed) if resumed else None

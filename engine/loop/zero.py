@@ -118,6 +118,19 @@ class Sharded:
             group["lr"] = rate
 
 
+def check_precision(config: TrainConfig, processes: Processes) -> None:
+    """Raises `UserError` for a precision that DeepSpeed does not run on this device."""
+    _import_deepspeed(processes)
+    from deepspeed.accelerator import get_accelerator
+
+    supported = {"no": True, "bf16": get_accelerator().is_bf16_supported(), "fp16": get_accelerator().is_fp16_supported()}
+    if not supported[config.mixed_precision]:
+        others = [name for name in ("bf16", "no") if supported[name]]
+        raise UserError(
+            f"--mixed_precision {config.mixed_precision} is not supported on this {processes.device.type}; use {' or '.join(others)}"
+        )
+
+
 def machinery_stage(config: TrainConfig) -> int:
     """The ZeRO stage that DeepSpeed is given.
 
@@ -162,8 +175,7 @@ def deepspeed_config(config: TrainConfig, stage: int, elements: int) -> dict[str
 
 
 def _import_deepspeed(processes: Processes) -> Any:
-    """Imports DeepSpeed quietly, and keeps it from building its shared-memory operator (22 s) on the CPU."""
-    os.environ.setdefault("DS_ACCELERATOR", processes.device.type)
+    """Imports DeepSpeed, and keeps it from building its shared-memory operator (22 s) on the CPU."""
     # DeepSpeed reads these from the environment even when the process group exists.
     for name, value in (("RANK", processes.rank), ("WORLD_SIZE", processes.world), ("LOCAL_RANK", processes.local_rank)):
         os.environ.setdefault(name, str(value))
