@@ -9,12 +9,12 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_dream_and_update_latents, compute_snr
-from safetensors.torch import load_file
 
 from engine.config import TrainConfig
 from engine.data.order import records_of
 from engine.loop.trainer import train
 from tests import reference
+from tests.loop.runs import checkpoint_tensors, config, relative_distance
 
 STEPS, BATCH, SEED = 20, 4, 2**40 + 7
 OPTIONS = {
@@ -88,18 +88,6 @@ def reference_run(model, shards, config: TrainConfig) -> tuple[dict, dict, list[
     return weights, dict(zip(weights, ema.shadow_params, strict=True)), losses, norms
 
 
-def checkpoint_tensors(output, kind: str) -> dict[str, torch.Tensor]:
-    tensors = load_file(output / f"checkpoint-{STEPS}" / "rank-0.safetensors")
-    return {n.removeprefix(f"{kind}/").split("@")[0]: t for n, t in tensors.items() if n.startswith(f"{kind}/")}
-
-
-def relative_distance(ours: dict, theirs: dict, start: dict) -> float:
-    """The difference of two results, relative to how far training moved them: L2 over all parameters."""
-    difference = sum((ours[n].double().view(-1) - theirs[n].double().view(-1)).square().sum().item() for n in theirs)
-    moved = sum((theirs[n].double() - start[n].double()).square().sum().item() for n in theirs)
-    return (difference / moved) ** 0.5
-
-
 CASES = [
     {"prediction_type": prediction, "snr_gamma": gamma, "gradient_accumulation_steps": accumulation}
     for prediction, gamma, accumulation in itertools.product(["epsilon", "v_prediction"], [None, 5.0], [1, 3])
@@ -113,20 +101,19 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case.values()))
 def test_weights_and_averages_follow_the_reference(case, model, images, shards, tmp_path):
-    config = TrainConfig(
-        family="sd", pretrained_model_name_or_path=str(model), train_data_dir=str(images), shards_dir=str(shards),
-        output_dir=str(tmp_path / "out"), resolution=16, random_flip=True, shard_records=5, seed=SEED,
-        train_batch_size=BATCH, max_train_steps=STEPS, checkpointing_steps=STEPS, use_ema=True, log_every=1,
-        noise_offset=0.1, input_perturbation=0.1, report_to="none", **OPTIONS, **case,
+    options = config(
+        model, images, shards, tmp_path / "out", seed=SEED, max_train_steps=STEPS, checkpointing_steps=STEPS,
+        noise_offset=0.1, input_perturbation=0.1, **OPTIONS, **case,
     )  # fmt: skip
-    assert train(config) == 0
+    assert train(options) == 0
     start = dict(UNet2DConditionModel.from_pretrained(model, subfolder="unet").named_parameters())
-    weights, averages, losses, norms = reference_run(model, shards, config)
-    assert max(norms) > config.max_grad_norm, "clipping must be active"
+    weights, averages, losses, norms = reference_run(model, shards, options)
+    assert max(norms) > options.max_grad_norm, "clipping must be active"
 
     output = tmp_path / "out"
-    assert relative_distance(checkpoint_tensors(output, "weight"), weights, start) < 1e-4
-    assert relative_distance(checkpoint_tensors(output, "ema"), averages, start) < 1e-4
+    checkpoint = output / f"checkpoint-{STEPS}"
+    assert relative_distance(checkpoint_tensors(checkpoint, "weight"), weights, start) < 1e-4
+    assert relative_distance(checkpoint_tensors(checkpoint, "ema"), averages, start) < 1e-4
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     np.testing.assert_allclose([line["loss"] for line in lines], losses, rtol=1e-4)
     np.testing.assert_allclose([line["grad_norm"] for line in lines], norms, rtol=1e-3)

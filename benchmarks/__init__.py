@@ -1,0 +1,1 @@
+"""One file per question; results/ holds what was measured, where and when."""

@@ -1,0 +1,132 @@
+"""engine::diffusion_loss: the Triton kernel and the torch reference against double precision."""
+
+import numpy as np
+import pytest
+import torch
+
+from engine.kernels import diffusion_loss
+from engine.kernels.diffusion_loss import launch_diffusion_loss
+from tests.kernels.cases import DEVICE, DTYPES, LAYOUTS, SHAPES, TOLERANCE, Sample, column, run_kernels, with_layout
+
+
+class Case(Sample):
+    """A sample with a prediction that may carry more channels than the target."""
+
+    def __init__(self, shape, dtype, layout, has_std=True, offset=0.1, extra_channels=0, mean_layout=None):
+        super().__init__(shape, dtype, mean_layout or layout, has_std, offset)
+        generator = torch.Generator().manual_seed(1)
+        prediction = torch.randn(shape[0], shape[1] + extra_channels, *shape[2:], generator=generator)
+        self.prediction = with_layout(prediction.to(dtype).to(DEVICE), layout)
+        self.c_x, self.c_e, self.weight = self.coefficients
+        self.c_x[0] = 0.0  # a sample that predicts the noise alone takes another path through the kernel
+
+    def call(self, function, scale=None):
+        return function(
+            self.prediction, self.mean, self.std, self.c_x, self.c_e, self.weight, self.seed, self.slots, self.offset, scale
+        )
+
+    def exact(self) -> tuple[np.ndarray, np.ndarray]:
+        dimensions, channels = self.prediction.dim(), self.mean.shape[1]
+        prediction = self.prediction.double().cpu().numpy()
+        target = column(self.c_x, dimensions) * self.clean + column(self.c_e, dimensions) * self.noise
+        error = prediction[:, :channels] - target
+        elements = error[0].size
+        weight = self.weight.double().cpu().numpy()
+        loss = weight * np.square(error).reshape(len(error), -1).mean(1)
+        gradient = np.zeros_like(prediction)
+        gradient[:, :channels] = 2 * column(self.weight, dimensions) * error / elements
+        return loss, gradient
+
+
+def check(function, case: Case, scale: float | None = None) -> None:
+    loss, gradient = case.call(function, None if scale is None else torch.tensor([scale], device=DEVICE))
+    exact_loss, exact_gradient = case.exact()
+    exact_gradient = exact_gradient * (1 if scale is None else scale)
+    assert loss.dtype == torch.float32
+    assert gradient.dtype == case.prediction.dtype
+    assert gradient.shape == case.prediction.shape
+    np.testing.assert_allclose(loss.double().cpu().numpy(), exact_loss, rtol=2e-6, atol=1e-7)
+    tolerance = TOLERANCE[gradient.dtype] * float(np.abs(exact_gradient).max())
+    np.testing.assert_allclose(gradient.double().cpu().numpy(), exact_gradient, rtol=0, atol=tolerance)
+
+
+@run_kernels
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kernel_is_exact_over_shapes_and_layouts(shape, layout):
+    check(launch_diffusion_loss, Case(shape, torch.float32, layout))
+
+
+@run_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("has_std", [True, False], ids=["posterior", "mean"])
+@pytest.mark.parametrize("scale", [None, 64.0])
+def test_kernel_is_exact_over_dtypes_and_options(dtype, has_std, scale):
+    check(launch_diffusion_loss, Case((3, 4, 16, 16), dtype, "channels_last", has_std, offset=0.0), scale)
+
+
+@run_kernels
+@pytest.mark.parametrize("shape", [(2, 4, 8, 8), (2, 4, 5, 7)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_learned_variance_channels_get_zero_gradient(shape, layout):
+    case = Case(shape, torch.float32, layout, extra_channels=4)
+    check(launch_diffusion_loss, case)
+    _, gradient = case.call(launch_diffusion_loss)
+    assert torch.count_nonzero(gradient[:, 4:]) == 0
+
+
+@run_kernels
+@pytest.mark.parametrize(("layout", "mean_layout"), [("channels_last", "contiguous"), ("contiguous", "channels_last")])
+def test_prediction_and_posterior_may_differ_in_memory_format(layout, mean_layout):
+    check(launch_diffusion_loss, Case((2, 4, 8, 8), torch.float32, layout, mean_layout=mean_layout))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("extra_channels", [0, 4])
+def test_operation_is_exact(shape, dtype, extra_channels):
+    check(diffusion_loss, Case(shape, dtype, "channels_last", extra_channels=extra_channels))
+
+
+@run_kernels
+def test_the_loss_is_reproducible_bit_for_bit():
+    case = Case((2, 4, 64, 64), torch.float32, "contiguous")
+    first, second = case.call(launch_diffusion_loss), case.call(launch_diffusion_loss)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+def test_operation_passes_opcheck():
+    case = Case((2, 4, 4, 4), torch.float32, "contiguous", extra_channels=2)
+    arguments = (
+        case.prediction.requires_grad_(), case.mean, case.std, case.c_x, case.c_e, case.weight, case.seed, case.slots, 0.1,
+    )  # fmt: skip
+    torch.library.opcheck(diffusion_loss, arguments)
+    torch.library.opcheck(diffusion_loss, (*arguments, torch.tensor([8.0], device=DEVICE)))
+
+
+@pytest.mark.parametrize("scale", [None, 512.0])
+def test_autograd_gives_the_gradient_without_its_scale(scale):
+    case = Case((2, 4, 4, 4), torch.float32, "contiguous")
+    case.prediction.requires_grad_()
+    loss, _ = case.call(diffusion_loss, None if scale is None else torch.tensor([scale], device=DEVICE))
+    upstream = torch.tensor([2.0, -3.0], device=DEVICE)
+    loss.backward(upstream)
+    expected = case_without_grad(case) * column(upstream, 4)
+    np.testing.assert_allclose(case.prediction.grad.cpu().numpy(), expected, atol=1e-6)
+
+
+def case_without_grad(case: Case) -> np.ndarray:
+    case.prediction.requires_grad_(False)
+    return case.exact()[1]
+
+
+def test_small_fp16_gradients_survive_with_a_scale():
+    case = Case((1, 4, 64, 64), torch.float16, "contiguous")
+    case.weight.fill_(1e-3)
+    _, lost = case.call(diffusion_loss)
+    _, kept = case.call(diffusion_loss, torch.tensor([65536.0], device=DEVICE))
+    _, exact = case.exact()
+    scale = float(np.abs(exact).max())
+    np.testing.assert_allclose(kept.double().cpu().numpy() / 65536, exact, atol=1e-3 * scale)
+    assert np.abs(lost.double().cpu().numpy() - exact).max() > 0.05 * scale, "without the scale fp16 cannot hold them"

@@ -1,0 +1,70 @@
+"""Small training runs for the tests of the loop, in this process or as a command."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from engine.config import TrainConfig
+
+
+def config(model: Path, images: Path, shards: Path, output: Path, **options) -> TrainConfig:
+    """A run over the shards of the `shards` fixture: global batch 4, 8 steps."""
+    defaults = {
+        "train_batch_size": 4, "max_train_steps": 8, "seed": 11, "learning_rate": 1e-3, "log_every": 1, "report_to": "none",
+        "use_ema": True,
+    }  # fmt: skip
+    return TrainConfig(
+        family="sd", pretrained_model_name_or_path=str(model), train_data_dir=str(images), shards_dir=str(shards),
+        output_dir=str(output), resolution=16, random_flip=True, shard_records=5, **(defaults | options),
+    )  # fmt: skip
+
+
+def command(config: TrainConfig, *launcher: str) -> list[str]:
+    """The command line of a configuration."""
+    arguments: list[str] = []
+    for name, value in config.model_dump(exclude_unset=True).items():
+        if isinstance(value, bool):
+            arguments += [f"--{name}" if value else f"--no-{name}"]
+        elif value is not None:
+            arguments += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return [*(launcher or (sys.executable, "-m", "engine.run")), *arguments]
+
+
+def torchrun(processes: int) -> list[str]:
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+        "-m", "engine.run",
+    ]  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+
+
+def checkpoint_tensors(checkpoint: Path, kind: str) -> dict[str, torch.Tensor]:
+    """Whole parameters of one kind, put together from the slices of all files."""
+    pieces: dict[str, dict[int, torch.Tensor]] = {}
+    for path in checkpoint.glob("rank-*.safetensors"):
+        for name, tensor in load_file(path).items():
+            if name.startswith(f"{kind}/"):
+                parameter, start = name.removeprefix(f"{kind}/").rsplit("@", 1)
+                pieces.setdefault(parameter, {})[int(start)] = tensor
+    return {name: torch.cat([parts[start] for start in sorted(parts)]) for name, parts in pieces.items()}
+
+
+def relative_distance(ours: dict, theirs: dict, start: dict) -> float:
+    """The difference of two results, relative to how far training moved them: L2 over all parameters."""
+    difference = moved = 0.0
+    for name, value in theirs.items():
+        value = value.detach().double().view(-1)
+        difference += (ours[name].detach().double().view(-1) - value).square().sum().item()
+        moved += (value - start[name].detach().double().view(-1)).square().sum().item()
+    return (difference / moved) ** 0.5

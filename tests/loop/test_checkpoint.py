@@ -1,0 +1,136 @@
+"""Checkpoints: complete or absent, checked, portable, and exact."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from engine.errors import UserError
+from engine.loop import checkpoint
+from engine.loop.trainer import train
+from tests.loop.runs import checkpoint_tensors, config
+
+
+def metrics(output) -> dict[int, dict]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line for line in lines}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(model, images, shards, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    assert train(config(model, images, shards, output, checkpointing_steps=3, max_train_steps=9)) == 0
+    return output
+
+
+def continue_from(uninterrupted, output, model, images, shards, step: int, **options):
+    """Resumes a copy of the checkpoint after `step` to the ninth step."""
+    output.mkdir(exist_ok=True)
+    shutil.copytree(uninterrupted / f"checkpoint-{step}", output / f"checkpoint-{step}")
+    shutil.copy(uninterrupted / "metrics.jsonl", output)
+    resume = options.pop("resume_from_checkpoint", "latest")
+    run = config(
+        model, images, shards, output, checkpointing_steps=3, resume_from_checkpoint=resume, **({"max_train_steps": 9} | options)
+    )
+    return train(run)
+
+
+def same_tensors(left, right, kinds=("weight", "exp_avg", "exp_avg_sq", "ema")) -> bool:
+    for kind in kinds:
+        ours, theirs = checkpoint_tensors(left, kind), checkpoint_tensors(right, kind)
+        assert ours.keys() == theirs.keys()
+        assert ours, f"no {kind} in the checkpoint"
+        if not all(torch.equal(ours[name], theirs[name]) for name in ours):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_resumed_run_is_bit_identical(step, uninterrupted, model, images, shards, tmp_path):
+    assert continue_from(uninterrupted, tmp_path / "out", model, images, shards, step) == 0
+    assert same_tensors(tmp_path / "out" / "checkpoint-9", uninterrupted / "checkpoint-9")
+    ours, theirs = metrics(tmp_path / "out"), metrics(uninterrupted)
+    assert [ours[n]["loss"] for n in range(1, 10)] == [theirs[n]["loss"] for n in range(1, 10)]
+
+
+def test_losses_agree_when_a_checkpoint_falls_between_log_points(model, images, shards, tmp_path):
+    options = {"log_every": 5, "checkpointing_steps": 3, "max_train_steps": 10}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(config(model, images, shards, whole, **options)) == 0
+    shutil.copytree(whole / "checkpoint-3", parts / "checkpoint-3")
+    assert train(config(model, images, shards, parts, resume_from_checkpoint="latest", **options)) == 0
+    assert {n: line["loss"] for n, line in metrics(parts).items()} == {n: line["loss"] for n, line in metrics(whole).items()}
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_resumed_run_is_bit_identical_on_partitions(precision, stage, model, images, tmp_path):
+    options = {"zero_stage": stage, "mixed_precision": precision, "checkpointing_steps": 3, "max_train_steps": 6}
+    whole, parts, shards = tmp_path / "whole", tmp_path / "parts", tmp_path / "shards"
+    assert train(config(model, images, shards, whole, **options)) == 0
+    shutil.copytree(whole / "checkpoint-3", parts / "checkpoint-3")
+    assert train(config(model, images, shards, parts, resume_from_checkpoint="latest", **options)) == 0
+    assert same_tensors(parts / "checkpoint-6", whole / "checkpoint-6")
+
+
+def test_a_checkpoint_continues_under_another_zero_stage(uninterrupted, model, images, shards, tmp_path):
+    output = tmp_path / "out"
+    assert continue_from(uninterrupted, output, model, images, shards, 6, zero_stage=2) == 0
+    for kind in ("weight", "ema"):
+        ours, theirs = checkpoint_tensors(output / "checkpoint-9", kind), checkpoint_tensors(uninterrupted / "checkpoint-9", kind)
+        for name in theirs:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-7)
+
+
+def test_the_limit_keeps_the_newest(model, images, shards, tmp_path):
+    options = {"checkpointing_steps": 2, "checkpoints_total_limit": 2}
+    assert train(config(model, images, shards, tmp_path / "out", **options)) == 0
+    assert [path.name for path in checkpoint.complete_checkpoints(tmp_path / "out")] == ["checkpoint-6", "checkpoint-8"]
+    assert (tmp_path / "out" / "latest").read_text().strip() == "checkpoint-8"
+
+
+def test_a_damaged_checkpoint_is_named_and_another_offered(uninterrupted, tmp_path):
+    for step in (3, 6):
+        shutil.copytree(uninterrupted / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    file = tmp_path / "checkpoint-6" / "rank-0.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"checkpoint-6: damaged: rank-0.safetensors.*resume from .*checkpoint-3 instead"):
+        checkpoint.read_state(tmp_path / "checkpoint-6")
+
+
+def test_a_truncated_manifest_is_refused(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted / "checkpoint-3", tmp_path / "checkpoint-3")
+    (tmp_path / "checkpoint-3" / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="not a complete checkpoint"):
+        checkpoint.read_state(tmp_path / "checkpoint-3")
+
+
+def test_latest_without_a_pointer_takes_the_newest_complete_one(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted / "checkpoint-3", tmp_path / "checkpoint-3")
+    (tmp_path / "checkpoint-6.partial").mkdir()
+    assert checkpoint.find(tmp_path, "latest") == tmp_path / "checkpoint-3"
+
+
+def test_latest_in_an_empty_directory_starts_from_nothing(model, images, shards, tmp_path):
+    assert train(config(model, images, shards, tmp_path / "out", max_train_steps=2, resume_from_checkpoint="latest")) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "named"), [({"train_batch_size": 2}, "global_batch 4, this run has 2"), ({"seed": 12}, "seed 11")]
+)
+def test_a_different_run_is_refused(options, named, uninterrupted, model, images, shards, tmp_path):
+    with pytest.raises(UserError, match=named):
+        continue_from(uninterrupted, tmp_path / "out", model, images, shards, 3, **options)
+
+
+def test_the_seed_of_the_resumed_run_is_taken_over(uninterrupted, model, images, shards, tmp_path):
+    assert continue_from(uninterrupted, tmp_path / "out", model, images, shards, 6, seed=None) == 0
+    assert same_tensors(tmp_path / "out" / "checkpoint-9", uninterrupted / "checkpoint-9")
+
+
+def test_no_pickle_is_written(uninterrupted):
+    suffixes = {path.suffix for path in (uninterrupted / "checkpoint-9").iterdir()}
+    assert suffixes == {".safetensors", ".json"}

@@ -1,0 +1,118 @@
+"""Clipping inside AdamW, its refusal of non-finite gradients, the schedules and the moving average."""
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+
+from engine.config import TrainConfig
+from engine.errors import UserError
+from engine.loop.ema import Ema, decay_of_step
+from engine.loop.optimizer import ClippedAdamW, create_optimizer, learning_rates
+from engine.processes import Processes
+
+ARGUMENTS = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+def parameters() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in ((3, 4), (5,), (1,))]
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.1, 1e6])
+def test_steps_are_those_of_clipping_and_adamw(max_norm):
+    ours, theirs = parameters(), parameters()
+    mine = ClippedAdamW(ours, max_norm, None, **ARGUMENTS)
+    mine.create_state()
+    plain = torch.optim.AdamW(theirs, **ARGUMENTS)
+    for step in range(5):
+        for left, right in zip(ours, theirs, strict=True):
+            left.grad = torch.randn(left.shape, generator=torch.Generator().manual_seed(step))
+            right.grad = left.grad.clone()
+        mine.step()
+        norm = torch.nn.utils.clip_grad_norm_(theirs, max_norm if max_norm else float("inf"))
+        plain.step()
+        torch.testing.assert_close(mine.grad_norm, norm)
+    for left, right in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_nothing(value):
+    weights = parameters()
+    optimizer = ClippedAdamW(weights, 1.0, None, **ARGUMENTS)
+    optimizer.create_state()
+    before = [weight.detach().clone() for weight in weights]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    weights[0].grad[0, 0] = value
+    optimizer.step()
+    for weight, old in zip(weights, before, strict=True):
+        assert torch.equal(weight, old)
+        assert torch.count_nonzero(optimizer.state[weight]["exp_avg"]) == 0
+        assert float(optimizer.state[weight]["step"]) == 0
+
+
+def test_parts_of_the_norm_are_added():
+    weights = parameters()[:1]
+    optimizer = ClippedAdamW(weights, 1.0, lambda square: square + 16.0, **ARGUMENTS)
+    optimizer.create_state()
+    weights[0].grad = torch.zeros_like(weights[0])
+    weights[0].grad[0, 0] = 3.0
+    optimizer.step()
+    assert float(optimizer.grad_norm) == 5.0
+
+
+def config(**options) -> TrainConfig:
+    return TrainConfig(family="sd", pretrained_model_name_or_path="unused", learning_rate=1e-3, **options)
+
+
+@pytest.mark.parametrize(
+    "name", ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+)
+def test_learning_rates_are_those_of_diffusers_schedules(name):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    schedule = get_scheduler(name, optimizer, num_warmup_steps=5, num_training_steps=40)
+    rate_of = learning_rates(config(lr_scheduler=name, lr_warmup_steps=5), Processes(), 40)
+    for step in range(40):
+        assert rate_of(step) == pytest.approx(schedule.get_last_lr()[0], rel=1e-12, abs=1e-18)
+        optimizer.step()
+        schedule.step()
+
+
+def test_scale_lr_multiplies_by_the_global_batch():
+    rate_of = learning_rates(
+        config(scale_lr=True, gradient_accumulation_steps=3, train_batch_size=4), Processes(), 10
+    )
+    assert rate_of(0) == pytest.approx(12e-3)
+
+
+def test_8bit_adam_without_bitsandbytes_says_what_to_install():
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        with pytest.raises(UserError, match="install the extra `bitsandbytes`"):
+            create_optimizer(parameters(), config(use_8bit_adam=True), None)
+    else:
+        pytest.skip("bitsandbytes is installed")
+
+
+def test_decay_is_that_of_the_scripts():
+    theirs = EMAModel([torch.zeros(1)])
+    assert [decay_of_step(step) for step in (1, 2, 3, 10, 1000, 200_000)] == [
+        theirs.get_decay(step) for step in (1, 2, 3, 10, 1000, 200_000)
+    ]
+
+
+def test_averages_follow_diffusers(model):
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
+    weights = list(unet.parameters())
+    ours, theirs = Ema(weights, offload=False), EMAModel(weights)
+    for step in range(1, 8):
+        with torch.no_grad():
+            torch._foreach_add_(weights, 0.01 * step)
+        ours.update(step)
+        theirs.step(weights)
+    for left, right in zip(ours.averages, theirs.shadow_params, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-7)
