@@ -1,0 +1,156 @@
+"""The command as users and launchers run it: kills, signals and several processes."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+
+from tests.loop.runs import checkpoint_tensors, command, config, environment, relative_distance, run, torchrun
+
+
+def losses(output: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def exported(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def progress(output: Path) -> int:
+    """How many lines of metrics a running training has written."""
+    path = output / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_five_kills_change_nothing(model, images, tmp_path):
+    """kill -9 at random instants, the first while shards are built or the model loads; the last run goes through."""
+    options = {"max_train_steps": 120, "checkpointing_steps": 4, "checkpoints_total_limit": 2, "mixed_precision": "no"}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    result = run(command(config(model, images, whole / "shards", whole, **options)))
+    assert result.returncode == 0, result.stderr
+
+    resumable = command(config(model, images, killed / "shards", killed, resume_from_checkpoint="latest", **options))
+    moments = random.Random(2026)
+    seen = []
+    for kill in range(5):
+        before = progress(killed)
+        process = subprocess.Popen(resumable, env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        if kill == 0:
+            time.sleep(moments.uniform(2.0, 6.0))
+        else:
+            # Resuming drops lines first, so that any change means that steps are running.
+            while progress(killed) in (0, before) and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(moments.uniform(0.0, 0.6))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+        seen.append(progress(killed))
+    result = run(resumable)
+    assert result.returncode == 0, result.stderr
+    assert max(seen) > 0, "no kill fell into training"
+    ours, theirs = exported(killed), exported(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for kind in ("weight", "exp_avg", "exp_avg_sq", "ema"):
+        left = checkpoint_tensors(killed / "checkpoint-120", kind)
+        right = checkpoint_tensors(whole / "checkpoint-120", kind)
+        assert all(torch.equal(left[name], right[name]) for name in right)
+    assert losses(killed) == losses(whole)
+    assert not list(killed.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_leaves(number, model, images, shards, tmp_path):
+    output = tmp_path / "out"
+    options = config(model, images, shards, output, max_train_steps=100_000, checkpointing_steps=100_000)
+    process = subprocess.Popen(command(options), env=environment(), stdout=subprocess.PIPE, text=True)
+    while progress(output) < 3:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    report, _ = process.communicate()
+    assert process.returncode == 0
+    step = int((output / "latest").read_text().split("-")[1])
+    assert f"Stopped after step {step}" in report
+    assert progress(output) == step
+    resumed = options.model_copy(update={"max_train_steps": step + 3, "resume_from_checkpoint": "latest"})
+    resumed.__pydantic_fields_set__.add("resume_from_checkpoint")
+    result = run(command(resumed))
+    assert result.returncode == 0, result.stderr
+    assert len(losses(output)) == step + 3
+
+
+@pytest.fixture(scope="module")
+def one_process(model, images, shards, tmp_path_factory):
+    """One process that accumulates two micro-batches of two."""
+    output = tmp_path_factory.mktemp("runs") / "one"
+    result = run(command(config(model, images, shards, output, train_batch_size=2, gradient_accumulation_steps=2,
+                                max_train_steps=12, checkpointing_steps=12)))  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_two_processes_train_as_one(stage, one_process, model, images, shards, tmp_path):
+    output = tmp_path / "two"
+    options = config(
+        model, images, shards, output, train_batch_size=2, zero_stage=stage, max_train_steps=12, checkpointing_steps=12
+    )
+    result = run(command(options, *torchrun(2)))
+    assert result.returncode == 0, result.stderr
+    assert losses(output) == pytest.approx(losses(one_process), abs=1e-6)
+    start = dict(UNet2DConditionModel.from_pretrained(model, subfolder="unet").named_parameters())
+    for kind in ("weight", "ema"):
+        ours = checkpoint_tensors(output / "checkpoint-12", kind)
+        theirs = checkpoint_tensors(one_process / "checkpoint-12", kind)
+        assert relative_distance(ours, theirs, start) < 1e-4
+    assert relative_distance(exported(output), exported(one_process), start) < 1e-4
+
+
+def test_a_checkpoint_of_two_processes_continues_on_one(one_process, model, images, shards, tmp_path):
+    output = tmp_path / "two"
+    options = {"train_batch_size": 2, "max_train_steps": 6, "checkpointing_steps": 6}
+    result = run(command(config(model, images, shards, output, zero_stage=2, **options), *torchrun(2)))
+    assert result.returncode == 0, result.stderr
+    shutil.rmtree(output / "unet")
+    options |= {"max_train_steps": 12, "gradient_accumulation_steps": 2, "resume_from_checkpoint": "latest"}
+    result = run(command(config(model, images, shards, output, **options)))
+    assert result.returncode == 0, result.stderr
+    start = dict(UNet2DConditionModel.from_pretrained(model, subfolder="unet").named_parameters())
+    assert relative_distance(exported(output), exported(one_process), start) < 1e-4
+
+
+def test_the_deepspeed_launcher_starts_the_same_command(one_process, model, images, shards, tmp_path):
+    output = tmp_path / "launched"
+    options = config(model, images, shards, output, train_batch_size=2, max_train_steps=12)
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--module", "engine.run"]
+    result = run(command(options, *launcher))
+    assert result.returncode == 0, result.stderr
+    assert losses(output) == pytest.approx(losses(one_process), abs=1e-6)
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(model, images, shards, tmp_path):
+    output = tmp_path / "out"
+    options = config(
+        model, images, shards, output, train_batch_size=2, max_train_steps=100_000, checkpointing_steps=100_000
+    )
+    launcher = subprocess.Popen(
+        command(options, *torchrun(2)), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while progress(output) < 3:
+        assert launcher.poll() is None
+        time.sleep(0.02)
+    worker = int(Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()[-1])
+    subprocess.run(["kill", "-USR1", str(worker)], check=True)
+    assert launcher.wait() == 0
+    step = int((output / "latest").read_text().split("-")[1])
+    state = json.loads((output / f"checkpoint-{step}" / "state.json").read_text())
+    assert (state["step"], state["world"]) == (step, 2)

@@ -1,0 +1,210 @@
+"""What a run leaves behind: metrics, validation images, the exported pipeline; and what it refuses."""
+
+import json
+import tomllib
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from engine.errors import UserError
+from engine.loop import trainer
+from engine.loop.metrics import _forget_after, forward_flops
+from engine.loop.trainer import train
+from engine.loop.validation import push_to_hub, weights_in_place
+from engine.models.family import open_family
+from tests.loop.runs import config
+
+
+@pytest.fixture(scope="module")
+def trained(model, images, shards, tmp_path_factory):
+    """Eight steps over twelve records (epochs end after steps 3, 6 and, within the run, no more)."""
+    output = tmp_path_factory.mktemp("runs") / "trained"
+    prompts = ["a red square", "a blue square"]
+    options = {"validation_prompts": prompts, "num_validation_images": 2, "prediction_type": "v_prediction"}
+    run = config(
+        model, images, shards, output, validation_epochs=2, report_to="tensorboard", log_every=3, hub_token="secret-token",
+        gradient_checkpointing=True, **options,
+    )  # fmt: skip
+    assert train(run) == 0
+    return output
+
+
+def test_metrics_have_the_promised_keys(trained):
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6, 8]
+    for line in lines:
+        assert {"step", "epoch", "loss", "lr", "grad_norm", "samples_per_second", "step_seconds"} <= line.keys()
+        assert line["epoch"] == pytest.approx(line["step"] * 4 / 12)
+        assert line["samples_per_second"] * line["step_seconds"] == pytest.approx(4)
+
+
+def test_tensorboard_has_the_same_losses(trained):
+    events = EventAccumulator(str(trained / "logs"))
+    events.Reload()
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    scalars = events.Scalars("train/loss")
+    assert [event.step for event in scalars] == [line["step"] for line in lines]
+    assert [event.value for event in scalars] == pytest.approx([line["loss"] for line in lines], rel=1e-6)
+    assert events.Images("validation")
+
+
+def test_validation_images_are_drawn_after_the_due_epochs(trained):
+    # Epochs end at steps 3 and 6; the first and every second one after it are due, and the end of training.
+    assert sorted(path.name for path in (trained / "samples").iterdir()) == ["step-3.png", "step-8.png"]
+    grid = np.asarray(Image.open(trained / "samples" / "step-8.png"))
+    assert grid.std() > 10
+
+
+def test_the_configuration_is_stored_resolved_and_without_secrets(trained):
+    text = (trained / "config.toml").read_text()
+    assert "secret-token" not in text
+    stored = tomllib.loads(text)
+    assert stored["max_train_steps"] == 8
+    assert stored["seed"] == 11
+
+
+def test_diffusers_loads_the_result_and_draws(trained):
+    pipeline = StableDiffusionPipeline.from_pretrained(trained)
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert pipeline.unet.dtype == torch.float32
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a red square", num_inference_steps=2).images[0]
+    assert image.size == (16, 16)
+
+
+def test_only_the_promised_entries_are_left(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert names == {
+        "config.toml", "metrics.jsonl", "samples", "logs", "model_index.json", "scheduler", "text_encoder", "tokenizer",
+        "unet", "vae",
+    }  # fmt: skip
+
+
+def test_weights_come_back_after_validation(model, images, shards, tmp_path, monkeypatch):
+    seen = []
+    run_steps = trainer._Training.run_steps
+
+    def look(self):
+        result = run_steps(self)
+        module = self.sharded.engine.module
+        before = [parameter.detach().clone() for parameter in module.parameters()]
+        with weights_in_place(self.sharded, self.ema.averages) as inner:
+            seen.append(any(not torch.equal(a, b) for a, b in zip(before, inner.parameters(), strict=True)))
+            assert not inner.training
+        seen.append(all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True)))
+        assert module.training
+        return result
+
+    monkeypatch.setattr(trainer._Training, "run_steps", look)
+    assert train(config(model, images, shards, tmp_path / "out", max_train_steps=3)) == 0
+    assert seen == [True, True]
+
+
+def test_without_ema_the_weights_themselves_are_exported(model, images, shards, tmp_path):
+    assert train(config(model, images, shards, tmp_path / "out", use_ema=False, max_train_steps=2, learning_rate=0.0)) == 0
+    ours = UNet2DConditionModel.from_pretrained(tmp_path / "out", subfolder="unet")
+    theirs = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
+    # At learning rate 0 AdamW leaves the weights alone, decay included.
+    for left, right in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_epochs_give_the_number_of_steps(model, images, shards, tmp_path):
+    assert train(config(model, images, shards, tmp_path / "out", max_train_steps=None, num_train_epochs=2)) == 0
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["step"] == 6  # 2 epochs of 12 records in batches of 4
+
+
+def test_a_shard_that_was_altered_is_named_before_training(model, images, tmp_path):
+    run = config(model, images, tmp_path / "shards", tmp_path / "out", max_train_steps=1)
+    assert train(run) == 0
+    file = tmp_path / "shards" / "shard-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="shard-00001.safetensors: altered"):
+        train(run)
+
+
+def test_training_needs_only_the_shards(model, shards, tmp_path):
+    run = config(model, shards, shards, tmp_path / "out", max_train_steps=1)
+    run = run.model_copy(update={"train_data_dir": None})
+    assert train(run) == 0
+
+
+def test_shards_of_another_resolution_are_refused(model, shards, tmp_path):
+    run = config(model, shards, shards, tmp_path / "out").model_copy(update={"train_data_dir": None, "resolution": 32})
+    with pytest.raises(UserError, match="other records than --family sd at --resolution 32"):
+        train(run)
+
+
+def test_dream_needs_epsilon(model, images, shards, tmp_path):
+    with pytest.raises(UserError, match="--dream_training needs prediction type epsilon, not sample"):
+        train(config(model, images, shards, tmp_path / "out", dream_training=True, prediction_type="sample"))
+
+
+def test_xformers_that_cannot_work_says_so(model, images, shards, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("xFormers may work here")
+    with pytest.raises(UserError, match="--enable_xformers_memory_efficient_attention: .*install the extra `xformers`"):
+        train(config(model, images, shards, tmp_path / "out", enable_xformers_memory_efficient_attention=True))
+
+
+def test_lines_of_steps_that_are_trained_again_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    _forget_after(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_operations_of_sd15_are_counted(model, images, shards, tmp_path):
+    """0.803 TFLOP per forward pass of the Stable Diffusion 1.5 UNet at 512 px."""
+    family = open_family(config(model, images, shards, tmp_path))
+    family.latent_size = 64
+    family.text_config["hidden_size"] = 768
+    family.tokenizer.model_max_length = 77
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    assert sum(parameter.numel() for parameter in unet.parameters()) == pytest.approx(859.5e6, rel=1e-3)
+    assert forward_flops(family, unet) == pytest.approx(0.803e12, rel=0.005)
+
+
+def test_the_upload_leaves_checkpoints_and_shards_out(trained, model, images, shards, monkeypatch):
+    import huggingface_hub
+
+    calls = {}
+
+    class Api:
+        def __init__(self, token):
+            calls["token"] = token
+
+        def create_repo(self, name, exist_ok):
+            calls["name"] = name
+            return type("Repository", (), {"repo_id": f"someone/{name}"})
+
+        def upload_folder(self, **arguments):
+            calls.update(arguments)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    push_to_hub(config(model, images, shards, trained, hub_token="t", hub_model_id="mine"))
+    assert calls["repo_id"] == "someone/mine"
+    assert calls["folder_path"] == trained
+    assert {"checkpoint-*", "shards/*", "logs/*"} <= set(calls["ignore_patterns"])
+    card = (trained / "README.md").read_text()
+    (trained / "README.md").unlink()
+    assert "library_name: diffusers" in card
+
+
+def test_a_compiled_model_trains_as_the_plain_one(model, images, shards, tmp_path):
+    losses = {}
+    for name, compiled in (("plain", False), ("compiled", True)):
+        assert train(config(model, images, shards, tmp_path / name, compile=compiled, max_train_steps=3)) == 0
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses[name] = [json.loads(line)["loss"] for line in lines]
+    assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-4)
+    ours = UNet2DConditionModel.from_pretrained(tmp_path / "compiled", subfolder="unet")
+    assert set(ours.state_dict()) == set(UNet2DConditionModel.from_pretrained(model, subfolder="unet").state_dict())
