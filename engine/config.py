@@ -53,18 +53,19 @@ class CacheConfig(BaseModel):
     )
     image_column: str = option("image", "Column that holds the image.", "data")
     caption_column: str = option("text", "Column that holds a caption or a list of captions.", "data")
-    max_train_samples: int | None = option(
-        None, "Train on this many samples, drawn with --seed, instead of all.", "data", ge=1
-    )
+    max_train_samples: int | None = option(None, "Train on this many samples, drawn with --seed, instead of all.", "data", ge=1)
     resolution: int = option(512, "Images are resized and cropped to this many pixels on both sides.", "data", ge=8)
     center_crop: bool = option(False, "Crop the centre of each image instead of random places.", "data")
     random_flip: bool = option(False, "Show each image mirrored half of the time.", "data")
     random_crops: int = option(
-        4, "Random crops stored per image without --center_crop (an image that is already square needs one).", "data", ge=1
+        4,
+        "Random crops stored per image without --center_crop (an image that is already square needs one).",
+        "data",
+        ge=1,
     )
-    image_interpolation_mode: Literal[
-        "nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"
-    ] = option("lanczos", "How images are resized.", "data")
+    image_interpolation_mode: Literal["nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"] = option(
+        "lanczos", "How images are resized.", "data"
+    )
     strict: bool = option(False, "Stop at the first image or caption that cannot be used, instead of skipping it.", "data")
 
     shards_dir: str | None = option(
@@ -93,17 +94,13 @@ class TrainConfig(CacheConfig):
         None, "Revision of the trained weights, when the non-EMA ones are kept apart. Default: --revision.", "model"
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.", "model")
-    enable_xformers_memory_efficient_attention: bool = option(
-        False, "Use xFormers' attention instead of torch's own.", "model"
-    )
+    enable_xformers_memory_efficient_attention: bool = option(False, "Use xFormers' attention instead of torch's own.", "model")
     compile: bool = option(False, "Compile the trained model with torch.compile.", "model")
 
     train_batch_size: int = option(16, "Samples per process and micro-batch.", "training", ge=1)
     gradient_accumulation_steps: int = option(1, "Micro-batches per optimizer step.", "training", ge=1)
     num_train_epochs: int = option(100, "Passes over the data, when --max_train_steps is not given.", "training", ge=1)
-    max_train_steps: int | None = option(
-        None, "Optimizer steps in all; overrides --num_train_epochs.", "training", ge=1
-    )
+    max_train_steps: int | None = option(None, "Optimizer steps in all; overrides --num_train_epochs.", "training", ge=1)
     zero_stage: int = option(
         0,
         "DeepSpeed ZeRO stage. 0 leaves the choice of the machinery under low precision to the engine; "
@@ -115,16 +112,18 @@ class TrainConfig(CacheConfig):
 
     learning_rate: float = option(1e-4, "Learning rate after warm-up.", "optimizer", ge=0)
     scale_lr: bool = option(False, "Multiply the learning rate by accumulation, batch size and processes.", "optimizer")
-    lr_scheduler: Literal[
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-    ] = option("constant", "Schedule of the learning rate.", "optimizer")
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = (
+        option("constant", "Schedule of the learning rate.", "optimizer")
+    )
     lr_warmup_steps: int = option(500, "Warm-up in optimizer steps, for the schedules that warm up.", "optimizer", ge=0)
     use_8bit_adam: bool = option(False, "Use the 8-bit AdamW of bitsandbytes.", "optimizer")
     adam_beta1: float = option(0.9, "Decay of AdamW's first moment.", "optimizer", ge=0, lt=1)
     adam_beta2: float = option(0.999, "Decay of AdamW's second moment.", "optimizer", ge=0, lt=1)
     adam_weight_decay: float = option(1e-2, "Weight decay.", "optimizer", ge=0)
     adam_epsilon: float = option(1e-8, "AdamW's epsilon.", "optimizer", gt=0)
-    max_grad_norm: float = option(1.0, "Gradients are clipped to this global norm; 0 leaves them as they are.", "optimizer", ge=0)
+    max_grad_norm: float = option(
+        1.0, "Gradients are clipped to this global norm; 0 leaves them as they are.", "optimizer", ge=0
+    )
     use_ema: bool = option(False, "Keep an exponential moving average of the weights, and export it.", "optimizer")
     offload_ema: bool = option(False, "Keep the moving average in host memory between steps.", "optimizer")
     foreach_ema: bool = option(False, "Accepted from the scripts; the moving average is always updated that way.", "optimizer")

@@ -90,9 +90,7 @@ class StopSignal:
         self.processes = processes
         self.received = False
         self._pending: tuple[torch.Tensor, Any] | None = None
-        self._previous = {
-            number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGUSR1)
-        }
+        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGUSR1)}
 
     def _receive(self, number: int, frame: Any) -> None:
         self.received = True

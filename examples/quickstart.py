@@ -119,7 +119,11 @@ def build_pipeline(directory: Path, images: Path) -> None:
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
     scheduler = DDPMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, timestep_spacing="trailing"
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        timestep_spacing="trailing",
     )
     StableDiffusionPipeline(
         vae=train_vae(images), text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
@@ -202,7 +206,8 @@ def main() -> None:
     )  # fmt: skip
     print(f"""
 {accuracy:.0%} of {10 * IMAGES_PER_DIGIT} drawn digits are recognised as the digit asked for
-{timing["samples_per_second"]:.0f} samples per second in training ({timing["train_seconds"]:.0f} s), after {timing["encode_seconds"]:.0f} s of encoding
+{timing["samples_per_second"]:.0f} samples per second for {timing["train_seconds"]:.0f} s of training
+after {timing["encode_seconds"]:.0f} s of encoding
 pipeline  {output}
 grid      {grid}
 samples   {output / "samples"}

@@ -98,8 +98,8 @@ def build(config: CacheConfig, family: Encoder, source: Source, processes: Proce
     directory.mkdir(parents=True, exist_ok=True)
     plan = make_plan(source, config.shard_records, family.captioned)
     if config.strict and plan.refused:
-        index, reason = next(iter(plan.refused.items()))
-        raise UserError(f"--strict: {source.name(index)}: {reason}")
+        sample, reason = next(iter(plan.refused.items()))
+        raise UserError(f"--strict: {source.name(sample)}: {reason}")
 
     count = len(plan.first_of_shard) - 1
     mine = range(processes.rank, count, processes.world)
@@ -114,11 +114,15 @@ def build(config: CacheConfig, family: Encoder, source: Source, processes: Proce
     by_file = {entry.file: (entry, refused) for part in gathered for entry, refused in part}
     ordered = [by_file[shard_name(number)] for number in range(count)]
     index = Index(
-        config.family, fingerprint, identity, config.model_dump(include=set(CacheConfig.model_fields)),
-        family.record_spec,
-        [entry for entry, _ in ordered], [item for _, refused in ordered for item in refused],
-        seconds,
-    )  # fmt: skip
+        family=config.family,
+        fingerprint=fingerprint,
+        identity=identity,
+        config=config.model_dump(include=set(CacheConfig.model_fields)),
+        fields=family.record_spec,
+        shards=[entry for entry, _ in ordered],
+        refused=[item for _, refused in ordered for item in refused],
+        encode_seconds=seconds,
+    )
     if processes.is_first:
         index.write(directory)
         for leftover in directory.glob(f"*{PARTIAL}"):
@@ -148,7 +152,12 @@ def _is_complete(path: Path, fingerprint: str) -> bool:
 def _describe(path: Path) -> tuple[ShardEntry, list[dict[str, str]]]:
     _, metadata, _ = read_header(path)
     entry = ShardEntry(
-        path.name, metadata["records"], metadata["image_rows"], metadata["caption_rows"], path.stat().st_size, digest(path)
+        path.name,
+        metadata["records"],
+        metadata["image_rows"],
+        metadata["caption_rows"],
+        path.stat().st_size,
+        digest(path),
     )
     return entry, metadata["refused"]
 

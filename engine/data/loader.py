@@ -16,11 +16,15 @@ DEPTH = 2  # micro-batches ready ahead of the step
 
 @dataclass
 class Batch:
-    """One micro-batch on the device. record: the family's fields, each [B, *shape]; slots int64 [B]; timesteps [B]."""
+    """One micro-batch on the device. record: the family's fields, each [B, *shape]; slots int64 [B]; timesteps [B].
+
+    copied: on a GPU, the event that its copy from the host is done.
+    """
 
     record: dict[str, Tensor]
     slots: Tensor
     timesteps: Tensor
+    copied: torch.cuda.Event | None = None
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,7 @@ class BatchPlan:
         return self.micro_batch * self.accumulation * self.world
 
     def slots(self, step: int, accumulation_index: int) -> Tensor:
-        return slots_of_micro_batch(
-            step, self.global_batch, self.micro_batch, accumulation_index, self.rank, self.world
-        )
+        return slots_of_micro_batch(step, self.global_batch, self.micro_batch, accumulation_index, self.rank, self.world)
 
 
 class Loader:
@@ -61,7 +63,7 @@ class Loader:
     ) -> None:
         self.shards, self.plan, self.seed, self.draw_timesteps, self.device = shards, plan, seed, draw_timesteps, device
         self.steps = range(first_step, last_step)
-        self._ready: queue.Queue[tuple[Batch, torch.cuda.Event | None] | BaseException | None] = queue.Queue(DEPTH)
+        self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(DEPTH)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
         self._thread.start()
@@ -70,13 +72,12 @@ class Loader:
         while (item := self._ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            batch, copied = item
-            if copied is not None:
+            if item.copied is not None:
                 stream = torch.cuda.current_stream(self.device)
-                stream.wait_event(copied)
-                for tensor in (*batch.record.values(), batch.slots, batch.timesteps):
+                stream.wait_event(item.copied)
+                for tensor in (*item.record.values(), item.slots, item.timesteps):
                     tensor.record_stream(stream)
-            yield batch
+            yield item
 
     def close(self) -> None:
         """Ends the thread; to be called also when the iteration was left early."""
@@ -91,10 +92,7 @@ class Loader:
         try:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
-                batches = self._device_batches()
-            else:
-                batches = ((batch, None) for batch in self._host_batches())
-            for item in batches:
+            for item in self._device_batches() if self.device.type == "cuda" else self._host_batches():
                 self._ready.put(item)
                 if self._stop.is_set():
                     return
@@ -119,8 +117,8 @@ class Loader:
             for name, field in self.shards.fields.items()
         }
 
-    def _device_batches(self) -> Iterator[tuple[Batch, torch.cuda.Event]]:
-        """Micro-batches copied on a side stream, each with the event that its copy is done."""
+    def _device_batches(self) -> Iterator[Batch]:
+        """Micro-batches copied to the device on a side stream."""
         stream = torch.cuda.Stream(self.device)
         ring = [(self._buffers(pinned=True), torch.cuda.Event()) for _ in range(DEPTH + 1)]
 
@@ -137,4 +135,4 @@ class Loader:
                 slots = batch.slots.pin_memory().to(self.device, non_blocking=True)
                 timesteps = batch.timesteps.pin_memory().to(self.device, non_blocking=True)
                 copied.record(stream)
-            yield Batch(record, slots, timesteps), copied
+            yield Batch(record, slots, timesteps, copied)

@@ -1,4 +1,6 @@
-"""Which sample stands where: training is one endless sequence of slots, and each slot's record is a pure function of (seed, slot).
+"""Which sample stands where: training is one endless sequence of slots.
+
+Each slot's record is a pure function of (seed, slot).
 
 With n records, epoch slot // n visits record permutation(seed, epoch)[slot % n]. The permutation is a keyed bijection that is
 evaluated per index in O(1) memory: a balanced Feistel network over the smallest even number of bits that holds n, with Philox
@@ -45,6 +47,6 @@ def records_of(seed: int, slots: Tensor, count: int) -> Tensor:
 def slots_of_micro_batch(
     step: int, global_batch: int, micro_batch: int, accumulation_index: int, rank: int, world: int
 ) -> Tensor:
-    """The slots that one process trains on in one micro-batch of optimizer step `step` (counted from 0): int64 [micro_batch]."""
+    """The slots of one process in one micro-batch of optimizer step `step` (counted from 0): int64 [micro_batch]."""
     first = step * global_batch + (accumulation_index * world + rank) * micro_batch
     return torch.arange(first, first + micro_batch)

@@ -141,9 +141,7 @@ def shard_name(number: int) -> str:
 def write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Writes one shard: complete or absent. `metadata` is stored as JSON in the file's header."""
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    write_atomically(
-        path, lambda temporary: safetensors.torch.save_file(tensors, temporary, {"engine": json.dumps(metadata)})
-    )
+    write_atomically(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, {"engine": json.dumps(metadata)}))
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:

@@ -113,9 +113,7 @@ class ImageFolder:
     def __init__(self, folder: Path, image_column: str, caption_column: str) -> None:
         self.folder = folder.resolve()
         self.caption_column = caption_column
-        self.metadata_files = sorted(
-            path for name in METADATA_NAMES for path in self.folder.rglob(name) if path.is_file()
-        )
+        self.metadata_files = sorted(path for name in METADATA_NAMES for path in self.folder.rglob(name) if path.is_file())
         if not self.metadata_files:
             raise UserError(
                 f"--train_data_dir {folder}: no metadata.jsonl or metadata.csv there; "
@@ -222,7 +220,12 @@ class LibraryDataset:
             self.roots.append(self.local if self.local.is_dir() else self.local.parent)
         if config.train_data_dir:
             self.roots.append(Path(config.train_data_dir).resolve())
-        self.fingerprint = {"kind": "data set", "name": Path(name).name, "rows": len(rows), "fingerprint": rows._fingerprint}
+        self.fingerprint = {
+            "kind": "data set",
+            "name": Path(name).name,
+            "rows": len(rows),
+            "fingerprint": rows._fingerprint,
+        }
         # Arrow tables may be read from several threads, but the library's formatting is not documented to be safe.
         self.lock = threading.Lock()
 

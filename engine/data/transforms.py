@@ -26,11 +26,8 @@ def resize_short_side(image: Image.Image, size: int, resampling: Image.Resamplin
     width, height = image.size
     if min(width, height) == size:
         return image
-    if width <= height:
-        target = (size, int(size * height / width))
-    else:
-        target = (int(size * width / height), size)
-    return image.resize(target, resampling)
+    long_side = int(size * max(width, height) / min(width, height))
+    return image.resize((size, long_side) if width <= height else (long_side, size), resampling)
 
 
 def crop(image: Image.Image, left: int, top: int, size: int) -> Image.Image:

@@ -34,9 +34,7 @@ class Tiling:
 
 def is_channels_last(tensor: Tensor) -> bool:
     """Whether a tensor is stored with its channels innermost and not (also) contiguous."""
-    return (
-        tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
-    )
+    return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def positions_of(tensor: Tensor) -> int:

@@ -105,8 +105,10 @@ def _cosine_and_sine(word):
     x = ((number - (quarter << 22)).to(tl.float32) + 0.5) * (1.5707963267948966 / 4194304)  # pi / 2 * 2^-22
     square = x * x
     sine = x + x * square * (-1.6666654611e-1 + square * (8.3321608736e-3 - square * 1.9515295891e-4))
-    cosine = 1 - 0.5 * square + square * square * (
-        4.166664568298827e-2 + square * (-1.388731625493765e-3 + square * 2.443315711809948e-5)
+    cosine = (
+        1
+        - 0.5 * square
+        + square * square * (4.166664568298827e-2 + square * (-1.388731625493765e-3 + square * 2.443315711809948e-5))
     )
     odd = quarter % 2 == 1
     first = tl.where(odd, sine, cosine)

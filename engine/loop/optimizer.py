@@ -51,7 +51,7 @@ class ClippedAdamW(torch.optim.AdamW):
                 }
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         self.grad_norm = global_norm(gradients, self.sum_parts)
         self.found_inf = (~self.grad_norm.isfinite()).float()
@@ -100,9 +100,8 @@ def _clipped_adamw_8bit() -> type:
     return ClippedAdamW8bit
 
 
-def create_optimizer(
-    parameters: Iterable[Tensor], config: TrainConfig, sum_parts: Callable[[Tensor], Tensor] | None
-) -> torch.optim.Optimizer:
+def create_optimizer(parameters: Iterable[Tensor], config: TrainConfig, sum_parts: Callable[[Tensor], Tensor] | None) -> Any:
+    """AdamW with clipping, in 32 or 8 bits: an optimizer with `grad_norm` and `create_state`."""
     kind = _clipped_adamw_8bit() if config.use_8bit_adam else ClippedAdamW
     return kind(
         parameters,

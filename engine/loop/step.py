@@ -25,7 +25,7 @@ class _StoredGradient(torch.autograd.Function):
         return torch.zeros((), device=prediction.device)
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
         return ctx.saved_tensors[0], None
 
 
@@ -42,9 +42,7 @@ def train_micro_batch(
     mean = batch.record[family.mean]
     std = batch.record[family.std] if family.std else None
     alpha, sigma, c_x, c_e, weight = family.schedule.coefficients(batch.timesteps)
-    noisy = add_noise(
-        mean, std, alpha, sigma, seed, batch.slots, config.noise_offset, config.input_perturbation
-    )
+    noisy = add_noise(mean, std, alpha, sigma, seed, batch.slots, config.noise_offset, config.input_perturbation)
     correction = None
     if config.dream_training:
         noisy, correction, c_e = _dream(engine.module, family, batch, config, seed, noisy, sigma)

@@ -1,8 +1,6 @@
 """The story of a run: shards, model, resume, steps, checkpoints, validation, export."""
 
-import json
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

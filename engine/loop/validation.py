@@ -38,7 +38,13 @@ def weights_in_place(sharded: Sharded, tensors: list[Tensor]) -> Iterator[nn.Mod
 
 
 def validate(
-    config: TrainConfig, family: Family, sharded: Sharded, tensors: list[Tensor], processes: Processes, seed: int, step: int
+    config: TrainConfig,
+    family: Family,
+    sharded: Sharded,
+    tensors: list[Tensor],
+    processes: Processes,
+    seed: int,
+    step: int,
 ) -> Path | None:
     """Draws the validation images into samples/step-N.png on the first process; every process must call it."""
     path = Path(config.output_dir) / "samples" / f"step-{step}.png"

@@ -52,7 +52,10 @@ class Sharded:
         self.optimizer = create_optimizer(model.parameters(), config, None if self.replicated else processes.sum_)
         elements = sum(parameter.numel() for parameter in names)
         self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=self.optimizer, config=deepspeed_config(config, stage, elements), dist_init_required=False
+            model=model,
+            optimizer=self.optimizer,
+            config=deepspeed_config(config, stage, elements),
+            dist_init_required=False,
         )
         self.slices: list[Slice] = []
         if self.replicated:
@@ -123,11 +126,16 @@ def check_precision(config: TrainConfig, processes: Processes) -> None:
     _import_deepspeed(processes)
     from deepspeed.accelerator import get_accelerator
 
-    supported = {"no": True, "bf16": get_accelerator().is_bf16_supported(), "fp16": get_accelerator().is_fp16_supported()}
+    supported = {
+        "no": True,
+        "bf16": get_accelerator().is_bf16_supported(),
+        "fp16": get_accelerator().is_fp16_supported(),
+    }
     if not supported[config.mixed_precision]:
         others = [name for name in ("bf16", "no") if supported[name]]
         raise UserError(
-            f"--mixed_precision {config.mixed_precision} is not supported on this {processes.device.type}; use {' or '.join(others)}"
+            f"--mixed_precision {config.mixed_precision} is not supported on this {processes.device.type}; "
+            f"use {' or '.join(others)}"
         )
 
 
@@ -177,7 +185,11 @@ def deepspeed_config(config: TrainConfig, stage: int, elements: int) -> dict[str
 def _import_deepspeed(processes: Processes) -> Any:
     """Imports DeepSpeed, and keeps it from building its shared-memory operator (22 s) on the CPU."""
     # DeepSpeed reads these from the environment even when the process group exists.
-    for name, value in (("RANK", processes.rank), ("WORLD_SIZE", processes.world), ("LOCAL_RANK", processes.local_rank)):
+    for name, value in (
+        ("RANK", processes.rank),
+        ("WORLD_SIZE", processes.world),
+        ("LOCAL_RANK", processes.local_rank),
+    ):
         os.environ.setdefault(name, str(value))
     import deepspeed
 

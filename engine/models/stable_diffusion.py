@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from engine.config import CacheConfig, TrainConfig
 from engine.data import transforms
@@ -29,7 +29,7 @@ class StableDiffusion(Family):
         self.path = self._resolve(config)
         self.unet_config = self._read("unet", UNet2DConditionModel.load_config)
         self.vae_config = self._read("vae", AutoencoderKL.load_config)
-        self.text_config = self._read("text_encoder", lambda path: CLIPTextModel.config_class.from_pretrained(path).to_dict())
+        self.text_config = self._read("text_encoder", lambda path: CLIPTextConfig.from_pretrained(path).to_dict())
         self.tokenizer = self._read("tokenizer", CLIPTokenizer.from_pretrained)
         self.latent_size = self._check()
         scheduler = self._read("scheduler", DDPMScheduler.from_pretrained)
@@ -110,13 +110,10 @@ class StableDiffusion(Family):
         }
 
     def load_encoders(self, device: torch.device) -> None:
-        arguments = {"variant": self.config.variant, "torch_dtype": self.dtype}
-        self.vae = AutoencoderKL.from_pretrained(self.path / "vae", **arguments).to(device).eval()
-        self.text_encoder = (
-            CLIPTextModel.from_pretrained(self.path / "text_encoder", variant=self.config.variant, dtype=self.dtype)
-            .to(device)
-            .eval()
-        )
+        variant, dtype = self.config.variant, self.dtype
+        vae = AutoencoderKL.from_pretrained(self.path / "vae", variant=variant, torch_dtype=dtype)
+        text_encoder: nn.Module = CLIPTextModel.from_pretrained(self.path / "text_encoder", variant=variant, dtype=dtype)
+        self.vae, self.text_encoder = vae.to(device).eval(), text_encoder.to(device).eval()
 
     def free_encoders(self) -> None:
         del self.vae, self.text_encoder
@@ -165,9 +162,7 @@ class StableDiffusion(Family):
         arguments = {"subfolder": "unet", "cache_dir": config.cache_dir}
         name = config.pretrained_model_name_or_path
         try:
-            unet = UNet2DConditionModel.from_pretrained(
-                name, revision=config.non_ema_revision or config.revision, **arguments
-            )
+            unet = UNet2DConditionModel.from_pretrained(name, revision=config.non_ema_revision or config.revision, **arguments)
         except (OSError, ValueError) as error:
             if config.variant is None:
                 raise UserError(f"{name}: the UNet cannot be loaded: {str(error).splitlines()[0]}") from None

@@ -17,9 +17,7 @@ def exact(sample: Sample, perturbation: float) -> np.ndarray:
 
 def check(function, sample: Sample, perturbation: float) -> None:
     alpha, sigma, _ = sample.coefficients
-    noisy = function(
-        sample.mean, sample.std, alpha, sigma, sample.seed, sample.slots, sample.offset, perturbation
-    )
+    noisy = function(sample.mean, sample.std, alpha, sigma, sample.seed, sample.slots, sample.offset, perturbation)
     assert noisy.shape == sample.mean.shape
     assert noisy.dtype == sample.mean.dtype
     tolerance = TOLERANCE[noisy.dtype]

@@ -22,7 +22,16 @@ class Case(Sample):
 
     def call(self, function, scale=None):
         return function(
-            self.prediction, self.mean, self.std, self.c_x, self.c_e, self.weight, self.seed, self.slots, self.offset, scale
+            self.prediction,
+            self.mean,
+            self.std,
+            self.c_x,
+            self.c_e,
+            self.weight,
+            self.seed,
+            self.slots,
+            self.offset,
+            scale,
         )
 
     def exact(self) -> tuple[np.ndarray, np.ndarray]:

@@ -31,7 +31,13 @@ def continue_from(uninterrupted, output, model, images, shards, step: int, **opt
     shutil.copy(uninterrupted / "metrics.jsonl", output)
     resume = options.pop("resume_from_checkpoint", "latest")
     run = config(
-        model, images, shards, output, checkpointing_steps=3, resume_from_checkpoint=resume, **({"max_train_steps": 9} | options)
+        model,
+        images,
+        shards,
+        output,
+        checkpointing_steps=3,
+        resume_from_checkpoint=resume,
+        **({"max_train_steps": 9} | options),
     )
     return train(run)
 
@@ -78,7 +84,10 @@ def test_a_checkpoint_continues_under_another_zero_stage(uninterrupted, model, i
     output = tmp_path / "out"
     assert continue_from(uninterrupted, output, model, images, shards, 6, zero_stage=2) == 0
     for kind in ("weight", "ema"):
-        ours, theirs = checkpoint_tensors(output / "checkpoint-9", kind), checkpoint_tensors(uninterrupted / "checkpoint-9", kind)
+        ours, theirs = (
+            checkpoint_tensors(output / "checkpoint-9", kind),
+            checkpoint_tensors(uninterrupted / "checkpoint-9", kind),
+        )
         for name in theirs:
             torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-7)
 

@@ -139,9 +139,7 @@ def test_the_deepspeed_launcher_starts_the_same_command(one_process, model, imag
 
 def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(model, images, shards, tmp_path):
     output = tmp_path / "out"
-    options = config(
-        model, images, shards, output, train_batch_size=2, max_train_steps=100_000, checkpointing_steps=100_000
-    )
+    options = config(model, images, shards, output, train_batch_size=2, max_train_steps=100_000, checkpointing_steps=100_000)
     launcher = subprocess.Popen(
         command(options, *torchrun(2)), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

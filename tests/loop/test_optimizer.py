@@ -68,9 +68,7 @@ def config(**options) -> TrainConfig:
     return TrainConfig(family="sd", pretrained_model_name_or_path="unused", learning_rate=1e-3, **options)
 
 
-@pytest.mark.parametrize(
-    "name", ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
-)
+@pytest.mark.parametrize("name", ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"])
 def test_learning_rates_are_those_of_diffusers_schedules(name):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
     schedule = get_scheduler(name, optimizer, num_warmup_steps=5, num_training_steps=40)
@@ -82,9 +80,7 @@ def test_learning_rates_are_those_of_diffusers_schedules(name):
 
 
 def test_scale_lr_multiplies_by_the_global_batch():
-    rate_of = learning_rates(
-        config(scale_lr=True, gradient_accumulation_steps=3, train_batch_size=4), Processes(), 10
-    )
+    rate_of = learning_rates(config(scale_lr=True, gradient_accumulation_steps=3, train_batch_size=4), Processes(), 10)
     assert rate_of(0) == pytest.approx(12e-3)
 
 

@@ -31,9 +31,7 @@ def reference_run(model, shards, config: TrainConfig) -> tuple[dict, dict, list[
     optimizer = torch.optim.AdamW(
         unet.parameters(), lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=config.adam_weight_decay, eps=1e-8
     )
-    rates = get_scheduler(
-        config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=STEPS
-    )
+    rates = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=STEPS)
     ema = EMAModel(unet.parameters(), model_cls=UNet2DConditionModel, model_config=unet.config)
     losses, norms = [], []
     accumulation = config.gradient_accumulation_steps
