@@ -38,14 +38,18 @@ def sliced_tensors(sharded: Sharded, ema: Ema | None) -> dict[str, list[Tensor]]
     return kinds
 
 
-def other_state(sharded: Sharded, kinds: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-    """Optimizer state that has no place within a parameter (step counters, 8-bit scales), by master and name."""
-    return {
-        f"optimizer/{number}/{kind}": value
-        for number, master in enumerate(sharded.masters)
-        for kind, value in sharded.optimizer.state[master].items()
-        if torch.is_tensor(value) and kind not in kinds
-    }
+def other_state(sharded: Sharded, kinds: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    """Optimizer state that has no place within a parameter, by the name that it is stored under.
+
+    Counters are the same for all masters and stored once, so that they fit any other partition; 8-bit scales are not.
+    """
+    state: dict[str, list[Tensor]] = {}
+    for number, master in enumerate(sharded.masters):
+        for kind, value in sharded.optimizer.state[master].items():
+            if torch.is_tensor(value) and kind not in kinds:
+                name = f"optimizer/{kind}" if value.dim() == 0 else f"optimizer/{number}/{kind}"
+                state.setdefault(name, []).append(value)
+    return state
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
@@ -84,7 +88,8 @@ def save(
         for piece in sharded.slices:
             for kind, holders in kinds.items():
                 tensors[f"{kind}/{piece.name}@{piece.start}"] = sharded.view(piece, holders)
-    tensors |= other_state(sharded, kinds) | random_state(processes.device)
+    tensors |= {name: values[0] for name, values in other_state(sharded, kinds).items()}
+    tensors |= random_state(processes.device)
     file = aside / f"rank-{processes.rank}.safetensors"
     # Slices are views of one storage, which the format refuses; each is stored as its own copy.
     safetensors.torch.save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, file)
@@ -207,10 +212,11 @@ def load(
                 files.fill(kind, piece, sharded.view(piece, holders))
     same_world = state["world"] == processes.world
     own = safetensors.torch.load_file(checkpoint / f"rank-{processes.rank if same_world else 0}.safetensors")
-    for name, value in other_state(sharded, kinds).items():
-        kept = own.get(name)
-        if kept is not None and (same_world or kept.shape == value.shape):
-            value.copy_(kept)
+    for name, values in other_state(sharded, kinds).items():
+        if name not in own or own[name].shape != values[0].shape:
+            raise UserError(f"{checkpoint}: holds no {name} for this optimizer and number of processes")
+        for value in values:
+            value.copy_(own[name])
     if same_world:
         torch.set_rng_state(own["random/cpu"])
         if "random/cuda" in own and processes.device.type == "cuda":
