@@ -88,9 +88,7 @@ def recipe_rate(model: Path, images: Path, resolution: int, batch: int, steps: i
                 return steps * batch / (time.perf_counter() - started)
 
 
-def engine_rate(
-    model: Path, images: Path, shards: Path, resolution: int, batch: int, steps: int
-) -> tuple[float, float]:
+def engine_rate(model: Path, images: Path, shards: Path, resolution: int, batch: int, steps: int) -> tuple[float, float]:
     """Samples per second of the engine, and the seconds that encoding took (0 where the shards exist)."""
     with tempfile.TemporaryDirectory() as output:
         subprocess.run(

@@ -13,7 +13,10 @@ tie rows to records:
 
 import concurrent.futures
 import json
+import os
+import resource
 import struct
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +28,7 @@ import torch
 from torch import Tensor
 
 from engine.data.order import records_of
+from engine.data.reader import best_gather
 from engine.errors import UserError
 from engine.files import digest, write_atomically, write_json
 from engine.kernels import philox
@@ -200,7 +204,7 @@ def verify(
 class Shards:
     """Read access to verified shards: which rows a slot reads, and copying rows into a batch.
 
-    Host memory: 24 bytes per record, 8 per stored caption reference; the fields themselves are memory-mapped.
+    Host memory: 32 bytes per record and 8 per caption reference. Every shard file stays open.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -209,14 +213,17 @@ class Shards:
         if self.index.records == 0:
             raise UserError(f"{directory}: the shards hold no records; all {len(self.index.refused)} samples were refused")
         self.fields = self.index.fields
-        self._maps: dict[str, list[np.ndarray]] = {name: [] for name in self.fields}
+        self._gather = best_gather()
+        _allow_open_files(len(self.index.shards))
+        files, starts = [], {name: [] for name in self.fields}  # type: ignore[var-annotated]
         image_starts, image_counts, caption_starts, caption_counts, caption_numbers = [], [], [], [], []
         row_base = reference_base = 0
         for entry in self.index.shards:
             path = directory / entry.file
             header, _, data_start = read_header(path)
             for name, field in self.fields.items():
-                self._maps[name].append(_map_rows(path, name, header[name], data_start, field))
+                starts[name].append(data_start + _field_start(path, name, header[name], field))
+            files.append(os.open(path, os.O_RDONLY))
             tensors = {name: tensor.numpy() for name, tensor in read_tensors(path, RECORD_TENSORS).items()}
             image_starts.append(row_base + tensors["image_offsets"][:-1])
             image_counts.append(np.diff(tensors["image_offsets"]))
@@ -225,12 +232,16 @@ class Shards:
             caption_numbers.append(tensors["caption_numbers"])
             row_base += entry.image_rows
             reference_base += len(tensors["caption_numbers"])
+        weakref.finalize(self, _close_all, files)
+        self._files = np.array(files, np.int32)
+        self._field_starts = {name: np.array(values, np.int64) for name, values in starts.items()}
         self._image_starts, self._image_counts = _join(image_starts), _join(image_counts)
         self._caption_starts, self._caption_counts = _join(caption_starts), _join(caption_counts)
         self._caption_numbers = _join(caption_numbers)
-        self._bounds = {
-            "image": np.cumsum([entry.image_rows for entry in self.index.shards]),
-            "caption": np.cumsum([entry.caption_rows for entry in self.index.shards]),
+        # First row of each shard, over all shards, and one past the last.
+        self._first_rows = {
+            "image": np.cumsum([0, *(entry.image_rows for entry in self.index.shards)]),
+            "caption": np.cumsum([0, *(entry.caption_rows for entry in self.index.shards)]),
         }
 
     def __len__(self) -> int:
@@ -255,26 +266,42 @@ class Shards:
         return rows
 
     def gather(self, name: str, rows: Tensor, out: Tensor) -> None:
-        """Copies rows [B] of a field into `out` [B, *shape], a contiguous host tensor of the field's dtype."""
+        """Copies rows [B] of a field into `out` [B, *shape], a contiguous host tensor of the field's dtype.
+
+        Raises:
+            UserError: a shard that was whole when the run began can no longer be read, by name.
+        """
         field = self.fields[name]
-        bounds = self._bounds[field.per]
         numbers = rows.numpy()
-        shards = np.searchsorted(bounds, numbers, side="right")
-        target = out.view(-1).view(torch.uint8).numpy().reshape(len(numbers), field.row_bytes)
-        maps = self._maps[name]
-        for position, (row, shard) in enumerate(zip(numbers, shards, strict=True)):
-            target[position] = maps[shard][row - (bounds[shard - 1] if shard else 0)]
+        first_rows = self._first_rows[field.per]
+        shards = np.searchsorted(first_rows, numbers, side="right") - 1
+        offsets = self._field_starts[name][shards] + (numbers - first_rows[shards]) * field.row_bytes
+        try:
+            self._gather(self._files[shards], offsets, field.row_bytes, out)
+        except OSError as error:
+            file = self.index.shards[shards[error.filename]].file
+            raise UserError(f"{self.directory / file}: cannot be read any more: {error.strerror}") from None
 
 
 def _join(arrays: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(arrays))
 
 
-def _map_rows(path: Path, name: str, header: dict[str, Any], data_start: int, field: Field) -> np.ndarray:
-    """A field of a shard as memory-mapped bytes [rows, bytes of a row]."""
-    begin, end = header["data_offsets"]
+def _close_all(files: list[int]) -> None:
+    for file in files:
+        os.close(file)
+
+
+def _allow_open_files(count: int) -> None:
+    """Raises this process's limit of open files, as far as it may, so that every shard can stay open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 256
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard) if hard > 0 else wanted, hard))
+
+
+def _field_start(path: Path, name: str, header: dict[str, Any], field: Field) -> int:
+    """Where a field begins within a shard's data, after a look at its shape and dtype."""
     if tuple(header["shape"][1:]) != field.shape or _SAFETENSORS_DTYPES.get(header["dtype"]) != field.dtype:
         raise UserError(f"{path}: field {name} is not as the index describes it; build the shards again")
-    if begin == end:
-        return np.empty((0, field.row_bytes), np.uint8)
-    return np.memmap(path, np.uint8, "r", data_start + begin, (header["shape"][0], field.row_bytes))
+    return int(header["data_offsets"][0])

@@ -1,0 +1,43 @@
+"""C++ extensions: plain shared libraries without torch headers, built on first use in about a second and kept."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+_FLAGS = ["-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", "-Wall", "-Wextra"]
+
+
+def _cache_directory() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "diffusion-training-engine"
+
+
+@functools.cache
+def load(name: str) -> ctypes.CDLL | None:
+    """The library built from `name`.cpp beside this file; None, with one line that says why, where it cannot be built."""
+    source = Path(__file__).with_name(f"{name}.cpp")
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+    if compiler is None:
+        print(f"cpp_ext: no C++ compiler for {source.name} (set CXX); going on in Python, slower", file=sys.stderr)
+        return None
+    key = hashlib.sha256(source.read_bytes() + " ".join([compiler, *_FLAGS]).encode()).hexdigest()[:16]
+    library = _cache_directory() / f"{name}-{key}.so"
+    try:
+        if not library.exists():
+            library.parent.mkdir(parents=True, exist_ok=True)
+            # Built aside and renamed: several processes may build at once.
+            with tempfile.TemporaryDirectory(dir=library.parent) as directory:
+                built = Path(directory) / library.name
+                subprocess.run([compiler, *_FLAGS, str(source), "-o", str(built)], check=True, capture_output=True, text=True)
+                built.replace(library)
+        return ctypes.CDLL(str(library))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).splitlines()[0]
+        print(f"cpp_ext: {source.name} cannot be built ({reason}); going on in Python, slower", file=sys.stderr)
+        return None

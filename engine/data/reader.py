@@ -1,0 +1,54 @@
+"""Gathering rows of files into a batch with positioned reads: in C++ where it can be built, else in Python."""
+
+import ctypes
+import os
+from collections.abc import Callable
+
+import numpy as np
+from torch import Tensor
+
+import cpp_ext
+
+THREADS = 8
+
+Gather = Callable[[np.ndarray, np.ndarray, int, Tensor], None]
+
+
+def gather_in_cpp(files: np.ndarray, offsets: np.ndarray, row_bytes: int, target: Tensor) -> None:
+    """Reads row i, of `row_bytes` bytes, from descriptor files[i] (int32) at offsets[i] (int64) into row i of `target`.
+
+    Raises:
+        OSError: a row cannot be read, or its file ends early; `filename` is the row's number.
+    """
+    error = ctypes.c_int32()
+    library = cpp_ext.load("shard_reader")
+    assert library is not None
+    failed = library.gather_rows(
+        files.ctypes.data_as(ctypes.c_void_p), offsets.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(len(files)),
+        ctypes.c_int64(row_bytes), ctypes.c_void_p(target.data_ptr()), ctypes.c_int32(THREADS), ctypes.byref(error),
+    )  # fmt: skip
+    if failed >= 0:
+        raise OSError(error.value, os.strerror(error.value), int(failed))
+
+
+def gather_in_python(files: np.ndarray, offsets: np.ndarray, row_bytes: int, target: Tensor) -> None:
+    """As `gather_in_cpp`, on one thread."""
+    for file, offset in zip(files.tolist(), offsets.tolist(), strict=True):
+        os.posix_fadvise(file, offset, row_bytes, os.POSIX_FADV_WILLNEED)
+    buffer = (ctypes.c_char * (len(files) * row_bytes)).from_address(target.data_ptr())
+    rows = memoryview(buffer)
+    for number, (file, offset) in enumerate(zip(files.tolist(), offsets.tolist(), strict=True)):
+        start, end = number * row_bytes, (number + 1) * row_bytes
+        while start < end:
+            count = os.preadv(file, [rows[start:end]], offset)
+            if count == 0:
+                raise OSError(5, os.strerror(5), number)
+            start, offset = start + count, offset + count
+
+
+def best_gather() -> Gather:
+    library = cpp_ext.load("shard_reader")
+    if library is None:
+        return gather_in_python
+    library.gather_rows.restype = ctypes.c_int64
+    return gather_in_cpp
