@@ -79,7 +79,9 @@ class CacheConfig(BaseModel):
     mixed_precision: Literal["no", "fp16", "bf16"] = option(
         "no", "Precision of weights, activations and shards; fp32 master weights are always kept.", "precision"
     )
-    seed: int | None = option(None, "Seed of the run; drawn at random, and recorded, when not given.", "training", ge=0)
+    seed: int | None = option(
+        None, "Seed of the run; drawn at random, and recorded, when not given.", "training", ge=0, lt=2**63
+    )
     output_dir: str = option("sd-model-finetuned", "Where the trained pipeline, checkpoints and metrics go.", "output")
 
     @property

@@ -52,6 +52,12 @@ def other_state(sharded: Sharded, kinds: dict[str, list[Tensor]]) -> dict[str, l
     return state
 
 
+def host_counters(sharded: Sharded) -> dict[str, int]:
+    """Counters that an optimizer (bitsandbytes') keeps as plain numbers, the same for all masters."""
+    state = sharded.optimizer.state[sharded.masters[0]]
+    return {kind: value for kind, value in state.items() if isinstance(value, int)}
+
+
 def random_state(device: torch.device) -> dict[str, Tensor]:
     """torch's own generators, which draw a model's dropout."""
     state = {"random/cpu": torch.get_rng_state()}
@@ -103,6 +109,7 @@ def save(
             "step": step,
             "world": processes.world,
             "run": run,
+            "optimizer_counters": host_counters(sharded),
             "loss_sums": loss_sums,
             "loss_steps": metrics.steps,
             "loss_scaler": {k: v for k, v in vars(scaler).items() if isinstance(v, (int, float))} if scaler else None,
@@ -217,6 +224,8 @@ def load(
             raise UserError(f"{checkpoint}: holds no {name} for this optimizer and number of processes")
         for value in values:
             value.copy_(own[name])
+    for master in sharded.masters:
+        sharded.optimizer.state[master].update(state["optimizer_counters"])
     if same_world:
         torch.set_rng_state(own["random/cpu"])
         if "random/cuda" in own and processes.device.type == "cuda":

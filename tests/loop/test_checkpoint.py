@@ -80,6 +80,17 @@ def test_a_resumed_run_is_bit_identical_on_partitions(precision, stage, model, i
     assert same_tensors(parts / "checkpoint-6", whole / "checkpoint-6")
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_resumed_run_with_8bit_adam_is_bit_identical(stage, model, images, shards, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    options = {"zero_stage": stage, "use_8bit_adam": True, "checkpointing_steps": 3, "max_train_steps": 6}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(config(model, images, shards, whole, **options)) == 0
+    shutil.copytree(whole / "checkpoint-3", parts / "checkpoint-3")
+    assert train(config(model, images, shards, parts, resume_from_checkpoint="latest", **options)) == 0
+    assert same_tensors(parts / "checkpoint-6", whole / "checkpoint-6", kinds=("weight", "state1", "state2", "ema"))
+
+
 def test_a_checkpoint_continues_under_another_zero_stage(uninterrupted, model, images, shards, tmp_path):
     output = tmp_path / "out"
     assert continue_from(uninterrupted, output, model, images, shards, 6, zero_stage=2) == 0

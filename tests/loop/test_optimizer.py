@@ -1,5 +1,7 @@
 """Clipping inside AdamW, its refusal of non-finite gradients, the schedules and the moving average."""
 
+import sys
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -84,14 +86,23 @@ def test_scale_lr_multiplies_by_the_global_batch():
     assert rate_of(0) == pytest.approx(12e-3)
 
 
-def test_8bit_adam_without_bitsandbytes_says_what_to_install():
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        with pytest.raises(UserError, match="install the extra `bitsandbytes`"):
-            create_optimizer(parameters(), config(use_8bit_adam=True), None)
-    else:
-        pytest.skip("bitsandbytes is installed")
+def test_8bit_adam_without_bitsandbytes_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match="install the extra `bitsandbytes`"):
+        create_optimizer(parameters(), config(use_8bit_adam=True), None)
+
+
+def test_8bit_adam_clips_by_the_global_norm():
+    pytest.importorskip("bitsandbytes")
+    ours = [torch.randn(5000, generator=torch.Generator().manual_seed(0)).requires_grad_()]
+    before = ours[0].detach().clone()
+    optimizer = create_optimizer(ours, config(use_8bit_adam=True, adam_weight_decay=0.0), None)
+    optimizer.create_state()
+    ours[0].grad = torch.full((5000,), 3.0)
+    optimizer.step()
+    assert float(optimizer.grad_norm) == pytest.approx(3 * 5000**0.5)
+    torch.testing.assert_close(ours[0].grad, torch.full((5000,), 5000**-0.5))
+    torch.testing.assert_close(ours[0].detach(), before - 1e-3, rtol=0, atol=2e-4)
 
 
 def test_decay_is_that_of_the_scripts():
