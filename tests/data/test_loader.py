@@ -1,0 +1,81 @@
+"""The loader: the batches that the plan says, in order, from any step, and no thread left behind."""
+
+import threading
+
+import pytest
+import torch
+
+from engine.data.loader import BatchPlan, Loader
+from engine.data.shards import Shards
+from engine.errors import UserError
+from engine.kernels import philox
+
+SEED = 21
+PLAN = BatchPlan(micro_batch=2, accumulation=3, rank=1, world=2)
+CPU = torch.device("cpu")
+
+
+def timesteps(slots: torch.Tensor) -> torch.Tensor:
+    return philox.choices(torch.tensor([SEED]), slots, philox.TIMESTEP, 1000)
+
+
+def batches(shards, first: int, last: int) -> list:
+    loader = Loader(Shards(shards), PLAN, SEED, timesteps, CPU, first, last)
+    return list(loader)
+
+
+def loader_threads() -> int:
+    return sum(thread.name == "loader" for thread in threading.enumerate())
+
+
+def test_batches_hold_what_their_slots_say(shards):
+    reader = Shards(shards)
+    expected_slots = [PLAN.slots(step, part) for step in range(4) for part in range(3)]
+    found = batches(shards, 0, 4)
+    assert len(found) == 12
+    for batch, slots in zip(found, expected_slots, strict=True):
+        assert torch.equal(batch.slots, slots)
+        assert torch.equal(batch.timesteps, timesteps(slots))
+        rows = reader.rows_of(SEED, slots)
+        for name, field in reader.fields.items():
+            row = torch.empty(2, *field.shape, dtype=field.dtype)
+            reader.gather(name, rows[field.per], row)
+            assert torch.equal(batch.record[name], row)
+
+
+def test_starting_later_gives_the_same_batches(shards):
+    whole, rest = batches(shards, 0, 4), batches(shards, 2, 4)
+    for left, right in zip(whole[6:], rest, strict=True):
+        assert torch.equal(left.slots, right.slots)
+        assert all(torch.equal(left.record[name], right.record[name]) for name in left.record)
+
+
+def test_an_error_of_the_thread_reaches_the_consumer(shards, monkeypatch):
+    reader = Shards(shards)
+
+    def fail(*arguments):
+        raise UserError("the disk is gone")
+
+    monkeypatch.setattr(reader, "gather", fail)
+    loader = Loader(reader, PLAN, SEED, timesteps, CPU, 0, 4)
+    with pytest.raises(UserError, match="the disk is gone"):
+        next(iter(loader))
+    loader.close()
+
+
+def test_leaving_early_ends_the_thread(shards):
+    before = loader_threads()
+    loader = Loader(Shards(shards), PLAN, SEED, timesteps, CPU, 0, 10_000)
+    next(iter(loader))
+    assert loader_threads() == before + 1
+    loader.close()
+    assert loader_threads() == before
+
+
+@pytest.mark.gpu
+def test_batches_on_the_device_are_those_of_the_host(shards):
+    device = torch.device("cuda")
+    loader = Loader(Shards(shards), PLAN, SEED, timesteps, device, 0, 20)
+    for ours, theirs in zip(loader, batches(shards, 0, 20), strict=True):
+        assert torch.equal(ours.slots.cpu(), theirs.slots)
+        assert all(torch.equal(ours.record[name].cpu(), theirs.record[name]) for name in theirs.record)

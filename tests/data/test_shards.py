@@ -1,0 +1,272 @@
+"""Latent shards: their content, their format, and how they are built, resumed and verified."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors import safe_open
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from engine import cache
+from engine.data.order import records_of
+from engine.data.shards import Index, Shards, read_header, shard_name, verify
+from engine.errors import UserError
+from engine.models.stable_diffusion import StableDiffusion
+from tests import reference, tiny
+from tests.loop.runs import environment
+
+
+def arguments(model: Path, images: Path, shards: Path, *more: str) -> list[str]:
+    return [
+        "--family", "sd", "--pretrained_model_name_or_path", str(model), "--train_data_dir", str(images),
+        "--shards_dir", str(shards), "--resolution", "16", "--shard_records", "5", "--encode_batch_size", "4", *more,
+    ]  # fmt: skip
+
+
+def build(*inputs) -> Index:
+    assert cache.build_command(arguments(*inputs)) == 0
+    return Index.read(inputs[2])
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.glob("shard-*"))}
+
+
+def write_captions(directory: Path, captions: list) -> Path:
+    """Images of different colours with these captions."""
+    directory.mkdir(parents=True)
+    lines = []
+    for number, caption in enumerate(captions):
+        Image.new("RGB", (16, 16), (number * 20 % 256, 90, 200)).save(directory / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": caption}))
+    (directory / "metadata.jsonl").write_text("\n".join(lines))
+    return directory
+
+
+def test_rows_hold_what_diffusers_encodes(model, images, tmp_path):
+    build(model, images, tmp_path / "shards")
+    data = reference.PlainShards(tmp_path / "shards")
+    vae = AutoencoderKL.from_pretrained(model, subfolder="vae")
+    text_encoder = CLIPTextModel.from_pretrained(model, subfolder="text_encoder")
+    tokenizer = CLIPTokenizer.from_pretrained(model, subfolder="tokenizer")
+    rows = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        pixels = np.asarray(Image.open(images / row["file_name"]), np.float32) / 127.5 - 1
+        posterior = vae.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None]).latent_dist
+        (stored,) = data.images[number]
+        torch.testing.assert_close(stored["latent_mean"], posterior.mean[0] * vae.config.scaling_factor, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(stored["latent_std"], posterior.std[0] * vae.config.scaling_factor, atol=1e-5, rtol=1e-4)
+        tokens = tokenizer(row["text"], max_length=16, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        (caption,) = data.caption_numbers[number]
+        torch.testing.assert_close(data.captions[caption], text_encoder(tokens)[0][0], atol=1e-5, rtol=1e-4)
+
+
+def test_a_row_lies_where_its_header_says(shards):
+    path = shards / shard_name(1)
+    header, _, data_start = read_header(path)
+    entry = header["latent_mean"]
+    row_bytes = 4 * 8 * 8 * 4
+    assert entry["shape"] == [10, 4, 8, 8]
+    with path.open("rb") as file:
+        file.seek(data_start + entry["data_offsets"][0] + 3 * row_bytes)
+        row = np.frombuffer(file.read(row_bytes), np.float32).reshape(4, 8, 8)
+    with safe_open(path, "np") as file:
+        assert np.array_equal(file.get_tensor("latent_mean")[3], row)
+
+
+def test_equal_captions_are_stored_once(model, tmp_path):
+    captions = ["a", "b", "a", "a", "c", "b", "d", "a", "d", "c", "e", "a"]
+    index = build(model, write_captions(tmp_path / "images", captions), tmp_path / "shards")
+    assert [shard.caption_rows for shard in index.shards] == [3, 1, 1]
+    data = reference.PlainShards(tmp_path / "shards")
+    assert len(data.captions) == 5
+    assert [numbers[0] for numbers in data.caption_numbers] == [0, 1, 0, 0, 2, 1, 3, 0, 3, 2, 4, 0]
+
+
+def test_several_captions_crops_and_flips_are_variants(model, tmp_path):
+    images = tiny.write_images(tmp_path / "wide", count=3, size=(40, 16))
+    lines = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()]
+    lines[1]["text"] = ["first", "second", "a red square"]
+    (images / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    index = build(model, images, tmp_path / "shards", "--random_flip", "--random_crops", "3")
+    assert [shard.image_rows for shard in index.shards] == [3 * 6]
+    data = reference.PlainShards(tmp_path / "shards")
+    assert data.caption_numbers == [[0], [1, 2, 0], [3]]
+    mirrored = tiny.write_images(tmp_path / "square", count=2)
+    assert [shard.image_rows for shard in build(model, mirrored, tmp_path / "other", "--random_flip").shards] == [4]
+
+
+def test_bad_samples_are_skipped_and_listed(model, tmp_path, capsys):
+    images = write_captions(tmp_path / "images", ["a", "", "b", "c", "d", "e", "f"])
+    (images / "2.png").write_bytes((images / "2.png").read_bytes()[:40])
+    (images / "5.png").unlink()
+    index = build(model, images, tmp_path / "shards")
+    assert index.records == 4
+    listed = {item["source"]: item["reason"] for item in index.refused}
+    assert listed["1.png"] == "empty caption"
+    assert "unreadable" in listed["2.png"]
+    assert listed["5.png"] == "no such image file"
+    stored = json.loads((tmp_path / "shards" / "index.json").read_text())
+    assert stored["refused_count"] == 3
+    assert "refused        3" in capsys.readouterr().out
+    assert [t.tolist() for t in (read_sources(tmp_path / "shards", 0), read_sources(tmp_path / "shards", 1))] == [
+        [0, 3, 4],
+        [6],
+    ]
+
+
+def read_sources(directory: Path, number: int) -> torch.Tensor:
+    with safe_open(directory / shard_name(number), "pt") as file:
+        return file.get_tensor("source")
+
+
+@pytest.mark.parametrize("damage", ["caption", "image"])
+def test_strict_stops_at_a_bad_sample(damage, model, tmp_path):
+    images = write_captions(tmp_path / "images", ["a", "" if damage == "caption" else "b", "c"])
+    if damage == "image":
+        (images / "1.png").write_bytes(b"")
+    with pytest.raises(UserError, match="--strict: 1.png: (empty caption|unreadable image)"):
+        build(model, images, tmp_path / "shards", "--strict")
+    assert not (tmp_path / "shards" / "index.json").exists()
+
+
+def test_nothing_usable_is_an_error(model, tmp_path):
+    images = write_captions(tmp_path / "images", ["", ""])
+    build(model, images, tmp_path / "shards")
+    with pytest.raises(UserError, match="all 2 samples were refused"):
+        Shards(tmp_path / "shards")
+
+
+def test_building_again_encodes_only_what_is_missing(model, images, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    expected = build(model, images, whole)
+    shutil.copytree(whole, parts)
+    (parts / "index.json").unlink()
+    (parts / shard_name(1)).unlink()
+    (parts / (shard_name(2) + ".partial")).write_bytes(b"left by a crash")
+    encoded = []
+    encode = StableDiffusion.encode_images
+    monkeypatch.setattr(
+        StableDiffusion, "encode_images", lambda self, batch: (encoded.append(len(batch["pixels"])), encode(self, batch))[1]
+    )
+    index = build(model, images, parts)
+    assert sum(encoded) == 5
+    assert contents(parts) == contents(whole)
+    assert (index.shards, index.fingerprint) == (expected.shards, expected.fingerprint)
+    build(model, images, parts)
+    assert sum(encoded) == 5, "a complete directory is not encoded again"
+
+
+def test_shards_of_something_else_are_replaced_or_refused(model, images, tmp_path):
+    shards = tmp_path / "shards"
+    build(model, images, shards, "--random_flip")
+    (shards / "index.json").unlink()
+    plain = build(model, images, shards)
+    assert sum(shard.image_rows for shard in plain.shards) == 12
+    with pytest.raises(UserError, match=r"built from something else \(different: preprocessing\); name another --shards_dir"):
+        build(model, images, shards, "--random_flip")
+    with pytest.raises(UserError, match=r"\(different: source\)"):
+        build(model, tiny.write_images(tmp_path / "others", count=3), shards)
+    with pytest.raises(UserError, match=r"\(different: models\)"):
+        build(tiny.write_pipeline(tmp_path / "model", seed=1), images, shards)
+
+
+def test_two_processes_write_the_bytes_of_one(model, images, tmp_path):
+    # As commands with one computing thread each: the number of threads can change the last bits of a convolution.
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, start in (("one", []), ("two", launcher)):
+        command = [sys.executable, *start, "-m", "engine.cache", "build", *arguments(model, images, tmp_path / name)]
+        command += ["--dataloader_num_workers", "2"] if name == "two" else []
+        result = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+        assert result.returncode == 0, result.stderr
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert Index.read(tmp_path / "two").shards == Index.read(tmp_path / "one").shards
+
+
+def test_verification_names_every_kind_of_damage(shards, tmp_path):
+    directory = tmp_path / "shards"
+    shutil.copytree(shards, directory)
+    entries = Index.read(directory).shards
+    assert verify(directory, entries) == {}
+    altered = bytearray((directory / shard_name(0)).read_bytes())
+    altered[-1] ^= 128
+    (directory / shard_name(0)).write_bytes(altered)
+    short = (directory / shard_name(1)).read_bytes()[:-8]
+    (directory / shard_name(1)).write_bytes(short)
+    (directory / shard_name(2)).unlink()
+    problems = verify(directory, entries)
+    assert "altered" in problems[shard_name(0)]
+    assert "truncated" in problems[shard_name(1)]
+    assert problems[shard_name(2)] == "missing"
+    with pytest.raises(ValueError, match="truncated"):
+        read_header(directory / shard_name(1))
+
+
+@pytest.mark.parametrize(("content", "named"), [("{", "not a readable index"), ('{"format_version": 99}', "format version 99")])
+def test_an_index_that_cannot_be_read_is_named(content, named, tmp_path):
+    (tmp_path / "index.json").write_text(content)
+    with pytest.raises(UserError, match=named):
+        Index.read(tmp_path)
+
+
+def test_gather_finds_every_row_of_every_field(shards):
+    reader, data = Shards(shards), reference.PlainShards(shards)
+    flat = [variant for record in data.images for variant in record]
+    expected = {
+        "latent_mean": [variant["latent_mean"] for variant in flat],
+        "latent_std": [variant["latent_std"] for variant in flat],
+        "encoder_hidden_states": data.captions,
+    }
+    for name, rows in expected.items():
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+        out = torch.empty(len(rows), *reader.fields[name].shape, dtype=reader.fields[name].dtype)
+        reader.gather(name, order, out)
+        assert torch.equal(out, torch.stack(rows)[order])
+
+
+def test_variants_and_captions_are_drawn_by_slot(model, tmp_path):
+    images = write_captions(tmp_path / "images", [["a", "b", "c"], "d", ["e", "a"]])
+    build(model, images, tmp_path / "shards", "--random_flip")
+    reader, data = Shards(tmp_path / "shards"), reference.PlainShards(tmp_path / "shards")
+    slots = torch.arange(60)
+    records = records_of(4, slots, 3)
+    rows = reader.rows_of(4, slots)
+    for slot, record in enumerate(records.tolist()):
+        assert int(rows["image"][slot]) == 2 * record + reference.choice(4, slot, 6, 2)
+        captions = data.caption_numbers[record]
+        assert int(rows["caption"][slot]) == captions[reference.choice(4, slot, 5, len(captions))]
+
+
+def test_a_shard_that_shrinks_under_a_run_is_named(shards, tmp_path):
+    directory = tmp_path / "shards"
+    shutil.copytree(shards, directory)
+    reader = Shards(directory)
+    with (directory / shard_name(2)).open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(UserError, match="shard-00002.safetensors: cannot be read any more"):
+        reader.gather("latent_mean", torch.tensor([0, 23]), torch.empty(2, 4, 8, 8))
+
+
+def test_low_precision_shards_hold_the_rounded_rows(model, images, tmp_path):
+    build(model, images, tmp_path / "full")
+    build(model, images, tmp_path / "half", "--mixed_precision", "bf16")
+    full, half = reference.PlainShards(tmp_path / "full"), reference.PlainShards(tmp_path / "half")
+    assert half.images[0][0]["latent_mean"].dtype == torch.bfloat16
+    for left, right in zip(full.images, half.images, strict=True):
+        torch.testing.assert_close(right[0]["latent_mean"].float(), left[0]["latent_mean"], atol=0.02, rtol=0.05)
+
+
+def test_jpegs_and_greyscale_images_are_encoded_too(model, tmp_path):
+    images = write_captions(tmp_path / "images", ["a", "b"])
+    buffer = io.BytesIO()
+    Image.effect_noise((30, 20), 40).save(buffer, "JPEG")
+    (images / "1.png").write_bytes(buffer.getvalue())
+    assert build(model, images, tmp_path / "shards", "--center_crop").records == 2

@@ -1,0 +1,69 @@
+"""Image preprocessing, to the pixel what torchvision does on PIL images."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine.data import transforms
+
+LANCZOS = Image.Resampling.LANCZOS
+
+
+def picture(width: int, height: int) -> Image.Image:
+    """Every pixel tells its place: red counts columns, green rows."""
+    columns, rows = np.meshgrid(np.arange(width), np.arange(height))
+    return Image.fromarray(np.stack([columns % 256, rows % 256, 0 * rows], -1).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((100, 50), (64, 32)), ((50, 100), (32, 64)), ((99, 50), (63, 32)), ((40, 40), (32, 32))]
+)
+def test_the_short_side_is_met_and_the_long_one_rounded_down(size, expected):
+    assert transforms.resize_short_side(picture(*size), 32, LANCZOS).size == expected
+
+
+def test_an_image_of_the_right_size_is_left_alone():
+    image = picture(32, 48)
+    assert transforms.resize_short_side(image, 32, LANCZOS) is image
+
+
+@pytest.mark.parametrize(("size", "corner"), [((40, 32), (4, 0)), ((32, 41), (0, 4)), ((35, 32), (2, 0)), ((33, 32), (0, 0))])
+def test_the_centre_is_where_torchvision_puts_it(size, corner):
+    # int(round((size - crop) / 2)), which rounds halves to even.
+    cropped = np.asarray(transforms.crop_centre(picture(*size), 32))
+    assert cropped.shape == (32, 32, 3)
+    assert tuple(cropped[0, 0, :2]) == corner
+
+
+def test_random_crops_lie_inside_repeat_and_spread():
+    image = picture(64, 32)
+    lefts = set()
+    for record in range(40):
+        crops = transforms.crop_randomly(image, 32, record, 4)
+        again = transforms.crop_randomly(image, 32, record, 4)
+        assert len(crops) == 4
+        for crop, same in zip(crops, again, strict=True):
+            pixels = np.asarray(crop)
+            assert np.array_equal(pixels, np.asarray(same))
+            assert pixels.shape == (32, 32, 3)
+            assert np.array_equal(np.diff(pixels[0, :, 0].astype(int)), np.ones(31))
+            lefts.add(int(pixels[0, 0, 0]))
+    assert {0, 32} <= lefts
+    assert len(lefts) > 25
+
+
+def test_a_square_image_has_one_crop():
+    image = picture(32, 32)
+    assert transforms.crop_randomly(image, 32, 0, 4) == [image]
+
+
+def test_pixels_become_minus_one_to_one():
+    image = Image.fromarray(np.array([[[0, 127, 255]]], np.uint8))
+    tensor = transforms.to_tensor(image)
+    assert tensor.shape == (3, 1, 1)
+    torch.testing.assert_close(tensor.flatten(), torch.tensor([-1.0, 127 / 127.5 - 1, 1.0]))
+
+
+def test_mirroring_swaps_left_and_right():
+    assert np.array_equal(np.asarray(transforms.mirror(picture(5, 3))), np.asarray(picture(5, 3))[:, ::-1])

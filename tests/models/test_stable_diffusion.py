@@ -1,0 +1,104 @@
+"""The Stable Diffusion family: what it refuses, and what it takes from the pretrained pipeline."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from engine.config import CacheConfig, TrainConfig
+from engine.errors import UserError
+from engine.models.family import open_family
+from tests import tiny
+
+
+def config(model, **options) -> TrainConfig:
+    values = {"family": "sd", "pretrained_model_name_or_path": str(model), "shards_dir": "unused", "resolution": 16}
+    return TrainConfig(**(values | options))
+
+
+def edited(model, directory, part: str, **changes):
+    """A copy of the pipeline with changes to the configuration of one part."""
+    shutil.copytree(model, directory)
+    file = directory / part / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return directory
+
+
+def test_the_record_follows_the_configurations(model):
+    spec = open_family(config(model, mixed_precision="bf16")).record_spec
+    assert spec["latent_mean"].shape == (4, 8, 8)
+    assert spec["encoder_hidden_states"].shape == (16, 24)
+    assert {field.dtype for field in spec.values()} == {torch.bfloat16}
+    assert [field.per for field in spec.values()] == ["image", "image", "caption"]
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "named"),
+    [
+        ("unet", {"cross_attention_dim": 32}, r"cross_attention_dim and text_encoder hidden_size differ \(32 and 24\)"),
+        ("unet", {"in_channels": 9}, r"unet in_channels and vae latent_channels differ \(9 and 4\)"),
+        ("text_encoder", {"hidden_size": 48}, r"differ \(24 and 48\)"),
+    ],
+)
+def test_parts_of_different_pipelines_are_named(part, changes, named, model, tmp_path):
+    with pytest.raises(UserError, match=named):
+        open_family(config(edited(model, tmp_path / "model", part, **changes)))
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer", "unet", "scheduler"])
+def test_a_missing_part_is_named(part, model, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / part)
+    with pytest.raises(UserError, match=f"no {part} there; give a complete diffusers pipeline"):
+        open_family(config(tmp_path / "model"))
+
+
+def test_a_resolution_that_the_vae_cannot_take_names_the_nearest(model):
+    with pytest.raises(UserError, match="--resolution 17: the VAE needs a multiple of 2; the nearest is 16"):
+        open_family(config(model, resolution=17))
+
+
+def test_a_model_that_is_nowhere_is_named(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="nobody/nothing: neither a directory nor on the hub"):
+        open_family(config("nobody/nothing"))
+
+
+def test_weights_that_are_missing_are_named(model, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UserError, match="the UNet cannot be loaded"):
+        open_family(config(tmp_path / "model")).load_model()
+
+
+def test_a_variant_serves_where_there_are_no_other_weights(model, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    weights = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    assert open_family(config(tmp_path / "model", variant="fp16")).load_model().training
+
+
+def test_the_prediction_type_comes_from_the_scheduler_unless_given(tmp_path):
+    model = tiny.write_pipeline(tmp_path / "v", prediction_type="v_prediction")
+    assert open_family(config(model)).prediction_type == "v_prediction"
+    assert open_family(config(model, prediction_type="sample")).prediction_type == "sample"
+
+
+def test_a_zero_terminal_snr_schedule_refuses_epsilon(tmp_path):
+    model = tiny.write_pipeline(tmp_path / "zero", rescale_betas_zero_snr=True)
+    with pytest.raises(UserError, match="zero terminal SNR"):
+        open_family(config(model, snr_gamma=5.0))
+    assert open_family(config(model, snr_gamma=5.0, prediction_type="v_prediction")).schedule.timesteps == 1000
+
+
+def test_encoders_have_the_precision_of_the_run(model):
+    family = open_family(CacheConfig.model_validate(config(model, mixed_precision="bf16").model_dump(
+        include=set(CacheConfig.model_fields))))  # fmt: skip
+    family.load_encoders(torch.device("cpu"))
+    rows = family.encode_captions(["a red square"]) | family.encode_images({"pixels": torch.zeros(2, 3, 16, 16)})
+    for name, field in family.record_spec.items():
+        assert rows[name].shape[1:] == field.shape
+        assert rows[name].dtype == field.dtype
+    family.free_encoders()
+    assert not hasattr(family, "vae")

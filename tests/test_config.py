@@ -1,0 +1,167 @@
+"""The command line and the TOML file: names, defaults, precedence, and one clear line for every mistake."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from engine.config import SECRETS, TrainConfig, parse, to_toml
+from engine.errors import UserError
+from tests.loop.runs import environment
+
+# The flags of diffusers' train_text_to_image.py and their defaults. Two differ on purpose: --mixed_precision is `no` where the
+# script asks accelerate, and --report_to does not offer comet_ml.
+SCRIPT = {
+    "input_perturbation": 0, "revision": None, "variant": None, "dataset_name": None, "dataset_config_name": None,
+    "train_data_dir": None, "image_column": "image", "caption_column": "text", "max_train_samples": None,
+    "validation_prompts": None, "output_dir": "sd-model-finetuned", "cache_dir": None, "seed": None, "resolution": 512,
+    "center_crop": False, "random_flip": False, "train_batch_size": 16, "num_train_epochs": 100, "max_train_steps": None,
+    "gradient_accumulation_steps": 1, "gradient_checkpointing": False, "learning_rate": 1e-4, "scale_lr": False,
+    "lr_scheduler": "constant", "lr_warmup_steps": 500, "snr_gamma": None, "dream_training": False,
+    "dream_detail_preservation": 1.0, "use_8bit_adam": False, "allow_tf32": False, "use_ema": False, "offload_ema": False,
+    "foreach_ema": False, "non_ema_revision": None, "dataloader_num_workers": 0, "adam_beta1": 0.9, "adam_beta2": 0.999,
+    "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "push_to_hub": False, "hub_token": None,
+    "prediction_type": None, "hub_model_id": None, "logging_dir": "logs", "mixed_precision": "no",
+    "report_to": "tensorboard", "local_rank": -1, "checkpointing_steps": 500, "checkpoints_total_limit": None,
+    "resume_from_checkpoint": None, "enable_xformers_memory_efficient_attention": False, "noise_offset": 0,
+    "validation_epochs": 5, "tracker_project_name": "text2image-fine-tune", "image_interpolation_mode": "lanczos",
+}  # fmt: skip
+
+
+def run(*arguments: str) -> TrainConfig:
+    return parse(TrainConfig, "engine.run", "", ["--family", "sd", "--pretrained_model_name_or_path", "org/model", *arguments])
+
+
+def refusal(*arguments: str) -> str:
+    with pytest.raises(UserError) as error:
+        run(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def data(tmp_path) -> list[str]:
+    return ["--train_data_dir", str(tmp_path)]
+
+
+@pytest.mark.parametrize("name", SCRIPT)
+def test_every_flag_of_the_script_keeps_its_default(name, data):
+    config = run(*data)
+    expected = data[1] if name == "train_data_dir" else SCRIPT[name]
+    assert getattr(config, name) == expected
+
+
+def test_values_take_the_types_of_their_options(data):
+    config = run(
+        *data, "--resolution", "256", "--learning_rate=3e-5", "--center_crop", "--validation_prompts", "a b", "c",
+        "--snr_gamma", "5",
+    )  # fmt: skip
+    assert (config.resolution, config.learning_rate, config.center_crop) == (256, 3e-5, True)
+    assert config.validation_prompts == ["a b", "c"]
+    assert config.snr_gamma == 5.0
+
+
+def test_the_command_line_wins_over_the_file(data, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('resolution = 128\nuse_ema = true\nvalidation_prompts = ["x"]\nseed = 4\n')
+    config = run(*data, "--config", str(file), "--resolution", "64", "--no-use_ema")
+    assert (config.resolution, config.use_ema, config.seed) == (64, False, 4)
+    assert config.validation_prompts == ["x"]
+
+
+def test_a_file_may_hold_everything(data, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(f'family = "sd"\npretrained_model_name_or_path = "a/b"\ntrain_data_dir = "{data[1]}"\n')
+    assert parse(TrainConfig, "engine.run", "", ["--config", str(file)]).pretrained_model_name_or_path == "a/b"
+
+
+def test_the_stored_configuration_is_read_back_and_keeps_no_secret(data, tmp_path):
+    config = run(*data, "--hub_token", "very-secret", "--validation_prompts", 'quo"te', "--seed", "9")
+    text = to_toml(config)
+    assert "very-secret" not in text
+    assert {"hub_token"} == SECRETS
+    file = tmp_path / "config.toml"
+    file.write_text(text)
+    again = parse(TrainConfig, "engine.run", "", ["--config", str(file)])
+    assert again == config.model_copy(update={"hub_token": None})
+
+
+def test_the_examples_parse():
+    for path in Path("examples").glob("*.toml"):
+        values = tomllib.loads(path.read_text())
+        assert TrainConfig.model_validate(values).family == values["family"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--resolutoin", "3"], "unknown option --resolutoin; did you mean --resolution?"),
+        (["--zzz"], "unknown option --zzz; --help lists all options"),
+        (["stray"], "unexpected argument 'stray'"),
+        (["--resolution", "abc"], "--resolution 'abc': input should be a valid integer"),
+        (["--train_batch_size", "0"], "--train_batch_size '0': input should be greater than or equal to 1"),
+        (["--prediction_type", "flow"], "--prediction_type 'flow': input should be 'epsilon', 'v_prediction' or 'sample'"),
+        (["--zero_stage", "7"], "--zero_stage '7'"),
+        (["--resolution"], "argument --resolution: expected one argument"),
+        (["--resume_from_checkpoint", "/nowhere"], "--resume_from_checkpoint /nowhere: no such directory"),
+        (["--offload_ema"], "--offload_ema needs --use_ema"),
+        (["--report_to", "wandb", "--hub_token", "t"], "--hub_token with --report_to wandb would expose the token"),
+        (["--config", "/nowhere.toml"], "--config /nowhere.toml: No such file or directory"),
+        (["--seed", str(2**63)], "--seed"),
+    ],
+)
+def test_mistakes_are_named_with_a_remedy(arguments, named, data):
+    assert named in refusal(*data, *arguments)
+
+
+def test_several_mistakes_are_all_named(data):
+    message = refusal(*data, "--resolution", "x", "--seed", "-1")
+    assert "--resolution" in message
+    assert "--seed" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "named"), [("resolutoin = 3", "unknown option resolutoin; did you mean resolution?"), ("a = ", "not valid TOML")]
+)
+def test_mistakes_in_the_file_name_the_file(text, named, data, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    message = refusal(*data, "--config", str(file))
+    assert str(file) in message
+    assert named in message
+
+
+def test_missing_data_and_directories_are_named(tmp_path):
+    assert "no data: give --train_data_dir, --dataset_name, or --shards_dir" in refusal()
+    assert "--train_data_dir /nowhere: no such directory" in refusal("--train_data_dir", "/nowhere")
+    with pytest.raises(UserError, match="--pretrained_model_name_or_path is required"):
+        parse(TrainConfig, "engine.run", "", ["--family", "sd"])
+    for model, named in (("/nowhere", "no such directory"), (str(tmp_path), "no model_index.json there")):
+        with pytest.raises(UserError, match=named):
+            parse(TrainConfig, "", "", ["--family", "sd", "--pretrained_model_name_or_path", model, "--shards_dir", "x"])
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
+    output = tmp_path / "out"
+    command = [
+        sys.executable, "-m", "engine.run", "--family", "sd", "--pretrained_model_name_or_path", "/nowhere",
+        "--train_data_dir", str(tmp_path), "--output_dir", str(output),
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr == "engine.run: error: --pretrained_model_name_or_path /nowhere: no such directory\n"
+    assert not output.exists()
+
+
+def test_help_is_grouped(capsys):
+    with pytest.raises(SystemExit) as leave:
+        parse(TrainConfig, "engine.run", "Train.", ["--help"])
+    assert leave.value.code == 0
+    text = capsys.readouterr().out
+    for group in ("model:", "data:", "training:", "optimizer:", "objective:", "output:", "checkpoints:"):
+        assert f"\n{group}\n" in text
+    for name in SCRIPT:
+        assert f"--{name}" in text
