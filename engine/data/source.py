@@ -92,10 +92,10 @@ def clean_captions(value: Any) -> list[str]:
     Raises:
         Refused: none is left, or the value is neither text nor a list of texts.
     """
-    values = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple, np.ndarray)) else None
-    if value is None or values == []:
+    if value is None or (isinstance(value, (list, tuple, np.ndarray)) and len(value) == 0):
         raise Refused("no caption")
-    if values is None or not all(isinstance(item, str) for item in values):
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, (list, tuple, np.ndarray)) or not all(isinstance(item, str) for item in values):
         raise Refused("caption is neither text nor a list of texts")
     captions = [item for item in values if item.strip()]
     if not captions:
