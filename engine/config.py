@@ -6,6 +6,7 @@ beside them. One pydantic model is the single source for the command line, the T
 
 import argparse
 import difflib
+import importlib.util
 import os
 import shutil
 import tomllib
@@ -147,7 +148,9 @@ class TrainConfig(CacheConfig):
 
     logging_dir: str = option("logs", "TensorBoard directory, inside the output directory.", "output")
     report_to: Literal["tensorboard", "wandb", "all", "none"] = option(
-        "tensorboard", "Where metrics are reported beside metrics.jsonl.", "output"
+        "tensorboard",
+        "Where metrics are reported beside metrics.jsonl; all: TensorBoard, and wandb if it is installed.",
+        "output",
     )
     tracker_project_name: str = option("text2image-fine-tune", "Project name in the tracker.", "output")
     log_every: int = option(10, "Steps between two lines of metrics; the device is not read in between.", "output", ge=1)
@@ -290,16 +293,26 @@ def _check(config: CacheConfig) -> None:
     if model.is_dir() and not (model / "model_index.json").is_file():
         raise UserError(f"--pretrained_model_name_or_path {model}: no model_index.json there; give a diffusers pipeline")
     output = Path(config.output_dir)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output_dir {output}: is a file; name a directory")
+    for flag, path in (("--output_dir", output), ("--shards_dir", config.shards_path)):
+        existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+        if not existing.is_dir():
+            raise UserError(f"{flag} {path}: {existing} is a file; name a directory")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise UserError(f"{flag} {path}: no permission to write in {existing}")
     if not isinstance(config, TrainConfig):
         return
     if config.report_to in ("wandb", "all") and config.hub_token:
         raise UserError("--hub_token with --report_to wandb would expose the token; log in with `hf auth login` instead")
+    for flag, wanted, package in (
+        ("--report_to wandb", config.report_to == "wandb", "wandb"),
+        ("--use_8bit_adam", config.use_8bit_adam, "bitsandbytes"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UserError(f"{flag} needs {package}, which is not installed: install the extra `{package}`")
     if config.offload_ema and not config.use_ema:
         raise UserError("--offload_ema needs --use_ema")
     resume = config.resume_from_checkpoint
-    if resume and resume != "latest" and not Path(resume).is_dir():
+    if resume and resume != "latest" and not (Path(resume).is_dir() or (output / Path(resume).name).is_dir()):
         raise UserError(f"--resume_from_checkpoint {resume}: no such directory; give one, or `latest`")
 
 

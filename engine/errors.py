@@ -14,7 +14,7 @@ class UserError(Exception):
 
 
 def exit_code(program: str, main: Callable[[], int]) -> int:
-    """Runs a command line, turning a `UserError` into one line on standard error and exit code 2.
+    """Runs a command line, turning a `UserError` into one line on standard error and exit code 2, Ctrl-C into 130.
 
     Under a launcher every process meets the same mistake; only the first process of each node repeats it.
     """
@@ -24,3 +24,5 @@ def exit_code(program: str, main: Callable[[], int]) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{program}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130

@@ -1,5 +1,6 @@
 """The command line and the TOML file: names, defaults, precedence, and one clear line for every mistake."""
 
+import importlib.util
 import subprocess
 import sys
 import tomllib
@@ -154,6 +155,23 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
     assert result.stdout == ""
     assert result.stderr == "engine.run: error: --pretrained_model_name_or_path /nowhere: no such directory\n"
     assert not output.exists()
+
+
+@pytest.mark.parametrize(("arguments", "package"), [(["--report_to", "wandb"], "wandb"), (["--use_8bit_adam"], "bitsandbytes")])
+def test_an_extra_that_is_not_installed_is_named(arguments, package, data, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert f"needs {package}, which is not installed: install the extra `{package}`" in refusal(*data, *arguments)
+
+
+def test_a_file_in_the_way_of_the_output_is_named(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "is a file; name a directory" in refusal(*data, "--output_dir", str(tmp_path / "file" / "out"))
+
+
+def test_a_checkpoint_may_be_named_within_the_output_directory(data, tmp_path):
+    (tmp_path / "out" / "checkpoint-5").mkdir(parents=True)
+    config = run(*data, "--output_dir", str(tmp_path / "out"), "--resume_from_checkpoint", "checkpoint-5")
+    assert config.resume_from_checkpoint == "checkpoint-5"
 
 
 def test_help_is_grouped(capsys):

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from engine.kernels import philox
 from engine.kernels.layout import positions_of, stored_like, strides, tile, walkable
-from engine.kernels.philox import normal_of_element, normals4
+from engine.kernels.philox import (
+    KERNEL_INPUT_PERTURBATION,
+    KERNEL_NOISE,
+    KERNEL_NOISE_OFFSET,
+    KERNEL_POSTERIOR,
+    normal_of_element,
+    normals4,
+)
 
 
 @triton.jit
@@ -39,17 +46,17 @@ def clean_sample(mean_pointer, std_pointer, offsets, exists, seed, group, slot, 
     clean = tl.load(mean_pointer + offsets, mask=exists, other=0.0).to(tl.float32)
     if HAS_STD:
         std = tl.load(std_pointer + offsets, mask=exists, other=0.0).to(tl.float32)
-        clean += std * normals4(seed, group, slot, 1)
+        clean += std * normals4(seed, group, slot, KERNEL_POSTERIOR)
     return clean
 
 
 @triton.jit
 def unit_noise(seed, group, element, row, slot, channel_positions, offset, HAS_OFFSET: tl.constexpr, FLAT: tl.constexpr):
     """The noise e + offset n of a tile in fp32; n is shared by a channel."""
-    noise = normals4(seed, group, slot, 0)
+    noise = normals4(seed, group, slot, KERNEL_NOISE)
     if HAS_OFFSET:
         channel = element // channel_positions if FLAT else row
-        noise += offset * normal_of_element(seed, channel, slot, 3)
+        noise += offset * normal_of_element(seed, channel, slot, KERNEL_NOISE_OFFSET)
     return noise
 
 
@@ -73,7 +80,7 @@ def add_noise_kernel(
     clean = clean_sample(mean_pointer, std_pointer, mean_offsets, exists, seed, group, slot, HAS_STD)
     noise = unit_noise(seed, group, element, row, slot, channel_positions, offset, HAS_OFFSET, FLAT)
     if HAS_PERTURBATION:
-        noise += perturbation * normals4(seed, group, slot, 4)
+        noise += perturbation * normals4(seed, group, slot, KERNEL_INPUT_PERTURBATION)
 
     noisy_offsets = sample * noisy_batch_stride + row * noisy_channel_stride + position * noisy_position_stride
     tl.store(noisy_pointer + noisy_offsets, alpha * clean + sigma * noise, mask=exists)

@@ -28,6 +28,12 @@ CAPTION = 5
 IMAGE_VARIANT = 6
 CAPTION_DROPOUT = 7
 
+# The same for Triton kernels, which see constants only as tl.constexpr.
+KERNEL_NOISE = tl.constexpr(NOISE)
+KERNEL_POSTERIOR = tl.constexpr(POSTERIOR)
+KERNEL_NOISE_OFFSET = tl.constexpr(NOISE_OFFSET)
+KERNEL_INPUT_PERTURBATION = tl.constexpr(INPUT_PERTURBATION)
+
 _WORD = 0xFFFFFFFF
 _ROUND_0, _ROUND_1 = 0xD2511F53, 0xCD9E8D57
 _KEY_0, _KEY_1 = 0x9E3779B9, 0xBB67AE85

@@ -1,5 +1,6 @@
 """Metrics: summed on the device, read by the host every `--log_every` steps, written to metrics.jsonl and the trackers."""
 
+import importlib.util
 import json
 import time
 from collections.abc import Callable
@@ -11,8 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.config import TrainConfig, to_toml
-from engine.errors import UserError
+from engine.config import SECRETS, TrainConfig, to_toml
 from engine.files import write_text
 from engine.models.family import Family
 from engine.processes import Processes
@@ -21,15 +21,18 @@ METRICS = "metrics.jsonl"
 
 
 class Metrics:
-    """The running sums between two log points, and the time that training took."""
+    """The running sums between two log points."""
 
     def __init__(self, device: torch.device, global_batch: int, records: int) -> None:
         self.loss_sum = torch.zeros((), device=device)
         self.steps = 0
         self.global_batch, self.records = global_batch, records
         self.flops_per_sample = self.peak_flops = 0.0
+        self._since = 0.0
+
+    def start(self) -> None:
+        """Begins to count the time."""
         self._since = time.perf_counter()
-        self.train_seconds = 0.0
 
     def add(self, micro_batch_loss: Tensor, accumulation: int) -> None:
         """Adds the losses [B] of one micro-batch; a step's loss is the mean over its micro-batches."""
@@ -65,7 +68,6 @@ class Metrics:
             line["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.loss_sum.zero_()
         self.steps = 0
-        self.train_seconds += seconds
         self._since = now
         return line
 
@@ -103,14 +105,19 @@ class Log:
         self.path = self.output / METRICS
         _forget_after(self.path, first_step)
         self.file = self.path.open("a", encoding="utf-8")
-        self.tensorboard = self.wandb = None
+        self.tensorboard: Any = None
+        self.wandb: Any = None
         if config.report_to in ("tensorboard", "all"):
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(str(self.output / config.logging_dir), purge_step=first_step + 1)
             self.tensorboard.add_text("config", f"```toml\n{to_toml(config)}```", first_step)
-        if config.report_to in ("wandb", "all"):
-            self.wandb = _open_wandb(config)
+        if config.report_to == "wandb" or (config.report_to == "all" and importlib.util.find_spec("wandb")):
+            import wandb
+
+            self.wandb = wandb.init(
+                project=config.tracker_project_name, dir=config.output_dir, config=config.model_dump(exclude=SECRETS)
+            )
 
     def write(self, line: dict[str, float]) -> None:
         self.file.write(json.dumps(line) + "\n")
@@ -138,16 +145,6 @@ class Log:
             self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
-
-
-def _open_wandb(config: TrainConfig) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(f"--report_to {config.report_to}: wandb is not installed; install the extra `wandb`") from None
-    return wandb.init(
-        project=config.tracker_project_name, dir=config.output_dir, config=config.model_dump(exclude={"hub_token"})
-    )
 
 
 def _forget_after(path: Path, step: int) -> None:

@@ -62,10 +62,7 @@ class ClippedAdamW(torch.optim.AdamW):
 
 def _clipped_adamw_8bit() -> type:
     """bitsandbytes' AdamW8bit with the same clipping; its kernel takes no scale, so the gradients are scaled beforehand."""
-    try:
-        import bitsandbytes
-    except ImportError:
-        raise UserError("--use_8bit_adam needs bitsandbytes: install the extra `bitsandbytes`") from None
+    import bitsandbytes
 
     class ClippedAdamW8bit(bitsandbytes.optim.AdamW8bit):
         def __init__(

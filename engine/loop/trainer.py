@@ -1,7 +1,7 @@
 """The story of a run: shards, model, resume, steps, checkpoints, validation, export."""
 
 import secrets
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from engine.config import TrainConfig, local_rank, to_toml
 from engine.data.build import build
-from engine.data.loader import BatchPlan, Loader
+from engine.data.loader import Batch, BatchPlan, Loader
 from engine.data.shards import INDEX, Index, Shards, verify
 from engine.data.source import open_source
 from engine.errors import UserError
@@ -64,18 +64,29 @@ def _train(config: TrainConfig, processes: Processes) -> int:
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / "config.toml", to_toml(config))
 
-    training = _Training(config, family, shards, plan, processes, run, steps)
+    training = Training(config, family, shards, plan, processes, run, steps)
     if state is not None and resumed is not None:
-        training.resume(resumed, state)
-    finished = training.run_steps()
-    if finished:
-        tensors = training.exported_weights
-        if config.validation_prompts:
-            training.validate()
-        export(config, family, training.sharded, tensors, processes)
-        if config.push_to_hub and processes.is_first:
-            push_to_hub(config)
-    training.report(finished)
+        checkpoint.load(resumed, state, training.sharded, training.ema, training.metrics, processes)
+        training.step = int(state["step"])
+    log = Log(config, training.step) if processes.is_first else None
+    try:
+        finished = training.run_steps(log)
+        if finished:
+            if config.validation_prompts:
+                training.validate(log)
+            export(config, family, training.sharded, training.exported_weights, processes)
+    finally:
+        if log:
+            log.close()
+    if finished and config.push_to_hub and processes.is_first:
+        push_to_hub(config)
+    if processes.is_first:
+        output = Path(config.output_dir)
+        if finished:
+            print(f"Trained {steps} steps; the pipeline is in {output}")
+        else:
+            saved = output / f"checkpoint-{training.step}"
+            print(f"Stopped after step {training.step}, saved in {saved}; continue with --resume_from_checkpoint latest")
     return 0
 
 
@@ -129,79 +140,66 @@ def _check_same_run(path: Path | None, before: dict[str, Any], now: dict[str, An
             raise UserError(f"{path}: was written with {name} {before[name]}, this run has {now[name]}; {remedy}")
 
 
-@dataclass
-class _Training:
-    """What the steps of a run share."""
+class Training:
+    """The model under training, and the steps of the run."""
 
-    config: TrainConfig
-    family: Family
-    shards: Shards
-    plan: BatchPlan
-    processes: Processes
-    run: dict[str, Any]
-    total_steps: int
-
-    def __post_init__(self) -> None:
-        config, device = self.config, self.processes.device
-        model = self.family.load_model()
-        self.metrics = Metrics(device, self.plan.global_batch, len(self.shards))
+    def __init__(
+        self,
+        config: TrainConfig,
+        family: Family,
+        shards: Shards,
+        plan: BatchPlan,
+        processes: Processes,
+        run: dict[str, Any],
+        total_steps: int,
+    ) -> None:
+        self.config, self.family, self.shards, self.plan, self.processes = config, family, shards, plan, processes
+        self.run, self.total_steps = run, total_steps
+        device = processes.device
+        model = family.load_model()
+        self.metrics = Metrics(device, plan.global_batch, len(shards))
         if device.type == "cuda":
-            self.metrics.flops_per_sample = forward_flops(self.family, model)
-            self.metrics.peak_flops = matrix_flops_per_second(device, self.family.dtype)
-        self.sharded = Sharded(model, config, self.processes)
+            self.metrics.flops_per_sample = forward_flops(family, model)
+            self.metrics.peak_flops = matrix_flops_per_second(device, family.dtype)
+        self.sharded = Sharded(model, config, processes)
         if config.compile:
             self.sharded.engine.module.compile()
         self.ema = Ema(self.sharded.masters, config.offload_ema) if config.use_ema else None
-        self.family.schedule.to(device)
-        self.rate_of = learning_rates(config, self.processes, self.total_steps)
+        family.schedule.to(device)
+        self.rate_of = learning_rates(config, processes, total_steps)
         self.step = 0
 
     @property
     def exported_weights(self) -> list[Tensor]:
         return self.ema.averages if self.ema else self.sharded.masters
 
-    def resume(self, path: Path, state: dict[str, Any]) -> None:
-        checkpoint.load(path, state, self.sharded, self.ema, self.metrics, self.processes)
-        self.step = int(state["step"])
-
-    def run_steps(self) -> bool:
+    def run_steps(self, log: Log | None) -> bool:
         """Trains to the last step; False when a signal asked to leave before."""
-        config, device = self.config, self.processes.device
         seed = torch.tensor([self.run["seed"]])
         timesteps = self.family.schedule.timesteps
         loader = Loader(
-            self.shards, self.plan, self.run["seed"],
+            self.shards,
+            self.plan,
+            self.run["seed"],
             lambda slots: philox.choices(seed, slots, philox.TIMESTEP, timesteps),
-            device, self.step, self.total_steps,
-        )  # fmt: skip
-        self.log = Log(config, self.step) if self.processes.is_first else None
-        stop = StopSignal(self.processes)
-        progress = tqdm(
-            total=self.total_steps, initial=self.step, desc="Training", unit="step",
-            disable=None if self.processes.is_first else True,
-        )  # fmt: skip
+            self.processes.device,
+            self.step,
+            self.total_steps,
+        )
         batches = iter(loader)
-        device_seed = seed.to(device)
-        gradient_scale = torch.empty(1, device=device)
-        self.metrics.exclude(lambda: None)
+        device_seed = seed.to(self.processes.device)
+        gradient_scale = torch.empty(1, device=self.processes.device)
+        stop = StopSignal(self.processes)
+        shown = None if self.processes.is_first else True
+        progress = tqdm(total=self.total_steps, initial=self.step, desc="Training", unit="step", disable=shown)
+        self.metrics.start()
         try:
             while self.step < self.total_steps:
-                gradient_scale.fill_(self.sharded.loss_scale / (config.train_batch_size * self.plan.accumulation))
                 rate = self.rate_of(self.step)
-                self.sharded.set_learning_rate(rate)
-                for _ in range(self.plan.accumulation):
-                    loss = train_micro_batch(
-                        self.sharded.engine, self.family, next(batches), config, device_seed, gradient_scale
-                    )
-                    self.metrics.add(loss, self.plan.accumulation)
-                    self.sharded.engine.step()
-                self.step += 1
-                self.metrics.steps += 1
-                if self.ema:
-                    self.ema.update(self.step)
+                self._train_step(batches, rate, device_seed, gradient_scale)
                 progress.update()
                 leave = stop.agreed() and self.step < self.total_steps
-                self._after_step(rate, progress, leave)
+                self._after_step(rate, progress, log, leave)
                 if leave:
                     return False
             return True
@@ -209,27 +207,45 @@ class _Training:
             progress.close()
             loader.close()
             stop.close()
-            if self.log:
-                self.log.close()
 
-    def _after_step(self, rate: float, progress: tqdm, leave: bool) -> None:
+    def _train_step(self, batches: Iterator[Batch], rate: float, seed: Tensor, gradient_scale: Tensor) -> None:
+        """One optimizer step: its micro-batches, the update, the moving average."""
+        sharded, accumulation = self.sharded, self.plan.accumulation
+        gradient_scale.fill_(sharded.loss_scale / (self.plan.micro_batch * accumulation))
+        sharded.set_learning_rate(rate)
+        for _ in range(accumulation):
+            loss = train_micro_batch(sharded.engine, self.family, next(batches), self.config, seed, gradient_scale)
+            self.metrics.add(loss, accumulation)
+            sharded.engine.step()
+        self.step += 1
+        self.metrics.steps += 1
+        if self.ema:
+            self.ema.update(self.step)
+
+    def _after_step(self, rate: float, progress: tqdm, log: Log | None, leave: bool) -> None:
         """Metrics, checkpoint and validation, where they are due."""
         config = self.config
         if self.step % config.log_every == 0 or self.step == self.total_steps:
             line = self.metrics.read(self.step, rate, self.sharded.optimizer.grad_norm, self.processes)
             progress.set_postfix(loss=f"{line['loss']:.4f}", lr=f"{rate:.2e}")
-            if self.log:
-                self.log.write(line)
+            if log:
+                log.write(line)
         if leave or self.step % config.checkpointing_steps == 0:
             self.metrics.exclude(self._save)
         if config.validation_prompts and self.step < self.total_steps and self._epoch_to_validate():
-            self.metrics.exclude(self.validate)
+            self.metrics.exclude(lambda: self.validate(log))
 
     def _save(self) -> None:
         checkpoint.save(
-            Path(self.config.output_dir), self.step, self.run, self.sharded, self.ema, self.metrics, self.processes,
+            Path(self.config.output_dir),
+            self.step,
+            self.run,
+            self.sharded,
+            self.ema,
+            self.metrics,
+            self.processes,
             self.config.checkpoints_total_limit,
-        )  # fmt: skip
+        )
 
     def _epoch_to_validate(self) -> bool:
         """Whether this step ended an epoch after which validation is due: the first, and every `--validation_epochs`."""
@@ -237,21 +253,15 @@ class _Training:
         before, now = (self.step - 1) * batch // records, self.step * batch // records
         return any((epoch - 1) % every == 0 for epoch in range(before + 1, now + 1))
 
-    def validate(self) -> None:
-        config, processes = self.config, self.processes
-        path = validate(config, self.family, self.sharded, self.exported_weights, processes, self.run["seed"], self.step)
-        if path is not None and self.log is not None and not self.log.file.closed:
-            from PIL import Image
-
-            self.log.picture(Image.open(path), self.step)
-
-    def report(self, finished: bool) -> None:
-        """What the run came to, and where everything lies, for the person who started it."""
-        if not self.processes.is_first:
-            return
-        output = Path(self.config.output_dir)
-        if finished:
-            print(f"Trained {self.total_steps} steps; the pipeline is in {output}")
-        else:
-            print(f"Stopped after step {self.step}, saved in {output / f'checkpoint-{self.step}'}; "
-                  "continue with --resume_from_checkpoint latest")  # fmt: skip
+    def validate(self, log: Log | None) -> None:
+        grid = validate(
+            self.config,
+            self.family,
+            self.sharded,
+            self.exported_weights,
+            self.processes,
+            self.run["seed"],
+            self.step,
+        )
+        if grid is not None and log is not None:
+            log.picture(grid, self.step)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from engine.config import TrainConfig
@@ -45,9 +46,9 @@ def validate(
     processes: Processes,
     seed: int,
     step: int,
-) -> Path | None:
-    """Draws the validation images into samples/step-N.png on the first process; every process must call it."""
-    path = Path(config.output_dir) / "samples" / f"step-{step}.png"
+) -> Image.Image | None:
+    """Draws the validation images into samples/step-N.png, and returns them, on the first process; all must call it."""
+    grid = None
     with weights_in_place(sharded, tensors) as module:
         if processes.is_first:
             prompts = config.validation_prompts or []
@@ -64,9 +65,10 @@ def validate(
                         generator=generator,
                     ).images
                     rows.append((prompt, images))
-            save_png(labelled_grid(rows), path)
+            grid = labelled_grid(rows)
+            save_png(grid, Path(config.output_dir) / "samples" / f"step-{step}.png")
         processes.barrier()
-    return path if processes.is_first else None
+    return grid
 
 
 def export(config: TrainConfig, family: Family, sharded: Sharded, tensors: list[Tensor], processes: Processes) -> None:
@@ -117,5 +119,5 @@ def push_to_hub(config: TrainConfig) -> None:
         repo_id=repository,
         folder_path=output,
         commit_message="End of training",
-        ignore_patterns=["checkpoint-*", "shards/*", "logs/*", "latest"],
+        ignore_patterns=["checkpoint-*", "shards/*", "logs/*", "wandb/*", "latest"],
     )

@@ -102,11 +102,13 @@ def one_process(model, images, shards, tmp_path_factory):
 def test_two_processes_train_as_one(stage, one_process, model, images, shards, tmp_path):
     output = tmp_path / "two"
     options = config(
-        model, images, shards, output, train_batch_size=2, zero_stage=stage, max_train_steps=12, checkpointing_steps=12
-    )
+        model, images, shards, output, train_batch_size=2, zero_stage=stage, max_train_steps=12, checkpointing_steps=12,
+        validation_prompts=["a red square"],
+    )  # fmt: skip
     result = run(command(options, *torchrun(2)))
     assert result.returncode == 0, result.stderr
     assert losses(output) == pytest.approx(losses(one_process), abs=1e-6)
+    assert (output / "samples" / "step-12.png").exists()
     start = dict(UNet2DConditionModel.from_pretrained(model, subfolder="unet").named_parameters())
     for kind in ("weight", "ema"):
         ours = checkpoint_tensors(output / "checkpoint-12", kind)

@@ -40,26 +40,26 @@ def test_the_counter_sees_a_read():
 def test_a_step_reads_nothing(options, model, images, shards, tmp_path, monkeypatch):
     counter = CountReads()
     between: list[int] = []
-    after_step = trainer._Training._after_step
+    after_step = trainer.Training._after_step
 
     def count(self, *arguments):
         between.append(len(counter.reads))
         after_step(self, *arguments)
         counter.reads.clear()
 
-    monkeypatch.setattr(trainer._Training, "_after_step", count)
+    monkeypatch.setattr(trainer.Training, "_after_step", count)
     shards_of_precision = shards if options.get("mixed_precision", "no") == "no" else tmp_path / "shards"
     run = config(
         model, images, shards_of_precision, tmp_path / "out", noise_offset=0.1, input_perturbation=0.1, snr_gamma=5.0,
         log_every=4, **options,
     )  # fmt: skip
-    original = trainer._Training.run_steps
+    original = trainer.Training.run_steps
 
-    def counted(self):
+    def counted(self, log):
         with counter:
-            return original(self)
+            return original(self, log)
 
-    monkeypatch.setattr(trainer._Training, "run_steps", counted)
+    monkeypatch.setattr(trainer.Training, "run_steps", counted)
     assert trainer.train(run) == 0
     # The first step sets up; DeepSpeed looks at its hooks there.
     assert between[1:] == [0] * 7

@@ -1,7 +1,5 @@
 """Clipping inside AdamW, its refusal of non-finite gradients, the schedules and the moving average."""
 
-import sys
-
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -9,7 +7,6 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from engine.config import TrainConfig
-from engine.errors import UserError
 from engine.loop.ema import Ema, decay_of_step
 from engine.loop.optimizer import ClippedAdamW, create_optimizer, learning_rates
 from engine.processes import Processes
@@ -84,12 +81,6 @@ def test_learning_rates_are_those_of_diffusers_schedules(name):
 def test_scale_lr_multiplies_by_the_global_batch():
     rate_of = learning_rates(config(scale_lr=True, gradient_accumulation_steps=3, train_batch_size=4), Processes(), 10)
     assert rate_of(0) == pytest.approx(12e-3)
-
-
-def test_8bit_adam_without_bitsandbytes_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(UserError, match="install the extra `bitsandbytes`"):
-        create_optimizer(parameters(), config(use_8bit_adam=True), None)
 
 
 def test_8bit_adam_clips_by_the_global_norm():

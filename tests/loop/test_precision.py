@@ -38,21 +38,21 @@ def test_low_precision_follows_fp32(precision, accumulation, fp16_allowed, model
 
 def test_an_overflow_skips_the_step_and_lowers_the_scale(fp16_allowed, model, images, tmp_path, monkeypatch):
     scales, weights = [], []
-    after_step = trainer._Training._after_step
+    after_step = trainer.Training._after_step
 
     def note(self, *arguments):
         scales.append(self.sharded.loss_scale)
         weights.append(self.sharded.masters[0].detach().clone())
         after_step(self, *arguments)
 
-    load = trainer._Training.__post_init__
+    load = trainer.Training.__init__
 
-    def with_huge_scale(self):
-        load(self)
+    def with_huge_scale(self, *arguments):
+        load(self, *arguments)
         self.sharded.loss_scaler.cur_scale = 2.0**40
 
-    monkeypatch.setattr(trainer._Training, "_after_step", note)
-    monkeypatch.setattr(trainer._Training, "__post_init__", with_huge_scale)
+    monkeypatch.setattr(trainer.Training, "_after_step", note)
+    monkeypatch.setattr(trainer.Training, "__init__", with_huge_scale)
     assert train(config(model, images, tmp_path / "shards", tmp_path / "out", mixed_precision="fp16", max_train_steps=40)) == 0
     assert scales[-1] < 2.0**40
     assert torch.equal(weights[0], weights[1]), "an overflowing step moved the weights"

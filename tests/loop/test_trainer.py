@@ -49,7 +49,7 @@ def test_tensorboard_has_the_same_losses(trained):
     scalars = events.Scalars("train/loss")
     assert [event.step for event in scalars] == [line["step"] for line in lines]
     assert [event.value for event in scalars] == pytest.approx([line["loss"] for line in lines], rel=1e-6)
-    assert events.Images("validation")
+    assert [event.step for event in events.Images("validation")] == [3, 8]
 
 
 def test_validation_images_are_drawn_after_the_due_epochs(trained):
@@ -86,10 +86,10 @@ def test_only_the_promised_entries_are_left(trained):
 
 def test_weights_come_back_after_validation(model, images, shards, tmp_path, monkeypatch):
     seen = []
-    run_steps = trainer._Training.run_steps
+    run_steps = trainer.Training.run_steps
 
-    def look(self):
-        result = run_steps(self)
+    def look(self, log):
+        result = run_steps(self, log)
         module = self.sharded.engine.module
         before = [parameter.detach().clone() for parameter in module.parameters()]
         with weights_in_place(self.sharded, self.ema.averages) as inner:
@@ -99,7 +99,7 @@ def test_weights_come_back_after_validation(model, images, shards, tmp_path, mon
         assert module.training
         return result
 
-    monkeypatch.setattr(trainer._Training, "run_steps", look)
+    monkeypatch.setattr(trainer.Training, "run_steps", look)
     assert train(config(model, images, shards, tmp_path / "out", max_train_steps=3)) == 0
     assert seen == [True, True]
 
