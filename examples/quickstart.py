@@ -33,7 +33,7 @@ from engine.quiet import quiet_libraries
 ROOT = Path("build/quickstart")
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 RESOLUTION = 32
-STEPS = 800
+STEPS = 700
 BATCH = 64
 VAE_STEPS = 300
 VAE_BATCH = 32
@@ -140,7 +140,7 @@ def train(model: Path, images: Path, output: Path) -> None:
         "--train_batch_size", str(BATCH), "--max_train_steps", str(STEPS), "--learning_rate", "2e-3",
         "--lr_scheduler", "cosine", "--lr_warmup_steps", "50", "--snr_gamma", "5.0", "--use_ema", "--seed", "0",
         "--validation_prompts", caption(3), caption(7), "--num_validation_images", "4", "--validation_epochs", "10",
-        "--checkpointing_steps", "400", "--checkpoints_total_limit", "1",
+        "--checkpointing_steps", "350", "--checkpoints_total_limit", "1",
     ]  # fmt: skip
     print("$", " ".join(f'"{word}"' if " " in word else word for word in ["python", *command[1:]]), flush=True)
     subprocess.run(command, check=True)

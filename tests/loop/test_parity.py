@@ -98,7 +98,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case.values()))
-def test_weights_and_averages_follow_the_reference(case, model, images, shards, tmp_path):
+def test_weights_and_averages_follow_the_reference(case, model, images, shards, tmp_path, record_property):
     options = config(
         model, images, shards, tmp_path / "out", seed=SEED, max_train_steps=STEPS, checkpointing_steps=STEPS,
         noise_offset=0.1, input_perturbation=0.1, **OPTIONS, **case,
@@ -110,8 +110,10 @@ def test_weights_and_averages_follow_the_reference(case, model, images, shards, 
 
     output = tmp_path / "out"
     checkpoint = output / f"checkpoint-{STEPS}"
-    assert relative_distance(checkpoint_tensors(checkpoint, "weight"), weights, start) < 1e-4
-    assert relative_distance(checkpoint_tensors(checkpoint, "ema"), averages, start) < 1e-4
+    for kind, expected in (("weight", weights), ("ema", averages)):
+        distance = relative_distance(checkpoint_tensors(checkpoint, kind), expected, start)
+        record_property(kind, distance)
+        assert distance < 1e-4
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     np.testing.assert_allclose([line["loss"] for line in lines], losses, rtol=1e-4)
     np.testing.assert_allclose([line["grad_norm"] for line in lines], norms, rtol=1e-3)
