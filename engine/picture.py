@@ -1,8 +1,9 @@
-"""Pictures of pictures: labelled grids."""
+"""What people would rather look at than read: labelled grids of images, and curves of metrics."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from engine.files import write_atomically
@@ -42,6 +43,17 @@ def _fit(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | Im
     while text and draw.textlength(text + "...", font=font) > width:
         text = text[:-1]
     return text + "..."
+
+
+def curves(lines: Sequence[dict[str, float]], names: Sequence[str], path: Path) -> None:
+    """Plots metrics by step, one panel per name, as a PNG."""
+    rows = -(-len(names) // 2)
+    figure = Figure(figsize=(10, 3 * rows), layout="constrained")
+    for axes, name in zip(figure.subplots(rows, 2, squeeze=False).flat, names, strict=True):
+        axes.plot([line["step"] for line in lines], [line[name] for line in lines], linewidth=1)
+        axes.set(title=name.replace("_", " "), xlabel="step")
+        axes.grid(alpha=0.3)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=100))
 
 
 def save_png(image: Image.Image, path: Path) -> None:

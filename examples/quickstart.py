@@ -211,7 +211,8 @@ after {timing["encode_seconds"]:.0f} s of encoding
 pipeline  {output}
 grid      {grid}
 samples   {output / "samples"}
-metrics   {output / "metrics.jsonl"}, tensorboard --logdir {output / "logs"}
+curves    {output / "curves.png"}, tensorboard --logdir {output / "logs"}
+metrics   {output / "metrics.jsonl"}
 report    {ROOT / "report.json"}""")
 
 

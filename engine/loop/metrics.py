@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine.config import SECRETS, TrainConfig, to_toml
 from engine.files import write_text
 from engine.models.family import Family
+from engine.picture import curves
 from engine.processes import Processes
 
 METRICS = "metrics.jsonl"
@@ -140,7 +141,11 @@ class Log:
             self.wandb.log({"validation": wandb.Image(image)}, step=step)
 
     def close(self) -> None:
+        """Closes the trackers and draws what was logged into curves.png."""
         self.file.close()
+        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        if lines:
+            curves(lines, ["loss", "grad_norm", "lr", "samples_per_second"], self.output / "curves.png")
         if self.tensorboard:
             self.tensorboard.close()
         if self.wandb:

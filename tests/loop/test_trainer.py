@@ -79,9 +79,13 @@ def test_diffusers_loads_the_result_and_draws(trained):
 def test_only_the_promised_entries_are_left(trained):
     names = {path.name for path in trained.iterdir()}
     assert names == {
-        "config.toml", "metrics.jsonl", "samples", "logs", "model_index.json", "scheduler", "text_encoder", "tokenizer",
-        "unet", "vae",
+        "config.toml", "metrics.jsonl", "curves.png", "samples", "logs", "model_index.json", "scheduler", "text_encoder",
+        "tokenizer", "unet", "vae",
     }  # fmt: skip
+
+
+def test_the_curves_are_drawn(trained):
+    assert np.asarray(Image.open(trained / "curves.png").convert("L")).std() > 5
 
 
 def test_weights_come_back_after_validation(model, images, shards, tmp_path, monkeypatch):
