@@ -9,19 +9,23 @@ class UserError(Exception):
     """A mistake that the person running the engine can mend.
 
     The message says what is wrong, where, and what to do, in one line. Command lines print it without a stack trace and
-    leave with exit code 2.
+    leave with exit code 2. `alone`: only this process of several met it, so that no other will say it.
     """
+
+    def __init__(self, message: str, alone: bool = False) -> None:
+        super().__init__(message)
+        self.alone = alone
 
 
 def exit_code(program: str, main: Callable[[], int]) -> int:
     """Runs a command line, turning a `UserError` into one line on standard error and exit code 2, Ctrl-C into 130.
 
-    Under a launcher every process meets the same mistake; only the first process of each node repeats it.
+    Under a launcher every process meets most mistakes; only the first process of each node says them.
     """
     try:
         return main()
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if error.alone or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

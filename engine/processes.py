@@ -24,7 +24,8 @@ class Processes:
         if torch.cuda.is_available():
             if local_rank >= torch.cuda.device_count():
                 raise UserError(
-                    f"local rank {local_rank} has no GPU (this node has {torch.cuda.device_count()}); start fewer processes"
+                    f"local rank {local_rank} has no GPU (this node has {torch.cuda.device_count()}); start fewer processes",
+                    alone=True,
                 )
             self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)

@@ -211,7 +211,7 @@ def _prepare(
             return index, family.prepare(source.image(index), index)
         except Refused as refused:
             if config.strict:
-                raise UserError(f"--strict: {source.name(index)}: {refused}") from None
+                raise UserError(f"--strict: {source.name(index)}: {refused}", alone=True) from None
             return index, str(refused)
 
     if config.dataloader_num_workers == 0:

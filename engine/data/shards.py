@@ -280,7 +280,7 @@ class Shards:
             self._gather(self._files[shards], offsets, field.row_bytes, out)
         except OSError as error:
             file = self.index.shards[shards[error.filename]].file
-            raise UserError(f"{self.directory / file}: cannot be read any more: {error.strerror}") from None
+            raise UserError(f"{self.directory / file}: cannot be read any more: {error.strerror}", alone=True) from None
 
 
 def _join(arrays: list[np.ndarray]) -> Tensor:
