@@ -98,7 +98,7 @@ def save(
     tensors |= random_state(processes.device)
     file = aside / f"rank-{processes.rank}.safetensors"
     # Slices are views of one storage, which the format refuses; each is stored as its own copy.
-    safetensors.torch.save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, file)
+    safetensors.torch.save_file({name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}, file)
     digests = dict(processes.gather_objects((file.name, digest(file))))
     loss_sums = processes.gather_objects(float(metrics.loss_sum))
 

@@ -22,7 +22,7 @@ from engine.loop.ema import Ema
 from engine.loop.metrics import Log, Metrics, forward_flops, matrix_flops_per_second
 from engine.loop.optimizer import learning_rates
 from engine.loop.step import train_micro_batch
-from engine.loop.validation import export, push_to_hub, validate
+from engine.loop.validation import create_repository, export, push_to_hub, validate
 from engine.loop.zero import Sharded, check_precision
 from engine.models.family import Family, open_family
 from engine.processes import Processes, StopSignal
@@ -44,6 +44,7 @@ def train(config: TrainConfig) -> int:
 def _train(config: TrainConfig, processes: Processes) -> int:
     family = open_family(config)
     check_precision(config, processes)
+    repository = create_repository(config) if config.push_to_hub and processes.is_first else None
     resumed = _find_checkpoint(config)
     processes.connect()
     state = checkpoint.read_state(resumed) if resumed else None
@@ -78,8 +79,8 @@ def _train(config: TrainConfig, processes: Processes) -> int:
     finally:
         if log:
             log.close()
-    if finished and config.push_to_hub and processes.is_first:
-        push_to_hub(config)
+    if finished and repository:
+        push_to_hub(config, repository)
     if processes.is_first:
         output = Path(config.output_dir)
         if finished:

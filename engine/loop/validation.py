@@ -6,10 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from torch import Tensor, nn
 
 from engine.config import TrainConfig
+from engine.errors import UserError
 from engine.files import PARTIAL, discard, sync
 from engine.loop.zero import Sharded
 from engine.models.family import Family
@@ -96,13 +98,23 @@ def export(config: TrainConfig, family: Family, sharded: Sharded, tensors: list[
     processes.barrier()
 
 
-def push_to_hub(config: TrainConfig) -> None:
-    """Uploads the trained pipeline with a model card."""
-    from huggingface_hub import HfApi, ModelCard
+def create_repository(config: TrainConfig) -> str:
+    """Creates the repository of `--push_to_hub`, where there is none yet, and returns its full name.
 
+    Raises:
+        UserError: not logged in, no permission, no connection; better known before the training than after.
+    """
+    name = config.hub_model_id or Path(config.output_dir).name
+    try:
+        return HfApi(token=config.hub_token).create_repo(name, exist_ok=True).repo_id
+    except Exception as error:  # the library raises many kinds
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"--push_to_hub: cannot create {name}: {reason}; log in with `hf auth login`") from None
+
+
+def push_to_hub(config: TrainConfig, repository: str) -> None:
+    """Uploads the trained pipeline with a model card."""
     output = Path(config.output_dir)
-    api = HfApi(token=config.hub_token)
-    repository = api.create_repo(config.hub_model_id or output.name, exist_ok=True).repo_id
     data = config.dataset_name or config.train_data_dir or "its own latent shards"
     card = ModelCard(
         "---\n"
@@ -115,7 +127,7 @@ def push_to_hub(config: TrainConfig) -> None:
         f"rate {config.learning_rate}, {config.resolution} px, precision {config.mixed_precision}.\n"
     )
     card.save(output / "README.md")
-    api.upload_folder(
+    HfApi(token=config.hub_token).upload_folder(
         repo_id=repository,
         folder_path=output,
         commit_message="End of training",

@@ -11,10 +11,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine.errors import UserError
-from engine.loop import trainer
+from engine.loop import trainer, validation
 from engine.loop.metrics import _forget_after, forward_flops
 from engine.loop.trainer import train
-from engine.loop.validation import push_to_hub, weights_in_place
+from engine.loop.validation import weights_in_place
 from engine.models.family import open_family
 from tests.loop.runs import config
 
@@ -177,9 +177,7 @@ def test_operations_of_sd15_are_counted(model, images, shards, tmp_path):
     assert forward_flops(family, unet) == pytest.approx(0.803e12, rel=0.005)
 
 
-def test_the_upload_leaves_checkpoints_and_shards_out(trained, model, images, shards, monkeypatch):
-    import huggingface_hub
-
+def test_the_upload_leaves_checkpoints_and_shards_out(model, images, shards, tmp_path, monkeypatch):
     calls = {}
 
     class Api:
@@ -187,20 +185,26 @@ def test_the_upload_leaves_checkpoints_and_shards_out(trained, model, images, sh
             calls["token"] = token
 
         def create_repo(self, name, exist_ok):
-            calls["name"] = name
+            assert not (tmp_path / "out").exists(), "the repository is created before anything else"
             return type("Repository", (), {"repo_id": f"someone/{name}"})
 
         def upload_folder(self, **arguments):
             calls.update(arguments)
 
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    push_to_hub(config(model, images, shards, trained, hub_token="t", hub_model_id="mine"))
+    monkeypatch.setattr(validation, "HfApi", Api)
+    options = {"push_to_hub": True, "hub_token": "t", "hub_model_id": "mine", "max_train_steps": 1}
+    assert train(config(model, images, shards, tmp_path / "out", **options)) == 0
+    assert calls["token"] == "t"
     assert calls["repo_id"] == "someone/mine"
-    assert calls["folder_path"] == trained
+    assert calls["folder_path"] == tmp_path / "out"
     assert {"checkpoint-*", "shards/*", "logs/*"} <= set(calls["ignore_patterns"])
-    card = (trained / "README.md").read_text()
-    (trained / "README.md").unlink()
-    assert "library_name: diffusers" in card
+    assert "library_name: diffusers" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_repository_that_cannot_be_created_stops_the_run_at_once(model, images, shards, tmp_path):
+    with pytest.raises(UserError, match="--push_to_hub: cannot create out: .*hf auth login"):
+        train(config(model, images, shards, tmp_path / "out", push_to_hub=True))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_compiled_model_trains_as_the_plain_one(model, images, shards, tmp_path):
