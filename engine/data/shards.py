@@ -2,7 +2,7 @@
 
 A directory holds `index.json` and `shard-00000.safetensors` ... Each shard covers a range of source samples and stores, per
 field of the family's record, one contiguous tensor [rows, ...]. Fields of an image have a row per stored variant (crops,
-flips); fields of a caption have a row per distinct caption, stored in the shard where it first appears. Three more tensors
+flips); fields of a caption have a row per distinct caption, stored in the shard where it first appears. Four more tensors
 tie rows to records:
 
     source           int64 [records]      which source sample each record came from
