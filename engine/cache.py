@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from engine.config import CacheConfig, Parser, parse
+from engine.config import PIPELINE_OPTIONS, CacheConfig, Parser, parse
 from engine.data.shards import Index, Shards, read_header, verify
 from engine.errors import UserError, exit_code
 
@@ -29,7 +29,7 @@ def build_command(arguments: list[str]) -> int:
     try:
         family = open_family(config)
         processes.connect()
-        index = build(config, family, open_source(config), processes)
+        index = build(config, family, open_source(config, family.captioned), processes)
     finally:
         processes.close()
     if processes.is_first:
@@ -55,15 +55,15 @@ def info_command(arguments: list[str]) -> int:
     parser.add_argument("directory", type=Path, help="directory of the shards")
     parser.add_argument("--records", type=int, default=24, help="records on the contact sheet (default: 24)")
     parser.add_argument("--output", type=Path, help="the contact sheet (default: contact-sheet.png beside the shards)")
-    parser.add_argument(
-        "--pretrained_model_name_or_path", help="pipeline to decode with (default: the one the shards were built with)"
-    )
+    for name in PIPELINE_OPTIONS:
+        parser.add_argument(f"--{name}", help="to decode with (default: as the shards were built)")
     options = parser.parse_args(arguments)
     index = Index.read(options.directory)
     print(summary(options.directory, index))
     if index.records and options.records > 0:
         output = options.output or options.directory / "contact-sheet.png"
-        contact_sheet(options.directory, index, options.records, output, options.pretrained_model_name_or_path)
+        models = {name: value for name in PIPELINE_OPTIONS if (value := getattr(options, name)) is not None}
+        contact_sheet(options.directory, index, options.records, output, models)
         print(f"contact sheet  {output}")
     return 0
 
@@ -88,15 +88,18 @@ def summary(directory: Path, index: Index) -> str:
     return "\n".join(lines)
 
 
-def contact_sheet(directory: Path, index: Index, count: int, output: Path, model: str | None) -> None:
-    """Decodes records spread evenly over the shards into one picture, each under its caption."""
+def contact_sheet(directory: Path, index: Index, count: int, output: Path, models: dict[str, str]) -> None:
+    """Decodes records spread evenly over the shards into one picture, each under its caption.
+
+    Args:
+        models: options that name pipelines, instead of those that the shards were built with.
+    """
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     from engine.models.family import open_family
     from engine.picture import labelled_grid, save_png
 
     quiet_libraries()
-    values = index.config | ({"pretrained_model_name_or_path": model} if model else {})
-    family = open_family(CacheConfig.model_validate(values))
+    family = open_family(CacheConfig.model_validate(index.config | models))
     shards = Shards(directory)
     count = min(count, len(shards))
     records = torch.linspace(0, len(shards) - 1, count).round().long()

@@ -15,18 +15,45 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from engine.errors import UserError
 
 SECRETS = {"hub_token"}
 
-FAMILY_HELP = "Which model to train: sd (Stable Diffusion text-to-image UNet)."
+FamilyName = Literal["sd", "kandinsky-prior", "kandinsky-decoder", "wuerstchen"]
+FAMILIES: tuple[str, ...] = get_args(FamilyName)
+KANDINSKY = ("kandinsky-prior", "kandinsky-decoder")
+CAPTIONED = ("sd", "kandinsky-prior", "wuerstchen")
+REQUIRED = ...
+PIPELINE_OPTIONS = (
+    "pretrained_model_name_or_path",
+    "pretrained_prior_model_name_or_path",
+    "pretrained_decoder_model_name_or_path",
+)
 
 
 def option(default: Any, help: str, group: str, **constraints: Any) -> Any:
-    """A field of the configuration, with what `--help` needs to describe it."""
-    return Field(default, description=help, json_schema_extra={"group": group}, **constraints)
+    """A field of the configuration, with what `--help` needs to describe it.
+
+    A default that is a dictionary gives the defaults by family, `REQUIRED` where there is none. Families that are not in it do
+    not have the option, and what the field then holds means nothing.
+    """
+    by_family = default if isinstance(default, dict) else None
+    if by_family:
+        default = next(iter(by_family.values()))
+        default = None if default is REQUIRED else default
+    return Field(default, description=help, json_schema_extra={"group": group, "by_family": by_family}, **constraints)
+
+
+def only(families: tuple[str, ...], default: Any) -> dict[str, Any]:
+    """The default of an option that only these families have."""
+    return dict.fromkeys(families, default)
+
+
+def sd_differs(sd: Any, others: Any) -> dict[str, Any]:
+    """The defaults of an option where `sd` has another than the other families."""
+    return only(FAMILIES, others) | {"sd": sd}
 
 
 class CacheConfig(BaseModel):
@@ -34,12 +61,33 @@ class CacheConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
-    family: Literal["sd"] = option(..., FAMILY_HELP, "model")
-    pretrained_model_name_or_path: str = option(
-        ..., "Directory of a diffusers pipeline, or its name on the Hugging Face hub.", "model"
+    family: FamilyName = option(
+        ...,
+        "Which model to train: sd (Stable Diffusion's UNet), kandinsky-prior or kandinsky-decoder (Kandinsky 2.2), "
+        "wuerstchen (stage C).",
+        "model",
     )
-    revision: str | None = option(None, "Revision of the pretrained model on the hub.", "model")
-    variant: str | None = option(None, "Variant of the pretrained model's files, for example fp16.", "model")
+    pretrained_model_name_or_path: str = option(
+        only(("sd",), REQUIRED), "Directory of a diffusers pipeline, or its name on the Hugging Face hub.", "model"
+    )
+    pretrained_prior_model_name_or_path: str = option(
+        only(KANDINSKY, "kandinsky-community/kandinsky-2-2-prior") | {"wuerstchen": "warp-ai/wuerstchen-prior"},
+        "Directory of the prior pipeline, or its name on the hub.",
+        "model",
+    )
+    pretrained_decoder_model_name_or_path: str = option(
+        only(KANDINSKY, "kandinsky-community/kandinsky-2-2-decoder") | {"wuerstchen": "warp-ai/wuerstchen"},
+        "Directory of the decoder pipeline, or its name on the hub. The priors need it only to draw images.",
+        "model",
+    )
+    pretrained_image_encoder_name_or_path: str = option(
+        {"wuerstchen": "dome272/wuerstchen"},
+        "The EfficientNet-V2-S image encoder: a .safetensors or .pt file, or a repository on the hub that holds "
+        "model_v2_stage_b.pt.",
+        "model",
+    )
+    revision: str | None = option(only(("sd",), None), "Revision of the pretrained model on the hub.", "model")
+    variant: str | None = option(only(("sd",), None), "Variant of the pretrained model's files, for example fp16.", "model")
     cache_dir: str | None = option(None, "Where downloaded models and data sets are kept.", "model")
 
     dataset_name: str | None = option(
@@ -53,19 +101,25 @@ class CacheConfig(BaseModel):
         "data",
     )
     image_column: str = option("image", "Column that holds the image.", "data")
-    caption_column: str = option("text", "Column that holds a caption or a list of captions.", "data")
+    caption_column: str = option(only(CAPTIONED, "text"), "Column that holds a caption or a list of captions.", "data")
     max_train_samples: int | None = option(None, "Train on this many samples, drawn with --seed, instead of all.", "data", ge=1)
-    resolution: int = option(512, "Images are resized and cropped to this many pixels on both sides.", "data", ge=8)
-    center_crop: bool = option(False, "Crop the centre of each image instead of random places.", "data")
-    random_flip: bool = option(False, "Show each image mirrored half of the time.", "data")
+    resolution: int = option(
+        512,
+        "Images are resized and cropped to this many pixels on both sides (kandinsky-prior: the image encoder decides, and "
+        "only validation images have this size).",
+        "data",
+        ge=8,
+    )
+    center_crop: bool = option(only(("sd",), False), "Crop the centre of each image instead of random places.", "data")
+    random_flip: bool = option(only(("sd",), False), "Show each image mirrored half of the time.", "data")
     random_crops: int = option(
-        4,
+        only(("sd",), 4),
         "Random crops stored per image without --center_crop (an image that is already square needs one).",
         "data",
         ge=1,
     )
     image_interpolation_mode: Literal["nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"] = option(
-        "lanczos", "How images are resized.", "data"
+        only(("sd",), "lanczos"), "How images are resized.", "data"
     )
     strict: bool = option(False, "Stop at the first image or caption that cannot be used, instead of skipping it.", "data")
 
@@ -83,7 +137,20 @@ class CacheConfig(BaseModel):
     seed: int | None = option(
         None, "Seed of the run; drawn at random, and recorded, when not given.", "training", ge=0, lt=2**63
     )
-    output_dir: str = option("sd-model-finetuned", "Where the trained pipeline, checkpoints and metrics go.", "output")
+    output_dir: str = option(
+        {"sd": "sd-model-finetuned"}
+        | only(KANDINSKY, "kandi_2_2-model-finetuned")
+        | {"wuerstchen": "wuerstchen-model-finetuned"},
+        "Where the trained pipeline, checkpoints and metrics go.",
+        "output",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_family(cls, values: dict[str, Any]) -> dict[str, Any]:
+        family = values.get("family")
+        defaults = {name: by_family[family] for name, by_family in options_by_family(cls).items() if family in by_family}
+        return {name: value for name, value in defaults.items() if value is not REQUIRED} | values
 
     @property
     def shards_path(self) -> Path:
@@ -94,13 +161,21 @@ class TrainConfig(CacheConfig):
     """Every option of `python -m engine.run`."""
 
     non_ema_revision: str | None = option(
-        None, "Revision of the trained weights, when the non-EMA ones are kept apart. Default: --revision.", "model"
+        only(("sd",), None),
+        "Revision of the trained weights, when the non-EMA ones are kept apart. Default: --revision.",
+        "model",
     )
-    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.", "model")
-    enable_xformers_memory_efficient_attention: bool = option(False, "Use xFormers' attention instead of torch's own.", "model")
+    gradient_checkpointing: bool = option(
+        only(("sd", "kandinsky-decoder", "wuerstchen"), False),
+        "Recompute activations in the backward pass to save memory.",
+        "model",
+    )
+    enable_xformers_memory_efficient_attention: bool = option(
+        only(("sd", "kandinsky-decoder"), False), "Use xFormers' attention instead of torch's own.", "model"
+    )
     compile: bool = option(False, "Compile the trained model with torch.compile.", "model")
 
-    train_batch_size: int = option(16, "Samples per process and micro-batch.", "training", ge=1)
+    train_batch_size: int = option(sd_differs(16, 1), "Samples per process and micro-batch.", "training", ge=1)
     gradient_accumulation_steps: int = option(1, "Micro-batches per optimizer step.", "training", ge=1)
     num_train_epochs: int = option(100, "Passes over the data, when --max_train_steps is not given.", "training", ge=1)
     max_train_steps: int | None = option(None, "Optimizer steps in all; overrides --num_train_epochs.", "training", ge=1)
@@ -122,7 +197,7 @@ class TrainConfig(CacheConfig):
     use_8bit_adam: bool = option(False, "Use the 8-bit AdamW of bitsandbytes.", "optimizer")
     adam_beta1: float = option(0.9, "Decay of AdamW's first moment.", "optimizer", ge=0, lt=1)
     adam_beta2: float = option(0.999, "Decay of AdamW's second moment.", "optimizer", ge=0, lt=1)
-    adam_weight_decay: float = option(1e-2, "Weight decay.", "optimizer", ge=0)
+    adam_weight_decay: float = option(sd_differs(1e-2, 0.0), "Weight decay.", "optimizer", ge=0)
     adam_epsilon: float = option(1e-8, "AdamW's epsilon.", "optimizer", gt=0)
     max_grad_norm: float = option(
         1.0, "Gradients are clipped to this global norm; 0 leaves them as they are.", "optimizer", ge=0
@@ -132,17 +207,24 @@ class TrainConfig(CacheConfig):
     foreach_ema: bool = option(False, "Accepted from the scripts; the moving average is always updated that way.", "optimizer")
 
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = option(
-        None, "What the model predicts. Default: as the pretrained scheduler says.", "objective"
+        only(("sd",), None), "What the model predicts. Default: as the pretrained scheduler says.", "objective"
     )
     snr_gamma: float | None = option(
         None, "Gamma of the Min-SNR loss weights (arXiv:2303.09556); 5.0 is recommended.", "objective", gt=0
     )
-    noise_offset: float = option(0.0, "Scale of an offset that the noise of a channel shares.", "objective", ge=0)
-    input_perturbation: float = option(
-        0.0, "Scale of extra noise in the input that the target does not see; 0.1 is recommended.", "objective", ge=0
+    noise_offset: float = option(
+        only(("sd",), 0.0), "Scale of an offset that the noise of a channel shares.", "objective", ge=0
     )
-    dream_training: bool = option(False, "Train with DREAM (arXiv:2312.00210): one extra forward pass.", "objective")
-    dream_detail_preservation: float = option(1.0, "DREAM's detail preservation factor p.", "objective", gt=0)
+    input_perturbation: float = option(
+        only(("sd",), 0.0),
+        "Scale of extra noise in the input that the target does not see; 0.1 is recommended.",
+        "objective",
+        ge=0,
+    )
+    dream_training: bool = option(
+        only(("sd",), False), "Train with DREAM (arXiv:2312.00210): one extra forward pass.", "objective"
+    )
+    dream_detail_preservation: float = option(only(("sd",), 1.0), "DREAM's detail preservation factor p.", "objective", gt=0)
 
     allow_tf32: bool = option(False, "Allow TF32 matrix products on Ampere GPUs and newer.", "precision")
 
@@ -172,6 +254,18 @@ class TrainConfig(CacheConfig):
 Model = TypeVar("Model", bound=CacheConfig)
 
 
+def options_by_family(model: type[BaseModel]) -> dict[str, dict[str, Any]]:
+    """Name -> defaults by family, for the options that not every family has, or has with one default."""
+    extras = {name: field.json_schema_extra for name, field in model.model_fields.items()}
+    return {name: extra["by_family"] for name, extra in extras.items() if isinstance(extra, dict) and extra["by_family"]}  # type: ignore[misc]
+
+
+def options_of(config: CacheConfig) -> dict[str, Any]:
+    """The options that the configuration's family has, with their values."""
+    lacking = {name for name, by_family in options_by_family(type(config)).items() if config.family not in by_family}
+    return config.model_dump(exclude=lacking)
+
+
 def _argument_name(name: str) -> str:
     return f"--{name}"
 
@@ -199,7 +293,7 @@ def build_parser(model: type[BaseModel], program: str, description: str) -> argp
     width = min(shutil.get_terminal_size((120, 24)).columns, 120)
     parser = Parser(
         prog=program,
-        usage=f"python -m {program} --family FAMILY --pretrained_model_name_or_path PATH [options]",
+        usage=f"python -m {program} --family FAMILY [options]",
         description=description,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -214,11 +308,7 @@ def build_parser(model: type[BaseModel], program: str, description: str) -> argp
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         group = groups[title]
-        text = str(field.description)
-        if field.is_required():
-            text += " (required)"
-        elif field.default not in (None, False):
-            text += f" (default: {field.default})"
+        text = f"{field.description}{_describe_default(field.is_required(), field.default, extra['by_family'])}"
         text = text.replace("%", "%%")
         if field.annotation is bool:
             group.add_argument(_argument_name(name), action=argparse.BooleanOptionalAction, help=text)
@@ -229,6 +319,20 @@ def build_parser(model: type[BaseModel], program: str, description: str) -> argp
             metavar = "{" + ",".join(choices) + "}" if choices else name.rsplit("_", 1)[-1].upper()
             group.add_argument(_argument_name(name), metavar=metavar, help=text)
     return parser
+
+
+def _describe_default(required: bool, default: Any, by_family: Any) -> str:
+    """What `--help` says after an option's description: which families have it, and its default."""
+    if required:
+        return " (required)"
+    if by_family is None:
+        return "" if default in (None, False) else f" (default: {default})"
+    families_of: dict[str, list[str]] = {}
+    for family, value in by_family.items():
+        families_of.setdefault("required" if value is REQUIRED else str(value), []).append(family)
+    if families_of.keys() <= {"None", "False"}:
+        return f" ({', '.join(by_family)} only)"
+    return " (" + "; ".join(f"{', '.join(families)}: {value}" for value, families in families_of.items()) + ")"
 
 
 def _read_toml(path: Path, names: Sequence[str]) -> dict[str, Any]:
@@ -273,6 +377,13 @@ def parse(model: type[Model], program: str, description: str, arguments: Sequenc
     given = vars(namespace)
     file = given.pop("config", None)
     values = (_read_toml(Path(file), names) if file else {}) | given
+    family = values.get("family")
+    lacking = [
+        name for name, by_family in options_by_family(model).items()
+        if name in values and family in FAMILIES and family not in by_family
+    ]  # fmt: skip
+    if lacking:
+        raise UserError(f"{', '.join(map(_argument_name, lacking))} is not used by {family}; leave it out")
     try:
         config = model.model_validate(values)
     except ValidationError as error:
@@ -283,15 +394,16 @@ def parse(model: type[Model], program: str, description: str, arguments: Sequenc
 
 def _check(config: CacheConfig) -> None:
     """Mistakes that only a look at several options, or at the disk, can find."""
+    for name, by_family in options_by_family(type(config)).items():
+        if by_family.get(config.family) is REQUIRED and getattr(config, name) is None:
+            raise UserError(f"--{name} is required")
     if not (config.dataset_name or config.train_data_dir or config.shards_dir):
         raise UserError("no data: give --train_data_dir, --dataset_name, or --shards_dir with shards built before")
     if config.train_data_dir and not Path(config.train_data_dir).is_dir():
         raise UserError(f"--train_data_dir {config.train_data_dir}: no such directory")
-    model = Path(config.pretrained_model_name_or_path)
-    if not model.exists() and (model.is_absolute() or len(model.parts) > 2 or str(model).startswith(".")):
-        raise UserError(f"--pretrained_model_name_or_path {model}: no such directory")
-    if model.is_dir() and not (model / "model_index.json").is_file():
-        raise UserError(f"--pretrained_model_name_or_path {model}: no model_index.json there; give a diffusers pipeline")
+    for name in PIPELINE_OPTIONS:
+        if name in options_of(config):
+            _check_pipeline(name, Path(getattr(config, name)))
     output = Path(config.output_dir)
     for flag, path in (("--output_dir", output), ("--shards_dir", config.shards_path)):
         existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
@@ -316,9 +428,17 @@ def _check(config: CacheConfig) -> None:
         raise UserError(f"--resume_from_checkpoint {resume}: no such directory; give one, or `latest`")
 
 
-def to_toml(config: BaseModel) -> str:
-    """The resolved configuration as TOML, without secrets; options that are not set are left out."""
-    values = {k: v for k, v in config.model_dump(exclude_none=True).items() if k not in SECRETS}
+def _check_pipeline(option: str, path: Path) -> None:
+    """Refuses what is clearly meant to be a directory but holds no pipeline; anything else may be a name on the hub."""
+    if not path.exists() and (path.is_absolute() or len(path.parts) > 2 or str(path).startswith(".")):
+        raise UserError(f"--{option} {path}: no such directory")
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        raise UserError(f"--{option} {path}: no model_index.json there; give a diffusers pipeline")
+
+
+def to_toml(config: CacheConfig) -> str:
+    """The resolved configuration as TOML, without secrets; options that are not set, or not the family's, are left out."""
+    values = {name: value for name, value in options_of(config).items() if value is not None and name not in SECRETS}
     return tomli_w.dumps(values)
 
 

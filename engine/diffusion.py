@@ -1,17 +1,34 @@
-"""The mathematics that all families share: noise schedules, targets and loss weights.
+"""The mathematics that all families share: noise schedules, timesteps, targets and loss weights.
 
 The forward process is x_t = a x0 + s e. Every training target is c_x x0 + c_e e, and every loss is the mean over the batch of
-w(t) times the mean squared error in fp32. A schedule turns timesteps into those five coefficients.
+w(t) times the mean squared error in fp32. A schedule draws timesteps and turns them into those five coefficients. It works on
+the host, in double precision, for the few numbers that a batch needs; they travel to the device with it.
 """
+
+import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from engine.errors import UserError
+from engine.kernels import philox
+
+
+class Schedule(Protocol):
+    """What the loop needs of a noise schedule."""
+
+    def draw(self, seed: Tensor, slots: Tensor) -> Tensor:
+        """The timesteps [B] of slots [B], as the model takes them: a pure function of seed (int64 [1]) and slot."""
+        ...
+
+    def coefficients(self, timesteps: Tensor) -> Tensor:
+        """a, s, c_x, c_e and w of timesteps [B]: fp32 [5, B]."""
+        ...
 
 
 class DiscreteSchedule:
-    """A schedule with integer timesteps 0 .. T - 1, tabulated once in double precision.
+    """A schedule with integer timesteps 0 .. T - 1, tabulated once.
 
     Args:
         alphas_cumprod: [T], the cumulative product of 1 - beta.
@@ -25,24 +42,44 @@ class DiscreteSchedule:
 
     def __init__(self, alphas_cumprod: Tensor, prediction_type: str, snr_gamma: float | None) -> None:
         self.prediction_type = prediction_type
-        self.table = coefficient_table(alphas_cumprod, prediction_type, snr_gamma)
+        self.table = coefficient_rows(alphas_cumprod, prediction_type, snr_gamma)
 
     @property
     def timesteps(self) -> int:
         return self.table.shape[1]
 
-    def to(self, device: torch.device) -> "DiscreteSchedule":
-        self.table = self.table.to(device)
-        return self
+    def draw(self, seed: Tensor, slots: Tensor) -> Tensor:
+        """Uniform integers, int64."""
+        return philox.choices(seed, slots, philox.TIMESTEP, self.timesteps)
 
-    def coefficients(self, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """a, s, c_x, c_e and w of `timesteps` [B], each fp32 [B]."""
-        alpha, sigma, c_x, c_e, weight = self.table[:, timesteps]
-        return alpha, sigma, c_x, c_e, weight
+    def coefficients(self, timesteps: Tensor) -> Tensor:
+        return self.table[:, timesteps]
 
 
-def coefficient_table(alphas_cumprod: Tensor, prediction_type: str, snr_gamma: float | None) -> Tensor:
-    """fp32 [5, T]: a, s, c_x, c_e and the weight w for every timestep.
+class CosineSchedule:
+    """The continuous schedule of Wuerstchen (arXiv:2306.00637), for epsilon prediction: timesteps are real numbers in [0, 1].
+
+    The cumulative product is the cosine schedule of arXiv:2102.09672, section 3.2, with s = 0.008 and clamped to
+    [0.0001, 0.9999], so that its signal-to-noise ratio stays between 1e-4 and 1e4.
+    """
+
+    OFFSET = 0.008
+
+    def __init__(self, snr_gamma: float | None) -> None:
+        self.snr_gamma = snr_gamma
+
+    def draw(self, seed: Tensor, slots: Tensor) -> Tensor:
+        """Uniform reals, fp32: half precision would leave a few hundred different timesteps near 1."""
+        return philox.uniforms(seed, slots, philox.TIMESTEP)
+
+    def coefficients(self, timesteps: Tensor) -> Tensor:
+        angle = (timesteps.double() + self.OFFSET) / (1 + self.OFFSET) * (math.pi / 2)
+        first = math.cos(self.OFFSET / (1 + self.OFFSET) * (math.pi / 2)) ** 2
+        return coefficient_rows((angle.cos().square() / first).clamp(0.0001, 0.9999), "epsilon", self.snr_gamma)
+
+
+def coefficient_rows(alphas_cumprod: Tensor, prediction_type: str, snr_gamma: float | None) -> Tensor:
+    """fp32 [5, T]: a, s, c_x, c_e and the weight w for every entry of `alphas_cumprod` [T].
 
     The targets are those of DDPM (arXiv:2006.11239) and of v-prediction (arXiv:2202.00512); the weights are Min-SNR-gamma
     (arXiv:2303.09556, section 3.4), divided by the factor between the squared error of the prediction and that of x0.

@@ -17,6 +17,11 @@ class UserError(Exception):
         self.alone = alone
 
 
+def first_line(error: Exception) -> str:
+    """What an exception of a library says, in one line."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def exit_code(program: str, main: Callable[[], int]) -> int:
     """Runs a command line, turning a `UserError` into one line on standard error and exit code 2, Ctrl-C into 130.
 

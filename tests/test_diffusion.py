@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from engine.diffusion import DiscreteSchedule, coefficient_table
+from engine.diffusion import DiscreteSchedule, coefficient_rows
 from engine.errors import UserError
 
 SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
@@ -40,7 +40,7 @@ def test_min_snr_weights_follow_the_paper(prediction, divisor):
 
 def test_weights_are_one_without_gamma():
     for prediction in ("epsilon", "v_prediction", "sample"):
-        assert torch.equal(coefficient_table(SCHEDULER.alphas_cumprod, prediction, None)[4], torch.ones(1000))
+        assert torch.equal(coefficient_rows(SCHEDULER.alphas_cumprod, prediction, None)[4], torch.ones(1000))
 
 
 @pytest.mark.parametrize("gamma", [None, 5.0])

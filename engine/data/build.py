@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.config import CacheConfig
+from engine.config import CacheConfig, options_of
 from engine.data.shards import INDEX, Field, Index, ShardEntry, read_header, shard_name, write_shard
 from engine.data.source import Refused, Source
 from engine.errors import UserError
@@ -79,7 +79,7 @@ def identity_of(config: CacheConfig, family: Encoder, source: Source) -> dict[st
         "models": family.encoder_identity(),
         "preprocessing": family.preprocessing_identity(),
         "precision": config.mixed_precision,
-        "caption_column": config.caption_column,
+        "caption_column": config.caption_column if family.captioned else None,
         "shard_records": config.shard_records,
     }
 
@@ -117,7 +117,7 @@ def build(config: CacheConfig, family: Encoder, source: Source, processes: Proce
         family=config.family,
         fingerprint=fingerprint,
         identity=identity,
-        config=config.model_dump(include=set(CacheConfig.model_fields)),
+        config={name: value for name, value in options_of(config).items() if name in CacheConfig.model_fields},
         fields=family.record_spec,
         shards=[entry for entry, _ in ordered],
         refused=[item for _, refused in ordered for item in refused],

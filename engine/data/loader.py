@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,20 +10,26 @@ from torch import Tensor
 
 from engine.data.order import slots_of_micro_batch
 from engine.data.shards import Shards
+from engine.diffusion import Schedule
 
 DEPTH = 2  # micro-batches ready ahead of the step
 
 
 @dataclass
 class Batch:
-    """One micro-batch on the device. record: the family's fields, each [B, *shape]; slots int64 [B]; timesteps [B].
+    """One micro-batch on the device.
 
-    copied: on a GPU, the event that its copy from the host is done.
+    record: the family's fields, each [B, *shape].
+    slots: int64 [B].
+    timesteps: [B], as the model takes them.
+    coefficients: fp32 [5, B], the schedule's a, s, c_x, c_e and w.
+    copied: on a GPU, the event that the copy from the host is done.
     """
 
     record: dict[str, Tensor]
     slots: Tensor
     timesteps: Tensor
+    coefficients: Tensor
     copied: torch.cuda.Event | None = None
 
 
@@ -47,8 +53,7 @@ class BatchPlan:
 class Loader:
     """Iterates over micro-batches from `first_step` to the end of `last_step`, exclusive.
 
-    Args:
-        draw_timesteps: slots [B] -> timesteps [B], a pure function (the host knows the slots, so it draws for the device).
+    The host knows the slots, so it draws the timesteps and their coefficients for the device.
     """
 
     def __init__(
@@ -56,12 +61,12 @@ class Loader:
         shards: Shards,
         plan: BatchPlan,
         seed: int,
-        draw_timesteps: Callable[[Tensor], Tensor],
+        schedule: Schedule,
         device: torch.device,
         first_step: int,
         last_step: int,
     ) -> None:
-        self.shards, self.plan, self.seed, self.draw_timesteps, self.device = shards, plan, seed, draw_timesteps, device
+        self.shards, self.plan, self.seed, self.schedule, self.device = shards, plan, seed, schedule, device
         self.steps = range(first_step, last_step)
         self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(DEPTH)
         self._stop = threading.Event()
@@ -75,7 +80,7 @@ class Loader:
             if item.copied is not None:
                 stream = torch.cuda.current_stream(self.device)
                 stream.wait_event(item.copied)
-                for tensor in (*item.record.values(), item.slots, item.timesteps):
+                for tensor in (*item.record.values(), item.slots, item.timesteps, item.coefficients):
                     tensor.record_stream(stream)
             yield item
 
@@ -102,6 +107,7 @@ class Loader:
 
     def _host_batches(self, buffers: Iterator[dict[str, Tensor]] | None = None) -> Iterator[Batch]:
         """Micro-batches in host memory; into the given (pinned) buffers, or fresh ones."""
+        seed = torch.tensor([self.seed])
         for step in self.steps:
             for accumulation_index in range(self.plan.accumulation):
                 slots = self.plan.slots(step, accumulation_index)
@@ -109,7 +115,8 @@ class Loader:
                 record = next(buffers) if buffers is not None else self._buffers(pinned=False)
                 for name, field in self.shards.fields.items():
                     self.shards.gather(name, rows[field.per], record[name])
-                yield Batch(record, slots, self.draw_timesteps(slots))
+                timesteps = self.schedule.draw(seed, slots)
+                yield Batch(record, slots, timesteps, self.schedule.coefficients(timesteps))
 
     def _buffers(self, pinned: bool) -> dict[str, Tensor]:
         return {
@@ -132,7 +139,9 @@ class Loader:
             copied = ring[number % len(ring)][1]
             with torch.cuda.stream(stream):
                 record = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.record.items()}
-                slots = batch.slots.pin_memory().to(self.device, non_blocking=True)
-                timesteps = batch.timesteps.pin_memory().to(self.device, non_blocking=True)
+                slots, timesteps, coefficients = (
+                    tensor.pin_memory().to(self.device, non_blocking=True)
+                    for tensor in (batch.slots, batch.timesteps, batch.coefficients)
+                )
                 copied.record(stream)
-            yield Batch(record, slots, timesteps, copied)
+            yield Batch(record, slots, timesteps, coefficients, copied)

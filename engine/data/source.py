@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from engine.config import CacheConfig
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 from engine.files import digest, digest_of
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -45,17 +45,21 @@ class Source(Protocol):
         ...
 
 
-def open_source(config: CacheConfig) -> Source:
+def open_source(config: CacheConfig, captioned: bool = True) -> Source:
     """The source that a configuration names, cut to --max_train_samples.
+
+    Args:
+        captioned: whether the family trains on captions; else the source need not have any.
 
     Raises:
         UserError: nothing there, or not readable.
     """
     source: Source
+    caption_column = config.caption_column if captioned else None
     if config.dataset_name:
-        source = LibraryDataset(config)
+        source = LibraryDataset(config, caption_column)
     elif config.train_data_dir:
-        source = ImageFolder(Path(config.train_data_dir), config.image_column, config.caption_column)
+        source = ImageFolder(Path(config.train_data_dir), config.image_column, caption_column)
     else:
         raise UserError("no data to build shards from: give --train_data_dir or --dataset_name")
     if len(source) == 0:
@@ -83,7 +87,7 @@ def decode(data: Path | io.BytesIO) -> Image.Image:
     except FileNotFoundError:
         raise Refused("no such image file") from None
     except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
-        raise Refused(f"unreadable image: {str(error).splitlines()[0][:120] if str(error) else type(error).__name__}") from None
+        raise Refused(f"unreadable image: {first_line(error)[:120]}") from None
 
 
 def clean_captions(value: Any) -> list[str]:
@@ -107,14 +111,14 @@ class ImageFolder:
     """A folder of images with captions in `metadata.jsonl` or `metadata.csv`, in the folder itself or in subfolders.
 
     Each line names its image, relative to the metadata file, in `file_name` (or `<image column>_file_name`). Images that no
-    metadata names are listed as refused.
+    metadata names are listed as refused. Without a caption column no metadata are needed, and every image counts.
     """
 
-    def __init__(self, folder: Path, image_column: str, caption_column: str) -> None:
+    def __init__(self, folder: Path, image_column: str, caption_column: str | None) -> None:
         self.folder = folder.resolve()
         self.caption_column = caption_column
         self.metadata_files = sorted(path for name in METADATA_NAMES for path in self.folder.rglob(name) if path.is_file())
-        if not self.metadata_files:
+        if not self.metadata_files and caption_column:
             raise UserError(
                 f"--train_data_dir {folder}: no metadata.jsonl or metadata.csv there; "
                 'write one with a line {"file_name": "image.png", "text": "a caption"} per image'
@@ -126,12 +130,14 @@ class ImageFolder:
                 file_column = next((column for column in file_columns if column in row), None)
                 if file_column is None:
                     raise UserError(f"{metadata}: line {number} has no {file_columns[0]}; name the image in that column")
-                if caption_column not in row:
+                if caption_column and caption_column not in row:
                     found = ", ".join(sorted(set(row) - {file_column})) or "none"
                     raise UserError(
                         f"{metadata}: line {number} has no column {caption_column!r} (others: {found}); set --caption_column"
                     )
-                self.samples.append((metadata.parent / str(row[file_column]), row[caption_column]))
+                self.samples.append(
+                    (metadata.parent / str(row[file_column]), row.get(caption_column) if caption_column else None)
+                )
         # Compared as written, without resolving links: a link that leaves the folder is refused when it is read.
         named = {os.path.normpath(path) for path, _ in self.samples}
         for path in sorted(self.folder.rglob("*")):
@@ -188,7 +194,7 @@ def _read_metadata(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 class LibraryDataset:
     """The `train` split of anything that `datasets.load_dataset` opens, hub or local; images stay encoded until asked for."""
 
-    def __init__(self, config: CacheConfig) -> None:
+    def __init__(self, config: CacheConfig, caption_column: str | None) -> None:
         import datasets
 
         name = str(config.dataset_name)
@@ -201,19 +207,18 @@ class LibraryDataset:
                 **arguments, name=config.dataset_config_name, cache_dir=config.cache_dir, data_dir=config.train_data_dir
             )
         except Exception as error:  # the library raises whatever a builder, a file system or a connection does
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(f"--dataset_name {name}: cannot be loaded: {reason}") from None
+            raise UserError(f"--dataset_name {name}: cannot be loaded: {first_line(error)}") from None
         if "train" not in loaded:
             raise UserError(f"--dataset_name {name}: has no split `train` (it has {', '.join(loaded)})")
         rows = loaded["train"]
-        for flag, column in (("image_column", config.image_column), ("caption_column", config.caption_column)):
-            if column not in rows.column_names:
+        for flag, column in (("image_column", config.image_column), ("caption_column", caption_column)):
+            if column is not None and column not in rows.column_names:
                 raise UserError(f"--{flag} {column}: not a column of {name}; it has {', '.join(rows.column_names)}")
         if isinstance(rows.features[config.image_column], datasets.Image):
             rows = rows.cast_column(config.image_column, datasets.Image(decode=False))
         self.images = rows.select_columns([config.image_column])
-        self.texts = rows.select_columns([config.caption_column])
-        self.image_column, self.caption_column = config.image_column, config.caption_column
+        self.texts = rows.select_columns([caption_column]) if caption_column else None
+        self.image_column, self.caption_column = config.image_column, caption_column
         cache_root = Path(config.cache_dir or datasets.config.HF_DATASETS_CACHE).resolve()
         self.roots = [cache_root, Path(datasets.config.HF_CACHE_HOME).resolve()]
         if self.local is not None:
@@ -236,7 +241,7 @@ class LibraryDataset:
         return f"row {index}"
 
     def captions(self, index: int) -> list[str]:
-        return clean_captions(self.texts[index][self.caption_column])
+        return clean_captions(self.texts[index][self.caption_column] if self.texts else None)
 
     def image(self, index: int) -> Image.Image:
         with self.lock:

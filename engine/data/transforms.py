@@ -1,5 +1,7 @@
 """Image preprocessing with PIL, to the pixel what the scripts' torchvision transforms do on PIL images."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from PIL import Image
@@ -57,7 +59,30 @@ def mirror(image: Image.Image) -> Image.Image:
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image as fp32 [3, H, W] in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
-    return (pixels.float() / 255 - 0.5) / 0.5
+def crop_centre_square(image: Image.Image) -> Image.Image:
+    """The largest square around the centre, with the Kandinsky script's corners: PIL rounds their halves to even, which may
+    make the square a pixel wider or narrower than the shorter side."""
+    width, height = image.size
+    size = min(width, height)
+    return image.crop(((width - size) / 2, (height - size) / 2, (width + size) / 2, (height + size) / 2))
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """An RGB image as fp32 [3, H, W] in 0 .. 255."""
+    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float()
+
+
+def to_tensor(image: Image.Image, mean: Sequence[float] = (0.5,) * 3, std: Sequence[float] = (0.5,) * 3) -> Tensor:
+    """An RGB image as fp32 [3, H, W]: scaled to [0, 1], then normalised per channel; by default to [-1, 1]."""
+    return (_pixels(image) / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+
+def to_tensor_by_half_range(image: Image.Image) -> Tensor:
+    """An RGB image as fp32 [3, H, W] in [-1, 1] as the Kandinsky script computes it; `to_tensor` rounds otherwise."""
+    return _pixels(image) / 127.5 - 1
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """Pictures of pixels [B, 3, H, W] in [-1, 1]."""
+    values = (pixels * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    return [Image.fromarray(value.cpu().numpy()) for value in values]

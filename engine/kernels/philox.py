@@ -76,6 +76,12 @@ def normals(seed: Tensor, slots: Tensor, stream: int, shape: torch.Size | tuple[
     return pairs.flatten(1)[:, :elements].float().view(-1, *shape)
 
 
+def uniforms(seed: Tensor, slots: Tensor, stream: int) -> Tensor:
+    """uniform of element 0 of each slot: fp32 [B] in [2^-25, 1]."""
+    word = draw_words(seed, slots, stream, 1)[:, 0, 0]
+    return (((word >> 8).double() + 0.5) * 2.0**-24).float()
+
+
 def choices(seed: Tensor, slots: Tensor, stream: int, count: int | Tensor) -> Tensor:
     """floor(uniform * count) of element 0 of each slot: int64 [B] in 0 .. count - 1.
 

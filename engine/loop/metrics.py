@@ -75,10 +75,10 @@ class Metrics:
 
 def forward_flops(family: Family, model: torch.nn.Module) -> float:
     """Operations of one forward pass for one sample, attention included, counted on meta tensors."""
+    timesteps = family.schedule.draw(torch.tensor([0]), torch.tensor([0])).to("meta")
     with torch.device("meta"):
         shadow = type(model).from_config(model.config)  # type: ignore[attr-defined]
         record = {name: torch.empty(1, *field.shape) for name, field in family.record_spec.items()}
-        timesteps = torch.zeros(1, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:
             family.predict(shadow, record[family.mean], timesteps, record)
     return float(counter.get_total_flops())

@@ -41,7 +41,7 @@ def train_micro_batch(
     """
     mean = batch.record[family.mean]
     std = batch.record[family.std] if family.std else None
-    alpha, sigma, c_x, c_e, weight = family.schedule.coefficients(batch.timesteps)
+    alpha, sigma, c_x, c_e, weight = batch.coefficients
     noisy = add_noise(mean, std, alpha, sigma, seed, batch.slots, config.noise_offset, config.input_perturbation)
     correction = None
     if config.dream_training:

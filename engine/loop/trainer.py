@@ -16,7 +16,6 @@ from engine.data.shards import INDEX, Index, Shards, verify
 from engine.data.source import open_source
 from engine.errors import UserError
 from engine.files import write_text
-from engine.kernels import philox
 from engine.loop import checkpoint
 from engine.loop.ema import Ema
 from engine.loop.metrics import Log, Metrics, forward_flops, matrix_flops_per_second
@@ -80,11 +79,11 @@ def _train(config: TrainConfig, processes: Processes) -> int:
         if log:
             log.close()
     if finished and repository:
-        push_to_hub(config, repository)
+        push_to_hub(config, family, repository)
     if processes.is_first:
         output = Path(config.output_dir)
         if finished:
-            print(f"Trained {steps} steps; the pipeline is in {output}")
+            print(f"Trained {steps} steps; the pipeline is in {output / family.result}")
         else:
             saved = output / f"checkpoint-{training.step}"
             print(f"Stopped after step {training.step}, saved in {saved}; continue with --resume_from_checkpoint latest")
@@ -99,7 +98,7 @@ def prepare_shards(config: TrainConfig, family: Family, processes: Processes) ->
     """
     directory = config.shards_path
     if config.dataset_name or config.train_data_dir:
-        index = build(config, family, open_source(config), processes)
+        index = build(config, family, open_source(config, family.captioned), processes)
     else:
         index = Index.read(directory)
     if index.family != config.family or index.fields != family.record_spec:
@@ -166,7 +165,6 @@ class Training:
         if config.compile:
             self.sharded.engine.module.compile()
         self.ema = Ema(self.sharded.masters, config.offload_ema) if config.use_ema else None
-        family.schedule.to(device)
         self.rate_of = learning_rates(config, processes, total_steps)
         self.step = 0
 
@@ -176,19 +174,17 @@ class Training:
 
     def run_steps(self, log: Log | None) -> bool:
         """Trains to the last step; False when a signal asked to leave before."""
-        seed = torch.tensor([self.run["seed"]])
-        timesteps = self.family.schedule.timesteps
         loader = Loader(
             self.shards,
             self.plan,
             self.run["seed"],
-            lambda slots: philox.choices(seed, slots, philox.TIMESTEP, timesteps),
+            self.family.schedule,
             self.processes.device,
             self.step,
             self.total_steps,
         )
         batches = iter(loader)
-        device_seed = seed.to(self.processes.device)
+        device_seed = torch.tensor([self.run["seed"]], device=self.processes.device)
         gradient_scale = torch.empty(1, device=self.processes.device)
         stop = StopSignal(self.processes)
         shown = None if self.processes.is_first else True

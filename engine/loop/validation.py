@@ -11,14 +11,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from engine.config import TrainConfig
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 from engine.files import PARTIAL, discard, sync
 from engine.loop.zero import Sharded
 from engine.models.family import Family
 from engine.picture import labelled_grid, save_png
 from engine.processes import Processes
-
-INFERENCE_STEPS = 20
 
 
 @contextmanager
@@ -55,16 +53,14 @@ def validate(
         if processes.is_first:
             prompts = config.validation_prompts or []
             with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                pipeline = family.pipeline(module, preview=True).to(processes.device)
+                pipeline, arguments = family.preview(module)
+                pipeline = pipeline.to(processes.device)
                 pipeline.set_progress_bar_config(disable=True)
                 rows = []
                 for prompt in prompts:
                     generator = torch.Generator(processes.device).manual_seed(seed)
                     images = pipeline(
-                        prompt,
-                        num_inference_steps=INFERENCE_STEPS,
-                        num_images_per_prompt=config.num_validation_images,
-                        generator=generator,
+                        prompt, num_images_per_prompt=config.num_validation_images, generator=generator, **arguments
                     ).images
                     rows.append((prompt, images))
             grid = labelled_grid(rows)
@@ -74,7 +70,7 @@ def validate(
 
 
 def export(config: TrainConfig, family: Family, sharded: Sharded, tensors: list[Tensor], processes: Processes) -> None:
-    """Saves the pipeline with fp32 weights where the scripts leave it; every process must call it.
+    """Saves the pipeline with fp32 trained weights where the scripts leave it; every process must call it.
 
     Each component is written aside and renamed into place; model_index.json, without which nothing loads, comes last.
     """
@@ -83,11 +79,12 @@ def export(config: TrainConfig, family: Family, sharded: Sharded, tensors: list[
         module = sharded.engine.module
         with torch.device("meta"):
             model = type(module).from_config(module.config)
-        model.load_state_dict({**dict(module.named_buffers()), **state}, assign=True, strict=False)
-        output = Path(config.output_dir)
-        aside = output / f"pipeline{PARTIAL}"
+        model.load_state_dict({**dict(module.named_buffers()), **sharded.frozen, **state}, assign=True, strict=False)
+        output = Path(config.output_dir) / family.result
+        output.mkdir(exist_ok=True)
+        aside = Path(config.output_dir) / f"pipeline{PARTIAL}"
         discard(aside)
-        family.pipeline(model, preview=False).save_pretrained(aside, safe_serialization=True)
+        family.pipeline(model).save_pretrained(aside, safe_serialization=True)
         for path in sorted(aside.rglob("*")):
             sync(path)
         for path in sorted(aside.iterdir(), key=lambda path: path.name == "model_index.json"):
@@ -108,22 +105,21 @@ def create_repository(config: TrainConfig) -> str:
     try:
         return HfApi(token=config.hub_token).create_repo(name, exist_ok=True).repo_id
     except Exception as error:  # the library raises many kinds
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"--push_to_hub: cannot create {name}: {reason}; log in with `hf auth login`") from None
+        raise UserError(f"--push_to_hub: cannot create {name}: {first_line(error)}; log in with `hf auth login`") from None
 
 
-def push_to_hub(config: TrainConfig, repository: str) -> None:
+def push_to_hub(config: TrainConfig, family: Family, repository: str) -> None:
     """Uploads the trained pipeline with a model card."""
     output = Path(config.output_dir)
     data = config.dataset_name or config.train_data_dir or "its own latent shards"
     card = ModelCard(
         "---\n"
-        f"base_model: {config.pretrained_model_name_or_path}\n"
+        f"base_model: {family.base_model}\n"
         "library_name: diffusers\n"
         "tags: [text-to-image, diffusers, diffusers-training]\n"
         "---\n\n"
         f"# {repository}\n\n"
-        f"Fine-tuned from `{config.pretrained_model_name_or_path}` on `{data}`: {config.max_train_steps} steps at learning "
+        f"Fine-tuned from `{family.base_model}` on `{data}`: {config.max_train_steps} steps at learning "
         f"rate {config.learning_rate}, {config.resolution} px, precision {config.mixed_precision}.\n"
     )
     card.save(output / "README.md")

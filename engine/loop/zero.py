@@ -40,6 +40,7 @@ class Sharded:
     masters: fp32 tensors that the optimizer updates: the parameters themselves, or one flat partition.
     slices: which parameter's elements lie where in `masters`; the same places hold its moments and its moving average.
     replicated: whether every process holds everything.
+    frozen: parameters that are not trained, in fp32 on the host, by name.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, processes: Processes) -> None:
@@ -47,9 +48,10 @@ class Sharded:
         self.processes = processes
         stage = machinery_stage(config)
         self.replicated = stage == 0
+        self.frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
         model.to(processes.device)
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        self.optimizer = create_optimizer(model.parameters(), config, None if self.replicated else processes.sum_)
+        names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.optimizer = create_optimizer(names, config, None if self.replicated else processes.sum_)
         elements = sum(parameter.numel() for parameter in names)
         self.engine, *_ = deepspeed.initialize(
             model=model,

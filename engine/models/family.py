@@ -1,6 +1,5 @@
 """The interface of a model family: everything that tells one family from another, and nothing else."""
 
-import hashlib
 import importlib
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -10,15 +9,21 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from engine.config import CacheConfig
+from engine.config import CacheConfig, TrainConfig
 from engine.data.shards import Field
-from engine.diffusion import DiscreteSchedule
-from engine.errors import UserError
-from engine.files import digest
+from engine.diffusion import Schedule
+from engine.errors import UserError, first_line
+
+PREVIEW_STEPS = 20  # of the last stage's sampling in validation images, as in the scripts
 
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-_FAMILIES = {"sd": ("engine.models.stable_diffusion", "StableDiffusion")}
+_FAMILIES = {
+    "sd": ("engine.models.stable_diffusion", "StableDiffusion"),
+    "kandinsky-prior": ("engine.models.kandinsky_prior", "KandinskyPrior"),
+    "kandinsky-decoder": ("engine.models.kandinsky_decoder", "KandinskyDecoder"),
+    "wuerstchen": ("engine.models.wuerstchen", "Wuerstchen"),
+}
 
 
 class Family(ABC):
@@ -29,17 +34,22 @@ class Family(ABC):
     batches of those into record rows.
 
     Training: `load_model` gives the trained module in fp32; `predict` is the model call and nothing else; `mean`, and `std`
-    if there is one, name the record's fields that x0 is drawn from.
+    if there is one, name the record's fields that x0 is drawn from; `schedule` draws timesteps.
+
+    Result: `pipeline` is what is saved, into `result` within the output directory; `preview` draws validation images.
     """
 
     captioned: bool  # whether records hold captions
     mean: str
-    std: str | None
-    schedule: DiscreteSchedule
+    std: str | None = None
+    schedule: Schedule
+    result = Path()
+    base_model: str  # the trained checkpoint, as the user named it
 
     def __init__(self, config: CacheConfig) -> None:
         self.config = config
         self.dtype = PRECISIONS[config.mixed_precision]
+        self.training = config if isinstance(config, TrainConfig) else None
 
     @property
     @abstractmethod
@@ -70,9 +80,9 @@ class Family(ABC):
     def encode_images(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Record rows of stacked inputs of `prepare`."""
 
-    @abstractmethod
     def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
-        """Record rows of captions."""
+        """Record rows of captions; only families that are `captioned` have any."""
+        raise NotImplementedError
 
     @abstractmethod
     def decode(self, rows: Tensor) -> list[Image.Image]:
@@ -87,9 +97,37 @@ class Family(ABC):
         """The model's prediction for noisy samples [B, C, H, W] at timesteps [B]."""
 
     @abstractmethod
-    def pipeline(self, model: nn.Module, preview: bool) -> Any:
-        """A diffusers pipeline with the trained module in place: in the run's precision and without a safety checker for a
-        preview, else as it is published."""
+    def pipeline(self, model: nn.Module) -> Any:
+        """The published diffusers pipeline with the trained module in place, to be saved."""
+
+    @abstractmethod
+    def preview(self, model: nn.Module) -> tuple[Any, dict[str, Any]]:
+        """A pipeline from text to images in the run's precision with the trained module in place, and arguments to call it
+        with beside the prompt."""
+
+    @property
+    def snr_gamma(self) -> float | None:
+        return self.training.snr_gamma if self.training else None
+
+    @property
+    def draws(self) -> bool:
+        """Whether this run draws validation images."""
+        return bool(self.training and self.training.validation_prompts)
+
+    def ready_to_train(self, model: Any) -> nn.Module:
+        """A freshly loaded diffusers model with the options that shape its training pass, in training mode."""
+        assert self.training is not None
+        if self.training.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        if self.training.enable_xformers_memory_efficient_attention:
+            try:
+                model.enable_xformers_memory_efficient_attention()
+            except Exception as error:  # not installed, or built for another torch or CUDA
+                raise UserError(
+                    f"--enable_xformers_memory_efficient_attention: {first_line(error)}; install the extra `xformers`, or "
+                    "leave the option out and use torch's attention"
+                ) from None
+        return model.train()
 
 
 def open_family(config: CacheConfig) -> Family:
@@ -100,19 +138,3 @@ def open_family(config: CacheConfig) -> Family:
     """
     module, name = _FAMILIES[config.family]
     return getattr(importlib.import_module(module), name)(config)
-
-
-def digest_folder(folder: Path) -> str:
-    """One digest over the names and contents of a folder's files."""
-    total = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            total.update(f"{path.relative_to(folder).as_posix()}\0{digest(path)}\0".encode())
-    return total.hexdigest()
-
-
-def require(path: Path, model: str) -> Path:
-    """`path`, or a `UserError` that names the part of `model` that is missing."""
-    if not path.exists():
-        raise UserError(f"{model}: no {path.name} there; give a complete diffusers pipeline")
-    return path

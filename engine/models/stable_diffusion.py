@@ -3,7 +3,6 @@
 Trained: `unet`. Frozen, and needed only while shards are built: `vae`, `text_encoder`, `tokenizer`.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +11,13 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from engine.config import CacheConfig, TrainConfig
+from engine.config import CacheConfig
 from engine.data import transforms
 from engine.data.shards import Field
 from engine.diffusion import DiscreteSchedule
-from engine.errors import UserError
-from engine.models.family import Family, digest_folder, require
+from engine.errors import UserError, first_line
+from engine.models.family import PREVIEW_STEPS, Family
+from engine.models.published import digest_folder, locate, read_part, require_equal, require_tokenizer, tokenize
 
 
 class StableDiffusion(Family):
@@ -26,42 +26,19 @@ class StableDiffusion(Family):
 
     def __init__(self, config: CacheConfig) -> None:
         super().__init__(config)
-        self.path = self._resolve(config)
-        self.unet_config = self._read("unet", UNet2DConditionModel.load_config)
-        self.vae_config = self._read("vae", AutoencoderKL.load_config)
-        self.text_config = self._read("text_encoder", lambda path: CLIPTextConfig.from_pretrained(path).to_dict())
-        self.tokenizer = self._read("tokenizer", CLIPTokenizer.from_pretrained)
+        self.base_model = config.pretrained_model_name_or_path
+        self.path = locate(config, "pretrained_model_name_or_path")
+        self.unet_config = read_part(self.path, "unet", UNet2DConditionModel.load_config)
+        self.vae_config = read_part(self.path, "vae", AutoencoderKL.load_config)
+        self.text_config = read_part(self.path, "text_encoder", CLIPTextConfig.from_pretrained)
+        self.tokenizer = read_part(self.path, "tokenizer", CLIPTokenizer.from_pretrained)
         self.latent_size = self._check()
-        scheduler = self._read("scheduler", DDPMScheduler.from_pretrained)
-        training = config if isinstance(config, TrainConfig) else None
+        scheduler = read_part(self.path, "scheduler", DDPMScheduler.from_pretrained)
+        training = self.training
         self.prediction_type = (training and training.prediction_type) or scheduler.config.prediction_type
-        self.schedule = DiscreteSchedule(
-            scheduler.alphas_cumprod, self.prediction_type, training.snr_gamma if training else None
-        )
+        self.schedule = DiscreteSchedule(scheduler.alphas_cumprod, self.prediction_type, self.snr_gamma)
         if training and training.dream_training and self.prediction_type != "epsilon":
             raise UserError(f"--dream_training needs prediction type epsilon, not {self.prediction_type}")
-
-    @staticmethod
-    def _resolve(config: CacheConfig) -> Path:
-        """The pipeline's directory; a name on the hub is downloaded first, without its safety checker."""
-        name = config.pretrained_model_name_or_path
-        if Path(name).is_dir():
-            return Path(name)
-        try:
-            path = StableDiffusionPipeline.download(
-                name, revision=config.revision, variant=config.variant, cache_dir=config.cache_dir
-            )
-        except Exception as error:  # a connection, a missing repository, a gated one: the library raises many kinds
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(f"--pretrained_model_name_or_path {name}: neither a directory nor on the hub: {reason}") from None
-        return Path(path)
-
-    def _read(self, part: str, load: Any) -> Any:
-        folder = require(self.path / part, self.config.pretrained_model_name_or_path)
-        try:
-            return load(str(folder))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from None
 
     def _check(self) -> int:
         """Refuses parts that do not fit each other or the options; returns the side of a latent."""
@@ -71,25 +48,23 @@ class StableDiffusion(Family):
             raise UserError(
                 f"--resolution {self.config.resolution}: the VAE needs a multiple of {factor}; the nearest is {nearest}"
             )
-        pairs = {
-            "unet in_channels and vae latent_channels": (
-                self.unet_config["in_channels"],
-                self.vae_config["latent_channels"],
-            ),
-            "unet cross_attention_dim and text_encoder hidden_size": (
-                self.unet_config["cross_attention_dim"],
-                self.text_config["hidden_size"],
-            ),
-        }
-        for names, (left, right) in pairs.items():
-            if left != right:
-                raise UserError(f"{self.path}: {names} differ ({left} and {right}); these parts are not of one pipeline")
+        require_equal(
+            str(self.path),
+            ("unet in_channels", self.unet_config["in_channels"]),
+            ("vae latent_channels", self.vae_config["latent_channels"]),
+        )
+        require_equal(
+            str(self.path),
+            ("unet cross_attention_dim", self.unet_config["cross_attention_dim"]),
+            ("text_encoder hidden_size", self.text_config.hidden_size),
+        )
+        require_tokenizer(self.path, self.tokenizer, self.text_config.max_position_embeddings)
         return self.config.resolution // factor
 
     @property
     def record_spec(self) -> dict[str, Field]:
         latent = (self.vae_config["latent_channels"], self.latent_size, self.latent_size)
-        states = (self.tokenizer.model_max_length, self.text_config["hidden_size"])
+        states = (self.tokenizer.model_max_length, self.text_config.hidden_size)
         return {
             "latent_mean": Field(latent, self.dtype, "image"),
             "latent_std": Field(latent, self.dtype, "image"),
@@ -112,7 +87,7 @@ class StableDiffusion(Family):
     def load_encoders(self, device: torch.device) -> None:
         variant, dtype = self.config.variant, self.dtype
         vae = AutoencoderKL.from_pretrained(self.path / "vae", variant=variant, torch_dtype=dtype)
-        text_encoder: nn.Module = CLIPTextModel.from_pretrained(self.path / "text_encoder", variant=variant, dtype=dtype)
+        text_encoder: Any = CLIPTextModel.from_pretrained(self.path / "text_encoder", variant=variant, dtype=dtype)
         self.vae, self.text_encoder = vae.to(device).eval(), text_encoder.to(device).eval()
 
     def free_encoders(self) -> None:
@@ -140,51 +115,38 @@ class StableDiffusion(Family):
     @torch.inference_mode()
     def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
         """The text encoder's last hidden state after its final layer norm; no attention mask, as in the script."""
-        tokens = self.tokenizer(
-            captions,
-            max_length=self.tokenizer.model_max_length,
-            padding="max_length",
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
+        tokens, _ = tokenize(self.tokenizer, captions)
         return {"encoder_hidden_states": self.text_encoder(tokens.to(self.text_encoder.device), return_dict=False)[0]}
 
     @torch.inference_mode()
     def decode(self, rows: Tensor) -> list[Image.Image]:
         vae = AutoencoderKL.from_pretrained(self.path / "vae", variant=self.config.variant)
-        pixels = vae.decode(rows.float() / vae.config.scaling_factor).sample
-        images = (pixels * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-        return [Image.fromarray(image.numpy()) for image in images]
+        return transforms.to_images(vae.decode(rows.float() / vae.config.scaling_factor).sample)
 
     def load_model(self) -> nn.Module:
-        config = self.config
-        assert isinstance(config, TrainConfig)
+        config = self.training
+        assert config is not None
         arguments = {"subfolder": "unet", "cache_dir": config.cache_dir}
         name = config.pretrained_model_name_or_path
         try:
             unet = UNet2DConditionModel.from_pretrained(name, revision=config.non_ema_revision or config.revision, **arguments)
         except (OSError, ValueError) as error:
             if config.variant is None:
-                raise UserError(f"{name}: the UNet cannot be loaded: {str(error).splitlines()[0]}") from None
+                raise UserError(f"{name}: the UNet cannot be loaded: {first_line(error)}") from None
             unet = UNet2DConditionModel.from_pretrained(name, revision=config.revision, variant=config.variant, **arguments)
-        if config.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-        if config.enable_xformers_memory_efficient_attention:
-            try:
-                unet.enable_xformers_memory_efficient_attention()
-            except Exception as error:  # not installed, or built for another torch or CUDA
-                raise UserError(
-                    f"--enable_xformers_memory_efficient_attention: {str(error).splitlines()[0]}; install the extra "
-                    "`xformers`, or leave the option out and use torch's attention"
-                ) from None
-        return unet.train()
+        return self.ready_to_train(unet)
 
     def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
         return model(noisy, timesteps, record["encoder_hidden_states"], return_dict=False)[0]
 
-    def pipeline(self, model: nn.Module, preview: bool) -> StableDiffusionPipeline:
+    def pipeline(self, model: nn.Module) -> StableDiffusionPipeline:
+        return self._pipeline(model)
+
+    def preview(self, model: nn.Module) -> tuple[StableDiffusionPipeline, dict[str, Any]]:
+        return self._pipeline(model, safety_checker=None, torch_dtype=self.dtype), {"num_inference_steps": PREVIEW_STEPS}
+
+    def _pipeline(self, model: nn.Module, **overrides: Any) -> StableDiffusionPipeline:
         config = self.config
-        overrides = {"safety_checker": None, "torch_dtype": self.dtype} if preview else {}
         pipeline = StableDiffusionPipeline.from_pretrained(
             config.pretrained_model_name_or_path,
             unet=model,

@@ -7,20 +7,19 @@ import torch
 
 from engine.data.loader import BatchPlan, Loader
 from engine.data.shards import Shards
+from engine.diffusion import CosineSchedule, DiscreteSchedule
 from engine.errors import UserError
-from engine.kernels import philox
 
 SEED = 21
 PLAN = BatchPlan(micro_batch=2, accumulation=3, rank=1, world=2)
 CPU = torch.device("cpu")
 
 
-def timesteps(slots: torch.Tensor) -> torch.Tensor:
-    return philox.choices(torch.tensor([SEED]), slots, philox.TIMESTEP, 1000)
+SCHEDULES = [DiscreteSchedule(torch.linspace(0.99, 0.01, 1000), "epsilon", 5.0), CosineSchedule(None)]
 
 
-def batches(shards, first: int, last: int) -> list:
-    loader = Loader(Shards(shards), PLAN, SEED, timesteps, CPU, first, last)
+def batches(shards, first: int, last: int, schedule=SCHEDULES[0]) -> list:
+    loader = Loader(Shards(shards), PLAN, SEED, schedule, CPU, first, last)
     return list(loader)
 
 
@@ -28,14 +27,16 @@ def loader_threads() -> int:
     return sum(thread.name == "loader" for thread in threading.enumerate())
 
 
-def test_batches_hold_what_their_slots_say(shards):
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["discrete", "continuous"])
+def test_batches_hold_what_their_slots_say(schedule, shards):
     reader = Shards(shards)
     expected_slots = [PLAN.slots(step, part) for step in range(4) for part in range(3)]
-    found = batches(shards, 0, 4)
+    found = batches(shards, 0, 4, schedule)
     assert len(found) == 12
     for batch, slots in zip(found, expected_slots, strict=True):
         assert torch.equal(batch.slots, slots)
-        assert torch.equal(batch.timesteps, timesteps(slots))
+        assert torch.equal(batch.timesteps, schedule.draw(torch.tensor([SEED]), slots))
+        assert torch.equal(batch.coefficients, schedule.coefficients(batch.timesteps))
         rows = reader.rows_of(SEED, slots)
         for name, field in reader.fields.items():
             row = torch.empty(2, *field.shape, dtype=field.dtype)
@@ -57,7 +58,7 @@ def test_an_error_of_the_thread_reaches_the_consumer(shards, monkeypatch):
         raise UserError("the disk is gone")
 
     monkeypatch.setattr(reader, "gather", fail)
-    loader = Loader(reader, PLAN, SEED, timesteps, CPU, 0, 4)
+    loader = Loader(reader, PLAN, SEED, SCHEDULES[0], CPU, 0, 4)
     with pytest.raises(UserError, match="the disk is gone"):
         next(iter(loader))
     loader.close()
@@ -65,7 +66,7 @@ def test_an_error_of_the_thread_reaches_the_consumer(shards, monkeypatch):
 
 def test_leaving_early_ends_the_thread(shards):
     before = loader_threads()
-    loader = Loader(Shards(shards), PLAN, SEED, timesteps, CPU, 0, 10_000)
+    loader = Loader(Shards(shards), PLAN, SEED, SCHEDULES[0], CPU, 0, 10_000)
     next(iter(loader))
     assert loader_threads() == before + 1
     loader.close()

@@ -1,0 +1,192 @@
+"""Kandinsky 2.2 prior: a transformer denoises the CLIP embedding of an image under the CLIP encoding of its caption.
+
+Trained: `prior`, but for its `clip_mean` and `clip_std`, which normalise embeddings. Frozen, and needed only while shards are
+built: `image_encoder`, `image_processor`, `text_encoder`, `tokenizer`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, KandinskyV22Pipeline, KandinskyV22PriorPipeline, PriorTransformer, UNet2DConditionModel
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from engine.config import CacheConfig
+from engine.data.shards import Field
+from engine.diffusion import DiscreteSchedule
+from engine.models.family import PREVIEW_STEPS, Family
+from engine.models.published import (
+    combine,
+    digest_folder,
+    digest_tensors,
+    locate,
+    read_part,
+    require_equal,
+    require_tokenizer,
+    tokenize,
+)
+
+
+class KandinskyPrior(Family):
+    captioned = True
+    mean = "image_embedding"
+
+    def __init__(self, config: CacheConfig) -> None:
+        super().__init__(config)
+        self.base_model = config.pretrained_prior_model_name_or_path
+        self.path = locate(config, "pretrained_prior_model_name_or_path")
+        self.prior_config = read_part(self.path, "prior", PriorTransformer.load_config)
+        self.vision_config = read_part(self.path, "image_encoder", CLIPVisionConfig.from_pretrained)
+        self.text_config = read_part(self.path, "text_encoder", CLIPTextConfig.from_pretrained)
+        # PIL's resampling on every machine: with torchvision installed, transformers' default would be another.
+        self.image_processor = read_part(self.path, "image_processor", CLIPImageProcessorPil.from_pretrained)
+        self.tokenizer = read_part(self.path, "tokenizer", CLIPTokenizer.from_pretrained)
+        self._check()
+        if self.draws:
+            self._locate_decoder()
+        scheduler: Any = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
+        self.schedule = DiscreteSchedule(scheduler.alphas_cumprod, "sample", self.snr_gamma)
+
+    def _check(self) -> None:
+        """Refuses parts that do not fit each other."""
+        where, prior, text = str(self.path), self.prior_config, self.text_config
+        width = prior["embedding_dim"]
+        image_width = ("image_encoder projection_dim", self.vision_config.projection_dim)
+        require_equal(where, ("prior embedding_dim", width), image_width)
+        require_equal(where, ("prior clip_embed_dim", prior.get("clip_embed_dim") or width), image_width)
+        require_equal(where, ("prior embedding_dim", width), ("text_encoder hidden_size", text.hidden_size))
+        require_equal(
+            where,
+            ("prior embedding_proj_dim", prior.get("embedding_proj_dim") or width),
+            ("text_encoder projection_dim", text.projection_dim),
+        )
+        require_equal(
+            where,
+            ("prior num_embeddings", prior["num_embeddings"]),
+            ("tokenizer model_max_length", self.tokenizer.model_max_length),
+        )
+        require_tokenizer(self.path, self.tokenizer, text.max_position_embeddings)
+
+    def _locate_decoder(self) -> Path:
+        """The decoder's directory, once its UNet is known to take this prior's embeddings."""
+        decoder = locate(self.config, "pretrained_decoder_model_name_or_path")
+        unet_config = read_part(decoder, "unet", UNet2DConditionModel.load_config)
+        require_equal(
+            f"{self.path} and {decoder}",
+            ("the prior's embedding_dim", self.prior_config["embedding_dim"]),
+            ("the decoder's encoder_hid_dim", unet_config.get("encoder_hid_dim")),
+        )
+        return decoder
+
+    @property
+    def record_spec(self) -> dict[str, Field]:
+        length = self.tokenizer.model_max_length
+        return {
+            "image_embedding": Field((self.vision_config.projection_dim,), self.dtype, "image"),
+            "text_embedding": Field((self.text_config.projection_dim,), self.dtype, "caption"),
+            "encoder_hidden_states": Field((length, self.text_config.hidden_size), self.dtype, "caption"),
+            "attention_mask": Field((length,), torch.bool, "caption"),
+        }
+
+    def encoder_identity(self) -> dict[str, str]:
+        parts = ("image_encoder", "image_processor", "text_encoder", "tokenizer")
+        return {part: digest_folder(self.path / part) for part in parts} | {
+            "clip_statistics": digest_tensors(self._clip_statistics())
+        }
+
+    def _clip_statistics(self) -> dict[str, Tensor]:
+        """The prior's `clip_mean` and `clip_std`, fp32 [1, width], without loading the rest of it where that is possible."""
+        names = ("clip_mean", "clip_std")
+        found: dict[str, Tensor] = {}
+        for file in sorted((self.path / "prior").glob("*.safetensors")):
+            with safe_open(file, "pt") as tensors:
+                found |= {name: tensors.get_tensor(name).float() for name in names if name in tensors.keys()}  # noqa: SIM118
+            if len(found) == len(names):
+                return found
+        prior = PriorTransformer.from_pretrained(self.path / "prior", torch_dtype=torch.float32)
+        return {name: getattr(prior, name).detach() for name in names}
+
+    def preprocessing_identity(self) -> dict[str, Any]:
+        return {}  # the image processor's own configuration is one of the encoder's files
+
+    def load_encoders(self, device: torch.device) -> None:
+        image_encoder: Any = CLIPVisionModelWithProjection.from_pretrained(self.path / "image_encoder", dtype=self.dtype)
+        text_encoder: Any = CLIPTextModelWithProjection.from_pretrained(self.path / "text_encoder", dtype=self.dtype)
+        self.image_encoder, self.text_encoder = image_encoder.to(device).eval(), text_encoder.to(device).eval()
+        self.clip_statistics = {name: tensor.to(device) for name, tensor in self._clip_statistics().items()}
+
+    def free_encoders(self) -> None:
+        del self.image_encoder, self.text_encoder, self.clip_statistics
+
+    def prepare(self, image: Image.Image, record: int) -> list[dict[str, Tensor]]:
+        return [{"pixels": self.image_processor(image, return_tensors="pt").pixel_values[0]}]
+
+    @torch.inference_mode()
+    def encode_images(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """CLIP embeddings, normalised in fp32 by the prior's statistics."""
+        pixels = batch["pixels"].to(self.image_encoder.device, self.dtype)
+        embedding = self.image_encoder(pixels).image_embeds.float()
+        normalised = (embedding - self.clip_statistics["clip_mean"]) / self.clip_statistics["clip_std"]
+        return {"image_embedding": normalised.to(self.dtype)}
+
+    @torch.inference_mode()
+    def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
+        """The text encoder's projection and last hidden state; the mask is for the prior, the encoder runs without one."""
+        tokens, mask = tokenize(self.tokenizer, captions)
+        output = self.text_encoder(tokens.to(self.text_encoder.device))
+        return {
+            "text_embedding": output.text_embeds,
+            "encoder_hidden_states": output.last_hidden_state,
+            "attention_mask": mask.bool(),
+        }
+
+    @torch.inference_mode()
+    def decode(self, rows: Tensor) -> list[Image.Image]:
+        """What the decoder draws from the embeddings."""
+        pipeline = KandinskyV22Pipeline.from_pretrained(self._locate_decoder())
+        pipeline.set_progress_bar_config(disable=True)
+        statistics = self._clip_statistics()
+        embeddings = rows.float() * statistics["clip_std"] + statistics["clip_mean"]
+        size = self.config.resolution
+        return pipeline(
+            image_embeds=embeddings,
+            negative_image_embeds=torch.zeros_like(embeddings),
+            num_inference_steps=PREVIEW_STEPS,
+            height=size,
+            width=size,
+        ).images
+
+    def load_model(self) -> nn.Module:
+        prior = read_part(self.path, "prior", lambda path: PriorTransformer.from_pretrained(path, torch_dtype=torch.float32))
+        prior.clip_mean.requires_grad_(False)
+        prior.clip_std.requires_grad_(False)
+        return self.ready_to_train(prior)
+
+    def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
+        return model(
+            noisy,
+            timesteps,
+            record["text_embedding"],
+            record["encoder_hidden_states"],
+            record["attention_mask"],
+            return_dict=False,
+        )[0]
+
+    def pipeline(self, model: nn.Module) -> KandinskyV22PriorPipeline:
+        return KandinskyV22PriorPipeline.from_pretrained(self.path, prior=model)
+
+    def preview(self, model: nn.Module) -> tuple[Any, dict[str, Any]]:
+        prior = KandinskyV22PriorPipeline.from_pretrained(self.path, prior=model, torch_dtype=self.dtype)
+        decoder = KandinskyV22Pipeline.from_pretrained(self._locate_decoder(), torch_dtype=self.dtype)
+        size = self.config.resolution
+        return combine(prior, decoder), {"num_inference_steps": PREVIEW_STEPS, "height": size, "width": size}

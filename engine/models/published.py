@@ -1,0 +1,112 @@
+"""Published pipelines on disk or on the hub: where they are, their parts, and whether the parts belong together."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, KandinskyV22CombinedPipeline, WuerstchenCombinedPipeline
+from torch import Tensor
+
+from engine.config import CacheConfig
+from engine.errors import UserError, first_line
+from engine.files import digest
+
+
+def locate(config: CacheConfig, option: str, skip: Sequence[str] = ()) -> Path:
+    """The directory of the pipeline that an option names; a name on the hub is downloaded first.
+
+    Args:
+        skip: parts that need not be downloaded.
+
+    Raises:
+        UserError: neither a directory nor on the hub.
+    """
+    name = getattr(config, option)
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(
+            DiffusionPipeline.download(
+                name,
+                revision=config.revision,
+                variant=config.variant,
+                cache_dir=config.cache_dir,
+                **dict.fromkeys(skip),
+            )
+        )
+    except Exception as error:  # a connection, a missing repository, a gated one: the library raises many kinds
+        raise UserError(f"--{option} {name}: neither a directory nor on the hub: {first_line(error)}") from None
+
+
+def read_part(pipeline: Path, part: str, load: Callable[[str], Any]) -> Any:
+    """What `load` makes of one part of a pipeline's directory.
+
+    Raises:
+        UserError: the part is missing or cannot be loaded.
+    """
+    folder = pipeline / part
+    if not folder.exists():
+        raise UserError(f"{pipeline}: no {part} there; give a complete diffusers pipeline")
+    try:
+        return load(str(folder))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder}: cannot be loaded: {first_line(error)}") from None
+
+
+def require_equal(where: str, left: tuple[str, Any], right: tuple[str, Any]) -> None:
+    """Raises `UserError` unless two (name, value) pairs, which must agree for parts to fit each other, do."""
+    if left[1] != right[1]:
+        raise UserError(f"{where}: {left[0]} is {left[1]}, but {right[0]} is {right[1]}; these do not belong together")
+
+
+def require_tokenizer(pipeline: Path, tokenizer: Any, positions: int) -> None:
+    """Raises `UserError` if the tokenizer pads captions beyond the positions that the text encoder has."""
+    if tokenizer.model_max_length > positions:
+        raise UserError(
+            f"{pipeline}: tokenizer model_max_length is {tokenizer.model_max_length}, but the text encoder has "
+            f"{positions} positions (max_position_embeddings); set model_max_length in tokenizer_config.json"
+        )
+
+
+def tokenize(tokenizer: Any, captions: list[str]) -> tuple[Tensor, Tensor]:
+    """Token numbers and attention mask, int64 [captions, length], padded and truncated to the tokenizer's length."""
+    tokens = tokenizer(
+        captions, max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
+    )
+    return tokens.input_ids, tokens.attention_mask
+
+
+_COMBINED = {
+    "KandinskyV22PriorPipeline": KandinskyV22CombinedPipeline,
+    "WuerstchenPriorPipeline": WuerstchenCombinedPipeline,
+}
+
+
+def combine(prior: Any, decoder: Any) -> Any:
+    """One pipeline from text to images out of a prior pipeline and a decoder pipeline.
+
+    diffusers' own loading finds the prior of a decoder on the hub only, by a name in the decoder's model card; putting the
+    halves together here works for directories too.
+    """
+    parts = {f"prior_{name}": part for name, part in prior.components.items()}
+    return _COMBINED[type(prior).__name__](**decoder.components, **parts)
+
+
+def digest_folder(folder: Path) -> str:
+    """One digest over the names and contents of a folder's files."""
+    total = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            total.update(f"{path.relative_to(folder).as_posix()}\0{digest(path)}\0".encode())
+    return total.hexdigest()
+
+
+def digest_tensors(tensors: dict[str, Tensor]) -> str:
+    """One digest over the names, shapes, dtypes and values of tensors, whichever kind of file they came from."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
+        total.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()

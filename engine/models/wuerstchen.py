@@ -1,0 +1,160 @@
+"""Wuerstchen, stage C: the prior denoises the latents of an EfficientNet under the hidden states of CLIP's text encoder.
+
+Trained: `prior`. Frozen, and needed only while shards are built: `text_encoder`, `tokenizer`, and the image encoder of
+`efficientnet.py`, whose weights are published apart.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WuerstchenDecoderPipeline, WuerstchenPriorPipeline
+from diffusers.pipelines.wuerstchen import DEFAULT_STAGE_C_TIMESTEPS, WuerstchenDiffNeXt, WuerstchenPrior
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from engine.config import CacheConfig
+from engine.data import transforms
+from engine.data.shards import Field
+from engine.diffusion import CosineSchedule
+from engine.errors import UserError
+from engine.models import efficientnet
+from engine.models.family import Family
+from engine.models.published import (
+    combine,
+    digest_folder,
+    digest_tensors,
+    locate,
+    read_part,
+    require_equal,
+    require_tokenizer,
+    tokenize,
+)
+
+PIXEL_STEP = 128  # stage C's latents, stage B's and the image have whole sizes together in these steps only
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Wuerstchen(Family):
+    captioned = True
+    mean = "latent"
+    result = Path("prior_pipeline")
+
+    def __init__(self, config: CacheConfig) -> None:
+        super().__init__(config)
+        self.base_model = config.pretrained_prior_model_name_or_path
+        self.path = locate(config, "pretrained_prior_model_name_or_path")
+        self.prior_config = read_part(self.path, "prior", WuerstchenPrior.load_config)
+        self.text_config = read_part(self.path, "text_encoder", CLIPTextConfig.from_pretrained)
+        self.tokenizer = read_part(self.path, "tokenizer", CLIPTokenizer.from_pretrained)
+        self._check()
+        if self.draws:
+            self._locate_decoder()
+        self.schedule = CosineSchedule(self.snr_gamma)
+
+    def _check(self) -> None:
+        """Refuses parts that do not fit each other or the options."""
+        resolution = self.config.resolution
+        if resolution % PIXEL_STEP:
+            raise UserError(
+                f"--resolution {resolution}: Wuerstchen draws images in steps of {PIXEL_STEP} px; the nearest is "
+                f"{max(round(resolution / PIXEL_STEP), 1) * PIXEL_STEP}"
+            )
+        require_equal(
+            str(self.path),
+            ("prior c_cond", self.prior_config["c_cond"]),
+            ("text_encoder hidden_size", self.text_config.hidden_size),
+        )
+        require_tokenizer(self.path, self.tokenizer, self.text_config.max_position_embeddings)
+
+    def _locate_decoder(self) -> Path:
+        """The directory of stages B and A, once stage B is known to take this prior's latents."""
+        decoder = locate(self.config, "pretrained_decoder_model_name_or_path")
+        stage_b = read_part(decoder, "decoder", WuerstchenDiffNeXt.load_config)
+        require_equal(
+            f"{self.path} and {decoder}",
+            ("the prior's c_in", self.prior_config["c_in"]),
+            ("the decoder's effnet_embd", stage_b["effnet_embd"]),
+        )
+        return decoder
+
+    @property
+    def record_spec(self) -> dict[str, Field]:
+        size = self.config.resolution // efficientnet.STRIDE
+        states = (self.tokenizer.model_max_length, self.text_config.hidden_size)
+        return {
+            "latent": Field((self.prior_config["c_in"], size, size), self.dtype, "image"),
+            "encoder_hidden_states": Field(states, self.dtype, "caption"),
+        }
+
+    def _image_encoder_weights(self) -> dict[str, Tensor]:
+        name = self.config.pretrained_image_encoder_name_or_path
+        weights = efficientnet.read_weights(name, self.config.cache_dir)
+        channels = weights["mapper.0.weight"].shape[0] if "mapper.0.weight" in weights else None
+        require_equal(
+            f"{self.path} and {name}",
+            ("the prior's c_in", self.prior_config["c_in"]),
+            ("the image encoder's channels", channels),
+        )
+        return weights
+
+    def encoder_identity(self) -> dict[str, str]:
+        parts = {part: digest_folder(self.path / part) for part in ("text_encoder", "tokenizer")}
+        return parts | {"image_encoder": digest_tensors(self._image_encoder_weights())}
+
+    def preprocessing_identity(self) -> dict[str, Any]:
+        return {"resolution": self.config.resolution}
+
+    def load_encoders(self, device: torch.device) -> None:
+        text_encoder: Any = CLIPTextModel.from_pretrained(self.path / "text_encoder", dtype=self.dtype)
+        self.text_encoder = text_encoder.to(device).eval()
+        self.image_encoder = efficientnet.load_encoder(self._image_encoder_weights()).to(device, self.dtype)
+
+    def free_encoders(self) -> None:
+        del self.image_encoder, self.text_encoder
+
+    def prepare(self, image: Image.Image, record: int) -> list[dict[str, Tensor]]:
+        size = self.config.resolution
+        square = transforms.crop_centre(transforms.resize_short_side(image, size, Image.Resampling.BILINEAR), size)
+        return [{"pixels": transforms.to_tensor(square, IMAGENET_MEAN, IMAGENET_STD)}]
+
+    @torch.inference_mode()
+    def encode_images(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """(features + 1) / 42: what `latent_mean` and `latent_std` of the published pipeline undo."""
+        features = self.image_encoder(batch["pixels"].to(self.text_encoder.device, self.dtype))
+        return {"latent": (features + 1) / 42}
+
+    @torch.inference_mode()
+    def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
+        """The text encoder's last hidden state, computed with the attention mask."""
+        device = self.text_encoder.device
+        tokens, mask = tokenize(self.tokenizer, captions)
+        return {"encoder_hidden_states": self.text_encoder(tokens.to(device), mask.to(device)).last_hidden_state}
+
+    @torch.inference_mode()
+    def decode(self, rows: Tensor) -> list[Image.Image]:
+        """What stages B and A draw from the latents, without a prompt."""
+        pipeline = WuerstchenDecoderPipeline.from_pretrained(self._locate_decoder())
+        pipeline.set_progress_bar_config(disable=True)
+        return [pipeline(row[None].float() * 42 - 1, prompt="").images[0] for row in rows]
+
+    def load_model(self) -> nn.Module:
+        prior = read_part(self.path, "prior", lambda path: WuerstchenPrior.from_pretrained(path, torch_dtype=torch.float32))
+        embed, weight = prior.gen_r_embedding, prior.projection.weight
+        # The sines need timesteps in fp32; what they give must have the precision of the weights, whatever that is by then.
+        prior.gen_r_embedding = lambda timesteps: embed(timesteps).to(weight.dtype)
+        return self.ready_to_train(prior)
+
+    def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
+        return model(noisy, timesteps, record["encoder_hidden_states"])
+
+    def pipeline(self, model: nn.Module) -> WuerstchenPriorPipeline:
+        return WuerstchenPriorPipeline.from_pretrained(self.path, prior=model)
+
+    def preview(self, model: nn.Module) -> tuple[Any, dict[str, Any]]:
+        prior = WuerstchenPriorPipeline.from_pretrained(self.path, prior=model, torch_dtype=self.dtype)
+        decoder = WuerstchenDecoderPipeline.from_pretrained(self._locate_decoder(), torch_dtype=self.dtype)
+        size = self.config.resolution
+        return combine(prior, decoder), {"prior_timesteps": DEFAULT_STAGE_C_TIMESTEPS, "height": size, "width": size}

@@ -1,0 +1,155 @@
+"""Pipelines of the published architectures with a few thousand weights, built from configurations, for a CPU without a network.
+
+Embeddings are 24 wide and captions 16 tokens long, instead of 1280 and 77. The weights are random: what comes out of them
+are not pictures of anything, but every part has its real shape and does its real work.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import (
+    DDPMScheduler,
+    DDPMWuerstchenScheduler,
+    KandinskyV22Pipeline,
+    KandinskyV22PriorPipeline,
+    PriorTransformer,
+    UnCLIPScheduler,
+    UNet2DConditionModel,
+    VQModel,
+    WuerstchenDecoderPipeline,
+    WuerstchenPriorPipeline,
+)
+from diffusers.pipelines.wuerstchen import PaellaVQModel, WuerstchenDiffNeXt, WuerstchenPrior
+from safetensors.torch import save_file
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from engine.models.efficientnet import EfficientNetEncoder
+
+WIDTH = 24
+TOKENS = 16
+
+
+def write_tokenizer(directory: Path) -> CLIPTokenizer:
+    """A CLIP tokenizer that spells words in letters."""
+    letters = [chr(code) for code in range(33, 127)]
+    tokens = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+    (directory / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(directory / "vocab.json"), str(directory / "merges.txt"), model_max_length=TOKENS)
+
+
+def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=TOKENS, projection_dim=WIDTH, bos_token_id=len(tokenizer) - 2, eos_token_id=len(tokenizer) - 1,
+    )  # fmt: skip
+
+
+def kandinsky_prior(directory: Path) -> KandinskyV22PriorPipeline:
+    """The prior pipeline: 32 px CLIP images, embeddings of 24 numbers."""
+    tokenizer = write_tokenizer(directory)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8,
+        projection_dim=WIDTH,
+    )  # fmt: skip
+    prior = PriorTransformer(
+        num_attention_heads=2, attention_head_dim=16, num_layers=2, embedding_dim=WIDTH, num_embeddings=TOKENS,
+    )  # fmt: skip
+    with torch.no_grad():
+        prior.clip_mean.normal_(0, 0.1)
+        prior.clip_std.uniform_(0.5, 1.5)
+    return KandinskyV22PriorPipeline(
+        prior=prior, image_encoder=CLIPVisionModelWithProjection(vision),
+        text_encoder=CLIPTextModelWithProjection(text_config(tokenizer)), tokenizer=tokenizer,
+        scheduler=UnCLIPScheduler(
+            variance_type="fixed_small_log", clip_sample=True, clip_sample_range=5.0, prediction_type="sample"
+        ),
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+    )  # fmt: skip
+
+
+def kandinsky_decoder() -> KandinskyV22Pipeline:
+    """The decoder pipeline: latents at half the side of an image, images in steps of 4 px."""
+    unet = UNet2DConditionModel(
+        sample_size=16, in_channels=4, out_channels=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
+        attention_head_dim=8, cross_attention_dim=16, encoder_hid_dim=WIDTH, encoder_hid_dim_type="image_proj",
+        addition_embed_type="image", resnet_time_scale_shift="scale_shift",
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn", up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    )  # fmt: skip
+    movq = VQModel(
+        block_out_channels=(32, 32), norm_num_groups=8, latent_channels=4, vq_embed_dim=4, num_vq_embeddings=32,
+        norm_type="spatial", layers_per_block=1, down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+    )  # fmt: skip
+    scheduler = DDPMScheduler(
+        beta_schedule="linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, variance_type="learned_range"
+    )
+    return KandinskyV22Pipeline(unet=unet, scheduler=scheduler, movq=movq)
+
+
+def wuerstchen_prior(directory: Path) -> WuerstchenPriorPipeline:
+    """The stage C pipeline: latents of 16 channels."""
+    tokenizer = write_tokenizer(directory)
+    return WuerstchenPriorPipeline(
+        prior=WuerstchenPrior(c_in=16, c=32, c_cond=WIDTH, c_r=16, depth=2, nhead=2, dropout=0.1),
+        text_encoder=CLIPTextModel(text_config(tokenizer)), tokenizer=tokenizer, scheduler=DDPMWuerstchenScheduler(),
+    )  # fmt: skip
+
+
+def wuerstchen_decoder(directory: Path) -> WuerstchenDecoderPipeline:
+    """The pipeline of stages B and A."""
+    tokenizer = write_tokenizer(directory)
+    decoder = WuerstchenDiffNeXt(
+        c_r=16, c_cond=WIDTH, c_hidden=[16, 32], nhead=[-1, 2], blocks=[1, 1], level_config=["CT", "CTA"],
+        inject_effnet=[False, True], clip_embd=WIDTH,
+    )  # fmt: skip
+    return WuerstchenDecoderPipeline(
+        decoder=decoder, vqgan=PaellaVQModel(bottleneck_blocks=1, embed_dim=16, num_vq_embeddings=32),
+        text_encoder=CLIPTextModel(text_config(tokenizer)), tokenizer=tokenizer, scheduler=DDPMWuerstchenScheduler(),
+    )  # fmt: skip
+
+
+def write_kandinsky(directory: Path, seed: int = 0) -> dict[str, str]:
+    """Saves both pipelines of Kandinsky 2.2; returns the options that name them."""
+    torch.manual_seed(seed)
+    kandinsky_prior(directory / "spelling").save_pretrained(directory / "prior")
+    kandinsky_decoder().save_pretrained(directory / "decoder")
+    return {
+        "pretrained_prior_model_name_or_path": str(directory / "prior"),
+        "pretrained_decoder_model_name_or_path": str(directory / "decoder"),
+    }
+
+
+def write_wuerstchen(directory: Path, seed: int = 0) -> dict[str, str]:
+    """Saves both pipelines of Wuerstchen and an image encoder, which has its full size; returns the options that name them."""
+    torch.manual_seed(seed)
+    wuerstchen_prior(directory / "spelling").save_pretrained(directory / "prior")
+    wuerstchen_decoder(directory / "spelling").save_pretrained(directory / "decoder")
+    encoder = EfficientNetEncoder()
+    # Random weights shrink what passes; measuring the statistics once on noise keeps the latents at a deviation near 1.
+    encoder.train()
+    for layer in encoder.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.momentum = None
+    with torch.no_grad():
+        encoder(torch.nn.functional.interpolate(torch.randn(8, 3, 16, 16), scale_factor=8, mode="bilinear"))
+    save_file(encoder.state_dict(), directory / "efficientnet.safetensors")
+    return {
+        "pretrained_prior_model_name_or_path": str(directory / "prior"),
+        "pretrained_decoder_model_name_or_path": str(directory / "decoder"),
+        "pretrained_image_encoder_name_or_path": str(directory / "efficientnet.safetensors"),
+    }
+
+
+WRITERS = {"kandinsky-prior": write_kandinsky, "kandinsky-decoder": write_kandinsky, "wuerstchen": write_wuerstchen}
