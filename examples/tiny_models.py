@@ -21,6 +21,7 @@ from diffusers import (
     WuerstchenPriorPipeline,
 )
 from diffusers.pipelines.wuerstchen import PaellaVQModel, WuerstchenDiffNeXt, WuerstchenPrior
+from PIL import Image
 from safetensors.torch import save_file
 from transformers import (
     CLIPImageProcessor,
@@ -32,7 +33,10 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from engine.data.transforms import to_tensor
 from engine.models.efficientnet import EfficientNetEncoder
+from engine.models.wuerstchen import IMAGENET_MEAN, IMAGENET_STD
+from examples.photographs import photographs
 
 WIDTH = 24
 TOKENS = 16
@@ -98,11 +102,14 @@ def kandinsky_decoder() -> KandinskyV22Pipeline:
     return KandinskyV22Pipeline(unet=unet, scheduler=scheduler, movq=movq)
 
 
-def wuerstchen_prior(directory: Path) -> WuerstchenPriorPipeline:
+def wuerstchen_prior(directory: Path, dropout: float = 0.1) -> WuerstchenPriorPipeline:
     """The stage C pipeline: latents of 16 channels."""
     tokenizer = write_tokenizer(directory)
+    prior = WuerstchenPrior(c_in=16, c=32, c_cond=WIDTH, c_r=16, depth=2, nhead=2, dropout=dropout)
+    with torch.no_grad():
+        prior.out[1].weight.mul_(0.1)  # the prediction is divided by 1 minus some of these channels
     return WuerstchenPriorPipeline(
-        prior=WuerstchenPrior(c_in=16, c=32, c_cond=WIDTH, c_r=16, depth=2, nhead=2, dropout=0.1),
+        prior=prior,
         text_encoder=CLIPTextModel(text_config(tokenizer)), tokenizer=tokenizer, scheduler=DDPMWuerstchenScheduler(),
     )  # fmt: skip
 
@@ -120,6 +127,18 @@ def wuerstchen_decoder(directory: Path) -> WuerstchenDecoderPipeline:
     )  # fmt: skip
 
 
+def calibrate(encoder: EfficientNetEncoder) -> None:
+    """Gives random weights the running statistics of photographs, without which latents would be thousands or nothing."""
+    for layer in encoder.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.momentum = None
+    squares = [image.resize((128, 128), Image.Resampling.BILINEAR) for image in photographs().values()]
+    encoder.train()
+    with torch.no_grad():
+        encoder(torch.stack([to_tensor(square, IMAGENET_MEAN, IMAGENET_STD) for square in squares]))
+    encoder.eval()
+
+
 def write_kandinsky(directory: Path, seed: int = 0) -> dict[str, str]:
     """Saves both pipelines of Kandinsky 2.2; returns the options that name them."""
     torch.manual_seed(seed)
@@ -131,19 +150,13 @@ def write_kandinsky(directory: Path, seed: int = 0) -> dict[str, str]:
     }
 
 
-def write_wuerstchen(directory: Path, seed: int = 0) -> dict[str, str]:
+def write_wuerstchen(directory: Path, seed: int = 0, dropout: float = 0.1) -> dict[str, str]:
     """Saves both pipelines of Wuerstchen and an image encoder, which has its full size; returns the options that name them."""
     torch.manual_seed(seed)
-    wuerstchen_prior(directory / "spelling").save_pretrained(directory / "prior")
+    wuerstchen_prior(directory / "spelling", dropout).save_pretrained(directory / "prior")
     wuerstchen_decoder(directory / "spelling").save_pretrained(directory / "decoder")
     encoder = EfficientNetEncoder()
-    # Random weights shrink what passes; measuring the statistics once on noise keeps the latents at a deviation near 1.
-    encoder.train()
-    for layer in encoder.modules():
-        if isinstance(layer, torch.nn.BatchNorm2d):
-            layer.momentum = None
-    with torch.no_grad():
-        encoder(torch.nn.functional.interpolate(torch.randn(8, 3, 16, 16), scale_factor=8, mode="bilinear"))
+    calibrate(encoder)
     save_file(encoder.state_dict(), directory / "efficientnet.safetensors")
     return {
         "pretrained_prior_model_name_or_path": str(directory / "prior"),

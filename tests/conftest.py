@@ -11,11 +11,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import engine.quiet  # noqa: F401
 
 # isort: split
+import functools
 from pathlib import Path
 
 import pytest
 
 from engine.quiet import quiet_libraries
+from examples import tiny_models
+from examples.photographs import write_images
 from tests import tiny
 
 quiet_libraries()
@@ -48,6 +51,28 @@ def model(tmp_path_factory) -> Path:
 def images(tmp_path_factory) -> Path:
     """An image folder with captions."""
     return tiny.write_images(tmp_path_factory.mktemp("images") / "train")
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory) -> Path:
+    """An image folder of real photographs with captions."""
+    return write_images(tmp_path_factory.mktemp("photographs") / "train", longest=200)
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory):
+    """family -> the options that name its tiny pipelines, saved once for each set of arguments."""
+
+    @functools.cache
+    def write(writer, **arguments):
+        return writer(tmp_path_factory.mktemp("published"), **arguments)
+
+    def options(family: str, **arguments) -> dict[str, str]:
+        writer = tiny_models.WRITERS[family]
+        known = arguments if family == "wuerstchen" else {}
+        return write(writer, **known)
+
+    return options
 
 
 @pytest.fixture(scope="session")

@@ -7,19 +7,11 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel
+
+from examples.tiny_models import text_config, write_tokenizer
 
 COLORS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "grey": (128, 128, 128)}
-
-
-def write_tokenizer(directory: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer that spells words in letters."""
-    letters = [chr(code) for code in range(33, 127)]
-    tokens = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
-    (directory / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(directory / "vocab.json"), str(directory / "merges.txt"), model_max_length=16)
 
 
 def tiny_unet(**overrides) -> UNet2DConditionModel:
@@ -39,12 +31,7 @@ def write_pipeline(directory: Path, seed: int = 0, **scheduler) -> Path:
         block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4, sample_size=16, layers_per_block=1,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     )  # fmt: skip
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-            max_position_embeddings=16, bos_token_id=len(tokenizer) - 2, eos_token_id=len(tokenizer) - 1,
-        )
-    )  # fmt: skip
+    text = CLIPTextModel(text_config(tokenizer))
     pipeline = StableDiffusionPipeline(
         vae=vae, text_encoder=text, tokenizer=tokenizer, unet=tiny_unet(),
         scheduler=DDPMScheduler(**({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012} | scheduler)),

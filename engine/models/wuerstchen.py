@@ -135,10 +135,16 @@ class Wuerstchen(Family):
 
     @torch.inference_mode()
     def decode(self, rows: Tensor) -> list[Image.Image]:
-        """What stages B and A draw from the latents, without a prompt."""
+        """What stages B and A draw from the latents, without a prompt.
+
+        Stage B works on 10.67 times the side of the latents and halves it repeatedly, which comes out even for multiples of 3.
+        Other sizes are stretched to the next of those: good enough to look at.
+        """
         pipeline = WuerstchenDecoderPipeline.from_pretrained(self._locate_decoder())
         pipeline.set_progress_bar_config(disable=True)
-        return [pipeline(row[None].float() * 42 - 1, prompt="").images[0] for row in rows]
+        side = -(-rows.shape[-1] // 3) * 3
+        features = nn.functional.interpolate(rows.float() * 42 - 1, (side, side), mode="bilinear")
+        return [pipeline(image_features[None], prompt="").images[0] for image_features in features]
 
     def load_model(self) -> nn.Module:
         prior = read_part(self.path, "prior", lambda path: WuerstchenPrior.from_pretrained(path, torch_dtype=torch.float32))

@@ -76,7 +76,7 @@ def test_leaving_early_ends_the_thread(shards):
 @pytest.mark.gpu
 def test_batches_on_the_device_are_those_of_the_host(shards):
     device = torch.device("cuda")
-    loader = Loader(Shards(shards), PLAN, SEED, timesteps, device, 0, 20)
+    loader = Loader(Shards(shards), PLAN, SEED, SCHEDULES[0], device, 0, 20)
     for ours, theirs in zip(loader, batches(shards, 0, 20), strict=True):
         assert torch.equal(ours.slots.cpu(), theirs.slots)
         assert all(torch.equal(ours.record[name].cpu(), theirs.record[name]) for name in theirs.record)
