@@ -1,6 +1,7 @@
 """Draws images from a trained pipeline into one labelled grid: `python -m engine.sample --model DIR --prompts ...`."""
 
 import sys
+from inspect import signature
 from pathlib import Path
 
 from engine.config import Parser
@@ -9,37 +10,53 @@ from engine.errors import UserError, exit_code
 
 def main() -> int:
     parser = Parser("engine.sample", description="Draw images from a trained pipeline into one labelled grid.")
-    parser.add_argument("--model", type=Path, required=True, help="directory of the pipeline")
+    parser.add_argument("--model", type=Path, required=True, help="directory of the trained pipeline")
+    parser.add_argument(
+        "--other_half",
+        help="for Kandinsky and Wuerstchen, the decoder of a prior or the prior of a decoder (default: the published)",
+    )
     parser.add_argument("--prompts", nargs="+", required=True, help="one row of images each")
     parser.add_argument("--images_per_prompt", type=int, default=4, help="default: 4")
-    parser.add_argument("--num_inference_steps", type=int, default=50, help="default: 50")
-    parser.add_argument("--guidance_scale", type=float, default=7.5, help="default: 7.5")
+    parser.add_argument("--num_inference_steps", type=int, help="default: the pipeline's own")
+    parser.add_argument("--guidance_scale", type=float, help="default: the pipeline's own")
+    parser.add_argument("--resolution", type=int, help="height and width (default: the pipeline's own)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--output", type=Path, default=Path("samples.png"), help="the grid (default: samples.png)")
     options = parser.parse_args(sys.argv[1:])
-    if not (options.model / "model_index.json").is_file():
+    # Where the Wuerstchen training leaves its result.
+    inner = options.model / "prior_pipeline"
+    model = inner if inner.is_dir() else options.model
+    if not (model / "model_index.json").is_file():
         raise UserError(f"--model {options.model}: no model_index.json there; give the output directory of a training")
 
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     import torch
-    from diffusers import DiffusionPipeline
 
+    from engine.models.published import open_pipeline
     from engine.picture import labelled_grid, save_png
 
     quiet_libraries()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    pipeline = DiffusionPipeline.from_pretrained(options.model, torch_dtype=dtype).to(device)
+    pipeline = open_pipeline(model, options.other_half, dtype).to(device)
     pipeline.set_progress_bar_config(disable=None)
+    # Wuerstchen is guided in its prior alone.
+    guided = "guidance_scale" if "guidance_scale" in signature(pipeline.__call__).parameters else "prior_guidance_scale"
+    arguments = {
+        "num_inference_steps": options.num_inference_steps,
+        guided: options.guidance_scale,
+        "height": options.resolution,
+        "width": options.resolution,
+    }
+    given = {name: value for name, value in arguments.items() if value is not None}
     rows = []
     for prompt in options.prompts:
         images = pipeline(
             prompt,
             num_images_per_prompt=options.images_per_prompt,
-            num_inference_steps=options.num_inference_steps,
-            guidance_scale=options.guidance_scale,
             generator=torch.Generator(device).manual_seed(options.seed),
+            **given,
         ).images
         rows.append((prompt, images))
     save_png(labelled_grid(rows), options.output)

@@ -92,8 +92,9 @@ class Family(ABC):
     def load_model(self) -> nn.Module:
         """The module that is trained, in fp32 on the host, in training mode."""
 
+    @staticmethod
     @abstractmethod
-    def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
+    def predict(model: nn.Module, noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
         """The model's prediction for noisy samples [B, C, H, W] at timesteps [B]."""
 
     @abstractmethod

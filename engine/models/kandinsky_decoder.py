@@ -111,7 +111,8 @@ class KandinskyDecoder(Family):
         load = UNet2DConditionModel.from_pretrained
         return self.ready_to_train(read_part(self.path, "unet", lambda path: load(path, torch_dtype=torch.float32)))
 
-    def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
+    @staticmethod
+    def predict(model: nn.Module, noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
         """Noise in the first half of the channels; the learned variance in the second is not trained."""
         condition = {"image_embeds": record["image_embedding"]}
         return model(noisy, timesteps, None, added_cond_kwargs=condition, return_dict=False)[0]

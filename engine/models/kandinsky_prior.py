@@ -172,7 +172,8 @@ class KandinskyPrior(Family):
         prior.clip_std.requires_grad_(False)
         return self.ready_to_train(prior)
 
-    def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
+    @staticmethod
+    def predict(model: nn.Module, noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
         return model(
             noisy,
             timesteps,

@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, KandinskyV22CombinedPipeline, WuerstchenCombinedPipeline
+from diffusers import (
+    DiffusionPipeline,
+    KandinskyV22CombinedPipeline,
+    KandinskyV22Pipeline,
+    KandinskyV22PriorPipeline,
+    WuerstchenCombinedPipeline,
+    WuerstchenDecoderPipeline,
+    WuerstchenPriorPipeline,
+)
 from torch import Tensor
 
 from engine.config import CacheConfig
@@ -78,20 +86,54 @@ def tokenize(tokenizer: Any, captions: list[str]) -> tuple[Tensor, Tensor]:
     return tokens.input_ids, tokens.attention_mask
 
 
-_COMBINED = {
-    "KandinskyV22PriorPipeline": KandinskyV22CombinedPipeline,
-    "WuerstchenPriorPipeline": WuerstchenCombinedPipeline,
+# Prior, decoder, and the pipeline that joins them.
+_HALVES: tuple[tuple[Any, Any, Any], ...] = (
+    (KandinskyV22PriorPipeline, KandinskyV22Pipeline, KandinskyV22CombinedPipeline),
+    (WuerstchenPriorPipeline, WuerstchenDecoderPipeline, WuerstchenCombinedPipeline),
+)
+_OTHER_HALF: dict[Any, str] = {
+    KandinskyV22PriorPipeline: "kandinsky-community/kandinsky-2-2-decoder",
+    KandinskyV22Pipeline: "kandinsky-community/kandinsky-2-2-prior",
+    WuerstchenPriorPipeline: "warp-ai/wuerstchen",
+    WuerstchenDecoderPipeline: "warp-ai/wuerstchen-prior",
 }
 
 
-def combine(prior: Any, decoder: Any) -> Any:
-    """One pipeline from text to images out of a prior pipeline and a decoder pipeline.
+def combine(left: Any, right: Any) -> Any:
+    """One pipeline from text to images out of a prior pipeline and its decoder pipeline, in either order.
 
     diffusers' own loading finds the prior of a decoder on the hub only, by a name in the decoder's model card; putting the
     halves together here works for directories too.
+
+    Raises:
+        UserError: the two are not halves of one pipeline.
     """
-    parts = {f"prior_{name}": part for name, part in prior.components.items()}
-    return _COMBINED[type(prior).__name__](**decoder.components, **parts)
+    for prior, decoder in ((left, right), (right, left)):
+        for prior_class, decoder_class, combined in _HALVES:
+            if isinstance(prior, prior_class) and isinstance(decoder, decoder_class):
+                parts = {f"prior_{name}": part for name, part in prior.components.items()}
+                return combined(**decoder.components, **parts)
+    raise UserError(f"a {type(left).__name__} and a {type(right).__name__} are not the two halves of one pipeline")
+
+
+def open_pipeline(path: Path, other_half: str | None, dtype: torch.dtype) -> Any:
+    """A pipeline from text to images: the one at `path`, joined with its other half (by default the published one) if it is a
+    prior or a decoder.
+
+    Raises:
+        UserError: the other half is not there, does not fit, or is not needed.
+    """
+    pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype)
+    if type(pipeline) not in _OTHER_HALF:
+        if other_half:
+            raise UserError(f"{path}: a {type(pipeline).__name__} has no other half; leave out --other_half")
+        return pipeline
+    name = other_half or _OTHER_HALF[type(pipeline)]
+    try:
+        other = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
+    except Exception as error:  # a connection, a missing repository, an incomplete directory: the library raises many kinds
+        raise UserError(f"--other_half {name}: cannot be loaded: {first_line(error)}") from None
+    return combine(pipeline, other)
 
 
 def digest_folder(folder: Path) -> str:

@@ -136,7 +136,8 @@ class StableDiffusion(Family):
             unet = UNet2DConditionModel.from_pretrained(name, revision=config.revision, variant=config.variant, **arguments)
         return self.ready_to_train(unet)
 
-    def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
+    @staticmethod
+    def predict(model: nn.Module, noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
         return model(noisy, timesteps, record["encoder_hidden_states"], return_dict=False)[0]
 
     def pipeline(self, model: nn.Module) -> StableDiffusionPipeline:

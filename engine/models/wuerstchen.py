@@ -153,7 +153,8 @@ class Wuerstchen(Family):
         prior.gen_r_embedding = lambda timesteps: embed(timesteps).to(weight.dtype)
         return self.ready_to_train(prior)
 
-    def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
+    @staticmethod
+    def predict(model: nn.Module, noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
         return model(noisy, timesteps, record["encoder_hidden_states"])
 
     def pipeline(self, model: nn.Module) -> WuerstchenPriorPipeline:

@@ -1,0 +1,160 @@
+"""The published checkpoints at full size, from their configurations alone: nothing is downloaded, and weights are random.
+
+`write` saves the configurations of every part in the published layout, so that the engine opens the family as it would open
+the checkpoint. `trained_model` builds what is trained, on whatever device is current (`torch.device("meta")` for counting).
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, PriorTransformer, UNet2DConditionModel, VQModel
+from diffusers.pipelines.wuerstchen import WuerstchenPrior
+from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
+
+from engine.config import TrainConfig
+
+TOKENS = 77
+
+
+def sd_1_5() -> UNet2DConditionModel:
+    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+
+
+def sd_2_1() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=64, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
+    )
+
+
+def kandinsky_decoder() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=64, in_channels=4, out_channels=8, block_out_channels=(384, 768, 1152, 1536), layers_per_block=3,
+        attention_head_dim=64, cross_attention_dim=768, encoder_hid_dim=1280, encoder_hid_dim_type="image_proj",
+        addition_embed_type="image", resnet_time_scale_shift="scale_shift",
+        down_block_types=("ResnetDownsampleBlock2D", *("SimpleCrossAttnDownBlock2D",) * 3),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=(*("SimpleCrossAttnUpBlock2D",) * 3, "ResnetUpsampleBlock2D"),
+    )  # fmt: skip
+
+
+def kandinsky_prior() -> PriorTransformer:
+    return PriorTransformer(embedding_dim=1280)
+
+
+def wuerstchen_prior() -> WuerstchenPrior:
+    return WuerstchenPrior(c_in=16, c=1536, c_cond=1280, c_r=64, depth=32, nhead=24)
+
+
+def movq() -> VQModel:
+    return VQModel(
+        block_out_channels=(128, 256, 256, 512), layers_per_block=2, latent_channels=4, vq_embed_dim=4,
+        num_vq_embeddings=16384, norm_type="spatial",
+        down_block_types=(*("DownEncoderBlock2D",) * 3, "AttnDownEncoderBlock2D"),
+        up_block_types=("AttnUpDecoderBlock2D", *("UpDecoderBlock2D",) * 3),
+    )  # fmt: skip
+
+
+def vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+
+
+def text_config(width: int, layers: int, heads: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads,
+        projection_dim=width,
+    )  # fmt: skip
+
+
+def vision_config() -> CLIPVisionConfig:
+    """ViT-bigG/14."""
+    return CLIPVisionConfig(
+        hidden_size=1664, intermediate_size=8192, num_hidden_layers=48, num_attention_heads=16, image_size=224, patch_size=14,
+        projection_dim=1280,
+    )  # fmt: skip
+
+
+def decoder_scheduler() -> DDPMScheduler:
+    return DDPMScheduler(
+        beta_schedule="linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, variance_type="learned_range"
+    )
+
+
+def sd_scheduler() -> DDPMScheduler:
+    return DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
+
+
+# Checkpoint -> family, resolution, and the parts of its pipelines: pipeline -> part -> what gives its configuration.
+Parts = dict[str, dict[str, Callable[[], Any]]]
+_KANDINSKY: Parts = {
+    "prior": {
+        "prior": kandinsky_prior, "image_encoder": vision_config, "image_processor": CLIPImageProcessorPil,
+        "text_encoder": lambda: text_config(1280, 32, 20),
+    },
+    "decoder": {"unet": kandinsky_decoder, "movq": movq, "scheduler": decoder_scheduler},
+}  # fmt: skip
+CHECKPOINTS: dict[str, tuple[str, int, Parts]] = {
+    "SD 1.5, 512 px": (
+        "sd", 512,
+        {"model": {"unet": sd_1_5, "vae": vae, "text_encoder": lambda: text_config(768, 12, 12), "scheduler": sd_scheduler}},
+    ),
+    "SD 2.1, 512 px": (
+        "sd", 512,
+        {"model": {"unet": sd_2_1, "vae": vae, "text_encoder": lambda: text_config(1024, 23, 16), "scheduler": sd_scheduler}},
+    ),
+    "Kandinsky 2.2 decoder, 512 px": ("kandinsky-decoder", 512, _KANDINSKY),
+    "Kandinsky 2.2 decoder, 768 px": ("kandinsky-decoder", 768, _KANDINSKY),
+    "Kandinsky 2.2 prior": ("kandinsky-prior", 768, _KANDINSKY),
+    "Wuerstchen v2 prior, 768 px": (
+        "wuerstchen", 768, {"prior": {"prior": wuerstchen_prior, "text_encoder": lambda: text_config(1280, 32, 20)}},
+    ),
+}  # fmt: skip
+_TRAINED = {"sd": ("model", "unet"), "kandinsky-decoder": ("decoder", "unet"), "kandinsky-prior": ("prior", "prior"),
+            "wuerstchen": ("prior", "prior")}  # fmt: skip
+
+
+def trained_model(checkpoint: str) -> Any:
+    """What is trained of a checkpoint, with random weights."""
+    family, _, parts = CHECKPOINTS[checkpoint]
+    pipeline, part = _TRAINED[family]
+    return parts[pipeline][part]()
+
+
+def write(checkpoint: str, directory: Path, **options: Any) -> TrainConfig:
+    """Saves a checkpoint's configurations under `directory`; returns the engine's configuration to train it.
+
+    Args:
+        options: of the training, beside what names the models.
+    """
+    family, resolution, pipelines = CHECKPOINTS[checkpoint]
+    names = {}
+    for pipeline, parts in pipelines.items():
+        folder = directory / pipeline
+        for part, build in parts.items():
+            with torch.device("meta"):
+                built = build()
+            save = built.save_config if hasattr(built, "save_config") else built.save_pretrained
+            save(folder / part)
+        if "text_encoder" in parts:
+            _write_tokenizer(folder / "tokenizer")
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiffusionPipeline"}))
+        option = "pretrained_model_name_or_path" if pipeline == "model" else f"pretrained_{pipeline}_model_name_or_path"
+        names[option] = str(folder)
+    defaults = {"mixed_precision": "bf16", "resolution": resolution, "shards_dir": str(directory / "shards")}
+    return TrainConfig.model_validate({"family": family, **names, **defaults, **options})
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """A CLIP tokenizer of the right length that knows letters only."""
+    letters = [chr(code) for code in range(33, 127)]
+    tokens = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TOKENS)
+    tokenizer.save_pretrained(folder)
