@@ -9,9 +9,7 @@ disk, which the advice to the kernel overlaps, is not in these figures.
 
 import argparse
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.environment import environment
 from engine.data.reader import best_gather, gather_in_cpp, gather_in_python
 from engine.files import write_json
 
@@ -72,9 +71,8 @@ def main() -> int:
             print(f"{name:30} cpp {medians['cpp']:8.0f} us   python {gains['python_over_cpp']:.2f} x   "
                   f"memmap {gains['memmap_over_cpp']:.2f} x")  # fmt: skip
         os.close(descriptor)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     write_json(output, {
-        "question": __doc__.splitlines()[0], "commit": commit, "python": platform.python_version(), "cores": os.cpu_count(),
+        "question": __doc__.splitlines()[0], **environment(), "cores": os.cpu_count(),
         "repeats": REPEATS, "results": results,
     })  # fmt: skip
     return 0

@@ -10,7 +10,6 @@ but the first ten of each turn. Defaults are what `make quickstart` leaves behin
 
 import argparse
 import json
-import platform
 import shutil
 import statistics
 import subprocess
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.environment import environment
 from engine.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -137,10 +137,8 @@ def main() -> int:
         print(f"recipe {theirs[-1]:8.1f} samples/s   engine {ours[-1]:8.1f} samples/s   ratio {ours[-1] / theirs[-1]:.2f}")
     shutil.rmtree(shards.parent)
     ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     write_json(options.output, {
-        "question": __doc__.splitlines()[0], "commit": commit, "torch": torch.__version__, "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads",
+        "question": __doc__.splitlines()[0], **environment(),
         "batch": options.batch, "resolution": options.resolution, "measured_steps": options.steps,
         "recipe_samples_per_second": theirs, "engine_samples_per_second": ours, "encode_seconds": encode_seconds,
         "median_ratio": statistics.median(ratios), "ratios": ratios,
