@@ -220,3 +220,32 @@ def test_arrays_of_captions_count_as_lists():
     from engine.data.source import clean_captions
 
     assert clean_captions(np.array(["a", "b"])) == ["a", "b"]
+
+
+def test_without_captions_every_image_counts(tmp_path):
+    (folder(tmp_path / "plain", [], {"b.png": png(), "a/c.png": png(), "notes.txt": b"x"}) / "metadata.jsonl").unlink()
+    config = CacheConfig(family="kandinsky-decoder", train_data_dir=str(tmp_path / "plain"))
+    source = open_source(config, captioned=False)
+    assert [source.name(index) for index in range(len(source))] == ["a/c.png", "b.png"]
+    assert source.image(1).size == (6, 4)
+    with pytest.raises(UserError, match="no metadata.jsonl or metadata.csv"):
+        open_source(config, captioned=True)
+
+
+def test_metadata_without_captions_serve_a_family_without_captions(tmp_path):
+    folder(tmp_path / "named", [{"file_name": "b.png", "other": "x"}], {"a.png": png(), "b.png": png()})
+    config = CacheConfig(family="kandinsky-decoder", train_data_dir=str(tmp_path / "named"))
+    assert len(open_source(config, captioned=False)) == 2
+    with pytest.raises(UserError, match="has no column 'text'"):
+        open_source(config, captioned=True)
+
+
+def test_a_data_set_without_captions_serves_a_family_without_captions(tmp_path):
+    table = pa.table({"image": [{"bytes": png(), "path": None}]})
+    pa.parquet.write_table(table, tmp_path / "train.parquet")
+    config = CacheConfig(
+        family="kandinsky-decoder", dataset_name=str(tmp_path / "train.parquet"), cache_dir=str(tmp_path / "c")
+    )
+    source = open_source(config, captioned=False)
+    assert len(source) == 1
+    assert source.image(0).size == (6, 4)
