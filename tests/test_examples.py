@@ -1,0 +1,39 @@
+"""The small example of each family, from photographs to an image; and the recipes for the published checkpoints."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from engine.config import TrainConfig, parse
+from examples.photographs import CAPTIONS, photographs
+from examples.tiny_models import TOKENS, WRITERS
+from tests.loop.runs import environment
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_an_example_trains_and_draws(family, tmp_path):
+    command = [sys.executable, "-m", "examples.local", family, "--steps", "20", "--directory", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+    assert result.returncode == 0, result.stderr
+    grid = Image.open(tmp_path / "grid.png")
+    assert len(grid.convert("L").getcolors(2**16)) > 20
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "trained" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+    assert (tmp_path / "trained" / "samples" / "step-20.png").exists()
+
+
+def test_the_photographs_have_captions_that_fit_the_tiny_tokenizer():
+    assert len(photographs()) == len(CAPTIONS) == 14
+    assert all(len(caption.replace(" ", "")) <= TOKENS - 2 for caption in CAPTIONS.values())
+
+
+@pytest.mark.parametrize("path", sorted(Path("examples").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_recipes_parse(path):
+    config = parse(TrainConfig, "engine.run", "", ["--config", str(path)])
+    assert path.stem.startswith(config.family)
+    assert config.max_train_steps == 15000
+    assert config.resolution == (512 if config.family == "sd" else 768)
