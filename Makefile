@@ -38,6 +38,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	# torch first: DeepSpeed's own installation looks for it.
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch triton numpy
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[dev]"
+	# torchvision, which some tests compare with, is kept apart: transformers would resize images with it.
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --target $(VENV)/reference torchvision \
+		|| echo "no torchvision: tests that compare with it will be skipped"
 	touch $@
 
 clean:
