@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, DDPMWuerstchenScheduler
 from diffusers.training_utils import compute_snr
 
-from engine.diffusion import DiscreteSchedule, coefficient_rows
+from engine.diffusion import CosineSchedule, DiscreteSchedule, coefficient_rows
 from engine.errors import UserError
+from tests import reference
 
 SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 ZERO_TERMINAL = DDPMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=True)
@@ -59,3 +60,38 @@ def test_other_targets_stay_finite_on_zero_terminal_snr(prediction):
 def test_unknown_prediction_type_is_named():
     with pytest.raises(UserError, match="'flow'"):
         DiscreteSchedule(SCHEDULER.alphas_cumprod, "flow", None)
+
+
+REALS = torch.linspace(0, 1, 1001)
+
+
+def test_the_continuous_schedule_is_that_of_wuerstchen():
+    scheduler = DDPMWuerstchenScheduler()
+    alpha, sigma, c_x, c_e, weight = CosineSchedule(None).coefficients(REALS)
+    clean, noise = torch.randn(1001, 3), torch.randn(1001, 3)
+    expected = scheduler.add_noise(clean, noise, REALS)
+    # diffusers subtracts from 1 in fp32, where s^2 = 1e-4 has three digits.
+    torch.testing.assert_close(alpha[:, None] * clean + sigma[:, None] * noise, expected, atol=2e-5, rtol=0)
+    assert torch.equal(c_x, torch.zeros(1001))
+    assert torch.equal(c_e, torch.ones(1001))
+    assert torch.equal(weight, torch.ones(1001))
+    assert alpha.square().min() == pytest.approx(1e-4)
+    assert alpha.square().max() == pytest.approx(0.9999)
+
+
+def test_the_continuous_schedule_has_min_snr_weights():
+    alpha, sigma, _, _, weight = CosineSchedule(5.0).coefficients(REALS)
+    snr = (alpha / sigma).double().square()
+    torch.testing.assert_close(weight.double(), snr.clamp(max=5.0) / snr, rtol=1e-5, atol=0)
+
+
+def test_continuous_timesteps_are_uniform_and_functions_of_the_slot():
+    seed, slots = torch.tensor([2**40 + 1]), torch.arange(4096)
+    drawn = CosineSchedule(None).draw(seed, slots)
+    assert drawn.dtype == torch.float32
+    assert torch.equal(drawn[100:200], CosineSchedule(None).draw(seed, slots[100:200]))
+    expected = [(int(reference.words(2**40 + 1, slot, 2, 1)[0]) // 256 + 0.5) / 2**24 for slot in range(64)]
+    assert drawn[:64].tolist() == torch.tensor(expected, dtype=torch.float32).tolist()
+    assert drawn.unique().numel() > 4000
+    histogram = torch.histc(drawn, 16, 0, 1)
+    assert ((histogram - 256).abs() < 5 * 16).all()
