@@ -12,7 +12,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py
 
 test: lint types
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
