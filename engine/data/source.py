@@ -76,8 +76,8 @@ def decode(data: Path | io.BytesIO) -> Image.Image:
         Refused: not an image, truncated, or so large that decoding it could exhaust memory (PIL's limit).
     """
     try:
-        # PIL warns between one and two times its pixel limit, and refuses above; only the refusal matters here. That a palette's
-        # transparency is dropped is what the scripts do.
+        # PIL warns between one and two times its pixel limit, and refuses above; only the refusal matters here. The scripts
+        # drop a palette's transparency too.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             warnings.filterwarnings("ignore", "Palette images with Transparency")
