@@ -4,13 +4,14 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-_FLAGS = ["-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", "-Wall", "-Wextra"]
+_FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", "-Wall", "-Wextra")
 
 
 def _cache_directory() -> Path:
@@ -18,15 +19,30 @@ def _cache_directory() -> Path:
     return Path(base) / "diffusion-training-engine"
 
 
+def _processor() -> str:
+    """What tells processors apart that code built for one may not run on: a home directory can be shared by several."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
 @functools.cache
-def load(name: str) -> ctypes.CDLL | None:
-    """The library built from `name`.cpp beside this file; None, with one line that says why, where it cannot be built."""
+def load(name: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:
+    """The library built from `name`.cpp beside this file; None, with one line that says why, where it cannot be built.
+
+    Args:
+        flags: for the compiler, beside those that all libraries are built with.
+    """
     source = Path(__file__).with_name(f"{name}.cpp")
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
     if compiler is None:
         print(f"cpp_ext: no C++ compiler for {source.name} (set CXX); going on in Python, slower", file=sys.stderr)
         return None
-    key = hashlib.sha256(source.read_bytes() + " ".join([compiler, *_FLAGS]).encode()).hexdigest()[:16]
+    words = [compiler, *_FLAGS, *flags]
+    machine = _processor() if "-march=native" in flags else platform.machine()
+    key = hashlib.sha256(source.read_bytes() + " ".join([*words, machine]).encode()).hexdigest()[:16]
     library = _cache_directory() / f"{name}-{key}.so"
     try:
         if not library.exists():
@@ -34,7 +50,7 @@ def load(name: str) -> ctypes.CDLL | None:
             # Built aside and renamed: several processes may build at once.
             with tempfile.TemporaryDirectory(dir=library.parent) as directory:
                 built = Path(directory) / library.name
-                subprocess.run([compiler, *_FLAGS, str(source), "-o", str(built)], check=True, capture_output=True, text=True)
+                subprocess.run([*words, str(source), "-o", str(built)], check=True, capture_output=True, text=True)
                 built.replace(library)
         return ctypes.CDLL(str(library))
     except (OSError, subprocess.CalledProcessError) as error:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels import philox
+from engine.kernels import cpu, philox
 from engine.kernels.layout import positions_of, stored_like, strides, tile, walkable
 from engine.kernels.philox import (
     KERNEL_INPUT_PERTURBATION,
@@ -132,6 +132,24 @@ def reference_noise(seed: Tensor, slots: Tensor, shape: torch.Size, offset: floa
     return noise
 
 
+def reference_add_noise(
+    mean: Tensor,
+    std: Tensor | None,
+    alpha: Tensor,
+    sigma: Tensor,
+    seed: Tensor,
+    slots: Tensor,
+    offset: float,
+    perturbation: float,
+) -> Tensor:
+    """Plain torch; arguments as `add_noise`."""
+    clean = reference_clean(mean, std, seed, slots)
+    noise = reference_noise(seed, slots, mean.shape[1:], offset)
+    if perturbation:
+        noise = noise + perturbation * philox.normals(seed, slots, philox.INPUT_PERTURBATION, mean.shape[1:])
+    return torch.empty_like(mean).copy_(per_sample(alpha, mean) * clean + per_sample(sigma, mean) * noise)
+
+
 @torch.library.custom_op("engine::add_noise", mutates_args=())
 def add_noise(
     mean: Tensor,
@@ -154,14 +172,11 @@ def add_noise(
     Returns:
         The noisy samples, in the shape, dtype and memory format of `mean`.
     """
-    clean = reference_clean(mean, std, seed, slots)
-    noise = reference_noise(seed, slots, mean.shape[1:], offset)
-    if perturbation:
-        noise = noise + perturbation * philox.normals(seed, slots, philox.INPUT_PERTURBATION, mean.shape[1:])
-    return torch.empty_like(mean).copy_(per_sample(alpha, mean) * clean + per_sample(sigma, mean) * noise)
+    return reference_add_noise(mean, std, alpha, sigma, seed, slots, offset, perturbation)
 
 
 add_noise.register_kernel("cuda")(launch_add_noise)
+add_noise.register_kernel("cpu")(cpu.or_else(reference_add_noise)(cpu.run_add_noise))
 
 
 @add_noise.register_fake

@@ -1,11 +1,11 @@
-"""engine::add_noise: the Triton kernel and the torch reference against double precision."""
+"""engine::add_noise: the Triton kernel, the C++ operation and the torch reference against double precision."""
 
 import numpy as np
 import pytest
 import torch
 
 from engine.kernels import add_noise
-from engine.kernels.add_noise import launch_add_noise
+from engine.kernels.add_noise import launch_add_noise, reference_add_noise
 from tests.kernels.cases import DTYPES, LAYOUTS, SHAPES, TOLERANCE, Sample, column, run_kernels
 
 
@@ -39,10 +39,14 @@ def test_kernel_is_exact_over_dtypes_and_options(dtype, has_std, offset, perturb
     check(launch_add_noise, Sample((2, 4, 16, 16), dtype, "channels_last", has_std, offset), perturbation)
 
 
+# Without a GPU the operation is the one in C++.
+@pytest.mark.parametrize("function", [add_noise, reference_add_noise], ids=["operation", "reference"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_operation_is_exact(shape, dtype):
-    check(add_noise, Sample(shape, dtype, "channels_last", has_std=True, offset=0.1), 0.2)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_operation_is_exact(function, shape, dtype, layout):
+    check(function, Sample(shape, dtype, layout, has_std=True, offset=0.1), 0.2)
+    check(function, Sample(shape, dtype, layout, has_std=False, offset=0.0), 0.0)
 
 
 @run_kernels

@@ -1,11 +1,11 @@
-"""engine::diffusion_loss: the Triton kernel and the torch reference against double precision."""
+"""engine::diffusion_loss: the Triton kernel, the C++ operation and the torch reference against double precision."""
 
 import numpy as np
 import pytest
 import torch
 
 from engine.kernels import diffusion_loss
-from engine.kernels.diffusion_loss import launch_diffusion_loss
+from engine.kernels.diffusion_loss import launch_diffusion_loss, reference_diffusion_loss
 from tests.kernels.cases import DEVICE, DTYPES, LAYOUTS, SHAPES, TOLERANCE, Sample, column, run_kernels, with_layout
 
 
@@ -90,11 +90,26 @@ def test_prediction_and_posterior_may_differ_in_memory_format(layout, mean_layou
     check(launch_diffusion_loss, Case((2, 4, 8, 8), torch.float32, layout, mean_layout=mean_layout))
 
 
+# Without a GPU the operation is the one in C++.
+@pytest.mark.parametrize("function", [diffusion_loss, reference_diffusion_loss], ids=["operation", "reference"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("extra_channels", [0, 4])
-def test_operation_is_exact(shape, dtype, extra_channels):
-    check(diffusion_loss, Case(shape, dtype, "channels_last", extra_channels=extra_channels))
+def test_operation_is_exact(function, shape, dtype, layout, extra_channels):
+    check(function, Case(shape, dtype, layout, extra_channels=extra_channels))
+    check(function, Case(shape, dtype, layout, has_std=False, offset=0.0, extra_channels=extra_channels), 64.0)
+
+
+@pytest.mark.parametrize(("layout", "mean_layout"), [("channels_last", "contiguous"), ("contiguous", "channels_last")])
+def test_operation_takes_two_memory_formats(layout, mean_layout):
+    check(diffusion_loss, Case((2, 4, 8, 8), torch.float32, layout, mean_layout=mean_layout))
+
+
+def test_operation_takes_two_precisions():
+    case = Case((2, 4, 8, 8), torch.float32, "contiguous")
+    case.prediction = case.prediction.to(torch.bfloat16)
+    check(diffusion_loss, case)
 
 
 @run_kernels

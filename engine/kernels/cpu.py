@@ -1,0 +1,139 @@
+"""The fused operations on the CPU, in C++ (`cpp_ext/operations.cpp`); what they compute is said where they are registered.
+
+The library is plain C, built on first use for the processor at hand. Its threads are torch's own: it is handed the entry point
+of at::parallel_for that torch's stable C interface exports.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cpp_ext
+from engine.kernels.layout import Tiling, positions_of, stored_like, strides, tile, walkable
+
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_FLAGS = ("-march=native", "-fno-math-errno", "-fno-trapping-math")
+
+_Pointer = ctypes.c_void_p
+_Strides = ctypes.c_int64 * 3
+
+
+class _Walk(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("samples", "rows", "positions", "channel_positions")),
+        ("strides", _Strides), ("mean_strides", _Strides),
+        *((name, _Pointer) for name in ("seed", "slots", "mean", "std")), ("offset", ctypes.c_float),
+    ]  # fmt: skip
+
+
+class _AddNoise(ctypes.Structure):
+    _fields_ = [
+        ("walk", _Walk), *((name, _Pointer) for name in ("noisy", "alpha", "sigma")), ("perturbation", ctypes.c_float),
+    ]  # fmt: skip
+
+
+class _DiffusionLoss(ctypes.Structure):
+    _fields_ = [
+        ("walk", _Walk),
+        *((name, _Pointer) for name in ("gradient", "prediction", "c_x", "c_e", "weight", "scale")),
+        ("target_elements", ctypes.c_int64), ("loss", _Pointer), ("partial", _Pointer),
+    ]  # fmt: skip
+
+
+@functools.cache
+def library() -> tuple[ctypes.CDLL, ctypes.c_void_p] | None:
+    """The C++ operations and torch's parallel loop; None where either is missing."""
+    operations = cpp_ext.load("operations", _FLAGS)
+    torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    if operations is None or not torch_library.exists():
+        return None
+    parallel_for = getattr(ctypes.CDLL(str(torch_library)), "torch_parallel_for", None)
+    return None if parallel_for is None else (operations, ctypes.cast(parallel_for, _Pointer))
+
+
+def or_else(reference: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes an operation fall back on its torch reference where the C++ library, or a dtype in it, is missing."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(*arguments: Any) -> Any:
+            floating = (value for value in arguments[:3] if isinstance(value, Tensor))
+            if library() is None or any(tensor.dtype not in TYPES for tensor in floating):
+                return reference(*arguments)
+            return function(*arguments)
+
+        return run
+
+    return decorate
+
+
+def run_add_noise(
+    mean: Tensor,
+    std: Tensor | None,
+    alpha: Tensor,
+    sigma: Tensor,
+    seed: Tensor,
+    slots: Tensor,
+    offset: float,
+    perturbation: float,
+) -> Tensor:
+    mean = walkable(mean)
+    std = None if std is None else stored_like(std.to(mean.dtype), mean)
+    noisy = torch.empty_like(mean)
+    tiling = tile(mean)
+    alpha, sigma, slots = alpha.contiguous(), sigma.contiguous(), slots.contiguous()
+    walk = _walk(noisy, mean, std, tiling, seed, slots, offset)
+    task = _AddNoise(walk, noisy.data_ptr(), alpha.data_ptr(), sigma.data_ptr(), perturbation)
+    _call("add_noise", task, TYPES[mean.dtype])
+    return noisy
+
+
+def run_diffusion_loss(
+    prediction: Tensor,
+    mean: Tensor,
+    std: Tensor | None,
+    c_x: Tensor,
+    c_e: Tensor,
+    weight: Tensor,
+    seed: Tensor,
+    slots: Tensor,
+    offset: float,
+    gradient_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    prediction, mean = walkable(prediction), walkable(mean)
+    std = None if std is None else stored_like(std.to(mean.dtype), mean)
+    scale = weight.new_ones(1) if gradient_scale is None else gradient_scale
+    gradient = torch.empty_like(prediction)
+    loss = torch.empty(prediction.shape[0], dtype=torch.float32)
+    c_x, c_e, weight, slots = c_x.contiguous(), c_e.contiguous(), weight.contiguous(), slots.contiguous()
+    walk = _walk(gradient, mean, std, tile(prediction), seed, slots, offset)
+    task = _DiffusionLoss(
+        walk, gradient.data_ptr(), prediction.data_ptr(), c_x.data_ptr(), c_e.data_ptr(), weight.data_ptr(), scale.data_ptr(),
+        mean.shape[1:].numel(), loss.data_ptr(), None,
+    )  # fmt: skip
+    _call("diffusion_loss", task, TYPES[prediction.dtype], TYPES[mean.dtype])
+    return loss, gradient
+
+
+def _walk(
+    written: Tensor, mean: Tensor, std: Tensor | None, tiling: Tiling, seed: Tensor, slots: Tensor, offset: float
+) -> _Walk:
+    return _Walk(
+        written.shape[0], tiling.channels, tiling.positions, positions_of(written), _Strides(*strides(written, tiling)),
+        _Strides(*strides(mean, tiling)), seed.data_ptr(), slots.data_ptr(), mean.data_ptr(),
+        None if std is None else std.data_ptr(), offset,
+    )  # fmt: skip
+
+
+def _call(name: str, task: ctypes.Structure, *types: int) -> None:
+    loaded = library()
+    assert loaded is not None
+    operations, parallel_for = loaded
+    failed = getattr(operations, name)(ctypes.byref(task), *(ctypes.c_int32(kind) for kind in types), parallel_for)
+    if failed:
+        raise RuntimeError(f"engine::{name}: torch's parallel loop failed with {failed}")
