@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import encode, sizes
+from benchmarks import encode, kernels, sizes
 
 # Parameters in millions and training TFLOP per sample, as published configurations come to.
 EXPECTED = {
@@ -31,3 +31,13 @@ def test_the_encode_benchmark_runs_on_tiny_models(monkeypatch, tmp_path, capsys)
     assert [row["model"] for row in rows] == list(encode.TINY)
     assert all(row["images_per_second"] > 0 for row in rows)
     assert "wuerstchen" in capsys.readouterr().out
+
+
+def test_the_kernel_benchmark_runs_on_a_small_shape(monkeypatch, tmp_path, capsys):
+    output = tmp_path / "kernels.json"
+    monkeypatch.setattr("sys.argv", ["kernels", "--small", "--json", str(output)])
+    assert kernels.main() == 0
+    rows = json.loads(output.read_text())["rows"]
+    assert {row["operation"] for row in rows} == {"add_noise", "diffusion_loss"}
+    assert all(row["gain"].keys() == {"script", "eager"} and row["microseconds"]["engine"] > 0 for row in rows)
+    assert "diffusion_loss" in capsys.readouterr().out
