@@ -25,7 +25,7 @@ from diffusers.pipelines.wuerstchen import PaellaVQModel, WuerstchenDiffNeXt, Wu
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import (
-    CLIPImageProcessor,
+    CLIPImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -36,6 +36,7 @@ from transformers import (
 
 from engine.data.transforms import to_tensor
 from engine.models.efficientnet import EfficientNetEncoder
+from engine.models.published import use_portable_names
 from engine.models.wuerstchen import IMAGENET_MEAN, IMAGENET_STD
 from examples.photographs import photographs
 
@@ -73,14 +74,16 @@ def kandinsky_prior(directory: Path) -> Any:
     with torch.no_grad():
         prior.clip_mean.normal_(0, 0.1)
         prior.clip_std.uniform_(0.5, 1.5)
-    return KandinskyV22PriorPipeline(
+    pipeline: Any = KandinskyV22PriorPipeline(
         prior=prior, image_encoder=CLIPVisionModelWithProjection(vision),
         text_encoder=CLIPTextModelWithProjection(text_config(tokenizer)), tokenizer=tokenizer,
         scheduler=UnCLIPScheduler(
             variance_type="fixed_small_log", clip_sample=True, clip_sample_range=5.0, prediction_type="sample"
         ),
-        image_processor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
     )  # fmt: skip
+    use_portable_names(pipeline)
+    return pipeline
 
 
 def kandinsky_decoder() -> Any:

@@ -15,6 +15,7 @@ from engine.errors import UserError, first_line
 from engine.files import PARTIAL, discard, sync
 from engine.loop.zero import Sharded
 from engine.models.family import Family
+from engine.models.published import use_portable_names
 from engine.picture import labelled_grid, save_png
 from engine.processes import Processes
 
@@ -84,7 +85,9 @@ def export(config: TrainConfig, family: Family, sharded: Sharded, tensors: list[
         output.mkdir(exist_ok=True)
         aside = Path(config.output_dir) / f"pipeline{PARTIAL}"
         discard(aside)
-        family.pipeline(model).save_pretrained(aside, safe_serialization=True)
+        pipeline = family.pipeline(model)
+        use_portable_names(pipeline)
+        pipeline.save_pretrained(aside, safe_serialization=True)
         for path in sorted(aside.rglob("*")):
             sync(path)
         for path in sorted(aside.iterdir(), key=lambda path: path.name == "model_index.json"):

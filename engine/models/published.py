@@ -116,6 +116,17 @@ def combine(left: Any, right: Any) -> Any:
     raise UserError(f"a {type(left).__name__} and a {type(right).__name__} are not the two halves of one pipeline")
 
 
+def use_portable_names(pipeline: Any) -> None:
+    """Names image processors in the pipeline's index by the class that every release of transformers knows.
+
+    Where torchvision is missing, transformers 5 puts `CLIPImageProcessorPil` in place of `CLIPImageProcessor`; an index with
+    that name would load nowhere else.
+    """
+    for part, value in dict(pipeline.config).items():
+        if isinstance(value, (tuple, list)) and str(value[-1]).endswith("ImageProcessorPil"):
+            pipeline.register_to_config(**{part: (value[0], value[-1].removesuffix("Pil"))})
+
+
 def open_pipeline(path: Path, other_half: str | None, dtype: torch.dtype) -> Any:
     """A pipeline from text to images: the one at `path`, joined with its other half (by default the published one) if it is a
     prior or a decoder.

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPImageProcessor
+from transformers import CLIPImageProcessorPil
 
 from engine.config import CacheConfig
 from engine.data.source import decode
@@ -115,7 +115,7 @@ def test_kandinsky_for_clip(name, kind, files, read_by_the_script, published):
     models = published(name)
     family = open_family(CacheConfig(family=name, **models, resolution=64))
     image = read_by_the_script[kind]
-    script = CLIPImageProcessor.from_pretrained(models["pretrained_prior_model_name_or_path"], subfolder="image_processor")
+    script = CLIPImageProcessorPil.from_pretrained(models["pretrained_prior_model_name_or_path"], subfolder="image_processor")
     (prepared,) = family.prepare(decode(files[kind]), 0)
     found = prepared["pixels" if name == "kandinsky-prior" else "clip_pixels"]
     assert torch.equal(found, script([image, image], return_tensors="pt").pixel_values[1])

@@ -15,7 +15,7 @@ from engine.config import CacheConfig, TrainConfig
 from engine.data.shards import Index, Shards
 from engine.errors import UserError
 from engine.models.family import open_family
-from engine.models.published import combine, open_pipeline
+from engine.models.published import combine, open_pipeline, use_portable_names
 
 RESOLUTION = {"kandinsky-prior": 32, "kandinsky-decoder": 32, "wuerstchen": 128}
 FAMILIES = list(RESOLUTION)
@@ -213,3 +213,13 @@ def test_a_whole_pipeline_needs_no_other_half(model):
     assert type(open_pipeline(model, None, torch.float32)).__name__ == "StableDiffusionPipeline"
     with pytest.raises(UserError, match="has no other half"):
         open_pipeline(model, "x/y", torch.float32)
+
+
+def test_a_saved_index_names_classes_that_every_release_knows(published, tmp_path):
+    pipeline = DiffusionPipeline.from_pretrained(published("kandinsky-prior")[PRIOR])
+    use_portable_names(pipeline)
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["image_processor"] == ["transformers", "CLIPImageProcessor"]
+    assert index["tokenizer"] == ["transformers", "CLIPTokenizer"]
+    assert DiffusionPipeline.from_pretrained(tmp_path).image_processor.size == pipeline.image_processor.size
