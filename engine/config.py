@@ -174,6 +174,9 @@ class TrainConfig(CacheConfig):
         only(("sd", "kandinsky-decoder"), False), "Use xFormers' attention instead of torch's own.", "model"
     )
     compile: bool = option(False, "Compile the trained model with torch.compile.", "model")
+    compile_cache_dir: str | None = option(
+        None, "Where compiled code is kept, so that a restart does not compile again. Default: torch's temporary one.", "model"
+    )
 
     train_batch_size: int = option(sd_differs(16, 1), "Samples per process and micro-batch.", "training", ge=1)
     gradient_accumulation_steps: int = option(1, "Micro-batches per optimizer step.", "training", ge=1)
@@ -405,7 +408,10 @@ def _check(config: CacheConfig) -> None:
         if name in options_of(config):
             _check_pipeline(name, Path(getattr(config, name)))
     output = Path(config.output_dir)
-    for flag, path in (("--output_dir", output), ("--shards_dir", config.shards_path)):
+    directories = {"--output_dir": output, "--shards_dir": config.shards_path}
+    if isinstance(config, TrainConfig) and config.compile_cache_dir:
+        directories["--compile_cache_dir"] = Path(config.compile_cache_dir)
+    for flag, path in directories.items():
         existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
         if not existing.is_dir():
             raise UserError(f"{flag} {path}: {existing} is a file; name a directory")
@@ -421,6 +427,8 @@ def _check(config: CacheConfig) -> None:
     ):
         if wanted and importlib.util.find_spec(package) is None:
             raise UserError(f"{flag} needs {package}, which is not installed: install the extra `{package}`")
+    if config.compile_cache_dir and not config.compile:
+        raise UserError("--compile_cache_dir needs --compile")
     if config.offload_ema and not config.use_ema:
         raise UserError("--offload_ema needs --use_ema")
     resume = config.resume_from_checkpoint

@@ -167,6 +167,7 @@ def test_the_stored_configuration_is_read_back_and_keeps_no_secret(data, tmp_pat
         (["--resolution"], "argument --resolution: expected one argument"),
         (["--resume_from_checkpoint", "/nowhere"], "--resume_from_checkpoint /nowhere: no such directory"),
         (["--offload_ema"], "--offload_ema needs --use_ema"),
+        (["--compile_cache_dir", "cache"], "--compile_cache_dir needs --compile"),
         (["--report_to", "wandb", "--hub_token", "t"], "--hub_token with --report_to wandb would expose the token"),
         (["--config", "/nowhere.toml"], "--config /nowhere.toml: No such file or directory"),
         (["--seed", str(2**63)], "--seed"),

@@ -1,5 +1,6 @@
 """The story of a run: shards, model, resume, steps, checkpoints, validation, export."""
 
+import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,6 +117,12 @@ def prepare_shards(config: TrainConfig, family: Family, processes: Processes) ->
     return Shards(directory)
 
 
+def keep_compiled_code(directory: Path) -> None:
+    """Makes torch.compile and Triton keep what they compile in a directory that outlives the process."""
+    for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+        os.environ[variable] = str((directory / name).absolute())
+
+
 def _find_checkpoint(config: TrainConfig) -> Path | None:
     if not config.resume_from_checkpoint:
         return None
@@ -163,6 +170,8 @@ class Training:
             self.metrics.peak_flops = matrix_flops_per_second(device, family.dtype)
         self.sharded = Sharded(model, config, processes)
         if config.compile:
+            if config.compile_cache_dir:
+                keep_compiled_code(Path(config.compile_cache_dir))
             self.sharded.engine.module.compile()
         self.ema = Ema(self.sharded.masters, config.offload_ema) if config.use_ema else None
         self.rate_of = learning_rates(config, processes, total_steps)

@@ -192,14 +192,3 @@ def test_a_repository_that_cannot_be_created_stops_the_run_at_once(model, images
     with pytest.raises(UserError, match="--push_to_hub: cannot create out: .*hf auth login"):
         train(config(model, images, shards, tmp_path / "out", push_to_hub=True))
     assert not (tmp_path / "out").exists()
-
-
-def test_a_compiled_model_trains_as_the_plain_one(model, images, shards, tmp_path):
-    losses = {}
-    for name, compiled in (("plain", False), ("compiled", True)):
-        assert train(config(model, images, shards, tmp_path / name, compile=compiled, max_train_steps=3)) == 0
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        losses[name] = [json.loads(line)["loss"] for line in lines]
-    assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-4)
-    ours = UNet2DConditionModel.from_pretrained(tmp_path / "compiled", subfolder="unet")
-    assert set(ours.state_dict()) == set(UNet2DConditionModel.from_pretrained(model, subfolder="unet").state_dict())

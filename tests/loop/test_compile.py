@@ -1,0 +1,70 @@
+"""torch.compile around the trained module: one graph, compiled once, for every family; and a cache that outlives the process.
+
+The graphs of all families are captured and differentiated as for training, but run as they are (`aot_eager`): inductor takes
+minutes for a UNet on a CPU. What it makes of the smallest model is tested too.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo
+from safetensors.torch import load_file
+from torch._dynamo.utils import counters
+
+from engine.config import TrainConfig
+from engine.loop.trainer import train
+from tests.loop.test_families import config, losses
+
+CASES = [(family, checkpointing) for family in ("sd", "kandinsky-prior", "kandinsky-decoder", "wuerstchen")
+         for checkpointing in (False, True) if not (family == "kandinsky-prior" and checkpointing)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "checkpointing"), CASES)
+def test_every_family_compiles_once_into_one_graph(family, checkpointing, model, published, photographs, tmp_path, monkeypatch):
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend="aot_eager"))
+    models = {"pretrained_model_name_or_path": str(model)} if family == "sd" else published(family, dropout=0.0)
+    options = {"shards_dir": str(tmp_path / "shards"), "max_train_steps": 4, "gradient_accumulation_steps": 2}
+    options |= {"resolution": 32} if family == "sd" else {}
+    if checkpointing:
+        options["gradient_checkpointing"] = True
+
+    def run(name: str, **more) -> TrainConfig:
+        if family == "sd":
+            values = {"family": "sd", "train_data_dir": str(photographs), "output_dir": str(tmp_path / name), "seed": 5}
+            values |= {"train_batch_size": 4, "log_every": 1, "report_to": "none", "center_crop": True}
+            return TrainConfig.model_validate(values | models | options | more)
+        return config(family, models, photographs, tmp_path / name, **options, **more)
+
+    assert train(run("plain")) == 0
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert train(run("compiled", compile=True)) == 0
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+    assert not counters["graph_break"], dict(counters["graph_break"])
+    assert counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
+
+
+def test_a_compiled_model_trains_as_the_plain_one_and_again_from_its_cache(published, photographs, tmp_path, monkeypatch):
+    models = published("kandinsky-prior")
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(variable, "")  # what the runs set is undone with it
+    cached = {"compile": True, "compile_cache_dir": str(tmp_path / "cache")}
+    compiled_anew = {}
+    for name, options in (("plain", {}), ("compiled", cached), ("again", cached)):
+        torch._dynamo.reset()
+        counters.clear()
+        shards = {"shards_dir": str(tmp_path / "shards")}
+        assert (
+            train(config("kandinsky-prior", models, photographs, tmp_path / name, max_train_steps=3, **shards, **options)) == 0
+        )
+        compiled_anew[name] = counters["aot_autograd"]["autograd_cache_miss"]
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+    assert losses(tmp_path / "again") == losses(tmp_path / "compiled")
+    assert compiled_anew == {"plain": 0, "compiled": 1, "again": 0}
+    exported = [load_file(path / "prior" / "diffusion_pytorch_model.safetensors").keys() for path in
+                (tmp_path / "compiled", Path(models["pretrained_prior_model_name_or_path"]))]  # fmt: skip
+    assert exported[0] == exported[1]
