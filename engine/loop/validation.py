@@ -88,6 +88,9 @@ def export(config: TrainConfig, family: Family, sharded: Sharded, tensors: list[
         pipeline = family.pipeline(model)
         use_portable_names(pipeline)
         pipeline.save_pretrained(aside, safe_serialization=True)
+        if (aside / "tokenizer").is_dir():
+            # transformers 5 saves tokenizer.json alone; older releases read the vocabulary and the merges beside it.
+            shutil.copytree(family.path / "tokenizer", aside / "tokenizer", dirs_exist_ok=True)
         for path in sorted(aside.rglob("*")):
             sync(path)
         for path in sorted(aside.iterdir(), key=lambda path: path.name == "model_index.json"):

@@ -45,6 +45,7 @@ class Family(ABC):
     schedule: Schedule
     result = Path()
     base_model: str  # the trained checkpoint, as the user named it
+    path: Path  # the directory of its pipeline
 
     def __init__(self, config: CacheConfig) -> None:
         self.config = config

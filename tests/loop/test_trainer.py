@@ -1,6 +1,7 @@
 """What a run leaves behind: metrics, validation images, the exported pipeline; and what it refuses."""
 
 import json
+import shutil
 import tomllib
 
 import numpy as np
@@ -192,3 +193,13 @@ def test_a_repository_that_cannot_be_created_stops_the_run_at_once(model, images
     with pytest.raises(UserError, match="--push_to_hub: cannot create out: .*hf auth login"):
         train(config(model, images, shards, tmp_path / "out", push_to_hub=True))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_exported_tokenizer_keeps_every_file_of_the_published_one(model, images, tmp_path):
+    published = tmp_path / "published"
+    shutil.copytree(model, published)
+    (published / "tokenizer" / "vocab.json").write_text('{"a</w>": 0}')
+    (published / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    assert train(config(published, images, tmp_path / "shards", tmp_path / "out", max_train_steps=1)) == 0
+    for file in (published / "tokenizer").iterdir():
+        assert (tmp_path / "out" / "tokenizer" / file.name).read_bytes() == file.read_bytes()
