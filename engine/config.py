@@ -263,10 +263,14 @@ def options_by_family(model: type[BaseModel]) -> dict[str, dict[str, Any]]:
     return {name: extra["by_family"] for name, extra in extras.items() if isinstance(extra, dict) and extra["by_family"]}  # type: ignore[misc]
 
 
+def options_lacking(model: type[BaseModel], family: str) -> list[str]:
+    """Names of the options that a family does not have."""
+    return [name for name, by_family in options_by_family(model).items() if family not in by_family]
+
+
 def options_of(config: CacheConfig) -> dict[str, Any]:
     """The options that the configuration's family has, with their values."""
-    lacking = {name for name, by_family in options_by_family(type(config)).items() if config.family not in by_family}
-    return config.model_dump(exclude=lacking)
+    return config.model_dump(exclude=set(options_lacking(type(config), config.family)))
 
 
 def _argument_name(name: str) -> str:
@@ -381,10 +385,8 @@ def parse(model: type[Model], program: str, description: str, arguments: Sequenc
     file = given.pop("config", None)
     values = (_read_toml(Path(file), names) if file else {}) | given
     family = values.get("family")
-    lacking = [
-        name for name, by_family in options_by_family(model).items()
-        if name in values and family in FAMILIES and family not in by_family
-    ]  # fmt: skip
+    # An unknown family is pydantic's to refuse.
+    lacking = [name for name in options_lacking(model, family) if name in values] if family in FAMILIES else []
     if lacking:
         raise UserError(f"{', '.join(map(_argument_name, lacking))} is not used by {family}; leave it out")
     try:
@@ -404,8 +406,9 @@ def _check(config: CacheConfig) -> None:
         raise UserError("no data: give --train_data_dir, --dataset_name, or --shards_dir with shards built before")
     if config.train_data_dir and not Path(config.train_data_dir).is_dir():
         raise UserError(f"--train_data_dir {config.train_data_dir}: no such directory")
+    lacking = options_lacking(type(config), config.family)
     for name in PIPELINE_OPTIONS:
-        if name in options_of(config):
+        if name not in lacking:
             _check_pipeline(name, Path(getattr(config, name)))
     output = Path(config.output_dir)
     directories = {"--output_dir": output, "--shards_dir": config.shards_path}
