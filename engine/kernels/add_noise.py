@@ -142,25 +142,6 @@ def reference_add_noise(
     offset: float,
     perturbation: float,
 ) -> Tensor:
-    """Plain torch; arguments as `add_noise`."""
-    clean = reference_clean(mean, std, seed, slots)
-    noise = reference_noise(seed, slots, mean.shape[1:], offset)
-    if perturbation:
-        noise = noise + perturbation * philox.normals(seed, slots, philox.INPUT_PERTURBATION, mean.shape[1:])
-    return torch.empty_like(mean).copy_(per_sample(alpha, mean) * clean + per_sample(sigma, mean) * noise)
-
-
-@torch.library.custom_op("engine::add_noise", mutates_args=())
-def add_noise(
-    mean: Tensor,
-    std: Tensor | None,
-    alpha: Tensor,
-    sigma: Tensor,
-    seed: Tensor,
-    slots: Tensor,
-    offset: float,
-    perturbation: float,
-) -> Tensor:
     """alpha x0 + sigma (e + offset n + perturbation e''), with x0 = mean + std e', or mean without std.
 
     Args:
@@ -172,9 +153,14 @@ def add_noise(
     Returns:
         The noisy samples, in the shape, dtype and memory format of `mean`.
     """
-    return reference_add_noise(mean, std, alpha, sigma, seed, slots, offset, perturbation)
+    clean = reference_clean(mean, std, seed, slots)
+    noise = reference_noise(seed, slots, mean.shape[1:], offset)
+    if perturbation:
+        noise = noise + perturbation * philox.normals(seed, slots, philox.INPUT_PERTURBATION, mean.shape[1:])
+    return torch.empty_like(mean).copy_(per_sample(alpha, mean) * clean + per_sample(sigma, mean) * noise)
 
 
+add_noise = torch.library.custom_op("engine::add_noise", reference_add_noise, mutates_args=())
 add_noise.register_kernel("cuda")(launch_add_noise)
 add_noise.register_kernel("cpu")(cpu.or_else(reference_add_noise)(cpu.run_add_noise))
 

@@ -103,33 +103,6 @@ def reference_diffusion_loss(
     offset: float,
     gradient_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Plain torch; arguments as `diffusion_loss`."""
-    channels = mean.shape[1]
-    clean = reference_clean(mean, std, seed, slots)
-    noise = reference_noise(seed, slots, mean.shape[1:], offset)
-    target = per_sample(c_x, mean) * clean + per_sample(c_e, mean) * noise
-    error = prediction[:, :channels].float() - target
-    factor = weight / mean.shape[1:].numel()
-    loss = error.square().flatten(1).sum(1) * factor
-    scale = 2 * factor if gradient_scale is None else 2 * factor * gradient_scale
-    gradient = torch.zeros_like(prediction)
-    gradient[:, :channels] = per_sample(scale, mean) * error
-    return loss, gradient
-
-
-@torch.library.custom_op("engine::diffusion_loss", mutates_args=())
-def diffusion_loss(
-    prediction: Tensor,
-    mean: Tensor,
-    std: Tensor | None,
-    c_x: Tensor,
-    c_e: Tensor,
-    weight: Tensor,
-    seed: Tensor,
-    slots: Tensor,
-    offset: float,
-    gradient_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
     """The weighted mean squared error of each sample, and its gradient.
 
     Args:
@@ -144,9 +117,20 @@ def diffusion_loss(
     Returns:
         loss fp32 [B], and gradient_scale * d loss[b] / d prediction in the shape, dtype and memory format of `prediction`.
     """
-    return reference_diffusion_loss(prediction, mean, std, c_x, c_e, weight, seed, slots, offset, gradient_scale)
+    channels = mean.shape[1]
+    clean = reference_clean(mean, std, seed, slots)
+    noise = reference_noise(seed, slots, mean.shape[1:], offset)
+    target = per_sample(c_x, mean) * clean + per_sample(c_e, mean) * noise
+    error = prediction[:, :channels].float() - target
+    factor = weight / mean.shape[1:].numel()
+    loss = error.square().flatten(1).sum(1) * factor
+    scale = 2 * factor if gradient_scale is None else 2 * factor * gradient_scale
+    gradient = torch.zeros_like(prediction)
+    gradient[:, :channels] = per_sample(scale, mean) * error
+    return loss, gradient
 
 
+diffusion_loss = torch.library.custom_op("engine::diffusion_loss", reference_diffusion_loss, mutates_args=())
 diffusion_loss.register_kernel("cuda")(launch_diffusion_loss)
 diffusion_loss.register_kernel("cpu")(cpu.or_else(reference_diffusion_loss)(cpu.run_diffusion_loss))
 
