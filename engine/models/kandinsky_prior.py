@@ -14,9 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessorPil,
-    CLIPTextConfig,
     CLIPTextModelWithProjection,
-    CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
@@ -31,8 +29,8 @@ from engine.models.published import (
     digest_tensors,
     locate,
     read_part,
+    read_text_parts,
     require_equal,
-    require_tokenizer,
     tokenize,
 )
 
@@ -47,10 +45,9 @@ class KandinskyPrior(Family):
         self.path = locate(config, "pretrained_prior_model_name_or_path")
         self.prior_config = read_part(self.path, "prior", PriorTransformer.load_config)
         self.vision_config = read_part(self.path, "image_encoder", CLIPVisionConfig.from_pretrained)
-        self.text_config = read_part(self.path, "text_encoder", CLIPTextConfig.from_pretrained)
+        self.text_config, self.tokenizer = read_text_parts(self.path)
         # PIL's resampling on every machine: with torchvision installed, transformers' default would be another.
         self.image_processor = read_part(self.path, "image_processor", CLIPImageProcessorPil.from_pretrained)
-        self.tokenizer = read_part(self.path, "tokenizer", CLIPTokenizer.from_pretrained)
         self._check()
         if self.draws:
             self._locate_decoder()
@@ -75,7 +72,6 @@ class KandinskyPrior(Family):
             ("prior num_embeddings", prior["num_embeddings"]),
             ("tokenizer model_max_length", self.tokenizer.model_max_length),
         )
-        require_tokenizer(self.path, self.tokenizer, text.max_position_embeddings)
 
     def _locate_decoder(self) -> Path:
         """The decoder's directory, once its UNet is known to take this prior's embeddings."""

@@ -16,6 +16,7 @@ from diffusers import (
     WuerstchenPriorPipeline,
 )
 from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTokenizer
 
 from engine.config import CacheConfig
 from engine.errors import UserError, first_line
@@ -69,13 +70,18 @@ def require_equal(where: str, left: tuple[str, Any], right: tuple[str, Any]) -> 
         raise UserError(f"{where}: {left[0]} is {left[1]}, but {right[0]} is {right[1]}; these do not belong together")
 
 
-def require_tokenizer(pipeline: Path, tokenizer: Any, positions: int) -> None:
-    """Raises `UserError` if the tokenizer pads captions beyond the positions that the text encoder has."""
-    if tokenizer.model_max_length > positions:
+def read_text_parts(pipeline: Path) -> tuple[Any, Any]:
+    """The configuration of a pipeline's text encoder and its tokenizer, which must not pad captions beyond the positions that
+    the encoder has."""
+    config = read_part(pipeline, "text_encoder", CLIPTextConfig.from_pretrained)
+    tokenizer = read_part(pipeline, "tokenizer", CLIPTokenizer.from_pretrained)
+    if tokenizer.model_max_length > config.max_position_embeddings:
         raise UserError(
             f"{pipeline}: tokenizer model_max_length is {tokenizer.model_max_length}, but the text encoder has "
-            f"{positions} positions (max_position_embeddings); set model_max_length in tokenizer_config.json"
+            f"{config.max_position_embeddings} positions (max_position_embeddings); set model_max_length in "
+            "tokenizer_config.json"
         )
+    return config, tokenizer
 
 
 def tokenize(tokenizer: Any, captions: list[str]) -> tuple[Tensor, Tensor]:

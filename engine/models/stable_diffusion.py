@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel
 
 from engine.config import CacheConfig
 from engine.data import transforms
@@ -17,7 +17,7 @@ from engine.data.shards import Field
 from engine.diffusion import DiscreteSchedule
 from engine.errors import UserError, first_line
 from engine.models.family import PREVIEW_STEPS, Family
-from engine.models.published import digest_folder, locate, read_part, require_equal, require_tokenizer, tokenize
+from engine.models.published import digest_folder, locate, read_part, read_text_parts, require_equal, tokenize
 
 
 class StableDiffusion(Family):
@@ -30,8 +30,7 @@ class StableDiffusion(Family):
         self.path = locate(config, "pretrained_model_name_or_path")
         self.unet_config = read_part(self.path, "unet", UNet2DConditionModel.load_config)
         self.vae_config = read_part(self.path, "vae", AutoencoderKL.load_config)
-        self.text_config = read_part(self.path, "text_encoder", CLIPTextConfig.from_pretrained)
-        self.tokenizer = read_part(self.path, "tokenizer", CLIPTokenizer.from_pretrained)
+        self.text_config, self.tokenizer = read_text_parts(self.path)
         self.latent_size = self._check()
         scheduler = read_part(self.path, "scheduler", DDPMScheduler.from_pretrained)
         training = self.training
@@ -58,7 +57,6 @@ class StableDiffusion(Family):
             ("unet cross_attention_dim", self.unet_config["cross_attention_dim"]),
             ("text_encoder hidden_size", self.text_config.hidden_size),
         )
-        require_tokenizer(self.path, self.tokenizer, self.text_config.max_position_embeddings)
         return self.config.resolution // factor
 
     @property

@@ -12,7 +12,7 @@ from diffusers import WuerstchenDecoderPipeline, WuerstchenPriorPipeline
 from diffusers.pipelines.wuerstchen import DEFAULT_STAGE_C_TIMESTEPS, WuerstchenDiffNeXt, WuerstchenPrior
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel
 
 from engine.config import CacheConfig
 from engine.data import transforms
@@ -27,8 +27,8 @@ from engine.models.published import (
     digest_tensors,
     locate,
     read_part,
+    read_text_parts,
     require_equal,
-    require_tokenizer,
     tokenize,
 )
 
@@ -47,8 +47,7 @@ class Wuerstchen(Family):
         self.base_model = config.pretrained_prior_model_name_or_path
         self.path = locate(config, "pretrained_prior_model_name_or_path")
         self.prior_config = read_part(self.path, "prior", WuerstchenPrior.load_config)
-        self.text_config = read_part(self.path, "text_encoder", CLIPTextConfig.from_pretrained)
-        self.tokenizer = read_part(self.path, "tokenizer", CLIPTokenizer.from_pretrained)
+        self.text_config, self.tokenizer = read_text_parts(self.path)
         self._check()
         if self.draws:
             self._locate_decoder()
@@ -67,7 +66,6 @@ class Wuerstchen(Family):
             ("prior c_cond", self.prior_config["c_cond"]),
             ("text_encoder hidden_size", self.text_config.hidden_size),
         )
-        require_tokenizer(self.path, self.tokenizer, self.text_config.max_position_embeddings)
 
     def _locate_decoder(self) -> Path:
         """The directory of stages B and A, once stage B is known to take this prior's latents."""
