@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, PriorTransformer, UNet2DConditionModel, VQModel
 from diffusers.pipelines.wuerstchen import WuerstchenPrior
-from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
+from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPVisionConfig
 
 from engine.config import TrainConfig
+from examples.tiny_models import write_tokenizer
 
 TOKENS = 77
 
@@ -141,20 +142,9 @@ def write(checkpoint: str, directory: Path, **options: Any) -> TrainConfig:
             save = built.save_config if hasattr(built, "save_config") else built.save_pretrained
             save(folder / part)
         if "text_encoder" in parts:
-            _write_tokenizer(folder / "tokenizer")
+            write_tokenizer(folder / "tokenizer", TOKENS).save_pretrained(folder / "tokenizer")
         (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiffusionPipeline"}))
         option = "pretrained_model_name_or_path" if pipeline == "model" else f"pretrained_{pipeline}_model_name_or_path"
         names[option] = str(folder)
     defaults = {"mixed_precision": "bf16", "resolution": resolution, "shards_dir": str(directory / "shards")}
     return TrainConfig.model_validate({"family": family, **names, **defaults, **options})
-
-
-def _write_tokenizer(folder: Path) -> None:
-    """A CLIP tokenizer of the right length that knows letters only."""
-    letters = [chr(code) for code in range(33, 127)]
-    tokens = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True)
-    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TOKENS)
-    tokenizer.save_pretrained(folder)

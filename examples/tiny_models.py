@@ -44,14 +44,14 @@ WIDTH = 24
 TOKENS = 16
 
 
-def write_tokenizer(directory: Path) -> CLIPTokenizer:
+def write_tokenizer(directory: Path, length: int = TOKENS) -> CLIPTokenizer:
     """A CLIP tokenizer that spells words in letters."""
     letters = [chr(code) for code in range(33, 127)]
     tokens = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
     (directory / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(directory / "vocab.json"), str(directory / "merges.txt"), model_max_length=TOKENS)
+    return CLIPTokenizer(str(directory / "vocab.json"), str(directory / "merges.txt"), model_max_length=length)
 
 
 def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
