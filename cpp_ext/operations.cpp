@@ -193,6 +193,15 @@ struct DiffusionLoss {
   float* loss;
   double* partial;  // one per block
 };
+
+struct AdamWEma {
+  float *master, *exp_avg, *exp_avg_sq;
+  const void* gradient;
+  void* weights;  // null: there are none beside the master
+  float* ema;     // null: no average is kept
+  const float *learning_rate, *factor, *step, *ema_weight;
+  double beta_1, beta_2, epsilon, weight_decay;
+};
 }
 
 namespace {
@@ -293,6 +302,50 @@ void diffusion_loss_task(int64_t begin, int64_t end, void* context) {
 // Blocks per turn of a thread: enough work to be worth waking one.
 constexpr int64_t kGrain = 8;
 
+template <typename G, typename W>
+void adamw_ema_task(int64_t begin, int64_t end, void* context) {
+  const AdamWEma& task = *static_cast<const AdamWEma*>(context);
+  const float factor = *task.factor, rest_1 = static_cast<float>(1 - task.beta_1);
+  const float beta_2 = static_cast<float>(task.beta_2), rest_2 = static_cast<float>(1 - task.beta_2);
+  const float update_rate = static_cast<float>(*task.learning_rate / (1 - std::pow(task.beta_1, *task.step)));
+  const float root_correction = static_cast<float>(1 / std::sqrt(1 - std::pow(task.beta_2, *task.step)));
+  const float epsilon = static_cast<float>(task.epsilon), weight = *task.ema_weight;
+  const float decay = *task.learning_rate * static_cast<float>(task.weight_decay);
+  // No two of these overlap, which the compiler cannot see; it would test for it in every block otherwise.
+  float* __restrict master = task.master;
+  float* __restrict exp_avg = task.exp_avg;
+  float* __restrict exp_avg_sq = task.exp_avg_sq;
+  float* __restrict ema = task.ema;
+  const G* __restrict gradients = static_cast<const G*>(task.gradient);
+  W* __restrict weights = static_cast<W*>(task.weights);
+  for (int64_t start = begin; start < end; start += kBlock) {
+    const int64_t stop = std::min(end, start + kBlock);
+    for (int64_t i = start; i < stop; ++i) {
+      const float gradient = widen(gradients[i]) * factor;
+      const float first = exp_avg[i] + rest_1 * (gradient - exp_avg[i]);
+      const float second = beta_2 * exp_avg_sq[i] + rest_2 * gradient * gradient;
+      float value = master[i] - decay * master[i];
+      value -= update_rate * first / (std::sqrt(second) * root_correction + epsilon);
+      exp_avg[i] = first;
+      exp_avg_sq[i] = second;
+      master[i] = value;
+    }
+    // The block is still in the first-level cache.
+    if (ema != nullptr) {
+      for (int64_t i = start; i < stop; ++i) ema[i] += weight * (master[i] - ema[i]);
+    }
+    if (weights != nullptr) {
+      for (int64_t i = start; i < stop; ++i) narrow(master[i], weights + i);
+    }
+  }
+}
+
+template <typename G>
+Task adamw_ema_task_for(int32_t weights_type) {
+  const Task tasks[] = {adamw_ema_task<G, float>, adamw_ema_task<G, _Float16>, adamw_ema_task<G, BFloat16>};
+  return tasks[weights_type];
+}
+
 template <typename T>
 int32_t run_loss(DiffusionLoss* task, int32_t mean_type, int64_t blocks, ParallelFor parallel_for) {
   const Task tasks[] = {diffusion_loss_task<T, float>, diffusion_loss_task<T, _Float16>, diffusion_loss_task<T, BFloat16>};
@@ -303,7 +356,7 @@ int32_t run_loss(DiffusionLoss* task, int32_t mean_type, int64_t blocks, Paralle
 
 extern "C" {
 
-// Types: 0 fp32, 1 fp16, 2 bf16. Both return 0, or what at::parallel_for's entry point returned.
+// Types: 0 fp32, 1 fp16, 2 bf16. All return 0, or what at::parallel_for's entry point returned.
 
 int32_t add_noise(AddNoise* task, int32_t type, ParallelFor parallel_for) {
   const Task tasks[] = {add_noise_task<float>, add_noise_task<_Float16>, add_noise_task<BFloat16>};
@@ -325,5 +378,13 @@ int32_t diffusion_loss(DiffusionLoss* task, int32_t type, int32_t mean_type, Par
     task->loss[sample] = static_cast<float>(sum);
   }
   return failed;
+}
+
+int32_t adamw_ema(AdamWEma* task, int32_t gradient_type, int32_t weights_type, int64_t elements, ParallelFor parallel_for) {
+  if (!(*task->factor > 0)) return 0;
+  constexpr int64_t kElementsPerTurn = 16384;
+  decltype(&adamw_ema_task_for<float>) const by_gradient[] = {adamw_ema_task_for<float>, adamw_ema_task_for<_Float16>,
+                                                              adamw_ema_task_for<BFloat16>};
+  return parallel_for(0, elements, kElementsPerTurn, by_gradient[gradient_type](weights_type), task);
 }
 }

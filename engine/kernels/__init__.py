@@ -1,6 +1,8 @@
-"""The engine's operations, registered with `torch.library` on import: Triton on CUDA, plain torch elsewhere."""
+"""The engine's operations, registered with `torch.library` on import: Triton on CUDA, C++ or plain torch on the CPU."""
 
+from engine.kernels.adamw_ema import adamw_ema_
 from engine.kernels.add_noise import add_noise
 from engine.kernels.diffusion_loss import diffusion_loss
+from engine.kernels.square_sum import square_sum
 
-__all__ = ["add_noise", "diffusion_loss"]
+__all__ = ["adamw_ema_", "add_noise", "diffusion_loss", "square_sum"]

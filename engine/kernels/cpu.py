@@ -45,6 +45,14 @@ class _DiffusionLoss(ctypes.Structure):
     ]  # fmt: skip
 
 
+class _AdamWEma(ctypes.Structure):
+    _fields_ = [
+        *((name, _Pointer) for name in ("master", "exp_avg", "exp_avg_sq", "gradient", "weights", "ema")),
+        *((name, _Pointer) for name in ("learning_rate", "factor", "step", "ema_weight")),
+        *((name, ctypes.c_double) for name in ("beta_1", "beta_2", "epsilon", "weight_decay")),
+    ]  # fmt: skip
+
+
 @functools.cache
 def library() -> tuple[ctypes.CDLL, ctypes.c_void_p] | None:
     """The C++ operations and torch's parallel loop; None where either is missing."""
@@ -62,7 +70,7 @@ def or_else(reference: Callable[..., Any]) -> Callable[[Callable[..., Any]], Cal
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def run(*arguments: Any) -> Any:
-            floating = (value for value in arguments[:3] if isinstance(value, Tensor))
+            floating = (value for value in arguments if isinstance(value, Tensor) and value.is_floating_point())
             if library() is None or any(tensor.dtype not in TYPES for tensor in floating):
                 return reference(*arguments)
             return function(*arguments)
@@ -120,6 +128,29 @@ def run_diffusion_loss(
     return loss, gradient
 
 
+def run_adamw_ema_(
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    gradient: Tensor,
+    weights: Tensor | None,
+    ema: Tensor | None,
+    learning_rate: Tensor,
+    factor: Tensor,
+    step: Tensor,
+    ema_weight: Tensor,
+    beta_1: float,
+    beta_2: float,
+    epsilon: float,
+    weight_decay: float,
+) -> None:
+    pointers = (None if tensor is None else tensor.data_ptr() for tensor in
+                (master, exp_avg, exp_avg_sq, gradient, weights, ema, learning_rate, factor, step, ema_weight))  # fmt: skip
+    task = _AdamWEma(*pointers, beta_1, beta_2, epsilon, weight_decay)
+    weights_type = TYPES[torch.float32 if weights is None else weights.dtype]
+    _call("adamw_ema", task, TYPES[gradient.dtype], weights_type, elements=master.numel())
+
+
 def _walk(
     written: Tensor, mean: Tensor, std: Tensor | None, tiling: Tiling, seed: Tensor, slots: Tensor, offset: float
 ) -> _Walk:
@@ -130,10 +161,11 @@ def _walk(
     )  # fmt: skip
 
 
-def _call(name: str, task: ctypes.Structure, *types: int) -> None:
+def _call(name: str, task: ctypes.Structure, *types: int, elements: int | None = None) -> None:
     loaded = library()
     assert loaded is not None
     operations, parallel_for = loaded
-    failed = getattr(operations, name)(ctypes.byref(task), *(ctypes.c_int32(kind) for kind in types), parallel_for)
+    counted = () if elements is None else (ctypes.c_int64(elements),)
+    failed = getattr(operations, name)(ctypes.byref(task), *(ctypes.c_int32(kind) for kind in types), *counted, parallel_for)
     if failed:
         raise RuntimeError(f"engine::{name}: torch's parallel loop failed with {failed}")

@@ -1,0 +1,46 @@
+"""engine::square_sum: the sum of the squares of a flat tensor, for the norm of the gradients; nothing is read by the host.
+
+Bytes: the tensor once. Each program leaves one partial sum, and a second small kernel adds those in double precision and in a
+fixed order, so that the norm, and with it the clipping, is reproducible bit for bit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024
+TURNS = 8  # blocks per program: enough loads in flight, and few enough partial sums
+
+
+@triton.jit
+def square_sum_kernel(partial_pointer, tensor_pointer, elements, BLOCK: tl.constexpr, TURNS: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * (BLOCK * TURNS)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for turn in tl.static_range(TURNS):
+        element = first + turn * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(tensor_pointer + element, mask=element < elements, other=0.0).to(tl.float32)
+        total += value * value
+    tl.store(partial_pointer + tl.program_id(0), tl.sum(total))
+
+
+def launch_square_sum(tensor: Tensor) -> Tensor:
+    """Runs the Triton kernel; arguments as `square_sum`."""
+    programs = -(-tensor.numel() // (BLOCK * TURNS))
+    partial = torch.empty(programs, dtype=torch.float32, device=tensor.device)
+    square_sum_kernel[(programs,)](partial, tensor, tensor.numel(), BLOCK=BLOCK, TURNS=TURNS)
+    return partial.sum(dtype=torch.float64).float().view(1)
+
+
+def reference_square_sum(tensor: Tensor) -> Tensor:
+    """The sum of the squares of a contiguous tensor [n] in bf16, fp16 or fp32, as fp32 [1] on its device."""
+    return torch.linalg.vector_norm(tensor, dtype=torch.float32).square().view(1)
+
+
+square_sum = torch.library.custom_op("engine::square_sum", reference_square_sum, mutates_args=())
+square_sum.register_kernel("cuda")(launch_square_sum)
+
+
+@square_sum.register_fake
+def _(tensor):
+    return tensor.new_empty(1, dtype=torch.float32)
