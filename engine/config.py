@@ -178,6 +178,12 @@ class TrainConfig(CacheConfig):
         None, "Where compiled code is kept, so that a restart does not compile again. Default: torch's temporary one.", "model"
     )
 
+    cuda_graphs: Literal["auto", "on", "off"] = option(
+        "auto",
+        "Capture the training step as CUDA graphs: auto captures wherever it is possible, on refuses to run where it is not.",
+        "model",
+    )
+
     train_batch_size: int = option(sd_differs(16, 1), "Samples per process and micro-batch.", "training", ge=1)
     gradient_accumulation_steps: int = option(1, "Micro-batches per optimizer step.", "training", ge=1)
     num_train_epochs: int = option(100, "Passes over the data, when --max_train_steps is not given.", "training", ge=1)

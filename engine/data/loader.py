@@ -32,6 +32,10 @@ class Batch:
     coefficients: Tensor
     copied: torch.cuda.Event | None = None
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self.record.values(), self.slots, self.timesteps, self.coefficients]
+
 
 @dataclass(frozen=True)
 class BatchPlan:
@@ -80,7 +84,7 @@ class Loader:
             if item.copied is not None:
                 stream = torch.cuda.current_stream(self.device)
                 stream.wait_event(item.copied)
-                for tensor in (*item.record.values(), item.slots, item.timesteps, item.coefficients):
+                for tensor in item.tensors:
                     tensor.record_stream(stream)
             yield item
 

@@ -2,8 +2,8 @@
 
 A directory checkpoint-N holds, per process, rank-R.safetensors with the slices it keeps in fp32: tensors named
 `kind/parameter@start`, with kind `weight`, a moment of the optimizer or `ema`, flattened, `start` the first element within the
-parameter. state.json holds the step and what the run was; manifest.json the digest of every file. No pickle is written or
-opened.
+parameter (a convolution's weights count as `models/channels_last.py` stores them). state.json holds the step and what the run
+was; manifest.json the digest of every file. No pickle is written or opened.
 """
 
 import json
@@ -19,42 +19,42 @@ from engine.errors import UserError
 from engine.files import PARTIAL, digest, discard, publish_directory, write_json, write_text
 from engine.loop.ema import Ema
 from engine.loop.metrics import Metrics
-from engine.loop.zero import Sharded, Slice
+from engine.loop.partition import Partition, Slice
 from engine.processes import Processes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LATEST = "latest"
 
 
-def sliced_tensors(sharded: Sharded, ema: Ema | None) -> dict[str, list[Tensor]]:
+def sliced_tensors(partition: Partition, ema: Ema | None) -> dict[str, list[Tensor]]:
     """Everything that is laid out as the masters, by kind."""
-    kinds: dict[str, list[Tensor]] = {"weight": sharded.masters}
-    state = sharded.optimizer.state[sharded.masters[0]]
+    kinds: dict[str, list[Tensor]] = {"weight": partition.masters}
+    state = partition.optimizer.state[partition.masters[0]]
     for kind, value in state.items():
-        if torch.is_tensor(value) and value.numel() == sharded.masters[0].numel() and value.dim() > 0:
-            kinds[kind] = sharded.moments(kind)
+        if torch.is_tensor(value) and value.numel() == partition.masters[0].numel() and value.dim() > 0:
+            kinds[kind] = partition.moments(kind)
     if ema is not None:
         kinds["ema"] = ema.averages
     return kinds
 
 
-def other_state(sharded: Sharded, kinds: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+def other_state(partition: Partition, kinds: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
     """Optimizer state that has no place within a parameter, by the name that it is stored under.
 
     Counters are the same for all masters and stored once, so that they fit any other partition; 8-bit scales are not.
     """
     state: dict[str, list[Tensor]] = {}
-    for number, master in enumerate(sharded.masters):
-        for kind, value in sharded.optimizer.state[master].items():
+    for number, master in enumerate(partition.masters):
+        for kind, value in partition.optimizer.state[master].items():
             if torch.is_tensor(value) and kind not in kinds:
                 name = f"optimizer/{kind}" if value.dim() == 0 else f"optimizer/{number}/{kind}"
                 state.setdefault(name, []).append(value)
     return state
 
 
-def host_counters(sharded: Sharded) -> dict[str, int]:
+def host_counters(partition: Partition) -> dict[str, int]:
     """Counters that an optimizer (bitsandbytes') keeps as plain numbers, the same for all masters."""
-    state = sharded.optimizer.state[sharded.masters[0]]
+    state = partition.optimizer.state[partition.masters[0]]
     return {kind: value for kind, value in state.items() if isinstance(value, int)}
 
 
@@ -70,7 +70,7 @@ def save(
     directory: Path,
     step: int,
     run: dict[str, Any],
-    sharded: Sharded,
+    partition: Partition,
     ema: Ema | None,
     metrics: Metrics,
     processes: Processes,
@@ -88,13 +88,12 @@ def save(
         aside.mkdir(parents=True)
     processes.barrier()
 
-    kinds = sliced_tensors(sharded, ema)
+    kinds = sliced_tensors(partition, ema)
     tensors: dict[str, Tensor] = {}
-    if processes.is_first or not sharded.replicated:
-        for piece in sharded.slices:
-            for kind, holders in kinds.items():
-                tensors[f"{kind}/{piece.name}@{piece.start}"] = sharded.view(piece, holders)
-    tensors |= {name: values[0] for name, values in other_state(sharded, kinds).items()}
+    for piece in partition.slices:
+        for kind, holders in kinds.items():
+            tensors[f"{kind}/{piece.name}@{piece.start}"] = partition.view(piece, holders)
+    tensors |= {name: values[0] for name, values in other_state(partition, kinds).items()}
     tensors |= random_state(processes.device)
     file = aside / f"rank-{processes.rank}.safetensors"
     # Slices are views of one storage, which the format refuses; each is stored as its own copy.
@@ -103,13 +102,13 @@ def save(
     loss_sums = processes.gather_objects(float(metrics.loss_sum))
 
     if processes.is_first:
-        scaler = sharded.loss_scaler
+        scaler = partition.loss_scaler
         state = {
             "format_version": FORMAT_VERSION,
             "step": step,
             "world": processes.world,
             "run": run,
-            "optimizer_counters": host_counters(sharded),
+            "optimizer_counters": host_counters(partition),
             "loss_sums": loss_sums,
             "loss_steps": metrics.steps,
             "loss_scaler": {k: v for k, v in vars(scaler).items() if isinstance(v, (int, float))} if scaler else None,
@@ -208,33 +207,33 @@ class _SliceFiles:
 
 
 def load(
-    checkpoint: Path, state: dict[str, Any], sharded: Sharded, ema: Ema | None, metrics: Metrics, processes: Processes
+    checkpoint: Path, state: dict[str, Any], partition: Partition, ema: Ema | None, metrics: Metrics, processes: Processes
 ) -> None:
     """Brings weights, optimizer, averages, loss scale and generators back; `state` as `read_state` returned it."""
-    kinds = sliced_tensors(sharded, ema)
+    kinds = sliced_tensors(partition, ema)
     files = _SliceFiles(checkpoint)
     with torch.no_grad():
-        for piece in sharded.slices:
+        for piece in partition.slices:
             for kind, holders in kinds.items():
-                files.fill(kind, piece, sharded.view(piece, holders))
+                files.fill(kind, piece, partition.view(piece, holders))
     same_world = state["world"] == processes.world
     own = safetensors.torch.load_file(checkpoint / f"rank-{processes.rank if same_world else 0}.safetensors")
-    for name, values in other_state(sharded, kinds).items():
+    for name, values in other_state(partition, kinds).items():
         if name not in own or own[name].shape != values[0].shape:
             raise UserError(f"{checkpoint}: holds no {name} for this optimizer and number of processes")
         for value in values:
             value.copy_(own[name])
-    for master in sharded.masters:
-        sharded.optimizer.state[master].update(state["optimizer_counters"])
+    for master in partition.masters:
+        partition.optimizer.state[master].update(state["optimizer_counters"])
     if same_world:
         torch.set_rng_state(own["random/cpu"])
         if "random/cuda" in own and processes.device.type == "cuda":
             torch.cuda.set_rng_state(own["random/cuda"], processes.device)
-    if sharded.loss_scaler and state["loss_scaler"]:
-        vars(sharded.loss_scaler).update(state["loss_scaler"])
+    if partition.loss_scaler and state["loss_scaler"]:
+        vars(partition.loss_scaler).update(state["loss_scaler"])
     if same_world:
         metrics.loss_sum.fill_(state["loss_sums"][processes.rank])
     else:
         metrics.loss_sum.fill_(sum(state["loss_sums"]) / len(state["loss_sums"]))
     metrics.steps = state["loss_steps"]
-    sharded.refresh_weights()
+    partition.refresh_weights()

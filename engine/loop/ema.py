@@ -13,6 +13,9 @@ def decay_of_step(step: int, decay: float = 0.9999) -> float:
 class Ema:
     """Averages of `masters`, updated in place: ema <- ema + (1 - decay) (weight - ema).
 
+    On the device, and beside our own AdamW, that is done by the optimizer in its pass over the weights; `update` is for the
+    other cases.
+
     Args:
         masters: the fp32 tensors that the optimizer updates.
         offload: keep the averages in host memory (pinned, for a GPU) and move them through the device in each update.

@@ -50,7 +50,7 @@ class Metrics:
     def read(self, step: int, rate: float, grad_norm: Tensor, processes: Processes) -> dict[str, float]:
         """One line of metrics for the steps since the last; the only place where the host reads the device."""
         mean_loss = processes.sum_(self.loss_sum.clone()) / (self.steps * processes.world)
-        loss, norm = torch.stack([mean_loss, grad_norm.to(mean_loss.device)]).tolist()
+        loss, norm = torch.stack([mean_loss, grad_norm.view(()).to(mean_loss.device)]).tolist()
         now = time.perf_counter()
         seconds = now - self._since
         per_second = self.steps * self.global_batch / seconds

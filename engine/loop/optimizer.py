@@ -1,6 +1,6 @@
 """AdamW with clipping by the global norm and without a single read by the host; and the schedules of the learning rate."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,55 +9,85 @@ from torch import Tensor
 
 from engine.config import TrainConfig
 from engine.errors import UserError
+from engine.kernels import adamw_ema_, square_sum
 from engine.processes import Processes
 
 
-def global_norm(gradients: list[Tensor], sum_parts: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """The L2 norm over all gradients, an fp32 scalar on the device; `sum_parts` adds the squares of the other partitions."""
-    square = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)).square().sum()
+def global_norm(gradients: Sequence[Tensor], sum_parts: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """The L2 norm over all gradients, fp32 [1] on the device; `sum_parts` adds the squares of the other partitions."""
+    square = torch.stack([square_sum(gradient) for gradient in gradients]).sum(0)
     return (sum_parts(square) if sum_parts else square).sqrt()
 
 
-class ClippedAdamW(torch.optim.AdamW):
-    """torch's fused AdamW; clipping and the refusal of non-finite gradients happen inside its one pass.
+class AdamW(torch.optim.Optimizer):
+    """AdamW over flat fp32 tensors in one pass each; clipping and the refusal of non-finite gradients happen inside it.
 
-    The fused kernel divides gradients by `grad_scale` and leaves everything untouched when `found_inf` is set; both are
-    device tensors, so nothing waits for the norm.
+    Whatever changes from step to step lies on the device, and the host reads nothing, so that a step can be captured as a
+    CUDA graph. A step whose gradient is not finite changes nothing, its number included.
+
+    weights: for each parameter the same weights in the training precision, to be written beside it, or None.
+    averages: for each parameter its moving average, or None; `ema_weight` is what the new weights count for in it.
 
     Args:
         max_grad_norm: clip to this norm, 0 for no clipping.
-        sum_parts: adds a scalar over processes, when each holds a part of the gradients.
+        sum_parts: adds a tensor over processes, when each holds a part of the gradients.
     """
 
     def __init__(
         self,
-        parameters: Iterable[Tensor],
+        parameters: Sequence[Tensor],
         max_grad_norm: float,
         sum_parts: Callable[[Tensor], Tensor] | None,
         **arguments: Any,
     ) -> None:
-        super().__init__(parameters, fused=True, **arguments)
+        super().__init__(parameters, arguments)
         self.max_grad_norm, self.sum_parts = max_grad_norm, sum_parts
-        self.grad_norm = torch.zeros(())
+        device = parameters[0].device
+        self.grad_norm, self.learning_rate, self.ema_weight = (torch.zeros(1, device=device) for _ in range(3))
+        self.weights: list[Tensor | None] | None = None
+        self.averages: list[Tensor | None] | None = None
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def set_learning_rate(self, rate: float) -> None:
+        self.learning_rate.fill_(rate)
 
     def create_state(self) -> None:
-        """Creates the moments and step counters that torch would create in the first step, so that they can be loaded."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                    "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                }
+        """Creates the moments and step counters, so that they can be loaded."""
+        for parameter in self.parameters:
+            self.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        self.grad_norm = global_norm(gradients, self.sum_parts)
-        self.found_inf = (~self.grad_norm.isfinite()).float()
+        self.apply([parameter.grad for parameter in self.parameters])  # type: ignore[misc]
+
+    @torch.no_grad()
+    def apply(self, gradients: Sequence[Tensor]) -> None:
+        """One step on the given gradients, flat and in any precision."""
+        self.grad_norm.copy_(global_norm(gradients, self.sum_parts))
+        finite = self.grad_norm.isfinite()
+        factor = finite.float()
         if self.max_grad_norm > 0:
-            self.grad_scale = ((self.grad_norm + 1e-6) / self.max_grad_norm).clamp(min=1.0)
-        super().step()
+            clip = (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+            factor = torch.where(finite, clip, 0.0)
+        parameters, options = self.parameters, self.param_groups[0]
+        nothing = [None] * len(parameters)
+        for parameter, gradient, weights, average in zip(
+            parameters, gradients, self.weights or nothing, self.averages or nothing, strict=True
+        ):
+            state = self.state[parameter]
+            state["step"] += finite[0]
+            adamw_ema_(
+                parameter.detach(), state["exp_avg"], state["exp_avg_sq"], gradient, weights, average,
+                self.learning_rate, factor, state["step"].view(1), self.ema_weight,
+                *options["betas"], options["eps"], options["weight_decay"],
+            )  # fmt: skip
 
 
 def _clipped_adamw_8bit() -> type:
@@ -67,14 +97,18 @@ def _clipped_adamw_8bit() -> type:
     class ClippedAdamW8bit(bitsandbytes.optim.AdamW8bit):
         def __init__(
             self,
-            parameters: Iterable[Tensor],
+            parameters: Sequence[Tensor],
             max_grad_norm: float,
             sum_parts: Callable[[Tensor], Tensor] | None,
             **arguments: Any,
         ) -> None:
             super().__init__(parameters, **arguments)
             self.max_grad_norm, self.sum_parts = max_grad_norm, sum_parts
-            self.grad_norm = torch.zeros(())
+            self.grad_norm = torch.zeros(1)
+
+        def set_learning_rate(self, rate: float) -> None:
+            for group in self.param_groups:
+                group["lr"] = rate
 
         def create_state(self) -> None:
             self.check_overrides()
@@ -97,9 +131,9 @@ def _clipped_adamw_8bit() -> type:
     return ClippedAdamW8bit
 
 
-def create_optimizer(parameters: Iterable[Tensor], config: TrainConfig, sum_parts: Callable[[Tensor], Tensor] | None) -> Any:
-    """AdamW with clipping, in 32 or 8 bits: an optimizer with `grad_norm` and `create_state`."""
-    kind = _clipped_adamw_8bit() if config.use_8bit_adam else ClippedAdamW
+def create_optimizer(parameters: Sequence[Tensor], config: TrainConfig, sum_parts: Callable[[Tensor], Tensor] | None) -> Any:
+    """AdamW with clipping, in 32 or 8 bits: an optimizer with `grad_norm`, `set_learning_rate` and `create_state`."""
+    kind = _clipped_adamw_8bit() if config.use_8bit_adam else AdamW
     return kind(
         parameters,
         config.max_grad_norm,

@@ -1,5 +1,6 @@
-"""One micro-batch: noise, prediction, loss and gradient, backward. The order of the lines is the order of the computation."""
+"""One micro-batch: noise, prediction, loss and gradient. The order of the lines is the order of the computation."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,32 +13,20 @@ from engine.kernels.add_noise import per_sample
 from engine.models.family import Family
 
 
-class _StoredGradient(torch.autograd.Function):
-    """A scalar whose backward pass hands the prediction a gradient that is already complete.
+def predict_and_compare(
+    model: Callable[..., Any], family: Family, batch: Batch, config: TrainConfig, seed: Tensor, gradient_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward pass of a micro-batch, up to the gradient of the loss with respect to the prediction.
 
-    The fused loss writes the gradient of the whole step's loss, scale included. DeepSpeed wants a scalar to call backward
-    on; whatever it multiplies that scalar by is already in the gradient.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, prediction: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        return torch.zeros((), device=prediction.device)
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
-        return ctx.saved_tensors[0], None
-
-
-def train_micro_batch(
-    engine: Any, family: Family, batch: Batch, config: TrainConfig, seed: Tensor, gradient_scale: Tensor
-) -> Tensor:
-    """Forward and backward for one micro-batch; returns the loss of each sample, fp32 [B], on the device.
+    Everything that differs between micro-batches is read from the device, so that the pass can be captured.
 
     Args:
-        engine: the DeepSpeed engine around the trained module.
+        model: calls the trained module.
         seed: int64 [1] on the device.
         gradient_scale: fp32 [1] on the device: loss scale / (micro-batch * accumulation).
+
+    Returns:
+        The loss of each sample, fp32 [B]; the prediction, to be differentiated; and its gradient, complete.
     """
     mean = batch.record[family.mean]
     std = batch.record[family.std] if family.std else None
@@ -45,19 +34,24 @@ def train_micro_batch(
     noisy = add_noise(mean, std, alpha, sigma, seed, batch.slots, config.noise_offset, config.input_perturbation)
     correction = None
     if config.dream_training:
-        noisy, correction, c_e = _dream(engine.module, family, batch, config, seed, noisy, sigma)
-    prediction = family.predict(engine, noisy, batch.timesteps, batch.record)
+        noisy, correction, c_e = _dream(model, family, batch, config, seed, noisy, sigma)
+    prediction = family.predict(model, noisy, batch.timesteps, batch.record)
     compared = prediction.detach() if correction is None else prediction.detach() + correction
     loss, gradient = diffusion_loss(
         compared, mean, std, c_x, c_e, weight, seed, batch.slots, config.noise_offset, gradient_scale
     )
-    engine.backward(_StoredGradient.apply(prediction, gradient.to(prediction.dtype)), scale_wrt_gas=False)
-    return loss
+    return loss, prediction, gradient.to(prediction.dtype)
 
 
 @torch.no_grad()
 def _dream(
-    model: Any, family: Family, batch: Batch, config: TrainConfig, seed: Tensor, noisy: Tensor, sigma: Tensor
+    model: Callable[..., Any],
+    family: Family,
+    batch: Batch,
+    config: TrainConfig,
+    seed: Tensor,
+    noisy: Tensor,
+    sigma: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """DREAM (arXiv:2312.00210): with d = lambda (e - model(x_t)), lambda = s^p, train on x_t + s d against e + d.
 

@@ -2,12 +2,13 @@
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine.config import TrainConfig, local_rank, to_toml
@@ -18,12 +19,15 @@ from engine.data.source import open_source
 from engine.errors import UserError
 from engine.files import write_text
 from engine.loop import checkpoint
-from engine.loop.ema import Ema
+from engine.loop.capture import Captured, wanted
+from engine.loop.ema import Ema, decay_of_step
+from engine.loop.flat import FlatPartition
 from engine.loop.metrics import Log, Metrics, forward_flops, matrix_flops_per_second
-from engine.loop.optimizer import learning_rates
-from engine.loop.step import train_micro_batch
+from engine.loop.optimizer import AdamW, learning_rates
+from engine.loop.partition import Partition
+from engine.loop.step import predict_and_compare
 from engine.loop.validation import create_repository, export, push_to_hub, validate
-from engine.loop.zero import Sharded, check_precision
+from engine.loop.zero import ZeroPartition, check_precision
 from engine.models.family import Family, open_family
 from engine.processes import Processes, StopSignal
 
@@ -67,7 +71,7 @@ def _train(config: TrainConfig, processes: Processes) -> int:
 
     training = Training(config, family, shards, plan, processes, run, steps)
     if state is not None and resumed is not None:
-        checkpoint.load(resumed, state, training.sharded, training.ema, training.metrics, processes)
+        checkpoint.load(resumed, state, training.partition, training.ema, training.metrics, processes)
         training.step = int(state["step"])
     log = Log(config, training.step) if processes.is_first else None
     try:
@@ -75,7 +79,7 @@ def _train(config: TrainConfig, processes: Processes) -> int:
         if finished:
             if config.validation_prompts:
                 training.validate(log)
-            export(config, family, training.sharded, training.exported_weights, processes)
+            export(config, family, training.partition, training.exported_weights, processes)
     finally:
         if log:
             log.close()
@@ -147,6 +151,14 @@ def _check_same_run(path: Path | None, before: dict[str, Any], now: dict[str, An
             raise UserError(f"{path}: was written with {name} {before[name]}, this run has {now[name]}; {remedy}")
 
 
+def partition_weights(model: nn.Module, config: TrainConfig, processes: Processes) -> Partition:
+    """Flat buffers for a single process; DeepSpeed for several, for `--zero_stage`, fp16's loss scale and 8-bit AdamW."""
+    alone = processes.world == 1 and config.zero_stage == 0
+    if alone and config.mixed_precision != "fp16" and not config.use_8bit_adam:
+        return FlatPartition(model, config, processes)
+    return ZeroPartition(model, config, processes)
+
+
 class Training:
     """The model under training, and the steps of the run."""
 
@@ -168,18 +180,30 @@ class Training:
         if device.type == "cuda":
             self.metrics.flops_per_sample = forward_flops(family, model)
             self.metrics.peak_flops = matrix_flops_per_second(device, family.dtype)
-        self.sharded = Sharded(model, config, processes)
+        self.partition = partition_weights(model, config, processes)
         if config.compile:
             if config.compile_cache_dir:
                 keep_compiled_code(Path(config.compile_cache_dir))
-            self.sharded.engine.module.compile()
-        self.ema = Ema(self.sharded.masters, config.offload_ema) if config.use_ema else None
+            model.compile()
+        self.ema = Ema(self.partition.masters, config.offload_ema) if config.use_ema else None
+        optimizer = self.partition.optimizer
+        self.ema_in_optimizer = self.ema is not None and not self.ema.offload and isinstance(optimizer, AdamW)
+        if self.ema and self.ema_in_optimizer:
+            optimizer.averages = self.ema.averages
         self.rate_of = learning_rates(config, processes, total_steps)
+        self.seed = torch.tensor([run["seed"]], device=device)
+        self.gradient_scale = torch.full((1,), 1 / (plan.micro_batch * plan.accumulation), device=device)
+        self.train_micro_batch: Callable[..., None] = self._train_micro_batch
+        if wanted(config, device, model):
+            whole = isinstance(self.partition, FlatPartition)
+            work = self._train_micro_batch if whole else self._differentiate
+            captured = Captured(work, device, required=config.cuda_graphs == "on")
+            self.train_micro_batch = captured if whole else partial(self._train_differentiated, captured)
         self.step = 0
 
     @property
     def exported_weights(self) -> list[Tensor]:
-        return self.ema.averages if self.ema else self.sharded.masters
+        return self.ema.averages if self.ema else self.partition.masters
 
     def run_steps(self, log: Log | None) -> bool:
         """Trains to the last step; False when a signal asked to leave before."""
@@ -193,8 +217,6 @@ class Training:
             self.total_steps,
         )
         batches = iter(loader)
-        device_seed = torch.tensor([self.run["seed"]], device=self.processes.device)
-        gradient_scale = torch.empty(1, device=self.processes.device)
         stop = StopSignal(self.processes)
         shown = None if self.processes.is_first else True
         progress = tqdm(total=self.total_steps, initial=self.step, desc="Training", unit="step", disable=shown)
@@ -202,7 +224,7 @@ class Training:
         try:
             while self.step < self.total_steps:
                 rate = self.rate_of(self.step)
-                self._train_step(batches, rate, device_seed, gradient_scale)
+                self._train_step(batches, rate)
                 progress.update()
                 leave = stop.agreed() and self.step < self.total_steps
                 self._after_step(rate, progress, log, leave)
@@ -214,25 +236,51 @@ class Training:
             loader.close()
             stop.close()
 
-    def _train_step(self, batches: Iterator[Batch], rate: float, seed: Tensor, gradient_scale: Tensor) -> None:
+    def _train_step(self, batches: Iterator[Batch], rate: float) -> None:
         """One optimizer step: its micro-batches, the update, the moving average."""
-        sharded, accumulation = self.sharded, self.plan.accumulation
-        gradient_scale.fill_(sharded.loss_scale / (self.plan.micro_batch * accumulation))
-        sharded.set_learning_rate(rate)
-        for _ in range(accumulation):
-            loss = train_micro_batch(sharded.engine, self.family, next(batches), self.config, seed, gradient_scale)
-            self.metrics.add(loss, accumulation)
-            sharded.engine.step()
+        optimizer, accumulation = self.partition.optimizer, self.plan.accumulation
+        optimizer.set_learning_rate(rate)
+        if self.ema_in_optimizer:
+            optimizer.ema_weight.fill_(1 - decay_of_step(self.step + 1))
+        if self.partition.loss_scaler:
+            self.gradient_scale.fill_(self.partition.loss_scale / (self.plan.micro_batch * accumulation))
+        for number in range(accumulation):
+            self.train_micro_batch(next(batches), number == 0, number == accumulation - 1)
         self.step += 1
         self.metrics.steps += 1
-        if self.ema:
+        if self.ema and not self.ema_in_optimizer:
             self.ema.update(self.step)
+
+    def _train_micro_batch(self, batch: Batch, first: bool, last: bool) -> None:
+        """Everything between two micro-batches; on one process a single CUDA graph."""
+        partition = self.partition
+        loss, prediction, gradient = predict_and_compare(
+            partition.predict, self.family, batch, self.config, self.seed, self.gradient_scale
+        )
+        partition.backward(prediction, gradient, first)
+        self.metrics.add(loss, self.plan.accumulation)
+        partition.update(last)
+
+    def _differentiate(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """A micro-batch's losses [B] and gradients, without DeepSpeed: the part of its step that a CUDA graph can hold."""
+        partition = self.partition
+        loss, prediction, gradient = predict_and_compare(
+            partition.module, self.family, batch, self.config, self.seed, self.gradient_scale
+        )
+        return loss, list(torch.autograd.grad(prediction, partition.parameters, gradient, materialize_grads=True))
+
+    def _train_differentiated(self, differentiate: Captured, batch: Batch, first: bool, last: bool) -> None:
+        """As `_train_micro_batch`, with DeepSpeed's reductions and its step beside the CUDA graph."""
+        loss, gradients = differentiate(batch)
+        self.partition.receive(gradients, first)
+        self.metrics.add(loss, self.plan.accumulation)
+        self.partition.update(last)
 
     def _after_step(self, rate: float, progress: tqdm, log: Log | None, leave: bool) -> None:
         """Metrics, checkpoint and validation, where they are due."""
         config = self.config
         if self.step % config.log_every == 0 or self.step == self.total_steps:
-            line = self.metrics.read(self.step, rate, self.sharded.optimizer.grad_norm, self.processes)
+            line = self.metrics.read(self.step, rate, self.partition.optimizer.grad_norm, self.processes)
             progress.set_postfix(loss=f"{line['loss']:.4f}", lr=f"{rate:.2e}")
             if log:
                 log.write(line)
@@ -246,7 +294,7 @@ class Training:
             Path(self.config.output_dir),
             self.step,
             self.run,
-            self.sharded,
+            self.partition,
             self.ema,
             self.metrics,
             self.processes,
@@ -263,7 +311,7 @@ class Training:
         grid = validate(
             self.config,
             self.family,
-            self.sharded,
+            self.partition,
             self.exported_weights,
             self.processes,
             self.run["seed"],

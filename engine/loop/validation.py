@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, ModelCard
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from engine.config import TrainConfig
 from engine.errors import UserError, first_line
 from engine.files import PARTIAL, discard, sync
-from engine.loop.zero import Sharded
+from engine.loop.partition import Partition
+from engine.models.channels_last import as_published
 from engine.models.family import Family
 from engine.models.published import use_portable_names
 from engine.picture import labelled_grid, save_png
@@ -21,13 +23,13 @@ from engine.processes import Processes
 
 
 @contextmanager
-def weights_in_place(sharded: Sharded, tensors: list[Tensor]) -> Iterator[nn.Module]:
+def weights_in_place(partition: Partition, tensors: list[Tensor]) -> Iterator[nn.Module]:
     """The module with its weights replaced by `tensors` (laid out as the masters), in evaluation mode; undone on leaving."""
-    module = sharded.engine.module
+    module = partition.module
     parameters = dict(module.named_parameters())
     kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     with torch.no_grad():
-        for name, whole in sharded.gather(tensors):
+        for name, whole in partition.gather(tensors):
             parameters[name].copy_(whole)
     module.eval()
     try:
@@ -42,7 +44,7 @@ def weights_in_place(sharded: Sharded, tensors: list[Tensor]) -> Iterator[nn.Mod
 def validate(
     config: TrainConfig,
     family: Family,
-    sharded: Sharded,
+    partition: Partition,
     tensors: list[Tensor],
     processes: Processes,
     seed: int,
@@ -50,7 +52,7 @@ def validate(
 ) -> Image.Image | None:
     """Draws the validation images into samples/step-N.png, and returns them, on the first process; all must call it."""
     grid = None
-    with weights_in_place(sharded, tensors) as module:
+    with weights_in_place(partition, tensors) as module:
         if processes.is_first:
             prompts = config.validation_prompts or []
             with torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -70,17 +72,18 @@ def validate(
     return grid
 
 
-def export(config: TrainConfig, family: Family, sharded: Sharded, tensors: list[Tensor], processes: Processes) -> None:
+def export(config: TrainConfig, family: Family, partition: Partition, tensors: list[Tensor], processes: Processes) -> None:
     """Saves the pipeline with fp32 trained weights where the scripts leave it; every process must call it.
 
     Each component is written aside and renamed into place; model_index.json, without which nothing loads, comes last.
     """
-    state = {name: whole.cpu() for name, whole in sharded.gather(tensors) if processes.is_first}
+    state = {name: whole.cpu() for name, whole in partition.gather(tensors) if processes.is_first}
     if processes.is_first:
-        module = sharded.engine.module
+        module: Any = partition.module
         with torch.device("meta"):
             model = type(module).from_config(module.config)
-        model.load_state_dict({**dict(module.named_buffers()), **sharded.frozen, **state}, assign=True, strict=False)
+        weights = as_published(module, {**partition.frozen, **state})
+        model.load_state_dict({**dict(module.named_buffers()), **weights}, assign=True, strict=False)
         output = Path(config.output_dir) / family.result
         output.mkdir(exist_ok=True)
         aside = Path(config.output_dir) / f"pipeline{PARTIAL}"

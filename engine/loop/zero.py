@@ -6,8 +6,7 @@ moving average are ours and work on its flat fp32 partitions, so that a step rea
 
 import logging
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,62 +15,49 @@ from torch import Tensor, nn
 from engine.config import TrainConfig
 from engine.errors import UserError
 from engine.loop.optimizer import create_optimizer
+from engine.loop.partition import Partition, Slice
 from engine.processes import Processes
 
 _BUCKET_ELEMENTS = 200_000_000
 
 
-@dataclass(frozen=True)
-class Slice:
-    """A run of elements of a flattened parameter, and where this process keeps it: in which flat tensor, from where."""
+class _CompleteGradients(torch.autograd.Function):
+    """A scalar whose backward pass hands out gradients that are already complete.
 
-    name: str
-    shape: torch.Size
-    start: int
-    length: int
-    holder: int
-    offset: int
-
-
-class Sharded:
-    """The trained module under DeepSpeed, with its fp32 weights as this process holds them.
-
-    engine: the DeepSpeed engine; call it to predict.
-    masters: fp32 tensors that the optimizer updates: the parameters themselves, or one flat partition.
-    slices: which parameter's elements lie where in `masters`; the same places hold its moments and its moving average.
-    replicated: whether every process holds everything.
-    frozen: parameters that are not trained, in fp32 on the host, by name.
+    The fused loss writes the gradient of the whole step's loss, scale included. DeepSpeed wants a scalar to call backward
+    on; whatever it multiplies that scalar by is already in the gradients.
     """
 
+    @staticmethod
+    def forward(ctx: Any, gradients: Sequence[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return torch.zeros((), device=tensors[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
+        return None, *ctx.gradients
+
+
+class ZeroPartition(Partition):
+    """The module under DeepSpeed, which reduces gradients to this process's part and gathers the weights again."""
+
     def __init__(self, model: nn.Module, config: TrainConfig, processes: Processes) -> None:
+        super().__init__(model, processes)
         deepspeed = _import_deepspeed(processes)
-        self.processes = processes
-        stage = machinery_stage(config)
-        self.replicated = stage == 0
-        self.frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
         model.to(processes.device)
-        names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self.optimizer = create_optimizer(names, config, None if self.replicated else processes.sum_)
-        elements = sum(parameter.numel() for parameter in names)
+        self.accumulation = config.gradient_accumulation_steps
+        self.optimizer = create_optimizer(self.parameters, config, processes.sum_)
+        elements = sum(parameter.numel() for parameter in self.parameters)
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=self.optimizer,
-            config=deepspeed_config(config, stage, elements),
+            config=deepspeed_config(config, machinery_stage(config), elements),
             dist_init_required=False,
         )
-        self.slices: list[Slice] = []
-        if self.replicated:
-            # DeepSpeed would copy every gradient into buckets and back, for a sum over one process.
-            self.engine.enable_backward_allreduce = processes.world > 1
-            self.masters: list[Tensor] = list(names)
-            for number, (parameter, name) in enumerate(names.items()):
-                self.slices.append(Slice(name, parameter.shape, 0, parameter.numel(), number, 0))
-        else:
-            self.masters = self.engine.optimizer.single_partition_of_fp32_groups
-            for holder, group in enumerate(self.engine.optimizer.bit16_groups):
-                for parameter in group:
-                    self._add_slice(parameter, names[parameter], holder)
-        self.shapes = {name: parameter.shape for parameter, name in names.items()}
+        self.masters = self.engine.optimizer.single_partition_of_fp32_groups
+        for holder, group in enumerate(self.engine.optimizer.bit16_groups):
+            for parameter in group:
+                self._add_slice(parameter, self.names[parameter], holder)
         self.optimizer.create_state()
 
     def _add_slice(self, parameter: Tensor, name: str, holder: int) -> None:
@@ -80,47 +66,38 @@ class Sharded:
             ours, flat = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
             self.slices.append(Slice(name, parameter.shape, ours.start, ours.numel, holder, flat.start))
 
-    def view(self, piece: Slice, tensors: list[Tensor]) -> Tensor:
-        """The elements of a slice in tensors laid out as `masters`."""
-        return tensors[piece.holder].detach().view(-1)[piece.offset : piece.offset + piece.length]
+    def predict(self, *arguments: Any, **named: Any) -> Any:
+        return self.engine(*arguments, **named)
 
-    def moments(self, kind: str) -> list[Tensor]:
-        """A tensor of the optimizer's state for each of `masters`."""
-        return [self.optimizer.state[master][kind] for master in self.masters]
+    def backward(self, prediction: Tensor, gradient: Tensor, first: bool) -> None:
+        self._backward(_CompleteGradients.apply([gradient], prediction))
 
-    def gather(self, tensors: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Whole parameters, one at a time, from tensors laid out as `masters`. Every process must iterate to the end."""
-        if self.replicated or self.processes.world == 1:
-            for piece in self.slices:
-                yield piece.name, self.view(piece, tensors).view(piece.shape)
-            return
-        pieces = {piece.name: piece for piece in self.slices}
-        for name, shape in self.shapes.items():
-            # Every element is held once, so that adding the parts over processes moves it without rounding.
-            whole = torch.zeros(shape.numel(), dtype=torch.float32, device=self.processes.device)
-            if name in pieces:
-                piece = pieces[name]
-                whole[piece.start : piece.start + piece.length] = self.view(piece, tensors).to(whole.device)
-            yield name, self.processes.sum_(whole).view(shape)
+    def receive(self, gradients: Sequence[Tensor], first: bool) -> None:
+        if self.accumulation == 1:
+            # New tensors over the same memory: autograd then takes them as they are. The gradients of several micro-batches
+            # add up, and it must copy the first.
+            gradients = [gradient.detach() for gradient in gradients]
+        scalar = _CompleteGradients.apply(gradients, *self.parameters)
+        # DeepSpeed did not see the forward pass; what it would have prepared there is due now.
+        self.engine.optimizer.clear_backward_seen_flag()
+        from deepspeed.runtime.utils import register_output_backward_hooks
+
+        register_output_backward_hooks(scalar, self.engine._backward_prologue)
+        self._backward(scalar)
+
+    def _backward(self, scalar: Tensor) -> None:
+        self.engine.backward(scalar, scale_wrt_gas=False)
+
+    def update(self, last: bool) -> None:
+        self.engine.step()
 
     def refresh_weights(self) -> None:
-        """Makes the module's weights follow `masters` after these were loaded."""
-        if not self.replicated:
-            self.engine.optimizer.update_lp_params()
+        self.engine.optimizer.update_lp_params()
 
     @property
     def loss_scaler(self) -> Any:
-        """DeepSpeed's loss scaler under fp16, else None."""
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)
         return scaler if scaler is not None and scaler.dynamic else None
-
-    @property
-    def loss_scale(self) -> float:
-        return float(self.loss_scaler.cur_scale) if self.loss_scaler else 1.0
-
-    def set_learning_rate(self, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
 
 
 def check_precision(config: TrainConfig, processes: Processes) -> None:
@@ -144,28 +121,27 @@ def check_precision(config: TrainConfig, processes: Processes) -> None:
 def machinery_stage(config: TrainConfig) -> int:
     """The ZeRO stage that DeepSpeed is given.
 
-    Stage 0 with bf16 takes a dummy first step that shifts Adam's bias correction, so that low precision always runs on the
-    partitioned optimizers: stage 1, which leaves the backward pass alone, or stage 2 where micro-batches accumulate, because
-    it accumulates in fp32.
+    `--zero_stage 0` asks for no sharding, yet runs on the partitioned optimizers too: they give the same numbers with less
+    traffic, and DeepSpeed's stage 0 in bf16 takes a dummy first step that shifts Adam's bias correction. Stage 1 leaves the
+    backward pass alone; stage 2 accumulates low-precision micro-batches in fp32.
     """
-    if config.zero_stage or config.mixed_precision == "no":
+    if config.zero_stage:
         return config.zero_stage
-    return 2 if config.gradient_accumulation_steps > 1 else 1
+    return 2 if config.gradient_accumulation_steps > 1 and config.mixed_precision != "no" else 1
 
 
 def deepspeed_config(config: TrainConfig, stage: int, elements: int) -> dict[str, Any]:
     """DeepSpeed's configuration for a model of `elements` parameters."""
     bucket = min(_BUCKET_ELEMENTS, elements + elements % 2)
-    zero: dict[str, Any] = {"stage": stage}
-    if stage:
+    zero = {
+        "stage": stage,
         # The norm is the optimizer's affair (on the device), and without these two buffers stage 1 installs no hooks.
-        zero |= {
-            "compute_grad_norm": False,
-            "overlap_comm": False,
-            "contiguous_gradients": stage == 2,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-        }
+        "compute_grad_norm": False,
+        "overlap_comm": False,
+        "contiguous_gradients": stage == 2,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.train_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,

@@ -2,17 +2,21 @@
 
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from engine.config import CacheConfig, TrainConfig
 from engine.data.shards import Field
 from engine.diffusion import Schedule
 from engine.errors import UserError, first_line
+from engine.models.channels_last import store_channels_last
 
 PREVIEW_STEPS = 20  # of the last stage's sampling in validation images, as in the scripts
 
@@ -95,7 +99,7 @@ class Family(ABC):
 
     @staticmethod
     @abstractmethod
-    def predict(model: nn.Module, noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
+    def predict(model: Callable[..., Any], noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
         """The model's prediction for noisy samples [B, C, H, W] at timesteps [B]."""
 
     @abstractmethod
@@ -120,7 +124,9 @@ class Family(ABC):
         """A freshly loaded diffusers model with the options that shape its training pass, in training mode."""
         assert self.training is not None
         if self.training.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
+            # The state of the generator, needed for dropout alone, is kept by the host.
+            kept = has_dropout(model)
+            model.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=kept))
         if self.training.enable_xformers_memory_efficient_attention:
             try:
                 model.enable_xformers_memory_efficient_attention()
@@ -129,7 +135,12 @@ class Family(ABC):
                     f"--enable_xformers_memory_efficient_attention: {first_line(error)}; install the extra `xformers`, or "
                     "leave the option out and use torch's attention"
                 ) from None
+        store_channels_last(model)
         return model.train()
+
+
+def has_dropout(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
 
 
 def open_family(config: CacheConfig) -> Family:

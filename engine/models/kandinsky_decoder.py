@@ -4,6 +4,7 @@ Trained: the decoder's `unet`. Frozen, and needed only while shards are built: t
 `image_processor` of the prior.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ class KandinskyDecoder(Family):
         return self.ready_to_train(read_part(self.path, "unet", lambda path: load(path, torch_dtype=torch.float32)))
 
     @staticmethod
-    def predict(model: nn.Module, noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
+    def predict(model: Callable[..., Any], noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
         """Noise in the first half of the channels; the learned variance in the second is not trained."""
         condition = {"image_embeds": record["image_embedding"]}
         return model(noisy, timesteps, None, added_cond_kwargs=condition, return_dict=False)[0]

@@ -4,6 +4,7 @@ Trained: `prior`, but for its `clip_mean` and `clip_std`, which normalise embedd
 built: `image_encoder`, `image_processor`, `text_encoder`, `tokenizer`.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,7 @@ class KandinskyPrior(Family):
         return self.ready_to_train(prior)
 
     @staticmethod
-    def predict(model: nn.Module, noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
+    def predict(model: Callable[..., Any], noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
         return model(
             noisy,
             timesteps,

@@ -3,6 +3,7 @@
 Trained: `unet`. Frozen, and needed only while shards are built: `vae`, `text_encoder`, `tokenizer`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -135,7 +136,7 @@ class StableDiffusion(Family):
         return self.ready_to_train(unet)
 
     @staticmethod
-    def predict(model: nn.Module, noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
+    def predict(model: Callable[..., Any], noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
         return model(noisy, timesteps, record["encoder_hidden_states"], return_dict=False)[0]
 
     def pipeline(self, model: nn.Module) -> StableDiffusionPipeline:

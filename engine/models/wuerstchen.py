@@ -4,6 +4,7 @@ Trained: `prior`. Frozen, and needed only while shards are built: `text_encoder`
 `efficientnet.py`, whose weights are published apart.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -146,13 +147,13 @@ class Wuerstchen(Family):
 
     def load_model(self) -> nn.Module:
         prior = read_part(self.path, "prior", lambda path: WuerstchenPrior.from_pretrained(path, torch_dtype=torch.float32))
-        embed, weight = prior.gen_r_embedding, prior.projection.weight
+        embed = prior.gen_r_embedding
         # The sines need timesteps in fp32; what they give must have the precision of the weights, whatever that is by then.
-        prior.gen_r_embedding = lambda timesteps: embed(timesteps).to(weight.dtype)
+        prior.gen_r_embedding = lambda timesteps: embed(timesteps).to(prior.projection.weight.dtype)
         return self.ready_to_train(prior)
 
     @staticmethod
-    def predict(model: nn.Module, noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
+    def predict(model: Callable[..., Any], noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
         return model(noisy, timesteps, record["encoder_hidden_states"])
 
     def pipeline(self, model: nn.Module) -> WuerstchenPriorPipeline:

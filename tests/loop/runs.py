@@ -50,7 +50,7 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def checkpoint_tensors(checkpoint: Path, kind: str) -> dict[str, torch.Tensor]:
-    """Whole parameters of one kind, put together from the slices of all files."""
+    """Whole parameters of one kind, put together from the slices of all files; flat, in the order in which they are stored."""
     pieces: dict[str, dict[int, torch.Tensor]] = {}
     for path in checkpoint.glob("rank-*.safetensors"):
         for name, tensor in load_file(path).items():
@@ -60,11 +60,23 @@ def checkpoint_tensors(checkpoint: Path, kind: str) -> dict[str, torch.Tensor]:
     return {name: torch.cat([parts[start] for start in sorted(parts)]) for name, parts in pieces.items()}
 
 
+def published_order(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a checkpoint, whose convolutions are channels last, in the order and shape of the published model."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d)}
+    result = {}
+    for name, tensor in tensors.items():
+        out, *rest = shapes[name]
+        stored = tensor.view(out, *rest[1:], rest[0]).movedim(-1, 1) if name in turned else tensor
+        result[name] = stored.reshape(shapes[name])
+    return result
+
+
 def relative_distance(ours: dict, theirs: dict, start: dict) -> float:
     """The difference of two results, relative to how far training moved them: L2 over all parameters."""
     difference = moved = 0.0
     for name, value in theirs.items():
-        value = value.detach().double().view(-1)
-        difference += (ours[name].detach().double().view(-1) - value).square().sum().item()
-        moved += (value - start[name].detach().double().view(-1)).square().sum().item()
+        value = value.detach().double().reshape(-1)
+        difference += (ours[name].detach().double().reshape(-1) - value).square().sum().item()
+        moved += (value - start[name].detach().double().reshape(-1)).square().sum().item()
     return (difference / moved) ** 0.5

@@ -28,7 +28,7 @@ from engine.data.order import records_of
 from engine.loop.trainer import train
 from engine.models.efficientnet import load_encoder
 from tests import reference
-from tests.loop.runs import checkpoint_tensors, relative_distance
+from tests.loop.runs import checkpoint_tensors, published_order, relative_distance
 
 STEPS, BATCH, SEED = 20, 4, 2**41 + 3
 FOLDER = {"kandinsky-prior": "prior", "kandinsky-decoder": "unet", "wuerstchen": "prior"}
@@ -137,8 +137,8 @@ def snr_of(scheduler, timesteps: torch.Tensor) -> torch.Tensor:
     return compute_snr(scheduler, timesteps)
 
 
-def reference_run(config: TrainConfig, folder: Path) -> tuple[dict, dict, list[float]]:
-    """Weights, averages and losses of the independent loop."""
+def reference_run(config: TrainConfig, folder: Path) -> tuple[torch.nn.Module, dict, list[float]]:
+    """The model, averages and losses of the independent loop."""
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     images = [Image.open(folder / row["file_name"]).convert("RGB") for row in rows]
     with torch.no_grad():
@@ -173,8 +173,8 @@ def reference_run(config: TrainConfig, folder: Path) -> tuple[dict, dict, list[f
         optimizer.zero_grad()
         ema.step(model.parameters())
         losses.append(step_loss)
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return weights, dict(zip(weights, ema.shadow_params, strict=True)), losses
+    names = [name for name, _ in model.named_parameters()]
+    return model, dict(zip(names, ema.shadow_params, strict=True)), losses
 
 
 def has_gradient(family: str, name: str) -> bool:
@@ -202,14 +202,15 @@ def test_weights_and_averages_follow_the_reference(case, published, photographs,
         log_every=1, report_to="none", shard_records=5,
     )  # fmt: skip
     assert train(config) == 0
-    weights, averages, losses = reference_run(config, photographs)
+    model, averages, losses = reference_run(config, photographs)
+    weights = dict(model.named_parameters())
     trained = Path(config.pretrained_decoder_model_name_or_path if FOLDER[case["family"]] == "unet"
                    else config.pretrained_prior_model_name_or_path)  # fmt: skip
     start = load_file(trained / FOLDER[case["family"]] / "diffusion_pytorch_model.safetensors")
 
     checkpoint = tmp_path / "out" / f"checkpoint-{STEPS}"
     for kind, expected in (("weight", weights), ("ema", averages)):
-        ours = checkpoint_tensors(checkpoint, kind)
+        ours = published_order(model, checkpoint_tensors(checkpoint, kind))
         frozen = expected.keys() - ours.keys()
         assert frozen == ({"clip_mean", "clip_std"} if case["family"] == "kandinsky-prior" else set())
         distance = relative_distance(ours, {name: expected[name] for name in ours if has_gradient(config.family, name)}, start)
@@ -225,5 +226,4 @@ def test_weights_and_averages_follow_the_reference(case, published, photographs,
     exported = load_file(result / FOLDER[case["family"]] / "diffusion_pytorch_model.safetensors")
     assert exported.keys() == start.keys()
     for name, tensor in exported.items():
-        expected = start[name] if name in frozen else checkpoint_tensors(checkpoint, "ema")[name].view(tensor.shape)
-        assert torch.equal(tensor, expected), name
+        assert torch.equal(tensor, start[name] if name in frozen else ours[name]), name

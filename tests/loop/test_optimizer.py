@@ -8,7 +8,7 @@ from diffusers.training_utils import EMAModel
 
 from engine.config import TrainConfig
 from engine.loop.ema import Ema, decay_of_step
-from engine.loop.optimizer import ClippedAdamW, create_optimizer, learning_rates
+from engine.loop.optimizer import AdamW, create_optimizer, learning_rates
 from engine.processes import Processes
 
 ARGUMENTS = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -16,14 +16,20 @@ ARGUMENTS = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 def parameters() -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator).requires_grad_() for shape in ((3, 4), (5,), (1,))]
+    return [torch.randn(size, generator=generator).requires_grad_() for size in (12, 5, 1)]
+
+
+def adamw(weights: list[torch.Tensor], max_norm: float, sum_parts=None) -> AdamW:
+    optimizer = AdamW(weights, max_norm, sum_parts, **ARGUMENTS)
+    optimizer.create_state()
+    optimizer.set_learning_rate(ARGUMENTS["lr"])
+    return optimizer
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.1, 1e6])
 def test_steps_are_those_of_clipping_and_adamw(max_norm):
     ours, theirs = parameters(), parameters()
-    mine = ClippedAdamW(ours, max_norm, None, **ARGUMENTS)
-    mine.create_state()
+    mine = adamw(ours, max_norm)
     plain = torch.optim.AdamW(theirs, **ARGUMENTS)
     for step in range(5):
         for left, right in zip(ours, theirs, strict=True):
@@ -32,7 +38,7 @@ def test_steps_are_those_of_clipping_and_adamw(max_norm):
         mine.step()
         norm = torch.nn.utils.clip_grad_norm_(theirs, max_norm if max_norm else float("inf"))
         plain.step()
-        torch.testing.assert_close(mine.grad_norm, norm)
+        torch.testing.assert_close(mine.grad_norm, norm.view(1))
     for left, right in zip(ours, theirs, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-7)
 
@@ -40,25 +46,40 @@ def test_steps_are_those_of_clipping_and_adamw(max_norm):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_changes_nothing(value):
     weights = parameters()
-    optimizer = ClippedAdamW(weights, 1.0, None, **ARGUMENTS)
-    optimizer.create_state()
+    optimizer = adamw(weights, 1.0)
+    optimizer.averages = [weight.detach().clone() + 1 for weight in weights]
+    optimizer.ema_weight.fill_(0.5)
     before = [weight.detach().clone() for weight in weights]
     for weight in weights:
         weight.grad = torch.ones_like(weight)
-    weights[0].grad[0, 0] = value
+    weights[0].grad[0] = value
     optimizer.step()
-    for weight, old in zip(weights, before, strict=True):
+    for weight, old, average in zip(weights, before, optimizer.averages, strict=True):
         assert torch.equal(weight, old)
+        assert torch.equal(average, old + 1)
         assert torch.count_nonzero(optimizer.state[weight]["exp_avg"]) == 0
         assert float(optimizer.state[weight]["step"]) == 0
 
 
+def test_the_averages_and_the_training_weights_are_written_in_the_same_step():
+    weights = parameters()
+    optimizer, plain = adamw(weights, 1.0), Ema(weights, offload=False)
+    optimizer.averages = [weight.detach().clone() for weight in weights]
+    optimizer.weights = [weight.detach().bfloat16() for weight in weights]
+    for step in range(1, 6):
+        optimizer.ema_weight.fill_(1 - decay_of_step(step))
+        optimizer.apply([torch.full_like(weight, step) for weight in weights])
+        plain.update(step)
+    for weight, average, expected, low in zip(weights, optimizer.averages, plain.averages, optimizer.weights, strict=True):
+        torch.testing.assert_close(average, expected, rtol=1e-6, atol=1e-7)
+        assert torch.equal(low, weight.detach().bfloat16())
+
+
 def test_parts_of_the_norm_are_added():
     weights = parameters()[:1]
-    optimizer = ClippedAdamW(weights, 1.0, lambda square: square + 16.0, **ARGUMENTS)
-    optimizer.create_state()
+    optimizer = adamw(weights, 1.0, lambda square: square + 16.0)
     weights[0].grad = torch.zeros_like(weights[0])
-    weights[0].grad[0, 0] = 3.0
+    weights[0].grad[0] = 3.0
     optimizer.step()
     assert float(optimizer.grad_norm) == 5.0
 
@@ -89,6 +110,7 @@ def test_8bit_adam_clips_by_the_global_norm():
     before = ours[0].detach().clone()
     optimizer = create_optimizer(ours, config(use_8bit_adam=True, adam_weight_decay=0.0), None)
     optimizer.create_state()
+    optimizer.set_learning_rate(1e-3)
     ours[0].grad = torch.full((5000,), 3.0)
     optimizer.step()
     assert float(optimizer.grad_norm) == pytest.approx(3 * 5000**0.5)

@@ -41,15 +41,15 @@ def test_an_overflow_skips_the_step_and_lowers_the_scale(fp16_allowed, model, im
     after_step = trainer.Training._after_step
 
     def note(self, *arguments):
-        scales.append(self.sharded.loss_scale)
-        weights.append(self.sharded.masters[0].detach().clone())
+        scales.append(self.partition.loss_scale)
+        weights.append(self.partition.masters[0].detach().clone())
         after_step(self, *arguments)
 
     load = trainer.Training.__init__
 
     def with_huge_scale(self, *arguments):
         load(self, *arguments)
-        self.sharded.loss_scaler.cur_scale = 2.0**40
+        self.partition.loss_scaler.cur_scale = 2.0**40
 
     monkeypatch.setattr(trainer.Training, "_after_step", note)
     monkeypatch.setattr(trainer.Training, "__init__", with_huge_scale)

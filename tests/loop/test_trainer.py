@@ -94,9 +94,9 @@ def test_weights_come_back_after_validation(model, images, shards, tmp_path, mon
 
     def look(self, log):
         result = run_steps(self, log)
-        module = self.sharded.engine.module
+        module = self.partition.module
         before = [parameter.detach().clone() for parameter in module.parameters()]
-        with weights_in_place(self.sharded, self.ema.averages) as inner:
+        with weights_in_place(self.partition, self.ema.averages) as inner:
             seen.append(any(not torch.equal(a, b) for a, b in zip(before, inner.parameters(), strict=True)))
             assert not inner.training
         seen.append(all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True)))

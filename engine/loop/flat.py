@@ -1,0 +1,73 @@
+"""One process: weights, masters, moments and gradients in flat buffers, without DeepSpeed.
+
+The module's weights are views of one buffer in the training precision. Nothing moves and nothing is read by the host, so that
+a whole optimizer step can be captured as one CUDA graph.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.config import TrainConfig
+from engine.loop.optimizer import AdamW, create_optimizer
+from engine.loop.partition import Partition, Slice
+from engine.models.family import PRECISIONS
+from engine.processes import Processes
+
+ALIGNMENT = 64  # elements: every parameter begins on a 128-byte line, also in bf16
+
+
+class FlatPartition(Partition):
+    """All trained weights of a single process.
+
+    In fp32 the module's weights are the masters themselves; in bf16 the optimizer writes both.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig, processes: Processes) -> None:
+        super().__init__(model, processes)
+        dtype, device = PRECISIONS[config.mixed_precision], processes.device
+        offset = 0
+        for parameter, name in self.names.items():
+            self.slices.append(Slice(name, parameter.shape, 0, parameter.numel(), 0, offset))
+            offset += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+        master = torch.zeros(offset, dtype=torch.float32, device=device)
+        self.masters = [master]
+        for piece, parameter in zip(self.slices, self.names, strict=True):
+            self.view(piece, self.masters).copy_(parameter.detach().view(-1))
+        self.weights = master if dtype == torch.float32 else master.to(dtype)
+        model.to(device, dtype)
+        for parameter, view in zip(self.names, self._views(self.weights), strict=True):
+            parameter.data = view
+        # Micro-batches add up in fp32; a single one needs no more than its own precision.
+        self.gradient = torch.zeros_like(master, dtype=dtype if config.gradient_accumulation_steps == 1 else torch.float32)
+        self.gradient_views = self._views(self.gradient)
+        self.optimizer = create_optimizer([master], config, None)
+        assert isinstance(self.optimizer, AdamW)
+        self.optimizer.create_state()
+        if self.weights is not master:
+            self.optimizer.weights = [self.weights]
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        return [self.view(piece, [flat]).view(piece.shape) for piece in self.slices]
+
+    def predict(self, *arguments: Any, **named: Any) -> Any:
+        return self.module(*arguments, **named)
+
+    def backward(self, prediction: Tensor, gradient: Tensor, first: bool) -> None:
+        self.receive(torch.autograd.grad(prediction, self.parameters, gradient, materialize_grads=True), first)
+
+    def receive(self, gradients: Sequence[Tensor], first: bool) -> None:
+        if first:
+            torch._foreach_copy_(self.gradient_views, list(gradients))
+        else:
+            torch._foreach_add_(self.gradient_views, list(gradients))
+
+    def update(self, last: bool) -> None:
+        if last:
+            self.optimizer.apply([self.gradient])
+
+    def refresh_weights(self) -> None:
+        if self.weights is not self.masters[0]:
+            self.weights.copy_(self.masters[0])

@@ -1,0 +1,98 @@
+"""What this process keeps of the trained weights in fp32, and where: the common part of `flat.py` and `zero.py`."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.processes import Processes
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A run of elements of a flattened parameter, and where this process keeps it: in which flat tensor, from where."""
+
+    name: str
+    shape: torch.Size
+    start: int
+    length: int
+    holder: int
+    offset: int
+
+
+class Partition(ABC):
+    """The trained module and its fp32 weights as this process holds them.
+
+    module: the trained module, in the training precision.
+    parameters: those of its parameters that are trained.
+    masters: flat fp32 tensors that the optimizer updates.
+    slices: which parameter's elements lie where in `masters`; the same places hold its moments and its moving average.
+    frozen: parameters that are not trained, in fp32 on the host, by name.
+    optimizer: as `optimizer.create_optimizer` gives it.
+    """
+
+    optimizer: Any
+    masters: list[Tensor]
+
+    def __init__(self, model: nn.Module, processes: Processes) -> None:
+        self.module, self.processes = model, processes
+        self.frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+        self.names: dict[nn.Parameter, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters: list[Tensor] = list(self.names)
+        self.shapes = {name: parameter.shape for parameter, name in self.names.items()}
+        self.slices: list[Slice] = []
+
+    @abstractmethod
+    def predict(self, *arguments: Any, **named: Any) -> Any:
+        """Calls the module."""
+
+    @abstractmethod
+    def backward(self, prediction: Tensor, gradient: Tensor, first: bool) -> None:
+        """Differentiates a micro-batch's prediction, whose gradient is complete, and adds to the gradients of the step."""
+
+    @abstractmethod
+    def receive(self, gradients: Sequence[Tensor], first: bool) -> None:
+        """Adds a micro-batch's gradients of `parameters` to those of the step, which its first micro-batch begins."""
+
+    @abstractmethod
+    def update(self, last: bool) -> None:
+        """To be called after every micro-batch; after a step's last, the optimizer moves the weights."""
+
+    def view(self, piece: Slice, tensors: list[Tensor]) -> Tensor:
+        """The elements of a slice in tensors laid out as `masters`."""
+        return tensors[piece.holder].detach().view(-1)[piece.offset : piece.offset + piece.length]
+
+    def moments(self, kind: str) -> list[Tensor]:
+        """A tensor of the optimizer's state for each of `masters`."""
+        return [self.optimizer.state[master][kind] for master in self.masters]
+
+    def gather(self, tensors: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Whole parameters, one at a time, from tensors laid out as `masters`. Every process must iterate to the end."""
+        if self.processes.world == 1:
+            for piece in self.slices:
+                yield piece.name, self.view(piece, tensors).view(piece.shape)
+            return
+        pieces = {piece.name: piece for piece in self.slices}
+        for name, shape in self.shapes.items():
+            # Every element is held once, so that adding the parts over processes moves it without rounding.
+            whole = torch.zeros(shape.numel(), dtype=torch.float32, device=self.processes.device)
+            if name in pieces:
+                piece = pieces[name]
+                whole[piece.start : piece.start + piece.length] = self.view(piece, tensors).to(whole.device)
+            yield name, self.processes.sum_(whole).view(shape)
+
+    @abstractmethod
+    def refresh_weights(self) -> None:
+        """Makes the module's weights follow `masters` after these were loaded."""
+
+    @property
+    def loss_scaler(self) -> Any:
+        """DeepSpeed's loss scaler under fp16, else None."""
+        return None
+
+    @property
+    def loss_scale(self) -> float:
+        return float(self.loss_scaler.cur_scale) if self.loss_scaler else 1.0
