@@ -3,6 +3,7 @@
 from engine.kernels.adamw_ema import adamw_ema_
 from engine.kernels.add_noise import add_noise
 from engine.kernels.diffusion_loss import diffusion_loss
+from engine.kernels.group_norm_silu import group_norm_silu
 from engine.kernels.square_sum import square_sum
 
-__all__ = ["adamw_ema_", "add_noise", "diffusion_loss", "square_sum"]
+__all__ = ["adamw_ema_", "add_noise", "diffusion_loss", "group_norm_silu", "square_sum"]

@@ -2,7 +2,7 @@
 
 A directory checkpoint-N holds, per process, rank-R.safetensors with the slices it keeps in fp32: tensors named
 `kind/parameter@start`, with kind `weight`, a moment of the optimizer or `ema`, flattened, `start` the first element within the
-parameter (a convolution's weights count as `models/channels_last.py` stores them). state.json holds the step and what the run
+parameter (parameters are those of the training form, `models/training_form.py`). state.json holds the step and what the run
 was; manifest.json the digest of every file. No pickle is written or opened.
 """
 

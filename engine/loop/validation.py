@@ -15,9 +15,9 @@ from engine.config import TrainConfig
 from engine.errors import UserError, first_line
 from engine.files import PARTIAL, discard, sync
 from engine.loop.partition import Partition
-from engine.models.channels_last import as_published
 from engine.models.family import Family
 from engine.models.published import use_portable_names
+from engine.models.training_form import to_published_form
 from engine.picture import labelled_grid, save_png
 from engine.processes import Processes
 
@@ -82,7 +82,7 @@ def export(config: TrainConfig, family: Family, partition: Partition, tensors: l
         module: Any = partition.module
         with torch.device("meta"):
             model = type(module).from_config(module.config)
-        weights = as_published(module, {**partition.frozen, **state})
+        weights = to_published_form(module, {**partition.frozen, **state})
         model.load_state_dict({**dict(module.named_buffers()), **weights}, assign=True, strict=False)
         output = Path(config.output_dir) / family.result
         output.mkdir(exist_ok=True)

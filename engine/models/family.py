@@ -16,7 +16,7 @@ from engine.config import CacheConfig, TrainConfig
 from engine.data.shards import Field
 from engine.diffusion import Schedule
 from engine.errors import UserError, first_line
-from engine.models.channels_last import store_channels_last
+from engine.models.training_form import to_training_form
 
 PREVIEW_STEPS = 20  # of the last stage's sampling in validation images, as in the scripts
 
@@ -135,7 +135,7 @@ class Family(ABC):
                     f"--enable_xformers_memory_efficient_attention: {first_line(error)}; install the extra `xformers`, or "
                     "leave the option out and use torch's attention"
                 ) from None
-        store_channels_last(model)
+        to_training_form(model, fuse_projections=not self.training.enable_xformers_memory_efficient_attention)
         return model.train()
 
 

@@ -60,15 +60,26 @@ def checkpoint_tensors(checkpoint: Path, kind: str) -> dict[str, torch.Tensor]:
     return {name: torch.cat([parts[start] for start in sorted(parts)]) for name, parts in pieces.items()}
 
 
+FUSED = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v"), "to_added_kv": ("add_k_proj", "add_v_proj")}
+
+
 def published_order(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of a checkpoint, whose convolutions are channels last, in the order and shape of the published model."""
+    """Tensors of a checkpoint (convolutions channels last, projections fused) as the published model has them."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d)}
     result = {}
     for name, tensor in tensors.items():
-        out, *rest = shapes[name]
-        stored = tensor.view(out, *rest[1:], rest[0]).movedim(-1, 1) if name in turned else tensor
-        result[name] = stored.reshape(shapes[name])
+        path, _, kind = name.rpartition(".")
+        path, _, layer = path.rpartition(".")
+        if layer in FUSED:
+            names = [f"{path}.{part}.{kind}" for part in FUSED[layer]]
+            for part, piece in zip(names, tensor.split([shapes[part].numel() for part in names]), strict=True):
+                result[part] = piece.view(shapes[part])
+        elif name in turned:
+            out, rest, height, width = shapes[name]
+            result[name] = tensor.view(out, height, width, rest).permute(0, 3, 1, 2)
+        else:
+            result[name] = tensor.view(shapes[name])
     return result
 
 

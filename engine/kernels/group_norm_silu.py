@@ -1,0 +1,274 @@
+"""engine::group_norm_silu: y = silu(groupnorm(x) * weight + bias) for tensors stored channels last, and its backward pass.
+
+Group normalisation as in arXiv:1803.08494. Weight and bias are given per sample, so that a time embedding's scale and shift
+fold into them. One program owns one group of one sample and walks over its positions twice: for the statistics, and for the
+result. What it read first it finds again in the second-level cache, because the programs that run at a time own no more than
+that holds.
+
+Per element of a bf16 tensor, from memory: forward 2 bytes read and 2 written; backward 4 read and 2 written. Separate kernels
+(to contiguous, statistics, normalise, SiLU, and back) move 16 forward.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE_ELEMENTS = 4096
+LARGE_GROUP = 32 * 1024  # elements; such a group is worth twice the threads
+
+
+@triton.jit
+def _tile(start, positions, CHANNELS: tl.constexpr, GROUP: tl.constexpr, POSITIONS: tl.constexpr, WIDTH: tl.constexpr):
+    """Offsets [POSITIONS, WIDTH] within a group and which of them exist."""
+    position = (start + tl.arange(0, POSITIONS))[:, None]
+    channel = tl.arange(0, WIDTH)[None, :]
+    return position * CHANNELS + channel, (position < positions) & (channel < GROUP)
+
+
+@triton.jit
+def _affine(weight_pointer, bias_pointer, sample, weight_stride, bias_stride, group, GROUP: tl.constexpr, WIDTH: tl.constexpr):
+    """Weight and bias of this sample and group, fp32 [1, WIDTH]."""
+    channel = tl.arange(0, WIDTH)
+    inside = channel < GROUP
+    place = group * GROUP + channel
+    weight = tl.load(weight_pointer + sample * weight_stride + place, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(bias_pointer + sample * bias_stride + place, mask=inside, other=0.0).to(tl.float32)
+    return weight[None, :], bias[None, :]
+
+
+@triton.jit
+def group_norm_silu_kernel(
+    y_pointer, mean_pointer, rstd_pointer, x_pointer, weight_pointer, bias_pointer, weight_stride, bias_stride,
+    positions, epsilon,
+    SILU: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr, POSITIONS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    group, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    first = sample * positions * CHANNELS + group * GROUP
+    # Sums of differences from one of the values: the variance then keeps its digits whatever the mean.
+    shift = tl.load(x_pointer + first).to(tl.float32)
+    total = tl.zeros((POSITIONS, WIDTH), tl.float32)
+    squares = tl.zeros((POSITIONS, WIDTH), tl.float32)
+    for start in range(0, positions, POSITIONS):
+        offset, exists = _tile(start, positions, CHANNELS, GROUP, POSITIONS, WIDTH)
+        x = tl.load(x_pointer + first + offset, mask=exists, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        difference = tl.where(exists, x - shift, 0.0)
+        total += difference
+        squares += difference * difference
+    count = positions * GROUP
+    difference = tl.sum(total) / count
+    rstd = 1 / tl.sqrt(tl.maximum(tl.sum(squares) / count - difference * difference, 0.0) + epsilon)
+    mean = shift + difference
+    tl.store(mean_pointer + sample * (CHANNELS // GROUP) + group, mean)
+    tl.store(rstd_pointer + sample * (CHANNELS // GROUP) + group, rstd)
+
+    weight, bias = _affine(weight_pointer, bias_pointer, sample, weight_stride, bias_stride, group, GROUP, WIDTH)
+    for start in range(0, positions, POSITIONS):
+        offset, exists = _tile(start, positions, CHANNELS, GROUP, POSITIONS, WIDTH)
+        x = tl.load(x_pointer + first + offset, mask=exists, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        y = (x - mean) * rstd * weight + bias
+        if SILU:
+            y *= tl.sigmoid(y)
+        tl.store(y_pointer + first + offset, y, mask=exists)
+
+
+@triton.jit
+def _before_activation(y_gradient, normalised, weight, bias, SILU: tl.constexpr):
+    """The gradient with respect to what the activation was given."""
+    if SILU:
+        given = normalised * weight + bias
+        sigmoid = tl.sigmoid(given)
+        y_gradient *= sigmoid * (1 + given * (1 - sigmoid))
+    return y_gradient
+
+
+@triton.jit
+def group_norm_silu_backward_kernel(
+    x_gradient_pointer, weight_gradient_pointer, bias_gradient_pointer, y_gradient_pointer, x_pointer, weight_pointer,
+    bias_pointer, mean_pointer, rstd_pointer, weight_stride, bias_stride, positions,
+    SILU: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr, POSITIONS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    group, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    first = sample * positions * CHANNELS + group * GROUP
+    mean = tl.load(mean_pointer + sample * (CHANNELS // GROUP) + group)
+    rstd = tl.load(rstd_pointer + sample * (CHANNELS // GROUP) + group)
+    weight, bias = _affine(weight_pointer, bias_pointer, sample, weight_stride, bias_stride, group, GROUP, WIDTH)
+    bias_sum = tl.zeros((POSITIONS, WIDTH), tl.float32)
+    weight_sum = tl.zeros((POSITIONS, WIDTH), tl.float32)
+    for start in range(0, positions, POSITIONS):
+        offset, exists = _tile(start, positions, CHANNELS, GROUP, POSITIONS, WIDTH)
+        x = tl.load(x_pointer + first + offset, mask=exists, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        gradient = tl.load(y_gradient_pointer + first + offset, mask=exists, other=0.0, eviction_policy="evict_last")
+        normalised = (x - mean) * rstd
+        gradient = _before_activation(gradient.to(tl.float32), normalised, weight, bias, SILU)
+        bias_sum += gradient
+        weight_sum += gradient * normalised
+    bias_gradient, weight_gradient = tl.sum(bias_sum, 0), tl.sum(weight_sum, 0)
+    channel = tl.arange(0, WIDTH)
+    place = sample * CHANNELS + group * GROUP + channel
+    tl.store(bias_gradient_pointer + place, bias_gradient, mask=channel < GROUP)
+    tl.store(weight_gradient_pointer + place, weight_gradient, mask=channel < GROUP)
+
+    count = positions * GROUP
+    average = tl.sum(weight * bias_gradient[None, :]) / count
+    along = tl.sum(weight * weight_gradient[None, :]) / count
+    for start in range(0, positions, POSITIONS):
+        offset, exists = _tile(start, positions, CHANNELS, GROUP, POSITIONS, WIDTH)
+        x = tl.load(x_pointer + first + offset, mask=exists, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        gradient = tl.load(y_gradient_pointer + first + offset, mask=exists, other=0.0, eviction_policy="evict_first")
+        normalised = (x - mean) * rstd
+        gradient = _before_activation(gradient.to(tl.float32), normalised, weight, bias, SILU)
+        tl.store(x_gradient_pointer + first + offset, rstd * (weight * gradient - average - normalised * along), mask=exists)
+
+
+def tiling(x: Tensor, groups: int) -> dict[str, int]:
+    """The constants of a launch for x [B, C, ...]: the channels of a group, and the positions of a tile."""
+    channels = x.shape[1]
+    group = channels // groups
+    width = triton.next_power_of_2(group)
+    positions = x.shape[2:].numel()
+    return {
+        "CHANNELS": channels, "GROUP": group, "WIDTH": width,
+        "POSITIONS": min(max(TILE_ELEMENTS // width, 1), triton.next_power_of_2(positions)),
+        "num_warps": 16 if positions * group >= LARGE_GROUP else 8,
+    }  # fmt: skip
+
+
+def channels_innermost(tensor: Tensor) -> Tensor:
+    """`tensor` [B, C, ...] itself where its memory is [B, ..., C], else a copy that is so."""
+    turned = tensor.movedim(1, -1)
+    return tensor if turned.is_contiguous() else turned.contiguous().movedim(-1, 1)
+
+
+def launch_group_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, epsilon: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs the Triton kernel; arguments as `group_norm_silu`."""
+    x = channels_innermost(x)
+    y = torch.empty_like(x)
+    mean, rstd = (torch.empty(x.shape[0], groups, dtype=torch.float32, device=x.device) for _ in range(2))
+    group_norm_silu_kernel[(groups, x.shape[0])](
+        y, mean, rstd, x, weight, bias, weight.stride(0), bias.stride(0), x.shape[2:].numel(), epsilon, SILU=silu,
+        **tiling(x, groups),
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+def launch_group_norm_silu_backward(
+    y_gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs the Triton kernel; arguments as `group_norm_silu_backward`."""
+    x = channels_innermost(x)
+    x_gradient = torch.empty_like(x)
+    weight_gradient, bias_gradient = (torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for _ in range(2))
+    group_norm_silu_backward_kernel[(groups, x.shape[0])](
+        x_gradient, weight_gradient, bias_gradient, channels_innermost(y_gradient), x, weight, bias, mean, rstd,
+        weight.stride(0), bias.stride(0), x.shape[2:].numel(), SILU=silu, **tiling(x, groups),
+    )  # fmt: skip
+    return x_gradient, weight_gradient, bias_gradient
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """At least fp32; double precision stays, for checks of the formulas."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def reference_group_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, epsilon: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """silu(groupnorm(x) * weight + bias), or without the activation.
+
+    Args:
+        x: [B, C, ...] in bf16, fp16 or fp32; memory is best [B, ..., C] (channels last).
+        weight, bias: [B, C], strided over B at will (0 to share them), contiguous over C.
+
+    Returns:
+        y in the shape and dtype of x, channels last; mean and 1 / standard deviation of the groups, fp32 [B, groups].
+    """
+    wide = channels_innermost(_wide(x))
+    grouped = wide.unflatten(1, (groups, -1)).flatten(2)
+    mean = grouped.mean(2)
+    rstd = (grouped.var(2, correction=0) + epsilon).rsqrt()
+    per_channel = [*weight.shape, *[1] * (x.dim() - 2)]
+    normalised = (wide - _per_channel(mean, x)) * _per_channel(rstd, x)
+    y = normalised * _wide(weight).view(per_channel) + _wide(bias).view(per_channel)
+    return channels_innermost((F.silu(y) if silu else y).to(x.dtype)), mean, rstd
+
+
+def _per_channel(statistic: Tensor, x: Tensor) -> Tensor:
+    """[B, groups] as [B, C, 1, ...]."""
+    repeated = statistic.repeat_interleave(x.shape[1] // statistic.shape[1], 1)
+    return repeated.view(*repeated.shape, *[1] * (x.dim() - 2))
+
+
+def reference_group_norm_silu_backward(
+    y_gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients with respect to x (its shape and dtype), weight and bias (fp32 [B, C], per sample)."""
+    wide, gradient = channels_innermost(_wide(x)), _wide(y_gradient)
+    per_channel = [*weight.shape, *[1] * (x.dim() - 2)]
+    spatial = list(range(2, x.dim()))
+    scale = _wide(weight).view(per_channel)
+    normalised = (wide - _per_channel(mean, x)) * _per_channel(rstd, x)
+    if silu:
+        given = normalised * scale + _wide(bias).view(per_channel)
+        sigmoid = given.sigmoid()
+        gradient = gradient * sigmoid * (1 + given * (1 - sigmoid))
+    bias_gradient, weight_gradient = gradient.sum(spatial), (gradient * normalised).sum(spatial)
+    count = x[0, 0].numel() * x.shape[1] // groups
+    average, along = (
+        (_wide(weight) * sums).unflatten(1, (groups, -1)).sum(2) / count for sums in (bias_gradient, weight_gradient)
+    )
+    x_gradient = _per_channel(rstd, x) * (scale * gradient - _per_channel(average, x) - normalised * _per_channel(along, x))
+    return channels_innermost(x_gradient.to(x.dtype)), weight_gradient, bias_gradient
+
+
+_forward = torch.library.custom_op("engine::group_norm_silu", reference_group_norm_silu, mutates_args=())
+_forward.register_kernel("cuda")(launch_group_norm_silu)
+_backward = torch.library.custom_op("engine::group_norm_silu_backward", reference_group_norm_silu_backward, mutates_args=())
+_backward.register_kernel("cuda")(launch_group_norm_silu_backward)
+
+
+def _empty_channels_innermost(x: Tensor) -> Tensor:
+    return torch.empty_like(x.movedim(1, -1), memory_format=torch.contiguous_format).movedim(-1, 1)
+
+
+@_forward.register_fake
+def _(x, weight, bias, groups, epsilon, silu):
+    statistic = x.new_empty((x.shape[0], groups), dtype=torch.promote_types(x.dtype, torch.float32))
+    return _empty_channels_innermost(x), statistic, statistic.clone()
+
+
+@_backward.register_fake
+def _(y_gradient, x, weight, bias, mean, rstd, groups, silu):
+    per_sample = x.new_empty(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32))
+    return _empty_channels_innermost(x), per_sample, per_sample.clone()
+
+
+def _keep(ctx, inputs, output):
+    x, weight, bias, groups, _, silu = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, weight, bias, mean, rstd)
+    ctx.groups, ctx.silu = groups, silu
+
+
+def _differentiate(ctx, y_gradient, _mean, _rstd):
+    x, weight, bias, mean, rstd = ctx.saved_tensors
+    x_gradient, weight_gradient, bias_gradient = _backward(y_gradient, x, weight, bias, mean, rstd, ctx.groups, ctx.silu)
+    return x_gradient, weight_gradient.to(weight.dtype), bias_gradient.to(bias.dtype), None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, epsilon: float, silu: bool = True) -> Tensor:
+    """silu(groupnorm(x) * weight + bias), differentiable; the activation can be left out.
+
+    Args:
+        x: [B, C, ...], best stored channels last.
+        weight, bias: [C] for all samples, or [B, C].
+    """
+    weight, bias = (tensor.expand(x.shape[:2]) for tensor in (weight, bias))
+    return _forward(x, weight, bias, groups, epsilon, silu)[0]

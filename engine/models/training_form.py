@@ -1,0 +1,216 @@
+"""The form in which diffusers' models train fastest: other modules around the same weights, turned back when they are saved.
+
+- Convolution weights are stored channels last, (out, height, width, in), as tensor cores read them. A `memory_format` would not
+  survive a flat buffer, which holds parameters in logical order; so the parameter itself has that shape, and the convolution
+  sees it permuted back. Activations follow the weights.
+- Residual blocks keep activations channels last (diffusers copies the input of a shortcut to contiguous memory and back), and
+  their group normalisations take the SiLU, and a time embedding's scale and shift, into the same pass.
+- Projections of the same tokens are one matrix product: queries, keys and values, or keys and values alone.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from engine.kernels import group_norm_silu
+
+# Compiled models leave group normalisation to inductor, which fuses it with what is around it, until a measurement says
+# otherwise (docs/performance.md).
+FUSE_NORMS_WHEN_COMPILED = False
+
+# What is fused -> the published projections that it stacks.
+PROJECTIONS = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_kv": ("add_k_proj", "add_v_proj"),
+}
+
+
+class ChannelsLastConv2d(nn.Conv2d):
+    """A convolution whose `weight` is stored as [out, height, width, in]."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, weight.permute(0, 3, 1, 2), bias)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation, `silu` with the activation, for tensors [B, C, ...] stored channels last."""
+
+    silu = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        return normalise(self, input, self.silu)
+
+
+class ResnetBlock(ResnetBlock2D):
+    """diffusers' residual block: norm, SiLU, convolution, twice, with the time embedding in between."""
+
+    def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        hidden, shortcut = normalise(self.norm1, input_tensor, True), input_tensor
+        for resize in (self.upsample, self.downsample):
+            if resize is not None:
+                hidden, shortcut = resize(hidden), resize(shortcut)
+        hidden = self.conv1(hidden)
+        if self.time_emb_proj is not None:
+            temb = self.time_emb_proj(temb if self.skip_time_act else F.silu(temb))
+        if self.time_embedding_norm == "scale_shift":
+            scale, shift = temb.chunk(2, dim=1)
+            hidden = normalise(self.norm2, hidden, True, scale, shift)
+        else:
+            hidden = normalise(self.norm2, hidden if temb is None else hidden + temb[:, :, None, None], True)
+        hidden = self.conv2(self.dropout(hidden))
+        if self.conv_shortcut is not None:
+            shortcut = self.conv_shortcut(shortcut)
+        return (shortcut + hidden) / self.output_scale_factor
+
+
+def fuses_norms(x: Tensor) -> bool:
+    """Whether group normalisation runs as our kernel."""
+    return x.is_cuda and (FUSE_NORMS_WHEN_COMPILED or not torch.compiler.is_compiling())
+
+
+def normalise(norm: nn.GroupNorm, x: Tensor, silu: bool, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    """y = norm(x), then y (1 + scale) + shift with a time embedding's [B, C] values if there are any, then SiLU."""
+    if fuses_norms(x):
+        weight: Tensor = norm.weight
+        bias: Tensor = norm.bias
+        if scale is not None and shift is not None:
+            factor = 1 + scale.float()
+            weight, bias = weight * factor, bias * factor + shift
+        return group_norm_silu(x, weight, bias, norm.num_groups, norm.eps, silu)
+    y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    if scale is not None and shift is not None:
+        y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+    return F.silu(y) if silu else y
+
+
+class FusedAttention(Attention):
+    """diffusers' attention over hidden states [B, N, C] or [B, C, H, W], with its projections fused.
+
+    Queries attend to the hidden states themselves, or to `encoder_hidden_states`; with added projections (Kandinsky's decoder)
+    to both.
+    """
+
+    to_qkv: nn.Linear
+    to_kv: nn.Linear
+    to_added_kv: nn.Linear
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **unused: Any,
+    ) -> Tensor:
+        residual = hidden_states
+        if hidden_states.dim() == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        batch, tokens, _ = hidden_states.shape
+        if self.group_norm is not None:
+            hidden_states = self.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+
+        keys_and_values: list[tuple[Tensor, ...]] = []
+        if hasattr(self, "to_added_kv"):
+            keys_and_values.append(self._heads(self.to_added_kv(context), 2))
+        if hasattr(self, "to_qkv"):
+            query, *own = self._heads(self.to_qkv(hidden_states), 3)
+            keys_and_values.append(tuple(own))
+        else:
+            (query,) = self._heads(self.to_q(hidden_states), 1)
+        if hasattr(self, "to_kv"):
+            keys_and_values.append(self._heads(self.to_kv(context), 2))
+        key, value = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2) for parts in zip(*keys_and_values, strict=True))
+        if attention_mask is not None:
+            # diffusers repeats it for every head; one of them broadcasts.
+            attention_mask = self.prepare_attention_mask(attention_mask, key.shape[2], batch)
+            attention_mask = attention_mask.view(batch, self.heads, -1, attention_mask.shape[-1])[:, :1]
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        projection, dropout = self.to_out
+        attended = dropout(projection(attended.transpose(1, 2).reshape(batch, tokens, -1)))
+        if residual.dim() == 4:
+            attended = attended.transpose(1, 2).reshape(residual.shape)
+        if self.residual_connection:
+            attended = attended + residual
+        return attended / self.rescale_output_factor
+
+    def _heads(self, projected: Tensor, number: int) -> tuple[Tensor, ...]:
+        """[B, N, number * C] as `number` tensors [B, heads, N, head size]."""
+        split = projected.unflatten(-1, (number, self.heads, -1))
+        return split.permute(2, 0, 3, 1, 4).unbind()
+
+
+def to_training_form(model: Any, fuse_projections: bool) -> None:
+    """Changes a diffusers model in place.
+
+    Args:
+        fuse_projections: not where attention is another library's (xFormers).
+    """
+    self_attentions = {block.attn1 for block in model.modules()
+                       if isinstance(block, BasicTransformerBlock) and not block.only_cross_attention}  # fmt: skip
+    for module in list(model.modules()):
+        if type(module) is nn.Conv2d:
+            module.__class__ = ChannelsLastConv2d
+            turned = module.weight.detach().permute(0, 2, 3, 1)
+            # A clone and not .contiguous(), which leaves odd strides to dimensions of size one.
+            module.weight = nn.Parameter(turned.clone(memory_format=torch.contiguous_format), module.weight.requires_grad)
+        elif type(module) is nn.GroupNorm:
+            module.__class__ = GroupNorm
+        elif type(module) is ResnetBlock2D and isinstance(module.nonlinearity, nn.SiLU):
+            module.__class__ = ResnetBlock
+        elif type(module) is Attention and fuse_projections and _is_plain(module):
+            _fuse(module, module in self_attentions)
+    if isinstance(getattr(model, "conv_norm_out", None), GroupNorm) and isinstance(model.conv_act, nn.SiLU):
+        model.conv_norm_out.silu, model.conv_act = True, nn.Identity()
+
+
+def _is_plain(attn: Any) -> bool:
+    """Whether an attention has none of the parts that `FusedAttention` leaves out."""
+    extras = (attn.spatial_norm, attn.norm_cross, attn.norm_q, attn.norm_k)
+    return all(extra is None or extra is False for extra in extras)
+
+
+def _fuse(attn: Any, attends_to_itself: bool) -> None:
+    has_added = attn.add_k_proj is not None
+    if has_added:
+        _stack(attn, "to_added_kv")
+        attn.residual_connection = True  # always, for this kind
+    if not attn.only_cross_attention:
+        _stack(attn, "to_qkv" if has_added or attends_to_itself else "to_kv")
+    attn.__class__ = FusedAttention
+
+
+def _stack(attn: Any, name: str) -> None:
+    """Replaces projections by one linear layer that gives all of them."""
+    layers = [getattr(attn, part) for part in PROJECTIONS[name]]
+    first, outputs = layers[0], sum(layer.out_features for layer in layers)
+    with torch.device("meta"):
+        fused = nn.Linear(first.in_features, outputs, bias=first.bias is not None)
+    for kind in ("weight", "bias") if first.bias is not None else ("weight",):
+        setattr(fused, kind, nn.Parameter(torch.cat([getattr(layer, kind).detach() for layer in layers])))
+    for part in PROJECTIONS[name]:
+        delattr(attn, part)
+    setattr(attn, name, fused)
+
+
+def to_published_form(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors laid out as the parameters of a model in training form, by name, as the published model has them."""
+    turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, ChannelsLastConv2d)}
+    result: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        path, _, kind = name.rpartition(".")
+        path, _, layer = path.rpartition(".")
+        if name in turned:
+            result[name] = tensor.permute(0, 3, 1, 2).contiguous()
+        elif layer in PROJECTIONS:
+            parts = PROJECTIONS[layer]
+            for part, piece in zip(parts, tensor.chunk(len(parts)), strict=True):
+                result[f"{path}.{part}.{kind}"] = piece.contiguous()
+        else:
+            result[name] = tensor
+    return result

@@ -1,0 +1,119 @@
+"""engine::group_norm_silu: kernels and reference against double precision, forward and backward, and under torch.library."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from engine.kernels import group_norm_silu
+from engine.kernels.group_norm_silu import (
+    _backward,
+    _forward,
+    launch_group_norm_silu,
+    launch_group_norm_silu_backward,
+    reference_group_norm_silu,
+    reference_group_norm_silu_backward,
+)
+from tests.kernels.cases import DEVICE, DTYPES, run_kernels, with_layout
+
+EPSILON = 1e-5
+SIDES = [
+    pytest.param((launch_group_norm_silu, launch_group_norm_silu_backward), id="triton", marks=run_kernels),
+    pytest.param((reference_group_norm_silu, reference_group_norm_silu_backward), id="reference"),
+]
+# Channels per group: 10, as at SD's highest resolution; 3; 40, 12 and 1. Positions: a square, odd, and tokens of attention.
+SHAPES = [((2, 20, 8, 8), 2), ((3, 6, 5, 7), 2), ((1, 80, 3, 3), 2), ((2, 24, 17), 2), ((2, 4, 3, 3), 4)]
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+class Case:
+    """Inputs, and results in double precision by torch's own operations."""
+
+    def __init__(self, shape, groups, dtype, layout="channels_last", silu=True, shared=False, mean=0.0) -> None:
+        generator = torch.Generator().manual_seed(sum(shape))
+        self.groups, self.silu = groups, silu
+        self.x = with_layout((torch.randn(shape, generator=generator) + mean).to(dtype).to(DEVICE), layout)
+        self.y_gradient = with_layout(torch.randn(shape, generator=generator).to(dtype).to(DEVICE), layout)
+        rows = 1 if shared else shape[0]
+        self.weight, self.bias = (
+            torch.randn(rows, shape[1], generator=generator).to(dtype).to(DEVICE).expand(shape[:2]) for _ in range(2)
+        )
+        x, weight, bias = (tensor.detach().cpu().double().requires_grad_() for tensor in (self.x, self.weight, self.bias))
+        per_channel = (*shape[:2], *[1] * (len(shape) - 2))
+        y = F.group_norm(x, groups, eps=EPSILON) * weight.view(per_channel) + bias.view(per_channel)
+        self.y = F.silu(y) if silu else y
+        self.y.backward(self.y_gradient.cpu().double())
+        self.gradients = [x.grad, weight.grad, bias.grad]
+
+    def check(self, side, tolerance) -> None:
+        forward, backward = side
+        y, mean, rstd = forward(self.x, self.weight, self.bias, self.groups, EPSILON, self.silu)
+        assert y.dtype == self.x.dtype
+        assert y.movedim(1, -1).is_contiguous()
+        torch.testing.assert_close(y.cpu().double(), self.y.detach(), rtol=tolerance, atol=tolerance)
+        results = backward(self.y_gradient, self.x, self.weight, self.bias, mean, rstd, self.groups, self.silu)
+        for name, result, exact in zip(("x", "weight", "bias"), results, self.gradients, strict=True):
+            size = float(exact.abs().max())
+            torch.testing.assert_close(result.cpu().double(), exact, rtol=tolerance, atol=tolerance * size, msg=name)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize(("shape", "groups"), SHAPES)
+def test_results_are_those_of_double_precision(side, dtype, silu, shape, groups):
+    Case(shape, groups, dtype, silu=silu).check(side, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+def test_other_memory_formats_are_copied(side, layout):
+    Case((2, 20, 8, 8), 2, torch.float32, layout=layout).check(side, 2e-5)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_groups_larger_than_a_tile(side):
+    Case((1, 20, 40, 30), 2, torch.float32, shared=True).check(side, 5e-5)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_the_variance_survives_a_mean_a_thousand_times_larger(side):
+    case = Case((2, 12, 16, 16), 2, torch.float32, mean=1000.0)
+    y = side[0](case.x, case.weight, case.bias, 2, EPSILON, True)[0]
+    torch.testing.assert_close(y.cpu().double(), case.y.detach(), rtol=1e-3, atol=1e-3)
+
+
+class _Kernels(torch.autograd.Function):
+    """The Triton kernels under autograd, on whatever device they run."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        y, mean, rstd = launch_group_norm_silu(x, weight, bias, 2, EPSILON, True)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx, y_gradient):
+        return launch_group_norm_silu_backward(y_gradient, *ctx.saved_tensors, 2, True)
+
+
+@run_kernels
+@pytest.mark.filterwarnings("ignore:Input .* requires gradient and is not a double precision")
+def test_the_kernels_gradients_are_those_of_finite_differences():
+    case = Case((1, 4, 2, 2), 2, torch.float32)
+    inputs = [tensor.clone().requires_grad_() for tensor in (case.x, case.weight, case.bias)]
+    torch.autograd.gradcheck(_Kernels.apply, inputs, eps=1e-2, atol=2e-3, rtol=2e-2)
+
+
+def test_the_operations_gradients_are_those_of_finite_differences():
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 6, 3, 2), (6,), (2, 6))]
+    for silu in (True, False):
+        torch.autograd.gradcheck(lambda x, weight, bias, silu=silu: group_norm_silu(x, weight, bias, 2, EPSILON, silu), inputs)
+
+
+def test_torch_library_accepts_the_operations():
+    case = Case((2, 20, 8, 8), 2, torch.bfloat16)
+    inputs = [tensor.clone().requires_grad_() for tensor in (case.x, case.weight, case.bias)]
+    torch.library.opcheck(_forward, (*inputs, 2, EPSILON, True))
+    with torch.no_grad():
+        _, mean, rstd = _forward(*inputs, 2, EPSILON, True)
+    torch.library.opcheck(_backward, (case.y_gradient, *(t.detach() for t in inputs), mean, rstd, 2, True))

@@ -1,0 +1,110 @@
+"""The training form of a model computes what the published one computes, and turns back into it exactly."""
+
+import pytest
+import torch
+from diffusers import PriorTransformer, UNet2DConditionModel
+from diffusers.pipelines.wuerstchen import WuerstchenPrior
+
+from engine.models import training_form
+from engine.models.training_form import ChannelsLastConv2d, FusedAttention, ResnetBlock, to_published_form, to_training_form
+from tests.loop.runs import published_order
+
+CLASSES = {
+    "sd": (UNet2DConditionModel, "pretrained_model_name_or_path", "unet"),
+    "kandinsky-prior": (PriorTransformer, "pretrained_prior_model_name_or_path", "prior"),
+    "kandinsky-decoder": (UNet2DConditionModel, "pretrained_decoder_model_name_or_path", "unet"),
+    "wuerstchen": (WuerstchenPrior, "pretrained_prior_model_name_or_path", "prior"),
+}
+
+
+def load(family, model, published):
+    cls, option, folder = CLASSES[family]
+    models = {option: str(model)} if family == "sd" else published(family, dropout=0.0)
+    return cls.from_pretrained(models[option], subfolder=folder).train()
+
+
+def inputs(family: str, model) -> tuple[tuple, dict]:
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    config = model.config
+    if family == "sd":
+        return (draw(2, 4, 8, 8), torch.tensor([3, 700]), draw(2, 7, config.cross_attention_dim)), {}
+    if family == "kandinsky-prior":
+        width, tokens = config.embedding_dim, config.num_embeddings
+        mask = torch.ones(2, tokens, dtype=torch.bool)
+        mask[1, 5:] = False
+        return (draw(2, width), torch.tensor([3, 700]), draw(2, width), draw(2, tokens, width), mask), {}
+    if family == "kandinsky-decoder":
+        condition = {"image_embeds": draw(2, config.encoder_hid_dim)}
+        return (draw(2, 4, 8, 8), torch.tensor([3, 700]), None), {"added_cond_kwargs": condition}
+    return (draw(2, config.c_in, 3, 3), torch.tensor([0.1, 0.9]), draw(2, 7, config.c_cond)), {}
+
+
+def run(model, arguments) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The output, and the gradients of its squares."""
+    positional, named = arguments
+    output = model(*positional, **named)
+    output = output if torch.is_tensor(output) else output[0]
+    model.zero_grad()
+    output.square().sum().backward()
+    return output.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("norms", ["torch", "kernel"])
+@pytest.mark.parametrize("family", CLASSES)
+def test_output_and_gradients_are_those_of_the_published_model(family, norms, model, published, monkeypatch):
+    theirs, ours = load(family, model, published), load(family, model, published)
+    to_training_form(ours, fuse_projections=True)
+    monkeypatch.setattr(training_form, "fuses_norms", lambda x: norms == "kernel")
+    expected, expected_gradients = run(theirs, inputs(family, theirs))
+    output, gradients = run(ours, inputs(family, ours))
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    gradients = to_published_form(ours, gradients)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, expected in expected_gradients.items():
+        size = float(expected.abs().max())
+        torch.testing.assert_close(gradients[name], expected, rtol=1e-3, atol=1e-4 * size + 1e-5, msg=name)
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_the_published_form_comes_back_exactly(family, model, published):
+    theirs, ours = load(family, model, published), load(family, model, published)
+    to_training_form(ours, fuse_projections=True)
+    kinds = {type(module) for module in ours.modules()}
+    expected = {"sd": {ChannelsLastConv2d, FusedAttention, ResnetBlock}, "kandinsky-prior": {FusedAttention},
+                "kandinsky-decoder": {ChannelsLastConv2d, FusedAttention, ResnetBlock},
+                "wuerstchen": {ChannelsLastConv2d, FusedAttention}}[family]  # fmt: skip
+    assert expected <= kinds
+    parameters = {name: parameter.detach() for name, parameter in ours.named_parameters()}
+    back, start = to_published_form(ours, parameters), dict(theirs.named_parameters())
+    assert back.keys() == start.keys()
+    assert all(torch.equal(back[name], start[name]) for name in start)
+    flat = {name: parameter.reshape(-1) for name, parameter in parameters.items()}
+    assert all(torch.equal(value, start[name]) for name, value in published_order(theirs, flat).items())
+
+
+def test_projections_stay_apart_for_another_attention(model, published):
+    unet = load("sd", model, published)
+    to_training_form(unet, fuse_projections=False)
+    assert not any(isinstance(module, FusedAttention) for module in unet.modules())
+
+
+@pytest.mark.parametrize("family", ["sd", "kandinsky-decoder"])
+def test_activations_stay_channels_last(family, model, published, monkeypatch):
+    unet = load(family, model, published)
+    to_training_form(unet, fuse_projections=True)
+    seen = []
+
+    def look(module, arguments, output):
+        images = [t for t in (*arguments, output) if torch.is_tensor(t) and t.dim() == 4 and min(t.shape[1:]) > 1]
+        seen.extend(t.is_contiguous(memory_format=torch.channels_last) for t in images)
+
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock):
+            module.register_forward_hook(look)
+    run(unet, inputs(family, unet))
+    assert seen
+    assert all(seen)
