@@ -1,20 +1,21 @@
-"""How many registers do the kernels take, and do any spill? Compiled ahead of time; needs no GPU.
+"""What do the kernels compile to? Registers, shared memory, spills and the width of their loads; needs no GPU.
 
     python -m benchmarks.registers [--json]
 
-Registers and spills are read from the compiled binary: for NVIDIA, registers from cuobjdump and spills as the local loads and
-stores (LDL, STL) that nvdisasm finds; for AMD, from the metadata of the code object.
+Compiled ahead of time. For NVIDIA, registers and shared memory are read with cuobjdump; spills are the local loads and stores
+(LDL, STL) that nvdisasm finds, and `wide` is how many of the loads from and stores to global memory that move a tile are 128
+bits wide. For AMD, registers, shared memory (LDS) and spills are in the metadata of the code object; `wide` counts dwordx4.
 """
 
 import argparse
 import concurrent.futures
-import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from engine.kernels.adamw_ema import BLOCK, adamw_ema_kernel
 from engine.kernels.add_noise import add_noise_kernel
 from engine.kernels.diffusion_loss import diffusion_loss_kernel
+from engine.kernels.group_norm_silu import group_norm_silu_backward_kernel, group_norm_silu_kernel, tiling
+from engine.kernels.square_sum import BLOCK as SQUARE_SUM_BLOCK
+from engine.kernels.square_sum import TURNS, square_sum_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -31,73 +36,134 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-KERNELS = {"add_noise": add_noise_kernel, "diffusion_loss": diffusion_loss_kernel}
-# The tiles that engine.kernels.layout chooses for four channels.
-LAYOUTS = {
-    "contiguous": {"ROWS": 1, "GROUPS": 256, "FLAT": False},
-    "channels_last": {"ROWS": 4, "GROUPS": 64, "FLAT": False},
-    "flat": {"ROWS": 1, "GROUPS": 256, "FLAT": True},
-}
 DTYPES = ["bf16", "fp16", "fp32"]
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_FLOATS = {"offset", "perturbation", "rest_1", "beta_2", "rest_2", "epsilon", "weight_decay"}
+_INTEGERS = {"seed_pointer": "*i64", "slot_pointer": "*i64"}
 
 
-def compile_kernel(kernel: Any, layout: str, dtype: str, target: GPUTarget) -> Any:
-    """Compiles with every option of the kernel on, as the JIT would specialise it for aligned pointers and even sizes."""
-    constants: dict[str, Any] = {name: True for name in kernel.arg_names if name.startswith("HAS_")} | LAYOUTS[layout]
-    innermost = "_channel_stride" if layout == "channels_last" else "_position_stride"
-    constants |= {name: 1 for name in kernel.arg_names if name.endswith(innermost)}
+@dataclass(frozen=True)
+class Case:
+    """One specialisation of a kernel, as the JIT would choose it.
+
+    variant: what it is called; constants: its compile-time arguments; samples: the pointers that have the data's dtype;
+    odd: integer arguments that are not multiples of 16.
+    """
+
+    kernel: Any
+    variant: str
+    constants: dict[str, Any]
+    samples: tuple[str, ...]
+    odd: tuple[str, ...] = ()
+    options: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__.removesuffix("_kernel")
+
+
+def _latent_cases() -> list[Case]:
+    """`add_noise` and `diffusion_loss` with every option on, in the tiles that engine.kernels.layout chooses for 4 channels."""
+    cases = []
+    layouts = {
+        "contiguous": {"ROWS": 1, "GROUPS": 256, "FLAT": False},
+        "channels_last": {"ROWS": 4, "GROUPS": 64, "FLAT": False},
+        "flat": {"ROWS": 1, "GROUPS": 256, "FLAT": True},
+    }
+    for kernel, samples in ((add_noise_kernel, ("noisy", "mean", "std")),
+                            (diffusion_loss_kernel, ("gradient", "prediction", "mean", "std"))):  # fmt: skip
+        for layout, constants in layouts.items():
+            options = {name: True for name in kernel.arg_names if name.startswith("HAS_")}
+            innermost = "_channel_stride" if layout == "channels_last" else "_position_stride"
+            ones = {name: 1 for name in kernel.arg_names if name.endswith(innermost)}
+            integers = tuple(name for name in kernel.arg_names if not name.endswith("_pointer")) if layout == "flat" else ()
+            cases.append(Case(kernel, layout, options | constants | ones, samples, ("channels", *integers)))
+    return cases
+
+
+def _group_norm_cases() -> list[Case]:
+    """At the highest resolution of SD (groups of 10 channels), further down (40), and for the decoder's 1152 channels (36)."""
+    cases = []
+    for group, positions in ((10, 64 * 64), (40, 16 * 16), (36, 16 * 16)):
+        _, constants = tiling(32 * group, positions, 32)
+        options = {"num_warps": constants.pop("num_warps")}
+        for kernel, samples in (
+            (group_norm_silu_kernel, ("y", "x", "weight", "bias")),
+            (group_norm_silu_backward_kernel, ("x_gradient", "y_gradient", "x", "weight", "bias")),
+        ):
+            cases.append(Case(kernel, f"{group} per group", {"SILU": True, **constants}, samples, options=options))
+    return cases
+
+
+CASES = [
+    *_latent_cases(),
+    Case(adamw_ema_kernel, "weights and average", {"HAS_WEIGHTS": True, "HAS_EMA": True, "BLOCK": BLOCK},
+         ("gradient", "weights")),
+    Case(square_sum_kernel, "flat", {"BLOCK": SQUARE_SUM_BLOCK, "TURNS": TURNS}, ("tensor",)),
+    *_group_norm_cases(),
+]  # fmt: skip
+
+
+def compile_case(case: Case, dtype: str, target: GPUTarget) -> Any:
+    """Compiles one specialisation, for aligned pointers and even sizes where it does not say otherwise."""
     signature, aligned = {}, []
-    for number, name in enumerate(kernel.arg_names):
-        if name in constants:
+    for number, name in enumerate(case.kernel.arg_names):
+        if name in case.constants:
             signature[name] = "constexpr"
         elif name.endswith("_pointer"):
-            values = {"seed_pointer": "*i64", "slot_pointer": "*i64"}
-            sample = any(part in name for part in ("noisy", "mean", "std", "prediction", "gradient")) or name in values
-            signature[name] = values.get(name, f"*{dtype}" if sample else "*fp32")
+            sample = name.removesuffix("_pointer") in case.samples
+            signature[name] = _INTEGERS.get(name, f"*{dtype}" if sample else "*fp32")
             aligned.append(number)
-        elif name in ("offset", "perturbation"):
+        elif name in _FLOATS:
             signature[name] = "fp32"
         else:
             signature[name] = "i32"
-            if layout != "flat" and name != "channels":
+            if name not in case.odd:
                 aligned.append(number)
     attributes = {(number,): [["tt.divisibility", 16]] for number in aligned}
-    return triton.compile(ASTSource(kernel, signature, constexprs=constants, attrs=attributes), target=target)
+    source = ASTSource(case.kernel, signature, constexprs=case.constants, attrs=attributes)
+    return triton.compile(source, target=target, options=case.options)
 
 
-def usage(compiled: Any, target: GPUTarget) -> tuple[int, int]:
-    """Registers per thread, and the number of spilling instructions (NVIDIA) or spilled registers (AMD)."""
+def usage(compiled: Any, target: GPUTarget) -> dict[str, Any]:
+    """Registers per thread, bytes of shared memory, spills, and how many of the loads and stores are 128 bits wide."""
     if target.backend == "hip":
         assembly = compiled.asm["amdgcn"]
         spills = sum(int(n) for n in re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s*(\d+)", assembly))
-        return int(re.findall(r"\.vgpr_count:\s*(\d+)", assembly)[0]), spills
-    with tempfile.TemporaryDirectory() as directory:
-        cubin = Path(directory) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        resources = _run("cuobjdump", "--dump-resource-usage", str(cubin))
-        assembly = _run("nvdisasm", "--print-code", str(cubin))
-    return int(re.findall(r"REG:(\d+)", resources)[0]), len(re.findall(r"\b(?:LDL|STL)\b", assembly))
+        loads, stores = (re.findall(rf"\b(?:global|buffer)_{kind}_(\w+)", assembly) for kind in ("load", "store"))
+        wide = [sum(width.startswith("dwordx4") for width in found) for found in (loads, stores)]
+        registers = int(re.findall(r"\.vgpr_count:\s*(\d+)", assembly)[0])
+    else:
+        with tempfile.TemporaryDirectory() as directory:
+            cubin = Path(directory) / "kernel.cubin"
+            cubin.write_bytes(compiled.asm["cubin"])
+            resources = _run("cuobjdump", "--dump-resource-usage", str(cubin))
+            assembly = _run("nvdisasm", "--print-code", str(cubin))
+        spills = len(re.findall(r"\b(?:LDL|STL)\b", assembly))
+        loads, stores = (re.findall(rf"\b{kind}\.E([\w.]*)", assembly) for kind in ("LDG", "STG"))
+        wide = [sum(".128" in width for width in found) for found in (loads, stores)]
+        registers = int(re.findall(r"REG:(\d+)", resources)[0])
+    return {
+        "registers": registers, "shared": compiled.metadata.shared, "spills": spills, "loads": len(loads),
+        "wide_loads": wide[0], "stores": len(stores), "wide_stores": wide[1],
+    }  # fmt: skip
 
 
 def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([str(_TOOLS / tool), *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def measure_one(case: tuple[str, str, str, str]) -> dict[str, Any]:
-    kernel, target_name, layout, dtype = case
-    target = TARGETS[target_name]
-    registers, spills = usage(compile_kernel(KERNELS[kernel], layout, dtype, target), target)
-    return {
-        "kernel": kernel, "target": target_name, "layout": layout, "dtype": dtype,
-        "registers": registers, "spills": spills,
-    }  # fmt: skip
+def measure_one(work: tuple[int, str, str]) -> dict[str, Any]:
+    number, dtype, target = work
+    case = CASES[number]
+    names = {"kernel": case.name, "target": target, "variant": case.variant, "dtype": dtype}
+    return names | usage(compile_case(case, dtype, TARGETS[target]), TARGETS[target])
 
 
 def measure() -> list[dict[str, Any]]:
-    cases = list(itertools.product(KERNELS, TARGETS, LAYOUTS, DTYPES))
+    work = [(number, dtype, target) for number in range(len(CASES)) for target in TARGETS for dtype in DTYPES]
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(measure_one, cases))
+        return list(pool.map(measure_one, work))
 
 
 def main() -> int:
@@ -108,9 +174,12 @@ def main() -> int:
     if as_json:
         print(json.dumps(rows))
         return 0
-    print(f"{'kernel':16}{'target':10}{'layout':16}{'dtype':8}{'registers':>10}{'spills':>8}")
+    print(f"{'kernel':26}{'variant':22}{'target':8}{'dtype':6}{'registers':>10}{'shared':>8}{'spills':>8}"
+          f"{'wide loads':>12}{'wide stores':>13}")  # fmt: skip
     for row in rows:
-        print("{kernel:16}{target:10}{layout:16}{dtype:8}{registers:>10}{spills:>8}".format(**row))
+        loads, stores = (f"{row[f'wide_{kind}']} of {row[kind]}" for kind in ("loads", "stores"))
+        print("{kernel:26}{variant:22}{target:8}{dtype:6}{registers:>10}{shared:>8}{spills:>8}".format(**row)
+              + f"{loads:>12}{stores:>13}")  # fmt: skip
     return 0
 
 

@@ -1,9 +1,9 @@
 """engine::group_norm_silu: y = silu(groupnorm(x) * weight + bias) for tensors stored channels last, and its backward pass.
 
 Group normalisation as in arXiv:1803.08494. Weight and bias are given per sample, so that a time embedding's scale and shift
-fold into them. One program owns one group of one sample and walks over its positions twice: for the statistics, and for the
-result. What it read first it finds again in the second-level cache, because the programs that run at a time own no more than
-that holds.
+fold into them. One program owns a few neighbouring groups of one sample, as many as make 16-byte pieces of memory, and walks
+over its positions twice: for the statistics, and for the result. What it read first it finds again in the second-level cache,
+because the programs that run at a time own no more than that holds.
 
 Per element of a bf16 tensor, from memory: forward 2 bytes read and 2 written; backward 4 read and 2 written. Separate kernels
 (to contiguous, statistics, normalise, SiLU, and back) move 16 forward.
@@ -15,59 +15,81 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE_ELEMENTS = 4096
-LARGE_GROUP = 32 * 1024  # elements; such a group is worth twice the threads
+TILE_ELEMENTS = 8192
+VECTOR = 8  # bf16 values in a 16-byte piece
+LARGE = 32 * 1024  # elements of a program's part of a sample; such a part is worth twice the threads
 
 
 @triton.jit
-def _tile(start, positions, CHANNELS: tl.constexpr, GROUP: tl.constexpr, POSITIONS: tl.constexpr, WIDTH: tl.constexpr):
-    """Offsets [POSITIONS, WIDTH] within a group and which of them exist."""
+def _tile(start, positions, CHANNELS: tl.constexpr, SPAN: tl.constexpr, POSITIONS: tl.constexpr, WIDTH: tl.constexpr):
+    """Offsets [POSITIONS, WIDTH] of a program's channels within a sample, and which of them exist."""
     position = (start + tl.arange(0, POSITIONS))[:, None]
     channel = tl.arange(0, WIDTH)[None, :]
-    return position * CHANNELS + channel, (position < positions) & (channel < GROUP)
+    return position * CHANNELS + channel, (position < positions) & (channel < SPAN)
 
 
 @triton.jit
-def _affine(weight_pointer, bias_pointer, sample, weight_stride, bias_stride, group, GROUP: tl.constexpr, WIDTH: tl.constexpr):
-    """Weight and bias of this sample and group, fp32 [1, WIDTH]."""
+def _affine(weight_pointer, bias_pointer, sample, weight_stride, bias_stride, first, SPAN: tl.constexpr, WIDTH: tl.constexpr):
+    """Weight and bias of this sample and program, fp32 [1, WIDTH]."""
     channel = tl.arange(0, WIDTH)
-    inside = channel < GROUP
-    place = group * GROUP + channel
-    weight = tl.load(weight_pointer + sample * weight_stride + place, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(bias_pointer + sample * bias_stride + place, mask=inside, other=0.0).to(tl.float32)
+    inside = channel < SPAN
+    weight = tl.load(weight_pointer + sample * weight_stride + first + channel, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(bias_pointer + sample * bias_stride + first + channel, mask=inside, other=0.0).to(tl.float32)
     return weight[None, :], bias[None, :]
+
+
+@triton.jit
+def _over_groups(values, GROUP: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
+    """Per-channel values [WIDTH], padded with zeros, added up within each group: [GROUPS]."""
+    member = tl.arange(0, WIDTH)[:, None] // GROUP == tl.arange(0, GROUPS)[None, :]
+    return tl.sum(tl.where(member, values[:, None], 0.0), 0)
+
+
+@triton.jit
+def _over_channels(values, GROUP: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
+    """A value per group [GROUPS], given to each of its channels: [1, WIDTH]."""
+    member = tl.arange(0, WIDTH)[:, None] // GROUP == tl.arange(0, GROUPS)[None, :]
+    return tl.sum(tl.where(member, values[None, :], 0.0), 1)[None, :]
 
 
 @triton.jit
 def group_norm_silu_kernel(
     y_pointer, mean_pointer, rstd_pointer, x_pointer, weight_pointer, bias_pointer, weight_stride, bias_stride,
     positions, epsilon,
-    SILU: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr, POSITIONS: tl.constexpr, WIDTH: tl.constexpr,
+    SILU: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, POSITIONS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
-    group, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    first = sample * positions * CHANNELS + group * GROUP
-    # Sums of differences from one of the values: the variance then keeps its digits whatever the mean.
-    shift = tl.load(x_pointer + first).to(tl.float32)
+    SPAN: tl.constexpr = GROUP * GROUPS
+    sample, channel = tl.program_id(1).to(tl.int64), tl.program_id(0) * SPAN
+    first = sample * positions * CHANNELS + channel
+    group = tl.arange(0, GROUPS)
+    # Sums of differences from one of a group's values: the variance then keeps its digits whatever the mean.
+    shift = tl.load(x_pointer + first + group * GROUP).to(tl.float32)
+    shifts = _over_channels(shift, GROUP, GROUPS, WIDTH)
     total = tl.zeros((POSITIONS, WIDTH), tl.float32)
     squares = tl.zeros((POSITIONS, WIDTH), tl.float32)
     for start in range(0, positions, POSITIONS):
-        offset, exists = _tile(start, positions, CHANNELS, GROUP, POSITIONS, WIDTH)
+        offset, exists = _tile(start, positions, CHANNELS, SPAN, POSITIONS, WIDTH)
         x = tl.load(x_pointer + first + offset, mask=exists, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        difference = tl.where(exists, x - shift, 0.0)
+        difference = tl.where(exists, x - shifts, 0.0)
         total += difference
         squares += difference * difference
     count = positions * GROUP
-    difference = tl.sum(total) / count
-    rstd = 1 / tl.sqrt(tl.maximum(tl.sum(squares) / count - difference * difference, 0.0) + epsilon)
+    difference = _over_groups(tl.sum(total, 0), GROUP, GROUPS, WIDTH) / count
+    variance = _over_groups(tl.sum(squares, 0), GROUP, GROUPS, WIDTH) / count - difference * difference
+    rstd = 1 / tl.sqrt(tl.maximum(variance, 0.0) + epsilon)
     mean = shift + difference
-    tl.store(mean_pointer + sample * (CHANNELS // GROUP) + group, mean)
-    tl.store(rstd_pointer + sample * (CHANNELS // GROUP) + group, rstd)
+    statistic = sample * (CHANNELS // GROUP) + tl.program_id(0) * GROUPS + group
+    tl.store(mean_pointer + statistic, mean)
+    tl.store(rstd_pointer + statistic, rstd)
 
-    weight, bias = _affine(weight_pointer, bias_pointer, sample, weight_stride, bias_stride, group, GROUP, WIDTH)
+    weight, bias = _affine(weight_pointer, bias_pointer, sample, weight_stride, bias_stride, channel, SPAN, WIDTH)
+    factor = _over_channels(rstd, GROUP, GROUPS, WIDTH) * weight
+    means = _over_channels(mean, GROUP, GROUPS, WIDTH)
     for start in range(0, positions, POSITIONS):
-        offset, exists = _tile(start, positions, CHANNELS, GROUP, POSITIONS, WIDTH)
+        offset, exists = _tile(start, positions, CHANNELS, SPAN, POSITIONS, WIDTH)
         x = tl.load(x_pointer + first + offset, mask=exists, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        y = (x - mean) * rstd * weight + bias
+        y = (x - means) * factor + bias
         if SILU:
             y *= tl.sigmoid(y)
         tl.store(y_pointer + first + offset, y, mask=exists)
@@ -87,17 +109,20 @@ def _before_activation(y_gradient, normalised, weight, bias, SILU: tl.constexpr)
 def group_norm_silu_backward_kernel(
     x_gradient_pointer, weight_gradient_pointer, bias_gradient_pointer, y_gradient_pointer, x_pointer, weight_pointer,
     bias_pointer, mean_pointer, rstd_pointer, weight_stride, bias_stride, positions,
-    SILU: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr, POSITIONS: tl.constexpr, WIDTH: tl.constexpr,
+    SILU: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, POSITIONS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
-    group, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    first = sample * positions * CHANNELS + group * GROUP
-    mean = tl.load(mean_pointer + sample * (CHANNELS // GROUP) + group)
-    rstd = tl.load(rstd_pointer + sample * (CHANNELS // GROUP) + group)
-    weight, bias = _affine(weight_pointer, bias_pointer, sample, weight_stride, bias_stride, group, GROUP, WIDTH)
+    SPAN: tl.constexpr = GROUP * GROUPS
+    sample, channel = tl.program_id(1).to(tl.int64), tl.program_id(0) * SPAN
+    first = sample * positions * CHANNELS + channel
+    statistic = sample * (CHANNELS // GROUP) + tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    mean = _over_channels(tl.load(mean_pointer + statistic), GROUP, GROUPS, WIDTH)
+    rstd = _over_channels(tl.load(rstd_pointer + statistic), GROUP, GROUPS, WIDTH)
+    weight, bias = _affine(weight_pointer, bias_pointer, sample, weight_stride, bias_stride, channel, SPAN, WIDTH)
     bias_sum = tl.zeros((POSITIONS, WIDTH), tl.float32)
     weight_sum = tl.zeros((POSITIONS, WIDTH), tl.float32)
     for start in range(0, positions, POSITIONS):
-        offset, exists = _tile(start, positions, CHANNELS, GROUP, POSITIONS, WIDTH)
+        offset, exists = _tile(start, positions, CHANNELS, SPAN, POSITIONS, WIDTH)
         x = tl.load(x_pointer + first + offset, mask=exists, other=0.0, eviction_policy="evict_last").to(tl.float32)
         gradient = tl.load(y_gradient_pointer + first + offset, mask=exists, other=0.0, eviction_policy="evict_last")
         normalised = (x - mean) * rstd
@@ -105,33 +130,37 @@ def group_norm_silu_backward_kernel(
         bias_sum += gradient
         weight_sum += gradient * normalised
     bias_gradient, weight_gradient = tl.sum(bias_sum, 0), tl.sum(weight_sum, 0)
-    channel = tl.arange(0, WIDTH)
-    place = sample * CHANNELS + group * GROUP + channel
-    tl.store(bias_gradient_pointer + place, bias_gradient, mask=channel < GROUP)
-    tl.store(weight_gradient_pointer + place, weight_gradient, mask=channel < GROUP)
+    inside = tl.arange(0, WIDTH) < SPAN
+    place = sample * CHANNELS + channel + tl.arange(0, WIDTH)
+    tl.store(bias_gradient_pointer + place, bias_gradient, mask=inside)
+    tl.store(weight_gradient_pointer + place, weight_gradient, mask=inside)
 
     count = positions * GROUP
-    average = tl.sum(weight * bias_gradient[None, :]) / count
-    along = tl.sum(weight * weight_gradient[None, :]) / count
+    weights = tl.sum(weight, 0)
+    average = _over_groups(weights * bias_gradient, GROUP, GROUPS, WIDTH) / count
+    along = _over_groups(weights * weight_gradient, GROUP, GROUPS, WIDTH) / count
+    averages, alongs = _over_channels(average, GROUP, GROUPS, WIDTH), _over_channels(along, GROUP, GROUPS, WIDTH)
     for start in range(0, positions, POSITIONS):
-        offset, exists = _tile(start, positions, CHANNELS, GROUP, POSITIONS, WIDTH)
+        offset, exists = _tile(start, positions, CHANNELS, SPAN, POSITIONS, WIDTH)
         x = tl.load(x_pointer + first + offset, mask=exists, other=0.0, eviction_policy="evict_first").to(tl.float32)
         gradient = tl.load(y_gradient_pointer + first + offset, mask=exists, other=0.0, eviction_policy="evict_first")
         normalised = (x - mean) * rstd
         gradient = _before_activation(gradient.to(tl.float32), normalised, weight, bias, SILU)
-        tl.store(x_gradient_pointer + first + offset, rstd * (weight * gradient - average - normalised * along), mask=exists)
+        x_gradient = rstd * (weight * gradient - averages - normalised * alongs)
+        tl.store(x_gradient_pointer + first + offset, x_gradient, mask=exists)
 
 
-def tiling(x: Tensor, groups: int) -> dict[str, int]:
-    """The constants of a launch for x [B, C, ...]: the channels of a group, and the positions of a tile."""
-    channels = x.shape[1]
+def tiling(channels: int, positions: int, groups: int) -> tuple[int, dict[str, int]]:
+    """Programs per sample, and the constants of a launch: the groups of a program, and the tile that it moves at a time."""
     group = channels // groups
-    width = triton.next_power_of_2(group)
-    positions = x.shape[2:].numel()
-    return {
-        "CHANNELS": channels, "GROUP": group, "WIDTH": width,
+    together = 1
+    while together * group % VECTOR and groups % (2 * together) == 0:
+        together *= 2
+    width = triton.next_power_of_2(together * group)
+    return groups // together, {
+        "CHANNELS": channels, "GROUP": group, "GROUPS": together, "WIDTH": width,
         "POSITIONS": min(max(TILE_ELEMENTS // width, 1), triton.next_power_of_2(positions)),
-        "num_warps": 16 if positions * group >= LARGE_GROUP else 8,
+        "num_warps": 16 if positions * together * group >= LARGE else 8,
     }  # fmt: skip
 
 
@@ -148,10 +177,10 @@ def launch_group_norm_silu(
     x = channels_innermost(x)
     y = torch.empty_like(x)
     mean, rstd = (torch.empty(x.shape[0], groups, dtype=torch.float32, device=x.device) for _ in range(2))
-    group_norm_silu_kernel[(groups, x.shape[0])](
-        y, mean, rstd, x, weight, bias, weight.stride(0), bias.stride(0), x.shape[2:].numel(), epsilon, SILU=silu,
-        **tiling(x, groups),
-    )  # fmt: skip
+    programs, constants = tiling(x.shape[1], x.shape[2:].numel(), groups)
+    group_norm_silu_kernel[(programs, x.shape[0])](
+        y, mean, rstd, x, weight, bias, weight.stride(0), bias.stride(0), x.shape[2:].numel(), epsilon, SILU=silu, **constants
+    )
     return y, mean, rstd
 
 
@@ -162,9 +191,10 @@ def launch_group_norm_silu_backward(
     x = channels_innermost(x)
     x_gradient = torch.empty_like(x)
     weight_gradient, bias_gradient = (torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for _ in range(2))
-    group_norm_silu_backward_kernel[(groups, x.shape[0])](
+    programs, constants = tiling(x.shape[1], x.shape[2:].numel(), groups)
+    group_norm_silu_backward_kernel[(programs, x.shape[0])](
         x_gradient, weight_gradient, bias_gradient, channels_innermost(y_gradient), x, weight, bias, mean, rstd,
-        weight.stride(0), bias.stride(0), x.shape[2:].numel(), SILU=silu, **tiling(x, groups),
+        weight.stride(0), bias.stride(0), x.shape[2:].numel(), SILU=silu, **constants,
     )  # fmt: skip
     return x_gradient, weight_gradient, bias_gradient
 

@@ -93,3 +93,16 @@ def test_gradients_are_those_of_the_formula():
     expected = column(alpha, 4) * upstream.double().cpu().numpy()
     np.testing.assert_allclose(mean.grad.cpu().numpy(), expected, atol=1e-6)
     np.testing.assert_allclose(std.grad.cpu().numpy(), expected * sample.normals(1, (4, 4, 4)), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Input .* requires gradient and is not a double precision")
+def test_gradients_are_those_of_finite_differences():
+    sample = Sample((2, 2, 2, 2), torch.float32, "contiguous", has_std=True, offset=0.1)
+    alpha, sigma, _ = sample.coefficients
+    inputs = [sample.mean.clone().requires_grad_(), sample.std.clone().requires_grad_()]
+
+    def noisy(mean, std):
+        return add_noise(mean, std, alpha, sigma, sample.seed, sample.slots, 0.1, 0.2)
+
+    # Linear, so that large differences are exact up to rounding.
+    torch.autograd.gradcheck(noisy, inputs, eps=0.1, atol=1e-4, rtol=1e-4)

@@ -20,12 +20,36 @@ def report() -> list[dict]:
     return json.loads(result.stdout)
 
 
+VARIANTS = {
+    "add_noise": {"contiguous", "channels_last", "flat"},
+    "diffusion_loss": {"contiguous", "channels_last", "flat"},
+    "adamw_ema": {"weights and average"},
+    "square_sum": {"flat"},
+    "group_norm_silu": {"10 per group", "36 per group", "40 per group"},
+    "group_norm_silu_backward": {"10 per group", "36 per group", "40 per group"},
+}
+# What each reads once per program beside its tiles: coefficients, seeds, statistics, affine parameters.
+SCALAR_LOADS = {"add_noise": 4, "diffusion_loss": 6, "adamw_ema": 5, "square_sum": 0, "group_norm_silu": 3,
+                "group_norm_silu_backward": 4}  # fmt: skip
+
+
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("kernel", ["add_noise", "diffusion_loss"])
+@pytest.mark.parametrize("kernel", VARIANTS)
 def test_kernels_compile_without_spills(report, kernel, target):
     rows = [row for row in report if row["kernel"] == kernel and row["target"] == target]
-    assert {row["layout"] for row in rows} == {"contiguous", "channels_last", "flat"}
+    assert {row["variant"] for row in rows} == VARIANTS[kernel]
     assert {row["dtype"] for row in rows} == {"bf16", "fp16", "fp32"}
     for row in rows:
         assert row["spills"] == 0, row
         assert 0 < row["registers"] < 255, row
+
+
+@pytest.mark.parametrize("kernel", VARIANTS)
+def test_tiles_move_in_128_bit_pieces(report, kernel):
+    for row in report:
+        # Tiles over neighbouring memory; the other two walks of the latents are strided, or of odd sizes.
+        if row["kernel"] == kernel and row["target"].startswith("sm_") and row["variant"] not in ("channels_last", "flat"):
+            assert row["wide_loads"] >= 2, row
+            assert row["loads"] - row["wide_loads"] <= SCALAR_LOADS[kernel], row
+        if row["kernel"] == "square_sum" and row["target"].startswith("sm_"):
+            assert row["wide_loads"] == row["loads"] >= 8, row

@@ -154,3 +154,14 @@ def test_small_fp16_gradients_survive_with_a_scale():
     scale = float(np.abs(exact).max())
     np.testing.assert_allclose(kept.double().cpu().numpy() / 65536, exact, atol=1e-3 * scale)
     assert np.abs(lost.double().cpu().numpy() - exact).max() > 0.05 * scale, "without the scale fp16 cannot hold them"
+
+
+@pytest.mark.filterwarnings("ignore:Input .* requires gradient and is not a double precision")
+@pytest.mark.parametrize("scale", [None, 512.0])
+def test_gradients_are_those_of_finite_differences(scale):
+    case = Case((2, 2, 2, 2), torch.float32, "contiguous", extra_channels=1)
+    scale = None if scale is None else torch.tensor([scale], device=DEVICE)
+    arguments = (case.mean, case.std, case.c_x, case.c_e, case.weight, case.seed, case.slots, case.offset, scale)
+    prediction = case.prediction.clone().requires_grad_()
+    # Quadratic, so that central differences are exact up to rounding.
+    torch.autograd.gradcheck(lambda value: diffusion_loss(value, *arguments)[0], prediction, eps=0.1, atol=1e-4, rtol=1e-4)
