@@ -19,53 +19,17 @@ import torch
 import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 
 # isort: split
-import safetensors.torch
 from tqdm import tqdm
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
-from benchmarks import published
 from benchmarks.environment import environment
-from engine.config import TrainConfig
+from benchmarks.published import TINY, open_random, open_tiny
 from engine.files import write_json
-from engine.models.efficientnet import EfficientNetEncoder
-from engine.models.family import Family, open_family
+from engine.models.family import Family
 from engine.quiet import quiet_libraries
-from examples import tiny_models
 from examples.photographs import photographs
 
 CHECKPOINTS = ["SD 1.5, 512 px", "Kandinsky 2.2 prior", "Kandinsky 2.2 decoder, 768 px", "Wuerstchen v2 prior, 768 px"]
-TINY = {"kandinsky-prior": 32, "kandinsky-decoder": 32, "wuerstchen": 128}
 REPEATS = 3
-
-
-def write_encoders(checkpoint: str, config: TrainConfig) -> TrainConfig:
-    """Saves random weights in bf16 for the frozen parts, beside the configurations of `published.write`."""
-    family, _, pipelines = published.CHECKPOINTS[checkpoint]
-    text_class = CLIPTextModelWithProjection if family.startswith("kandinsky") else CLIPTextModel
-    build: dict[str, Callable[[Any], Any]] = {
-        "image_encoder": CLIPVisionModelWithProjection, "text_encoder": text_class, "vae": lambda part: part,
-        "movq": lambda part: part,
-    }  # fmt: skip
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        for pipeline, parts in pipelines.items():
-            option = "pretrained_model_name_or_path" if pipeline == "model" else f"pretrained_{pipeline}_model_name_or_path"
-            folder = Path(getattr(config, option))
-            for part in parts.keys() & build.keys():
-                if family == "kandinsky-decoder" and part == "text_encoder":
-                    continue
-                build[part](parts[part]()).save_pretrained(folder / part)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    if family == "kandinsky-prior":
-        statistics_of_prior = {"clip_mean": torch.zeros(1, 1280), "clip_std": torch.ones(1, 1280)}
-        path = Path(config.pretrained_prior_model_name_or_path) / "prior" / "diffusion_pytorch_model.safetensors"
-        safetensors.torch.save_file(statistics_of_prior, path)
-    if family == "wuerstchen":
-        path = Path(config.pretrained_prior_model_name_or_path).parent / "efficientnet.safetensors"
-        safetensors.torch.save_file(EfficientNetEncoder().state_dict(), path)
-        config = config.model_copy(update={"pretrained_image_encoder_name_or_path": str(path)})
-    return config
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
@@ -98,15 +62,6 @@ def measure(family: Family, name: str, images: int, batch: int, device: torch.de
     return row
 
 
-def open_checkpoint(checkpoint: str, directory: Path, precision: str) -> Family:
-    return open_family(write_encoders(checkpoint, published.write(checkpoint, directory, mixed_precision=precision)))
-
-
-def open_tiny(name: str, directory: Path) -> Family:
-    models = tiny_models.WRITERS[name](directory)
-    return open_family(TrainConfig.model_validate({"family": name, "resolution": TINY[name], "shards_dir": "unused", **models}))
-
-
 def main() -> int:
     parser = argparse.ArgumentParser("benchmarks.encode", description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="a few thousand weights instead of the published size")
@@ -120,7 +75,10 @@ def main() -> int:
     rows = []
     for name in tqdm(list(TINY) if options.tiny else CHECKPOINTS, disable=None):
         with tempfile.TemporaryDirectory() as directory:
-            opened = open_tiny(name, Path(directory)) if options.tiny else open_checkpoint(name, Path(directory), precision)
+            opened = (
+                open_tiny(name, Path(directory)) if options.tiny
+                else open_random(name, Path(directory), device, mixed_precision=precision)
+            )  # fmt: skip
             rows.append(measure(opened, name, options.images, options.batch, device))
     print(f"{'model':32}{'prepared/s':>12}{'images/s':>12}{'captions/s':>12}{'KiB/sample':>12}")
     for row in rows:

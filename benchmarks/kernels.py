@@ -1,20 +1,22 @@
 """What do the fused operations gain over eager torch and torch.compile? `python -m benchmarks.kernels [--small]`
 
-Each operation runs at the latent shapes of the families, in fp32 and bf16, contiguous and channels-last, beside
+Each operation runs at the shapes of the families, beside
 
-- `script`: what the diffusers scripts do, with torch's own random numbers: draw the noise, keep it, combine; for the loss, the
-  squared error against the noise that was kept, its mean, and its gradient by autograd;
-- `eager`: the operation's reference, with the same counter-based random numbers, in plain torch;
-- `compiled`: that reference under torch.compile.
+- `script`: what the diffusers scripts do with torch's own operations and random numbers: draw the noise, keep it, combine; for
+  the loss, the squared error against the noise that was kept, its mean, and its gradient by autograd; group normalisation and
+  SiLU with their backward passes; the norm of a gradient by `torch.linalg.vector_norm`;
+- `eager`: the operation's reference in plain torch, with the same counter-based random numbers;
+- `compiled`: that reference (group normalisation: the script's operations) under torch.compile.
 
-Medians of turns that alternate. Bandwidth counts the bytes that must move once, against a copy of the same size on this device.
+Medians of turns that alternate. `copy` is the share of a copy's bandwidth: the bytes that must move once, against a copy of the
+same size on this device. On a CPU, group normalisation and the norm are the reference itself: these kernels are for GPUs.
 """
 
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,125 +26,172 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.environment import environment
+from benchmarks.timing import copying, microseconds, spread
 from engine.files import write_json
-from engine.kernels import add_noise, diffusion_loss
+from engine.kernels import add_noise, diffusion_loss, group_norm_silu, square_sum
 from engine.kernels.add_noise import per_sample, reference_add_noise
 from engine.kernels.diffusion_loss import reference_diffusion_loss
+from engine.kernels.square_sum import reference_square_sum
 
-SHAPES: dict[str, tuple[int, ...]] = {
+Shapes = dict[str, tuple[int, ...]]
+LATENTS: Shapes = {
     "SD 512 px, batch 16": (16, 4, 64, 64),
     "Kandinsky decoder 768 px, batch 16": (16, 4, 96, 96),
     "Kandinsky prior, batch 64": (64, 1280),
     "Wuerstchen, batch 16": (16, 16, 24, 24),
 }
-SMALL: dict[str, tuple[int, ...]] = {"small": (2, 4, 16, 16)}
-REPEATS = 15
+# Where the kernels, and not their launches, set the time.
+LARGE_LATENTS: Shapes = {"SD 512 px, batch 4096": (4096, 4, 64, 64), "Kandinsky prior, batch 32768": (32768, 1280)}
+SMALL_LATENTS: Shapes = {"small": (2, 4, 16, 16)}
+# Activations that are normalised in groups of channels / 32, for batch 16.
+ACTIVATIONS: Shapes = {
+    "SD, 320 channels, 64 x 64": (16, 320, 64, 64), "SD, 960 channels, 64 x 64": (16, 960, 64, 64),
+    "SD, 640 channels, 32 x 32": (16, 640, 32, 32), "SD, 1280 channels, 16 x 16": (16, 1280, 16, 16),
+    "decoder, 384 channels, 96 x 96": (16, 384, 96, 96), "decoder, 1152 channels, 24 x 24": (16, 1152, 24, 24),
+}  # fmt: skip
+SMALL_ACTIVATIONS: Shapes = {"small": (2, 64, 8, 8)}
+GRADIENTS: Shapes = {"SD, 860 M parameters": (859_520_964,)}
+SMALL_GRADIENTS: Shapes = {"small": (1_000_000,)}
+
+Works = dict[str, Callable[[], Any]]
 
 
-def inputs(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, device: torch.device) -> dict[str, Tensor]:
+def latent_works(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, device: torch.device) -> dict[str, Works]:
+    """`add_noise` and the loss of epsilon prediction, by operation and side."""
+
     def latents() -> Tensor:
         tensor = torch.randn(shape, device=device).to(dtype)
         return tensor.to(memory_format=torch.channels_last) if channels_last else tensor
 
     batch = shape[0]
+    mean, std, prediction, noise = latents(), latents().abs(), latents(), latents()
+    alpha, sigma, weight = (torch.rand(batch, device=device) for _ in range(3))
+    seed, slots = torch.tensor([7], device=device), torch.arange(batch, device=device)
+    noising = (mean, std, alpha, sigma, seed, slots, 0.0, 0.0)
+    losing = (prediction, mean, std, torch.zeros_like(alpha), torch.ones_like(alpha), weight, seed, slots, 0.0)
+
+    def script_add_noise() -> Tensor:
+        clean = mean + std * torch.randn_like(mean)
+        return per_sample(alpha, mean).to(dtype) * clean + per_sample(sigma, mean).to(dtype) * torch.randn_like(mean)
+
+    def script_loss() -> Tensor | None:
+        predicted = prediction.detach().requires_grad_()
+        error = F.mse_loss(predicted.float(), noise.float(), reduction="none").flatten(1).mean(1)
+        (error * weight).mean().backward()
+        return predicted.grad
+
+    noised, lost = torch.compile(reference_add_noise), torch.compile(reference_diffusion_loss)
     return {
-        "mean": latents(), "std": latents().abs(), "prediction": latents(), "alpha": torch.rand(batch, device=device),
-        "sigma": torch.rand(batch, device=device), "weight": torch.rand(batch, device=device),
-        "seed": torch.tensor([7], device=device), "slots": torch.arange(batch, device=device),
-    }  # fmt: skip
-
-
-def script_add_noise(values: dict[str, Tensor]) -> Tensor:
-    mean = values["mean"]
-    clean = mean + values["std"] * torch.randn_like(mean)
-    noise = torch.randn_like(mean)
-    return per_sample(values["alpha"], mean).to(mean.dtype) * clean + per_sample(values["sigma"], mean).to(mean.dtype) * noise
-
-
-def script_loss(values: dict[str, Tensor], noise: Tensor) -> Tensor:
-    prediction = values["prediction"].detach().requires_grad_()
-    error = F.mse_loss(prediction.float(), noise.float(), reduction="none").flatten(1).mean(1)
-    (error * values["weight"]).mean().backward()
-    return prediction.grad  # type: ignore[return-value]
-
-
-def sides(values: dict[str, Tensor], compiled: bool) -> dict[str, dict[str, Callable[[], Any]]]:
-    """Operation -> side -> work. The loss is that of epsilon prediction."""
-    v = values
-    noise = torch.randn_like(v["mean"])
-    nothing, ones = torch.zeros_like(v["alpha"]), torch.ones_like(v["alpha"])
-    noising = (v["mean"], v["std"], v["alpha"], v["sigma"], v["seed"], v["slots"], 0.0, 0.0)
-    losing = (v["prediction"], v["mean"], v["std"], nothing, ones, v["weight"], v["seed"], v["slots"], 0.0)
-    result = {
         "add_noise": {
-            "engine": lambda: add_noise(*noising), "script": lambda: script_add_noise(v),
-            "eager": lambda: reference_add_noise(*noising),
+            "engine": lambda: add_noise(*noising), "script": script_add_noise, "eager": lambda: reference_add_noise(*noising),
+            "compiled": lambda: noised(*noising),
         },
         "diffusion_loss": {
-            "engine": lambda: diffusion_loss(*losing), "script": lambda: script_loss(v, noise),
-            "eager": lambda: reference_diffusion_loss(*losing),
+            "engine": lambda: diffusion_loss(*losing), "script": script_loss,
+            "eager": lambda: reference_diffusion_loss(*losing), "compiled": lambda: lost(*losing),
         },
     }  # fmt: skip
-    if compiled:
-        noised, lost = torch.compile(reference_add_noise), torch.compile(reference_diffusion_loss)
-        result["add_noise"]["compiled"] = lambda: noised(*noising)
-        result["diffusion_loss"]["compiled"] = lambda: lost(*losing)
-    return result
 
 
-def microseconds(works: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
-    """The median time of each work, taken in turns."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(REPEATS + 2):
-        for name, work in works.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn >= 2:
-                times[name].append((time.perf_counter() - started) * 1e6)
-    return {name: statistics.median(values) for name, values in times.items()}
+def group_norm_works(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Works]:
+    """Group normalisation with SiLU, forward alone and forward with backward."""
+    x = torch.randn(shape, device=device).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
+    weight, bias = (torch.randn(shape[1], device=device).to(dtype).requires_grad_() for _ in range(2))
+    upstream = torch.randn_like(x)
+
+    def script(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.silu(F.group_norm(x, 32, weight, bias))
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return group_norm_silu(x, weight, bias, 32, 1e-5)
+
+    def forward(function: Callable[..., Tensor]) -> Callable[[], Any]:
+        with_weights = (x.detach(), weight.detach(), bias.detach())
+        return lambda: function(*with_weights)
+
+    def backward(function: Callable[..., Tensor]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(function(x, weight, bias), (x, weight, bias), upstream)
+
+    sides = {"engine": ours, "script": script, "compiled": torch.compile(script)}
+    return {
+        "group_norm_silu": {side: forward(function) for side, function in sides.items()},
+        "group_norm_silu, both passes": {side: backward(function) for side, function in sides.items()},
+    }
 
 
-def measure(shapes: dict[str, tuple[int, ...]], compiled: bool, device: torch.device) -> list[dict[str, Any]]:
+def square_sum_works(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Works]:
+    gradient = torch.randn(shape, device=device).to(dtype)
+    compiled = torch.compile(reference_square_sum)
+    return {
+        "square_sum": {
+            "engine": lambda: square_sum(gradient), "script": lambda: torch.linalg.vector_norm(gradient, dtype=torch.float32),
+            "compiled": lambda: compiled(gradient),
+        }
+    }  # fmt: skip
+
+
+# How often the elements must move: add_noise reads mean and std and writes; the loss reads and writes; normalisation reads and
+# writes, and with its backward pass reads x and the gradient again and writes another; the norm reads.
+MOVES = {"add_noise": 3, "diffusion_loss": 2, "group_norm_silu": 2, "group_norm_silu, both passes": 5, "square_sum": 1}
+
+
+def measure(small: bool, compiled: bool, device: torch.device) -> list[dict[str, Any]]:
+    gpu = device.type == "cuda"
+    latents = SMALL_LATENTS if small else LATENTS | (LARGE_LATENTS if gpu else {})
+    cases: list[tuple[str, tuple[int, ...], torch.dtype, str, Callable[[], dict[str, Works]]]] = []
+    for name, shape in latents.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            for layout in ("contiguous", "channels_last")[: 2 if len(shape) == 4 else 1]:
+                last = layout == "channels_last"
+                cases.append((name, shape, dtype, layout, partial(latent_works, shape, dtype, last, device)))
+    if gpu or small:
+        for name, shape in (SMALL_ACTIVATIONS if small else ACTIVATIONS).items():
+            build = partial(group_norm_works, shape, torch.bfloat16, device)
+            cases.append((name, shape, torch.bfloat16, "channels_last", build))
+        for name, shape in (SMALL_GRADIENTS if small else GRADIENTS).items():
+            cases.append((name, shape, torch.bfloat16, "flat", partial(square_sum_works, shape, torch.bfloat16, device)))
     rows = []
-    cases = [(name, dtype, last) for name, shape in shapes.items() for dtype in (torch.float32, torch.bfloat16)
-             for last in ([False, True] if len(shape) == 4 else [False])]  # fmt: skip
-    for name, dtype, channels_last in tqdm(cases, disable=None):
-        values = inputs(shapes[name], dtype, channels_last, device)
-        latent = values["mean"].numel() * dtype.itemsize
-        for operation, works in sides(values, compiled).items():
-            # add_noise reads mean and std and writes the noisy latent; the loss reads the prediction and writes its gradient.
-            must_move = latent * (3 if operation == "add_noise" else 2)
-            source = torch.empty(must_move // 2, dtype=torch.uint8, device=device)
-            times = microseconds(works | {"copy": source.clone}, device)
+    for name, shape, dtype, layout, build in tqdm(cases, desc="Kernels", disable=None):
+        torch._dynamo.reset()
+        for operation, works in build().items():
+            if not compiled:
+                works.pop("compiled")
+            moved = MOVES[operation] * torch.Size(shape).numel() * dtype.itemsize
+            times = microseconds(works | {"copy": copying(moved, device)}, device)
+            median = {side: statistics.median(values) for side, values in times.items()}
             rows.append({
-                "operation": operation, "shape": name, "dtype": str(dtype).removeprefix("torch."),
-                "layout": "channels_last" if channels_last else "contiguous", "microseconds": times,
-                "gain": {side: times[side] / times["engine"] for side in works if side != "engine"},
-                "share_of_copy_bandwidth": times["copy"] / times["engine"],
+                "operation": operation, "shape": name, "dtype": str(dtype).removeprefix("torch."), "layout": layout,
+                "microseconds": median, "quartiles": {side: spread(values)[1:] for side, values in times.items()},
+                "bytes": moved, "bytes_per_second": moved / median["engine"] * 1e6,
+                "gain": {side: median[side] / median["engine"] for side in works if side != "engine"},
+                "share_of_copy_bandwidth": median["copy"] / median["engine"],
             })  # fmt: skip
     return rows
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table."""
+    lines = ["| operation | shape | dtype | layout | us | GB/s | copy | script | eager | compiled |",
+             "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for row in rows:
+        gains = " | ".join(
+            f"{row['gain'][side]:.2f} x" if side in row["gain"] else "" for side in ("script", "eager", "compiled")
+        )
+        lines.append(
+            f"| {row['operation']} | {row['shape']} | {row['dtype']} | {row['layout']} | {row['microseconds']['engine']:.0f} | "
+            f"{row['bytes_per_second'] / 1e9:.0f} | {row['share_of_copy_bandwidth']:.0%} | {gains} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser("benchmarks.kernels", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--small", action="store_true", help="one small shape and no torch.compile, to try the benchmark itself"
-    )
+    parser.add_argument("--small", action="store_true", help="small shapes and no torch.compile, to try the benchmark itself")
     parser.add_argument("--json", type=Path, help="write the results there too")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = measure(SMALL if options.small else SHAPES, not options.small, device)
-    print(f"{'operation':16}{'shape':36}{'dtype':10}{'layout':15}{'engine us':>10}{'script':>9}{'eager':>9}{'compiled':>10}"
-          f"{'copy':>7}")  # fmt: skip
-    for row in rows:
-        gains = "".join(f"{row['gain'][side]:>{width - 2}.2f} x" if side in row["gain"] else f"{'-':>{width}}"
-                        for side, width in (("script", 9), ("eager", 9), ("compiled", 10)))  # fmt: skip
-        print(f"{row['operation']:16}{row['shape']:36}{row['dtype']:10}{row['layout']:15}{row['microseconds']['engine']:>10.0f}"
-              f"{gains}{row['share_of_copy_bandwidth']:>7.0%}")  # fmt: skip
+    rows = measure(options.small, not options.small, device)
+    print(table(rows))
     if options.json:
         write_json(options.json, {"question": __doc__.splitlines()[0], **environment(), "rows": rows})
     return 0

@@ -2,6 +2,8 @@
 
 `write` saves the configurations of every part in the published layout, so that the engine opens the family as it would open
 the checkpoint. `trained_model` builds what is trained, on whatever device is current (`torch.device("meta")` for counting).
+`open_random` opens a family whose models, trained and frozen, come into being on the device; `open_tiny` one of a few thousand
+weights, to try a benchmark itself.
 """
 
 import json
@@ -12,12 +14,23 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, PriorTransformer, UNet2DConditionModel, VQModel
 from diffusers.pipelines.wuerstchen import WuerstchenPrior
-from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPVisionConfig
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from engine.config import TrainConfig
-from examples.tiny_models import write_tokenizer
+from engine.models.efficientnet import EfficientNetEncoder
+from engine.models.family import Family, open_family
+from examples import tiny_models
 
 TOKENS = 77
+# Family -> resolution of its tiny pipelines.
+TINY = {"sd": 16, "kandinsky-prior": 32, "kandinsky-decoder": 32, "wuerstchen": 128}
 
 
 def sd_1_5() -> UNet2DConditionModel:
@@ -142,9 +155,54 @@ def write(checkpoint: str, directory: Path, **options: Any) -> TrainConfig:
             save = built.save_config if hasattr(built, "save_config") else built.save_pretrained
             save(folder / part)
         if "text_encoder" in parts:
-            write_tokenizer(folder / "tokenizer", TOKENS).save_pretrained(folder / "tokenizer")
+            tiny_models.write_tokenizer(folder / "tokenizer", TOKENS).save_pretrained(folder / "tokenizer")
         (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiffusionPipeline"}))
         option = "pretrained_model_name_or_path" if pipeline == "model" else f"pretrained_{pipeline}_model_name_or_path"
         names[option] = str(folder)
     defaults = {"mixed_precision": "bf16", "resolution": resolution, "shards_dir": str(directory / "shards")}
     return TrainConfig.model_validate({"family": family, **names, **defaults, **options})
+
+
+def _random_encoders(checkpoint: str, family: Any, device: torch.device) -> None:
+    """Gives a family its frozen models with random weights, as `load_encoders` would, in its precision."""
+    name, _, pipelines = CHECKPOINTS[checkpoint]
+    parts = {part: build for pipeline in pipelines.values() for part, build in pipeline.items()}
+    with_projection = name.startswith("kandinsky")
+    build: dict[str, Callable[[], Any]] = {
+        "vae": lambda: parts["vae"](),
+        "movq": lambda: parts["movq"](),
+        "text_encoder": lambda: (CLIPTextModelWithProjection if with_projection else CLIPTextModel)(parts["text_encoder"]()),
+        "image_encoder": lambda: (CLIPVisionModelWithProjection(parts["image_encoder"]()) if with_projection
+                                  else EfficientNetEncoder()),
+    }  # fmt: skip
+    needed = {
+        "sd": ("vae", "text_encoder"), "kandinsky-prior": ("image_encoder", "text_encoder"),
+        "kandinsky-decoder": ("image_encoder", "movq"), "wuerstchen": ("text_encoder", "image_encoder"),
+    }[name]  # fmt: skip
+    for part in needed:
+        with device:
+            setattr(family, part, build[part]().to(family.dtype).eval())
+    if name == "kandinsky-prior":
+        mean, std = torch.zeros(1, 1280, device=device), torch.ones(1, 1280, device=device)
+        family.clip_statistics = {"clip_mean": mean, "clip_std": std}
+
+
+def open_random(checkpoint: str, directory: Path, device: torch.device, **options: Any) -> Any:
+    """The family of a checkpoint, open for training at full size with random weights; `options` as `write` takes them."""
+    family: Any = open_family(write(checkpoint, directory, **options))
+
+    def load_model() -> Any:
+        with device:
+            model = trained_model(checkpoint)
+        return family.ready_to_train(model)
+
+    family.load_model = load_model
+    family.load_encoders = lambda device: _random_encoders(checkpoint, family, device)
+    return family
+
+
+def open_tiny(name: str, directory: Path, **options: Any) -> Family:
+    """A family with the few thousand weights of `examples.tiny_models`."""
+    models = tiny_models.WRITERS[name](directory)
+    defaults = {"family": name, "resolution": TINY[name], "shards_dir": "unused"}
+    return open_family(TrainConfig.model_validate({**defaults, **models, **options}))

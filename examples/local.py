@@ -60,7 +60,7 @@ def draw(family: str, models: dict[str, str], output: Path) -> list:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a tiny model of a family on photographs, on the CPU.")
-    parser.add_argument("family", choices=sorted(WRITERS))
+    parser.add_argument("family", choices=sorted(RESOLUTION))
     parser.add_argument("--steps", type=int, default=200, help="default: 200")
     parser.add_argument("--directory", type=Path, help="default: build/FAMILY")
     options = parser.parse_args()

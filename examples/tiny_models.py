@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDPMScheduler,
     DDPMWuerstchenScheduler,
     KandinskyV22Pipeline,
     KandinskyV22PriorPipeline,
     PriorTransformer,
+    StableDiffusionPipeline,
     UnCLIPScheduler,
     UNet2DConditionModel,
     VQModel,
@@ -58,6 +60,26 @@ def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=TOKENS, projection_dim=WIDTH, bos_token_id=len(tokenizer) - 2, eos_token_id=len(tokenizer) - 1,
+    )  # fmt: skip
+
+
+def stable_diffusion(directory: Path, **scheduler: Any) -> Any:
+    """The text-to-image pipeline: 16 px images, latents 4 x 8 x 8."""
+    tokenizer = write_tokenizer(directory)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4, sample_size=16, layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    text_encoder = CLIPTextModel(text_config(tokenizer))
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
+        cross_attention_dim=WIDTH, attention_head_dim=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    return StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=DDPMScheduler(**(betas | scheduler)),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
 
 
@@ -143,6 +165,13 @@ def calibrate(encoder: EfficientNetEncoder) -> None:
     encoder.eval()
 
 
+def write_stable_diffusion(directory: Path, seed: int = 0, **scheduler: Any) -> dict[str, str]:
+    """Saves the pipeline of Stable Diffusion; returns the option that names it."""
+    torch.manual_seed(seed)
+    stable_diffusion(directory / "spelling", **scheduler).save_pretrained(directory / "pipeline")
+    return {"pretrained_model_name_or_path": str(directory / "pipeline")}
+
+
 def write_kandinsky(directory: Path, seed: int = 0) -> dict[str, str]:
     """Saves both pipelines of Kandinsky 2.2; returns the options that name them."""
     torch.manual_seed(seed)
@@ -169,4 +198,7 @@ def write_wuerstchen(directory: Path, seed: int = 0, dropout: float = 0.1) -> di
     }
 
 
-WRITERS = {"kandinsky-prior": write_kandinsky, "kandinsky-decoder": write_kandinsky, "wuerstchen": write_wuerstchen}
+WRITERS = {
+    "sd": write_stable_diffusion, "kandinsky-prior": write_kandinsky, "kandinsky-decoder": write_kandinsky,
+    "wuerstchen": write_wuerstchen,
+}  # fmt: skip

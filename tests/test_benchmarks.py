@@ -1,10 +1,14 @@
 """The benchmarks run on a CPU, and count what is published."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from benchmarks import encode, kernels, sizes
+from benchmarks import encode, overhead, published, sizes, step, suite, timing
 
 # Parameters in millions and training TFLOP per sample, as published configurations come to.
 EXPECTED = {
@@ -20,7 +24,14 @@ def test_full_size_models_have_the_published_size(checkpoint):
     row = sizes.measure(checkpoint)
     assert row["parameters"] / 1e6 == pytest.approx(parameters, rel=6e-4)
     assert 3 * row["forward_flops"] / 1e12 == pytest.approx(training, rel=2e-3)
-    assert checkpoint in sizes.table([row])
+    assert checkpoint in sizes.table([row], 788e12, 4.3e12)
+
+
+def test_the_costs_are_counted():
+    row = sizes.measure("Kandinsky 2.2 prior")
+    assert row["constant_bytes"] == 44 * row["parameters"]
+    # Per block and token, in widths of 2048: queries, keys and values 6, attention 4, its projection 2, the MLP 10.
+    assert row["sample_bytes"] == pytest.approx(3 * 2 * 20 * 81 * 22 * 2048, rel=0.01)
 
 
 def test_the_encode_benchmark_runs_on_tiny_models(monkeypatch, tmp_path, capsys):
@@ -28,16 +39,58 @@ def test_the_encode_benchmark_runs_on_tiny_models(monkeypatch, tmp_path, capsys)
     monkeypatch.setattr("sys.argv", ["encode", "--tiny", "--images", "2", "--batch", "2", "--json", str(output)])
     assert encode.main() == 0
     rows = json.loads(output.read_text())["rows"]
-    assert [row["model"] for row in rows] == list(encode.TINY)
+    assert [row["model"] for row in rows] == list(published.TINY)
     assert all(row["images_per_second"] > 0 for row in rows)
     assert "wuerstchen" in capsys.readouterr().out
 
 
-def test_the_kernel_benchmark_runs_on_a_small_shape(monkeypatch, tmp_path, capsys):
-    output = tmp_path / "kernels.json"
-    monkeypatch.setattr("sys.argv", ["kernels", "--small", "--json", str(output)])
-    assert kernels.main() == 0
-    rows = json.loads(output.read_text())["rows"]
-    assert {row["operation"] for row in rows} == {"add_noise", "diffusion_loss"}
-    assert all(row["gain"].keys() == {"script", "eager"} and row["microseconds"]["engine"] > 0 for row in rows)
-    assert "diffusion_loss" in capsys.readouterr().out
+@pytest.fixture(scope="module")
+def suite_results(tmp_path_factory) -> Path:
+    """The whole suite on small shapes and models, with as few repetitions as there can be."""
+    output = tmp_path_factory.mktemp("suite")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["suite", "--tiny", "--steps", "1", "--output", str(output)])
+        patch.setattr(step, "WINDOWS", 1)
+        patch.setattr(step, "WARM_UP", 2)
+        patch.setattr(timing, "REPEATS", 1)
+        assert suite.main() == 0
+    return output
+
+
+def test_the_suite_measures_every_operation_and_lever(suite_results):
+    results = json.loads((suite_results / "suite.json").read_text())
+    operations = {row["operation"] for row in results["kernels"]}
+    assert operations == {"add_noise", "diffusion_loss", "group_norm_silu", "group_norm_silu, both passes", "square_sum"}
+    assert all(row["gain"].keys() >= {"script"} and row["microseconds"]["engine"] > 0 for row in results["kernels"])
+    assert results["optimizer"]["gain"].keys() == {"passes"}
+    assert results["overhead"]["host_microseconds"]["loop"] > 0
+    waterfalls = {result["checkpoint"]: result["rows"] for result in results["step"]["results"]}
+    assert list(waterfalls) == ["sd", "kandinsky-prior", "kandinsky-decoder", "wuerstchen"]
+    for family, rows in waterfalls.items():
+        levers = [lever.name for lever in step.LEVERS if not lever.norms or family in ("sd", "kandinsky-decoder")]
+        assert [row["lever"] for row in rows] == [*levers, "graphs"]
+        for row in rows:
+            assert row.get("missing") == "no GPU" if row["lever"] == "graphs" else row["samples_per_second"] > 0
+
+
+def test_the_suite_names_where_it_ran_and_draws(suite_results):
+    report = (suite_results / "suite.md").read_text()
+    assert torch.__version__ in report
+    assert "| sd | encoders in the loop | 4 |" in report
+    for name in ("waterfall", "roofline", "kernels"):
+        assert f"({name}.png)" in report
+        assert np.asarray(Image.open(suite_results / f"{name}.png").convert("L")).std() > 5
+
+
+def test_nothing_is_begun_after_the_deadline():
+    measured = step.measure_all(["kandinsky-prior"], True, {"kandinsky-prior": [2]}, torch.device("cpu"), 1, minutes=0)
+    assert {row["missing"] for row in measured["results"][0]["rows"]} == {"no time left"}
+    assert "no time left" in step.table(measured)
+
+
+def test_what_is_idle_between_kernels_is_found(tmp_path):
+    family = published.open_tiny("kandinsky-prior", tmp_path, output_dir=str(tmp_path / "out"))
+    gaps = overhead.device_gaps(family, step.LEVERS[3], 2, torch.device("cpu"), steps=2)
+    assert gaps["kernels_per_step"] > 50
+    assert 0 <= gaps["idle_share"] < 1
+    assert "idles for" in overhead.table({"device": gaps})

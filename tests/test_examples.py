@@ -8,11 +8,12 @@ from PIL import Image
 
 from engine.config import TrainConfig, parse
 from examples import local
+from examples.local import RESOLUTION
 from examples.photographs import CAPTIONS, photographs
-from examples.tiny_models import TOKENS, WRITERS
+from examples.tiny_models import TOKENS
 
 
-@pytest.mark.parametrize("family", WRITERS)
+@pytest.mark.parametrize("family", RESOLUTION)
 def test_an_example_trains_and_draws(family, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["local", family, "--steps", "20", "--directory", str(tmp_path)])
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # for the training, which is a command of its own

@@ -73,14 +73,19 @@ class Metrics:
         return line
 
 
-def forward_flops(family: Family, model: torch.nn.Module) -> float:
-    """Operations of one forward pass for one sample, attention included, counted on meta tensors."""
+def forward_on_meta(family: Family, model: Any) -> None:
+    """A forward pass of one sample that computes nothing, for modes that count."""
     timesteps = family.schedule.draw(torch.tensor([0]), torch.tensor([0])).to("meta")
     with torch.device("meta"):
-        shadow = type(model).from_config(model.config)  # type: ignore[attr-defined]
+        shadow = type(model).from_config(model.config)
         record = {name: torch.empty(1, *field.shape) for name, field in family.record_spec.items()}
-        with FlopCounterMode(display=False) as counter:
-            family.predict(shadow, record[family.mean], timesteps, record)
+        family.predict(shadow, record[family.mean], timesteps, record)
+
+
+def forward_flops(family: Family, model: torch.nn.Module) -> float:
+    """Operations of one forward pass for one sample, attention included."""
+    with FlopCounterMode(display=False) as counter:
+        forward_on_meta(family, model)
     return float(counter.get_total_flops())
 
 
