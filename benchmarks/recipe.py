@@ -3,9 +3,10 @@
     python -m benchmarks.recipe [--model DIR] [--images DIR] [--batch 64] [--steps 60] [--rounds 3]
 
 The recipe is the plain loop of the text-to-image script: images decoded and resized by a DataLoader, VAE and text encoder in
-every step, noise drawn and stored, EMA and AdamW by diffusers and torch, and the loss read back after every step. The engine's
-side is `python -m engine.run` on the same options, with the encoding of its shards counted apart. Rates are over all steps
-but the first ten of each turn. Defaults are what `make quickstart` leaves behind.
+every step, noise drawn and stored, EMA and AdamW by diffusers and torch, and the loss read back after every step; on a GPU
+under autocast to bf16, with TF32, channels last and loading in worker processes. The engine's side is `python -m engine.run` on
+the same options, on a GPU with `--compile`, with the encoding of its shards counted apart. Rates are over all steps but the
+first ten of each turn. Defaults are what `make quickstart` leaves behind; `benchmarks.step` compares at full size.
 """
 
 import argparse
@@ -29,7 +30,7 @@ LEARNING_RATE, GAMMA = 2e-3, 5.0
 
 
 def recipe_rate(model: Path, images: Path, resolution: int, batch: int, steps: int) -> float:
-    """Samples per second of the plain loop; in fp32, as the engine's side."""
+    """Samples per second of the plain loop; in fp32 on a CPU, as the engine's side."""
     import datasets
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from diffusers.optimization import get_scheduler
@@ -42,10 +43,15 @@ def recipe_rate(model: Path, images: Path, resolution: int, batch: int, steps: i
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
     tokenizer = CLIPTokenizer.from_pretrained(model, subfolder="tokenizer")
-    vae = AutoencoderKL.from_pretrained(model, subfolder="vae").to(device).requires_grad_(False)
+    gpu = device.type == "cuda"
+    frozen_dtype = torch.bfloat16 if gpu else torch.float32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    vae = AutoencoderKL.from_pretrained(model, subfolder="vae").to(device, frozen_dtype).requires_grad_(False)
     text_encoder: torch.nn.Module = CLIPTextModel.from_pretrained(model, subfolder="text_encoder")
-    text_encoder.to(device).requires_grad_(False)
+    text_encoder.to(device, frozen_dtype).requires_grad_(False)
     unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet").to(device).train()
+    if gpu:
+        unet.to(memory_format=torch.channels_last)
     ema = EMAModel(unet.parameters(), model_cls=UNet2DConditionModel, model_config=unet.config)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
     schedule = get_scheduler("constant", optimizer)
@@ -60,17 +66,18 @@ def recipe_rate(model: Path, images: Path, resolution: int, batch: int, steps: i
         return {"pixels": pixels, "tokens": [torch.tensor(ids) for ids in tokens.input_ids]}
 
     loader = torch.utils.data.DataLoader(
-        dataset["train"].with_transform(prepare), batch_size=batch, shuffle=True, drop_last=True
+        dataset["train"].with_transform(prepare), batch_size=batch, shuffle=True, drop_last=True, num_workers=8 if gpu else 0
     )
     step, started = 0, time.perf_counter()
     while True:
         for examples in loader:
-            latents = vae.encode(examples["pixels"].to(device)).latent_dist.sample() * vae.config.scaling_factor
+            latents = vae.encode(examples["pixels"].to(device, frozen_dtype)).latent_dist.sample() * vae.config.scaling_factor
             noise = torch.randn_like(latents)
             timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (batch,), device=device)
             noisy = scheduler.add_noise(latents, noise, timesteps)
             states = text_encoder(examples["tokens"].to(device), return_dict=False)[0]
-            prediction = unet(noisy, timesteps, states, return_dict=False)[0]
+            with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
+                prediction = unet(noisy, timesteps, states, return_dict=False)[0]
             snr = compute_snr(scheduler, timesteps)
             weights = torch.stack([snr, GAMMA * torch.ones_like(timesteps)], dim=1).min(dim=1)[0] / snr
             loss = torch.nn.functional.mse_loss(prediction.float(), noise.float(), reduction="none")
@@ -91,6 +98,7 @@ def recipe_rate(model: Path, images: Path, resolution: int, batch: int, steps: i
 
 def engine_rate(model: Path, images: Path, shards: Path, resolution: int, batch: int, steps: int) -> tuple[float, float]:
     """Samples per second of the engine, and the seconds that encoding took (0 where the shards exist)."""
+    on_gpu = ["--mixed_precision", "bf16", "--compile", "--allow_tf32"] if torch.cuda.is_available() else []
     with tempfile.TemporaryDirectory() as output:
         subprocess.run(
             [
@@ -99,7 +107,7 @@ def engine_rate(model: Path, images: Path, shards: Path, resolution: int, batch:
                 "--resolution", str(resolution), "--center_crop", "--train_batch_size", str(batch),
                 "--max_train_steps", str(WARM_UP + steps), "--learning_rate", str(LEARNING_RATE), "--snr_gamma", str(GAMMA),
                 "--use_ema", "--seed", "0", "--log_every", str(WARM_UP), "--report_to", "none",
-                "--checkpointing_steps", "1000000",
+                "--checkpointing_steps", "1000000", *on_gpu,
             ],
             check=True, stdout=subprocess.DEVNULL,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What do the kernels compile to? Registers, shared memory, spills and the width of their loads; needs no GPU.
+"""What do the kernels compile to? Instructions, registers, shared memory, spills, width of loads; needs no GPU.
 
     python -m benchmarks.registers [--json]
 
@@ -63,12 +63,16 @@ class Case:
 
 
 def _latent_cases() -> list[Case]:
-    """`add_noise` and `diffusion_loss` with every option on, in the tiles that engine.kernels.layout chooses for 4 channels."""
+    """`add_noise` and `diffusion_loss` in the tiles that engine.kernels.layout chooses for 4 channels, with every option on.
+
+    `plain` is contiguous without noise offset and perturbation, as most runs are.
+    """
     cases = []
     layouts = {
         "contiguous": {"ROWS": 1, "GROUPS": 256, "FLAT": False},
         "channels_last": {"ROWS": 4, "GROUPS": 64, "FLAT": False},
         "flat": {"ROWS": 1, "GROUPS": 256, "FLAT": True},
+        "plain": {"ROWS": 1, "GROUPS": 256, "FLAT": False, "HAS_OFFSET": False, "HAS_PERTURBATION": False},
     }
     for kernel, samples in ((add_noise_kernel, ("noisy", "mean", "std")),
                             (diffusion_loss_kernel, ("gradient", "prediction", "mean", "std"))):  # fmt: skip
@@ -77,7 +81,8 @@ def _latent_cases() -> list[Case]:
             innermost = "_channel_stride" if layout == "channels_last" else "_position_stride"
             ones = {name: 1 for name in kernel.arg_names if name.endswith(innermost)}
             integers = tuple(name for name in kernel.arg_names if not name.endswith("_pointer")) if layout == "flat" else ()
-            cases.append(Case(kernel, layout, options | constants | ones, samples, ("channels", *integers)))
+            known = {name: value for name, value in (options | constants | ones).items() if name in kernel.arg_names}
+            cases.append(Case(kernel, layout, known, samples, ("channels", *integers)))
     return cases
 
 
@@ -126,13 +131,14 @@ def compile_case(case: Case, dtype: str, target: GPUTarget) -> Any:
 
 
 def usage(compiled: Any, target: GPUTarget) -> dict[str, Any]:
-    """Registers per thread, bytes of shared memory, spills, and how many of the loads and stores are 128 bits wide."""
+    """Instructions, registers per thread, bytes of shared memory, spills, and which loads and stores are 128 bits wide."""
     if target.backend == "hip":
         assembly = compiled.asm["amdgcn"]
         spills = sum(int(n) for n in re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s*(\d+)", assembly))
         loads, stores = (re.findall(rf"\b(?:global|buffer)_{kind}_(\w+)", assembly) for kind in ("load", "store"))
         wide = [sum(width.startswith("dwordx4") for width in found) for found in (loads, stores)]
         registers = int(re.findall(r"\.vgpr_count:\s*(\d+)", assembly)[0])
+        instructions = len(re.findall(r"^\s+[vsdgb]\w*_\w+", assembly, re.MULTILINE))
     else:
         with tempfile.TemporaryDirectory() as directory:
             cubin = Path(directory) / "kernel.cubin"
@@ -143,9 +149,10 @@ def usage(compiled: Any, target: GPUTarget) -> dict[str, Any]:
         loads, stores = (re.findall(rf"\b{kind}\.E([\w.]*)", assembly) for kind in ("LDG", "STG"))
         wide = [sum(".128" in width for width in found) for found in (loads, stores)]
         registers = int(re.findall(r"REG:(\d+)", resources)[0])
+        instructions = len(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?[A-Z]", assembly))
     return {
-        "registers": registers, "shared": compiled.metadata.shared, "spills": spills, "loads": len(loads),
-        "wide_loads": wide[0], "stores": len(stores), "wide_stores": wide[1],
+        "instructions": instructions, "registers": registers, "shared": compiled.metadata.shared, "spills": spills,
+        "loads": len(loads), "wide_loads": wide[0], "stores": len(stores), "wide_stores": wide[1],
     }  # fmt: skip
 
 
@@ -174,11 +181,11 @@ def main() -> int:
     if as_json:
         print(json.dumps(rows))
         return 0
-    print(f"{'kernel':26}{'variant':22}{'target':8}{'dtype':6}{'registers':>10}{'shared':>8}{'spills':>8}"
+    print(f"{'kernel':26}{'variant':22}{'target':8}{'dtype':6}{'instructions':>13}{'registers':>10}{'shared':>8}{'spills':>8}"
           f"{'wide loads':>12}{'wide stores':>13}")  # fmt: skip
     for row in rows:
         loads, stores = (f"{row[f'wide_{kind}']} of {row[kind]}" for kind in ("loads", "stores"))
-        print("{kernel:26}{variant:22}{target:8}{dtype:6}{registers:>10}{shared:>8}{spills:>8}".format(**row)
+        print("{kernel:26}{variant:22}{target:8}{dtype:6}{instructions:>13}{registers:>10}{shared:>8}{spills:>8}".format(**row)
               + f"{loads:>12}{stores:>13}")  # fmt: skip
     return 0
 

@@ -39,9 +39,10 @@ from benchmarks.environment import environment
 from benchmarks.plain import PlainTraining
 from benchmarks.published import TINY, open_random, open_tiny
 from benchmarks.sizes import Cost, count
-from benchmarks.timing import matrix_flops_per_second, spread, synchronize
+from benchmarks.timing import spread, synchronize
 from engine.data.loader import Batch, BatchPlan
 from engine.files import write_json
+from engine.loop.metrics import matrix_flops_per_second
 from engine.loop.trainer import Training
 from engine.models.family import PRECISIONS, Family
 from engine.models.training_form import to_training_form

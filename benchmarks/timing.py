@@ -51,13 +51,6 @@ def copying(moved: int, device: torch.device) -> Callable[[], Any]:
     return lambda: target.copy_(source)
 
 
-def matrix_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """What a large matrix product reaches: the measure that model FLOP utilisation is relative to."""
-    size = 8192 if device.type == "cuda" else 1024
-    left, right = torch.randn(2, size, size, device=device).to(dtype)
-    return 2 * size**3 / statistics.median(microseconds({"": lambda: left @ right}, device)[""]) * 1e6
-
-
 def copy_bytes_per_second(device: torch.device) -> float:
     """Bytes read and written per second by a copy that no cache holds."""
     moved = 2**32 if device.type == "cuda" else 2**28

@@ -21,8 +21,8 @@ def report() -> list[dict]:
 
 
 VARIANTS = {
-    "add_noise": {"contiguous", "channels_last", "flat"},
-    "diffusion_loss": {"contiguous", "channels_last", "flat"},
+    "add_noise": {"contiguous", "channels_last", "flat", "plain"},
+    "diffusion_loss": {"contiguous", "channels_last", "flat", "plain"},
     "adamw_ema": {"weights and average"},
     "square_sum": {"flat"},
     "group_norm_silu": {"10 per group", "36 per group", "40 per group"},

@@ -14,6 +14,7 @@ from engine.loop import capture, trainer
 from engine.loop.trainer import train
 from tests.loop import tape
 from tests.loop.runs import checkpoint_tensors, config
+from tests.loop.test_families import config as family_config
 
 ON_GPU = torch.cuda.is_available()
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
@@ -121,3 +122,29 @@ def test_graphs_without_a_gpu_are_refused_only_when_asked_for(model, images, sha
         train(config(model, images, shards, tmp_path / "out", cuda_graphs="on"))
     assert train(config(model, images, shards, tmp_path / "out", max_train_steps=1)) == 0
     assert "CUDA graphs" not in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["kandinsky-prior", "kandinsky-decoder", "wuerstchen"])
+def test_compiled_steps_are_captured_and_compile_nothing_after_the_third(family, published, photographs, tmp_path):
+    models = published(family)  # Wuerstchen's with its dropout, whose generator a graph must advance
+    options = {"compile": True, "mixed_precision": "bf16", "shards_dir": str(tmp_path / "shards"), "max_train_steps": 8}
+    losses = {}
+    for how in ("off", "on"):
+        torch._dynamo.reset()
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            assert train(family_config(family, models, photographs, tmp_path / how, cuda_graphs=how, **options)) == 0
+        losses[how] = lines(tmp_path / how)
+    assert losses["on"] == losses["off"]
+
+
+def test_a_captured_step_keeps_weights_where_they_are(recorded, model, images, shards, tmp_path, monkeypatch):
+    places, train_step = set(), trainer.Training._train_step
+
+    def note(self, batches, rate):
+        train_step(self, batches, rate)
+        places.add(tuple(parameter.data_ptr() for parameter in self.partition.parameters))
+
+    monkeypatch.setattr(trainer.Training, "_train_step", note)
+    assert train(config(model, images, shards, tmp_path / "out", cuda_graphs="on")) == 0
+    assert len(places) == 1
