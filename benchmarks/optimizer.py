@@ -49,9 +49,10 @@ def _separate_passes(gradient: Tensor) -> Callable[[], None]:
     weights = master.detach().bfloat16()
     optimizer = torch.optim.AdamW([master], lr=1e-4, weight_decay=1e-2, fused=True)
     scale = torch.tensor(0.5, device=gradient.device)
+    master.grad = torch.empty_like(master)
 
     def step() -> None:
-        master.grad = (gradient * scale).float()
+        torch.mul(gradient, scale, out=master.grad)
         optimizer.step()
         with torch.no_grad():
             average.lerp_(master, 1e-4)
