@@ -93,7 +93,7 @@ def choices(seed: Tensor, slots: Tensor, stream: int, count: int | Tensor) -> Te
 
 @triton.jit
 def _radius(word):
-    """sqrt(-2 ln uniform(word)) within 1e-6; the root is the hardware's, exact to 2^-23.
+    """sqrt(-2 ln uniform(word)) within 1e-6; the root is the hardware's reciprocal one, good to 2^-22.
 
     Near 1 the uniform itself would round in fp32 and its logarithm would lose everything, so the logarithm is summed there
     from 1 - uniform, which is exact.
@@ -102,7 +102,8 @@ def _radius(word):
     uniform = (number.to(tl.float32) + 0.5) * 5.9604644775390625e-08  # 2^-24
     rest = ((16777215 - number).to(tl.float32) + 0.5) * 5.9604644775390625e-08
     series = rest * (1 + rest * (1 / 2 + rest * (1 / 3 + rest * (1 / 4 + rest * (1 / 5 + rest * (1 / 6))))))
-    return tl.sqrt(2 * tl.where(rest < 0.03125, series, -tl.log(uniform)))
+    square = 2 * tl.where(rest < 0.03125, series, -tl.log(uniform))
+    return square * tl.rsqrt(square)
 
 
 @triton.jit
