@@ -1,8 +1,6 @@
 """Validation images, and the export of the trained pipeline."""
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +20,24 @@ from engine.picture import labelled_grid, save_png
 from engine.processes import Processes
 
 
-@contextmanager
-def weights_in_place(partition: Partition, tensors: list[Tensor]) -> Iterator[nn.Module]:
-    """The module with its weights replaced by `tensors` (laid out as the masters), in evaluation mode; undone on leaving."""
-    module = partition.module
-    parameters = dict(module.named_parameters())
-    kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    with torch.no_grad():
-        for name, whole in partition.gather(tensors):
-            parameters[name].copy_(whole)
-    module.eval()
-    try:
-        yield module
-    finally:
-        module.train()
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(kept[name])
+def assemble(partition: Partition, tensors: list[Tensor], dtype: torch.dtype, device: torch.device) -> Any:
+    """The published model with weights from `tensors` (laid out as the masters), on the first process; None on the others.
+
+    Every process must call it. Parameters are gathered one by one, so that no process ever holds two whole copies.
+    """
+    state: dict[str, Tensor] = {}
+    for name, whole in partition.gather(tensors):
+        if partition.processes.is_first:
+            state[name] = whole.to(device, dtype, copy=True)
+    if not partition.processes.is_first:
+        return None
+    module: Any = partition.module
+    with torch.device("meta"):
+        model = type(module).from_config(module.config)
+    others = {**partition.frozen, **dict(module.named_buffers())}
+    state |= {name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in others.items()}
+    model.load_state_dict(to_published_form(module, state), assign=True, strict=False)
+    return model.eval()
 
 
 def validate(
@@ -52,23 +51,22 @@ def validate(
 ) -> Image.Image | None:
     """Draws the validation images into samples/step-N.png, and returns them, on the first process; all must call it."""
     grid = None
-    with weights_in_place(partition, tensors) as module:
-        if processes.is_first:
-            prompts = config.validation_prompts or []
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                pipeline, arguments = family.preview(module)
-                pipeline = pipeline.to(processes.device)
-                pipeline.set_progress_bar_config(disable=True)
-                rows = []
-                for prompt in prompts:
-                    generator = torch.Generator(processes.device).manual_seed(seed)
-                    images = pipeline(
-                        prompt, num_images_per_prompt=config.num_validation_images, generator=generator, **arguments
-                    ).images
-                    rows.append((prompt, images))
-            grid = labelled_grid(rows)
-            save_png(grid, Path(config.output_dir) / "samples" / f"step-{step}.png")
-        processes.barrier()
+    model = assemble(partition, tensors, family.dtype, processes.device)
+    if model is not None:
+        with torch.no_grad():
+            pipeline, arguments = family.preview(model)
+            pipeline = pipeline.to(processes.device)
+            pipeline.set_progress_bar_config(disable=True)
+            rows = []
+            for prompt in config.validation_prompts or []:
+                generator = torch.Generator(processes.device).manual_seed(seed)
+                images = pipeline(
+                    prompt, num_images_per_prompt=config.num_validation_images, generator=generator, **arguments
+                ).images
+                rows.append((prompt, images))
+        grid = labelled_grid(rows)
+        save_png(grid, Path(config.output_dir) / "samples" / f"step-{step}.png")
+    processes.barrier()
     return grid
 
 
@@ -77,31 +75,31 @@ def export(config: TrainConfig, family: Family, partition: Partition, tensors: l
 
     Each component is written aside and renamed into place; model_index.json, without which nothing loads, comes last.
     """
-    state = {name: whole.cpu() for name, whole in partition.gather(tensors) if processes.is_first}
-    if processes.is_first:
-        module: Any = partition.module
-        with torch.device("meta"):
-            model = type(module).from_config(module.config)
-        weights = to_published_form(module, {**partition.frozen, **state})
-        model.load_state_dict({**dict(module.named_buffers()), **weights}, assign=True, strict=False)
-        output = Path(config.output_dir) / family.result
-        output.mkdir(exist_ok=True)
-        aside = Path(config.output_dir) / f"pipeline{PARTIAL}"
-        discard(aside)
-        pipeline = family.pipeline(model)
-        use_portable_names(pipeline)
-        pipeline.save_pretrained(aside, safe_serialization=True)
-        if (aside / "tokenizer").is_dir():
-            # transformers 5 saves tokenizer.json alone; older releases read the vocabulary and the merges beside it.
-            shutil.copytree(family.path / "tokenizer", aside / "tokenizer", dirs_exist_ok=True)
-        for path in sorted(aside.rglob("*")):
-            sync(path)
-        for path in sorted(aside.iterdir(), key=lambda path: path.name == "model_index.json"):
-            discard(output / path.name)
-            shutil.move(path, output / path.name)
-        sync(output)
-        aside.rmdir()
+    model = assemble(partition, tensors, torch.float32, torch.device("cpu"))
+    if model is not None:
+        save_pipeline(Path(config.output_dir), family, model)
     processes.barrier()
+
+
+def save_pipeline(directory: Path, family: Family, model: nn.Module) -> None:
+    """Writes the family's published pipeline with `model` in place into its folder of a directory."""
+    output = directory / family.result
+    output.mkdir(parents=True, exist_ok=True)
+    aside = directory / f"pipeline{PARTIAL}"
+    discard(aside)
+    pipeline = family.pipeline(model)
+    use_portable_names(pipeline)
+    pipeline.save_pretrained(aside, safe_serialization=True)
+    if (aside / "tokenizer").is_dir():
+        # transformers 5 saves tokenizer.json alone; older releases read the vocabulary and the merges beside it.
+        shutil.copytree(family.path / "tokenizer", aside / "tokenizer", dirs_exist_ok=True)
+    for path in sorted(aside.rglob("*")):
+        sync(path)
+    for path in sorted(aside.iterdir(), key=lambda path: path.name == "model_index.json"):
+        discard(output / path.name)
+        shutil.move(path, output / path.name)
+    sync(output)
+    aside.rmdir()
 
 
 def create_repository(config: TrainConfig) -> str:

@@ -12,10 +12,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine.errors import UserError
-from engine.loop import trainer, validation
+from engine.loop import validation
 from engine.loop.metrics import _forget_after
 from engine.loop.trainer import train
-from engine.loop.validation import weights_in_place
 from tests.loop.runs import config
 
 
@@ -88,24 +87,14 @@ def test_the_curves_are_drawn(trained):
     assert np.asarray(Image.open(trained / "curves.png").convert("L")).std() > 5
 
 
-def test_weights_come_back_after_validation(model, images, shards, tmp_path, monkeypatch):
-    seen = []
-    run_steps = trainer.Training.run_steps
-
-    def look(self, log):
-        result = run_steps(self, log)
-        module = self.partition.module
-        before = [parameter.detach().clone() for parameter in module.parameters()]
-        with weights_in_place(self.partition, self.ema.averages) as inner:
-            seen.append(any(not torch.equal(a, b) for a, b in zip(before, inner.parameters(), strict=True)))
-            assert not inner.training
-        seen.append(all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True)))
-        assert module.training
-        return result
-
-    monkeypatch.setattr(trainer.Training, "run_steps", look)
-    assert train(config(model, images, shards, tmp_path / "out", max_train_steps=3)) == 0
-    assert seen == [True, True]
+def test_validation_leaves_the_training_alone(model, images, shards, tmp_path):
+    losses = []
+    for name, options in (("drawn", {"validation_prompts": ["a red square"], "validation_epochs": 1}), ("plain", {})):
+        assert train(config(model, images, shards, tmp_path / name, **options)) == 0
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert len(list((tmp_path / "drawn" / "samples").iterdir())) == 3
+    assert losses[0] == losses[1]
 
 
 def test_without_ema_the_weights_themselves_are_exported(model, images, shards, tmp_path):
