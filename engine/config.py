@@ -188,13 +188,31 @@ class TrainConfig(CacheConfig):
     gradient_accumulation_steps: int = option(1, "Micro-batches per optimizer step.", "training", ge=1)
     num_train_epochs: int = option(100, "Passes over the data, when --max_train_steps is not given.", "training", ge=1)
     max_train_steps: int | None = option(None, "Optimizer steps in all; overrides --num_train_epochs.", "training", ge=1)
+    gradient_accumulation_dtype: Literal["fp32", "bf16", "fp16"] | None = option(
+        None,
+        "Precision in which micro-batches add up. Default: fp32, with --zero_stage 1 the precision of the weights.",
+        "training",
+    )
+
     zero_stage: int = option(
         0,
-        "DeepSpeed ZeRO stage. 0 leaves the choice of the machinery under low precision to the engine; "
-        "2 accumulates bf16 and fp16 gradients in fp32.",
-        "training",
+        "DeepSpeed ZeRO stage: 0 shards nothing, 1 the optimizer's state, 2 gradients too, 3 weights too.",
+        "sharding",
         ge=0,
-        le=2,
+        le=3,
+    )
+    offload_optimizer: Literal["none", "cpu", "nvme"] = option(
+        "none",
+        "Keep masters, moments and the moving average in host memory, or in files under --nvme_path mapped into it, and step "
+        "there.",
+        "sharding",
+    )
+    offload_parameters: bool = option(False, "With --zero_stage 3, keep the sharded weights in host memory.", "sharding")
+    nvme_path: str | None = option(None, "Directory on a fast disk for --offload_optimizer nvme.", "sharding")
+    deepspeed_config: str | None = option(
+        None,
+        "JSON file of further DeepSpeed options, merged with the engine's own; what contradicts the other options is refused.",
+        "sharding",
     )
 
     learning_rate: float = option(1e-4, "Learning rate after warm-up.", "optimizer", ge=0)
@@ -436,6 +454,20 @@ def _check(config: CacheConfig) -> None:
     ):
         if wanted and importlib.util.find_spec(package) is None:
             raise UserError(f"{flag} needs {package}, which is not installed: install the extra `{package}`")
+    if (config.offload_optimizer == "nvme") != (config.nvme_path is not None):
+        raise UserError("--offload_optimizer nvme and --nvme_path need each other")
+    if config.offload_parameters and config.zero_stage != 3:
+        raise UserError("--offload_parameters needs --zero_stage 3")
+    weights_precision = "fp32" if config.mixed_precision == "no" else config.mixed_precision
+    if config.gradient_accumulation_dtype not in (None, "fp32", weights_precision):
+        raise UserError(
+            f"--gradient_accumulation_dtype {config.gradient_accumulation_dtype} with --mixed_precision "
+            f"{config.mixed_precision}: gradients add up in fp32 or in the precision of the weights"
+        )
+    if config.zero_stage == 1 and config.mixed_precision != "no" and config.gradient_accumulation_dtype == "fp32":
+        raise UserError("--zero_stage 1 adds gradients up in the precision of the weights; for fp32 use --zero_stage 2")
+    if config.deepspeed_config and not Path(config.deepspeed_config).is_file():
+        raise UserError(f"--deepspeed_config {config.deepspeed_config}: no such file")
     if config.compile_cache_dir and not config.compile:
         raise UserError("--compile_cache_dir needs --compile")
     if config.offload_ema and not config.use_ema:

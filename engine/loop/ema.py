@@ -1,5 +1,7 @@
 """The exponential moving average of the weights, kept where and how the fp32 weights are kept."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,17 +21,18 @@ class Ema:
     Args:
         masters: the fp32 tensors that the optimizer updates.
         offload: keep the averages in host memory (pinned, for a GPU) and move them through the device in each update.
+        allocate: gives the memory of the averages otherwise, laid out as a master.
     """
 
-    def __init__(self, masters: list[Tensor], offload: bool) -> None:
+    def __init__(self, masters: list[Tensor], offload: bool, allocate: Callable[[Tensor], Tensor] = torch.empty_like) -> None:
         self.masters = [master.detach() for master in masters]
         self.offload = offload and self.masters[0].is_cuda
-        self.averages = [self._copy(master) for master in self.masters]
-
-    def _copy(self, master: Tensor) -> Tensor:
-        if not self.offload:
-            return master.clone()
-        return torch.empty_like(master, device="cpu", pin_memory=True).copy_(master)
+        if self.offload:
+            self.averages = [torch.empty_like(master, device="cpu", pin_memory=True) for master in self.masters]
+        else:
+            self.averages = [allocate(master) for master in self.masters]
+        for average, master in zip(self.averages, self.masters, strict=True):
+            average.copy_(master)
 
     @torch.no_grad()
     def update(self, step: int) -> None:

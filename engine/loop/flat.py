@@ -40,14 +40,19 @@ class FlatPartition(Partition):
         model.to(device, dtype)
         for parameter, view in zip(self.names, self._views(self.weights), strict=True):
             parameter.data = view
-        # Micro-batches add up in fp32; a single one needs no more than its own precision.
-        self.gradient = torch.zeros_like(master, dtype=dtype if config.gradient_accumulation_steps == 1 else torch.float32)
+        self.gradient = torch.zeros_like(master, dtype=self._gradient_dtype(config))
         self.gradient_views = self._views(self.gradient)
         self.optimizer = create_optimizer([master], config, None)
         assert isinstance(self.optimizer, AdamW)
-        self.optimizer.create_state()
+        self.optimizer.create_state(self.masters, self.allocate)
         if self.weights is not master:
             self.optimizer.weights = [self.weights]
+
+    @staticmethod
+    def _gradient_dtype(config: TrainConfig) -> torch.dtype:
+        """Micro-batches add up in fp32 unless told otherwise; a single one needs no more than its own precision."""
+        low = config.gradient_accumulation_steps == 1 or config.gradient_accumulation_dtype == config.mixed_precision
+        return PRECISIONS[config.mixed_precision] if low else torch.float32
 
     def _views(self, flat: Tensor) -> list[Tensor]:
         return [self.view(piece, [flat]).view(piece.shape) for piece in self.slices]

@@ -42,8 +42,6 @@ class AdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(parameters, arguments)
         self.max_grad_norm, self.sum_parts = max_grad_norm, sum_parts
-        device = parameters[0].device
-        self.grad_norm, self.learning_rate, self.ema_weight = (torch.zeros(1, device=device) for _ in range(3))
         self.weights: list[Tensor | None] | None = None
         self.averages: list[Tensor | None] | None = None
 
@@ -54,13 +52,15 @@ class AdamW(torch.optim.Optimizer):
     def set_learning_rate(self, rate: float) -> None:
         self.learning_rate.fill_(rate)
 
-    def create_state(self) -> None:
-        """Creates the moments and step counters, so that they can be loaded."""
-        for parameter in self.parameters:
-            self.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
+    def create_state(self, masters: list[Tensor], allocate: Callable[[Tensor], Tensor]) -> None:
+        """Creates the moments (by `allocate`) and step counters of what will be stepped on, beside it."""
+        device = masters[0].device
+        self.grad_norm, self.learning_rate, self.ema_weight = (torch.zeros(1, device=device) for _ in range(3))
+        for master in masters:
+            self.state[master] = {
+                "step": torch.zeros((), dtype=torch.float32, device=device),
+                "exp_avg": allocate(master),
+                "exp_avg_sq": allocate(master),
             }
 
     @torch.no_grad()
@@ -110,7 +110,7 @@ def _clipped_adamw_8bit() -> type:
             for group in self.param_groups:
                 group["lr"] = rate
 
-        def create_state(self) -> None:
+        def create_state(self, masters: list[Tensor], allocate: Callable[[Tensor], Tensor]) -> None:
             self.check_overrides()
             self.to_gpu()
             for group_index, group in enumerate(self.param_groups):

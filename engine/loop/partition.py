@@ -61,6 +61,10 @@ class Partition(ABC):
     def update(self, last: bool) -> None:
         """To be called after every micro-batch; after a step's last, the optimizer moves the weights."""
 
+    def allocate(self, like: Tensor) -> Tensor:
+        """Zeros for state laid out as one of `masters`, where that state is kept."""
+        return torch.zeros_like(like)
+
     def view(self, piece: Slice, tensors: list[Tensor]) -> Tensor:
         """The elements of a slice in tensors laid out as `masters`."""
         return tensors[piece.holder].detach().view(-1)[piece.offset : piece.offset + piece.length]

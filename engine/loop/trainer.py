@@ -27,7 +27,7 @@ from engine.loop.optimizer import AdamW, learning_rates
 from engine.loop.partition import Partition
 from engine.loop.step import predict_and_compare
 from engine.loop.validation import create_repository, export, push_to_hub, validate
-from engine.loop.zero import ZeroPartition, check_precision
+from engine.loop.zero import ZeroPartition, check_deepspeed
 from engine.models.family import Family, open_family
 from engine.processes import Processes, StopSignal
 
@@ -47,7 +47,7 @@ def train(config: TrainConfig) -> int:
 
 def _train(config: TrainConfig, processes: Processes) -> int:
     family = open_family(config)
-    check_precision(config, processes)
+    check_deepspeed(config, processes)
     repository = create_repository(config) if config.push_to_hub and processes.is_first else None
     resumed = _find_checkpoint(config)
     processes.connect()
@@ -152,8 +152,10 @@ def _check_same_run(path: Path | None, before: dict[str, Any], now: dict[str, An
 
 
 def partition_weights(model: nn.Module, config: TrainConfig, processes: Processes) -> Partition:
-    """Flat buffers for a single process; DeepSpeed for several, for `--zero_stage`, fp16's loss scale and 8-bit AdamW."""
+    """Flat buffers for a single process; DeepSpeed for several, and for what only it does: ZeRO, offloading, its own options,
+    fp16's loss scale, the flat partitions that 8-bit AdamW steps on."""
     alone = processes.world == 1 and config.zero_stage == 0
+    alone = alone and config.offload_optimizer == "none" and config.deepspeed_config is None
     if alone and config.mixed_precision != "fp16" and not config.use_8bit_adam:
         return FlatPartition(model, config, processes)
     return ZeroPartition(model, config, processes)
@@ -185,7 +187,9 @@ class Training:
             if config.compile_cache_dir:
                 keep_compiled_code(Path(config.compile_cache_dir))
             model.compile()
-        self.ema = Ema(self.partition.masters, config.offload_ema) if config.use_ema else None
+        self.ema: Ema | None = None
+        if config.use_ema:
+            self.ema = Ema(self.partition.masters, config.offload_ema, self.partition.allocate)
         optimizer = self.partition.optimizer
         self.ema_in_optimizer = self.ema is not None and not self.ema.offload and isinstance(optimizer, AdamW)
         if self.ema and self.ema_in_optimizer:

@@ -4,9 +4,12 @@ What docs/design.md says about the choices here in short: DeepSpeed reduces and 
 moving average are ours and work on its flat fp32 partitions, so that a step reads nothing back to the host.
 """
 
+import json
 import logging
 import os
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from engine.config import TrainConfig
 from engine.errors import UserError
 from engine.loop.optimizer import create_optimizer
 from engine.loop.partition import Partition, Slice
+from engine.models.training_form import ResnetBlock
 from engine.processes import Processes
 
 _BUCKET_ELEMENTS = 200_000_000
@@ -48,23 +52,53 @@ class ZeroPartition(Partition):
         self.accumulation = config.gradient_accumulation_steps
         self.optimizer = create_optimizer(self.parameters, config, processes.sum_)
         elements = sum(parameter.numel() for parameter in self.parameters)
+        self.stage = machinery_stage(config)
+        if self.stage == 3:
+            set_leaf_modules(model)
         self.engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=self.optimizer,
-            config=deepspeed_config(config, machinery_stage(config), elements),
-            dist_init_required=False,
+            model=model, optimizer=self.optimizer, config=deepspeed_config(config, elements), dist_init_required=False
         )
-        self.masters = self.engine.optimizer.single_partition_of_fp32_groups
-        for holder, group in enumerate(self.engine.optimizer.bit16_groups):
-            for parameter in group:
-                self._add_slice(parameter, self.names[parameter], holder)
-        self.optimizer.create_state()
+        zero = self.engine.optimizer
+        if self.stage == 3:
+            self.masters = zero.fp32_partitioned_groups_flat
+            for holder, group in enumerate(zero.fp16_groups):
+                self._add_even_slices(group, holder)
+        else:
+            self.masters = zero.single_partition_of_fp32_groups
+            for holder, group in enumerate(zero.bit16_groups):
+                for parameter in group:
+                    self._add_slice(parameter, self.names[parameter], holder)
+        self.directory = Path(config.nvme_path) if config.nvme_path else None
+        if self.directory:
+            for master in self.masters:
+                master.data = self.allocate(master).copy_(master.detach())
+        self.optimizer.create_state(self.masters, self.allocate)
+
+    def allocate(self, like: Tensor) -> Tensor:
+        if self.directory is None:
+            return super().allocate(like)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=self.directory, prefix=f"rank-{self.processes.rank}-") as file:
+            # The file loses its name at once and its space with the process, however that ends.
+            return torch.from_file(file.name, shared=True, size=like.numel(), dtype=like.dtype).view_as(like)
 
     def _add_slice(self, parameter: Tensor, name: str, holder: int) -> None:
+        """Stages 1 and 2: the partition is a piece of all parameters laid end to end."""
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is not None:
             ours, flat = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
             self.slices.append(Slice(name, parameter.shape, ours.start, ours.numel, holder, flat.start))
+
+    def _add_even_slices(self, group: list[Any], holder: int) -> None:
+        """Stage 3: the partition is an equal piece of every parameter, padded at the end."""
+        offset = 0
+        for parameter in group:
+            size = parameter.partition_numel()
+            start = self.processes.rank * size
+            length = min(size, parameter.ds_numel - start)
+            if length > 0:
+                self.slices.append(Slice(self.names[parameter], parameter.ds_shape, start, length, holder, offset))
+            offset += size
 
     def predict(self, *arguments: Any, **named: Any) -> Any:
         return self.engine(*arguments, **named)
@@ -92,7 +126,15 @@ class ZeroPartition(Partition):
         self.engine.step()
 
     def refresh_weights(self) -> None:
-        self.engine.optimizer.update_lp_params()
+        zero = self.engine.optimizer
+        if self.stage < 3:
+            zero.update_lp_params()
+            return
+        zero._partition_all_parameters()
+        for group in range(len(self.masters)):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
     @property
     def loss_scaler(self) -> Any:
@@ -100,9 +142,10 @@ class ZeroPartition(Partition):
         return scaler if scaler is not None and scaler.dynamic else None
 
 
-def check_precision(config: TrainConfig, processes: Processes) -> None:
-    """Raises `UserError` for a precision that DeepSpeed does not run on this device."""
+def check_deepspeed(config: TrainConfig, processes: Processes) -> None:
+    """Raises `UserError` for a precision that DeepSpeed does not run on this device, or a file of options that contradicts."""
     _import_deepspeed(processes)
+    deepspeed_config(config, elements=1)
     from deepspeed.accelerator import get_accelerator
 
     supported = {
@@ -130,34 +173,102 @@ def machinery_stage(config: TrainConfig) -> int:
     return 2 if config.gradient_accumulation_steps > 1 and config.mixed_precision != "no" else 1
 
 
-def deepspeed_config(config: TrainConfig, stage: int, elements: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for a model of `elements` parameters."""
-    bucket = min(_BUCKET_ELEMENTS, elements + elements % 2)
-    zero = {
-        "stage": stage,
-        # The norm is the optimizer's affair (on the device), and without these two buffers stage 1 installs no hooks.
-        "compute_grad_norm": False,
-        "overlap_comm": False,
-        "contiguous_gradients": stage == 2,
-        "reduce_bucket_size": bucket,
-        "allgather_bucket_size": bucket,
-    }
-    result: dict[str, Any] = {
+def deepspeed_config(config: TrainConfig, elements: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for a model of `elements` parameters, with the user's own options merged in."""
+    stage, bucket = machinery_stage(config), min(_BUCKET_ELEMENTS, elements + elements % 2)
+    low_precision = config.mixed_precision != "no"
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "reduce_bucket_size": bucket}
+    if stage < 3:
+        # Without these two buffers stage 1 installs no hooks.
+        zero |= {"contiguous_gradients": stage == 2, "allgather_bucket_size": bucket}
+    if stage < 3 and config.offload_optimizer == "none":
+        # The norm is the optimizer's affair, on the device.
+        zero["compute_grad_norm"] = False
+    if config.offload_optimizer != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if config.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.train_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "gradient_clipping": 0.0,
         "steps_per_print": None,
         "timers": {"throughput": {"enabled": False}},
     }
     if config.mixed_precision == "bf16":
-        result["bf16"] = {"enabled": True, "check_grad_overflow": False}
+        ours["bf16"] = {"enabled": True, "check_grad_overflow": False}
     elif config.mixed_precision == "fp16":
-        result["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 2000}
-    if config.mixed_precision != "no" and stage == 2:
-        result["data_types"] = {"grad_accum_dtype": "fp32"}
-    return result
+        ours["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 2000}
+    if low_precision and stage > 1:
+        ours["data_types"] = {"grad_accum_dtype": config.gradient_accumulation_dtype or "fp32"}
+    if config.deepspeed_config is None:
+        return ours
+    return _merge(ours, _read_json(config.deepspeed_config), config, "")
+
+
+# What decides the numbers, or how the loop works with DeepSpeed: the user's file may repeat it and not change it.
+_DECIDED = {
+    "train_micro_batch_size_per_gpu": "--train_batch_size",
+    "gradient_accumulation_steps": "--gradient_accumulation_steps",
+    "zero_optimization.stage": "--zero_stage",
+    "gradient_clipping": "--max_grad_norm, which is 0 for DeepSpeed because the engine clips",
+    "bf16.enabled": "--mixed_precision",
+    "fp16.enabled": "--mixed_precision",
+    "data_types.grad_accum_dtype": "--gradient_accumulation_dtype",
+    "zero_optimization.offload_optimizer.device": "--offload_optimizer",
+    "zero_optimization.offload_param.device": "--offload_parameters",
+    "zero_optimization.compute_grad_norm": "the engine's own norm",
+    "zero_allow_untested_optimizer": "the engine's own optimizer",
+    "zero_force_ds_cpu_optimizer": "the engine's own optimizer",
+}
+_OURS_ALONE = {
+    "optimizer": "--learning_rate and --adam_*", "scheduler": "--lr_scheduler", "train_batch_size": "--train_batch_size",
+}  # fmt: skip
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--deepspeed_config {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--deepspeed_config {path}: a JSON object is needed")
+    return content
+
+
+def _merge(ours: dict[str, Any], theirs: dict[str, Any], config: TrainConfig, path: str) -> dict[str, Any]:
+    """`ours` with what `theirs` adds or changes, dictionaries within dictionaries; `auto` stands for ours.
+
+    Raises:
+        UserError: `theirs` contradicts an option.
+    """
+    merged, file = dict(ours), f"--deepspeed_config {config.deepspeed_config}"
+    for key, value in theirs.items():
+        name = f"{path}{key}"
+        if name in _OURS_ALONE:
+            raise UserError(f"{file}: {name} is given by {_OURS_ALONE[name]}; leave it out")
+        if isinstance(value, dict):
+            merged[key] = _merge(ours.get(key, {}), value, config, f"{name}.")
+        elif value != "auto":
+            absent = False if name.endswith(".enabled") else "none" if name.endswith(".device") else None
+            decided = ours.get(key, absent)
+            if name in _DECIDED and value != decided:
+                raise UserError(
+                    f"{file}: {name} is {json.dumps(value)}, but {json.dumps(decided)} by {_DECIDED[name]}; "
+                    "leave it out of the file, or change the option"
+                )
+            merged[key] = value
+    return merged
+
+
+def set_leaf_modules(model: nn.Module) -> None:
+    """Lets ZeRO 3 gather residual blocks whole: their forward pass uses the weights of the norms inside."""
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(model, [ResnetBlock], raise_if_not_found=False)
 
 
 def _import_deepspeed(processes: Processes) -> Any:

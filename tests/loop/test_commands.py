@@ -98,7 +98,7 @@ def one_process(model, images, shards, tmp_path_factory):
     return output
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_processes_train_as_one(stage, one_process, model, images, shards, tmp_path):
     output = tmp_path / "two"
     options = config(

@@ -21,7 +21,7 @@ def parameters() -> list[torch.Tensor]:
 
 def adamw(weights: list[torch.Tensor], max_norm: float, sum_parts=None) -> AdamW:
     optimizer = AdamW(weights, max_norm, sum_parts, **ARGUMENTS)
-    optimizer.create_state()
+    optimizer.create_state(weights, torch.zeros_like)
     optimizer.set_learning_rate(ARGUMENTS["lr"])
     return optimizer
 
@@ -109,7 +109,7 @@ def test_8bit_adam_clips_by_the_global_norm():
     ours = [torch.randn(5000, generator=torch.Generator().manual_seed(0)).requires_grad_()]
     before = ours[0].detach().clone()
     optimizer = create_optimizer(ours, config(use_8bit_adam=True, adam_weight_decay=0.0), None)
-    optimizer.create_state()
+    optimizer.create_state(ours, torch.zeros_like)
     optimizer.set_learning_rate(1e-3)
     ours[0].grad = torch.full((5000,), 3.0)
     optimizer.step()

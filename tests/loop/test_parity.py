@@ -94,11 +94,19 @@ CASES = [
     {"prediction_type": "epsilon", "snr_gamma": 5.0, "dream_training": True, "gradient_accumulation_steps": 1},
     {"prediction_type": "epsilon", "snr_gamma": None, "gradient_accumulation_steps": 3, "zero_stage": 1},
     {"prediction_type": "v_prediction", "snr_gamma": 5.0, "gradient_accumulation_steps": 3, "zero_stage": 2},
-]
+    {"prediction_type": "v_prediction", "snr_gamma": 5.0, "gradient_accumulation_steps": 3, "zero_stage": 3},
+    {"prediction_type": "epsilon", "snr_gamma": None, "gradient_accumulation_steps": 1, "offload_optimizer": "cpu"},
+    {"prediction_type": "epsilon", "snr_gamma": 5.0, "gradient_accumulation_steps": 1, "zero_stage": 2,
+     "offload_optimizer": "nvme"},
+    {"prediction_type": "epsilon", "snr_gamma": 5.0, "gradient_accumulation_steps": 1, "zero_stage": 3,
+     "offload_optimizer": "cpu", "offload_parameters": True},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case.values()))
 def test_weights_and_averages_follow_the_reference(case, model, images, shards, tmp_path, record_property):
+    if case.get("offload_optimizer") == "nvme":
+        case = case | {"nvme_path": str(tmp_path / "nvme")}
     options = config(
         model, images, shards, tmp_path / "out", seed=SEED, max_train_steps=STEPS, checkpointing_steps=STEPS,
         noise_offset=0.1, input_perturbation=0.1, **OPTIONS, **case,
