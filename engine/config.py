@@ -188,6 +188,13 @@ class TrainConfig(CacheConfig):
     gradient_accumulation_steps: int = option(1, "Micro-batches per optimizer step.", "training", ge=1)
     num_train_epochs: int = option(100, "Passes over the data, when --max_train_steps is not given.", "training", ge=1)
     max_train_steps: int | None = option(None, "Optimizer steps in all; overrides --num_train_epochs.", "training", ge=1)
+    global_batch_size: int | None = option(
+        None,
+        "Samples per optimizer step over all processes; as many micro-batches add up as that takes. Instead of "
+        "--gradient_accumulation_steps.",
+        "training",
+        ge=1,
+    )
     gradient_accumulation_dtype: Literal["fp32", "bf16", "fp16"] | None = option(
         None,
         "Precision in which micro-batches add up. Default: fp32, with --zero_stage 1 the precision of the weights.",
@@ -226,6 +233,9 @@ class TrainConfig(CacheConfig):
     adam_beta2: float = option(0.999, "Decay of AdamW's second moment.", "optimizer", ge=0, lt=1)
     adam_weight_decay: float = option(sd_differs(1e-2, 0.0), "Weight decay.", "optimizer", ge=0)
     adam_epsilon: float = option(1e-8, "AdamW's epsilon.", "optimizer", gt=0)
+    max_skipped_steps: int = option(
+        10, "Stop once so many steps were skipped because a loss or gradient was not finite.", "optimizer", ge=0
+    )
     max_grad_norm: float = option(
         1.0, "Gradients are clipped to this global norm; 0 leaves them as they are.", "optimizer", ge=0
     )
@@ -271,6 +281,16 @@ class TrainConfig(CacheConfig):
     hub_model_id: str | None = option(None, "Repository of the upload. Default: the output directory's name.", "output")
 
     checkpointing_steps: int = option(500, "Steps between two checkpoints.", "checkpoints", ge=1)
+    checkpoint_async: bool = option(
+        False, "Write checkpoints beside the training, which waits only for the copy to host memory.", "checkpoints"
+    )
+    step_timeout: float | None = option(
+        None,
+        "Seconds after which a step that does not end is given up: the processes that are behind are named, and the exit code "
+        "is 75.",
+        "checkpoints",
+        gt=0,
+    )
     checkpoints_total_limit: int | None = option(None, "How many checkpoints to keep. Default: all.", "checkpoints", ge=1)
     resume_from_checkpoint: str | None = option(
         None, "A checkpoint directory, or `latest` for the newest in the output directory.", "checkpoints"
@@ -454,6 +474,8 @@ def _check(config: CacheConfig) -> None:
     ):
         if wanted and importlib.util.find_spec(package) is None:
             raise UserError(f"{flag} needs {package}, which is not installed: install the extra `{package}`")
+    if config.global_batch_size and config.gradient_accumulation_steps != 1:
+        raise UserError("--global_batch_size and --gradient_accumulation_steps exclude each other; leave one out")
     if (config.offload_optimizer == "nvme") != (config.nvme_path is not None):
         raise UserError("--offload_optimizer nvme and --nvme_path need each other")
     if config.offload_parameters and config.zero_stage != 3:

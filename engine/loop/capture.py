@@ -20,6 +20,8 @@ def reason_against(config: TrainConfig, device: torch.device, model: nn.Module) 
     """Why this run cannot be captured; None where it can."""
     if device.type != "cuda":
         return "there is no GPU"
+    if config.zero_stage == 3:
+        return "--zero_stage 3 gathers weights from Python around every module"
     if config.gradient_checkpointing and has_dropout(model) and not config.compile:
         return "--gradient_checkpointing keeps the state of dropout's generator on the host; --compile would not"
     return None

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from engine.picture import curves
 from engine.processes import Processes
 
 METRICS = "metrics.jsonl"
+OFFENDING = 16  # slots that are kept for a message
 
 
 class Metrics:
@@ -26,6 +28,7 @@ class Metrics:
 
     def __init__(self, device: torch.device, global_batch: int, records: int) -> None:
         self.loss_sum = torch.zeros((), device=device)
+        self.offending = torch.full((OFFENDING,), -1, device=device)
         self.steps = 0
         self.global_batch, self.records = global_batch, records
         self.flops_per_sample = self.peak_flops = 0.0
@@ -35,9 +38,15 @@ class Metrics:
         """Begins to count the time."""
         self._since = time.perf_counter()
 
-    def add(self, micro_batch_loss: Tensor, accumulation: int) -> None:
-        """Adds the losses [B] of one micro-batch; a step's loss is the mean over its micro-batches."""
-        self.loss_sum += micro_batch_loss.mean() / accumulation
+    def add(self, micro_batch_loss: Tensor, slots: Tensor, accumulation: int) -> None:
+        """Adds the losses [B] of one micro-batch; a step's loss is the mean over its micro-batches.
+
+        Losses that are not finite count as 0, and their slots [B] are kept.
+        """
+        finite = micro_batch_loss.isfinite()
+        self.loss_sum += torch.where(finite, micro_batch_loss, 0.0).mean() / accumulation
+        # The largest slots are the latest; -1 fills up. A fixed shape, so that the host need not know how many there are.
+        self.offending.copy_(torch.cat([self.offending, torch.where(finite, -1, slots)]).topk(OFFENDING).values)
 
     def exclude(self, work: Callable[[], Any]) -> None:
         """Runs work that is not training (a checkpoint, validation) without counting its time."""
@@ -47,19 +56,21 @@ class Metrics:
         work()
         self._since += time.perf_counter() - started
 
-    def read(self, step: int, rate: float, grad_norm: Tensor, processes: Processes) -> dict[str, float]:
+    def read(self, step: int, rate: float, grad_norm: Tensor, skipped: Tensor, processes: Processes) -> dict[str, float | None]:
         """One line of metrics for the steps since the last; the only place where the host reads the device."""
         mean_loss = processes.sum_(self.loss_sum.clone()) / (self.steps * processes.world)
-        loss, norm = torch.stack([mean_loss, grad_norm.view(()).to(mean_loss.device)]).tolist()
+        others = [value.view(()).to(mean_loss.device) for value in (grad_norm, skipped)]
+        loss, norm, skips = torch.stack([mean_loss, *others]).tolist()
         now = time.perf_counter()
         seconds = now - self._since
         per_second = self.steps * self.global_batch / seconds
-        line = {
+        line: dict[str, float | None] = {
             "step": step,
             "epoch": step * self.global_batch / self.records,
             "loss": loss,
             "lr": rate,
-            "grad_norm": norm,
+            "grad_norm": norm if math.isfinite(norm) else None,
+            "skipped_steps": int(skips),
             "samples_per_second": per_second,
             "step_seconds": seconds / self.steps,
         }
@@ -71,6 +82,11 @@ class Metrics:
         self.steps = 0
         self._since = now
         return line
+
+    def offending_slots(self, processes: Processes) -> list[int]:
+        """The latest slots whose losses were not finite, over all processes, which must all call it."""
+        slots = {slot for part in processes.gather_objects(self.offending.tolist()) for slot in part}
+        return sorted(slots - {-1})[-OFFENDING:]
 
 
 def forward_on_meta(family: Family, model: Any) -> None:
@@ -129,15 +145,16 @@ class Log:
                 project=config.tracker_project_name, dir=config.output_dir, config=config.model_dump(exclude=SECRETS)
             )
 
-    def write(self, line: dict[str, float]) -> None:
+    def write(self, line: dict[str, float | None]) -> None:
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
-        values = {name: value for name, value in line.items() if name != "step"}
+        values = {name: value for name, value in line.items() if name != "step" and value is not None}
+        step = int(line["step"] or 0)
         if self.tensorboard:
             for name, value in values.items():
-                self.tensorboard.add_scalar(f"train/{name}", value, int(line["step"]))
+                self.tensorboard.add_scalar(f"train/{name}", value, step)
         if self.wandb:
-            self.wandb.log(values, step=int(line["step"]))
+            self.wandb.log(values, step=step)
 
     def picture(self, image: Image.Image, step: int) -> None:
         if self.tensorboard:

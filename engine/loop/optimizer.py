@@ -25,6 +25,7 @@ class AdamW(torch.optim.Optimizer):
     Whatever changes from step to step lies on the device, and the host reads nothing, so that a step can be captured as a
     CUDA graph. A step whose gradient is not finite changes nothing, its number included.
 
+    grad_norm, skipped: of the last step, and how many steps were skipped; fp32 [1].
     weights: for each parameter the same weights in the training precision, to be written beside it, or None.
     averages: for each parameter its moving average, or None; `ema_weight` is what the new weights count for in it.
 
@@ -55,7 +56,7 @@ class AdamW(torch.optim.Optimizer):
     def create_state(self, masters: list[Tensor], allocate: Callable[[Tensor], Tensor]) -> None:
         """Creates the moments (by `allocate`) and step counters of what will be stepped on, beside it."""
         device = masters[0].device
-        self.grad_norm, self.learning_rate, self.ema_weight = (torch.zeros(1, device=device) for _ in range(3))
+        self.grad_norm, self.skipped, self.learning_rate, self.ema_weight = (torch.zeros(1, device=device) for _ in range(4))
         for master in masters:
             self.state[master] = {
                 "step": torch.zeros((), dtype=torch.float32, device=device),
@@ -72,6 +73,7 @@ class AdamW(torch.optim.Optimizer):
         """One step on the given gradients, flat and in any precision."""
         self.grad_norm.copy_(global_norm(gradients, self.sum_parts))
         finite = self.grad_norm.isfinite()
+        self.skipped += ~finite
         factor = finite.float()
         if self.max_grad_norm > 0:
             clip = (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
@@ -104,7 +106,7 @@ def _clipped_adamw_8bit() -> type:
         ) -> None:
             super().__init__(parameters, **arguments)
             self.max_grad_norm, self.sum_parts = max_grad_norm, sum_parts
-            self.grad_norm = torch.zeros(1)
+            self.grad_norm, self.skipped = torch.zeros(1), torch.zeros(1)
 
         def set_learning_rate(self, rate: float) -> None:
             for group in self.param_groups:
@@ -132,7 +134,7 @@ def _clipped_adamw_8bit() -> type:
 
 
 def create_optimizer(parameters: Sequence[Tensor], config: TrainConfig, sum_parts: Callable[[Tensor], Tensor] | None) -> Any:
-    """AdamW with clipping, in 32 or 8 bits: an optimizer with `grad_norm`, `set_learning_rate` and `create_state`."""
+    """AdamW with clipping, in 32 or 8 bits: with `grad_norm`, `skipped`, `set_learning_rate`, `create_state`."""
     kind = _clipped_adamw_8bit() if config.use_8bit_adam else AdamW
     return kind(
         parameters,

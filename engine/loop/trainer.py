@@ -14,6 +14,7 @@ from tqdm import tqdm
 from engine.config import TrainConfig, local_rank, to_toml
 from engine.data.build import build
 from engine.data.loader import Batch, BatchPlan, Loader
+from engine.data.order import records_of
 from engine.data.shards import INDEX, Index, Shards, verify
 from engine.data.source import open_source
 from engine.errors import UserError
@@ -46,6 +47,7 @@ def train(config: TrainConfig) -> int:
 
 
 def _train(config: TrainConfig, processes: Processes) -> int:
+    config = divide_global_batch(config, processes.world)
     family = open_family(config)
     check_deepspeed(config, processes)
     repository = create_repository(config) if config.push_to_hub and processes.is_first else None
@@ -93,6 +95,25 @@ def _train(config: TrainConfig, processes: Processes) -> int:
             saved = output / f"checkpoint-{training.step}"
             print(f"Stopped after step {training.step}, saved in {saved}; continue with --resume_from_checkpoint latest")
     return 0
+
+
+def divide_global_batch(config: TrainConfig, world: int) -> TrainConfig:
+    """The configuration with the accumulation that `--global_batch_size` takes.
+
+    Raises:
+        UserError: the processes cannot divide it evenly.
+    """
+    wanted, part = config.global_batch_size, config.train_batch_size * world
+    if wanted is None:
+        return config
+    if wanted % part:
+        below, above = wanted // part * part, (wanted // part + 1) * part
+        nearest = f"{below} or {above}" if below else str(above)
+        raise UserError(
+            f"--global_batch_size {wanted} cannot be divided among {world} processes with --train_batch_size "
+            f"{config.train_batch_size}; the nearest that can: {nearest}"
+        )
+    return config.model_copy(update={"gradient_accumulation_steps": wanted // part})
 
 
 def prepare_shards(config: TrainConfig, family: Family, processes: Processes) -> Shards:
@@ -262,7 +283,7 @@ class Training:
             partition.predict, self.family, batch, self.config, self.seed, self.gradient_scale
         )
         partition.backward(prediction, gradient, first)
-        self.metrics.add(loss, self.plan.accumulation)
+        self.metrics.add(loss, batch.slots, self.plan.accumulation)
         partition.update(last)
 
     def _differentiate(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
@@ -277,21 +298,36 @@ class Training:
         """As `_train_micro_batch`, with DeepSpeed's reductions and its step beside the CUDA graph."""
         loss, gradients = differentiate(batch)
         self.partition.receive(gradients, first)
-        self.metrics.add(loss, self.plan.accumulation)
+        self.metrics.add(loss, batch.slots, self.plan.accumulation)
         self.partition.update(last)
 
     def _after_step(self, rate: float, progress: tqdm, log: Log | None, leave: bool) -> None:
         """Metrics, checkpoint and validation, where they are due."""
         config = self.config
         if self.step % config.log_every == 0 or self.step == self.total_steps:
-            line = self.metrics.read(self.step, rate, self.partition.optimizer.grad_norm, self.processes)
+            optimizer = self.partition.optimizer
+            line = self.metrics.read(self.step, rate, optimizer.grad_norm, optimizer.skipped, self.processes)
             progress.set_postfix(loss=f"{line['loss']:.4f}", lr=f"{rate:.2e}")
             if log:
                 log.write(line)
+            self._stop_when_skipping(int(line["skipped_steps"] or 0))
         if leave or self.step % config.checkpointing_steps == 0:
             self.metrics.exclude(self._save)
         if config.validation_prompts and self.step < self.total_steps and self._epoch_to_validate():
             self.metrics.exclude(lambda: self.validate(log))
+
+    def _stop_when_skipping(self, skipped: int) -> None:
+        """Gives up a run that skips steps again and again, and names the samples; slots, and so records, are known."""
+        if skipped <= self.config.max_skipped_steps:
+            return
+        slots = self.metrics.offending_slots(self.processes)
+        records = records_of(self.run["seed"], torch.tensor(slots, dtype=torch.int64), len(self.shards)).tolist()
+        named = ", ".join(f"slot {slot} (record {record})" for slot, record in zip(slots, records, strict=True))
+        cause = f"losses of these samples were not: {named}" if named else "every loss was, so the gradients overflowed"
+        raise UserError(
+            f"{skipped} steps were skipped because a loss or gradient was not finite; {cause}; no weight was touched. "
+            f"Look at the data, lower --learning_rate, or raise --max_skipped_steps {self.config.max_skipped_steps}"
+        )
 
     def _save(self) -> None:
         checkpoint.save(

@@ -124,6 +124,10 @@ class ZeroPartition(Partition):
 
     def update(self, last: bool) -> None:
         self.engine.step()
+        if last and self.stage == 3 and self.engine.optimizer.overflow:
+            # Stage 3 looks at the norm itself, and then leaves the optimizer out.
+            self.optimizer.skipped += 1
+            self.optimizer.grad_norm.fill_(float("inf"))
 
     def refresh_weights(self) -> None:
         zero = self.engine.optimizer

@@ -1,0 +1,68 @@
+"""Values that are not finite never reach the weights: their steps are skipped, counted, and named when there are too many."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors
+import torch
+from safetensors.torch import save_file
+
+from engine.data.order import records_of
+from engine.errors import UserError
+from engine.files import digest, write_json
+from engine.loop.trainer import train
+from tests.loop.runs import checkpoint_tensors, config
+
+RECORD = 7
+SLOTS = torch.arange(32)  # of 8 steps in batches of 4
+BAD_SLOTS = SLOTS[records_of(11, SLOTS, 12) == RECORD].tolist()
+
+
+@pytest.fixture(scope="module")
+def poisoned(shards, tmp_path_factory) -> Path:
+    """The shards with a NaN in every variant of one record, and digests that say that all is well."""
+    directory = tmp_path_factory.mktemp("poisoned") / "shards"
+    shutil.copytree(shards, directory)
+    index = json.loads((directory / "index.json").read_text())
+    first = 0
+    for entry in index["shards"]:
+        path = directory / entry["file"]
+        with safetensors.safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            metadata = file.metadata()
+        variants = len(tensors["latent_mean"]) // entry["records"]
+        if first <= RECORD < first + entry["records"]:
+            row = (RECORD - first) * variants
+            tensors["latent_mean"][row : row + variants, 0, 0, 0] = float("nan")
+        first += entry["records"]
+        save_file(tensors, path, metadata)
+        entry["sha256"] = digest(path)
+    write_json(directory / "index.json", index)
+    return directory
+
+
+def run(model, poisoned, output, **options):
+    given = config(model, poisoned, poisoned, output, checkpointing_steps=8, **options)
+    return train(given.model_copy(update={"train_data_dir": None}))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_planted_nan_skips_its_steps_and_nothing_else(stage, model, poisoned, tmp_path):
+    assert run(model, poisoned, tmp_path / "out", zero_stage=stage) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    bad_steps = {slot // 4 + 1 for slot in BAD_SLOTS}
+    assert 0 < len(bad_steps) < 8
+    assert [line["skipped_steps"] for line in lines] == [sum(step <= line["step"] for step in bad_steps) for line in lines]
+    assert {line["step"] for line in lines if line["grad_norm"] is None} == bad_steps
+    assert all(line["loss"] > 0 for line in lines)
+    for kind in ("weight", "exp_avg", "exp_avg_sq", "ema"):
+        tensors = checkpoint_tensors(tmp_path / "out" / "checkpoint-8", kind)
+        assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+
+
+def test_too_many_stop_the_run_and_the_samples_are_named(model, poisoned, tmp_path):
+    expected = rf"1 steps were skipped .* slot {BAD_SLOTS[0]} \(record {RECORD}\); no weight was touched"
+    with pytest.raises(UserError, match=expected):
+        run(model, poisoned, tmp_path / "out", max_skipped_steps=0)
