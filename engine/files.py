@@ -1,5 +1,6 @@
 """Files that are complete or absent: written aside, synced, renamed."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -35,6 +36,19 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def lock(directory: Path) -> int | None:
+    """Holds a directory for this process; the descriptor to keep, or None where another process holds it."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:
+        pass  # a file system without locks
+    return descriptor
 
 
 def publish_directory(temporary: Path, final: Path) -> None:

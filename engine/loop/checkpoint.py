@@ -4,9 +4,17 @@ A directory checkpoint-N holds, per process, rank-R.safetensors with the slices 
 `kind/parameter@start`, with kind `weight`, a moment of the optimizer or `ema`, flattened, `start` the first element within the
 parameter (parameters are those of the training form, `models/training_form.py`). state.json holds the step and what the run
 was; manifest.json the digest of every file. No pickle is written or opened.
+
+Saving copies the state to host memory; writing needs no other process but the first, which waits until every process's digest
+is there and then publishes. So it can run beside the training.
 """
 
+import contextlib
 import json
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +22,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from engine.errors import UserError
 from engine.files import PARTIAL, digest, discard, publish_directory, write_json, write_text
@@ -66,68 +75,173 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
     return state
 
 
-def save(
-    directory: Path,
-    step: int,
-    run: dict[str, Any],
-    partition: Partition,
-    ema: Ema | None,
-    metrics: Metrics,
-    processes: Processes,
-    total_limit: int | None,
-) -> Path:
-    """Writes checkpoint-N under `directory`; every process must call it. Older ones go only once this one is complete.
+@dataclass
+class Snapshot:
+    """What a checkpoint holds of this process, in host memory.
 
-    Args:
-        run: what must be the same when the run is resumed (seed, global batch, shards' fingerprint).
+    holders: copies of everything that is laid out as the masters, by kind; slices: what lies where in them.
+    others: tensors by the name that they are stored under.
+    state: what state.json will hold.
     """
-    final = directory / f"checkpoint-{step}"
-    aside = directory / f"checkpoint-{step}{PARTIAL}"
-    if processes.is_first:
-        discard(aside)
-        aside.mkdir(parents=True)
-    processes.barrier()
 
-    kinds = sliced_tensors(partition, ema)
-    tensors: dict[str, Tensor] = {}
-    for piece in partition.slices:
+    step: int
+    holders: dict[str, list[Tensor]]
+    slices: list[Slice]
+    others: dict[str, Tensor]
+    state: dict[str, Any]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As they are stored; each a copy of its own, because slices are views of one storage, which the format refuses."""
+        sliced = {
+            f"{kind}/{piece.name}@{piece.start}": holders[piece.holder][piece.offset : piece.offset + piece.length].clone()
+            for piece in self.slices for kind, holders in self.holders.items()
+        }  # fmt: skip
+        return sliced | self.others
+
+
+@dataclass
+class Writer:
+    """Saves checkpoints under a directory, one at a time; older ones go only once a newer one is complete.
+
+    run: what must be the same when the run is resumed (seed, global batch, shards' fingerprint).
+    beside: write in a thread; the next `save` and `wait` wait for it, and raise what it raised.
+    token: tells this run's unfinished writing from that of a run that was killed; the same on all processes.
+    """
+
+    directory: Path
+    run: dict[str, Any]
+    processes: Processes
+    total_limit: int | None
+    beside: bool
+    token: str
+    copy_seconds: float = 0.0
+    _thread: threading.Thread | None = None
+    _error: BaseException | None = None
+    _buffers: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def save(self, step: int, partition: Partition, ema: Ema | None, metrics: Metrics) -> None:
+        """Every process must call it. Returns when the state is copied, or without `beside` when all of it is written.
+
+        Raises:
+            UserError: this checkpoint, or the one before it, could not be written.
+        """
+        self.wait()
+        started = time.perf_counter()
+        snapshot = self._snapshot(step, partition, ema, metrics)
+        self.copy_seconds = time.perf_counter() - started
+        self._thread = threading.Thread(target=self._work, args=(snapshot,), name="checkpoint", daemon=True)
+        self._thread.start()
+        if not self.beside:
+            self.wait()
+            self.processes.barrier()
+
+    def wait(self) -> None:
+        """Until what is being written is complete."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _snapshot(self, step: int, partition: Partition, ema: Ema | None, metrics: Metrics) -> Snapshot:
+        kinds = sliced_tensors(partition, ema)
+        if not self._buffers:
+            # Kept from one checkpoint to the next; pinned, a GPU fills them at the speed of the bus.
+            pinned = self.processes.device.type == "cuda"
+            self._buffers = {
+                kind: [torch.empty(holder.numel(), dtype=holder.dtype, pin_memory=pinned) for holder in holders]
+                for kind, holders in kinds.items()
+            }
         for kind, holders in kinds.items():
-            tensors[f"{kind}/{piece.name}@{piece.start}"] = partition.view(piece, holders)
-    tensors |= {name: values[0] for name, values in other_state(partition, kinds).items()}
-    tensors |= random_state(processes.device)
-    file = aside / f"rank-{processes.rank}.safetensors"
-    # Slices are views of one storage, which the format refuses; each is stored as its own copy.
-    safetensors.torch.save_file({name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}, file)
-    digests = dict(processes.gather_objects((file.name, digest(file))))
-    loss_sums = processes.gather_objects(float(metrics.loss_sum))
-
-    if processes.is_first:
+            for buffer, holder in zip(self._buffers[kind], holders, strict=True):
+                buffer.copy_(holder.detach().view(-1), non_blocking=True)
+        others = {name: values[0] for name, values in other_state(partition, kinds).items()}
+        others |= {"metrics/loss_sum": metrics.loss_sum.view(1), **random_state(self.processes.device)}
+        copied = {name: tensor.detach().to("cpu", copy=True) for name, tensor in others.items()}
+        if self.processes.device.type == "cuda":
+            torch.cuda.synchronize()
         scaler = partition.loss_scaler
         state = {
             "format_version": FORMAT_VERSION,
             "step": step,
-            "world": processes.world,
-            "run": run,
+            "world": self.processes.world,
+            "run": self.run,
             "optimizer_counters": host_counters(partition),
-            "loss_sums": loss_sums,
             "loss_steps": metrics.steps,
             "loss_scaler": {k: v for k, v in vars(scaler).items() if isinstance(v, (int, float))} if scaler else None,
         }
-        write_json(aside / "state.json", state)
-        digests["state.json"] = digest(aside / "state.json")
-        write_json(aside / "manifest.json", digests)
-        replaced = directory / f"checkpoint-{step}.replaced"
+        return Snapshot(step, self._buffers, partition.slices, copied, state)
+
+    def _work(self, snapshot: Snapshot) -> None:
+        started = time.perf_counter()
+        try:
+            self._write(snapshot)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                (self._aside(snapshot.step) / f"rank-{self.processes.rank}.failed").touch()
+            last = find(self.directory, LATEST)
+            kept = f"the last complete one is {last}" if last else "there is no complete one"
+            self._error = UserError(
+                f"{self.directory / f'checkpoint-{snapshot.step}'} cannot be written: {error.strerror or error}; {kept}. Make "
+                "room or permit writing there, and continue with --resume_from_checkpoint latest",
+                alone=True,
+            )
+        except BaseException as error:  # raised again where the training waits
+            self._error = error
+        else:
+            if self.processes.is_first:
+                written = time.perf_counter() - started
+                text = f"Saved checkpoint-{snapshot.step}: copied in {self.copy_seconds:.2f} s, written in {written:.2f} s"
+                tqdm.write(text, file=sys.stderr)
+
+    def _aside(self, step: int) -> Path:
+        return self.directory / f"checkpoint-{step}-{self.token}{PARTIAL}"
+
+    def _write(self, snapshot: Snapshot) -> None:
+        rank = self.processes.rank
+        aside = self._aside(snapshot.step)
+        aside.mkdir(parents=True, exist_ok=True)
+        file = aside / f"rank-{rank}.safetensors"
+        safetensors.torch.save_file(snapshot.tensors(), file)
+        write_json(aside / f"rank-{rank}.json", digest(file))
+        if self.processes.is_first:
+            digests = self._digests(aside)
+            write_json(aside / "state.json", snapshot.state)
+            digests["state.json"] = digest(aside / "state.json")
+            write_json(aside / "manifest.json", digests)
+            self._publish(aside, self.directory / f"checkpoint-{snapshot.step}")
+
+    def _digests(self, aside: Path) -> dict[str, str]:
+        """File -> digest, once every process has written its part; their notes of it are taken away."""
+        notes = [aside / f"rank-{rank}.json" for rank in range(self.processes.world)]
+        while not all(note.exists() for note in notes):
+            for failed in aside.glob("rank-*.failed"):
+                raise OSError(f"process {failed.stem.removeprefix('rank-')} could not write its part")
+            time.sleep(0.01)
+        digests = {note.with_suffix(".safetensors").name: json.loads(note.read_text()) for note in notes}
+        for note in notes:
+            note.unlink()
+        return digests
+
+    def _publish(self, aside: Path, final: Path) -> None:
+        replaced = final.with_name(f"{final.name}.replaced")
         discard(replaced)
         if final.exists():
             final.rename(replaced)
         publish_directory(aside, final)
-        write_text(directory / LATEST, final.name + "\n")
+        write_text(self.directory / LATEST, final.name + "\n")
         discard(replaced)
-        if total_limit is not None:
-            for old in [path for path in complete_checkpoints(directory) if path != final][: -total_limit + 1 or None]:
+        if self.total_limit is not None:
+            others = [path for path in complete_checkpoints(self.directory) if path != final]
+            for old in others[: -self.total_limit + 1 or None]:
                 discard(old)
-    processes.barrier()
-    return final
+
+
+def discard_unfinished(directory: Path) -> None:
+    """Removes what runs left that were killed while they wrote."""
+    for path in directory.glob(f"checkpoint-*{PARTIAL}"):
+        discard(path)
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
@@ -179,7 +293,7 @@ def _others(checkpoint: Path) -> str:
     return f"resume from {others[-1]} instead" if others else "there is no other; start again in an empty directory"
 
 
-class _SliceFiles:
+class SliceFiles:
     """The slices of a checkpoint's files, found by kind and parameter."""
 
     def __init__(self, checkpoint: Path) -> None:
@@ -190,6 +304,20 @@ class _SliceFiles:
                 if "@" in name:
                     whole, start = name.rsplit("@", 1)
                     self.places.setdefault(whole, []).append((int(start), number, name))
+
+    @property
+    def kinds(self) -> list[str]:
+        return sorted({whole.split("/", 1)[0] for whole in self.places})
+
+    def elements(self, kind: str) -> int:
+        """How many numbers of a kind the files hold."""
+        names = [(number, name) for whole, places in self.places.items() if whole.startswith(f"{kind}/")
+                 for _, number, name in places]  # fmt: skip
+        return sum(self.files[number].get_slice(name).get_shape()[0] for number, name in names)
+
+    def fill_parameter(self, kind: str, name: str, parameter: Tensor) -> None:
+        """Copies a whole parameter from whichever files hold its pieces; it must be contiguous."""
+        self.fill(kind, Slice(name, parameter.shape, 0, parameter.numel(), 0, 0), parameter.detach().view(-1))
 
     def fill(self, kind: str, piece: Slice, target: Tensor) -> None:
         """Copies the elements of a slice from whichever files hold them."""
@@ -211,7 +339,7 @@ def load(
 ) -> None:
     """Brings weights, optimizer, averages, loss scale and generators back; `state` as `read_state` returned it."""
     kinds = sliced_tensors(partition, ema)
-    files = _SliceFiles(checkpoint)
+    files = SliceFiles(checkpoint)
     with torch.no_grad():
         for piece in partition.slices:
             for kind, holders in kinds.items():
@@ -231,9 +359,7 @@ def load(
             torch.cuda.set_rng_state(own["random/cuda"], processes.device)
     if partition.loss_scaler and state["loss_scaler"]:
         vars(partition.loss_scaler).update(state["loss_scaler"])
-    if same_world:
-        metrics.loss_sum.fill_(state["loss_sums"][processes.rank])
-    else:
-        metrics.loss_sum.fill_(sum(state["loss_sums"]) / len(state["loss_sums"]))
+    sums = [file.get_tensor("metrics/loss_sum") for file in files.files]
+    metrics.loss_sum.fill_(float(own["metrics/loss_sum"] if same_world else torch.cat(sums).mean()))
     metrics.steps = state["loss_steps"]
     partition.refresh_weights()

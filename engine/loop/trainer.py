@@ -1,7 +1,10 @@
 """The story of a run: shards, model, resume, steps, checkpoints, validation, export."""
 
+import contextlib
 import os
 import secrets
+import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,7 +21,7 @@ from engine.data.order import records_of
 from engine.data.shards import INDEX, Index, Shards, verify
 from engine.data.source import open_source
 from engine.errors import UserError
-from engine.files import write_text
+from engine.files import lock, write_text
 from engine.loop import checkpoint
 from engine.loop.capture import Captured, wanted
 from engine.loop.ema import Ema, decay_of_step
@@ -28,6 +31,7 @@ from engine.loop.optimizer import AdamW, learning_rates
 from engine.loop.partition import Partition
 from engine.loop.step import predict_and_compare
 from engine.loop.validation import create_repository, export, push_to_hub, validate
+from engine.loop.watchdog import Watchdog
 from engine.loop.zero import ZeroPartition, check_deepspeed
 from engine.models.family import Family, open_family
 from engine.processes import Processes, StopSignal
@@ -66,35 +70,58 @@ def _train(config: TrainConfig, processes: Processes) -> int:
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     # Dropout draws from torch's generator; each process its own numbers.
     torch.manual_seed(seed + processes.rank)
+    output = Path(config.output_dir)
+    with _only_run(output, processes):
+        if processes.is_first:
+            checkpoint.discard_unfinished(output)
+            write_text(output / "config.toml", to_toml(config))
+        training = Training(config, family, shards, plan, processes, run, steps)
+        if state is not None and resumed is not None:
+            training.resume(resumed, state)
+        finished = _run(training)
+        if finished and repository:
+            push_to_hub(config, family, repository)
     if processes.is_first:
-        output = Path(config.output_dir)
-        output.mkdir(parents=True, exist_ok=True)
-        write_text(output / "config.toml", to_toml(config))
-
-    training = Training(config, family, shards, plan, processes, run, steps)
-    if state is not None and resumed is not None:
-        checkpoint.load(resumed, state, training.partition, training.ema, training.metrics, processes)
-        training.step = int(state["step"])
-    log = Log(config, training.step) if processes.is_first else None
-    try:
-        finished = training.run_steps(log)
-        if finished:
-            if config.validation_prompts:
-                training.validate(log)
-            export(config, family, training.partition, training.exported_weights, processes)
-    finally:
-        if log:
-            log.close()
-    if finished and repository:
-        push_to_hub(config, family, repository)
-    if processes.is_first:
-        output = Path(config.output_dir)
         if finished:
             print(f"Trained {steps} steps; the pipeline is in {output / family.result}")
         else:
             saved = output / f"checkpoint-{training.step}"
             print(f"Stopped after step {training.step}, saved in {saved}; continue with --resume_from_checkpoint latest")
     return 0
+
+
+@contextlib.contextmanager
+def _only_run(output: Path, processes: Processes) -> Iterator[None]:
+    """Holds the output directory, so that no second run writes there."""
+    held = None
+    if processes.is_first:
+        output.mkdir(parents=True, exist_ok=True)
+        held = lock(output)
+    try:
+        if not processes.from_first(held is not None):
+            raise UserError(f"{output}: another run is writing there; wait for its end, or name another --output_dir")
+        yield
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+def _run(training: "Training") -> bool:
+    """Steps, validation and export; False when a signal asked to leave before the end."""
+    config, processes = training.config, training.processes
+    log = Log(config, training.step) if processes.is_first else None
+    try:
+        finished = training.run_steps(log)
+        training.checkpoints.wait()
+        processes.barrier()
+        if finished:
+            if config.validation_prompts:
+                training.validate(log)
+            export(config, training.family, training.partition, training.exported_weights, processes)
+        return finished
+    finally:
+        if log:
+            log.close()
 
 
 def divide_global_batch(config: TrainConfig, world: int) -> TrainConfig:
@@ -224,7 +251,19 @@ class Training:
             work = self._train_micro_batch if whole else self._differentiate
             captured = Captured(work, device, required=config.cuda_graphs == "on")
             self.train_micro_batch = captured if whole else partial(self._train_differentiated, captured)
+        token = processes.from_first(secrets.token_hex(4))
+        self.checkpoints = checkpoint.Writer(
+            Path(config.output_dir), run, processes, config.checkpoints_total_limit, config.checkpoint_async, token
+        )
         self.step = 0
+
+    def resume(self, path: Path, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint whose state was read and checked."""
+        started = time.perf_counter()
+        checkpoint.load(path, state, self.partition, self.ema, self.metrics, self.processes)
+        self.step = int(state["step"])
+        if self.processes.is_first:
+            print(f"Continuing from {path}, loaded in {time.perf_counter() - started:.2f} s", file=sys.stderr)
 
     @property
     def exported_weights(self) -> list[Tensor]:
@@ -243,6 +282,7 @@ class Training:
         )
         batches = iter(loader)
         stop = StopSignal(self.processes)
+        self.watchdog = Watchdog(self.processes, self.config.step_timeout) if self.config.step_timeout else None
         shown = None if self.processes.is_first else True
         progress = tqdm(total=self.total_steps, initial=self.step, desc="Training", unit="step", disable=shown)
         self.metrics.start()
@@ -250,6 +290,8 @@ class Training:
             while self.step < self.total_steps:
                 rate = self.rate_of(self.step)
                 self._train_step(batches, rate)
+                if self.watchdog:
+                    self.watchdog.step = self.step
                 progress.update()
                 leave = stop.agreed() and self.step < self.total_steps
                 self._after_step(rate, progress, log, leave)
@@ -260,6 +302,8 @@ class Training:
             progress.close()
             loader.close()
             stop.close()
+            if self.watchdog:
+                self.watchdog.close()
 
     def _train_step(self, batches: Iterator[Batch], rate: float) -> None:
         """One optimizer step: its micro-batches, the update, the moving average."""
@@ -312,9 +356,14 @@ class Training:
                 log.write(line)
             self._stop_when_skipping(int(line["skipped_steps"] or 0))
         if leave or self.step % config.checkpointing_steps == 0:
-            self.metrics.exclude(self._save)
+            self._beside_training(self._save)
         if config.validation_prompts and self.step < self.total_steps and self._epoch_to_validate():
-            self.metrics.exclude(lambda: self.validate(log))
+            self._beside_training(lambda: self.validate(log))
+
+    def _beside_training(self, work: Callable[[], Any]) -> None:
+        """Runs work that is not a step, on nobody's clock."""
+        with self.watchdog.paused() if self.watchdog else contextlib.nullcontext():
+            self.metrics.exclude(work)
 
     def _stop_when_skipping(self, skipped: int) -> None:
         """Gives up a run that skips steps again and again, and names the samples; slots, and so records, are known."""
@@ -330,16 +379,7 @@ class Training:
         )
 
     def _save(self) -> None:
-        checkpoint.save(
-            Path(self.config.output_dir),
-            self.step,
-            self.run,
-            self.partition,
-            self.ema,
-            self.metrics,
-            self.processes,
-            self.config.checkpoints_total_limit,
-        )
+        self.checkpoints.save(self.step, self.partition, self.ema, self.metrics)
 
     def _epoch_to_validate(self) -> bool:
         """Whether this step ended an epoch after which validation is due: the first, and every `--validation_epochs`."""

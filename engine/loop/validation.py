@@ -31,11 +31,16 @@ def assemble(partition: Partition, tensors: list[Tensor], dtype: torch.dtype, de
             state[name] = whole.to(device, dtype, copy=True)
     if not partition.processes.is_first:
         return None
-    module: Any = partition.module
-    with torch.device("meta"):
-        model = type(module).from_config(module.config)
+    module = partition.module
     others = {**partition.frozen, **dict(module.named_buffers())}
     state |= {name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in others.items()}
+    return published_model(module, state)
+
+
+def published_model(module: Any, state: dict[str, Tensor]) -> Any:
+    """The published model of one in training form, with the parameters and buffers of `state`, which it takes over."""
+    with torch.device("meta"):
+        model = type(module).from_config(module.config)
     model.load_state_dict(to_published_form(module, state), assign=True, strict=False)
     return model.eval()
 

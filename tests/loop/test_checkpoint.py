@@ -1,12 +1,15 @@
 """Checkpoints: complete or absent, checked, portable, and exact."""
 
 import json
+import os
 import shutil
+import time
 
 import pytest
 import torch
 
 from engine.errors import UserError
+from engine.files import lock
 from engine.loop import checkpoint
 from engine.loop.trainer import train
 from tests.loop.runs import checkpoint_tensors, config
@@ -154,3 +157,76 @@ def test_the_seed_of_the_resumed_run_is_taken_over(uninterrupted, model, images,
 def test_no_pickle_is_written(uninterrupted):
     suffixes = {path.suffix for path in (uninterrupted / "checkpoint-9").iterdir()}
     assert suffixes == {".safetensors", ".json"}
+
+
+def test_checkpoints_beside_the_training_hold_the_same(uninterrupted, model, images, shards, tmp_path, capsys):
+    output = tmp_path / "out"
+    options = {"checkpointing_steps": 3, "max_train_steps": 9, "checkpoint_async": True}
+    assert train(config(model, images, shards, output, **options)) == 0
+    for step in (3, 6, 9):
+        assert same_tensors(output / f"checkpoint-{step}", uninterrupted / f"checkpoint-{step}")
+    assert (output / "latest").read_text().strip() == "checkpoint-9"
+    assert [line for line in capsys.readouterr().err.splitlines() if "Saved checkpoint-9: copied in" in line]
+    assert continue_from(output, tmp_path / "again", model, images, shards, 6, checkpoint_async=True) == 0
+    assert same_tensors(tmp_path / "again" / "checkpoint-9", uninterrupted / "checkpoint-9")
+
+
+def test_a_checkpoint_holds_the_state_of_its_step_however_late_it_is_written(model, images, shards, tmp_path, monkeypatch):
+    write, steps = checkpoint.Writer._write, []
+
+    def late(self, snapshot):
+        time.sleep(0.5)  # the training goes on meanwhile
+        steps.append(snapshot.step)
+        write(self, snapshot)
+
+    monkeypatch.setattr(checkpoint.Writer, "_write", late)
+    options = {"checkpointing_steps": 3, "max_train_steps": 6}
+    for name, beside in (("beside", True), ("between", False)):
+        assert train(config(model, images, shards, tmp_path / name, checkpoint_async=beside, **options)) == 0
+    assert steps == [3, 6, 3, 6]
+    for step in (3, 6):
+        assert same_tensors(tmp_path / "beside" / f"checkpoint-{step}", tmp_path / "between" / f"checkpoint-{step}")
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_checkpoint_that_cannot_be_written_names_the_last_good_one(beside, model, images, shards, tmp_path, monkeypatch):
+    save_file = checkpoint.safetensors.torch.save_file
+
+    def full(tensors, path):
+        if "checkpoint-6" in str(path):
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpoint.safetensors.torch, "save_file", full)
+    expected = r"checkpoint-6 cannot be written: No space left on device; the last complete one is .*checkpoint-3\."
+    with pytest.raises(UserError, match=expected):
+        train(config(model, images, shards, tmp_path / "out", checkpointing_steps=3, checkpoint_async=beside))
+    assert checkpoint.find(tmp_path / "out", "latest") == tmp_path / "out" / "checkpoint-3"
+    monkeypatch.undo()
+    assert train(config(model, images, shards, tmp_path / "out", resume_from_checkpoint="latest")) == 0
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+
+def test_two_runs_in_one_output_directory_are_refused(model, images, shards, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    held = lock(output)
+    with pytest.raises(UserError, match="another run is writing there; wait for its end, or name another --output_dir"):
+        train(config(model, images, shards, output))
+    os.close(held)
+    assert train(config(model, images, shards, output, max_train_steps=1)) == 0
+
+
+@pytest.mark.parametrize("stages", [(0, 3), (3, 0), (2, 3), (3, 1)])
+def test_a_checkpoint_of_any_stage_continues_under_any_other(stages, uninterrupted, model, images, shards, tmp_path):
+    before, after = stages
+    options = {"checkpointing_steps": 3}
+    assert train(config(model, images, shards, tmp_path / "out", zero_stage=before, max_train_steps=6, **options)) == 0
+    resumed = {"resume_from_checkpoint": "latest", "zero_stage": after, "max_train_steps": 9}
+    assert train(config(model, images, shards, tmp_path / "out", **options, **resumed)) == 0
+    for kind in ("weight", "exp_avg", "exp_avg_sq", "ema"):
+        ours = checkpoint_tensors(tmp_path / "out" / "checkpoint-9", kind)
+        theirs = checkpoint_tensors(uninterrupted / "checkpoint-9", kind)
+        for name in theirs:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)

@@ -1,0 +1,108 @@
+"""Describes, verifies and exports checkpoints, on any machine: `python -m engine.checkpoint info|verify|export DIR`."""
+
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from engine.config import Parser, TrainConfig
+from engine.errors import UserError, exit_code
+
+USAGE = "python -m engine.checkpoint info|verify|export DIR; DIR is a checkpoint, or an output directory for its latest"
+
+
+def _locate(directory: Path) -> Path:
+    """A checkpoint: the directory itself, or the latest within an output directory."""
+    from engine.loop import checkpoint
+
+    if (directory / "manifest.json").is_file():
+        return directory
+    found = checkpoint.find(directory, checkpoint.LATEST) if directory.is_dir() else None
+    if found is None:
+        raise UserError(f"{directory}: neither a checkpoint nor an output directory with one")
+    return found
+
+
+def info_command(arguments: list[str]) -> int:
+    parser = Parser("engine.checkpoint info", description="Describe a checkpoint.")
+    parser.add_argument("directory", type=Path)
+    directory = _locate(parser.parse_args(arguments).directory)
+    from engine.loop.checkpoint import SliceFiles, read_state
+
+    state, files = read_state(directory), SliceFiles(directory)
+    size = sum(path.stat().st_size for path in directory.iterdir())
+    print(f"checkpoint     {directory} ({size / 2**20:.1f} MiB)")
+    print(f"step           {state['step']}")
+    print(f"processes      {state['world']}")
+    for name, value in state["run"].items():
+        print(f"{name.replace('_', ' '):14} {value}")
+    for kind in files.kinds:
+        print(f"{kind:14} {files.elements(kind)} numbers")
+    return 0
+
+
+def verify_command(arguments: list[str]) -> int:
+    parser = Parser("engine.checkpoint verify", description="Compare every file of a checkpoint with its digest.")
+    parser.add_argument("directory", type=Path)
+    directory = _locate(parser.parse_args(arguments).directory)
+    from engine.loop.checkpoint import read_state
+
+    read_state(directory)
+    print(f"{directory} is whole")
+    return 0
+
+
+def export_command(arguments: list[str]) -> int:
+    parser = Parser("engine.checkpoint export", description="Write the diffusers pipeline of a checkpoint.")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--output_dir", type=Path, required=True, help="where the pipeline goes")
+    parser.add_argument("--config", type=Path, help="the run's config.toml (default: beside the checkpoint)")
+    parser.add_argument(
+        "--kind", choices=["ema", "weight"], help="which weights (default: the moving average, if there is one)"
+    )
+    options = parser.parse_args(arguments)
+    directory = _locate(options.directory)
+    file = options.config or directory.parent / "config.toml"
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; name the run's config.toml with --config")
+    from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
+    from engine.loop.checkpoint import SliceFiles, read_state
+    from engine.loop.validation import published_model, save_pipeline
+    from engine.models.family import open_family
+
+    quiet_libraries()
+    state, files = read_state(directory), SliceFiles(directory)
+    kind = options.kind or ("ema" if "ema" in files.kinds else "weight")
+    if kind not in files.kinds:
+        raise UserError(f"{directory}: holds no {kind}; it has {', '.join(files.kinds)}")
+    family = open_family(TrainConfig.model_validate(tomllib.loads(file.read_text())))
+    model = family.load_model()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                files.fill_parameter(kind, name, parameter)
+    whole = {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    save_pipeline(options.output_dir, family, published_model(model, whole))
+    print(f"{kind} of step {state['step']} in {options.output_dir / family.result}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "info": info_command, "verify": verify_command, "export": export_command,
+}  # fmt: skip
+
+
+def main() -> int:
+    command, *arguments = sys.argv[1:] or ["--help"]
+    if command in ("-h", "--help"):
+        print(f"usage: {USAGE}")
+        return 0
+    if command not in COMMANDS:
+        raise UserError(f"{command}: no such command; {USAGE}")
+    return COMMANDS[command](arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code("engine.checkpoint", main))

@@ -1,0 +1,70 @@
+"""python -m engine.checkpoint: what it says of a checkpoint, and the pipeline that it exports."""
+
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+
+from engine import checkpoint
+from engine.errors import UserError
+from engine.loop.trainer import train
+from tests.loop.runs import config
+
+
+@pytest.fixture(scope="module")
+def trained(model, images, shards, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "trained"
+    assert train(config(model, images, shards, output, max_train_steps=4, checkpointing_steps=2, zero_stage=2)) == 0
+    return output
+
+
+def weights(directory):
+    return load_file(directory / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def command(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr("sys.argv", ["checkpoint", *map(str, arguments)])
+    return checkpoint.main()
+
+
+def test_info_describes_the_latest_of_an_output_directory(trained, monkeypatch, capsys):
+    assert command(monkeypatch, "info", trained) == 0
+    said = capsys.readouterr().out
+    assert "checkpoint-4" in said
+    assert "step           4" in said
+    assert "seed           11" in said
+    assert all(kind in said for kind in ("weight ", "ema ", "exp_avg ", "exp_avg_sq "))
+
+
+def test_verify_names_what_is_damaged(trained, tmp_path, monkeypatch, capsys):
+    assert command(monkeypatch, "verify", trained / "checkpoint-2") == 0
+    assert "is whole" in capsys.readouterr().out
+    for step in (2, 4):
+        shutil.copytree(trained / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    file = tmp_path / "checkpoint-4" / "rank-0.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"damaged: rank-0.safetensors .*resume from .*checkpoint-2 instead"):
+        command(monkeypatch, "verify", tmp_path / "checkpoint-4")
+
+
+def test_an_export_is_the_pipeline_that_training_left(trained, tmp_path, monkeypatch, capsys):
+    assert command(monkeypatch, "export", trained, "--output_dir", tmp_path / "ema") == 0
+    assert "ema of step 4 in" in capsys.readouterr().out
+    assert (tmp_path / "ema" / "model_index.json").is_file()
+    ours, theirs = weights(tmp_path / "ema"), weights(trained)
+    assert ours.keys() == theirs.keys()
+    assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
+    assert command(monkeypatch, "export", trained / "checkpoint-2", "--output_dir", tmp_path / "raw", "--kind", "weight") == 0
+    assert any(bool((value != theirs[name]).any()) for name, value in weights(tmp_path / "raw").items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [(["info", "nowhere"], "nowhere: neither a checkpoint nor"), (["frobnicate"], "frobnicate: no such command")],
+    ids=str,
+)
+def test_mistakes_are_named(arguments, named, monkeypatch):
+    with pytest.raises(UserError, match=named):
+        command(monkeypatch, *arguments)
