@@ -1,6 +1,8 @@
 """Errors that are part of the interface."""
 
+import errno
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -22,6 +24,17 @@ def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
+def disk_problem(error: BaseException) -> str | None:
+    """What the disk, not the program, did wrong: full, over quota or read-only; None for any other exception.
+
+    Some libraries hide the system's number in their own exceptions' text.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(found[1])
+    return os.strerror(number) if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG) else None
+
+
 def exit_code(program: str, main: Callable[[], int]) -> int:
     """Runs a command line, turning a `UserError` into one line on standard error and exit code 2, Ctrl-C into 130.
 
@@ -35,3 +48,12 @@ def exit_code(program: str, main: Callable[[], int]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        problem = disk_problem(error)
+        if problem is None:
+            raise
+        where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        print(
+            f"{program}: error: {where}{problem}; make room or permit writing there, and start the same again", file=sys.stderr
+        )
+        return 2

@@ -50,7 +50,7 @@ class Processes:
 
     def close(self) -> None:
         """Leaves the process group, if it was joined here."""
-        if self._connected:
+        if self._connected and dist.is_initialized():
             dist.destroy_process_group()
 
     def barrier(self) -> None:

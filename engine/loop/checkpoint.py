@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.errors import UserError
+from engine.errors import UserError, disk_problem
 from engine.files import PARTIAL, digest, discard, publish_directory, write_json, write_text
 from engine.loop.ema import Ema
 from engine.loop.metrics import Metrics
@@ -177,18 +177,20 @@ class Writer:
         started = time.perf_counter()
         try:
             self._write(snapshot)
-        except OSError as error:
+        except Exception as error:
+            problem = disk_problem(error) or (error.strerror or str(error) if isinstance(error, OSError) else None)
             with contextlib.suppress(OSError):
                 (self._aside(snapshot.step) / f"rank-{self.processes.rank}.failed").touch()
+            if problem is None:
+                self._error = error
+                return
             last = find(self.directory, LATEST)
             kept = f"the last complete one is {last}" if last else "there is no complete one"
             self._error = UserError(
-                f"{self.directory / f'checkpoint-{snapshot.step}'} cannot be written: {error.strerror or error}; {kept}. Make "
+                f"{self.directory / f'checkpoint-{snapshot.step}'} cannot be written: {problem}; {kept}. Make "
                 "room or permit writing there, and continue with --resume_from_checkpoint latest",
                 alone=True,
             )
-        except BaseException as error:  # raised again where the training waits
-            self._error = error
         else:
             if self.processes.is_first:
                 written = time.perf_counter() - started

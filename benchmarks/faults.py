@@ -1,0 +1,273 @@
+"""What do faults cost? `python -m benchmarks.faults [--kills 50] [--json FILE]`
+
+Kills: a run that encodes, trains, checkpoints (half of the rounds beside the training) and exports is killed with SIGKILL at
+random instants and started again with the same command, until it ends; then its exported weights are compared bit by bit with
+those of a run that nobody disturbed. Nobody touches a file in between.
+
+Faults: each is provoked once, and what the user sees is kept: exit code and message.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import engine.quiet  # noqa: F401 (before the libraries that it quiets)
+
+# isort: split
+from safetensors.torch import load_file
+
+from benchmarks.environment import environment
+from engine.files import digest, write_json
+from engine.quiet import quiet_libraries
+from examples import tiny_models
+from examples.photographs import write_images
+
+STEPS = 60
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+class Place:
+    """A tiny pipeline and images, and commands that train on them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.model = tiny_models.write_stable_diffusion(root / "model")["pretrained_model_name_or_path"]
+        self.images = write_images(root / "images", longest=64)
+
+    def command(self, output: Path, *options: str, steps: int = STEPS) -> list[str]:
+        return [
+            sys.executable, "-m", "engine.run", "--family", "sd", "--pretrained_model_name_or_path", self.model,
+            "--train_data_dir", str(self.images), "--output_dir", str(output), "--resolution", "16", "--center_crop",
+            "--shard_records", "4", "--train_batch_size", "4", "--max_train_steps", str(steps), "--seed", "1", "--use_ema",
+            "--checkpointing_steps", "3", "--checkpoints_total_limit", "2", "--log_every", "1", "--report_to", "none",
+            "--resume_from_checkpoint", "latest", *options,
+        ]  # fmt: skip
+
+
+def run(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT | variables)
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def _corrupt(output: Path) -> list[str]:
+    """Files that claim to be complete and are not what their digests say."""
+    found = []
+    for manifest in output.glob("checkpoint-*/manifest.json"):
+        digests = json.loads(manifest.read_text())
+        found += [str(manifest.parent / name) for name, value in digests.items() if digest(manifest.parent / name) != value]
+    index = output / "shards" / "index.json"
+    if index.exists():
+        for entry in json.loads(index.read_text())["shards"]:
+            if digest(output / "shards" / entry["file"]) != entry["sha256"]:
+                found.append(entry["file"])
+    return found
+
+
+def _phase(output: Path, ended: bool) -> str:
+    """What a killed run was doing, from what it left."""
+    if ended:
+        return "after the end"
+    if list(output.glob("pipeline.partial")):
+        return "export"
+    if list(output.glob("checkpoint-*.partial")):
+        return "checkpoint"
+    if (output / "metrics.jsonl").exists():
+        return "training"
+    return "encoding" if (output / "shards").exists() else "start"
+
+
+def kills(place: Place, count: int) -> dict[str, Any]:
+    """Kills runs `count` times at random instants; every run is resumed to its end and compared."""
+    whole = place.root / "whole"
+    started = time.monotonic()
+    assert run(place.command(whole)).returncode == 0
+    duration, expected = time.monotonic() - started, weights(whole)
+    moments = random.Random(4)
+    phases: dict[str, int] = {}
+    corrupt: list[str] = []
+    rounds, different, manual, done = 0, 0, 0, 0
+    while done < count:
+        output = place.root / f"killed-{rounds}"
+        options = ["--checkpoint_async"] if rounds % 2 else []
+        # A few kills within one run, then it may end.
+        for _ in range(min(moments.randint(3, 6), count - done)):
+            process = subprocess.Popen(place.command(output, *options), env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+                                       stderr=subprocess.DEVNULL)  # fmt: skip
+            # Most of the instants late in the run, where steps, checkpoints and the export follow each other closely.
+            time.sleep(duration * moments.triangular(0.3, 1.05, 0.9))
+            ended = process.poll() is not None
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            phase = _phase(output, ended)
+            phases[phase] = phases.get(phase, 0) + 1
+            done += 0 if ended else 1
+            corrupt += _corrupt(output)
+        result = run(place.command(output, *options))
+        manual += result.returncode != 0
+        if result.returncode == 0:
+            ours = weights(output)
+            different += not all(torch.equal(ours[name], expected[name]) for name in expected)
+        print(f"round {rounds}: {done} of {count} kills, phases {phases}, different {different}", flush=True)
+        shutil.rmtree(output)
+        rounds += 1
+    return {"kills": done, "runs": rounds, "phases": phases, "different_results": different, "corrupt_files": corrupt,
+            "runs_that_needed_a_hand": manual}  # fmt: skip
+
+
+def _mounted(path: Path, size: str) -> bool:
+    """Mounts a small file system in memory; False where this user may not."""
+    path.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
+    return subprocess.run(mount, capture_output=True, check=False).returncode == 0
+
+
+def _alter(path: Path, change: Callable[[bytearray], Any]) -> None:
+    content = bytearray(path.read_bytes())
+    change(content)
+    path.write_bytes(content)
+
+
+def _flip(content: bytearray) -> None:
+    content[-5] ^= 1
+
+
+def _halve(content: bytearray) -> None:
+    del content[len(content) // 2 :]
+
+
+def faults(place: Place) -> list[dict[str, Any]]:
+    """Provokes each fault; what the command answered."""
+    rows: list[dict[str, Any]] = []
+
+    def note(fault: str, result: subprocess.CompletedProcess[str]) -> None:
+        lines = [line for line in result.stderr.splitlines() if "engine.run: error" in line or "Error: " in line]
+        said = (lines if result.returncode else result.stdout.strip().splitlines() or [""])[-1]
+        trace = "Traceback" in result.stderr
+        rows.append(
+            {"fault": fault, "exit_code": result.returncode, "said": said.replace(str(place.root), "."), "trace": trace}
+        )
+        print(rows[-1], flush=True)
+
+    def fresh(name: str) -> Path:
+        output = place.root / name
+        shutil.copytree(place.root / "base", output)
+        return output
+
+    base = place.root / "base"
+    assert run(place.command(base, steps=6)).returncode == 0
+
+    for what, size, inside in (("a shard", "16k", "shards"), ("a checkpoint", "1500k", "out")):
+        disk = place.root / f"disk-{inside}"
+        if _mounted(disk, size):
+            output = place.root / "out-of-small-shards" if inside == "shards" else disk
+            shards = ["--shards_dir", str(disk / "shards" if inside == "shards" else base / "shards")]
+            note(f"the disk is full during {what}", run(place.command(output, *shards)))
+            subprocess.run(["umount", str(disk)], check=False)
+
+    for fault, change in (("a shard is cut short", _halve), ("one byte of a shard is flipped", _flip)):
+        output = fresh(fault.replace(" ", "-"))
+        _alter(next((output / "shards").glob("*.safetensors")), change)
+        note(fault, run(place.command(output, steps=9)))
+
+    for fault, change in (("a checkpoint is cut short", _halve), ("one byte of a checkpoint is flipped", _flip)):
+        output = fresh(fault.replace(" ", "-"))
+        _alter(output / "checkpoint-6" / "rank-0.safetensors", change)
+        note(fault, run(place.command(output, steps=9)))
+
+    output = place.root / "unreadable"
+    images = place.root / "images-with-a-bad-one"
+    shutil.copytree(place.images, images)
+    next(images.glob("*.jpg"), next(images.glob("*.png"), images)).write_bytes(b"not an image")
+    command = place.command(output, steps=3)
+    command[command.index("--train_data_dir") + 1] = str(images)
+    note("an image cannot be read", run(command))
+    note("an image cannot be read, --strict", run([*command, "--strict", "--shards_dir", str(place.root / "strict")]))
+
+    output = place.root / "deleted"
+    running = subprocess.Popen(place.command(output, steps=100_000), env=ENVIRONMENT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    while not (output / "checkpoint-3").exists() and running.poll() is None:
+        time.sleep(0.02)
+    shutil.rmtree(output / "shards")
+    time.sleep(2)
+    running.send_signal(signal.SIGTERM)
+    out, err = running.communicate(timeout=60)
+    note("the shards are deleted under a running job (then SIGTERM)",
+         subprocess.CompletedProcess([], running.returncode, out, err))  # fmt: skip
+
+    first = subprocess.Popen(place.command(output, steps=100_000), env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL)  # fmt: skip
+    lines = len((output / "metrics.jsonl").read_text().splitlines())
+    while len((output / "metrics.jsonl").read_text().splitlines()) == lines and first.poll() is None:
+        time.sleep(0.02)
+    note("two runs start in one output directory", run(place.command(output)))
+    first.kill()
+    first.wait()
+
+    note("a process is killed in a collective", _killed_in_a_collective(place))
+
+    output = fresh("read-only")
+    blocked = output / "checkpoint-9-blocked"
+    blocked.mkdir()
+    file = place.root / "a-file"
+    file.write_text("in the way")
+    note("the output directory is a file", run(place.command(file / "out", steps=3)))
+
+    clock = (
+        "import itertools, sys, time; ticks = itertools.count(2_000_000_000, -100)\n"
+        "time.time = lambda: float(next(ticks))\n"
+        "from engine import run; sys.exit(run.main())"
+    )
+    output = fresh("clock")
+    note("the clock goes backwards", run([sys.executable, "-c", clock, *place.command(output, steps=9)[3:]]))
+    return rows
+
+
+def _killed_in_a_collective(place: Place) -> subprocess.CompletedProcess[str]:
+    """Two processes, of which one is killed; the other must end too, and both start again from the last checkpoint."""
+    output = place.root / "collective"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3",
+                "-m", "engine.run"]  # fmt: skip
+    command = [*launcher, *place.command(output, "--step_timeout", "20", "--zero_stage", "2", steps=40)[3:]]
+    running = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (output / "checkpoint-6").exists() and running.poll() is None:
+        time.sleep(0.02)
+    workers = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True, text=True, check=False).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    out, err = running.communicate(timeout=300)
+    return subprocess.CompletedProcess(command, running.returncode, out, err)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("benchmarks.faults", description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=50, help="default: %(default)s")
+    parser.add_argument("--json", type=Path, help="write the results there too")
+    options = parser.parse_args()
+    quiet_libraries()
+    with tempfile.TemporaryDirectory() as directory:
+        place = Place(Path(directory))
+        result: dict[str, Any] = {"faults": faults(place)}
+        result["kills"] = kills(place, options.kills) if options.kills else None
+    print(json.dumps(result["kills"], indent=1))
+    if options.json:
+        write_json(options.json, {"question": __doc__.splitlines()[0], **environment(), **result})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
