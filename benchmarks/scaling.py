@@ -1,0 +1,190 @@
+"""How would training scale to 1,024 GPUs? A model on paper: `python -m benchmarks.scaling [--json FILE] [--chart FILE]`
+
+Nothing is measured. A step's time is
+
+- operations: batch x training operations / (matrix product x utilisation);
+- optimizer: 38 bytes per parameter that a process updates, at the memory's speed;
+- communication, not overlapped (the engine's setting): the payloads of `payload`, by the faster of ring and tree (Thakur et
+  al., "Optimization of collective communication operations in MPICH", 2005), within a node over NVLink and between nodes over
+  one network card per GPU, the two at the same time.
+
+`--zero_stage 0` runs on several processes as stage 1 does.
+
+Figures of the hardware are options. The payloads are checked against counted ones by `benchmarks.parallel`.
+"""
+
+import argparse
+import math
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.environment import environment
+from benchmarks.sizes import measure
+from engine.files import write_atomically, write_json
+
+FAMILIES = {"SD 1.5, 512 px": 32, "Kandinsky 2.2 prior": 128, "Kandinsky 2.2 decoder, 768 px": 16,
+            "Wuerstchen v2 prior, 768 px": 32}  # fmt: skip
+GPUS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+STAGES = [1, 2, 3]
+OPTIMIZER_BYTES = 38
+STATE_BYTES = {"weights": 2, "gradients": 2, "optimizer": 16}  # per parameter: masters, moments, average
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A cluster; bandwidths in bytes per second and direction and GPU, latencies in seconds."""
+
+    matrix_flops: float = 788e12
+    utilisation: float = 0.45
+    memory: float = 4.3e12
+    nvlink: float = 450e9
+    network: float = 50e9
+    nvlink_latency: float = 3e-6
+    network_latency: float = 8e-6
+    gpus_per_node: int = 8
+    memory_bytes: float = 141e9
+    host_link: float = 50e9
+    disk: float = 2e9
+    hours_between_failures: float = 50_000.0
+
+
+def payload(stage: int, parameters: int, bytes_per_number: int = 2) -> dict[str, int]:
+    """Bytes that a step hands to collectives, by what they are for, whatever the number of processes.
+
+    Stages 1 and 2 reduce every gradient and gather every updated weight once; stage 3 gathers them for the forward pass and
+    again for the backward pass.
+    """
+    whole = parameters * bytes_per_number
+    return {"reduced": whole, "gathered": 2 * whole if stage == 3 else whole}
+
+
+def collective_seconds(size: float, gpus: int, hardware: Hardware) -> float:
+    """A reduce-scatter or all-gather of `size` bytes over all GPUs; half an all-reduce."""
+    within = min(gpus, hardware.gpus_per_node)
+    nodes = max(gpus // hardware.gpus_per_node, 1)
+    ring_latency = (within - 1) * hardware.nvlink_latency + (nodes - 1) * hardware.network_latency
+    tree_latency = math.log2(within) * hardware.nvlink_latency + math.log2(nodes) * hardware.network_latency
+    # Every GPU of a node has a network card of its own: together they carry the node's share.
+    between = (nodes - 1) / nodes * size / (hardware.network * within) if nodes > 1 else 0.0
+    inside = (within - 1) / within * size / hardware.nvlink
+    ring, tree = max(inside, between) + ring_latency, max(size / hardware.nvlink * (within > 1), 2 * between) + tree_latency
+    return min(ring, tree)
+
+
+def step_seconds(row: dict[str, Any], batch: int, stage: int, gpus: int, hardware: Hardware) -> dict[str, float]:
+    """The parts of a step's time, with `batch` samples per GPU."""
+    moved = payload(stage, row["parameters"])
+    updated = row["parameters"] / gpus
+    communication = sum(collective_seconds(size, gpus, hardware) for size in moved.values()) if gpus > 1 else 0.0
+    return {
+        "operations": batch * 3 * row["forward_flops"] / (hardware.matrix_flops * hardware.utilisation),
+        "optimizer": OPTIMIZER_BYTES * updated / hardware.memory,
+        "communication": communication,
+    }
+
+
+def state_bytes(parameters: int, stage: int, gpus: int) -> float:
+    """The state of the trained model on one GPU, activations aside."""
+    sharded = {1: ("optimizer",), 2: ("optimizer", "gradients"), 3: ("optimizer", "gradients", "weights")}[stage]
+    return sum(parameters * size / (gpus if name in sharded else 1) for name, size in STATE_BYTES.items())
+
+
+def stops_paying(parameters: int, stage: int, hardware: Hardware) -> int:
+    """The number of GPUs from which doubling them frees less than a hundredth of a GPU's memory at this stage."""
+    for gpus in GPUS:
+        if state_bytes(parameters, stage, gpus) - state_bytes(parameters, stage, 2 * gpus) < hardware.memory_bytes / 100:
+            return gpus
+    return GPUS[-1]
+
+
+def checkpoint_interval(parameters: int, gpus: int, beside: bool, hardware: Hardware) -> tuple[float, float]:
+    """Seconds between checkpoints that lose the least time, and the share of time then lost (Young 1974, Daly 2006).
+
+    A checkpoint pauses for the copy to the host when it is written beside the training, else for the writing too; each process
+    holds its part of 16 bytes per parameter.
+    """
+    part = 16 * parameters / gpus
+    pause = part / hardware.host_link + (0 if beside else part / hardware.disk)
+    failures = hardware.hours_between_failures * 3600 / gpus
+    interval = math.sqrt(2 * pause * failures)
+    return interval, pause / interval + interval / (2 * failures)
+
+
+def measure_all(hardware: Hardware) -> list[dict[str, Any]]:
+    rows = []
+    for checkpoint, batch in FAMILIES.items():
+        sizes = measure(checkpoint)
+        for stage in STAGES:
+            alone = sum(step_seconds(sizes, batch, 1, 1, hardware).values())
+            for gpus in GPUS:
+                parts = step_seconds(sizes, batch, stage, gpus, hardware)
+                rows.append({
+                    "model": checkpoint, "batch": batch, "stage": stage, "gpus": gpus, **parts,
+                    "efficiency": alone / sum(parts.values()), "state_gb": state_bytes(sizes["parameters"], stage, gpus) / 1e9,
+                    "parameters": sizes["parameters"],
+                })  # fmt: skip
+    return rows
+
+
+def table(rows: list[dict[str, Any]], hardware: Hardware) -> str:
+    """Markdown: efficiency and state by stage and GPUs; where stages stop paying; checkpoint intervals."""
+    shown = [1, 8, 64, 256, 1024]
+    lines = [f"| model, samples per GPU | stage | {' | '.join(f'{gpus} GPUs' for gpus in shown)} | stops paying at |",
+             "|---" * (len(shown) + 3) + "|"]  # fmt: skip
+    for model, batch in FAMILIES.items():
+        for stage in STAGES:
+            by_gpus = {row["gpus"]: row for row in rows if row["model"] == model and row["stage"] == stage}
+            cells = [f"{by_gpus[gpus]['efficiency']:.1%}, {by_gpus[gpus]['state_gb']:.1f} GB" for gpus in shown]
+            limit = stops_paying(by_gpus[1]["parameters"], stage, hardware)
+            lines.append(f"| {model}, {batch} | {stage} | {' | '.join(cells)} | {limit} |")
+    lines += ["", "| model | GPUs | between: interval, time lost | beside: interval, time lost |", "|---|---|---|---|"]
+    for model in FAMILIES:
+        parameters = next(row["parameters"] for row in rows if row["model"] == model)
+        for gpus in (8, 64, 1024):
+            cells = []
+            for beside in (False, True):
+                interval, lost = checkpoint_interval(parameters, gpus, beside, hardware)
+                cells.append(f"{interval / 60:.0f} min, {lost:.2%}")
+            lines.append(f"| {model} | {gpus} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def chart(rows: list[dict[str, Any]], path: Path) -> None:
+    """Efficiency by the number of GPUs, one panel per model."""
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    for panel, model in zip(figure.subplots(2, 2).flat, FAMILIES, strict=True):
+        for stage in STAGES:
+            points = [(row["gpus"], row["efficiency"]) for row in rows if row["model"] == model and row["stage"] == stage]
+            panel.plot(*zip(*points, strict=True), label=f"stage {stage}", linestyle="--" if stage == 2 else "-")
+        panel.set(xscale="log", title=f"{model}, {FAMILIES[model]} per GPU", xlabel="GPUs", ylabel="efficiency (predicted)")
+        panel.set_xticks(GPUS[::2], [str(gpus) for gpus in GPUS[::2]])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8, frameon=False)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("benchmarks.scaling", description=__doc__.splitlines()[0])
+    for item in fields(Hardware):
+        parser.add_argument(f"--{item.name}", type=type(item.default), default=item.default, help="default: %(default)s")
+    parser.add_argument("--json", type=Path, help="write the results there too")
+    parser.add_argument("--chart", type=Path, help="draw the efficiencies there")
+    options = vars(parser.parse_args())
+    json_file, picture = options.pop("json"), options.pop("chart")
+    hardware = Hardware(**options)
+    rows = measure_all(hardware)
+    print(table(rows, hardware))
+    if json_file:
+        write_json(json_file, {"question": __doc__.splitlines()[0], **environment(), "hardware": options, "rows": rows})
+    if picture:
+        chart(rows, picture)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
