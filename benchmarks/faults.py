@@ -34,7 +34,7 @@ from engine.quiet import quiet_libraries
 from examples import tiny_models
 from examples.photographs import write_images
 
-STEPS = 60
+STEPS = 40
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -109,7 +109,7 @@ def kills(place: Place, count: int) -> dict[str, Any]:
             process = subprocess.Popen(place.command(output, *options), env=ENVIRONMENT, stdout=subprocess.DEVNULL,
                                        stderr=subprocess.DEVNULL)  # fmt: skip
             # Most of the instants late in the run, where steps, checkpoints and the export follow each other closely.
-            time.sleep(duration * moments.triangular(0.3, 1.05, 0.9))
+            time.sleep(duration * moments.triangular(0.3, 1.0, 0.85))
             ended = process.poll() is not None
             process.send_signal(signal.SIGKILL)
             process.wait()

@@ -45,8 +45,18 @@ class Processes:
         if self.world == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
         else:
-            dist.init_process_group(backend, timeout=_TIMEOUT)
+            dist.init_process_group(backend, store=self._store(), rank=self.rank, world_size=self.world, timeout=_TIMEOUT)
         return self
+
+    def _store(self) -> dist.Store:
+        """The launcher's store; what a killed attempt left in it is out of sight.
+
+        torchrun on one node keeps its store over restarts, with the addresses of processes that are gone. On several nodes the
+        count of restarts may differ, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun start a new store instead.
+        """
+        store = next(iter(dist.rendezvous("env://", self.rank, self.world, timeout=_TIMEOUT)))[0]
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if os.environ.get("GROUP_WORLD_SIZE") == "1" else "0"
+        return dist.PrefixStore(f"attempt-{attempt}", store)
 
     def close(self) -> None:
         """Leaves the process group, if it was joined here."""
