@@ -82,6 +82,9 @@ class Place:
         self.images = write_images(root / "images", longest=64)
         self.models = {name: tiny_models.WRITERS[name](root / name) for name in FAMILIES}
         (root / "worker.py").write_text(WORKER)
+        # Models as small as these would stay gathered from the forward pass to the backward pass.
+        free = {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+        (root / "zero-3.json").write_text(json.dumps({"zero_optimization": free}))
 
     def train(self, family: str, output: Path, world: int, stage: int, steps: int = STEPS, *more: str) -> str:
         """Trains, and returns what was said on standard error."""
@@ -93,6 +96,7 @@ class Place:
             str(FAMILIES[family][1]), "--train_batch_size", str(GLOBAL_BATCH // world), "--zero_stage", str(stage),
             "--max_train_steps", str(steps), "--checkpointing_steps", "5", "--seed", "1", "--use_ema", "--learning_rate",
             "1e-3", "--report_to", "none", "--log_every", "5", *more,
+            *(["--deepspeed_config", str(self.root / "zero-3.json")] if stage == 3 else []),
         ]  # fmt: skip
         variables = os.environ | {"OMP_NUM_THREADS": "1"}
         result = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)

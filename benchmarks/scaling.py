@@ -56,7 +56,8 @@ def payload(stage: int, parameters: int, bytes_per_number: int = 2) -> dict[str,
     """Bytes that a step hands to collectives, by what they are for, whatever the number of processes.
 
     Stages 1 and 2 reduce every gradient and gather every updated weight once; stage 3 gathers them for the forward pass and
-    again for the backward pass.
+    again for the backward pass (DeepSpeed's defaults keep up to 1e9 parameters in between: a model that fits is gathered once,
+    and frees nothing).
     """
     whole = parameters * bytes_per_number
     return {"reduced": whole, "gathered": 2 * whole if stage == 3 else whole}

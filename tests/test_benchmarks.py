@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import encode, overhead, published, sizes, step, suite, timing
+from benchmarks import encode, overhead, published, scaling, sizes, step, suite, timing
 
 # Parameters in millions and training TFLOP per sample, as published configurations come to.
 EXPECTED = {
@@ -94,3 +94,23 @@ def test_what_is_idle_between_kernels_is_found(tmp_path):
     assert gaps["kernels_per_step"] > 50
     assert 0 <= gaps["idle_share"] < 1
     assert "idles for" in overhead.table({"device": gaps})
+
+
+def test_the_model_of_scaling_follows_its_formulas(tmp_path):
+    hardware = scaling.Hardware()
+    # Within a node the ring moves (n - 1) / n of the bytes over NVLink; doubling the nodes cannot make it faster.
+    assert scaling.collective_seconds(1e9, 8, hardware) == pytest.approx(7 / 8 * 1e9 / 450e9, rel=0.02)
+    across = [scaling.collective_seconds(1e9, gpus, hardware) for gpus in (16, 32, 64, 1024)]
+    assert across == sorted(across)
+    assert scaling.payload(1, 100) == scaling.payload(2, 100) == {"reduced": 200, "gathered": 200}
+    assert scaling.payload(3, 100) == {"reduced": 200, "gathered": 400}
+    assert scaling.state_bytes(100, 3, 4) == 100 * 20 / 4
+    assert scaling.state_bytes(100, 1, 4) == 100 * (2 + 2 + 16 / 4)
+    between, beside = (scaling.checkpoint_interval(10**9, 64, way, hardware) for way in (False, True))
+    assert beside[0] < between[0]
+    assert beside[1] < between[1] < 0.01
+    rows = scaling.measure_all(hardware)
+    assert all(0.8 < row["efficiency"] <= 1.02 for row in rows)
+    scaling.chart(rows, tmp_path / "scaling.png")
+    assert np.asarray(Image.open(tmp_path / "scaling.png").convert("L")).std() > 5
+    assert "| Kandinsky 2.2 prior, 128 | 3 |" in scaling.table(rows, hardware)

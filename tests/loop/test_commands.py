@@ -14,6 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
+from benchmarks import faults
 from tests.loop.runs import checkpoint_tensors, command, config, environment, published_order, relative_distance, run, torchrun
 
 
@@ -155,3 +156,9 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(model, images, 
     step = int((output / "latest").read_text().split("-")[1])
     state = json.loads((output / f"checkpoint-{step}" / "state.json").read_text())
     assert (state["step"], state["world"]) == (step, 2)
+
+
+def test_a_killed_process_ends_the_attempt_and_the_next_continues(tmp_path):
+    result = faults._killed_in_a_collective(faults.Place(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "Continuing from" in result.stderr

@@ -1,0 +1,48 @@
+"""What the disk did is told from what the program did."""
+
+import errno
+
+import pytest
+
+from engine.errors import UserError, disk_problem, exit_code
+
+
+@pytest.mark.parametrize(
+    ("error", "problem"),
+    [
+        (OSError(errno.ENOSPC, "x"), "No space left on device"),
+        (OSError(errno.EROFS, "x"), "Read-only file system"),
+        (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), "No space left on device"),
+        (OSError(errno.ENOENT, "x"), None),
+        (RuntimeError("something else"), None),
+    ],
+    ids=str,
+)
+def test_full_and_read_only_disks_are_recognised(error, problem):
+    assert disk_problem(error) == problem
+
+
+def test_a_full_disk_is_one_line_and_exit_code_2(capsys):
+    def main() -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "out/metrics.jsonl")
+
+    assert exit_code("engine.run", main) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("engine.run: error: out/metrics.jsonl: No space left on device; make room")
+    assert len(said.splitlines()) == 1
+
+
+def test_other_exceptions_keep_their_trace():
+    def main() -> int:
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        exit_code("engine.run", main)
+
+
+def test_a_mistake_is_exit_code_2(capsys):
+    def main() -> int:
+        raise UserError("--this is wrong")
+
+    assert exit_code("engine.run", main) == 2
+    assert capsys.readouterr().err == "engine.run: error: --this is wrong\n"
