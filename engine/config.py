@@ -478,6 +478,8 @@ def _check(config: CacheConfig) -> None:
         raise UserError("--global_batch_size and --gradient_accumulation_steps exclude each other; leave one out")
     if (config.offload_optimizer == "nvme") != (config.nvme_path is not None):
         raise UserError("--offload_optimizer nvme and --nvme_path need each other")
+    if config.compile and config.zero_stage == 3:
+        raise UserError("--compile with --zero_stage 3: weights are gathered from Python around every module; leave one out")
     if config.offload_parameters and config.zero_stage != 3:
         raise UserError("--offload_parameters needs --zero_stage 3")
     weights_precision = "fp32" if config.mixed_precision == "no" else config.mixed_precision

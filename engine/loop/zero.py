@@ -111,11 +111,11 @@ class ZeroPartition(Partition):
             # New tensors over the same memory: autograd then takes them as they are. The gradients of several micro-batches
             # add up, and it must copy the first.
             gradients = [gradient.detach() for gradient in gradients]
+        from deepspeed.runtime.utils import register_output_backward_hooks
+
         scalar = _CompleteGradients.apply(gradients, *self.parameters)
         # DeepSpeed did not see the forward pass; what it would have prepared there is due now.
         self.engine.optimizer.clear_backward_seen_flag()
-        from deepspeed.runtime.utils import register_output_backward_hooks
-
         register_output_backward_hooks(scalar, self.engine._backward_prologue)
         self._backward(scalar)
 
@@ -124,8 +124,8 @@ class ZeroPartition(Partition):
 
     def update(self, last: bool) -> None:
         self.engine.step()
-        if last and self.stage == 3 and self.engine.optimizer.overflow:
-            # Stage 3 looks at the norm itself, and then leaves the optimizer out.
+        if last and self.stage == 3 and self.loss_scaler is None and self.engine.optimizer.overflow:
+            # Stage 3 looks at the norm itself, and then leaves the optimizer out. (Under fp16 that is the search for a scale.)
             self.optimizer.skipped += 1
             self.optimizer.grad_norm.fill_(float("inf"))
 

@@ -95,6 +95,7 @@ def test_a_run_with_a_file_trains(model, images, shards, tmp_path):
         (["--offload_optimizer", "nvme"], "--offload_optimizer nvme and --nvme_path need each other"),
         (["--nvme_path", "somewhere"], "--offload_optimizer nvme and --nvme_path need each other"),
         (["--offload_parameters"], "--offload_parameters needs --zero_stage 3"),
+        (["--compile", "--zero_stage", "3"], "--compile with --zero_stage 3"),
         (["--global_batch_size", "8", "--gradient_accumulation_steps", "2"], "exclude each other"),
         (["--gradient_accumulation_dtype", "bf16"], "in fp32 or in the precision of the weights"),
         (["--zero_stage", "1", "--mixed_precision", "bf16", "--gradient_accumulation_dtype", "fp32"], "use --zero_stage 2"),
