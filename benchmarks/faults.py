@@ -26,7 +26,8 @@ import torch
 import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 
 # isort: split
-from safetensors.torch import load_file
+import safetensors
+from safetensors.torch import load_file, save_file
 
 from benchmarks.environment import environment
 from engine.files import digest, write_json
@@ -150,6 +151,19 @@ def _halve(content: bytearray) -> None:
     del content[len(content) // 2 :]
 
 
+def _plant_nan(shards: Path) -> None:
+    """Puts a NaN into the first latent of the first shard, and its new digest into the index."""
+    index = json.loads((shards / "index.json").read_text())
+    entry = index["shards"][0]
+    path = shards / entry["file"]
+    with safetensors.safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    tensors["latent_mean"][0, 0, 0, 0] = float("nan")
+    save_file(tensors, path, metadata)
+    entry["sha256"] = digest(path)
+    write_json(shards / "index.json", index)
+
+
 def faults(place: Place) -> list[dict[str, Any]]:
     """Provokes each fault; what the command answered."""
     rows: list[dict[str, Any]] = []
@@ -221,12 +235,16 @@ def faults(place: Place) -> list[dict[str, Any]]:
 
     note("a process is killed in a collective", _killed_in_a_collective(place))
 
-    output = fresh("read-only")
-    blocked = output / "checkpoint-9-blocked"
-    blocked.mkdir()
-    file = place.root / "a-file"
-    file.write_text("in the way")
-    note("the output directory is a file", run(place.command(file / "out", steps=3)))
+    disk = place.root / "read-only"
+    if _mounted(disk, "10m"):
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        note("the output is read-only", run(place.command(disk / "out", steps=3)))
+        subprocess.run(["umount", str(disk)], check=False)
+
+    output = fresh("not-a-number")
+    _plant_nan(output / "shards")
+    note("a NaN in one sample", run(place.command(output, steps=12)))
+    note("a NaN in one sample, --max_skipped_steps 0", run(place.command(output, "--max_skipped_steps", "0", steps=24)))
 
     clock = (
         "import itertools, sys, time; ticks = itertools.count(2_000_000_000, -100)\n"
