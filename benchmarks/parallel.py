@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,17 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 
 # isort: split
 from safetensors.torch import load_file
+from torch import nn
 
 from benchmarks.environment import environment
 from benchmarks.scaling import payload
+from engine.config import TrainConfig
 from engine.files import write_json
+from engine.loop.checkpoint import Writer
+from engine.loop.ema import Ema
+from engine.loop.flat import FlatPartition
+from engine.loop.metrics import Metrics
+from engine.processes import Processes
 from engine.quiet import quiet_libraries
 from examples import tiny_models
 from examples.photographs import write_images
@@ -86,8 +94,7 @@ class Place:
         free = {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
         (root / "zero-3.json").write_text(json.dumps({"zero_optimization": free}))
 
-    def train(self, family: str, output: Path, world: int, stage: int, steps: int = STEPS, *more: str) -> str:
-        """Trains, and returns what was said on standard error."""
+    def train(self, family: str, output: Path, world: int, stage: int, steps: int = STEPS, *more: str) -> None:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
         command = [
             *launcher, str(self.root / "worker.py"), "--family", family,
@@ -102,7 +109,6 @@ class Place:
         result = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
         if result.returncode:
             raise RuntimeError(result.stderr[-3000:])
-        return result.stderr
 
     def weights(self, family: str, output: Path) -> dict[str, torch.Tensor]:
         return load_file(output / FAMILIES[family][0] / "diffusion_pytorch_model.safetensors")
@@ -155,12 +161,25 @@ def elastic(place: Place) -> dict[str, float]:
     return result
 
 
-def pauses(place: Place) -> dict[str, list[str]]:
-    """What the training said of its checkpoints, written between steps and beside them."""
-    result = {}
-    for name, more in (("between", ()), ("beside", ("--checkpoint_async",))):
-        said = place.train("sd", place.root / f"pause-{name}", 2, 2, 20, *more)
-        result[name] = [part.strip() for line in said.splitlines() for part in line.split("\r") if "Saved checkpoint" in part]
+def pauses(place: Place, parameters: int = 25_000_000) -> dict[str, Any]:
+    """Seconds that a checkpoint of a model of one large layer holds the training up, written between steps and beside them.
+
+    The second of three checkpoints: the first also makes the buffers.
+    """
+    side = int(parameters**0.5)
+    config = TrainConfig(family="sd", pretrained_model_name_or_path="unused", use_ema=True)
+    processes = Processes()
+    partition = FlatPartition(nn.Linear(side, side, bias=False), config, processes)
+    ema, metrics = Ema(partition.masters, False), Metrics(processes.device, 1, 1)
+    result: dict[str, Any] = {"parameters": side * side, "bytes": 16 * side * side}
+    for name, beside in (("between", False), ("beside", True)):
+        writer = Writer(place.root / f"pause-{name}", {}, processes, 1, beside, "token")
+        for step in (1, 2):
+            started = time.perf_counter()
+            writer.save(step, partition, ema, metrics)
+            result[f"{name}_seconds"] = time.perf_counter() - started
+            writer.wait()
+            result[f"{name}_whole_seconds"] = time.perf_counter() - started
     return result
 
 
@@ -175,7 +194,7 @@ def table(measured: dict[str, Any]) -> str:
             f"{row['reduced']}, {row['expected']['reduced']} | {row['gathered']}, {row['expected']['gathered']} | {share:.3f} |"
         )
     lines += ["", f"Elastic, 4 at stage 2 -> 1 at 0 -> 2 at 3: {measured['elastic']}"]
-    lines += [f"Checkpoints {name}: {'; '.join(said)}" for name, said in measured["pauses"].items()]
+    lines.append(f"Checkpoints: {measured['pauses']}")
     return "\n".join(lines)
 
 
