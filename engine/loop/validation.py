@@ -42,6 +42,10 @@ def published_model(module: Any, state: dict[str, Tensor]) -> Any:
     with torch.device("meta"):
         model = type(module).from_config(module.config)
     model.load_state_dict(to_published_form(module, state), assign=True, strict=False)
+    for name, _ in list(model.named_buffers()):
+        # Some are no part of a state dictionary.
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path)._buffers[leaf] = state[name]
     return model.eval()
 
 

@@ -76,3 +76,10 @@ def test_two_processes_train_what_one_trains(published, photographs, tmp_path):
         )
         seen = {name: value for name, value in theirs.items() if not name.endswith("to_k.bias")}
         assert relative_distance(ours, seen, start) < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_validation_images_are_drawn(family, published, photographs, tmp_path):
+    options = {"validation_prompts": ["a cat"], "max_train_steps": 2}
+    assert train(config(family, published(family), photographs, tmp_path / "out", **options)) == 0
+    assert (tmp_path / "out" / "samples" / "step-2.png").exists()
