@@ -92,12 +92,29 @@ def _phase(output: Path, ended: bool) -> str:
     return "encoding" if (output / "shards").exists() else "start"
 
 
+def _await_an_instant(output: Path, process: subprocess.Popen, moments: random.Random) -> None:
+    """Waits for a random instant of a run: any time from its start, or in one of its phases."""
+    what, step = moments.choice(["any time", "training", "training", "checkpoint", "export"]), moments.randint(1, STEPS)
+
+    def is_there() -> bool:
+        if what == "training":
+            file = output / "metrics.jsonl"
+            return file.exists() and len(file.read_text().splitlines()) >= step
+        return any(output.glob("checkpoint-*.partial" if what == "checkpoint" else "pipeline.partial"))
+
+    if what == "any time":
+        time.sleep(moments.uniform(0.5, 6.0))
+        return
+    while not is_there() and process.poll() is None:
+        time.sleep(0.001)
+    time.sleep(moments.uniform(0.0, 0.05))
+
+
 def kills(place: Place, count: int) -> dict[str, Any]:
     """Kills runs `count` times at random instants; every run is resumed to its end and compared."""
     whole = place.root / "whole"
-    started = time.monotonic()
     assert run(place.command(whole)).returncode == 0
-    duration, expected = time.monotonic() - started, weights(whole)
+    expected = weights(whole)
     moments = random.Random(4)
     phases: dict[str, int] = {}
     corrupt: list[str] = []
@@ -109,8 +126,7 @@ def kills(place: Place, count: int) -> dict[str, Any]:
         for _ in range(min(moments.randint(3, 6), count - done)):
             process = subprocess.Popen(place.command(output, *options), env=ENVIRONMENT, stdout=subprocess.DEVNULL,
                                        stderr=subprocess.DEVNULL)  # fmt: skip
-            # Most of the instants late in the run, where steps, checkpoints and the export follow each other closely.
-            time.sleep(duration * moments.triangular(0.3, 1.0, 0.85))
+            _await_an_instant(output, process, moments)
             ended = process.poll() is not None
             process.send_signal(signal.SIGKILL)
             process.wait()
