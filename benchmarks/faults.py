@@ -94,9 +94,12 @@ def _phase(output: Path, ended: bool) -> str:
 
 def _await_an_instant(output: Path, process: subprocess.Popen, moments: random.Random) -> None:
     """Waits for a random instant of a run: any time from its start, or in one of its phases."""
-    what, step = moments.choice(["any time", "training", "training", "checkpoint", "export"]), moments.randint(1, STEPS)
+    phases = ["any time", "encoding", "training", "training", "checkpoint", "export"]
+    what, step = moments.choice(phases), moments.randint(1, STEPS)
 
     def is_there() -> bool:
+        if what == "encoding":
+            return any(output.glob("shards/*"))
         if what == "training":
             file = output / "metrics.jsonl"
             return file.exists() and len(file.read_text().splitlines()) >= step
