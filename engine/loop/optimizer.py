@@ -124,10 +124,14 @@ def _clipped_adamw_8bit() -> type:
         def step(self, closure: Any = None) -> None:
             gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
             self.grad_norm = global_norm(gradients, self.sum_parts)
+            if not bool(self.grad_norm.isfinite()):
+                # Its kernel knows no way to leave the weights alone, so that here the host must look.
+                self.skipped += 1
+                return
             factor = torch.ones_like(self.grad_norm)
             if self.max_grad_norm > 0:
                 factor = (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, factor)
+            torch._foreach_mul_(gradients, factor.view(()))
             super().step()
 
     return ClippedAdamW8bit

@@ -1,5 +1,8 @@
 """Clipping inside AdamW, its refusal of non-finite gradients, the schedules and the moving average."""
 
+import sys
+import types
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -116,6 +119,22 @@ def test_8bit_adam_clips_by_the_global_norm():
     assert float(optimizer.grad_norm) == pytest.approx(3 * 5000**0.5)
     torch.testing.assert_close(ours[0].grad, torch.full((5000,), 5000**-0.5))
     torch.testing.assert_close(ours[0].detach(), before - 1e-3, rtol=0, atol=2e-4)
+
+
+def test_8bit_adam_skips_what_is_not_finite(monkeypatch):
+    # The clipping around bitsandbytes' optimizer, with torch's in its place.
+    stand_in = types.SimpleNamespace(optim=types.SimpleNamespace(AdamW8bit=torch.optim.AdamW))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", stand_in)
+    weights = [torch.ones(10).requires_grad_()]
+    optimizer = create_optimizer(weights, config(use_8bit_adam=True, adam_weight_decay=0.0), None)
+    weights[0].grad = torch.full((10,), float("nan"))
+    optimizer.step()
+    assert torch.equal(weights[0].detach(), torch.ones(10))
+    assert float(optimizer.skipped) == 1
+    weights[0].grad = torch.full((10,), 3.0)
+    optimizer.step()
+    assert not torch.equal(weights[0].detach(), torch.ones(10))
+    assert float(optimizer.skipped) == 1
 
 
 def test_decay_is_that_of_the_scripts():
