@@ -52,22 +52,13 @@ def adamw_ema_kernel(
             tl.store(ema_pointer + element, ema + tl.load(scalars_pointer + 4) * (master - ema), mask=exists)
 
 
-def _scalars(
-    learning_rate: Tensor, factor: Tensor, step: Tensor, ema_weight: Tensor, beta_1: float, beta_2: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What a step multiplies by, fp32 [1] each: clip factor, rate, rate / (1 - beta_1^t), 1 / sqrt(1 - beta_2^t), average.
+def _corrected(learning_rate: Tensor, step: Tensor, beta_1: float, beta_2: float) -> tuple[Tensor, Tensor]:
+    """rate / (1 - beta_1^t) and 1 / sqrt(1 - beta_2^t), fp32 [1] each.
 
-    The corrections in double precision: after the first step 1 - 0.999 would keep four digits in fp32.
+    By way of double precision: after the first step 1 - 0.999 would keep four digits in fp32.
     """
     exact = step.double()
-    correction_1, correction_2 = 1 - beta_1**exact, 1 - beta_2**exact
-    return (
-        factor,
-        learning_rate,
-        (learning_rate / correction_1).float(),
-        correction_2.rsqrt().float(),
-        ema_weight,
-    )
+    return (learning_rate / (1 - beta_1**exact)).float(), (1 - beta_2**exact).rsqrt().float()
 
 
 def launch_adamw_ema_(
@@ -87,7 +78,7 @@ def launch_adamw_ema_(
     weight_decay: float,
 ) -> None:
     """Runs the Triton kernel; arguments as `adamw_ema_`."""
-    scalars = torch.cat(_scalars(learning_rate, factor, step, ema_weight, beta_1, beta_2))
+    scalars = torch.cat((factor, learning_rate, *_corrected(learning_rate, step, beta_1, beta_2), ema_weight))
     elements = master.numel()
     adamw_ema_kernel[(-(-elements // BLOCK),)](
         master, exp_avg, exp_avg_sq, gradient, master if weights is None else weights, master if ema is None else ema, scalars,
@@ -123,18 +114,18 @@ def reference_adamw_ema_(
         factor: fp32 [1], multiplies the gradient (clipping); 0 leaves everything as it is (a gradient that is not finite).
         step: fp32 [1], the number of this step, counted from 1.
     """
-    factor, rate, update_rate, root_correction, weight = _scalars(learning_rate, factor, step, ema_weight, beta_1, beta_2)
+    update_rate, root_correction = _corrected(learning_rate, step, beta_1, beta_2)
     # Selecting instead of branching: the host does not know the factor.
     taken = factor > 0
     scaled = gradient.float() * factor
     first = exp_avg + (1 - beta_1) * (scaled - exp_avg)
     second = beta_2 * exp_avg_sq + (1 - beta_2) * scaled * scaled
-    moved = master - rate * weight_decay * master
+    moved = master - learning_rate * weight_decay * master
     moved = moved - update_rate * first / (second.sqrt() * root_correction + epsilon)
     exp_avg.copy_(torch.where(taken, first, exp_avg))
     exp_avg_sq.copy_(torch.where(taken, second, exp_avg_sq))
     if ema is not None:
-        ema.copy_(torch.where(taken, ema + weight * (moved - ema), ema))
+        ema.copy_(torch.where(taken, ema + ema_weight * (moved - ema), ema))
     master.copy_(torch.where(taken, moved, master))
     if weights is not None:
         weights.copy_(torch.where(taken, master.to(weights.dtype), weights))
