@@ -96,13 +96,18 @@ def group_norm_silu_kernel(
 
 
 @triton.jit
-def _before_activation(y_gradient, normalised, weight, bias, SILU: tl.constexpr):
-    """The gradient with respect to what the activation was given."""
+def _before_activation(
+    y_gradient_pointer, x_pointer, offset, exists, mean, rstd, weight, bias, SILU: tl.constexpr, EVICTION: tl.constexpr
+):
+    """A tile's normalised values, and the gradient with respect to what the activation was given."""
+    x = tl.load(x_pointer + offset, mask=exists, other=0.0, eviction_policy=EVICTION).to(tl.float32)
+    gradient = tl.load(y_gradient_pointer + offset, mask=exists, other=0.0, eviction_policy=EVICTION).to(tl.float32)
+    normalised = (x - mean) * rstd
     if SILU:
         given = normalised * weight + bias
         sigmoid = tl.sigmoid(given)
-        y_gradient *= sigmoid * (1 + given * (1 - sigmoid))
-    return y_gradient
+        gradient *= sigmoid * (1 + given * (1 - sigmoid))
+    return normalised, gradient
 
 
 @triton.jit
@@ -123,10 +128,9 @@ def group_norm_silu_backward_kernel(
     weight_sum = tl.zeros((POSITIONS, WIDTH), tl.float32)
     for start in range(0, positions, POSITIONS):
         offset, exists = _tile(start, positions, CHANNELS, SPAN, POSITIONS, WIDTH)
-        x = tl.load(x_pointer + first + offset, mask=exists, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        gradient = tl.load(y_gradient_pointer + first + offset, mask=exists, other=0.0, eviction_policy="evict_last")
-        normalised = (x - mean) * rstd
-        gradient = _before_activation(gradient.to(tl.float32), normalised, weight, bias, SILU)
+        normalised, gradient = _before_activation(
+            y_gradient_pointer + first, x_pointer + first, offset, exists, mean, rstd, weight, bias, SILU, "evict_last"
+        )
         bias_sum += gradient
         weight_sum += gradient * normalised
     bias_gradient, weight_gradient = tl.sum(bias_sum, 0), tl.sum(weight_sum, 0)
@@ -142,10 +146,9 @@ def group_norm_silu_backward_kernel(
     averages, alongs = _over_channels(average, GROUP, GROUPS, WIDTH), _over_channels(along, GROUP, GROUPS, WIDTH)
     for start in range(0, positions, POSITIONS):
         offset, exists = _tile(start, positions, CHANNELS, SPAN, POSITIONS, WIDTH)
-        x = tl.load(x_pointer + first + offset, mask=exists, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        gradient = tl.load(y_gradient_pointer + first + offset, mask=exists, other=0.0, eviction_policy="evict_first")
-        normalised = (x - mean) * rstd
-        gradient = _before_activation(gradient.to(tl.float32), normalised, weight, bias, SILU)
+        normalised, gradient = _before_activation(
+            y_gradient_pointer + first, x_pointer + first, offset, exists, mean, rstd, weight, bias, SILU, "evict_first"
+        )
         x_gradient = rstd * (weight * gradient - averages - normalised * alongs)
         tl.store(x_gradient_pointer + first + offset, x_gradient, mask=exists)
 
