@@ -19,6 +19,11 @@ def global_norm(gradients: Sequence[Tensor], sum_parts: Callable[[Tensor], Tenso
     return (sum_parts(square) if sum_parts else square).sqrt()
 
 
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """What `torch.nn.utils.clip_grad_norm_` multiplies gradients of this norm by; without a limit (0) by one."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
+
+
 class AdamW(torch.optim.Optimizer):
     """AdamW over flat fp32 tensors in one pass each; clipping and the refusal of non-finite gradients happen inside it.
 
@@ -74,10 +79,7 @@ class AdamW(torch.optim.Optimizer):
         self.grad_norm.copy_(global_norm(gradients, self.sum_parts))
         finite = self.grad_norm.isfinite()
         self.skipped += ~finite
-        factor = finite.float()
-        if self.max_grad_norm > 0:
-            clip = (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
-            factor = torch.where(finite, clip, 0.0)
+        factor = torch.where(finite, clip_factor(self.grad_norm, self.max_grad_norm), 0.0)
         parameters, options = self.parameters, self.param_groups[0]
         nothing = [None] * len(parameters)
         for parameter, gradient, weights, average in zip(
@@ -128,10 +130,7 @@ def _clipped_adamw_8bit() -> type:
                 # Its kernel knows no way to leave the weights alone, so that here the host must look.
                 self.skipped += 1
                 return
-            factor = torch.ones_like(self.grad_norm)
-            if self.max_grad_norm > 0:
-                factor = (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, factor.view(()))
+            torch._foreach_mul_(gradients, clip_factor(self.grad_norm, self.max_grad_norm).view(()))
             super().step()
 
     return ClippedAdamW8bit
