@@ -104,7 +104,7 @@ class ZeroPartition(Partition):
         return self.engine(*arguments, **named)
 
     def backward(self, prediction: Tensor, gradient: Tensor, first: bool) -> None:
-        self._backward(_CompleteGradients.apply([gradient], prediction))
+        self.engine.backward(_CompleteGradients.apply([gradient], prediction), scale_wrt_gas=False)
 
     def receive(self, gradients: Sequence[Tensor], first: bool) -> None:
         if self.accumulation == 1:
@@ -117,9 +117,6 @@ class ZeroPartition(Partition):
         # DeepSpeed did not see the forward pass; what it would have prepared there is due now.
         self.engine.optimizer.clear_backward_seen_flag()
         register_output_backward_hooks(scalar, self.engine._backward_prologue)
-        self._backward(scalar)
-
-    def _backward(self, scalar: Tensor) -> None:
         self.engine.backward(scalar, scale_wrt_gas=False)
 
     def update(self, last: bool) -> None:
