@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from engine.config import TrainConfig, local_rank, to_toml
@@ -53,7 +53,8 @@ def train(config: TrainConfig) -> int:
 def _train(config: TrainConfig, processes: Processes) -> int:
     config = divide_global_batch(config, processes.world)
     family = open_family(config)
-    check_deepspeed(config, processes)
+    if needs_deepspeed(config, processes.world):
+        check_deepspeed(config, processes)
     repository = create_repository(config) if config.push_to_hub and processes.is_first else None
     resumed = _find_checkpoint(config)
     processes.connect()
@@ -199,14 +200,11 @@ def _check_same_run(path: Path | None, before: dict[str, Any], now: dict[str, An
             raise UserError(f"{path}: was written with {name} {before[name]}, this run has {now[name]}; {remedy}")
 
 
-def partition_weights(model: nn.Module, config: TrainConfig, processes: Processes) -> Partition:
-    """Flat buffers for a single process; DeepSpeed for several, and for what only it does: ZeRO, offloading, its own options,
-    fp16's loss scale, the flat partitions that 8-bit AdamW steps on."""
-    alone = processes.world == 1 and config.zero_stage == 0
-    alone = alone and config.offload_optimizer == "none" and config.deepspeed_config is None
-    if alone and config.mixed_precision != "fp16" and not config.use_8bit_adam:
-        return FlatPartition(model, config, processes)
-    return ZeroPartition(model, config, processes)
+def needs_deepspeed(config: TrainConfig, world: int) -> bool:
+    """Whether weights are partitioned by DeepSpeed: for several processes, and for what only it does (ZeRO, offloading, its own
+    options, fp16's loss scale, the flat partitions that 8-bit AdamW steps on). Else they lie in flat buffers, without it."""
+    sharded = world > 1 or config.zero_stage > 0 or config.offload_optimizer != "none" or config.deepspeed_config is not None
+    return sharded or config.mixed_precision == "fp16" or config.use_8bit_adam
 
 
 class Training:
@@ -230,7 +228,8 @@ class Training:
         if device.type == "cuda":
             self.metrics.flops_per_sample = forward_flops(family, model)
             self.metrics.peak_flops = matrix_flops_per_second(device, family.dtype)
-        self.partition = partition_weights(model, config, processes)
+        kind = ZeroPartition if needs_deepspeed(config, processes.world) else FlatPartition
+        self.partition: Partition = kind(model, config, processes)
         if config.compile:
             if config.compile_cache_dir:
                 keep_compiled_code(Path(config.compile_cache_dir))

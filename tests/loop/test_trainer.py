@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import tomllib
 
 import numpy as np
@@ -85,6 +86,13 @@ def test_only_the_promised_entries_are_left(trained):
 
 def test_the_curves_are_drawn(trained):
     assert np.asarray(Image.open(trained / "curves.png").convert("L")).std() > 5
+
+
+def test_one_process_trains_without_deepspeed(model, images, shards, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # importing it raises
+    assert train(config(model, images, shards, tmp_path / "out", max_train_steps=2)) == 0
+    with pytest.raises(ImportError):
+        train(config(model, images, shards, tmp_path / "sharded", max_train_steps=2, zero_stage=1))
 
 
 def test_validation_leaves_the_training_alone(model, images, shards, tmp_path):
