@@ -131,17 +131,17 @@ def divide_global_batch(config: TrainConfig, world: int) -> TrainConfig:
     Raises:
         UserError: the processes cannot divide it evenly.
     """
-    wanted, part = config.global_batch_size, config.train_batch_size * world
-    if wanted is None:
+    whole, part = config.global_batch_size, config.train_batch_size * world
+    if whole is None:
         return config
-    if wanted % part:
-        below, above = wanted // part * part, (wanted // part + 1) * part
+    if whole % part:
+        below, above = whole // part * part, (whole // part + 1) * part
         nearest = f"{below} or {above}" if below else str(above)
         raise UserError(
-            f"--global_batch_size {wanted} cannot be divided among {world} processes with --train_batch_size "
+            f"--global_batch_size {whole} cannot be divided among {world} processes with --train_batch_size "
             f"{config.train_batch_size}; the nearest that can: {nearest}"
         )
-    return config.model_copy(update={"gradient_accumulation_steps": wanted // part})
+    return config.model_copy(update={"gradient_accumulation_steps": whole // part})
 
 
 def prepare_shards(config: TrainConfig, family: Family, processes: Processes) -> Shards:
@@ -254,6 +254,7 @@ class Training:
         self.checkpoints = checkpoint.Writer(
             Path(config.output_dir), run, processes, config.checkpoints_total_limit, config.checkpoint_async, token
         )
+        self.watchdog: Watchdog | None = None
         self.step = 0
 
     def resume(self, path: Path, state: dict[str, Any]) -> None:
