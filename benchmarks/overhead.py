@@ -173,15 +173,15 @@ def measure(steps: int, device: torch.device) -> dict[str, Any]:
         return {"host_microseconds": host_microseconds(steps)}
     with tempfile.TemporaryDirectory() as directory:
         family = open_random("SD 1.5, 512 px", Path(directory), device, mixed_precision="bf16", output_dir=directory)
-        return {"device": device_gaps(family, LEVERS[-1], 8, device)}
+        return {"captured_step": device_gaps(family, LEVERS[-1], 8, device)}
 
 
 def table(row: dict[str, Any]) -> str:
     """A Markdown table."""
     lines = ["| part of a step | microseconds |", "|---|---|"]
     lines += [f"| {part} | {value:.0f} |" for part, value in row.get("host_microseconds", {}).items()]
-    if "device" in row:
-        gaps = row["device"]
+    if "captured_step" in row:
+        gaps = row["captured_step"]
         lines.append(
             f"\n{gaps['kernels_per_step']:.0f} kernels in a captured step of {gaps['step_milliseconds']:.1f} ms, of which the "
             f"GPU idles for {gaps['idle_share']:.2%}; the host launches it in {gaps['launch_microseconds']:.0f} microseconds."

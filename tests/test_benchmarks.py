@@ -93,7 +93,7 @@ def test_what_is_idle_between_kernels_is_found(tmp_path):
     gaps = overhead.device_gaps(family, step.LEVERS[3], 2, torch.device("cpu"), steps=2)
     assert gaps["kernels_per_step"] > 50
     assert 0 <= gaps["idle_share"] < 1
-    assert "idles for" in overhead.table({"device": gaps})
+    assert "idles for" in overhead.table({"captured_step": gaps})
 
 
 def test_the_model_of_scaling_follows_its_formulas(tmp_path):
