@@ -27,7 +27,7 @@ def waterfall(measured: dict[str, Any], path: Path) -> None:
         panel.set_xlabel("samples per second")
         panel.tick_params(labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def roofline(measured: dict[str, Any], bytes_per_second: float, path: Path) -> None:
@@ -52,7 +52,7 @@ def roofline(measured: dict[str, Any], bytes_per_second: float, path: Path) -> N
         panel.annotate(f" {label}", (x, y), fontsize=7, va="center")
     panel.set(xscale="log", yscale="log", xlabel="operations per byte that must move", ylabel="operations per second")
     panel.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def bandwidth(rows: list[dict[str, Any]], optimizer: dict[str, Any], path: Path) -> None:
@@ -76,8 +76,9 @@ def bandwidth(rows: list[dict[str, Any]], optimizer: dict[str, Any], path: Path)
     panel.set_xlabel("bytes that must move, against a copy of as many")
     panel.legend(fontsize=8, frameon=False)
     panel.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure as a PNG."""
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))

@@ -21,9 +21,9 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 # isort: split
 from tqdm import tqdm
 
-from benchmarks.environment import environment
+from benchmarks.environment import write_result
 from benchmarks.published import TINY, open_random, open_tiny
-from engine.files import write_json
+from benchmarks.timing import synchronize
 from engine.models.family import Family
 from engine.quiet import quiet_libraries
 from examples.photographs import photographs
@@ -38,8 +38,7 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
     for _ in range(REPEATS + 1):
         started = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         times.append(time.perf_counter() - started)
     return statistics.median(times[1:])
 
@@ -85,10 +84,7 @@ def main() -> int:
         captions = f"{row['captions_per_second']:.3g}" if "captions_per_second" in row else "-"
         print(f"{row['model']:32}{row['prepared_per_second']:>12.3g}{row['images_per_second']:>12.3g}{captions:>12}"
               f"{row['bytes_per_sample'] / 2**10:>12.1f}")  # fmt: skip
-    if options.json:
-        write_json(options.json, {
-            "question": __doc__.splitlines()[0], **environment(), "precision": precision, "batch": options.batch, "rows": rows,
-        })  # fmt: skip
+    write_result(options.json, __doc__, precision=precision, batch=options.batch, rows=rows)
     return 0
 
 

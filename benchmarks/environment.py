@@ -1,11 +1,16 @@
-"""What a measurement must name to be believed: device, driver, versions and commit."""
+"""What a measurement must name to be believed: device, driver, versions and commit; and where it is kept."""
 
 import platform
 import subprocess
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from engine.files import write_json
+
+RESULTS = Path(__file__).parent / "results"
 
 
 def environment() -> dict[str, Any]:
@@ -21,3 +26,9 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         **{package: version(package) for package in ("triton", "deepspeed", "diffusers", "transformers")},
     }
+
+
+def write_result(path: Path | None, document: str, **measured: Any) -> None:
+    """Keeps what a benchmark measured, where a file is named, under its question: the first line of its docstring."""
+    if path is not None:
+        write_json(path, {"question": document.splitlines()[0], **environment(), **measured})

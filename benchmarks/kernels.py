@@ -13,7 +13,6 @@ same size on this device. On a CPU, group normalisation and the norm are the ref
 """
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -25,9 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.environment import environment
-from benchmarks.timing import copying, microseconds, spread
-from engine.files import write_json
+from benchmarks.environment import write_result
+from benchmarks.timing import compare
 from engine.kernels import add_noise, diffusion_loss, group_norm_silu, square_sum
 from engine.kernels.add_noise import per_sample, reference_add_noise
 from engine.kernels.diffusion_loss import reference_diffusion_loss
@@ -157,14 +155,9 @@ def measure(small: bool, compiled: bool, device: torch.device) -> list[dict[str,
             if not compiled:
                 works.pop("compiled")
             moved = MOVES[operation] * torch.Size(shape).numel() * dtype.itemsize
-            times = microseconds(works | {"copy": copying(moved, device)}, device)
-            median = {side: statistics.median(values) for side, values in times.items()}
             rows.append({
                 "operation": operation, "shape": name, "dtype": str(dtype).removeprefix("torch."), "layout": layout,
-                "microseconds": median, "quartiles": {side: spread(values)[1:] for side, values in times.items()},
-                "bytes": moved, "bytes_per_second": moved / median["engine"] * 1e6,
-                "gain": {side: median[side] / median["engine"] for side in works if side != "engine"},
-                "share_of_copy_bandwidth": median["copy"] / median["engine"],
+                **compare(works, moved, device),
             })  # fmt: skip
     return rows
 
@@ -192,8 +185,7 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = measure(options.small, not options.small, device)
     print(table(rows))
-    if options.json:
-        write_json(options.json, {"question": __doc__.splitlines()[0], **environment(), "rows": rows})
+    write_result(options.json, __doc__, rows=rows)
     return 0
 
 

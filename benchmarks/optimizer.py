@@ -10,7 +10,6 @@ copy's bandwidth for those 36 bytes.
 """
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.environment import environment
-from benchmarks.timing import copying, microseconds, spread
-from engine.files import write_json
+from benchmarks.environment import write_result
+from benchmarks.timing import compare
 from engine.kernels import adamw_ema_
 from engine.kernels.adamw_ema import reference_adamw_ema_
 
@@ -62,16 +60,7 @@ def _separate_passes(gradient: Tensor) -> Callable[[], None]:
 
 
 def measure(parameters: int, compiled: bool, device: torch.device) -> dict[str, Any]:
-    moved = BYTES * parameters
-    times = microseconds(works(parameters, device, compiled) | {"copy": copying(moved, device)}, device)
-    median = {side: statistics.median(values) for side, values in times.items()}
-    return {
-        "parameters": parameters, "bytes": moved, "microseconds": median,
-        "quartiles": {side: spread(values)[1:] for side, values in times.items()},
-        "bytes_per_second": moved / median["engine"] * 1e6,
-        "gain": {side: median[side] / median["engine"] for side in median if side not in ("engine", "copy")},
-        "share_of_copy_bandwidth": median["copy"] / median["engine"],
-    }  # fmt: skip
+    return {"parameters": parameters, **compare(works(parameters, device, compiled), BYTES * parameters, device)}
 
 
 def table(row: dict[str, Any]) -> str:
@@ -92,8 +81,7 @@ def main() -> int:
     options = parser.parse_args()
     row = measure(options.parameters, True, device)
     print(table(row))
-    if options.json:
-        write_json(options.json, {"question": __doc__.splitlines()[0], **environment(), **row})
+    write_result(options.json, __doc__, **row)
     return 0
 
 

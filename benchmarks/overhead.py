@@ -27,12 +27,11 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.environment import environment
+from benchmarks.environment import write_result
 from benchmarks.published import open_random, open_tiny
 from benchmarks.step import LEVERS, WARM_UP, Lever, form, open_step, random_batch
 from benchmarks.timing import synchronize
 from engine.data.loader import BatchPlan
-from engine.files import write_json
 from engine.loop import trainer
 from engine.models.family import Family
 from engine.processes import Processes
@@ -198,8 +197,7 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     row = measure(options.steps, device)
     print(table(row))
-    if options.json:
-        write_json(options.json, {"question": __doc__.splitlines()[0], **environment(), **row})
+    write_result(options.json, __doc__, **row)
     return 0
 
 

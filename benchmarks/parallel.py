@@ -26,10 +26,9 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 from safetensors.torch import load_file
 from torch import nn
 
-from benchmarks.environment import environment
+from benchmarks.environment import write_result
 from benchmarks.scaling import payload
 from engine.config import TrainConfig
-from engine.files import write_json
 from engine.loop.checkpoint import Writer
 from engine.loop.ema import Ema
 from engine.loop.flat import FlatPartition
@@ -113,6 +112,9 @@ class Place:
     def weights(self, family: str, output: Path) -> dict[str, torch.Tensor]:
         return load_file(output / FAMILIES[family][0] / "diffusion_pytorch_model.safetensors")
 
+    def untrained(self, family: str) -> dict[str, torch.Tensor]:
+        return self.weights(family, Path(next(iter(self.models[family].values()))))
+
 
 def distance(ours: dict, theirs: dict, start: dict) -> float:
     """The difference of two results over how far training moved them; L2, without biases that have no gradient."""
@@ -124,8 +126,8 @@ def distance(ours: dict, theirs: dict, start: dict) -> float:
 
 def measure(place: Place) -> dict[str, Any]:
     rows = []
-    for family, (folder, _) in FAMILIES.items():
-        start = load_file(Path(next(iter(place.models[family].values()))) / folder / "diffusion_pytorch_model.safetensors")
+    for family in FAMILIES:
+        start = place.untrained(family)
         reference: dict[str, torch.Tensor] = {}
         for world in WORLDS:
             for stage in STAGES:
@@ -150,8 +152,8 @@ def measure(place: Place) -> dict[str, Any]:
 def elastic(place: Place) -> dict[str, float]:
     """The distance of a run that changed its processes and stage twice from one that did not."""
     result = {}
-    for family, (folder, _) in FAMILIES.items():
-        start = load_file(Path(next(iter(place.models[family].values()))) / folder / "diffusion_pytorch_model.safetensors")
+    for family in FAMILIES:
+        start = place.untrained(family)
         output, resume = place.root / f"{family}-elastic", ("--resume_from_checkpoint", "latest")
         place.train(family, output, 4, 2, 10)
         place.train(family, output, 1, 0, 15, *resume)
@@ -206,8 +208,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         measured = measure(Place(Path(directory)))
     print(table(measured))
-    if options.json:
-        write_json(options.json, {"question": __doc__.splitlines()[0], **environment(), **measured})
+    write_result(options.json, __doc__, **measured)
     return 0
 
 

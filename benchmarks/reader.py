@@ -18,11 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.environment import environment
+from benchmarks.environment import RESULTS, write_result
 from engine.data.reader import best_gather, gather_in_cpp, gather_in_python
-from engine.files import write_json
 
-RESULTS = Path(__file__).parent / "results"
 # Rows of a batch as the families store them: (name, bytes of a row, rows).
 SHAPES = [
     ("digits latent", 512 * 2, 64),
@@ -71,10 +69,7 @@ def main() -> int:
             print(f"{name:30} cpp {medians['cpp']:8.0f} us   python {gains['python_over_cpp']:.2f} x   "
                   f"memmap {gains['memmap_over_cpp']:.2f} x")  # fmt: skip
         os.close(descriptor)
-    write_json(output, {
-        "question": __doc__.splitlines()[0], **environment(), "cores": os.cpu_count(),
-        "repeats": REPEATS, "results": results,
-    })  # fmt: skip
+    write_result(output, __doc__, cores=os.cpu_count(), repeats=REPEATS, results=results)
     return 0
 
 

@@ -21,10 +21,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.environment import environment
-from engine.files import write_json
+from benchmarks.environment import RESULTS, write_result
 
-RESULTS = Path(__file__).parent / "results"
 WARM_UP = 10
 LEARNING_RATE, GAMMA = 2e-3, 5.0
 
@@ -145,12 +143,11 @@ def main() -> int:
         print(f"recipe {theirs[-1]:8.1f} samples/s   engine {ours[-1]:8.1f} samples/s   ratio {ours[-1] / theirs[-1]:.2f}")
     shutil.rmtree(shards.parent)
     ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
-    write_json(options.output, {
-        "question": __doc__.splitlines()[0], **environment(),
-        "batch": options.batch, "resolution": options.resolution, "measured_steps": options.steps,
-        "recipe_samples_per_second": theirs, "engine_samples_per_second": ours, "encode_seconds": encode_seconds,
-        "median_ratio": statistics.median(ratios), "ratios": ratios,
-    })  # fmt: skip
+    write_result(
+        options.output, __doc__, batch=options.batch, resolution=options.resolution, measured_steps=options.steps,
+        recipe_samples_per_second=theirs, engine_samples_per_second=ours, encode_seconds=encode_seconds,
+        median_ratio=statistics.median(ratios), ratios=ratios,
+    )  # fmt: skip
     print(f"median ratio {statistics.median(ratios):.2f}, written to {options.output}")
     return 0
 

@@ -22,9 +22,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.environment import environment
+from benchmarks.charts import save
+from benchmarks.environment import write_result
 from benchmarks.sizes import measure
-from engine.files import write_atomically, write_json
 
 FAMILIES = {"SD 1.5, 512 px": 32, "Kandinsky 2.2 prior": 128, "Kandinsky 2.2 decoder, 768 px": 16,
             "Wuerstchen v2 prior, 768 px": 32}  # fmt: skip
@@ -166,7 +166,7 @@ def chart(rows: list[dict[str, Any]], path: Path) -> None:
         panel.minorticks_off()
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8, frameon=False)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    save(figure, path)
 
 
 def main() -> int:
@@ -180,8 +180,7 @@ def main() -> int:
     hardware = Hardware(**options)
     rows = measure_all(hardware)
     print(table(rows, hardware))
-    if json_file:
-        write_json(json_file, {"question": __doc__.splitlines()[0], **environment(), "hardware": options, "rows": rows})
+    write_result(json_file, __doc__, hardware=options, rows=rows)
     if picture:
         chart(rows, picture)
     return 0

@@ -35,13 +35,12 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 # isort: split
 from tqdm import tqdm
 
-from benchmarks.environment import environment
+from benchmarks.environment import write_result
 from benchmarks.plain import PlainTraining
 from benchmarks.published import TINY, open_random, open_tiny
 from benchmarks.sizes import Cost, count
 from benchmarks.timing import spread, synchronize
 from engine.data.loader import Batch, BatchPlan
-from engine.files import write_json
 from engine.loop.metrics import matrix_flops_per_second
 from engine.loop.trainer import Training
 from engine.models.family import PRECISIONS, Family
@@ -252,8 +251,7 @@ def main() -> int:
         sizes[name] = [options.batch or first, *(further if options.sweep else [])]
     measured = measure_all(names, options.tiny, sizes, device, options.steps, options.minutes)
     print(table(measured))
-    if options.json:
-        write_json(options.json, {"question": __doc__.splitlines()[0], **environment(), **measured})
+    write_result(options.json, __doc__, **measured)
     return 0
 
 

@@ -17,13 +17,12 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 
 # isort: split
 from benchmarks import charts, kernels, optimizer, overhead, step
-from benchmarks.environment import environment
+from benchmarks.environment import RESULTS, environment, write_result
 from benchmarks.published import TINY
 from benchmarks.timing import copy_bytes_per_second
-from engine.files import write_json, write_text
+from engine.files import write_text
 from engine.quiet import quiet_libraries
 
-RESULTS = Path(__file__).parent / "results"
 # The families first, further sizes of the decoder last, where the time may not reach.
 CHECKPOINTS = ["SD 1.5, 512 px", "Kandinsky 2.2 prior", "Wuerstchen v2 prior, 768 px", "Kandinsky 2.2 decoder, 512 px",
                "Kandinsky 2.2 decoder, 768 px"]  # fmt: skip
@@ -83,12 +82,11 @@ def report(measured: dict[str, Any], environment: dict[str, Any]) -> str:
 def write(measured: dict[str, Any], output: Path) -> None:
     """Writes the results, the report and the charts into a directory."""
     output.mkdir(parents=True, exist_ok=True)
-    described = environment()
-    write_json(output / "suite.json", {"question": __doc__.splitlines()[0], **described, **measured})
+    write_result(output / "suite.json", __doc__, **measured)
     charts.waterfall(measured["step"], output / "waterfall.png")
     charts.roofline(measured["step"], measured["copy_bytes_per_second"], output / "roofline.png")
     charts.bandwidth(measured["kernels"], measured["optimizer"], output / "kernels.png")
-    write_text(output / "suite.md", report(measured, described))
+    write_text(output / "suite.md", report(measured, environment()))
 
 
 def main() -> int:

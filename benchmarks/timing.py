@@ -51,6 +51,23 @@ def copying(moved: int, device: torch.device) -> Callable[[], Any]:
     return lambda: target.copy_(source)
 
 
+def compare(works: dict[str, Callable[[], Any]], moved: int, device: torch.device) -> dict[str, Any]:
+    """The side `engine` of some work against the other sides, and against a copy of the bytes that it must move.
+
+    Returns:
+        Microseconds of every side and of the copy (medians, and quartiles), bytes per second, the gain over every other side,
+        and the share of the copy's bandwidth.
+    """
+    times = microseconds(works | {"copy": copying(moved, device)}, device)
+    median = {side: statistics.median(values) for side, values in times.items()}
+    return {
+        "microseconds": median, "quartiles": {side: spread(values)[1:] for side, values in times.items()},
+        "bytes": moved, "bytes_per_second": moved / median["engine"] * 1e6,
+        "gain": {side: median[side] / median["engine"] for side in works if side != "engine"},
+        "share_of_copy_bandwidth": median["copy"] / median["engine"],
+    }  # fmt: skip
+
+
 def copy_bytes_per_second(device: torch.device) -> float:
     """Bytes read and written per second by a copy that no cache holds."""
     moved = 2**32 if device.type == "cuda" else 2**28
