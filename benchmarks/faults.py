@@ -8,6 +8,7 @@ Faults: each is provoked once, and what the user sees is kept: exit code and mes
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 import safetensors
 from safetensors.torch import load_file, save_file
 
-from benchmarks.environment import environment
+from benchmarks.environment import write_result
 from engine.files import digest, write_json
 from engine.quiet import quiet_libraries
 from examples import tiny_models
@@ -46,6 +47,11 @@ class Place:
         self.root = root
         self.model = tiny_models.write_stable_diffusion(root / "model")["pretrained_model_name_or_path"]
         self.images = write_images(root / "images", longest=64)
+        self.base = root / "base"
+
+    def copy_of_base(self, name: str) -> Path:
+        """A directory in which six steps were trained."""
+        return Path(shutil.copytree(self.base, self.root / name))
 
     def command(self, output: Path, *options: str, steps: int = STEPS) -> list[str]:
         return [
@@ -59,6 +65,21 @@ class Place:
 
 def run(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT | variables)
+
+
+def start(command: list[str], output: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=output, stderr=output, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Until the condition holds, or the process has ended."""
+    while not condition() and process.poll() is None:
+        time.sleep(0.001)
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
@@ -108,8 +129,7 @@ def _await_an_instant(output: Path, process: subprocess.Popen, moments: random.R
     if what == "any time":
         time.sleep(moments.uniform(0.5, 6.0))
         return
-    while not is_there() and process.poll() is None:
-        time.sleep(0.001)
+    wait_for(is_there, process)
     time.sleep(moments.uniform(0.0, 0.05))
 
 
@@ -127,8 +147,7 @@ def kills(place: Place, count: int) -> dict[str, Any]:
         options = ["--checkpoint_async"] if rounds % 2 else []
         # A few kills within one run, then it may end.
         for _ in range(min(moments.randint(3, 6), count - done)):
-            process = subprocess.Popen(place.command(output, *options), env=ENVIRONMENT, stdout=subprocess.DEVNULL,
-                                       stderr=subprocess.DEVNULL)  # fmt: skip
+            process = start(place.command(output, *options))
             _await_an_instant(output, process, moments)
             ended = process.poll() is not None
             process.send_signal(signal.SIGKILL)
@@ -183,111 +202,109 @@ def _plant_nan(shards: Path) -> None:
     write_json(shards / "index.json", index)
 
 
-def faults(place: Place) -> list[dict[str, Any]]:
-    """Provokes each fault; what the command answered."""
-    rows: list[dict[str, Any]] = []
+Provoked = Iterator[tuple[str, subprocess.CompletedProcess[str]]]
 
-    def note(fault: str, result: subprocess.CompletedProcess[str]) -> None:
-        lines = [line for line in result.stderr.splitlines() if "engine.run: error" in line or "Error: " in line]
-        said = (lines if result.returncode else result.stdout.strip().splitlines() or [""])[-1]
-        trace = "Traceback" in result.stderr
-        rows.append(
-            {"fault": fault, "exit_code": result.returncode, "said": said.replace(str(place.root), "."), "trace": trace}
-        )
-        print(rows[-1], flush=True)
 
-    def fresh(name: str) -> Path:
-        output = place.root / name
-        shutil.copytree(place.root / "base", output)
-        return output
-
-    base = place.root / "base"
-    assert run(place.command(base, steps=6)).returncode == 0
-
+def disks(place: Place) -> Provoked:
+    """Full and read-only file systems, where this user may mount them."""
     for what, size, inside in (("a shard", "16k", "shards"), ("a checkpoint", "1500k", "out")):
         disk = place.root / f"disk-{inside}"
         if _mounted(disk, size):
             output = place.root / "out-of-small-shards" if inside == "shards" else disk
-            shards = ["--shards_dir", str(disk / "shards" if inside == "shards" else base / "shards")]
-            note(f"the disk is full during {what}", run(place.command(output, *shards)))
+            shards = ["--shards_dir", str((disk if inside == "shards" else place.base) / "shards")]
+            yield f"the disk is full during {what}", run(place.command(output, *shards))
             subprocess.run(["umount", str(disk)], check=False)
-
-    for fault, change in (("a shard is cut short", _halve), ("one byte of a shard is flipped", _flip)):
-        output = fresh(fault.replace(" ", "-"))
-        _alter(next((output / "shards").glob("*.safetensors")), change)
-        note(fault, run(place.command(output, steps=9)))
-
-    for fault, change in (("a checkpoint is cut short", _halve), ("one byte of a checkpoint is flipped", _flip)):
-        output = fresh(fault.replace(" ", "-"))
-        _alter(output / "checkpoint-6" / "rank-0.safetensors", change)
-        note(fault, run(place.command(output, steps=9)))
-
-    output = place.root / "unreadable"
-    images = place.root / "images-with-a-bad-one"
-    shutil.copytree(place.images, images)
-    next(images.glob("*.jpg"), next(images.glob("*.png"), images)).write_bytes(b"not an image")
-    command = place.command(output, steps=3)
-    command[command.index("--train_data_dir") + 1] = str(images)
-    note("an image cannot be read", run(command))
-    note("an image cannot be read, --strict", run([*command, "--strict", "--shards_dir", str(place.root / "strict")]))
-
-    output = place.root / "deleted"
-    running = subprocess.Popen(place.command(output, steps=100_000), env=ENVIRONMENT, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
-    while not (output / "checkpoint-3").exists() and running.poll() is None:
-        time.sleep(0.02)
-    shutil.rmtree(output / "shards")
-    time.sleep(2)
-    running.send_signal(signal.SIGTERM)
-    out, err = running.communicate(timeout=60)
-    note("the shards are deleted under a running job (then SIGTERM)",
-         subprocess.CompletedProcess([], running.returncode, out, err))  # fmt: skip
-
-    first = subprocess.Popen(place.command(output, steps=100_000), env=ENVIRONMENT, stdout=subprocess.DEVNULL,
-                             stderr=subprocess.DEVNULL)  # fmt: skip
-    lines = len((output / "metrics.jsonl").read_text().splitlines())
-    while len((output / "metrics.jsonl").read_text().splitlines()) == lines and first.poll() is None:
-        time.sleep(0.02)
-    note("two runs start in one output directory", run(place.command(output)))
-    first.kill()
-    first.wait()
-
-    note("a process is killed in a collective", _killed_in_a_collective(place))
-
     disk = place.root / "read-only"
     if _mounted(disk, "10m"):
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        note("the output is read-only", run(place.command(disk / "out", steps=3)))
+        yield "the output is read-only", run(place.command(disk / "out", steps=3))
         subprocess.run(["umount", str(disk)], check=False)
 
-    output = fresh("not-a-number")
+
+def damaged_files(place: Place) -> Provoked:
+    """Shards and checkpoints that are not what they were."""
+    for what in ("a shard", "a checkpoint"):
+        for damage, change in (("is cut short", _halve), ("has one byte flipped", _flip)):
+            fault = f"{what} {damage}"
+            output = place.copy_of_base(fault.replace(" ", "-"))
+            shards = sorted((output / "shards").glob("*.safetensors"))
+            _alter(shards[0] if what == "a shard" else output / "checkpoint-6" / "rank-0.safetensors", change)
+            yield fault, run(place.command(output, steps=9))
+
+
+def bad_samples(place: Place) -> Provoked:
+    """An image that is none, and a latent that is not a number."""
+    images = place.root / "images-with-a-bad-one"
+    shutil.copytree(place.images, images)
+    sorted(images.glob("*.jpg"))[0].write_bytes(b"not an image")
+    command = place.command(place.root / "unreadable", steps=3)
+    command[command.index("--train_data_dir") + 1] = str(images)
+    yield "an image cannot be read", run(command)
+    yield "an image cannot be read, --strict", run([*command, "--strict", "--shards_dir", str(place.root / "strict")])
+
+    output = place.copy_of_base("not-a-number")
     _plant_nan(output / "shards")
-    note("a NaN in one sample", run(place.command(output, steps=12)))
-    note("a NaN in one sample, --max_skipped_steps 0", run(place.command(output, "--max_skipped_steps", "0", steps=24)))
+    yield "a NaN in one sample", run(place.command(output, steps=12))
+    yield "a NaN in one sample, --max_skipped_steps 0", run(place.command(output, "--max_skipped_steps", "0", steps=24))
+
+
+def running_jobs(place: Place) -> Provoked:
+    """What happens to, or beside, a run that goes on."""
+    output = place.root / "deleted"
+    running = start(place.command(output, steps=100_000), subprocess.PIPE)
+    wait_for((output / "checkpoint-3").exists, running)
+    shutil.rmtree(output / "shards")
+    time.sleep(2)
+    running.send_signal(signal.SIGTERM)
+    yield "the shards are deleted under a running job (then SIGTERM)", finish(running)
+
+    output = place.copy_of_base("shared")
+    first = start(place.command(output, steps=100_000))
+    wait_for((output / "checkpoint-9").exists, first)
+    yield "two runs start in one output directory", run(place.command(output))
+    first.kill()
+    first.wait()
+
+    # Of two processes one is killed; the other must end too, and both start again from the last checkpoint.
+    output = place.root / "collective"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3",
+                "-m", "engine.run"]  # fmt: skip
+    options = place.command(output, "--step_timeout", "20", "--zero_stage", "2")[3:]
+    running = start([*launcher, *options], subprocess.PIPE)
+    wait_for((output / "checkpoint-6").exists, running)
+    workers = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True, text=True, check=False).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    yield "a process is killed in a collective", finish(running)
 
     clock = (
         "import itertools, sys, time; ticks = itertools.count(2_000_000_000, -100)\n"
         "time.time = lambda: float(next(ticks))\n"
         "from engine import run; sys.exit(run.main())"
     )
-    output = fresh("clock")
-    note("the clock goes backwards", run([sys.executable, "-c", clock, *place.command(output, steps=9)[3:]]))
+    output = place.copy_of_base("clock")
+    yield "the clock goes backwards", run([sys.executable, "-c", clock, *place.command(output, steps=9)[3:]])
+
+
+def faults(place: Place) -> list[dict[str, Any]]:
+    """Provokes each fault; what the command answered."""
+    assert run(place.command(place.base, steps=6)).returncode == 0
+    rows: list[dict[str, Any]] = []
+    for fault, result in itertools.chain(disks(place), damaged_files(place), bad_samples(place), running_jobs(place)):
+        lines = [line for line in result.stderr.splitlines() if "engine.run: error" in line or "Error: " in line]
+        said = (lines if result.returncode else result.stdout.strip().splitlines() or [""])[-1]
+        rows.append({
+            "fault": fault, "exit_code": result.returncode, "said": said.replace(str(place.root), "."),
+            "trace": "Traceback" in result.stderr,
+        })  # fmt: skip
+        print(f"{fault}: exit code {result.returncode}", flush=True)
     return rows
 
 
-def _killed_in_a_collective(place: Place) -> subprocess.CompletedProcess[str]:
-    """Two processes, of which one is killed; the other must end too, and both start again from the last checkpoint."""
-    output = place.root / "collective"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3",
-                "-m", "engine.run"]  # fmt: skip
-    command = [*launcher, *place.command(output, "--step_timeout", "20", "--zero_stage", "2", steps=40)[3:]]
-    running = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (output / "checkpoint-6").exists() and running.poll() is None:
-        time.sleep(0.02)
-    workers = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True, text=True, check=False).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
-    out, err = running.communicate(timeout=300)
-    return subprocess.CompletedProcess(command, running.returncode, out, err)
+def table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table."""
+    lines = ["| fault | exit code | what the user sees |", "|---|---|---|"]
+    lines += [f"| {row['fault']} | {row['exit_code']} | {row['said'].removeprefix('engine.run: error: ')} |" for row in rows]
+    return "\n".join(lines)
 
 
 def main() -> int:
@@ -298,11 +315,11 @@ def main() -> int:
     quiet_libraries()
     with tempfile.TemporaryDirectory() as directory:
         place = Place(Path(directory))
-        result: dict[str, Any] = {"faults": faults(place)}
-        result["kills"] = kills(place, options.kills) if options.kills else None
-    print(json.dumps(result["kills"], indent=1))
-    if options.json:
-        write_json(options.json, {"question": __doc__.splitlines()[0], **environment(), **result})
+        provoked = faults(place)
+        print(table(provoked))
+        killed = kills(place, options.kills) if options.kills else None
+    print(json.dumps(killed, indent=1))
+    write_result(options.json, __doc__, faults=provoked, kills=killed)
     return 0
 
 
