@@ -13,6 +13,14 @@ from engine.files import write_json
 RESULTS = Path(__file__).parent / "results"
 
 
+def _processor() -> str:
+    """The processor's name; `platform` does not know it on Linux."""
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text().splitlines() if described.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def environment() -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     cuda = torch.cuda.is_available()
@@ -20,7 +28,7 @@ def environment() -> dict[str, Any]:
     driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split() if cuda else []
     return {
         "commit": commit,
-        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {_processor()}, {torch.get_num_threads()} threads",
         **({"driver": driver[0], "cuda": torch.version.cuda} if driver else {}),
         "python": platform.python_version(),
         "torch": torch.__version__,
