@@ -8,7 +8,7 @@ between matrix products, convolutions and attention were fused into them:
 - per step and parameter, 6 bytes for the weights (two readings and the gradient's writing), and 38 for the optimizer (its pass
   of 36, and the norm's reading of the gradient).
 
-The time floors are for a card of `--tflops` and `--terabytes` per second; the defaults are what was once measured on an H200.
+The time floors are for a card of `--tflops` and `--terabytes` per second; the defaults are assumed for an H200, not measured.
 """
 
 import argparse
