@@ -201,6 +201,7 @@ struct AdamWEma {
   float* ema;     // null: no average is kept
   const float *learning_rate, *factor, *step, *ema_weight;
   double beta_1, beta_2, epsilon, weight_decay;
+  int64_t elements;
 };
 }
 
@@ -380,11 +381,11 @@ int32_t diffusion_loss(DiffusionLoss* task, int32_t type, int32_t mean_type, Par
   return failed;
 }
 
-int32_t adamw_ema(AdamWEma* task, int32_t gradient_type, int32_t weights_type, int64_t elements, ParallelFor parallel_for) {
+int32_t adamw_ema(AdamWEma* task, int32_t gradient_type, int32_t weights_type, ParallelFor parallel_for) {
   if (!(*task->factor > 0)) return 0;
   constexpr int64_t kElementsPerTurn = 16384;
   decltype(&adamw_ema_task_for<float>) const by_gradient[] = {adamw_ema_task_for<float>, adamw_ema_task_for<_Float16>,
                                                               adamw_ema_task_for<BFloat16>};
-  return parallel_for(0, elements, kElementsPerTurn, by_gradient[gradient_type](weights_type), task);
+  return parallel_for(0, task->elements, kElementsPerTurn, by_gradient[gradient_type](weights_type), task);
 }
 }

@@ -50,6 +50,7 @@ class _AdamWEma(ctypes.Structure):
         *((name, _Pointer) for name in ("master", "exp_avg", "exp_avg_sq", "gradient", "weights", "ema")),
         *((name, _Pointer) for name in ("learning_rate", "factor", "step", "ema_weight")),
         *((name, ctypes.c_double) for name in ("beta_1", "beta_2", "epsilon", "weight_decay")),
+        ("elements", ctypes.c_int64),
     ]  # fmt: skip
 
 
@@ -146,9 +147,9 @@ def run_adamw_ema_(
 ) -> None:
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in
                 (master, exp_avg, exp_avg_sq, gradient, weights, ema, learning_rate, factor, step, ema_weight))  # fmt: skip
-    task = _AdamWEma(*pointers, beta_1, beta_2, epsilon, weight_decay)
+    task = _AdamWEma(*pointers, beta_1, beta_2, epsilon, weight_decay, master.numel())
     weights_type = TYPES[torch.float32 if weights is None else weights.dtype]
-    _call("adamw_ema", task, TYPES[gradient.dtype], weights_type, elements=master.numel())
+    _call("adamw_ema", task, TYPES[gradient.dtype], weights_type)
 
 
 def _walk(
@@ -161,11 +162,10 @@ def _walk(
     )  # fmt: skip
 
 
-def _call(name: str, task: ctypes.Structure, *types: int, elements: int | None = None) -> None:
+def _call(name: str, task: ctypes.Structure, *types: int) -> None:
     loaded = library()
     assert loaded is not None
     operations, parallel_for = loaded
-    counted = () if elements is None else (ctypes.c_int64(elements),)
-    failed = getattr(operations, name)(ctypes.byref(task), *(ctypes.c_int32(kind) for kind in types), *counted, parallel_for)
+    failed = getattr(operations, name)(ctypes.byref(task), *(ctypes.c_int32(kind) for kind in types), parallel_for)
     if failed:
         raise RuntimeError(f"engine::{name}: torch's parallel loop failed with {failed}")
