@@ -43,10 +43,11 @@ class Metrics:
 
         Losses that are not finite count as 0, and their slots [B] are kept.
         """
-        finite = micro_batch_loss.isfinite()
-        self.loss_sum += torch.where(finite, micro_batch_loss, 0.0).mean() / accumulation
+        counted = micro_batch_loss.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        self.loss_sum += counted.mean() / accumulation
+        offending = torch.where(counted == micro_batch_loss, -1, slots)
         # The largest slots are the latest; -1 fills up. A fixed shape, so that the host need not know how many there are.
-        self.offending.copy_(torch.cat([self.offending, torch.where(finite, -1, slots)]).topk(OFFENDING).values)
+        self.offending.copy_(torch.cat([self.offending, offending]).topk(OFFENDING).values)
 
     def exclude(self, work: Callable[[], Any]) -> None:
         """Runs work that is not training (a checkpoint, validation) without counting its time."""
