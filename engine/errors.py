@@ -6,6 +6,8 @@ import re
 import sys
 from collections.abc import Callable
 
+TRY_AGAIN = 75  # EX_TEMPFAIL: the same command may work when it is tried again
+
 
 class UserError(Exception):
     """A mistake that the person running the engine can mend.
@@ -35,8 +37,15 @@ def disk_problem(error: BaseException) -> str | None:
     return os.strerror(number) if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG) else None
 
 
+def lost_a_process(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone, from what gloo or NCCL says."""
+    return bool(re.search(r"gloo/transport|remote process exited or there was a network error", str(error)))
+
+
 def exit_code(program: str, main: Callable[[], int]) -> int:
     """Runs a command line, turning a `UserError` into one line on standard error and exit code 2, Ctrl-C into 130.
+
+    A process that lost another in a collective says so in one line and leaves with `TRY_AGAIN`: the cause is the other's.
 
     Under a launcher every process meets most mistakes; only the first process of each node says them.
     """
@@ -49,6 +58,14 @@ def exit_code(program: str, main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
+        if lost_a_process(error):
+            print(
+                f"{program}: error: process {os.environ.get('RANK', '0')}: another process is gone; its own message, or the "
+                f"launcher's, says why. Leaving with exit code {TRY_AGAIN}; a training continues with "
+                "--resume_from_checkpoint latest",
+                file=sys.stderr,
+            )
+            return TRY_AGAIN
         problem = disk_problem(error)
         if problem is None:
             raise

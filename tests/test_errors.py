@@ -40,6 +40,24 @@ def test_other_exceptions_keep_their_trace():
         exit_code("engine.run", main)
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer. More",
+        "NCCL error: remote process exited or there was a network error, NCCL version 2.27",
+    ],
+)
+def test_a_process_that_lost_another_says_so_in_one_line(said, monkeypatch, capsys):
+    def main() -> int:
+        raise RuntimeError(said)
+
+    monkeypatch.setenv("RANK", "3")
+    assert exit_code("engine.run", main) == 75
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("engine.run: error: process 3: another process is gone")
+
+
 def test_a_mistake_is_exit_code_2(capsys):
     def main() -> int:
         raise UserError("--this is wrong")

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
+from engine.errors import TRY_AGAIN
 from engine.processes import Processes
-
-EXIT_CODE = 75  # EX_TEMPFAIL: the same command may work when it is tried again
 
 
 class Watchdog:
@@ -20,7 +19,7 @@ class Watchdog:
     The training only counts; whatever it is blocked in, a collective with a process that died say, the thread goes on.
 
     Args:
-        timeout: seconds without a new step after which the process leaves with `EXIT_CODE`.
+        timeout: seconds without a new step after which the process leaves with `TRY_AGAIN`.
     """
 
     def __init__(self, processes: Processes, timeout: float) -> None:
@@ -63,10 +62,10 @@ class Watchdog:
         named = f"behind are {', '.join(behind)}" if behind else f"all are at step {newest}"
         print(
             f"engine.run: error: process {self.processes.rank}: no step has ended for {self.timeout:g} seconds "
-            f"(--step_timeout); {named}. Leaving with exit code {EXIT_CODE}; continue with --resume_from_checkpoint latest",
+            f"(--step_timeout); {named}. Leaving with exit code {TRY_AGAIN}; continue with --resume_from_checkpoint latest",
             file=sys.stderr, flush=True,
         )  # fmt: skip
-        os._exit(EXIT_CODE)
+        os._exit(TRY_AGAIN)
 
     def _step_of(self, rank: int) -> int:
         if self._store is None or rank == self.processes.rank:

@@ -1,9 +1,11 @@
-"""A step that hangs ends the process with its own exit code, and the processes that are behind are named."""
+"""Steps that hang and processes that die: an exit code of their own, and no trace."""
 
 import socket
 import subprocess
 import sys
 import time
+
+import pytest
 
 from tests.loop.runs import command, config, environment
 
@@ -25,16 +27,21 @@ time.sleep(60)
 """
 
 
-def test_the_process_that_is_behind_is_named():
+def start_two(command: list[str]) -> list[subprocess.Popen[str]]:
+    """Two processes of one group without a launcher, which would end one when it misses the other."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     common = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    started = time.monotonic()
-    both = [
-        subprocess.Popen([sys.executable, "-c", WATCHER], env=common | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+    return [
+        subprocess.Popen(command, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
+
+
+def test_the_process_that_is_behind_is_named():
+    started = time.monotonic()
+    both = start_two([sys.executable, "-c", WATCHER])
     errors = [process.communicate(timeout=60)[1] for process in both]
     assert [process.returncode for process in both] == [75, 75]
     assert time.monotonic() - started > 3, "work that was paused for ran out of time"
@@ -57,3 +64,17 @@ def test_a_run_that_hangs_is_given_up(model, images, shards, tmp_path):
     )
     assert result.returncode == 75, result.stderr
     assert "process 0: no step has ended for 2 seconds (--step_timeout); all are at step" in result.stderr
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_process_that_loses_another_says_so_without_a_trace(stage, model, images, shards, tmp_path):
+    options = {"train_batch_size": 2, "max_train_steps": 100_000, "checkpointing_steps": 2, "zero_stage": stage}
+    first, second = start_two(command(config(model, images, shards, tmp_path / "out", **options)))
+    while not (tmp_path / "out" / "checkpoint-4").exists() and first.poll() is None:
+        time.sleep(0.01)
+    second.kill()
+    said = first.communicate(timeout=60)[1]
+    assert first.returncode == 75, said
+    assert "engine.run: error: process 0: another process is gone" in said
+    assert "Traceback" not in said
+    second.communicate()
