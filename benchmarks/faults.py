@@ -265,16 +265,7 @@ def running_jobs(place: Place) -> Provoked:
     first.kill()
     first.wait()
 
-    # Of two processes one is killed; the other must end too, and both start again from the last checkpoint.
-    output = place.root / "collective"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3",
-                "-m", "engine.run"]  # fmt: skip
-    options = place.command(output, "--step_timeout", "20", "--zero_stage", "2")[3:]
-    running = start([*launcher, *options], subprocess.PIPE)
-    wait_for((output / "checkpoint-6").exists, running)
-    workers = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True, text=True, check=False).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
-    yield "a process is killed in a collective", finish(running)
+    yield "a process is killed in a collective", _killed_in_a_collective(place)
 
     clock = (
         "import itertools, sys, time; ticks = itertools.count(2_000_000_000, -100)\n"
@@ -283,6 +274,19 @@ def running_jobs(place: Place) -> Provoked:
     )
     output = place.copy_of_base("clock")
     yield "the clock goes backwards", run([sys.executable, "-c", clock, *place.command(output, steps=9)[3:]])
+
+
+def _killed_in_a_collective(place: Place) -> subprocess.CompletedProcess[str]:
+    """Two processes, of which one is killed; the other must end too, and both start again from the last checkpoint."""
+    output = place.root / "collective"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3",
+                "-m", "engine.run"]  # fmt: skip
+    options = place.command(output, "--step_timeout", "20", "--zero_stage", "2")[3:]
+    running = start([*launcher, *options], subprocess.PIPE)
+    wait_for((output / "checkpoint-6").exists, running)
+    workers = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True, text=True, check=False).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    return finish(running)
 
 
 def faults(place: Place) -> list[dict[str, Any]]:
