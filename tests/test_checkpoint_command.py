@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from engine import checkpoint
 from engine.errors import UserError
 from engine.loop.trainer import train
-from tests.loop.runs import config
+from tests.loop.runs import config, flip_last_byte
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +41,7 @@ def test_verify_names_what_is_damaged(trained, tmp_path, monkeypatch, capsys):
     assert "is whole" in capsys.readouterr().out
     for step in (2, 4):
         shutil.copytree(trained / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
-    file = tmp_path / "checkpoint-4" / "rank-0.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
+    flip_last_byte(tmp_path / "checkpoint-4" / "rank-0.safetensors")
     with pytest.raises(UserError, match=r"damaged: rank-0.safetensors .*resume from .*checkpoint-2 instead"):
         command(monkeypatch, "verify", tmp_path / "checkpoint-4")
 

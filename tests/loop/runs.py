@@ -63,6 +63,12 @@ def checkpoint_tensors(checkpoint: Path, kind: str) -> dict[str, torch.Tensor]:
 FUSED = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v"), "to_added_kv": ("add_k_proj", "add_v_proj")}
 
 
+def flip_last_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
 def published_order(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors of a checkpoint (convolutions channels last, projections fused) as the published model has them."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}

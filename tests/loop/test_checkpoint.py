@@ -12,7 +12,7 @@ from engine.errors import UserError
 from engine.files import lock
 from engine.loop import checkpoint
 from engine.loop.trainer import train
-from tests.loop.runs import checkpoint_tensors, config
+from tests.loop.runs import checkpoint_tensors, config, flip_last_byte
 
 
 def metrics(output) -> dict[int, dict]:
@@ -116,10 +116,7 @@ def test_the_limit_keeps_the_newest(model, images, shards, tmp_path):
 def test_a_damaged_checkpoint_is_named_and_another_offered(uninterrupted, tmp_path):
     for step in (3, 6):
         shutil.copytree(uninterrupted / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
-    file = tmp_path / "checkpoint-6" / "rank-0.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
+    flip_last_byte(tmp_path / "checkpoint-6" / "rank-0.safetensors")
     with pytest.raises(UserError, match=r"checkpoint-6: damaged: rank-0.safetensors.*resume from .*checkpoint-3 instead"):
         checkpoint.read_state(tmp_path / "checkpoint-6")
 
