@@ -1,16 +1,24 @@
-"""What a measurement must name to be believed: device, driver, versions and commit; and where it is kept."""
+"""What a measurement must name to be believed: device, driver, versions and commit; and where it is kept, row by row."""
 
+import gc
+import json
+import os
 import platform
 import subprocess
-from importlib.metadata import version
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from engine.errors import first_line
 from engine.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
+COMMIT = "ENGINE_COMMIT"  # names the commit where there is no repository
+PACKAGES = ("triton", "deepspeed", "diffusers", "transformers", "torchao", "xformers")
 
 
 def _processor() -> str:
@@ -21,18 +29,33 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def _answer(*command: str) -> str:
+    """What a command prints; nothing where it fails or does not exist."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def environment() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    """Where this process measures; what cannot be found out is None, and never ends a measurement."""
     cuda = torch.cuda.is_available()
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split() if cuda else []
+    folder = str(Path(__file__).parent)
+    driver = _answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split() if cuda else []
     return {
-        "commit": commit,
+        "commit": os.environ.get(COMMIT) or _answer("git", "-C", folder, "rev-parse", "HEAD") or None,
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {_processor()}, {torch.get_num_threads()} threads",
-        **({"driver": driver[0], "cuda": torch.version.cuda} if driver else {}),
+        **({"driver": driver[0] if driver else None, "cuda": torch.version.cuda} if cuda else {}),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{package: version(package) for package in ("triton", "deepspeed", "diffusers", "transformers")},
+        **{package: _version(package) for package in PACKAGES},
     }
 
 
@@ -40,3 +63,55 @@ def write_result(path: Path | None, document: str, **measured: Any) -> None:
     """Keeps what a benchmark measured, where a file is named, under its question: the first line of its docstring."""
     if path is not None:
         write_json(path, {"question": document.splitlines()[0], **environment(), **measured})
+
+
+class Rows:
+    """The rows of a benchmark: each is kept the moment it is measured, and one that fails costs only itself.
+
+    Where the file exists, what it holds is kept and not measured again, so that a call goes on where the one before ended, be
+    it on another machine: every row names its environment. What failed is tried again under another commit or device.
+
+    Args:
+        path: the JSON file, or None to keep nothing.
+        document: the benchmark's docstring.
+        minutes: no row is begun that would not end within so many minutes from now.
+    """
+
+    def __init__(self, path: Path | None, document: str, minutes: float | None = None) -> None:
+        self.path, self.question = path, document.splitlines()[0]
+        self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        kept = json.loads(path.read_text()) if path is not None and path.exists() else {"environments": [], "rows": []}
+        self.environments, self.rows = kept["environments"], kept["rows"]
+        here = environment()
+        if here not in self.environments:
+            self.environments.append(here)
+        self.number = self.environments.index(here)
+
+    def measure(self, name: str, seconds: float, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The row of a name: as kept, or what `work` returns, or why there is none (`failed`, `missing`).
+
+        Args:
+            seconds: how long the work is expected to take.
+        """
+        kept = next((row for row in self.rows if row["name"] == name), None)
+        if kept is not None and ("failed" not in kept or kept["environment"] == self.number):
+            return kept
+        row: dict[str, Any] = {"name": name, "environment": self.number}
+        left = float("inf") if self.deadline is None else self.deadline - time.monotonic()
+        if left < seconds:
+            return row | {"missing": f"no time left: needs about {seconds:.0f} s"}
+        started = time.monotonic()
+        try:
+            row |= work()
+        except Exception as error:  # whatever it is, the rows after it are still wanted
+            out_of_memory = isinstance(error, torch.OutOfMemoryError)
+            row["failed"] = "out of memory" if out_of_memory else f"{type(error).__name__}: {first_line(error)}"
+        row["took_seconds"] = round(time.monotonic() - started, 1)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.rows[:] = [*(other for other in self.rows if other["name"] != name), row]
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, {"question": self.question, "environments": self.environments, "rows": self.rows})
+        return row

@@ -1,0 +1,60 @@
+"""What a benchmark measured is never lost: not to a row that fails, not to a limit of time, not to a missing package."""
+
+import json
+
+import pytest
+
+from benchmarks import environment as environments
+from benchmarks.environment import Rows, environment
+
+DOCUMENT = "Is it kept? `python -m benchmarks.nothing`\n\nMore."
+
+
+def fail() -> dict:
+    raise ValueError("first line\nsecond line")
+
+
+def test_a_row_that_fails_costs_only_itself(tmp_path):
+    file = tmp_path / "deep" / "rows.json"
+    rows = Rows(file, DOCUMENT)
+    assert rows.measure("one", 1, lambda: {"value": 1})["value"] == 1
+    assert rows.measure("two", 1, fail)["failed"] == "ValueError: first line"
+    assert [row["name"] for row in json.loads(file.read_text())["rows"]] == ["one", "two"]
+    rows.measure("three", 1, lambda: {"value": 3})
+    kept = json.loads(file.read_text())
+    assert kept["question"].startswith("Is it kept?")
+    assert [row.get("value") for row in kept["rows"]] == [1, None, 3]
+    assert kept["environments"][kept["rows"][2]["environment"]]["torch"]
+
+
+def test_a_later_call_goes_on_where_the_one_before_ended(tmp_path, monkeypatch):
+    first = Rows(tmp_path / "rows.json", DOCUMENT)
+    first.measure("one", 1, lambda: {"value": 1})
+    first.measure("two", 1, fail)
+    again = Rows(tmp_path / "rows.json", DOCUMENT)
+    assert again.measure("one", 1, fail)["value"] == 1
+    assert "failed" in again.measure("two", 1, lambda: {"value": 2})
+    monkeypatch.setenv(environments.COMMIT, "a-commit-that-mends-it")
+    mended = Rows(tmp_path / "rows.json", DOCUMENT)
+    assert mended.measure("two", 1, lambda: {"value": 2})["value"] == 2
+    kept = json.loads((tmp_path / "rows.json").read_text())
+    assert kept["environments"][kept["rows"][1]["environment"]]["commit"] == "a-commit-that-mends-it"
+
+
+def test_a_row_that_would_not_end_in_time_is_not_begun(tmp_path):
+    rows = Rows(tmp_path / "rows.json", DOCUMENT, minutes=0.5)
+    assert "missing" in rows.measure("long", 60, lambda: pytest.fail("begun"))
+    assert "value" in rows.measure("short", 1, lambda: {"value": 1})
+    assert "value" in Rows(tmp_path / "rows.json", DOCUMENT, minutes=2).measure("long", 60, lambda: {"value": 1})
+
+
+def test_the_environment_is_described_without_git_and_packages(monkeypatch):
+    monkeypatch.setattr(environments, "PACKAGES", ("a-package-that-nobody-has",))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv(environments.COMMIT, raising=False)
+    described = environment()
+    assert described["commit"] is None
+    assert described["a-package-that-nobody-has"] is None
+    assert described["device"]
+    monkeypatch.setenv(environments.COMMIT, "abc")
+    assert environment()["commit"] == "abc"
