@@ -58,3 +58,47 @@ def test_the_environment_is_described_without_git_and_packages(monkeypatch):
     assert described["device"]
     monkeypatch.setenv(environments.COMMIT, "abc")
     assert environment()["commit"] == "abc"
+
+
+def test_a_row_that_killed_its_process_is_tried_once_more_and_then_left(tmp_path):
+    file = tmp_path / "rows.json"
+    for _ in range(environments.ATTEMPTS):
+        with pytest.raises(KeyboardInterrupt):
+            Rows(file, DOCUMENT).measure("hangs", 1, kill)
+    assert (
+        Rows(file, DOCUMENT).measure("hangs", 1, lambda: pytest.fail("begun a third time"))["failed"] == environments.UNFINISHED
+    )
+
+
+def kill() -> dict:
+    raise KeyboardInterrupt
+
+
+def test_a_lack_of_memory_is_known_from_within_other_errors():
+    def wrapped() -> dict:
+        try:
+            raise RuntimeError("CUDA error: out of memory")
+        except RuntimeError as error:
+            raise ValueError("capturing failed") from error
+
+    assert Rows(None, DOCUMENT).measure("one", 1, wrapped)["failed"] == environments.OUT_OF_MEMORY
+
+
+def test_a_broken_device_ends_the_call_and_not_the_results(tmp_path, monkeypatch):
+    def broken() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    rows = Rows(tmp_path / "rows.json", DOCUMENT)
+    monkeypatch.setattr(environments, "_release_memory", broken)
+    assert rows.measure("breaks", 1, fail, lever="captured")["lever"] == "captured"
+    assert "illegal memory access" in rows.measure("after", 1, lambda: pytest.fail("begun"))["missing"]
+    monkeypatch.undo()
+    assert Rows(tmp_path / "rows.json", DOCUMENT).measure("after", 1, lambda: {"value": 1})["value"] == 1
+
+
+def test_rows_of_another_device_stand_beside_ours(tmp_path, monkeypatch):
+    Rows(tmp_path / "rows.json", DOCUMENT).measure("one", 1, lambda: {"value": 1})
+    monkeypatch.setattr(environments, "environment", lambda: {"device": "another card", "commit": None})
+    assert Rows(tmp_path / "rows.json", DOCUMENT).measure("one", 1, lambda: {"value": 2})["value"] == 2
+    kept = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [(row["value"], row["device"] == "another card") for row in kept] == [(1, False), (2, True)]

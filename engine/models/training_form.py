@@ -8,6 +8,8 @@
 - Projections of the same tokens are one matrix product: queries, keys and values, or keys and values alone.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from engine.kernels import group_norm_silu
 # Compiled models leave group normalisation to inductor, which fuses it with what is around it, until a measurement says
 # otherwise (docs/performance.md).
 FUSE_NORMS_WHEN_COMPILED = False
+FUSE_PROJECTIONS = True
 
 # What is fused -> the published projections that it stacks.
 PROJECTIONS = {
@@ -29,6 +32,22 @@ PROJECTIONS = {
     "to_kv": ("to_k", "to_v"),
     "to_added_kv": ("add_k_proj", "add_v_proj"),
 }
+
+
+@contextlib.contextmanager
+def fusing(norms_when_compiled: bool | None = None, projections: bool | None = None) -> Iterator[None]:
+    """Models that are built and first called inside fuse what is said here; None leaves the default. For benchmarks, which
+    measure what each gives."""
+    global FUSE_NORMS_WHEN_COMPILED, FUSE_PROJECTIONS
+    before = FUSE_NORMS_WHEN_COMPILED, FUSE_PROJECTIONS
+    if norms_when_compiled is not None:
+        FUSE_NORMS_WHEN_COMPILED = norms_when_compiled
+    if projections is not None:
+        FUSE_PROJECTIONS = projections
+    try:
+        yield
+    finally:
+        FUSE_NORMS_WHEN_COMPILED, FUSE_PROJECTIONS = before
 
 
 class ChannelsLastConv2d(nn.Conv2d):
@@ -163,7 +182,7 @@ def to_training_form(model: Any, fuse_projections: bool) -> None:
             module.__class__ = GroupNorm
         elif type(module) is ResnetBlock2D and isinstance(module.nonlinearity, nn.SiLU):
             module.__class__ = ResnetBlock
-        elif type(module) is Attention and fuse_projections and _is_plain(module):
+        elif type(module) is Attention and fuse_projections and FUSE_PROJECTIONS and _is_plain(module):
             _fuse(module, module in self_attentions)
     if isinstance(getattr(model, "conv_norm_out", None), GroupNorm) and isinstance(model.conv_act, nn.SiLU):
         model.conv_norm_out.silu, model.conv_act = True, nn.Identity()
