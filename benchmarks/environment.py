@@ -73,7 +73,7 @@ _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|CUBLAS_STATUS_
 OUT_OF_MEMORY = "out of memory"
 
 
-def reason(error: BaseException) -> str:
+def reason(error: Exception) -> str:
     """Why a row failed, in one line; a lack of memory by the same words whoever met it."""
     cause: BaseException | None = error
     while cause is not None:

@@ -92,6 +92,19 @@ def test_projections_stay_apart_for_another_attention(model, published):
     assert not any(isinstance(module, FusedAttention) for module in unet.modules())
 
 
+def test_the_form_is_what_a_benchmark_asks_for_and_then_what_ships(model, published):
+    defaults = training_form.FUSE_NORMS_WHEN_COMPILED, training_form.FUSE_PROJECTIONS
+    with training_form.fusing(norms_when_compiled=True, projections=False):
+        assert training_form.FUSE_NORMS_WHEN_COMPILED
+        apart = load("sd", model, published)
+        to_training_form(apart, fuse_projections=True)
+    assert not any(isinstance(module, FusedAttention) for module in apart.modules())
+    assert (training_form.FUSE_NORMS_WHEN_COMPILED, training_form.FUSE_PROJECTIONS) == defaults
+    shipped = load("sd", model, published)
+    to_training_form(shipped, fuse_projections=True)
+    assert any(isinstance(module, FusedAttention) for module in shipped.modules())
+
+
 @pytest.mark.parametrize("family", ["sd", "kandinsky-decoder"])
 def test_activations_stay_channels_last(family, model, published, monkeypatch):
     unet = load(family, model, published)
