@@ -1,4 +1,7 @@
-"""Batches ahead of time: a thread gathers the rows of the next micro-batches and copies them to the device beside the step."""
+"""Batches ahead of time: a thread gathers the rows of the next micro-batches and copies them to the device beside the step.
+
+What is a function of seed and slot alone (rows, timesteps, coefficients) is drawn for many micro-batches in a few operations.
+"""
 
 import queue
 import threading
@@ -8,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.data.order import slots_of_micro_batch
+from engine.data.order import slots_of_micro_batches
 from engine.data.shards import Shards
 from engine.diffusion import Schedule
 
 DEPTH = 2  # micro-batches ready ahead of the step
+DRAWN = 4096  # slots drawn together: enough that arithmetic sets the time, and not the number of operations
 
 
 @dataclass
@@ -50,8 +54,9 @@ class BatchPlan:
     def global_batch(self) -> int:
         return self.micro_batch * self.accumulation * self.world
 
-    def slots(self, step: int, accumulation_index: int) -> Tensor:
-        return slots_of_micro_batch(step, self.global_batch, self.micro_batch, accumulation_index, self.rank, self.world)
+    def slots(self, first: int, last: int) -> Tensor:
+        """Those of micro-batches `first` to `last`, exclusive, counted from the start of training: int64 [last - first, B]."""
+        return slots_of_micro_batches(first, last, self.micro_batch, self.rank, self.world)
 
 
 class Loader:
@@ -71,6 +76,7 @@ class Loader:
         last_step: int,
     ) -> None:
         self.shards, self.plan, self.seed, self.schedule, self.device = shards, plan, seed, schedule, device
+        self.on_gpu = device.type == "cuda"
         self.steps = range(first_step, last_step)
         self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(DEPTH)
         self._stop = threading.Event()
@@ -99,9 +105,10 @@ class Loader:
 
     def _work(self) -> None:
         try:
-            if self.device.type == "cuda":
+            if self.on_gpu:
                 torch.cuda.set_device(self.device)
-            for item in self._device_batches() if self.device.type == "cuda" else self._host_batches():
+                torch.cuda.set_stream(torch.cuda.Stream(self.device))  # this thread's copies run beside the step
+            for item in self._device_batches() if self.on_gpu else self._host_batches():
                 self._ready.put(item)
                 if self._stop.is_set():
                     return
@@ -109,43 +116,55 @@ class Loader:
         except BaseException as error:  # raised again where the batches are consumed
             self._ready.put(error)
 
-    def _host_batches(self, buffers: Iterator[dict[str, Tensor]] | None = None) -> Iterator[Batch]:
-        """Micro-batches in host memory; into the given (pinned) buffers, or fresh ones."""
-        seed = torch.tensor([self.seed])
-        for step in self.steps:
-            for accumulation_index in range(self.plan.accumulation):
-                slots = self.plan.slots(step, accumulation_index)
-                rows = self.shards.rows_of(self.seed, slots)
-                record = next(buffers) if buffers is not None else self._buffers(pinned=False)
-                for name, field in self.shards.fields.items():
-                    self.shards.gather(name, rows[field.per], record[name])
-                timesteps = self.schedule.draw(seed, slots)
-                yield Batch(record, slots, timesteps, self.schedule.coefficients(timesteps))
+    def _host_batches(self) -> Iterator[Batch]:
+        for rows, draws in self._draws():
+            slots, timesteps, coefficients = draws
+            yield Batch(self._gather(rows, self._buffers()), slots, timesteps, coefficients)
 
-    def _buffers(self, pinned: bool) -> dict[str, Tensor]:
+    def _device_batches(self) -> Iterator[Batch]:
+        """Micro-batches that are being copied to the device from a ring of pinned buffers."""
+        ring = [(self._buffers(), torch.cuda.Event()) for _ in range(DEPTH + 1)]
+        for number, (rows, draws) in enumerate(self._draws()):
+            buffers, copied = ring[number % len(ring)]
+            copied.synchronize()
+            record = {name: self._send(tensor) for name, tensor in self._gather(rows, buffers).items()}
+            slots, timesteps, coefficients = map(self._send, draws)
+            copied.record()
+            yield Batch(record, slots, timesteps, coefficients, copied)
+
+    def _send(self, pinned: Tensor) -> Tensor:
+        return pinned.to(self.device, non_blocking=True)
+
+    def _buffers(self) -> dict[str, Tensor]:
         return {
-            name: torch.empty(self.plan.micro_batch, *field.shape, dtype=field.dtype, pin_memory=pinned)
+            name: torch.empty(self.plan.micro_batch, *field.shape, dtype=field.dtype, pin_memory=self.on_gpu)
             for name, field in self.shards.fields.items()
         }
 
-    def _device_batches(self) -> Iterator[Batch]:
-        """Micro-batches copied to the device on a side stream."""
-        stream = torch.cuda.Stream(self.device)
-        ring = [(self._buffers(pinned=True), torch.cuda.Event()) for _ in range(DEPTH + 1)]
+    def _gather(self, rows: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+        for name, field in self.shards.fields.items():
+            self.shards.gather(name, rows[field.per], buffers[name])
+        return buffers
 
-        def free_buffers() -> Iterator[dict[str, Tensor]]:
-            while True:
-                for buffers, copied in ring:
-                    copied.synchronize()
-                    yield buffers
+    def _draws(self) -> Iterator[tuple[dict[str, Tensor], list[Tensor]]]:
+        """Of every micro-batch, in order: the rows that it reads; and its slots, timesteps and coefficients.
 
-        for number, batch in enumerate(self._host_batches(free_buffers())):
-            copied = ring[number % len(ring)][1]
-            with torch.cuda.stream(stream):
-                record = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.record.items()}
-                slots, timesteps, coefficients = (
-                    tensor.pin_memory().to(self.device, non_blocking=True)
-                    for tensor in (batch.slots, batch.timesteps, batch.coefficients)
-                )
-                copied.record(stream)
-            yield Batch(record, slots, timesteps, coefficients, copied)
+        They are drawn for one micro-batch first, so that it is soon there, then for twice as many each time.
+        """
+        first, end = (step * self.plan.accumulation for step in (self.steps.start, self.steps.stop))
+        count = 1
+        while first < end:
+            last = min(first + count, end)
+            rows, draws = self._draw(self.plan.slots(first, last))
+            for number in range(last - first):
+                yield {per: numbers[number] for per, numbers in rows.items()}, [tensor[number] for tensor in draws]
+            first, count = last, min(2 * count, max(DRAWN // self.plan.micro_batch, 1))
+
+    def _draw(self, slots: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """The same of micro-batches with slots [M, B]: rows [M, B]; slots and timesteps [M, B], coefficients [M, 5, B]."""
+        flat = slots.flatten()
+        rows = {per: numbers.view(slots.shape) for per, numbers in self.shards.rows_of(self.seed, flat).items()}
+        timesteps = self.schedule.draw(torch.tensor([self.seed]), flat)
+        coefficients = self.schedule.coefficients(timesteps).unflatten(1, slots.shape).transpose(0, 1).contiguous()
+        draws = [slots, timesteps.view(slots.shape), coefficients]
+        return rows, [tensor.pin_memory() for tensor in draws] if self.on_gpu else draws

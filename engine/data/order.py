@@ -8,10 +8,11 @@ as its round function, and cycle walking for the indices beyond n (Black and Rog
 CT-RSA 2002).
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from engine.kernels.philox import philox_words
+from engine.kernels.philox import philox_rounds
 
 ROUNDS = 6
 # The fourth counter word, far from the streams of philox.py so that no other draw shares a counter.
@@ -19,34 +20,42 @@ _STREAM = 0x6F726465
 
 
 def permuted(seed: int, epochs: Tensor, indices: Tensor, count: int) -> Tensor:
-    """permutation(seed, epoch)[index] for int64 tensors `epochs` and `indices` (0 <= index < count) of one shape."""
+    """permutation(seed, epoch)[index] for int64 tensors `epochs` and `indices` [B], 0 <= index < count: int64 [B].
+
+    A call costs hundreds of array operations whatever B: make few, for many indices.
+    """
     half_bits = max(1, -(-(count - 1).bit_length() // 2))
-    values = _feistel(seed, epochs, indices, half_bits)
-    while bool((outside := values >= count).any()):
-        values = torch.where(outside, _feistel(seed, epochs, values, half_bits), values)
-    return values
+    # numpy: on small arrays its operations cost a third of torch's.
+    epoch_of = epochs.numpy()
+    values = _feistel(seed, epoch_of, indices.numpy(), half_bits)
+    outside = np.flatnonzero(values >= count)
+    while outside.size:
+        values[outside] = _feistel(seed, epoch_of[outside], values[outside], half_bits)
+        outside = outside[values[outside] >= count]
+    return torch.from_numpy(values)
 
 
-def _feistel(seed: int, epochs: Tensor, values: Tensor, half_bits: int) -> Tensor:
+def _feistel(seed: int, epochs: np.ndarray, values: np.ndarray, half_bits: int) -> np.ndarray:
     mask = (1 << half_bits) - 1
     left, right = values >> half_bits, values & mask
     low, high = epochs & 0xFFFFFFFF, epochs >> 32
+    key = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     for round_number in range(ROUNDS):
         # The key takes the seed, and the counter takes the epoch, the round and the half that is mixed.
-        key = torch.tensor(seed & 0xFFFFFFFF), torch.tensor((seed >> 32) & 0xFFFFFFFF)
-        word = philox_words((right, low, high, torch.full_like(right, _STREAM + round_number)), key)[..., 0]
+        word = philox_rounds((right, low, high, _STREAM + round_number), key)[0]
         left, right = right, left ^ (word & mask)
     return (left << half_bits) | right
 
 
 def records_of(seed: int, slots: Tensor, count: int) -> Tensor:
-    """The record that each slot visits: int64 of the shape of `slots`, in 0 .. count - 1."""
+    """The record that each slot [B] visits: int64 [B], in 0 .. count - 1."""
     return permuted(seed, slots // count, slots % count, count)
 
 
-def slots_of_micro_batch(
-    step: int, global_batch: int, micro_batch: int, accumulation_index: int, rank: int, world: int
-) -> Tensor:
-    """The slots of one process in one micro-batch of optimizer step `step` (counted from 0): int64 [micro_batch]."""
-    first = step * global_batch + (accumulation_index * world + rank) * micro_batch
-    return torch.arange(first, first + micro_batch)
+def slots_of_micro_batches(first: int, last: int, micro_batch: int, rank: int, world: int) -> Tensor:
+    """The slots of one process in the micro-batches `first` to `last`, exclusive: int64 [last - first, micro_batch].
+
+    Micro-batches are counted from the start of training: number step * accumulation + index. Each is shared by all processes.
+    """
+    starts = (torch.arange(first, last) * world + rank) * micro_batch
+    return starts[:, None] + torch.arange(micro_batch)

@@ -12,6 +12,7 @@ The torch functions are the reference, and what the CPU uses; `normals4` is the 
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -39,14 +40,17 @@ _ROUND_0, _ROUND_1 = 0xD2511F53, 0xCD9E8D57
 _KEY_0, _KEY_1 = 0x9E3779B9, 0xBB67AE85
 
 
-def _split(value: Tensor) -> tuple[Tensor, Tensor]:
-    """The low and high 32-bit words of an int64 tensor."""
+def _split(value: Any) -> tuple[Any, Any]:
+    """The low and high 32-bit words of int64 values."""
     return value & _WORD, (value >> 32) & _WORD
 
 
-def philox_words(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> Tensor:
-    """The four output words of Philox4x32-10 as int64 [..., 4]; counter and key are int64 tensors that broadcast."""
-    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+def philox_rounds(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:
+    """The four output words of Philox4x32-10, for int64 tensors, or for int64 numpy arrays, that broadcast.
+
+    Words may be plain integers, but the first and the third.
+    """
+    c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
         # The 64-bit product may wrap to a negative int64; its bits are right, and the masks take them.
@@ -54,7 +58,12 @@ def philox_words(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tens
         low_1, high_1 = _split(c2 * _ROUND_1)
         c0, c1, c2, c3 = high_1 ^ c1 ^ k0, low_1, high_0 ^ c3 ^ k1, low_0
         k0, k1 = (k0 + _KEY_0) & _WORD, (k1 + _KEY_1) & _WORD
-    return torch.stack([c0, c1, c2, c3], dim=-1)
+    return c0, c1, c2, c3
+
+
+def philox_words(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> Tensor:
+    """The same as one int64 tensor [..., 4]."""
+    return torch.stack(torch.broadcast_tensors(*philox_rounds(counter, key)), dim=-1)
 
 
 def draw_words(seed: Tensor, slots: Tensor, stream: int, groups: int) -> Tensor:

@@ -30,7 +30,7 @@ def loader_threads() -> int:
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=["discrete", "continuous"])
 def test_batches_hold_what_their_slots_say(schedule, shards):
     reader = Shards(shards)
-    expected_slots = [PLAN.slots(step, part) for step in range(4) for part in range(3)]
+    expected_slots = PLAN.slots(0, 12)
     found = batches(shards, 0, 4, schedule)
     assert len(found) == 12
     for batch, slots in zip(found, expected_slots, strict=True):
@@ -49,6 +49,16 @@ def test_starting_later_gives_the_same_batches(shards):
     for left, right in zip(whole[6:], rest, strict=True):
         assert torch.equal(left.slots, right.slots)
         assert all(torch.equal(left.record[name], right.record[name]) for name in left.record)
+
+
+def test_draws_are_made_for_many_micro_batches_at_a_time(shards, monkeypatch):
+    """A draw costs as much for one micro-batch as for many: the first is there soon, and none is drawn that is not needed."""
+    reader, drawn = Shards(shards), []
+    rows_of = reader.rows_of
+    monkeypatch.setattr(reader, "rows_of", lambda seed, slots: drawn.append(len(slots)) or rows_of(seed, slots))
+    found = list(Loader(reader, PLAN, SEED, SCHEDULES[0], CPU, 5, 1105))
+    assert drawn == [2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 2 * 3 * 1100 - 4094]
+    assert torch.equal(torch.stack([batch.slots for batch in found]), PLAN.slots(3 * 5, 3 * 1105))
 
 
 def test_an_error_of_the_thread_reaches_the_consumer(shards, monkeypatch):
