@@ -31,6 +31,7 @@ class PlainTraining:
         self.model = model
         self.model.to(memory_format=torch.channels_last)
         torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=1e-2)
         self.ema = EMAModel(self.parameters, foreach=True)

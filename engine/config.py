@@ -264,6 +264,9 @@ class TrainConfig(CacheConfig):
     dream_detail_preservation: float = option(only(("sd",), 1.0), "DREAM's detail preservation factor p.", "objective", gt=0)
 
     allow_tf32: bool = option(False, "Allow TF32 matrix products on Ampere GPUs and newer.", "precision")
+    deterministic: bool = option(
+        False, "Repeat a run on the same GPUs bit for bit, with slower convolutions and attention.", "precision"
+    )
 
     logging_dir: str = option("logs", "TensorBoard directory, inside the output directory.", "output")
     report_to: Literal["tensorboard", "wandb", "all", "none"] = option(
@@ -492,6 +495,8 @@ def _check(config: CacheConfig) -> None:
         raise UserError("--zero_stage 1 adds gradients up in the precision of the weights; for fp32 use --zero_stage 2")
     if config.deepspeed_config and not Path(config.deepspeed_config).is_file():
         raise UserError(f"--deepspeed_config {config.deepspeed_config}: no such file")
+    if config.deterministic and config.enable_xformers_memory_efficient_attention:
+        raise UserError("--deterministic: xFormers' attention does not repeat its gradients; leave one out")
     if config.compile_cache_dir and not config.compile:
         raise UserError("--compile_cache_dir needs --compile")
     if config.offload_ema and not config.use_ema:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from engine.backends import configure
 from engine.config import TrainConfig, local_rank, to_toml
 from engine.data.build import build
 from engine.data.loader import Batch, BatchPlan, Loader
@@ -43,6 +44,7 @@ def train(config: TrainConfig) -> int:
     Raises:
         UserError: a mistake in the options, the model or the data.
     """
+    configure(config)
     processes = Processes(local_rank(config))
     try:
         return _train(config, processes)
@@ -68,7 +70,6 @@ def _train(config: TrainConfig, processes: Processes) -> int:
     if state is not None:
         _check_same_run(resumed, state["run"], run)
 
-    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     # Dropout draws from torch's generator; each process its own numbers.
     torch.manual_seed(seed + processes.rank)
     output = Path(config.output_dir)
