@@ -86,6 +86,9 @@ class ZeroPartition(Partition):
         """Stages 1 and 2: the partition is a piece of all parameters laid end to end."""
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is not None:
+            # DeepSpeed's view of the weights has a history, which would keep the parameter's AccumulateGrad node for the whole
+            # run, bound to the stream of now: differentiating on the stream of a capture would then draw this one into it.
+            mapping.lp_fragment = mapping.lp_fragment.detach()
             ours, flat = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
             self.slices.append(Slice(name, parameter.shape, ours.start, ours.numel, holder, flat.start))
 
