@@ -180,7 +180,8 @@ class TrainConfig(CacheConfig):
 
     cuda_graphs: Literal["auto", "on", "off"] = option(
         "auto",
-        "Capture the training step as CUDA graphs: auto captures wherever it is possible, on refuses to run where it is not.",
+        "Capture the training step as CUDA graphs: auto captures wherever it is possible, on refuses to run where it is not. A "
+        "capture that fails ends the run.",
         "model",
     )
 

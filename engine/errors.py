@@ -26,6 +26,13 @@ def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
+def innermost(error: BaseException) -> BaseException:
+    """What went wrong first: an exception raised while another was handled hides it."""
+    while inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+        error = inner
+    return error
+
+
 def disk_problem(error: BaseException) -> str | None:
     """What the disk, not the program, did wrong: full, over quota or read-only; None for any other exception.
 

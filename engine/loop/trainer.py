@@ -245,12 +245,16 @@ class Training:
         self.rate_of = learning_rates(config, processes, total_steps)
         self.seed = torch.tensor([run["seed"]], device=device)
         self.gradient_scale = torch.full((1,), 1 / (plan.micro_batch * plan.accumulation), device=device)
+        # Whether a micro-batch begins a step, and whether it ends it.
+        self.micro_batches = [(number == 0, number == plan.accumulation - 1) for number in range(plan.accumulation)]
+        self.captured: Captured | None = None
         self.train_micro_batch: Callable[..., None] = self._train_micro_batch
         if wanted(config, device, model):
-            whole = isinstance(self.partition, FlatPartition)
-            work = self._train_micro_batch if whole else self._differentiate
-            captured = Captured(work, device, required=config.cuda_graphs == "on")
-            self.train_micro_batch = captured if whole else partial(self._train_differentiated, captured)
+            if isinstance(self.partition, FlatPartition):
+                self.train_micro_batch = self.captured = Captured(self._train_micro_batch, processes, self.micro_batches)
+            else:
+                self.captured = Captured(self._differentiate, processes)
+                self.train_micro_batch = partial(self._train_differentiated, self.captured)
         token = processes.from_first(secrets.token_hex(4))
         self.checkpoints = checkpoint.Writer(
             Path(config.output_dir), run, processes, config.checkpoints_total_limit, config.checkpoint_async, token
@@ -308,14 +312,14 @@ class Training:
 
     def _train_step(self, batches: Iterator[Batch], rate: float) -> None:
         """One optimizer step: its micro-batches, the update, the moving average."""
-        optimizer, accumulation = self.partition.optimizer, self.plan.accumulation
+        optimizer = self.partition.optimizer
         optimizer.set_learning_rate(rate)
         if self.ema_in_optimizer:
             optimizer.ema_weight.fill_(1 - decay_of_step(self.step + 1))
         if self.partition.loss_scaler:
-            self.gradient_scale.fill_(self.partition.loss_scale / (self.plan.micro_batch * accumulation))
-        for number in range(accumulation):
-            self.train_micro_batch(next(batches), number == 0, number == accumulation - 1)
+            self.gradient_scale.fill_(self.partition.loss_scale / (self.plan.micro_batch * self.plan.accumulation))
+        for first, last in self.micro_batches:
+            self.train_micro_batch(next(batches), first, last)
         self.step += 1
         self.metrics.steps += 1
         if self.ema and not self.ema_in_optimizer:
@@ -389,6 +393,8 @@ class Training:
         return any((epoch - 1) % every == 0 for epoch in range(before + 1, now + 1))
 
     def validate(self, log: Log | None) -> None:
+        if self.captured:
+            self.captured.release()  # the pipeline's activations then have the memory of the step's
         grid = validate(
             self.config,
             self.family,

@@ -5,9 +5,12 @@ Without a GPU a recording of the step's operations stands in for the graph (`tap
 
 import itertools
 import json
+import sys
+import weakref
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from engine.errors import UserError
 from engine.loop import capture, trainer
@@ -15,6 +18,7 @@ from engine.loop.trainer import train
 from tests.loop import tape
 from tests.loop.runs import checkpoint_tensors, config
 from tests.loop.test_families import config as family_config
+from tests.loop.test_watchdog import start_two
 
 ON_GPU = torch.cuda.is_available()
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
@@ -90,18 +94,125 @@ def test_a_step_that_is_not_finite_is_skipped_in_a_graph_too(recorded, model, im
     assert bool(masters[-1].isfinite().all())
 
 
-def test_a_capture_that_fails_is_said_once_and_training_goes_on(recorded, model, images, shards, tmp_path, monkeypatch, capsys):
-    def fail(*arguments):
-        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+class BrokenGraph:
+    """`torch.cuda.graph` around a capture that an operation invalidated: ending it fails too, in place of what went wrong."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize("how", ["auto", "on"])
+def test_a_capture_that_fails_ends_the_run_with_what_went_wrong_first(
+    how, recorded, model, images, shards, tmp_path, monkeypatch, capsys
+):
+    def fail(function, stream, pool):
+        with BrokenGraph():
+            raise RuntimeError("CUDA error: operation not permitted\nwhen stream is capturing")
 
     monkeypatch.setattr(capture, "capture", fail)
-    assert train(config(model, images, shards, tmp_path / "out")) == 0
-    said = [line for line in capsys.readouterr().err.splitlines() if "CUDA graphs" in line]
-    assert said == ["Training without CUDA graphs: capturing failed: operation not permitted"]
+    said = "capturing the step as a CUDA graph failed: CUDA error: operation not permitted; start again with --cuda_graphs off"
+    with pytest.raises(UserError, match=f"^{said}$"):
+        train(config(model, images, shards, tmp_path / "out", cuda_graphs=how))
+    assert len(lines(tmp_path / "out")) == capture.WARM_UP
     assert train(config(model, images, shards, tmp_path / "plain", cuda_graphs="off")) == 0
-    assert lines(tmp_path / "out") == lines(tmp_path / "plain")
-    with pytest.raises(UserError, match="--cuda_graphs on: capturing failed: operation not permitted"):
-        train(config(model, images, shards, tmp_path / "required", cuda_graphs="on"))
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt(), UserError("--attention cudnn: no kernel")], ids=repr)
+def test_what_is_no_failure_of_capturing_stays_what_it_is(raised, recorded, model, images, shards, tmp_path, monkeypatch):
+    def fail(function, stream, pool):
+        with BrokenGraph():
+            raise raised
+
+    monkeypatch.setattr(capture, "capture", fail)
+    with pytest.raises(type(raised)) as caught:
+        train(config(model, images, shards, tmp_path / "out"))
+    assert caught.value is raised
+
+
+FAILS_ON_ONE = """
+import sys
+import torch
+from engine.data.loader import Batch
+from engine.errors import exit_code
+from engine.loop import capture
+from engine.processes import Processes
+
+def fail_on_one(function, stream, pool):
+    if processes.rank == 1:
+        raise RuntimeError("CUDA error: out of memory")
+    return function, None
+
+def main():
+    captured = capture.Captured(lambda batch: None, processes)
+    for call in range(5):
+        captured(Batch({}, torch.zeros(1), torch.zeros(1), torch.zeros(5, 1)))
+    return 0
+
+processes = Processes().connect()
+capture.capture = fail_on_one
+sys.exit(exit_code("engine.run", main))
+"""
+
+
+@pytest.mark.skipif(ON_GPU, reason="two processes need two GPUs")
+def test_a_capture_that_fails_on_one_process_ends_all_of_them():
+    both = start_two([sys.executable, "-c", FAILS_ON_ONE])
+    errors = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [2, 2], errors
+    said = "capturing the step as a CUDA graph failed on process 1: CUDA error: out of memory; start again with --cuda_graphs"
+    assert f"engine.run: error: {said} off\n" in errors[0]
+    assert "Traceback" not in errors[0] + errors[1]
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_nothing_is_captured_before_every_kind_of_micro_batch_has_warmed_up(
+    accumulation, recorded, model, images, shards, tmp_path, monkeypatch
+):
+    happened: list[str] = []
+    on_stream, real = capture.Captured._on_stream, capture.capture
+
+    def note_capture(*arguments):
+        happened.append("capture")
+        return real(*arguments)
+
+    def note_call(self, work):
+        happened.append("as it is")
+        return on_stream(self, work)
+
+    monkeypatch.setattr(capture, "capture", note_capture)
+    monkeypatch.setattr(capture.Captured, "_on_stream", note_call)
+    options = {"train_batch_size": 1, "max_train_steps": 5, "cuda_graphs": "on"}
+    assert train(config(model, images, shards, tmp_path / "out", gradient_accumulation_steps=accumulation, **options)) == 0
+    assert happened == ["as it is"] * (capture.WARM_UP * accumulation) + ["capture"] * min(accumulation, 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"zero_stage": 1}, {"zero_stage": 2}], ids=str)
+def test_validation_has_the_memory_of_the_graphs(options, recorded, model, images, shards, tmp_path, monkeypatch):
+    alive: list[weakref.ref] = []
+    at_validation: list[int] = []
+    real, validate = capture.capture, trainer.validate
+
+    def note(function, stream, pool):
+        replay, result = real(function, stream, pool)
+        alive.extend(weakref.ref(part) for part in (replay, *tree_leaves(result)) if part is not None)
+        return replay, result
+
+    def count(*arguments):
+        at_validation.append(sum(reference() is not None for reference in alive))
+        return validate(*arguments)
+
+    monkeypatch.setattr(capture, "capture", note)
+    monkeypatch.setattr(trainer, "validate", count)
+    run = {"cuda_graphs": "on", **options}
+    drawn = {"validation_prompts": ["a red square"], "validation_epochs": 1}
+    assert train(config(model, images, shards, tmp_path / "drawn", **run, **drawn)) == 0
+    assert train(config(model, images, shards, tmp_path / "plain", **run)) == 0
+    assert len(recorded) == 3, "captured at steps 4 and 7, and in the run without validation"
+    assert at_validation == [0, 0, 0]  # after steps 3, 6 and 8
+    assert lines(tmp_path / "drawn") == lines(tmp_path / "plain")
 
 
 def test_what_cannot_be_captured_is_said_in_one_line(capsys):
