@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels import cpu
+from engine.kernels.launch import on_its_device
 
 BLOCK = 1024
 
@@ -134,7 +135,7 @@ def reference_adamw_ema_(
 adamw_ema_ = torch.library.custom_op(
     "engine::adamw_ema_", reference_adamw_ema_, mutates_args=("master", "exp_avg", "exp_avg_sq", "weights", "ema")
 )
-adamw_ema_.register_kernel("cuda")(launch_adamw_ema_)
+adamw_ema_.register_kernel("cuda")(on_its_device(launch_adamw_ema_))
 adamw_ema_.register_kernel("cpu")(cpu.or_else(reference_adamw_ema_)(cpu.run_adamw_ema_))
 
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels import cpu, philox
+from engine.kernels.launch import on_its_device
 from engine.kernels.layout import positions_of, stored_like, strides, tile, walkable
 from engine.kernels.philox import (
     KERNEL_INPUT_PERTURBATION,
@@ -161,7 +162,7 @@ def reference_add_noise(
 
 
 add_noise = torch.library.custom_op("engine::add_noise", reference_add_noise, mutates_args=())
-add_noise.register_kernel("cuda")(launch_add_noise)
+add_noise.register_kernel("cuda")(on_its_device(launch_add_noise))
 add_noise.register_kernel("cpu")(cpu.or_else(reference_add_noise)(cpu.run_add_noise))
 
 

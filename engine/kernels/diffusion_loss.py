@@ -22,6 +22,7 @@ from engine.kernels.add_noise import (
     sample_tile,
     unit_noise,
 )
+from engine.kernels.launch import on_its_device
 from engine.kernels.layout import positions_of, stored_like, strides, tile, walkable
 
 
@@ -131,7 +132,7 @@ def reference_diffusion_loss(
 
 
 diffusion_loss = torch.library.custom_op("engine::diffusion_loss", reference_diffusion_loss, mutates_args=())
-diffusion_loss.register_kernel("cuda")(launch_diffusion_loss)
+diffusion_loss.register_kernel("cuda")(on_its_device(launch_diffusion_loss))
 diffusion_loss.register_kernel("cpu")(cpu.or_else(reference_diffusion_loss)(cpu.run_diffusion_loss))
 
 

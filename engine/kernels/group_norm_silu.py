@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.launch import on_its_device
+
 TILE_ELEMENTS = 8192
 VECTOR = 8  # bf16 values in a 16-byte piece
 LARGE = 32 * 1024  # elements of a program's part of a sample; such a part is worth twice the threads
@@ -258,9 +260,9 @@ def reference_group_norm_silu_backward(
 
 
 _forward = torch.library.custom_op("engine::group_norm_silu", reference_group_norm_silu, mutates_args=())
-_forward.register_kernel("cuda")(launch_group_norm_silu)
+_forward.register_kernel("cuda")(on_its_device(launch_group_norm_silu))
 _backward = torch.library.custom_op("engine::group_norm_silu_backward", reference_group_norm_silu_backward, mutates_args=())
-_backward.register_kernel("cuda")(launch_group_norm_silu_backward)
+_backward.register_kernel("cuda")(on_its_device(launch_group_norm_silu_backward))
 
 
 def _empty_channels_innermost(x: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.launch import on_its_device
+
 BLOCK = 1024
 TURNS = 8  # blocks per program: enough loads in flight, and few enough partial sums
 
@@ -38,7 +40,7 @@ def reference_square_sum(tensor: Tensor) -> Tensor:
 
 
 square_sum = torch.library.custom_op("engine::square_sum", reference_square_sum, mutates_args=())
-square_sum.register_kernel("cuda")(launch_square_sum)
+square_sum.register_kernel("cuda")(on_its_device(launch_square_sum))
 
 
 @square_sum.register_fake
