@@ -50,9 +50,7 @@ class Metrics:
         self.offending.copy_(torch.cat([self.offending, offending]).topk(OFFENDING).values)
 
     def exclude(self, work: Callable[[], Any]) -> None:
-        """Runs work that is not training (a checkpoint, validation) without counting its time."""
-        if self.loss_sum.is_cuda:
-            torch.cuda.synchronize()
+        """Runs work that is not training (a checkpoint, validation) without counting its time; the steps must be finished."""
         started = time.perf_counter()
         work()
         self._since += time.perf_counter() - started

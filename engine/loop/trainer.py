@@ -29,6 +29,7 @@ from engine.loop.ema import Ema, decay_of_step
 from engine.loop.flat import FlatPartition
 from engine.loop.metrics import Log, Metrics, forward_flops, matrix_flops_per_second
 from engine.loop.optimizer import AdamW, learning_rates
+from engine.loop.pace import Pace
 from engine.loop.partition import Partition
 from engine.loop.step import predict_and_compare
 from engine.loop.validation import create_repository, export, push_to_hub, validate
@@ -290,14 +291,19 @@ class Training:
         self.watchdog = Watchdog(self.processes, self.config.step_timeout) if self.config.step_timeout else None
         shown = None if self.processes.is_first else True
         progress = tqdm(total=self.total_steps, initial=self.step, desc="Training", unit="step", disable=shown)
+
+        def finished(step: int) -> None:
+            progress.update()
+            if self.watchdog:
+                self.watchdog.step = step
+
+        self.pace = Pace(self.processes.device, finished)
         self.metrics.start()
         try:
             while self.step < self.total_steps:
                 rate = self.rate_of(self.step)
                 self._train_step(batches, rate)
-                if self.watchdog:
-                    self.watchdog.step = self.step
-                progress.update()
+                self.pace.given(self.step)
                 leave = stop.agreed() and self.step < self.total_steps
                 self._after_step(rate, progress, log, leave)
                 if leave:
@@ -354,6 +360,7 @@ class Training:
         """Metrics, checkpoint and validation, where they are due."""
         config = self.config
         if self.step % config.log_every == 0 or self.step == self.total_steps:
+            self.pace.wait()
             optimizer = self.partition.optimizer
             line = self.metrics.read(self.step, rate, optimizer.grad_norm, optimizer.skipped, self.processes)
             progress.set_postfix(loss=f"{line['loss']:.4f}", lr=f"{rate:.2e}")
@@ -366,7 +373,8 @@ class Training:
             self._beside_training(lambda: self.validate(log))
 
     def _beside_training(self, work: Callable[[], Any]) -> None:
-        """Runs work that is not a step, on nobody's clock."""
+        """Runs work that is not a step, on nobody's clock, once the steps before it are finished."""
+        self.pace.wait()
         with self.watchdog.paused() if self.watchdog else contextlib.nullcontext():
             self.metrics.exclude(work)
 
