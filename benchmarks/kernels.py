@@ -1,4 +1,4 @@
-"""What do the fused operations gain over eager torch and torch.compile? `python -m benchmarks.kernels [--small]`
+"""What do the fused operations gain over eager torch and torch.compile? `python -m benchmarks.kernels [--small] [--minutes M]`
 
 Each operation runs at the shapes of the families, beside
 
@@ -8,8 +8,9 @@ Each operation runs at the shapes of the families, beside
 - `eager`: the operation's reference in plain torch, with the same counter-based random numbers;
 - `compiled`: that reference (group normalisation: the script's operations) under torch.compile.
 
-Medians of turns that alternate. `copy` is the share of a copy's bandwidth: the bytes that must move once, against a copy of the
-same size on this device. On a CPU, group normalisation and the norm are the reference itself: these kernels are for GPUs.
+Medians of turns that alternate; on a GPU of replays of a graph of the calls (`benchmarks.timing`). `copy` is the share of a
+copy's bandwidth: the bytes that must move once, against a copy of the same size on this device. On a CPU, group normalisation
+and the norm are the reference itself: these kernels are for GPUs.
 """
 
 import argparse
@@ -24,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.environment import write_result
-from benchmarks.timing import compare
+from benchmarks.environment import Rows
+from benchmarks.timing import Work, compare
 from engine.kernels import add_noise, diffusion_loss, group_norm_silu, square_sum
 from engine.kernels.add_noise import per_sample, reference_add_noise
 from engine.kernels.diffusion_loss import reference_diffusion_loss
@@ -51,7 +52,17 @@ SMALL_ACTIVATIONS: Shapes = {"small": (2, 64, 8, 8)}
 GRADIENTS: Shapes = {"SD, 860 M parameters": (859_520_964,)}
 SMALL_GRADIENTS: Shapes = {"small": (1_000_000,)}
 
-Works = dict[str, Callable[[], Any]]
+Works = dict[str, Work]
+
+
+def script_group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.silu(F.group_norm(x, 32, weight, bias))
+
+
+compiled_add_noise = torch.compile(reference_add_noise)
+compiled_diffusion_loss = torch.compile(reference_diffusion_loss)
+compiled_group_norm_silu = torch.compile(script_group_norm_silu)
+compiled_square_sum = torch.compile(reference_square_sum)
 
 
 def latent_works(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, device: torch.device) -> dict[str, Works]:
@@ -78,15 +89,14 @@ def latent_works(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool
         (error * weight).mean().backward()
         return predicted.grad
 
-    noised, lost = torch.compile(reference_add_noise), torch.compile(reference_diffusion_loss)
     return {
         "add_noise": {
             "engine": lambda: add_noise(*noising), "script": script_add_noise, "eager": lambda: reference_add_noise(*noising),
-            "compiled": lambda: noised(*noising),
+            "compiled": lambda: compiled_add_noise(*noising),
         },
         "diffusion_loss": {
             "engine": lambda: diffusion_loss(*losing), "script": script_loss,
-            "eager": lambda: reference_diffusion_loss(*losing), "compiled": lambda: lost(*losing),
+            "eager": lambda: reference_diffusion_loss(*losing), "compiled": lambda: compiled_diffusion_loss(*losing),
         },
     }  # fmt: skip
 
@@ -96,9 +106,6 @@ def group_norm_works(shape: tuple[int, ...], dtype: torch.dtype, device: torch.d
     x = torch.randn(shape, device=device).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
     weight, bias = (torch.randn(shape[1], device=device).to(dtype).requires_grad_() for _ in range(2))
     upstream = torch.randn_like(x)
-
-    def script(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.silu(F.group_norm(x, 32, weight, bias))
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return group_norm_silu(x, weight, bias, 32, 1e-5)
@@ -110,7 +117,7 @@ def group_norm_works(shape: tuple[int, ...], dtype: torch.dtype, device: torch.d
     def backward(function: Callable[..., Tensor]) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(function(x, weight, bias), (x, weight, bias), upstream)
 
-    sides = {"engine": ours, "script": script, "compiled": torch.compile(script)}
+    sides = {"engine": ours, "script": script_group_norm_silu, "compiled": compiled_group_norm_silu}
     return {
         "group_norm_silu": {side: forward(function) for side, function in sides.items()},
         "group_norm_silu, both passes": {side: backward(function) for side, function in sides.items()},
@@ -119,11 +126,10 @@ def group_norm_works(shape: tuple[int, ...], dtype: torch.dtype, device: torch.d
 
 def square_sum_works(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Works]:
     gradient = torch.randn(shape, device=device).to(dtype)
-    compiled = torch.compile(reference_square_sum)
     return {
         "square_sum": {
             "engine": lambda: square_sum(gradient), "script": lambda: torch.linalg.vector_norm(gradient, dtype=torch.float32),
-            "compiled": lambda: compiled(gradient),
+            "compiled": lambda: compiled_square_sum(gradient),
         }
     }  # fmt: skip
 
@@ -133,33 +139,39 @@ def square_sum_works(shape: tuple[int, ...], dtype: torch.dtype, device: torch.d
 MOVES = {"add_noise": 3, "diffusion_loss": 2, "group_norm_silu": 2, "group_norm_silu, both passes": 5, "square_sum": 1}
 
 
-def measure(small: bool, compiled: bool, device: torch.device) -> list[dict[str, Any]]:
+SECONDS = 40  # that a row takes at most, most of them for torch.compile
+
+
+def measure(small: bool, compiled: bool, device: torch.device, rows: Rows | None = None) -> list[dict[str, Any]]:
+    """A row for each operation, shape, dtype and layout; kept in `rows` where they are given."""
+    rows = rows or Rows(None, __doc__)
     gpu = device.type == "cuda"
-    latents = SMALL_LATENTS if small else LATENTS | (LARGE_LATENTS if gpu else {})
-    cases: list[tuple[str, tuple[int, ...], torch.dtype, str, Callable[[], dict[str, Works]]]] = []
-    for name, shape in latents.items():
+    cases: list[tuple[tuple[str, ...], str, tuple[int, ...], torch.dtype, str, Callable[[], dict[str, Works]]]] = []
+    for name, shape in (SMALL_LATENTS if small else LATENTS | (LARGE_LATENTS if gpu else {})).items():
         for dtype in (torch.float32, torch.bfloat16):
             for layout in ("contiguous", "channels_last")[: 2 if len(shape) == 4 else 1]:
-                last = layout == "channels_last"
-                cases.append((name, shape, dtype, layout, partial(latent_works, shape, dtype, last, device)))
+                build = partial(latent_works, shape, dtype, layout == "channels_last", device)
+                cases.append((("add_noise", "diffusion_loss"), name, shape, dtype, layout, build))
     if gpu or small:
+        dtype = torch.bfloat16
         for name, shape in (SMALL_ACTIVATIONS if small else ACTIVATIONS).items():
-            build = partial(group_norm_works, shape, torch.bfloat16, device)
-            cases.append((name, shape, torch.bfloat16, "channels_last", build))
+            operations = ("group_norm_silu", "group_norm_silu, both passes")
+            cases.append((operations, name, shape, dtype, "channels_last", partial(group_norm_works, shape, dtype, device)))
         for name, shape in (SMALL_GRADIENTS if small else GRADIENTS).items():
-            cases.append((name, shape, torch.bfloat16, "flat", partial(square_sum_works, shape, torch.bfloat16, device)))
-    rows = []
-    for name, shape, dtype, layout, build in tqdm(cases, desc="Kernels", disable=None):
+            cases.append((("square_sum",), name, shape, dtype, "flat", partial(square_sum_works, shape, dtype, device)))
+    measured = []
+    for operations, name, shape, dtype, layout, build in tqdm(cases, desc="Kernels", disable=None):
         torch._dynamo.reset()
-        for operation, works in build().items():
-            if not compiled:
-                works.pop("compiled")
+        for operation in operations:
+            about = {"operation": operation, "shape": name, "dtype": str(dtype).removeprefix("torch."), "layout": layout}
             moved = MOVES[operation] * torch.Size(shape).numel() * dtype.itemsize
-            rows.append({
-                "operation": operation, "shape": name, "dtype": str(dtype).removeprefix("torch."), "layout": layout,
-                **compare(works, moved, device),
-            })  # fmt: skip
-    return rows
+            work = partial(compare, partial(_sides, build, operation, compiled), moved, device)
+            measured.append(rows.measure(", ".join(about.values()), SECONDS if compiled else 1, work, **about))
+    return measured
+
+
+def _sides(build: Callable[[], dict[str, Works]], operation: str, compiled: bool) -> Works:
+    return {side: work for side, work in build()[operation].items() if compiled or side != "compiled"}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -167,25 +179,29 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| operation | shape | dtype | layout | us | GB/s | copy | script | eager | compiled |",
              "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:
+        described = f"| {row['operation']} | {row['shape']} | {row['dtype']} | {row['layout']}"
+        if "gain" not in row:
+            lines.append(f"{described} | {row.get('failed') or row['missing']} | | | | | |")
+            continue
         gains = " | ".join(
             f"{row['gain'][side]:.2f} x" if side in row["gain"] else "" for side in ("script", "eager", "compiled")
         )
         lines.append(
-            f"| {row['operation']} | {row['shape']} | {row['dtype']} | {row['layout']} | {row['microseconds']['engine']:.0f} | "
+            f"{described} | {row['microseconds']['engine']:.3g} | "
             f"{row['bytes_per_second'] / 1e9:.0f} | {row['share_of_copy_bandwidth']:.0%} | {gains} |"
         )
-    return "\n".join(lines)
+    notes = [f"- {row['name']}: {side} {note}" for row in rows for side, note in row.get("notes", {}).items()]
+    return "\n".join([*lines, "", *notes] if notes else lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser("benchmarks.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="small shapes and no torch.compile, to try the benchmark itself")
-    parser.add_argument("--json", type=Path, help="write the results there too")
+    parser.add_argument("--json", type=Path, help="keep the rows there, and measure only what is not there yet")
+    parser.add_argument("--minutes", type=float, help="begin no row that would not end within so many minutes")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = measure(options.small, not options.small, device)
-    print(table(rows))
-    write_result(options.json, __doc__, rows=rows)
+    print(table(measure(options.small, not options.small, device, Rows(options.json, __doc__, options.minutes))))
     return 0
 
 

@@ -3,7 +3,8 @@
 Shards of small random rows (two of 1280 bf16 values per record, the embeddings of the Kandinsky prior) are written to a
 temporary directory, and the loader's micro-batches are taken as fast as they come. The rows lie in the page cache: what is
 measured is the order, the draws, the gathering, the handover and, on a GPU, the copies. Counts of records just above a power
-of four are the worst of the order's cycle walking. Target on two CPU cores: 20,000 samples per second at batch 16, 40,000 at 64.
+of four are the worst for the cycle walking of the order. Target on two CPU cores: 20,000 samples per second at batch 16, 40,000
+at 64.
 
 The last line is the slowest row as JSON.
 """

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -104,13 +105,16 @@ def forward_flops(family: Family, model: torch.nn.Module) -> float:
     return float(counter.get_total_flops())
 
 
-def matrix_flops_per_second(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> float:
-    """What a large matrix product reaches on this device: the measure that model FLOP utilisation is relative to."""
+def matrix_flops_per_second(device: torch.device, dtype: torch.dtype, warm_up: float = 0.5) -> float:
+    """What a large matrix product reaches on this device: the measure that model FLOP utilisation is relative to.
+
+    The median of five windows, after `warm_up` seconds of work in which the clocks settle.
+    """
     gpu = device.type == "cuda"
-    size = 8192 if gpu else 1024
+    size, products = 8192 if gpu else 1024, 5
     left, right = torch.randn(2, size, size, device=device).to(dtype)
 
-    def seconds(products: int) -> float:
+    def window() -> float:
         started = time.perf_counter()
         for _ in range(products):
             left @ right
@@ -118,8 +122,10 @@ def matrix_flops_per_second(device: torch.device, dtype: torch.dtype, repeats: i
             torch.cuda.synchronize(device)
         return time.perf_counter() - started
 
-    seconds(3)
-    return 2 * size**3 * repeats / seconds(repeats)
+    warm = window()
+    while warm < warm_up:
+        warm += window()
+    return 2 * size**3 * products / statistics.median(window() for _ in range(5))
 
 
 class Log:

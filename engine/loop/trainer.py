@@ -229,7 +229,7 @@ class Training:
         self.metrics = Metrics(device, plan.global_batch, len(shards))
         if device.type == "cuda":
             self.metrics.flops_per_sample = forward_flops(family, model)
-            self.metrics.peak_flops = matrix_flops_per_second(device, family.dtype)
+            self.metrics.peak_flops = matrix_flops_per_second(device, family.dtype, warm_up=0.1)  # short: a run should begin
         kind = ZeroPartition if needs_deepspeed(config, processes.world) else FlatPartition
         self.partition: Partition = kind(model, config, processes)
         if config.compile:
