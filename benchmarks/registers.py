@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engine.kernels.adamw_ema import BLOCK, adamw_ema_kernel
+from engine.kernels.adamw_ema import BLOCK, VECTOR, adamw_ema_kernel
 from engine.kernels.add_noise import add_noise_kernel
 from engine.kernels.diffusion_loss import diffusion_loss_kernel
 from engine.kernels.group_norm_silu import group_norm_silu_backward_kernel, group_norm_silu_kernel, tiling
@@ -47,7 +47,7 @@ class Case:
     """One specialisation of a kernel, as the JIT would choose it.
 
     variant: what it is called; constants: its compile-time arguments; samples: the pointers that have the data's dtype;
-    odd: integer arguments that are not multiples of 16.
+    odd: integer arguments that are not known to be multiples of 16.
     """
 
     kernel: Any
@@ -102,9 +102,10 @@ def _group_norm_cases() -> list[Case]:
 
 CASES = [
     *_latent_cases(),
-    Case(adamw_ema_kernel, "weights and average", {"HAS_WEIGHTS": True, "HAS_EMA": True, "BLOCK": BLOCK},
-         ("gradient", "weights")),
-    Case(square_sum_kernel, "flat", {"BLOCK": SQUARE_SUM_BLOCK, "TURNS": TURNS}, ("tensor",)),
+    Case(adamw_ema_kernel, "any count", {"HAS_WEIGHTS": True, "HAS_EMA": True, "BLOCK": BLOCK, "VECTOR": VECTOR},
+         ("gradient", "weights"), ("elements",)),
+    Case(square_sum_kernel, "any count", {"BLOCK": SQUARE_SUM_BLOCK, "TURNS": TURNS, "VECTOR": VECTOR}, ("tensor",),
+         ("elements",)),
     *_group_norm_cases(),
 ]  # fmt: skip
 

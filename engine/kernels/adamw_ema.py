@@ -6,7 +6,8 @@ captured graph can be replayed.
 
 Per element, with bf16 gradients and weights: master, two moments and average read and written in fp32 (32 bytes), the gradient
 read (2) and the weight written (2): 36 bytes and some 20 operations, so that memory sets the time. Separate passes (clip,
-AdamW, average, cast) move 62 bytes.
+AdamW, average, cast) move 62 bytes. Whole vectors move in 128-bit pieces; the first program takes the last `elements % VECTOR`
+one by one, because a partition of ZeRO 1 or 2 has any even number of elements.
 """
 
 import torch
@@ -18,39 +19,56 @@ from engine.kernels import cpu
 from engine.kernels.launch import on_its_device
 
 BLOCK = 1024
+VECTOR = 8  # elements in 16 bytes of bf16
 
 
 @triton.jit
+def _step(pointers, scalars, options, element, exists, HAS_WEIGHTS: tl.constexpr, HAS_EMA: tl.constexpr):
+    """The step of those of these elements that exist."""
+    master_pointer, exp_avg_pointer, exp_avg_sq_pointer, gradient_pointer, weights_pointer, ema_pointer = pointers
+    factor, rate, update_rate, root_correction, ema_weight = scalars
+    rest_1, beta_2, rest_2, epsilon, weight_decay = options
+    gradient = tl.load(gradient_pointer + element, mask=exists, other=0.0).to(tl.float32) * factor
+    master = tl.load(master_pointer + element, mask=exists, other=0.0)
+    exp_avg = tl.load(exp_avg_pointer + element, mask=exists, other=0.0)
+    exp_avg_sq = tl.load(exp_avg_sq_pointer + element, mask=exists, other=0.0)
+
+    exp_avg += rest_1 * (gradient - exp_avg)
+    exp_avg_sq = beta_2 * exp_avg_sq + rest_2 * gradient * gradient
+    master -= rate * weight_decay * master
+    master -= update_rate * exp_avg / (tl.sqrt(exp_avg_sq) * root_correction + epsilon)
+
+    tl.store(exp_avg_pointer + element, exp_avg, mask=exists)
+    tl.store(exp_avg_sq_pointer + element, exp_avg_sq, mask=exists)
+    tl.store(master_pointer + element, master, mask=exists)
+    if HAS_WEIGHTS:
+        tl.store(weights_pointer + element, master, mask=exists)
+    if HAS_EMA:
+        ema = tl.load(ema_pointer + element, mask=exists, other=0.0)
+        tl.store(ema_pointer + element, ema + ema_weight * (master - ema), mask=exists)
+
+
+@triton.jit(do_not_specialize=["elements"])
 def adamw_ema_kernel(
     master_pointer, exp_avg_pointer, exp_avg_sq_pointer, gradient_pointer, weights_pointer, ema_pointer, scalars_pointer,
     elements, rest_1, beta_2, rest_2, epsilon, weight_decay,
-    HAS_WEIGHTS: tl.constexpr, HAS_EMA: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, HAS_EMA: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     factor = tl.load(scalars_pointer)
     if factor > 0:
-        rate = tl.load(scalars_pointer + 1)
-        update_rate = tl.load(scalars_pointer + 2)
-        root_correction = tl.load(scalars_pointer + 3)
+        pointers = (master_pointer, exp_avg_pointer, exp_avg_sq_pointer, gradient_pointer, weights_pointer, ema_pointer)
+        scalars = (
+            factor, tl.load(scalars_pointer + 1), tl.load(scalars_pointer + 2), tl.load(scalars_pointer + 3),
+            tl.load(scalars_pointer + 4),
+        )  # fmt: skip
+        options = (rest_1, beta_2, rest_2, epsilon, weight_decay)
+        # A mask that holds for whole vectors or for none keeps accesses 128 bits wide whatever the number of elements.
+        whole = elements // VECTOR * VECTOR
         element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        exists = element < elements
-        gradient = tl.load(gradient_pointer + element, mask=exists, other=0.0).to(tl.float32) * factor
-        master = tl.load(master_pointer + element, mask=exists, other=0.0)
-        exp_avg = tl.load(exp_avg_pointer + element, mask=exists, other=0.0)
-        exp_avg_sq = tl.load(exp_avg_sq_pointer + element, mask=exists, other=0.0)
-
-        exp_avg += rest_1 * (gradient - exp_avg)
-        exp_avg_sq = beta_2 * exp_avg_sq + rest_2 * gradient * gradient
-        master -= rate * weight_decay * master
-        master -= update_rate * exp_avg / (tl.sqrt(exp_avg_sq) * root_correction + epsilon)
-
-        tl.store(exp_avg_pointer + element, exp_avg, mask=exists)
-        tl.store(exp_avg_sq_pointer + element, exp_avg_sq, mask=exists)
-        tl.store(master_pointer + element, master, mask=exists)
-        if HAS_WEIGHTS:
-            tl.store(weights_pointer + element, master, mask=exists)
-        if HAS_EMA:
-            ema = tl.load(ema_pointer + element, mask=exists, other=0.0)
-            tl.store(ema_pointer + element, ema + tl.load(scalars_pointer + 4) * (master - ema), mask=exists)
+        _step(pointers, scalars, options, element, element < whole, HAS_WEIGHTS, HAS_EMA)
+        if (tl.program_id(0) == 0) & (whole < elements):
+            last = whole + tl.arange(0, VECTOR)
+            _step(pointers, scalars, options, last, last < elements, HAS_WEIGHTS, HAS_EMA)
 
 
 def _corrected(learning_rate: Tensor, step: Tensor, beta_1: float, beta_2: float) -> tuple[Tensor, Tensor]:
@@ -84,7 +102,7 @@ def launch_adamw_ema_(
     adamw_ema_kernel[(-(-elements // BLOCK),)](
         master, exp_avg, exp_avg_sq, gradient, master if weights is None else weights, master if ema is None else ema, scalars,
         elements, 1 - beta_1, beta_2, 1 - beta_2, epsilon, weight_decay,
-        HAS_WEIGHTS=weights is not None, HAS_EMA=ema is not None, BLOCK=BLOCK,
+        HAS_WEIGHTS=weights is not None, HAS_EMA=ema is not None, BLOCK=BLOCK, VECTOR=VECTOR,
     )  # fmt: skip
 
 

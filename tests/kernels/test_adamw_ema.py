@@ -14,6 +14,8 @@ SIDES = [
     pytest.param(reference_adamw_ema_, id="reference"),
     pytest.param(cpu.run_adamw_ema_, id="c++", marks=pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")),
 ]
+# Around the ends of vectors (8 elements) and blocks (1024).
+COUNTS = [1, 7, 8, 9, 16, 1023, 1024, 1025, 1032, 2050]
 
 
 def state(elements: int, gradient_dtype: torch.dtype, weights_dtype: torch.dtype | None, ema: bool) -> dict:
@@ -74,6 +76,39 @@ def test_a_step_is_that_of_adamw_in_double_precision(side, step, gradient_dtype,
         bits = 7 if weights_dtype == torch.bfloat16 else 10
         torch.testing.assert_close(results["weights"].float(), results["master"], rtol=2.0**-bits, atol=1e-7)
     assert torch.equal(results["gradient"].cpu(), values["gradient"])
+
+
+@run_kernels
+@pytest.mark.parametrize("begin", [8, 5], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("elements", COUNTS)
+def test_a_step_ends_with_the_last_element(elements, begin):
+    """Views into larger buffers, as a partition may be: what lies around them keeps its bits."""
+    values, numbers = state(elements, torch.bfloat16, torch.float16, ema=True), scalars()
+    buffers = {name: torch.full((elements + 32,), 7.0, dtype=value.dtype) for name, value in values.items()}
+    for name, value in values.items():
+        buffers[name][begin : begin + elements] = value
+    results = on_device(buffers)
+    launch_adamw_ema_(
+        **{name: buffer[begin : begin + elements] for name, buffer in results.items()}, **on_device(numbers), **OPTIONS
+    )
+    reference_adamw_ema_(**values, **numbers, **OPTIONS)
+    for name, result in results.items():
+        around, part = buffers[name], slice(begin, begin + elements)
+        tolerance = 1e-3 if name == "weights" else 2e-6
+        torch.testing.assert_close(result.cpu()[part], values[name], rtol=tolerance, atol=2e-7)
+        around[part] = result.cpu()[part]
+        assert torch.equal(result.cpu(), around), name
+
+
+@run_kernels
+@pytest.mark.parametrize("elements", COUNTS)
+def test_a_square_sum_takes_every_element_and_no_neighbour(elements):
+    buffer = torch.full((elements + 32,), float("nan"), device=DEVICE)
+    for begin in (8, 5):
+        part = buffer[begin : begin + elements].copy_(torch.arange(1, elements + 1) % 7)
+        exact = (torch.arange(1, elements + 1) % 7).square().sum()
+        assert float(launch_square_sum(part)) == float(exact)
+        part.fill_(float("nan"))
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -23,13 +23,14 @@ def report() -> list[dict]:
 VARIANTS = {
     "add_noise": {"contiguous", "channels_last", "flat", "plain"},
     "diffusion_loss": {"contiguous", "channels_last", "flat", "plain"},
-    "adamw_ema": {"weights and average"},
-    "square_sum": {"flat"},
+    "adamw_ema": {"any count"},
+    "square_sum": {"any count"},
     "group_norm_silu": {"10 per group", "36 per group", "40 per group"},
     "group_norm_silu_backward": {"10 per group", "36 per group", "40 per group"},
 }
 # What each reads once per program beside its tiles: coefficients, seeds, statistics, affine parameters.
-SCALAR_LOADS = {"add_noise": 4, "diffusion_loss": 6, "adamw_ema": 5, "square_sum": 0, "group_norm_silu": 3,
+# The optimizer's two also read their last elements one by one.
+SCALAR_LOADS = {"add_noise": 4, "diffusion_loss": 6, "adamw_ema": 10, "square_sum": 1, "group_norm_silu": 3,
                 "group_norm_silu_backward": 4}  # fmt: skip
 
 
@@ -51,5 +52,19 @@ def test_tiles_move_in_128_bit_pieces(report, kernel):
         if row["kernel"] == kernel and row["target"].startswith("sm_") and row["variant"] not in ("channels_last", "flat"):
             assert row["wide_loads"] >= 2, row
             assert row["loads"] - row["wide_loads"] <= SCALAR_LOADS[kernel], row
-        if row["kernel"] == "square_sum" and row["target"].startswith("sm_"):
-            assert row["wide_loads"] == row["loads"] >= 8, row
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_any_number_of_elements_moves_in_128_bit_pieces(report, target):
+    """SD's 859,520,964 is no multiple of 16, and a partition of ZeRO has any even number of elements."""
+    for row in report:
+        if row["target"] != target:
+            continue
+        if row["kernel"] == "square_sum":
+            assert row["wide_loads"] == row["loads"] - 1 >= 4, row
+        if row["kernel"] == "adamw_ema":
+            # On AMD a thread has four elements: 64 bits of bf16 or fp16. The others are the last elements' five.
+            narrow = 5 + (target == "gfx942" and row["dtype"] != "fp32")
+            assert row["wide_stores"] >= 4, row
+            assert row["stores"] - row["wide_stores"] == narrow, row
+            assert row["registers"] <= 64, row
