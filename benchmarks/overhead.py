@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.environment import write_result
+from benchmarks.environment import Rows
 from benchmarks.published import open_random, open_tiny
 from benchmarks.step import LEVERS, WARM_UP, Lever, form, open_step, random_batch
 from benchmarks.timing import synchronize
@@ -37,6 +38,7 @@ from engine.models.family import Family
 from engine.processes import Processes
 from engine.quiet import quiet_libraries
 
+SECONDS = 90  # that the row takes at most, most of them for torch.compile
 PARTS = {
     "model": ["engine.loop.trainer.predict_and_compare", "engine.loop.flat.FlatPartition.backward"],
     "optimizer": ["engine.loop.optimizer.AdamW.apply"],
@@ -129,6 +131,8 @@ def _one_window(family: Family, batch: Any, steps: int) -> dict[str, float]:
     finally:
         for patch in patches:
             patch.stop()
+    if float(training.partition.optimizer.skipped):
+        raise ValueError("steps were skipped: their time says nothing")
     parts = {part: seconds / steps * 1e6 for part, seconds in clock.seconds.items()}
     return {"step": total / steps * 1e6, **parts, "loop": total / steps * 1e6 - sum(parts.values())}
 
@@ -177,6 +181,8 @@ def measure(steps: int, device: torch.device) -> dict[str, Any]:
 
 def table(row: dict[str, Any]) -> str:
     """A Markdown table."""
+    if absent := row.get("failed") or row.get("missing"):
+        return f"not measured: {absent}"
     lines = ["| part of a step | microseconds |", "|---|---|"]
     lines += [f"| {part} | {value:.0f} |" for part, value in row.get("host_microseconds", {}).items()]
     if "captured_step" in row:
@@ -191,13 +197,14 @@ def table(row: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser("benchmarks.overhead", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1000, help="steps per window (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="write the results there too")
+    parser.add_argument("--json", type=Path, help="keep the row there; what is there is not measured again")
+    parser.add_argument("--minutes", type=float, help="begin nothing that would not end within so many minutes")
     options = parser.parse_args()
     quiet_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    row = measure(options.steps, device)
-    print(table(row))
-    write_result(options.json, __doc__, **row)
+    name = "SD 1.5, captured, batch 8" if device.type == "cuda" else "the loop around a model of one weight"
+    rows = Rows(options.json, __doc__, options.minutes)
+    print(table(rows.measure(name, SECONDS, partial(measure, options.steps, device))))
     return 0
 
 
