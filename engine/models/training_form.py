@@ -3,8 +3,9 @@
 - Convolution weights are stored channels last, (out, height, width, in), as tensor cores read them. A `memory_format` would not
   survive a flat buffer, which holds parameters in logical order; so the parameter itself has that shape, and the convolution
   sees it permuted back. Activations follow the weights.
-- Residual blocks keep activations channels last (diffusers copies the input of a shortcut to contiguous memory and back), and
-  their group normalisations take the SiLU, and a time embedding's scale and shift, into the same pass.
+- Activations stay channels last. diffusers copies to contiguous memory before a shortcut, after a transformer's blocks and,
+  from 64 samples on, before upsampling; the convolution that follows copies back.
+- The group normalisations of residual blocks take the SiLU, and a time embedding's scale and shift, into the same pass.
 - Projections of the same tokens are one matrix product: queries, keys and values, or keys and values alone.
 """
 
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from engine.kernels import group_norm_silu
@@ -86,6 +89,28 @@ class ResnetBlock(ResnetBlock2D):
         if self.conv_shortcut is not None:
             shortcut = self.conv_shortcut(shortcut)
         return (shortcut + hidden) / self.output_scale_factor
+
+
+class Upsample(Upsample2D):
+    """diffusers' upsampling to twice the size, or to `output_size`, and its convolution."""
+
+    def forward(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        scale = 2.0 if output_size is None else None
+        hidden_states = F.interpolate(hidden_states, output_size, scale, mode="nearest")
+        return self.conv(hidden_states) if self.use_conv else hidden_states
+
+
+class Transformer(Transformer2DModel):
+    """diffusers' transformer over the positions of an image [B, C, H, W]."""
+
+    def _get_output_for_continuous_inputs(
+        self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
+    ) -> Tensor:
+        """The output's projection and the residual connection; `hidden_states` [B, H W, inner_dim]."""
+        if self.use_linear_projection:
+            hidden_states = self.proj_out(hidden_states)
+        image = hidden_states.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        return (image if self.use_linear_projection else self.proj_out(image)) + residual
 
 
 def fuses_norms(x: Tensor) -> bool:
@@ -182,10 +207,19 @@ def to_training_form(model: Any, fuse_projections: bool) -> None:
             module.__class__ = GroupNorm
         elif type(module) is ResnetBlock2D and isinstance(module.nonlinearity, nn.SiLU):
             module.__class__ = ResnetBlock
+        elif type(module) is Upsample2D and _is_nearest(module):
+            module.__class__ = Upsample
+        elif type(module) is Transformer2DModel and module.is_input_continuous:
+            module.__class__ = Transformer
         elif type(module) is Attention and fuse_projections and FUSE_PROJECTIONS and _is_plain(module):
             _fuse(module, module in self_attentions)
     if isinstance(getattr(model, "conv_norm_out", None), GroupNorm) and isinstance(model.conv_act, nn.SiLU):
         model.conv_norm_out.silu, model.conv_act = True, nn.Identity()
+
+
+def _is_nearest(upsample: Any) -> bool:
+    """Whether an upsampling is by nearest neighbours, with no further parts than a convolution."""
+    return upsample.interpolate and not upsample.use_conv_transpose and upsample.norm is None and upsample.name == "conv"
 
 
 def _is_plain(attn: Any) -> bool:

@@ -1,12 +1,23 @@
 """The training form of a model computes what the published one computes, and turns back into it exactly."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import PriorTransformer, UNet2DConditionModel
+from diffusers.models.upsampling import Upsample2D
 from diffusers.pipelines.wuerstchen import WuerstchenPrior
 
 from engine.models import training_form
-from engine.models.training_form import ChannelsLastConv2d, FusedAttention, ResnetBlock, to_published_form, to_training_form
+from engine.models.training_form import (
+    ChannelsLastConv2d,
+    FusedAttention,
+    ResnetBlock,
+    Transformer,
+    Upsample,
+    to_published_form,
+    to_training_form,
+)
 from tests.loop.runs import published_order
 
 CLASSES = {
@@ -74,8 +85,8 @@ def test_the_published_form_comes_back_exactly(family, model, published):
     theirs, ours = load(family, model, published), load(family, model, published)
     to_training_form(ours, fuse_projections=True)
     kinds = {type(module) for module in ours.modules()}
-    expected = {"sd": {ChannelsLastConv2d, FusedAttention, ResnetBlock}, "kandinsky-prior": {FusedAttention},
-                "kandinsky-decoder": {ChannelsLastConv2d, FusedAttention, ResnetBlock},
+    decoder = {ChannelsLastConv2d, FusedAttention, ResnetBlock, Upsample}
+    expected = {"sd": decoder | {Transformer}, "kandinsky-prior": {FusedAttention}, "kandinsky-decoder": decoder,
                 "wuerstchen": {ChannelsLastConv2d, FusedAttention}}[family]  # fmt: skip
     assert expected <= kinds
     parameters = {name: parameter.detach() for name, parameter in ours.named_parameters()}
@@ -99,25 +110,53 @@ def test_the_form_is_what_a_benchmark_asks_for_and_then_what_ships(model, publis
         apart = load("sd", model, published)
         to_training_form(apart, fuse_projections=True)
     assert not any(isinstance(module, FusedAttention) for module in apart.modules())
-    assert (training_form.FUSE_NORMS_WHEN_COMPILED, training_form.FUSE_PROJECTIONS) == defaults
+    assert defaults == (training_form.FUSE_NORMS_WHEN_COMPILED, training_form.FUSE_PROJECTIONS)
     shipped = load("sd", model, published)
     to_training_form(shipped, fuse_projections=True)
     assert any(isinstance(module, FusedAttention) for module in shipped.modules())
 
 
-@pytest.mark.parametrize("family", ["sd", "kandinsky-decoder"])
-def test_activations_stay_channels_last(family, model, published, monkeypatch):
-    unet = load(family, model, published)
+@pytest.mark.parametrize(("family", "linear"), [("sd", False), ("sd", True), ("kandinsky-decoder", False)])
+def test_activations_stay_channels_last(family, linear, model, published):
+    """At 64 samples, from where on diffusers upsamples in contiguous memory; with both projections of transformers."""
+    config = load(family, model, published).config
+    unet = UNet2DConditionModel.from_config(config, use_linear_projection=linear).train()
     to_training_form(unet, fuse_projections=True)
-    seen = []
+    seen = {}
 
     def look(module, arguments, output):
         images = [t for t in (*arguments, output) if torch.is_tensor(t) and t.dim() == 4 and min(t.shape[1:]) > 1]
-        seen.extend(t.is_contiguous(memory_format=torch.channels_last) for t in images)
+        seen.setdefault(type(module), set()).update(t.is_contiguous(memory_format=torch.channels_last) for t in images)
 
-    for module in unet.modules():
-        if isinstance(module, ResnetBlock):
+    for name, module in unet.named_modules():
+        if name not in ("", "conv_in"):  # which take the samples as they come
             module.register_forward_hook(look)
-    run(unet, inputs(family, unet))
-    assert seen
-    assert all(seen)
+    positional, named = inputs(family, unet)
+    sample, timesteps, context = positional
+    named = {name: {key: value.repeat(32, 1) for key, value in kept.items()} for name, kept in named.items()}
+    context = None if context is None else context.repeat(32, 1, 1)
+    unet(sample.repeat(32, 1, 1, 1), timesteps.repeat(32), context, **named)
+    assert {ResnetBlock, Upsample, *([Transformer] if family == "sd" else [])} <= seen.keys()
+    assert [kind for kind, kept in seen.items() if False in kept] == []
+
+
+@pytest.mark.parametrize("size", [None, (7, 9)])
+@pytest.mark.parametrize("convolution", [True, False])
+def test_upsampling_gives_the_published_numbers_in_the_memory_format_of_its_input(size, convolution):
+    torch.manual_seed(0)
+    theirs = Upsample2D(3, use_conv=convolution)
+    ours = copy.deepcopy(theirs)
+    to_training_form(ours, fuse_projections=True)
+    assert type(ours) is Upsample
+    x = torch.randn(64, 3, 4, 5).to(memory_format=torch.channels_last)
+    output, expected = ours(x, size), theirs(x, size)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(output, expected)
+
+
+def test_a_transformer_with_linear_projections_computes_the_published_numbers(model, published):
+    theirs = UNet2DConditionModel.from_config(load("sd", model, published).config, use_linear_projection=True)
+    ours = copy.deepcopy(theirs)
+    to_training_form(ours, fuse_projections=True)
+    positional, _ = inputs("sd", ours)
+    torch.testing.assert_close(ours(*positional)[0], theirs(*positional)[0], rtol=1e-4, atol=1e-5)
