@@ -18,7 +18,7 @@ def configure(config: TrainConfig) -> None:
     # Convolutions and the backward passes of attention obey it too; cuDNN's attention is then not taken.
     torch.use_deterministic_algorithms(config.deterministic)
     # Else every `torch.empty` is written once more; nothing here reads memory before it is written.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if config.deterministic:
         # Read when a process first uses cuBLAS: workspaces that do not depend on the order of streams.
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"

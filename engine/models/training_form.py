@@ -94,6 +94,8 @@ class ResnetBlock(ResnetBlock2D):
 class Upsample(Upsample2D):
     """diffusers' upsampling to twice the size, or to `output_size`, and its convolution."""
 
+    conv: Any
+
     def forward(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         scale = 2.0 if output_size is None else None
         hidden_states = F.interpolate(hidden_states, output_size, scale, mode="nearest")
