@@ -1,31 +1,35 @@
-"""How fast is a training step, and what does each lever give? `python -m benchmarks.step [--tiny] [--sweep] [--batch N]`
+"""How fast is a training step, and what does each lever give? `python -m benchmarks.step [--checkpoints NAME...] [--json FILE]`
 
-Per checkpoint (the published sizes with random weights, over a batch that stays on the device), levers are pulled one after
-another, each on top of those before it:
+Per checkpoint (the published sizes with random weights, over a batch that stays on the device) one row per lever and batch; the
+levers are `LEVERS`: the diffusers recipe (benchmarks/plain.py) and then the engine, each with what the one before has. Rows
+that leave the defaults alone are what a user gets, with and without `--compile`.
 
-    encoders in the loop     the diffusers recipe with its best flags (benchmarks/plain.py)
-    cached                   the same on latents
-    bf16, channels last      the engine: bf16 weights, training form without stacked projections, fused noise, loss and AdamW
-    attention                projections of the same tokens stacked into one matrix product
-    compiled                 torch.compile, group normalisation left to inductor
-    fused norms              engine::group_norm_silu instead
-    graphs                   the whole step captured, with the faster of the two
+Each row is kept in FILE the moment it is measured, and a further call goes on with what is missing (exit code 75 says that
+something is): with `--minutes`, no row begins that would not end in time. A row fails, and only it, unless its optimizer moved
+the weights, skipped no step and left everything finite, and where steps should be captured, unless the graph was there before
+the first window.
 
-`--sweep` runs the last one at further batch sizes. Model FLOP utilisation is against a matrix product of the same
-precision measured in the same run. `--tiny` takes models of a few thousand weights to try the benchmark itself.
+Batches are the largest powers of two, up to `AIMS`, for which the recipe's memory should fit the card (`largest_batch`). Where
+the recipe then still runs out of memory, every lever of that checkpoint takes half the batch, so that ratios stay fair.
+
+Model FLOP utilisation is against a matrix product of the same precision measured beforehand, and against the card's data
+sheet. `--sweep` runs what `--compile` gives at further batch sizes. `--tiny` takes models of a few thousand weights, to try the
+benchmark itself.
 """
 
 import argparse
 import contextlib
 import gc
+import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import torch
@@ -33,226 +37,498 @@ import torch
 import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 
 # isort: split
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.environment import write_result
-from benchmarks.plain import PlainTraining
-from benchmarks.published import TINY, open_random, open_tiny
+from benchmarks.environment import OUT_OF_MEMORY, Rows
+from benchmarks.plain import PlainTraining, published_model
+from benchmarks.published import TINY, open_random, open_tiny, trained_model
 from benchmarks.sizes import Cost, count
 from benchmarks.timing import spread, synchronize
+from engine.backends import configure
+from engine.config import TrainConfig, options_lacking
 from engine.data.loader import Batch, BatchPlan
+from engine.errors import TRY_AGAIN
+from engine.loop import capture
 from engine.loop.metrics import matrix_flops_per_second
-from engine.loop.trainer import Training
+from engine.loop.trainer import Training, keep_compiled_code
 from engine.models.family import PRECISIONS, Family
-from engine.models.training_form import to_training_form
+from engine.models.training_form import FUSE_NORMS_WHEN_COMPILED, fusing
 from engine.processes import Processes
 from engine.quiet import quiet_libraries
+from examples.photographs import photographs
 
-# Checkpoint -> batch of the waterfall, and further ones of the sweep.
-BATCHES = {
+# Checkpoint -> the batch that its waterfall aims at, and further ones of the sweep.
+AIMS = {
     "SD 1.5, 512 px": (32, [8, 16, 64]),
     "Kandinsky 2.2 prior": (128, [32, 256]),
     "Kandinsky 2.2 decoder, 512 px": (32, [8, 64]),
     "Kandinsky 2.2 decoder, 768 px": (16, [4, 32]),
     "Wuerstchen v2 prior, 768 px": (32, [8, 64]),
 }
-WARM_UP = 6  # three steps as they are, one to capture, two replays
-WINDOWS = 5
+TINY_AIM = (4, [2])
+WARM_UP = capture.WARM_UP + 3  # steps: as they are, one to capture, and replays
+WINDOWS = 7
+WINDOW_SECONDS = 1.5  # or one step, where that takes longer
+LEARNING_RATE = 1e-5  # small beside the random weights, so that nothing diverges, and large enough to move each in fp32
+
+CONVOLUTIONAL = ("sd", "kandinsky-decoder", "wuerstchen")
+NORMALISED = ("sd", "kandinsky-decoder")  # with group normalisation
+TRANSFORMERS = ("kandinsky-prior", "wuerstchen")
 
 
 @dataclass(frozen=True)
 class Lever:
+    """What is measured: the recipe, or the engine with options of its command line.
+
+    options: of the engine; None for the recipe.
+    encoders: images and captions are encoded in every step.
+    best: the recipe with what no script has.
+    projections, norms: of the training form, where they differ from what ships (`training_form.fusing`).
+    cudnn_benchmark: likewise.
+    families: that have what the lever changes; none for all.
+    """
+
     name: str
+    options: dict[str, Any] | None = None
     encoders: bool = False
-    engine: bool = False
-    stacked: bool = False
-    compiled: bool = False
-    norms: bool = False
-    graphs: bool = False
+    best: bool = False
+    projections: bool | None = None
+    norms: bool | None = None
+    cudnn_benchmark: bool | None = None
+    families: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it sets, to be kept beside what was measured."""
+        unset = (None, False, ())
+        return {name: value for name, value in asdict(self).items() if name not in ("name", "families") and value not in unset}
+
+    @property
+    def compiles(self) -> bool:
+        return self.best or bool(self.options and self.options.get("compile"))
+
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """What torch.compile makes anew: the same again comes from its cache."""
+        options = {name: value for name, value in (self.options or {}).items() if name != "cuda_graphs"}
+        norms = FUSE_NORMS_WHEN_COMPILED if self.norms is None else self.norms
+        return self.best, self.options is None, sorted(options.items()), self.projections, norms
+
+    def fits(self, family: str) -> bool:
+        """Whether a family has what the lever changes, and this engine its options."""
+        lacking = options_lacking(TrainConfig, family)
+        known = TrainConfig.model_fields
+        options = (self.options or {}).items()
+        return (not self.families or family in self.families) and all(
+            name in known and name not in lacking and (value in get_args(known[name].annotation) or isinstance(value, bool))
+            for name, value in options
+        )
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Models opened and first called inside have the lever's form; torch's settings are afterwards as before."""
+        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        before = matmul.allow_tf32, cudnn.benchmark
+        try:
+            with fusing(self.norms, self.projections):
+                yield
+        finally:
+            matmul.allow_tf32, cudnn.benchmark = before
 
 
+UNCAPTURED = {"cuda_graphs": "off"}
+EAGER = Lever("stacked projections", UNCAPTURED, cudnn_benchmark=False)
+SHIPPED = Lever("compiled and captured", {"compile": True})
 LEVERS = [
-    Lever("encoders in the loop", encoders=True),
-    Lever("cached"),
-    Lever("bf16, channels last", engine=True),
-    Lever("attention", engine=True, stacked=True),
-    Lever("compiled", engine=True, stacked=True, compiled=True),
-    Lever("fused norms", engine=True, stacked=True, compiled=True, norms=True),
-    Lever("graphs", engine=True, stacked=True, compiled=True, graphs=True),
+    Lever("recipe", encoders=True),
+    Lever("recipe at its best", encoders=True, best=True),
+    Lever("recipe, cached"),
+    Lever("recipe at its best, cached", best=True),
+    # bf16 weights, channels last, and fused noise, loss, norms and AdamW.
+    Lever("engine", UNCAPTURED, projections=False, cudnn_benchmark=False),
+    EAGER,
+    Lever("cuDNN's search", UNCAPTURED, cudnn_benchmark=True, families=CONVOLUTIONAL),
+    Lever("captured", {}),
+    Lever("compiled", {"compile": True, **UNCAPTURED}, norms=False),
+    Lever("compiled, own norms", {"compile": True, **UNCAPTURED}, norms=True, families=NORMALISED),
+    SHIPPED,
+    *(Lever(f"attention: {kind}", {"compile": True, "attention": kind}) for kind in ("cudnn", "flash", "efficient")),
+    Lever("max-autotune", {"compile": True, "compile_mode": "max-autotune-no-cudagraphs"}),
+    Lever("fp8 matrix products", {"compile": True, "matrix_precision": "fp8"}, families=TRANSFORMERS),
 ]
 
 
 def random_batch(family: Family, size: int, device: torch.device) -> Batch:
     """Random records of the family, with the timesteps and coefficients of the first slots."""
     record = {}
-    for name, field in family.record_spec.items():
-        values = torch.randn(size, *field.shape, device=device)
-        record[name] = (values.abs() if name == family.std else values).to(field.dtype)
+    for name, spec in family.record_spec.items():
+        values = torch.randn(size, *spec.shape, device=device)
+        record[name] = (values.abs() if name == family.std else values).to(spec.dtype)
     seed, slots = torch.tensor([7]), torch.arange(size)
     timesteps = family.schedule.draw(seed, slots)
     return Batch(record, slots.to(device), timesteps.to(device), family.schedule.coefficients(timesteps).to(device))
 
 
-@contextlib.contextmanager
-def form(lever: Lever, compile_backend: str) -> Iterator[None]:
-    """Models built and traced inside have the form that the lever asks for."""
-
-    def shape(model: Any, fuse_projections: bool) -> None:
-        if lever.engine:
-            to_training_form(model, lever.stacked)
-
-    norms, compile_module = lever.norms, torch.nn.Module.compile
-
-    def fuses_norms(x: Any) -> bool:
-        return norms
-
-    with (
-        mock.patch("engine.models.family.to_training_form", shape),
-        mock.patch("engine.models.training_form.fuses_norms", fuses_norms),
-        mock.patch("torch.nn.Module.compile", lambda module: compile_module(module, backend=compile_backend)),
-    ):
-        yield
+def sample(weights: Iterable[Tensor]) -> Tensor:
+    """Some 64 numbers of every weight."""
+    return torch.cat([weight.detach().flatten()[:: max(1, weight.numel() // 64)] for weight in weights])
 
 
-def open_step(family: Any, lever: Lever, batch: Batch, device: torch.device) -> tuple[Callable[[], Any], Cost]:
-    """One optimizer step with a lever, ready to be called, and what it must cost."""
-    if not lever.engine:
-        model = family.load_model().to(device)
-        return PlainTraining(family, model, batch, lever.encoders, device).step, count(family, model)
-    size = len(batch.slots)
-    options = {"compile": lever.compiled, "cuda_graphs": "on" if lever.graphs else "off", "use_ema": True}
-    config = family.training.model_copy(update={**options, "train_batch_size": size})
-    run = {"seed": 7, "global_batch": size, "fingerprint": ""}
-    training = Training(config, family, range(1000), BatchPlan(size, 1, 0, 1), Processes(), run, 1000)  # type: ignore[arg-type]
-    batches = repeat(batch)
-    return (lambda: training._train_step(batches, 1e-5)), count(family, training.partition.module)
+class EngineSide:
+    """The engine's own training, on one batch again and again."""
+
+    def __init__(self, family: Any, lever: Lever, batch: Batch, device: torch.device) -> None:
+        size = len(batch.slots)
+        config = family.training.model_copy(update={"use_ema": True, "train_batch_size": size, **(lever.options or {})})
+        configure(config)
+        run = {"seed": 7, "global_batch": size, "fingerprint": ""}
+        self.training = Training(
+            config, family, range(1000), BatchPlan(size, 1, 0, 1), Processes(), run, 10**6  # type: ignore[arg-type]
+        )  # fmt: skip
+        self.batches = repeat(batch)
+        self.captures = device.type == "cuda" and config.cuda_graphs != "off"
+
+    def step(self) -> None:
+        self.training._train_step(self.batches, LEARNING_RATE)
+
+    @property
+    def weights(self) -> list[Tensor]:
+        partition = self.training.partition
+        return [partition.view(piece, partition.masters) for piece in partition.slices]
+
+    def graphs(self) -> int:
+        """How many graphs its steps replay.
+
+        Raises:
+            RuntimeError: steps should be captured and are not, or are and should not.
+        """
+        captured = self.training.captured
+        graphs = sum(len(shape.graphs) for shape in captured.shapes.values()) if captured else 0
+        if bool(graphs) != self.captures:
+            raise RuntimeError(f"{graphs} graphs were captured, {'some' if self.captures else 'none'} should be")
+        return graphs
+
+    def loss(self) -> float:
+        """The mean loss of all steps.
+
+        Raises:
+            RuntimeError: a step was skipped, or a loss was not finite.
+        """
+        metrics, skipped = self.training.metrics, int(self.training.partition.optimizer.skipped)
+        offending = int((metrics.offending >= 0).sum())
+        if skipped or offending:
+            raise RuntimeError(f"{skipped} steps were skipped, {offending} losses and more were not finite")
+        return float(metrics.loss_sum) / metrics.steps
 
 
-def measure_lever(family: Any, lever: Lever, size: int, device: torch.device, steps: int, backend: str) -> dict[str, Any]:
-    """Samples per second (median and quartiles over windows), what a sample costs, and peak memory; or why there are none."""
-    row: dict[str, Any] = {"lever": lever.name, "batch": size}
-    if lever.graphs and device.type != "cuda":
-        return row | {"missing": "no GPU"}
-    torch._dynamo.reset()
-    if device.type == "cuda":
+class RecipeSide:
+    """The recipe, on one batch again and again; with encoders, on as many photographs, prepared as workers would."""
+
+    def __init__(self, family: Any, lever: Lever, batch: Batch, device: torch.device) -> None:
+        self.plain = PlainTraining(family, published_model(family).to(device), device, lever.best, LEARNING_RATE)
+        self.batch, self.images = batch, {}
+        self.captions: list[str] = []
+        if lever.encoders:
+            family.load_encoders(device)
+            pictures = list(photographs().items())
+            chosen = [pictures[number % len(pictures)] for number in range(len(batch.slots))]
+            distinct = {caption: family.prepare(image, 0)[0] for caption, image in pictures[: len(chosen)]}
+            self.captions = [caption for caption, _ in chosen]
+            prepared = [distinct[caption] for caption in self.captions]
+            images = {name: torch.stack([item[name] for item in prepared]) for name in prepared[0]}
+            pins = lever.best and device.type == "cuda"
+            self.images = {name: tensor.pin_memory() if pins else tensor for name, tensor in images.items()}
+
+    def step(self) -> None:
+        record = self.plain.encode(self.images, self.captions) if self.images else self.batch.record
+        self.plain.step(record, self.batch.timesteps, self.batch.coefficients)
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return self.plain.parameters
+
+    def graphs(self) -> int:
+        return 0
+
+    def loss(self) -> float:
+        return self.plain.loss
+
+
+def open_side(family: Any, lever: Lever, size: int, device: torch.device) -> EngineSide | RecipeSide:
+    """A training with a lever, ready for its first step; to be opened and stepped within `lever.applied()`."""
+    torch.manual_seed(7)
+    batch = random_batch(family, size, device)
+    side = (RecipeSide if lever.options is None else EngineSide)(family, lever, batch, device)
+    if lever.cudnn_benchmark is not None:
+        torch.backends.cudnn.benchmark = lever.cudnn_benchmark
+    return side
+
+
+def measure_lever(family: Any, lever: Lever, size: int, device: torch.device, window_seconds: float) -> dict[str, Any]:
+    """Samples per second (median and quartiles over windows), the loss, and peak memory.
+
+    Raises:
+        RuntimeError: a step did not do what it should; and whatever a step raises.
+    """
+    gpu, held = device.type == "cuda", set(vars(family))
+    if gpu:
         torch.cuda.reset_peak_memory_stats()
-    step = None
     try:
-        with form(lever, backend):
-            step, cost = open_step(family, lever, random_batch(family, size, device), device)
+        with lever.applied():
+            started = time.perf_counter()
+            side = open_side(family, lever, size, device)
+            before = sample(side.weights)
             for _ in range(WARM_UP):
-                step()
+                side.step()
+            graphs = side.graphs()
+            synchronize(device)
+            ready = time.perf_counter()
+            side.step()
+            synchronize(device)
+            steps = max(1, math.ceil(window_seconds / (time.perf_counter() - ready)))
             rates = []
             for _ in range(WINDOWS):
                 synchronize(device)
-                started = time.perf_counter()
+                window = time.perf_counter()
                 for _ in range(steps):
-                    step()
+                    side.step()
                 synchronize(device)
-                rates.append(steps * size / (time.perf_counter() - started))
-        row |= dict(zip(("samples_per_second", "low", "high"), spread(rates), strict=True))
-        row |= {"training_flops_per_sample": cost.training_flops, "bytes_per_step": cost.bytes_per_step(size)}
-        if device.type == "cuda":
-            row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    except torch.OutOfMemoryError:
-        row["missing"] = "out of memory"
+                rates.append(steps * size / (time.perf_counter() - window))
+        row = dict(zip(("samples_per_second", "low", "high"), spread(rates), strict=True))
+        row |= {"steps_per_window": steps, "ready_seconds": ready - started, "graphs": graphs}
+        if gpu:
+            allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            row |= {"memory_gib": allocated / 2**30, "reserved_gib": reserved / 2**30}
+        if side.graphs() != graphs:
+            raise RuntimeError("a graph was captured within a window")
+        return row | check(side, before)
     finally:
-        if lever.encoders:
-            family.free_encoders()
-        step = None
+        for name in set(vars(family)) - held:
+            delattr(family, name)  # the encoders, also where loading them failed half-way
+        torch._dynamo.reset()
         gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return row
 
 
-def measure(
-    name: str, family: Any, sizes: list[int], device: torch.device, steps: int, backend: str, deadline: float
-) -> dict[str, Any]:
-    """The waterfall of a checkpoint at the first batch size, and its last lever at the others, as far as the time goes.
+def check(side: EngineSide | RecipeSide, before: Tensor) -> dict[str, Any]:
+    """The loss of a training, and the share of its weights that moved since a sample of them was taken.
 
-    Args:
-        deadline: `time.monotonic` after which nothing further is begun.
+    Raises:
+        RuntimeError: something is not finite, or the optimizer left the weights alone.
     """
-    has_norms = family.config.family in ("sd", "kandinsky-decoder")
-    rows: list[dict[str, Any]] = []
-    work = [(lever, sizes[0]) for lever in LEVERS if has_norms or not lever.norms]
-    work += [(LEVERS[-1], size) for size in sizes[1:]]
-    for lever, size in tqdm(work, desc=name, disable=None, leave=False):
-        if lever.graphs:
-            rates = {row["lever"]: row.get("samples_per_second", 0.0) for row in rows}
-            lever = replace(lever, norms=rates.get("fused norms", 0.0) > rates.get("compiled", 0.0))
-        if time.monotonic() > deadline:
-            rows.append({"lever": lever.name, "batch": size, "missing": "no time left"})
-        else:
-            rows.append(measure_lever(family, lever, size, device, steps, backend))
-    return {"checkpoint": name, "family": family.config.family, "rows": rows}
+    loss, moved = side.loss(), float((sample(side.weights) != before).float().mean())
+    finite = all(bool(weight.isfinite().all()) for weight in side.weights)
+    if not math.isfinite(loss) or not finite:
+        raise RuntimeError(f"the loss is {loss}, the weights are {'' if finite else 'not '}finite")
+    if moved < 0.5:
+        raise RuntimeError(f"only {moved:.0%} of the weights moved")
+    return {"loss": loss, "moved": moved}
+
+
+def largest_batch(aim: int, cost: Cost, memory: float) -> int:
+    """The largest power of two, up to `aim`, with which the recipe should fit a card's memory in bytes.
+
+    Per parameter it keeps 4 bytes each for the weight, the gradient, two moments, the average and the temporaries of
+    `foreach`, and 2 for autocast's copy. Per sample autograd keeps, by count of its saved tensors in bf16, 0.6 to 1.2 times
+    what matrix products, convolutions and attention read and write in a forward pass; 1.3 leaves room for the norms, which
+    autocast runs in fp32. A tenth of the card is for the allocator, the context and libraries' workspaces.
+    """
+    parameters = cost.constant_bytes / 44
+    free = 0.9 * memory - 26 * parameters
+    batch = aim
+    while batch > 1 and batch * 1.3 * cost.sample_bytes / 3 > free:
+        batch //= 2
+    return batch
+
+
+def expected_seconds(lever: Lever, cost: Cost, size: int, cached_code: bool) -> float:
+    """How long a row should take on an H100. Assumed, not measured, and meant to be too long rather than too short:
+
+    - 15 s to draw weights and open the training, 15 more for the encoders (up to 2.5 billion weights);
+    - torch.compile from cold caches 0.1 s per million parameters twice over (some 180 s for SD), five times that for
+      max-autotune; 40 s with warm ones, mostly tracing;
+    - steps at 12 % of 800 TFLOP/s, with encoders twice as long; and windows of `WINDOW_SECONDS`, or of one step.
+    """
+    parameters = cost.constant_bytes / 44
+    opening = 15 + 15 * lever.encoders
+    cold = 0.2e-6 * parameters * (5 if "compile_mode" in (lever.options or {}) else 1)
+    compiling = (min(40, cold) if cached_code else cold) if lever.compiles else 0.0
+    step = size * cost.training_flops / (0.12 * 800e12) * (1 + lever.encoders)
+    return opening + compiling + (WARM_UP + 1) * step + WINDOWS * max(WINDOW_SECONDS + step, step)
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint, or tiny family, under measurement."""
+
+    name: str
+    family: Any
+    cost: Cost
+    peak: dict[str, Any]
+    device: torch.device
+    rows: Rows
+
+    def waterfall(self, levers: list[Lever], size: int) -> list[dict[str, Any]]:
+        """A row for every lever; at half the batch where the recipe needs too much memory."""
+        measured: list[dict[str, Any]] = []
+        seen: list[Any] = []
+        for lever in tqdm(levers, desc=f"{self.name}, batch {size}", disable=None, leave=False):
+            row = self.measure(lever, size, lever.form in seen)
+            measured.append(row)
+            seen.append(lever.form)
+            if lever.options is None and row.get("failed") == OUT_OF_MEMORY and size > 1:
+                return measured + self.waterfall(levers, size // 2)
+        return measured
+
+    def measure(self, lever: Lever, size: int, cached_code: bool) -> dict[str, Any]:
+        def work() -> dict[str, Any]:
+            row = measure_lever(self.family, lever, size, self.device, 0.0 if self.name in TINY else WINDOW_SECONDS)
+            flops = row["samples_per_second"] * self.cost.training_flops
+            row |= {"training_flops_per_sample": self.cost.training_flops, "bytes_per_step": self.cost.bytes_per_step(size)}
+            return row | {f"mfu_{kind}": flops / value for kind, value in self.peak.items() if value}
+
+        about = {"checkpoint": self.name, "family": self.family.config.family, "lever": lever.name, "batch": size,
+                 "settings": lever.settings, "precision": self.family.config.mixed_precision}  # fmt: skip
+        seconds = 5.0 if self.name in TINY else expected_seconds(lever, self.cost, size, cached_code)
+        return self.rows.measure(f"{self.name}: {lever.name}, batch {size}", seconds, work, **about)
+
+
+def measured_peak(rows: Rows, device: torch.device, precision: str) -> dict[str, Any]:
+    """Operations per second of a matrix product, `measured` here and by the card's `data_sheet`; None where unknown."""
+    row = rows.measure(
+        f"matrix product, {precision}", 10, lambda: {"measured": matrix_flops_per_second(device, PRECISIONS[precision])}
+    )
+    return {kind: row.get(kind) for kind in ("measured", "data_sheet")}
 
 
 def measure_all(
-    names: list[str], tiny: bool, sizes: dict[str, list[int]], device: torch.device, steps: int, minutes: float
-) -> dict[str, Any]:
-    """Every checkpoint (or tiny family) in turn; `sizes` are its batch sizes, that of the waterfall first."""
+    rows: Rows,
+    names: list[str],
+    device: torch.device,
+    batch: int | None = None,
+    sweep: bool = False,
+    wanted: Iterable[str] = (),
+) -> list[dict[str, Any]]:
+    """Every checkpoint, or tiny family, in turn.
+
+    Args:
+        batch: of the waterfalls, instead of each checkpoint's own.
+        wanted: names of levers; none for all.
+    """
     precision = "bf16" if device.type == "cuda" else "no"
-    deadline = time.monotonic() + 60 * minutes
-    peak = matrix_flops_per_second(device, PRECISIONS[precision])
-    # Inductor takes minutes for a UNet on a CPU; trying the benchmark needs none of its code.
-    backend = "aot_eager" if tiny else "inductor"
-    results = []
+    peak = measured_peak(rows, device, precision)
+    memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else math.inf
+    measured = []
     for name in names:
-        with tempfile.TemporaryDirectory() as directory:
+        tiny = name in TINY
+        with tempfile.TemporaryDirectory() as directory, compiling_cheaply() if tiny else contextlib.nullcontext():
             options = {"mixed_precision": precision, "output_dir": directory}
-            family = (
+            family: Any = (
                 open_tiny(name, Path(directory), **options) if tiny else open_random(name, Path(directory), device, **options)
             )
-            results.append(measure(name, family, sizes[name], device, steps, backend, deadline))
-    for result in results:
-        for row in result["rows"]:
-            if "samples_per_second" in row:
-                row["mfu"] = row["samples_per_second"] * row["training_flops_per_sample"] / peak
-    return {"precision": precision, "compile_backend": backend, "matrix_flops_per_second": peak, "results": results}
+            with torch.device("cpu" if tiny else "meta"):
+                cost = count(family, published_model(family) if tiny else trained_model(name))
+            aim, further = AIMS.get(name, TINY_AIM)
+            checkpoint = Checkpoint(name, family, cost, peak, device, rows)
+            levers = [lever for lever in LEVERS if lever.fits(family.config.family) and (not wanted or lever.name in wanted)]
+            measured += checkpoint.waterfall(levers, batch or largest_batch(aim, cost, memory))
+            for size in further if sweep else ():
+                measured.append(checkpoint.measure(SHIPPED, size, True))
+    return measured
 
 
-def table(measured: dict[str, Any]) -> str:
-    """The waterfalls as a Markdown table."""
-    lines = ["| model | lever | batch | samples/s | quartiles | against the recipe | MFU | memory GiB |",
-             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for result in measured["results"]:
-        recipe = result["rows"][0].get("samples_per_second")
-        for row in result["rows"]:
-            start = f"| {result['checkpoint']} | {row['lever']} | {row['batch']} |"
-            if "missing" in row:
-                lines.append(f"{start} {row['missing']} | | | | |")
+@contextlib.contextmanager
+def compiling_cheaply() -> Iterator[None]:
+    """Models compiled inside are traced and no more: inductor takes minutes for a UNet on a CPU."""
+    compile_module = nn.Module.compile
+    with mock.patch.object(nn.Module, "compile", lambda module, **unused: compile_module(module, backend="eager")):
+        yield
+
+
+def complete(rows: list[dict[str, Any]]) -> bool:
+    """Whether nothing is left for a further call."""
+    return not any("missing" in row for row in rows)
+
+
+def by_checkpoint(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The rows of levers by checkpoint and device."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if "lever" in row:
+            groups.setdefault((row["checkpoint"], row["device"]), []).append(row)
+    return groups
+
+
+def batch_of_waterfall(rows: list[dict[str, Any]]) -> int:
+    """The batch that most levers of a checkpoint were measured at."""
+    batches = Counter(row["batch"] for row in rows if "samples_per_second" in row)
+    return max(batches, key=lambda batch: (batches[batch], batch)) if batches else rows[0]["batch"]
+
+
+def rate(rows: list[dict[str, Any]], lever: str, batch: int) -> float | None:
+    return next((row.get("samples_per_second") for row in rows if (row["lever"], row["batch"]) == (lever, batch)), None)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The waterfalls as a Markdown table, and what they say about batches and norms."""
+    lines = ["| model | lever | batch | samples/s | quartiles | against the recipe | against its best | MFU, measured peak | "
+             "MFU, data sheet | GiB allocated | GiB reserved |", "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    notes = []
+    for (checkpoint, device), group in by_checkpoint(rows).items():
+        for row in group:
+            start = f"| {checkpoint} | {row['lever']} | {row['batch']} |"
+            speed = row.get("samples_per_second")
+            if speed is None:
+                lines.append(f"{start} {row.get('failed') or row.get('missing')} | | | | | | | |")
                 continue
-            rate = row["samples_per_second"]
-            ratio = f"{rate / recipe:.2f}" if recipe else ""
-            mfu = f"{row['mfu']:.1%}" if "mfu" in row else ""
-            memory = f"{row['memory_gib']:.1f}" if "memory_gib" in row else ""
-            lines.append(f"{start} {rate:.4g} | {row['low']:.4g} to {row['high']:.4g} | {ratio} | {mfu} | {memory} |")
-    return "\n".join(lines)
+            bases = [rate(group, lever, row["batch"]) for lever in ("recipe", "recipe at its best")]
+            ratios = [f"{speed / base:.2f}" if base else "" for base in bases]
+            shares = [f"{row[key]:.1%}" if key in row else "" for key in ("mfu_measured", "mfu_data_sheet")]
+            memory = [f"{row[key]:.1f}" if key in row else "" for key in ("memory_gib", "reserved_gib")]
+            cells = [f"{speed:.4g}", f"{row['low']:.4g} to {row['high']:.4g}", *ratios, *shares, *memory]
+            lines.append(f"{start} {' | '.join(cells)} |")
+        where = f"{checkpoint} on {device}"
+        short = {row["batch"] for row in group if row["settings"].get("options") is None and row.get("failed") == OUT_OF_MEMORY}
+        notes += [f"- {where}: the recipe does not fit batch {batch}; every lever took half." for batch in sorted(short)]
+        notes += [f"- {where}: {verdict}" for verdict in [norms_verdict(group)] if verdict]
+    return "\n".join([*lines, "", *notes])
+
+
+def norms_verdict(rows: list[dict[str, Any]]) -> str:
+    """Which value of `FUSE_NORMS_WHEN_COMPILED` the rows of a checkpoint support; nothing without both levers on a GPU."""
+    batch = batch_of_waterfall(rows)
+    levers = {row["lever"]: row for row in rows if row["batch"] == batch and "memory_gib" in row}
+    theirs, ours = levers.get("compiled"), levers.get("compiled, own norms")
+    if theirs is None or ours is None:
+        return ""
+    ratio = f"own norms give {ours['samples_per_second'] / theirs['samples_per_second']:.3f} times inductor's"
+    if ours["low"] > theirs["high"]:
+        return f"{ratio}: FUSE_NORMS_WHEN_COMPILED = True"
+    if ours["high"] < theirs["low"]:
+        return f"{ratio}: FUSE_NORMS_WHEN_COMPILED = False"
+    return f"{ratio}, within the quartiles: no reason to change FUSE_NORMS_WHEN_COMPILED"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser("benchmarks.step", description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="a few thousand weights instead of the published size")
-    parser.add_argument("--checkpoints", nargs="+", choices=[*BATCHES, *TINY], help="default: all")
+    parser.add_argument("--checkpoints", nargs="+", choices=[*AIMS, *TINY], help="default: all")
+    parser.add_argument("--levers", nargs="+", choices=[lever.name for lever in LEVERS], default=[], help="default: all")
     parser.add_argument("--batch", type=int, help="batch of the waterfall, instead of each checkpoint's own")
     parser.add_argument("--sweep", action="store_true", help="measure further batch sizes too")
-    parser.add_argument("--steps", type=int, default=10, help="steps per window (default: 10)")
-    parser.add_argument("--minutes", type=float, default=60, help="begin nothing further after so long (default: 60)")
-    parser.add_argument("--json", type=Path, help="write the results there too")
+    parser.add_argument("--minutes", type=float, help="begin no row that would not end in time")
+    parser.add_argument("--json", type=Path, help="keep the rows there, and go on from those that are there")
+    parser.add_argument("--compile_cache_dir", type=Path, help="keep compiled code there (default: as torch's variables say)")
     options = parser.parse_args()
     quiet_libraries()
+    if options.compile_cache_dir:
+        keep_compiled_code(options.compile_cache_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    names = options.checkpoints or (list(TINY) if options.tiny else list(BATCHES))
-    sizes = {}
-    for name in names:
-        first, further = BATCHES.get(name, (4, [2]))
-        sizes[name] = [options.batch or first, *(further if options.sweep else [])]
-    measured = measure_all(names, options.tiny, sizes, device, options.steps, options.minutes)
+    rows = Rows(options.json, __doc__, options.minutes)
+    names = options.checkpoints or (list(TINY) if options.tiny else list(AIMS))
+    measured = measure_all(rows, names, device, options.batch, options.sweep, options.levers)
     print(table(measured))
-    write_result(options.json, __doc__, **measured)
-    return 0
+    return 0 if complete(measured) else TRY_AGAIN
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 
 # isort: split
 from benchmarks import charts, kernels, optimizer, overhead, step
-from benchmarks.environment import RESULTS, environment, write_result
+from benchmarks.environment import RESULTS, Rows, environment, write_result
 from benchmarks.published import TINY
 from benchmarks.timing import copy_bytes_per_second
 from engine.files import write_text
@@ -36,23 +36,20 @@ def measure(tiny: bool, minutes: float, steps: int, device: torch.device) -> dic
     parameters = TINY_PARAMETERS if tiny else optimizer.PARAMETERS[device.type]
     result["optimizer"] = optimizer.measure(parameters, not tiny, device)
     result["overhead"] = overhead.measure(20 * steps, device)
-    names = list(TINY) if tiny else CHECKPOINTS
-    sizes = {name: [4, 2] if tiny else [step.BATCHES[name][0]] for name in names}
     left = minutes - (time.monotonic() - started) / 60
-    result["step"] = step.measure_all(names, tiny, sizes, device, steps, left)
+    rows = Rows(None, step.__doc__ or "", left)
+    step.measure_all(rows, list(TINY) if tiny else CHECKPOINTS, device)
+    result["step"] = rows.rows
     return result | {"minutes": (time.monotonic() - started) / 60}
 
 
 def report(measured: dict[str, Any], environment: dict[str, Any]) -> str:
     """The tables as Markdown."""
     described = "\n".join(f"- {name}: {value}" for name, value in environment.items())
-    peak = measured["step"]["matrix_flops_per_second"]
     return f"""# Benchmark suite
 
 {described}
-- matrix product: {peak / 1e12:.3g} TFLOP/s in {measured["step"]["precision"].replace("no", "fp32")}
 - copy: {measured["copy_bytes_per_second"] / 1e9:.4g} GB/s read and written
-- models compiled with: {measured["step"]["compile_backend"]}
 - minutes: {measured["minutes"]:.1f}
 
 ## Step
