@@ -30,16 +30,20 @@ class _CompleteGradients(torch.autograd.Function):
 
     The fused loss writes the gradient of the whole step's loss, scale included. DeepSpeed wants a scalar to call backward
     on; whatever it multiplies that scalar by is already in the gradients.
+
+    The backward pass empties the list: autograd takes a gradient as it is where no one else holds the tensor, and else copies.
     """
 
     @staticmethod
-    def forward(ctx: Any, gradients: Sequence[Tensor], *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, gradients: list[Tensor], *tensors: Tensor) -> Tensor:
         ctx.gradients = gradients
         return torch.zeros((), device=tensors[0].device)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
-        return None, *ctx.gradients
+        gradients = tuple(ctx.gradients)
+        ctx.gradients.clear()
+        return None, *gradients
 
 
 class ZeroPartition(Partition):
@@ -49,7 +53,6 @@ class ZeroPartition(Partition):
         super().__init__(model, processes)
         deepspeed = _import_deepspeed(processes)
         model.to(processes.device)
-        self.accumulation = config.gradient_accumulation_steps
         self.optimizer = create_optimizer(self.parameters, config, processes.sum_)
         elements = sum(parameter.numel() for parameter in self.parameters)
         self.stage = machinery_stage(config)
@@ -59,6 +62,8 @@ class ZeroPartition(Partition):
             model=model, optimizer=self.optimizer, config=deepspeed_config(config, elements), dist_init_required=False
         )
         zero = self.engine.optimizer
+        # Whether a gradient's memory is free again when its micro-batch ends: it is the only one, or stage 2 has moved it on.
+        self.takes_gradients = config.gradient_accumulation_steps == 1 or (self.stage == 2 and zero.contiguous_gradients)
         if self.stage == 3:
             self.masters = zero.fp32_partitioned_groups_flat
             for holder, group in enumerate(zero.fp16_groups):
@@ -110,13 +115,12 @@ class ZeroPartition(Partition):
         self.engine.backward(_CompleteGradients.apply([gradient], prediction), scale_wrt_gas=False)
 
     def receive(self, gradients: Sequence[Tensor], first: bool) -> None:
-        if self.accumulation == 1:
-            # New tensors over the same memory: autograd then takes them as they are. The gradients of several micro-batches
-            # add up, and it must copy the first.
-            gradients = [gradient.detach() for gradient in gradients]
         from deepspeed.runtime.utils import register_output_backward_hooks
 
-        scalar = _CompleteGradients.apply(gradients, *self.parameters)
+        # Autograd takes new tensors over the same memory as they are. Where micro-batches add up in `.grad` it must copy the
+        # first, because a graph writes the next one's there, and does so because the caller holds the tensors.
+        given = [gradient.detach() for gradient in gradients] if self.takes_gradients else list(gradients)
+        scalar = _CompleteGradients.apply(given, *self.parameters)
         # DeepSpeed did not see the forward pass; what it would have prepared there is due now.
         self.engine.optimizer.clear_backward_seen_flag()
         register_output_backward_hooks(scalar, self.engine._backward_prologue)

@@ -15,29 +15,12 @@ from torch.utils._pytree import tree_leaves
 from engine.errors import UserError
 from engine.loop import capture, trainer
 from engine.loop.trainer import train
-from tests.loop import tape
 from tests.loop.runs import checkpoint_tensors, config
 from tests.loop.test_families import config as family_config
 from tests.loop.test_watchdog import start_two
 
 ON_GPU = torch.cuda.is_available()
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
-
-
-@pytest.fixture
-def recorded(monkeypatch) -> list[str]:
-    """Lets a CPU capture; returns what was captured."""
-    captured: list[str] = []
-    real = capture.capture if ON_GPU else tape.capture
-
-    def note(function, stream, pool):
-        captured.append("graph")
-        return real(function, stream, pool)
-
-    if not ON_GPU:
-        monkeypatch.setattr(capture, "reason_against", lambda *arguments: None)
-    monkeypatch.setattr(capture, "capture", note)
-    return captured
 
 
 def lines(output) -> list[tuple[float, float]]:
