@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -27,6 +28,7 @@ from engine.kernels.adamw_ema import BLOCK, VECTOR, adamw_ema_kernel
 from engine.kernels.add_noise import add_noise_kernel
 from engine.kernels.diffusion_loss import diffusion_loss_kernel
 from engine.kernels.group_norm_silu import group_norm_silu_backward_kernel, group_norm_silu_kernel, tiling
+from engine.kernels.layout import positions_of, strides, tile
 from engine.kernels.square_sum import BLOCK as SQUARE_SUM_BLOCK
 from engine.kernels.square_sum import TURNS, square_sum_kernel
 
@@ -38,7 +40,6 @@ TARGETS = {
 }
 DTYPES = ["bf16", "fp16", "fp32"]
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_FLOATS = {"offset", "perturbation", "rest_1", "beta_2", "rest_2", "epsilon", "weight_decay"}
 _INTEGERS = {"seed_pointer": "*i64", "slot_pointer": "*i64"}
 
 
@@ -47,14 +48,14 @@ class Case:
     """One specialisation of a kernel, as the JIT would choose it.
 
     variant: what it is called; constants: its compile-time arguments; samples: the pointers that have the data's dtype;
-    odd: integer arguments that are not known to be multiples of 16.
+    integers: the values of its integer arguments, of which the JIT looks whether they are 1 or multiples of 16.
     """
 
     kernel: Any
     variant: str
     constants: dict[str, Any]
     samples: tuple[str, ...]
-    odd: tuple[str, ...] = ()
+    integers: dict[str, int] = field(default_factory=dict)
     options: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -63,26 +64,35 @@ class Case:
 
 
 def _latent_cases() -> list[Case]:
-    """`add_noise` and `diffusion_loss` in the tiles that engine.kernels.layout chooses for 4 channels, with every option on.
+    """`add_noise` and `diffusion_loss` over latents: of SD with every option on; then plain, as most runs are, of all families.
 
-    `plain` is contiguous without noise offset and perturbation, as most runs are.
+    In the tiles that engine.kernels.layout chooses.
     """
-    cases = []
-    layouts = {
-        "contiguous": {"ROWS": 1, "GROUPS": 256, "FLAT": False},
-        "channels_last": {"ROWS": 4, "GROUPS": 64, "FLAT": False},
-        "flat": {"ROWS": 1, "GROUPS": 256, "FLAT": True},
-        "plain": {"ROWS": 1, "GROUPS": 256, "FLAT": False, "HAS_OFFSET": False, "HAS_PERTURBATION": False},
+    kinds: dict[str, tuple[tuple[int, ...], torch.memory_format, bool]] = {
+        "contiguous": ((4, 64, 64), torch.contiguous_format, True),
+        "channels_last": ((4, 64, 64), torch.channels_last, True),
+        "flat": ((4, 5, 7), torch.contiguous_format, True),
+        "plain": ((4, 64, 64), torch.contiguous_format, False),
+        "plain, 1280": ((1280,), torch.contiguous_format, False),
+        "plain, 16 x 24 x 24": ((16, 24, 24), torch.contiguous_format, False),
     }
-    for kernel, samples in ((add_noise_kernel, ("noisy", "mean", "std")),
-                            (diffusion_loss_kernel, ("gradient", "prediction", "mean", "std"))):  # fmt: skip
-        for layout, constants in layouts.items():
-            options = {name: True for name in kernel.arg_names if name.startswith("HAS_")}
-            innermost = "_channel_stride" if layout == "channels_last" else "_position_stride"
-            ones = {name: 1 for name in kernel.arg_names if name.endswith(innermost)}
-            integers = tuple(name for name in kernel.arg_names if not name.endswith("_pointer")) if layout == "flat" else ()
-            known = {name: value for name, value in (options | constants | ones).items() if name in kernel.arg_names}
-            cases.append(Case(kernel, layout, known, samples, ("channels", *integers)))
+    cases = []
+    for variant, (shape, memory_format, every_option) in kinds.items():
+        latents = torch.empty(2, *shape, device="meta").contiguous(memory_format=memory_format)
+        tiling = tile(latents, shape[0])
+        flat = tiling.positions != positions_of(latents)
+        integers = {"channels": tiling.channels, "positions": tiling.positions, "channel_positions": positions_of(latents)}
+        for tensor in ("noisy", "mean", "prediction"):
+            for dimension, stride in zip(("batch", "channel", "position"), strides(latents, tiling), strict=True):
+                integers[f"{tensor}_{dimension}_stride"] = stride
+        constants = {
+            "HAS_STD": True, "HAS_OFFSET": every_option, "HAS_PERTURBATION": every_option, "FLAT": flat, "ROWS": tiling.rows,
+            "GROUPS": tiling.groups,
+        }  # fmt: skip
+        for kernel, samples in ((add_noise_kernel, ("noisy", "mean", "std")),
+                                (diffusion_loss_kernel, ("gradient", "prediction", "mean", "std"))):  # fmt: skip
+            known = {name: value for name, value in constants.items() if name in kernel.arg_names}
+            cases.append(Case(kernel, variant, known, samples, integers, {"num_warps": tiling.num_warps}))
     return cases
 
 
@@ -92,42 +102,46 @@ def _group_norm_cases() -> list[Case]:
     for group, positions in ((10, 64 * 64), (40, 16 * 16), (36, 16 * 16)):
         _, constants = tiling(32 * group, positions, 32)
         options = {"num_warps": constants.pop("num_warps")}
+        integers = {"positions": positions, "weight_stride": 0, "bias_stride": 0}
         for kernel, samples in (
             (group_norm_silu_kernel, ("y", "x", "weight", "bias")),
             (group_norm_silu_backward_kernel, ("x_gradient", "y_gradient", "x", "weight", "bias")),
         ):
-            cases.append(Case(kernel, f"{group} per group", {"SILU": True, **constants}, samples, options=options))
+            cases.append(Case(kernel, f"{group} per group", {"SILU": True, **constants}, samples, integers, options))
     return cases
 
 
 CASES = [
     *_latent_cases(),
     Case(adamw_ema_kernel, "any count", {"HAS_WEIGHTS": True, "HAS_EMA": True, "BLOCK": BLOCK, "VECTOR": VECTOR},
-         ("gradient", "weights"), ("elements",)),
+         ("gradient", "weights"), {"elements": 859_520_964}),
     Case(square_sum_kernel, "any count", {"BLOCK": SQUARE_SUM_BLOCK, "TURNS": TURNS, "VECTOR": VECTOR}, ("tensor",),
-         ("elements",)),
+         {"elements": 859_520_964}),
     *_group_norm_cases(),
 ]  # fmt: skip
 
 
 def compile_case(case: Case, dtype: str, target: GPUTarget) -> Any:
-    """Compiles one specialisation, for aligned pointers and even sizes where it does not say otherwise."""
-    signature, aligned = {}, []
-    for number, name in enumerate(case.kernel.arg_names):
-        if name in case.constants:
+    """Compiles one specialisation, for pointers that are aligned."""
+    signature, constants, aligned = {}, dict(case.constants), []
+    for parameter in case.kernel.params:
+        name, value = parameter.name, case.integers.get(parameter.name)
+        if value == 1 and not parameter.do_not_specialize:
+            constants[name] = 1
+        if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_pointer"):
             sample = name.removesuffix("_pointer") in case.samples
             signature[name] = _INTEGERS.get(name, f"*{dtype}" if sample else "*fp32")
-            aligned.append(number)
-        elif name in _FLOATS:
+            aligned.append(parameter.num)
+        elif value is None:
             signature[name] = "fp32"
         else:
             signature[name] = "i32"
-            if name not in case.odd:
-                aligned.append(number)
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                aligned.append(parameter.num)
     attributes = {(number,): [["tt.divisibility", 16]] for number in aligned}
-    source = ASTSource(case.kernel, signature, constexprs=case.constants, attrs=attributes)
+    source = ASTSource(case.kernel, signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=target, options=case.options)
 
 

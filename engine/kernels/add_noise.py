@@ -101,13 +101,14 @@ def launch_add_noise(
     mean = walkable(mean)
     std = None if std is None else stored_like(std, mean)
     noisy = torch.empty_like(mean)
-    tiling = tile(mean)
+    tiling = tile(mean, mean.shape[1])
     add_noise_kernel[tiling.grid(mean.shape[0])](
         noisy, mean, mean if std is None else std, alpha, sigma, seed, slots,
         offset, perturbation, tiling.channels, tiling.positions, positions_of(mean),
         *strides(noisy, tiling), *strides(mean, tiling),
         HAS_STD=std is not None, HAS_OFFSET=offset != 0, HAS_PERTURBATION=perturbation != 0,
         FLAT=tiling.positions != positions_of(mean), ROWS=tiling.rows, GROUPS=tiling.groups,
+        num_warps=tiling.num_warps,
     )  # fmt: skip
     return noisy
 

@@ -94,7 +94,7 @@ def run_add_noise(
     mean = walkable(mean)
     std = None if std is None else stored_like(std.to(mean.dtype), mean)
     noisy = torch.empty_like(mean)
-    tiling = tile(mean)
+    tiling = tile(mean, mean.shape[1])
     alpha, sigma, slots = alpha.contiguous(), sigma.contiguous(), slots.contiguous()
     walk = _walk(noisy, mean, std, tiling, seed, slots, offset)
     task = _AddNoise(walk, noisy.data_ptr(), alpha.data_ptr(), sigma.data_ptr(), perturbation)
@@ -120,7 +120,7 @@ def run_diffusion_loss(
     gradient = torch.empty_like(prediction)
     loss = torch.empty(prediction.shape[0], dtype=torch.float32)
     c_x, c_e, weight, slots = c_x.contiguous(), c_e.contiguous(), weight.contiguous(), slots.contiguous()
-    walk = _walk(gradient, mean, std, tile(prediction), seed, slots, offset)
+    walk = _walk(gradient, mean, std, tile(prediction, prediction.shape[1]), seed, slots, offset)
     task = _DiffusionLoss(
         walk, gradient.data_ptr(), prediction.data_ptr(), c_x.data_ptr(), c_e.data_ptr(), weight.data_ptr(), scale.data_ptr(),
         mean.shape[1:].numel(), loss.data_ptr(), None,

@@ -30,7 +30,7 @@ from engine.kernels.layout import positions_of, stored_like, strides, tile, walk
 def diffusion_loss_kernel(
     gradient_pointer, partial_pointer, prediction_pointer, mean_pointer, std_pointer,
     c_x_pointer, c_e_pointer, weight_pointer, scale_pointer, seed_pointer, slot_pointer,
-    offset, channels, positions, channel_positions, target_elements,
+    offset, channels, positions, channel_positions,
     prediction_batch_stride, prediction_channel_stride, prediction_position_stride,
     mean_batch_stride, mean_channel_stride, mean_position_stride,
     HAS_STD: tl.constexpr, HAS_OFFSET: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
@@ -41,17 +41,16 @@ def diffusion_loss_kernel(
     c_x = tl.load(c_x_pointer + sample)
     c_e = tl.load(c_e_pointer + sample)
     row, position, group, element, exists = sample_tile(ROWS, GROUPS, channels, positions)
-    in_target = exists & (element < target_elements)
 
     target = c_e * unit_noise(seed, group, element, row, slot, channel_positions, offset, HAS_OFFSET, FLAT)
     if c_x != 0.0:
         offsets = sample * mean_batch_stride + row * mean_channel_stride + position * mean_position_stride
-        target += c_x * clean_sample(mean_pointer, std_pointer, offsets, in_target, seed, group, slot, HAS_STD)
+        target += c_x * clean_sample(mean_pointer, std_pointer, offsets, exists, seed, group, slot, HAS_STD)
 
     offsets = sample * prediction_batch_stride + row * prediction_channel_stride + position * prediction_position_stride
-    prediction = tl.load(prediction_pointer + offsets, mask=in_target, other=0.0).to(tl.float32)
-    error = tl.where(in_target, prediction - target, 0.0)
-    factor = tl.load(weight_pointer + sample) / target_elements
+    prediction = tl.load(prediction_pointer + offsets, mask=exists, other=0.0).to(tl.float32)
+    error = tl.where(exists, prediction - target, 0.0)
+    factor = tl.load(weight_pointer + sample) / (channels * positions)
     tl.store(gradient_pointer + offsets, 2.0 * factor * tl.load(scale_pointer) * error, mask=exists)
 
     programs = tl.num_programs(0) * tl.num_programs(1)
@@ -78,16 +77,18 @@ def launch_diffusion_loss(
     if gradient_scale is None:
         gradient_scale = weight.new_ones(1)
     gradient = torch.empty_like(prediction)
-    tiling = tile(prediction)
+    gradient[:, mean.shape[1] :].zero_()
+    tiling = tile(prediction, mean.shape[1])
     grid = tiling.grid(prediction.shape[0])
     partial = torch.empty(prediction.shape[0], grid[0] * grid[1], dtype=torch.float32, device=prediction.device)
     diffusion_loss_kernel[grid](
         gradient, partial, prediction, mean, mean if std is None else std,
         c_x, c_e, weight, gradient_scale, seed, slots,
-        offset, tiling.channels, tiling.positions, positions_of(mean), mean.shape[1:].numel(),
+        offset, tiling.channels, tiling.positions, positions_of(mean),
         *strides(prediction, tiling), *strides(mean, tiling),
         HAS_STD=std is not None, HAS_OFFSET=offset != 0,
         FLAT=tiling.positions != positions_of(prediction), ROWS=tiling.rows, GROUPS=tiling.groups,
+        num_warps=tiling.num_warps,
     )  # fmt: skip
     return partial.sum(dim=1), gradient
 

@@ -21,8 +21,8 @@ def report() -> list[dict]:
 
 
 VARIANTS = {
-    "add_noise": {"contiguous", "channels_last", "flat", "plain"},
-    "diffusion_loss": {"contiguous", "channels_last", "flat", "plain"},
+    "add_noise": {"contiguous", "channels_last", "flat", "plain", "plain, 1280", "plain, 16 x 24 x 24"},
+    "diffusion_loss": {"contiguous", "channels_last", "flat", "plain", "plain, 1280", "plain, 16 x 24 x 24"},
     "adamw_ema": {"any count"},
     "square_sum": {"any count"},
     "group_norm_silu": {"10 per group", "36 per group", "40 per group"},
