@@ -1,10 +1,16 @@
-"""Between two log points the host reads nothing from the device."""
+"""Between two log points the host reads nothing from the device, sends it nothing that it would wait for, and never waits."""
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from engine.loop import trainer
+from engine.config import TrainConfig
+from engine.data.loader import Batch, BatchPlan
+from engine.loop import capture, trainer
+from engine.models.family import open_family
+from engine.processes import Processes
 from tests.loop.runs import config
 
 READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::unique2"}
@@ -62,3 +68,122 @@ def test_a_step_reads_nothing(options, model, images, shards, tmp_path, monkeypa
     monkeypatch.setattr(trainer.Training, "run_steps", counted)
     assert trainer.train(run) == 0
     assert between == [0] * 8
+
+
+class CountCrossings(TorchDispatchMode):
+    """Notes the operations whose tensors lie on more than one device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.crossings: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [value for value in tree_leaves((args, kwargs, result)) if torch.is_tensor(value)]
+        if len({tensor.device for tensor in tensors}) > 1:
+            self.crossings.append(function._schema.name)
+        return result
+
+
+class CountFactories(TorchFunctionMode):
+    """Notes what makes a tensor of the device from the host's numbers: no operator shows the copy inside it."""
+
+    def __init__(self, crossings: list[str]) -> None:
+        super().__init__()
+        self.crossings = crossings
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function in (torch.tensor, torch.as_tensor, torch.asarray) and result.device.type != "cpu":
+            self.crossings.append(function.__name__)
+        return result
+
+
+def test_the_counter_sees_a_crossing():
+    with CountCrossings() as counter, CountFactories(counter.crossings):
+        there = torch.zeros(2, device="meta")
+        there.copy_(torch.zeros(2))
+        torch.zeros(2).to("meta")
+        torch.where(there > 0, there, torch.zeros(()))
+        torch.tensor([1.0, 2.0], device="meta")
+        torch.where(there > 0, there, 0.0).fill_(2.0)  # these take a number along with the launch
+    assert counter.crossings == ["aten::copy_", "aten::_to_copy", "aten::where", "tensor"]
+
+
+@pytest.mark.parametrize(
+    ("family_name", "options"),
+    [
+        ("sd", {"noise_offset": 0.1, "input_perturbation": 0.1, "snr_gamma": 5.0}),
+        ("sd", {"dream_training": True, "mixed_precision": "bf16", "gradient_accumulation_steps": 3}),
+        ("sd", {"gradient_checkpointing": True}),
+        ("kandinsky-prior", {"snr_gamma": 5.0}),
+        ("kandinsky-decoder", {"mixed_precision": "bf16"}),
+        ("wuerstchen", {}),
+    ],
+    ids=str,
+)
+def test_a_step_sends_nothing_to_the_device(family_name, options, published, tmp_path):
+    """The meta device stands in for a GPU: a copy from pageable memory would make the host wait, and break a capture."""
+    own = {"family": family_name, "train_data_dir": str(tmp_path), "output_dir": str(tmp_path), "seed": 1, "use_ema": True}
+    run = TrainConfig.model_validate({**own, **published(family_name), "train_batch_size": 2, **options})
+    processes = Processes()
+    processes.device = torch.device("meta")
+    family = open_family(run)
+    model = family.load_model().to("meta")
+    family.load_model = lambda: model
+    plan = BatchPlan(2, run.gradient_accumulation_steps, rank=0, world=1)
+    shards = range(12)  # all that is asked here is how many records there are
+    training = trainer.Training(run, family, shards, plan, processes, {"seed": 1}, total_steps=4)
+    slots = torch.arange(2)
+    timesteps = family.schedule.draw(torch.tensor([1]), slots)
+    fields = family.record_spec.items()
+    record = {name: torch.empty(2, *field.shape, dtype=field.dtype, device="meta") for name, field in fields}
+    batch = Batch(record, slots.to("meta"), timesteps.to("meta"), family.schedule.coefficients(timesteps).to("meta"))
+    with CountCrossings() as counter, CountFactories(counter.crossings):
+        training._train_step(iter([batch] * plan.accumulation), rate=1e-3)
+    assert counter.crossings == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", ["off", "on"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mixed_precision": "bf16"}, {"mixed_precision": "bf16", "gradient_accumulation_steps": 2}, {"zero_stage": 1},
+     {"zero_stage": 2, "mixed_precision": "bf16"}, {"offload_ema": True}],
+    ids=str,
+)  # fmt: skip
+def test_a_gpu_never_waits_for_the_host_between_two_log_points(
+    options, graphs, model, images, tmp_path, monkeypatch, restored_sync_debug_mode
+):
+    """torch itself raises where it would wait, in this thread, autograd's and the loader's.
+
+    It knows of copies from and to pageable memory, `item`, `nonzero` and the like, and `Stream.synchronize`. It does not see
+    `torch.cuda.synchronize` and `Event.synchronize` (the loader's and the pace's, which are meant to wait), the allocators' own
+    (cudaMalloc, cudaFree, cudaHostAlloc), nor what NCCL, Triton or other libraries do.
+    """
+    first = capture.WARM_UP + 1  # the steps before it may: libraries choose algorithms, and graphs are captured
+    train_step, after_step = trainer.Training._train_step, trainer.Training._after_step
+    strict: list[int] = []
+
+    def begin(self, *arguments):
+        if self.step >= first:
+            torch.cuda.set_sync_debug_mode("error")
+            strict.append(self.step)
+        train_step(self, *arguments)
+
+    def end(self, *arguments):
+        if self.step % self.config.log_every == 0:
+            torch.cuda.set_sync_debug_mode("default")
+        after_step(self, *arguments)
+
+    monkeypatch.setattr(trainer.Training, "_train_step", begin)
+    monkeypatch.setattr(trainer.Training, "_after_step", end)
+    run = {"max_train_steps": 12, "log_every": 12, "noise_offset": 0.1, "snr_gamma": 5.0, "cuda_graphs": graphs, **options}
+    assert trainer.train(config(model, images, tmp_path / "shards", tmp_path / "out", **run)) == 0
+    assert strict == list(range(first, 12))
+
+
+@pytest.fixture
+def restored_sync_debug_mode():
+    yield
+    torch.cuda.set_sync_debug_mode("default")
