@@ -1,10 +1,14 @@
-"""Without a GPU, Triton kernels run in its interpreter; that must be decided before the kernels are imported."""
+"""Without a GPU, Triton kernels run in its interpreter; that must be decided before the kernels are imported. With one, cuBLAS
+and cuDNN read what they may do when they are first used."""
 
 import os
 
 import torch
 
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    # Results are compared with the CPU's in fp32, and the bits of one run with those of another.
+    os.environ |= {"NVIDIA_TF32_OVERRIDE": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+else:
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -25,10 +29,11 @@ quiet_libraries()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "two_processes" in item.keywords and torch.cuda.device_count() == 1:
+            item.add_marker(pytest.mark.skip(reason="two processes need two CUDA devices, or none"))
 
 
 @pytest.fixture(scope="session", autouse=True)

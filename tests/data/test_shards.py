@@ -179,6 +179,7 @@ def test_shards_of_something_else_are_replaced_or_refused(model, images, tmp_pat
         build(tiny.write_pipeline(tmp_path / "model", seed=1), images, shards)
 
 
+@pytest.mark.two_processes
 def test_two_processes_write_the_bytes_of_one(model, images, tmp_path):
     # As commands with one computing thread each: the number of threads can change the last bits of a convolution.
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -15,11 +15,10 @@ from torch.utils._pytree import tree_leaves
 from engine.errors import UserError
 from engine.loop import capture, trainer
 from engine.loop.trainer import train
-from tests.loop.runs import checkpoint_tensors, config
+from tests.loop.runs import ON_GPU, checkpoint_tensors, config
 from tests.loop.test_families import config as family_config
 from tests.loop.test_watchdog import start_two
 
-ON_GPU = torch.cuda.is_available()
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 
 
@@ -140,7 +139,6 @@ sys.exit(exit_code("engine.run", main))
 """
 
 
-@pytest.mark.skipif(ON_GPU, reason="two processes need two GPUs")
 def test_a_capture_that_fails_on_one_process_ends_all_of_them():
     both = start_two([sys.executable, "-c", FAILS_ON_ONE])
     errors = [process.communicate(timeout=120)[1] for process in both]

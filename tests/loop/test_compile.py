@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 
 from engine.config import TrainConfig
 from engine.loop.trainer import train
+from tests.loop.runs import SLACK
 from tests.loop.test_families import config, losses
 
 CASES = [(family, checkpointing) for family in ("sd", "kandinsky-prior", "kandinsky-decoder", "wuerstchen")
@@ -42,7 +43,7 @@ def test_every_family_compiles_once_into_one_graph(family, checkpointing, model,
     counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert train(run("compiled", compile=True)) == 0
-    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4 * SLACK)
     assert not counters["graph_break"], dict(counters["graph_break"])
     assert counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()
@@ -62,7 +63,7 @@ def test_a_compiled_model_trains_as_the_plain_one_and_again_from_its_cache(publi
             train(config("kandinsky-prior", models, photographs, tmp_path / name, max_train_steps=3, **shards, **options)) == 0
         )
         code[name] = {path for path in (tmp_path / "cache").rglob("*") if path.suffix in (".cpp", ".py", ".so")}
-    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4 * SLACK)
     assert losses(tmp_path / "again") == losses(tmp_path / "compiled")
     assert code["plain"] == set()
     assert code["again"] == code["compiled"] != set(), "a restart compiled again"

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from engine.config import TrainConfig
 from engine.loop.trainer import train
-from tests.loop.runs import checkpoint_tensors, command, published_order, relative_distance, run, torchrun
+from tests.loop.runs import ON_GPU, SLACK, checkpoint_tensors, command, published_order, relative_distance, run, torchrun
 
 RESOLUTION = {"kandinsky-prior": 32, "kandinsky-decoder": 32, "wuerstchen": 128}
 FAMILIES = list(RESOLUTION)
@@ -19,7 +19,7 @@ FAMILIES = list(RESOLUTION)
 def config(family: str, models: dict[str, str], images: Path, output: Path, **options) -> TrainConfig:
     defaults = {
         "train_batch_size": 4, "max_train_steps": 6, "checkpointing_steps": 3, "seed": 5, "learning_rate": 1e-3,
-        "log_every": 1, "report_to": "none", "use_ema": True, "resolution": RESOLUTION[family],
+        "log_every": 1, "report_to": "none", "use_ema": True, "resolution": RESOLUTION[family], "deterministic": ON_GPU,
     }  # fmt: skip
     return TrainConfig.model_validate(
         {"family": family, **models, "train_data_dir": str(images), "output_dir": str(output), **defaults, **options}
@@ -59,6 +59,7 @@ def test_low_precision_follows_full_precision(family, published, photographs, tm
     assert low == pytest.approx(full, rel=0.1)
 
 
+@pytest.mark.two_processes
 def test_two_processes_train_what_one_trains(published, photographs, tmp_path):
     models = published("wuerstchen", dropout=0.0)
     options = {"shards_dir": str(tmp_path / "shards"), "checkpointing_steps": 6}
@@ -67,7 +68,7 @@ def test_two_processes_train_what_one_trains(published, photographs, tmp_path):
     two = config("wuerstchen", models, photographs, tmp_path / "two", zero_stage=1, **options)
     result = run(command(two, *torchrun(2)))
     assert result.returncode == 0, result.stderr
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5 * SLACK)
     prior = WuerstchenPrior.from_pretrained(models["pretrained_prior_model_name_or_path"], subfolder="prior")
     start = dict(prior.named_parameters())
     for kind in ("weight", "ema"):
@@ -75,7 +76,7 @@ def test_two_processes_train_what_one_trains(published, photographs, tmp_path):
             published_order(prior, checkpoint_tensors(tmp_path / name / "checkpoint-6", kind)) for name in ("two", "one")
         )
         seen = {name: value for name, value in theirs.items() if not name.endswith("to_k.bias")}
-        assert relative_distance(ours, seen, start) < 1e-4
+        assert relative_distance(ours, seen, start) < 1e-4 * SLACK
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -28,7 +28,7 @@ from engine.data.order import records_of
 from engine.loop.trainer import train
 from engine.models.efficientnet import load_encoder
 from tests import reference
-from tests.loop.runs import checkpoint_tensors, published_order, relative_distance
+from tests.loop.runs import SLACK, checkpoint_tensors, published_order, relative_distance
 
 STEPS, BATCH, SEED = 20, 4, 2**41 + 3
 FOLDER = {"kandinsky-prior": "prior", "kandinsky-decoder": "unet", "wuerstchen": "prior"}
@@ -215,9 +215,9 @@ def test_weights_and_averages_follow_the_reference(case, published, photographs,
         assert frozen == ({"clip_mean", "clip_std"} if case["family"] == "kandinsky-prior" else set())
         distance = relative_distance(ours, {name: expected[name] for name in ours if has_gradient(config.family, name)}, start)
         record_property(kind, distance)
-        assert distance < 1e-4
+        assert distance < 1e-4 * SLACK
     logged = [json.loads(line)["loss"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert logged == pytest.approx(losses, rel=1e-4)
+    assert logged == pytest.approx(losses, rel=1e-4 * SLACK)
 
     result = tmp_path / "out" / ("prior_pipeline" if case["family"] == "wuerstchen" else "")
     # The classes must be those of the published pipeline: another machine's transformers may know no others.

@@ -14,7 +14,7 @@ from engine.config import TrainConfig
 from engine.data.order import records_of
 from engine.loop.trainer import train
 from tests import reference
-from tests.loop.runs import checkpoint_tensors, config, published_order, relative_distance
+from tests.loop.runs import SLACK, checkpoint_tensors, config, published_order, relative_distance
 
 STEPS, BATCH, SEED = 20, 4, 2**40 + 7
 OPTIONS = {
@@ -122,9 +122,9 @@ def test_weights_and_averages_follow_the_reference(case, model, images, shards, 
     for kind, expected in (("weight", weights), ("ema", averages)):
         distance = relative_distance(published_order(published, checkpoint_tensors(checkpoint, kind)), expected, start)
         record_property(kind, distance)
-        assert distance < 1e-4
+        assert distance < 1e-4 * SLACK
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    np.testing.assert_allclose([line["loss"] for line in lines], losses, rtol=1e-4)
-    np.testing.assert_allclose([line["grad_norm"] for line in lines], norms, rtol=1e-3)
+    np.testing.assert_allclose([line["loss"] for line in lines], losses, rtol=1e-4 * SLACK)
+    np.testing.assert_allclose([line["grad_norm"] for line in lines], norms, rtol=1e-3 * SLACK)
     exported = UNet2DConditionModel.from_pretrained(output, subfolder="unet")
-    assert relative_distance(dict(exported.named_parameters()), averages, start) < 1e-4
+    assert relative_distance(dict(exported.named_parameters()), averages, start) < 1e-4 * SLACK

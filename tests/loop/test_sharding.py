@@ -8,7 +8,7 @@ from engine.config import TrainConfig, parse
 from engine.errors import UserError
 from engine.loop.trainer import divide_global_batch, train
 from engine.loop.zero import deepspeed_config
-from tests.loop.runs import config
+from tests.loop.runs import SLACK, config
 
 
 def options(**values) -> TrainConfig:
@@ -33,8 +33,8 @@ def test_splits_of_a_global_batch_train_alike(model, images, shards, tmp_path):
         output = tmp_path / str(micro)
         assert train(config(model, images, shards, output, global_batch_size=4, train_batch_size=micro)) == 0
         losses.append([json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    assert losses[2] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4 * SLACK)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-4 * SLACK)
 
 
 def merged(tmp_path, content, **values) -> dict:

@@ -66,6 +66,7 @@ def test_a_run_that_hangs_is_given_up(model, images, shards, tmp_path):
     assert "process 0: no step has ended for 2 seconds (--step_timeout); all are at step" in result.stderr
 
 
+@pytest.mark.two_processes
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_process_that_loses_another_says_so_without_a_trace(stage, model, images, shards, tmp_path):
     options = {"train_batch_size": 2, "max_train_steps": 100_000, "checkpointing_steps": 2, "zero_stage": stage}
