@@ -25,6 +25,7 @@ FamilyName = Literal["sd", "kandinsky-prior", "kandinsky-decoder", "wuerstchen"]
 FAMILIES: tuple[str, ...] = get_args(FamilyName)
 KANDINSKY = ("kandinsky-prior", "kandinsky-decoder")
 CAPTIONED = ("sd", "kandinsky-prior", "wuerstchen")
+XFORMERS = ("sd", "kandinsky-decoder")  # families whose attention xFormers can take
 REQUIRED = ...
 PIPELINE_OPTIONS = (
     "pretrained_model_name_or_path",
@@ -171,9 +172,18 @@ class TrainConfig(CacheConfig):
         "model",
     )
     enable_xformers_memory_efficient_attention: bool = option(
-        only(("sd", "kandinsky-decoder"), False), "Use xFormers' attention instead of torch's own.", "model"
+        only(XFORMERS, False), "The scripts' name of --attention xformers.", "model"
+    )
+    attention: Literal["auto", "flash", "cudnn", "efficient", "xformers"] = option(
+        "auto",
+        "Kernel of attention: auto chooses by card and shape, another is refused where it cannot run a shape of the model "
+        "(xformers: sd, kandinsky-decoder only).",
+        "model",
     )
     compile: bool = option(False, "Compile the trained model with torch.compile.", "model")
+    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = option(
+        "default", "With --compile, how long to search: max-autotune times several kernels for each matrix product.", "model"
+    )
     compile_cache_dir: str | None = option(
         None, "Where compiled code is kept, so that a restart does not compile again. Default: torch's temporary one.", "model"
     )
@@ -300,6 +310,11 @@ class TrainConfig(CacheConfig):
         None, "A checkpoint directory, or `latest` for the newest in the output directory.", "checkpoints"
     )
     local_rank: int = option(-1, "Set by launchers; the environment variable LOCAL_RANK wins.", "training")
+
+    @property
+    def uses_xformers(self) -> bool:
+        """Whether attention is xFormers', by either of its names."""
+        return self.attention == "xformers" or self.enable_xformers_memory_efficient_attention
 
 
 Model = TypeVar("Model", bound=CacheConfig)
@@ -496,10 +511,18 @@ def _check(config: CacheConfig) -> None:
         raise UserError("--zero_stage 1 adds gradients up in the precision of the weights; for fp32 use --zero_stage 2")
     if config.deepspeed_config and not Path(config.deepspeed_config).is_file():
         raise UserError(f"--deepspeed_config {config.deepspeed_config}: no such file")
-    if config.deterministic and config.enable_xformers_memory_efficient_attention:
-        raise UserError("--deterministic: xFormers' attention does not repeat its gradients; leave one out")
-    if config.compile_cache_dir and not config.compile:
-        raise UserError("--compile_cache_dir needs --compile")
+    if config.attention == "xformers" and config.family not in XFORMERS:
+        raise UserError(f"--attention xformers is not used by {config.family}; leave it out")
+    if config.enable_xformers_memory_efficient_attention and config.attention not in ("auto", "xformers"):
+        raise UserError(
+            f"--enable_xformers_memory_efficient_attention contradicts --attention {config.attention}; leave one out"
+        )
+    if config.deterministic and (config.uses_xformers or config.attention == "cudnn"):
+        used = "xformers" if config.uses_xformers else "cudnn"
+        raise UserError(f"--deterministic: the attention of {used} does not repeat its gradients; leave one out")
+    for name in ("compile_cache_dir", "compile_mode"):
+        if not config.compile and getattr(config, name) not in (None, "default"):
+            raise UserError(f"--{name} needs --compile")
     if config.offload_ema and not config.use_ema:
         raise UserError("--offload_ema needs --use_ema")
     resume = config.resume_from_checkpoint

@@ -243,3 +243,31 @@ def test_help_is_grouped(capsys):
         assert f"\n{group}\n" in text
     for name in SCRIPT:
         assert f"--{name}" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--enable_xformers_memory_efficient_attention", "--attention", "flash"],
+            "contradicts --attention flash; leave one out",
+        ),
+        (["--deterministic", "--attention", "cudnn"], "--deterministic: the attention of cudnn does not repeat its gradients"),
+        (["--deterministic", "--attention", "xformers"], "--deterministic: the attention of xformers does not"),
+        (["--deterministic", "--enable_xformers_memory_efficient_attention"], "--deterministic: the attention of xformers"),
+        (["--compile_mode", "max-autotune-no-cudagraphs"], "--compile_mode needs --compile"),
+        (["--compile", "--compile_mode", "max-autotune"], "--compile_mode 'max-autotune': input should be 'default' or"),
+    ],
+)
+def test_backends_that_contradict_each_other_are_refused(images, arguments, message):
+    assert message in refusal("--train_data_dir", str(images), *arguments)
+
+
+def test_both_names_of_xformers_attention_are_one(images):
+    for arguments in (["--enable_xformers_memory_efficient_attention"], ["--attention", "xformers"]):
+        assert run("--train_data_dir", str(images), *arguments).uses_xformers
+    assert not run("--train_data_dir", str(images), "--attention", "flash").uses_xformers
+    with pytest.raises(UserError, match="--attention xformers is not used by wuerstchen; leave it out"):
+        parse(TrainConfig, "engine.run", "", [
+            "--family", "wuerstchen", "--train_data_dir", str(images), "--attention", "xformers",
+        ])  # fmt: skip

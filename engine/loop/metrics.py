@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine.config import SECRETS, TrainConfig, to_toml
 from engine.files import write_text
 from engine.models.family import Family
+from engine.models.training_form import to_training_form
 from engine.picture import curves
 from engine.processes import Processes
 
@@ -89,12 +90,14 @@ class Metrics:
         return sorted(slots - {-1})[-OFFENDING:]
 
 
-def forward_on_meta(family: Family, model: Any) -> None:
-    """A forward pass of one sample that computes nothing, for modes that count."""
-    timesteps = family.schedule.draw(torch.tensor([0]), torch.tensor([0])).to("meta")
+def forward_on_meta(family: Family, model: Any, batch: int = 1, training_form: bool = False) -> None:
+    """A forward pass that computes nothing, of the published model or of its training form, for modes that look on."""
+    timesteps = family.schedule.draw(torch.tensor([0]), torch.arange(batch)).to("meta")
     with torch.device("meta"):
         shadow = type(model).from_config(model.config)
-        record = {name: torch.empty(1, *field.shape) for name, field in family.record_spec.items()}
+        if training_form:
+            to_training_form(shadow, fuse_projections=True)
+        record = {name: torch.empty(batch, *field.shape) for name, field in family.record_spec.items()}
         family.predict(shadow, record[family.mean], timesteps, record)
 
 

@@ -23,7 +23,7 @@ from engine.data.shards import INDEX, Index, Shards, verify
 from engine.data.source import open_source
 from engine.errors import UserError
 from engine.files import lock, write_text
-from engine.loop import checkpoint
+from engine.loop import attention, checkpoint
 from engine.loop.capture import Captured, wanted
 from engine.loop.ema import Ema, decay_of_step
 from engine.loop.flat import FlatPartition
@@ -226,6 +226,7 @@ class Training:
         self.run, self.total_steps = run, total_steps
         device = processes.device
         model = family.load_model()
+        attention.prepare(config, family, model, device, loud=processes.is_first)
         self.metrics = Metrics(device, plan.global_batch, len(shards))
         if device.type == "cuda":
             self.metrics.flops_per_sample = forward_flops(family, model)
@@ -235,7 +236,7 @@ class Training:
         if config.compile:
             if config.compile_cache_dir:
                 keep_compiled_code(Path(config.compile_cache_dir))
-            model.compile()
+            model.compile(mode=config.compile_mode)
         self.ema: Ema | None = None
         if config.use_ema:
             self.ema = Ema(self.partition.masters, config.offload_ema, self.partition.allocate)

@@ -127,15 +127,15 @@ class Family(ABC):
             # The state of the generator, needed for dropout alone, is kept by the host.
             kept = has_dropout(model)
             model.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=kept))
-        if self.training.enable_xformers_memory_efficient_attention:
+        if self.training.uses_xformers:
             try:
                 model.enable_xformers_memory_efficient_attention()
             except Exception as error:  # not installed, or built for another torch or CUDA
                 raise UserError(
-                    f"--enable_xformers_memory_efficient_attention: {first_line(error)}; install the extra `xformers`, or "
-                    "leave the option out and use torch's attention"
+                    f"--attention xformers: {first_line(error)}; install the extra `xformers`, or leave the option out and use "
+                    "torch's attention"
                 ) from None
-        to_training_form(model, fuse_projections=not self.training.enable_xformers_memory_efficient_attention)
+        to_training_form(model, fuse_projections=not self.training.uses_xformers)
         return model.train()
 
 

@@ -151,7 +151,7 @@ def test_dream_needs_epsilon(model, images, shards, tmp_path):
 def test_xformers_that_cannot_work_says_so(model, images, shards, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("xFormers may work here")
-    with pytest.raises(UserError, match="--enable_xformers_memory_efficient_attention: .*install the extra `xformers`"):
+    with pytest.raises(UserError, match="--attention xformers: .*install the extra `xformers`"):
         train(config(model, images, shards, tmp_path / "out", enable_xformers_memory_efficient_attention=True))
 
 

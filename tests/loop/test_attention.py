@@ -1,0 +1,146 @@
+"""Kernels of attention: the rule, the shapes that a model needs, and what is refused before training begins."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from engine.config import TrainConfig
+from engine.errors import UserError
+from engine.loop import attention
+from engine.loop.attention import Call, Calls, calls_of, choose, order_of
+from engine.loop.trainer import train
+from engine.models.family import open_family
+from examples.local import RESOLUTION
+from tests.loop.runs import config
+
+RESOLUTIONS = {"sd": 16, **RESOLUTION}
+CPU = torch.device("cpu")
+SHAPE = (torch.Size((2, 2, 8, 40)), (640, 320, 40, 1))
+CALL, MASKED = Call(SHAPE, SHAPE, SHAPE, None), Call(SHAPE, SHAPE, SHAPE, (torch.Size((2, 1, 8, 8)), (64, 64, 8, 1)))
+ALL = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION]
+
+
+@pytest.fixture(autouse=True)
+def switches():
+    """Puts the order back."""
+    with sdpa_kernel(ALL, set_priority=True), torch.compiler.config.patch(cache_key_tag=""):
+        yield
+
+
+def order() -> list[str]:
+    """The kernels that torch may take, in its order."""
+    enabled = {
+        "cudnn": torch.backends.cuda.cudnn_sdp_enabled(), "flash": torch.backends.cuda.flash_sdp_enabled(),
+        "efficient": torch.backends.cuda.mem_efficient_sdp_enabled(), "math": torch.backends.cuda.math_sdp_enabled(),
+    }  # fmt: skip
+    names = {int(kernel): name for name, kernel in attention.KERNELS.items()}
+    return [names[kernel] for kernel in torch._C._get_sdp_priority_order() if enabled.get(names.get(kernel))]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """torch's choice as on a GPU where every kernel takes every shape: the first in order, its own before the first choice."""
+    asked = []
+
+    def choice(*arguments):
+        if not asked:
+            torch._C._set_sdp_priority_order([1, 2, 0, 3, 4])
+        asked.append(arguments)
+        return int(attention.KERNELS[order()[0]])
+
+    monkeypatch.setattr(torch, "_fused_sdp_choice", choice)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "capability", "expected"),
+    [
+        ("auto", (9, 0), ["cudnn", "flash", "efficient", "math"]),
+        ("auto", (10, 3), ["cudnn", "flash", "efficient", "math"]),
+        ("auto", (8, 0), ["flash", "efficient", "math"]),
+        ("auto", (12, 0), ["flash", "efficient", "math"]),
+        ("flash", (9, 0), ["flash", "efficient", "math"]),
+        ("efficient", (9, 0), ["efficient", "flash", "math"]),
+        ("cudnn", (8, 0), ["cudnn", "flash", "efficient", "math"]),
+    ],
+)
+def test_the_rule(wanted, capability, expected):
+    assert order_of(wanted, capability) == expected
+
+
+@pytest.mark.parametrize("name", RESOLUTIONS)
+def test_calls_are_those_of_the_training_step(name, model, published):
+    """Seen on the meta device before training, and in a forward pass of the model that trains."""
+    paths = {"pretrained_model_name_or_path": str(model)} if name == "sd" else published(name)
+    family = open_family(TrainConfig(family=name, resolution=RESOLUTIONS[name], shards_dir="unused", **paths))
+    trained = family.load_model()
+    record = {key: torch.ones(3, *field.shape, dtype=field.dtype) for key, field in family.record_spec.items()}
+    timesteps = family.schedule.draw(torch.tensor([0]), torch.arange(3))
+    with Calls() as mode, torch.no_grad():
+        family.predict(trained, record[family.mean], timesteps, record)
+    calls = calls_of(family, trained, 3)
+    assert calls == list(mode.calls)
+    assert calls
+    assert all(call.query[0][0] == 3 for call in calls)
+    assert all((call.mask is not None) == (name == "kandinsky-prior") for call in calls)
+
+
+def test_every_call_is_tried_and_its_kernel_told():
+    assert choose("flash", [CALL, MASKED], torch.float32, CPU) == {CALL: "flash", MASKED: "flash"}
+    assert order() == ["flash", "efficient", "math"]
+
+
+def test_a_kernel_that_cannot_run_a_shape_is_refused_by_name():
+    with pytest.raises(UserError) as error:
+        choose("cudnn", [CALL, MASKED], torch.float32, CPU)
+    assert str(error.value) == (
+        "--attention cudnn: cannot run queries [2, 2, 8, 40] with keys [2, 2, 8, 40] in float32 on the CPU; choose another, or "
+        "leave it out"
+    )
+
+
+def test_the_order_outlives_the_one_that_torch_writes_at_its_first_choice(gpu):
+    assert choose("cudnn", [CALL], torch.float32, CPU) == {CALL: "cudnn"}
+    assert order() == ["cudnn", "flash", "efficient", "math"]
+    # Compiled code holds the kernels that were chosen while it was traced.
+    assert torch.compiler.config.cache_key_tag == "attention: cudnn, flash, efficient, math"
+
+
+def test_auto_goes_on_without_a_kernel_that_fails(gpu, monkeypatch):
+    monkeypatch.setattr(attention, "order_of", lambda wanted, capability: order_of(wanted, (9, 0)))
+    monkeypatch.setattr(Call, "problem", lambda call, dtype, device: "no plan" if call.mask and order()[0] == "cudnn" else "")
+    assert choose("auto", [CALL, MASKED], torch.float32, CPU) == {CALL: "flash", MASKED: "flash"}
+    assert order() == ["flash", "efficient", "math"]
+    with pytest.raises(
+        UserError, match=r"--attention cudnn: .* under a mask in float32 on the CPU \(no plan\); choose another"
+    ):
+        choose("cudnn", [CALL, MASKED], torch.float32, CPU)
+
+
+def test_kernels_that_all_fail_are_an_error(gpu, monkeypatch):
+    monkeypatch.setattr(Call, "problem", lambda call, dtype, device: "broken")
+    with pytest.raises(UserError, match=r"--attention auto: .*\(broken\)"):
+        choose("auto", [CALL], torch.float32, CPU)
+
+
+def test_a_kernel_needs_a_gpu(model, images, shards, tmp_path):
+    with pytest.raises(UserError, match="--attention flash: there is no GPU; leave it out"):
+        train(config(model, images, shards, tmp_path / "out", attention="flash"))
+
+
+def test_kernels_are_named_once_per_shape(model, images, shards, tmp_path, monkeypatch, capsys):
+    family = open_family(config(model, images, shards, tmp_path, mixed_precision="bf16"))
+    monkeypatch.setattr(attention, "choose", lambda wanted, calls, dtype, device: dict.fromkeys(calls, f"{wanted} in {dtype}"))
+    for loud in (True, False):
+        attention.prepare(family.training, family, family.load_model(), torch.device("cuda"), loud)
+    lines = capsys.readouterr().err.splitlines()
+    # The calls with themselves and with the captions have one shape here, and other strides.
+    assert lines == ["Attention of queries [4, 8, 16, 4] with keys [4, 8, 16, 4]: auto in torch.bfloat16"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wanted", ["auto", "flash", "efficient"])
+def test_kernels_run_on_a_gpu(wanted):
+    device = torch.device("cuda")
+    kernels = choose(wanted, [CALL], torch.bfloat16, device)
+    assert wanted in ("auto", kernels[CALL])
+    assert choose("auto", [MASKED], torch.bfloat16, device)[MASKED] != "flash"
