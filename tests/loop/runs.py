@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from engine.config import TrainConfig
 
 ON_GPU = torch.cuda.is_available()
-# For comparing a run on a GPU with one on the CPU, or with one that divides the batch otherwise: matrix products and convolutions
+# To compare a run on a GPU with one on the CPU, or with one that divides the batch otherwise. Matrix products and convolutions
 # choose the order of their sums by shape there, and AdamW magnifies what differs in gradients near zero.
 SLACK = 10 if ON_GPU else 1
 

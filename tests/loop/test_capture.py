@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from engine.errors import UserError
@@ -172,17 +173,19 @@ def test_nothing_is_captured_before_every_kind_of_micro_batch_has_warmed_up(
 
 @pytest.mark.parametrize("options", [{}, {"zero_stage": 1}, {"zero_stage": 2}], ids=str)
 def test_validation_has_the_memory_of_the_graphs(options, recorded, model, images, shards, tmp_path, monkeypatch):
-    alive: list[weakref.ref] = []
+    graphs: list[weakref.ref] = []
+    results: list[StorageWeakRef] = []
     at_validation: list[int] = []
     real, validate = capture.capture, trainer.validate
 
     def note(function, stream, pool):
         replay, result = real(function, stream, pool)
-        alive.extend(weakref.ref(part) for part in (replay, *tree_leaves(result)) if part is not None)
+        graphs.append(weakref.ref(replay))
+        results.extend(StorageWeakRef(part.untyped_storage()) for part in tree_leaves(result) if part is not None)
         return replay, result
 
     def count(*arguments):
-        at_validation.append(sum(reference() is not None for reference in alive))
+        at_validation.append(sum(graph() is not None for graph in graphs) + sum(not part.expired() for part in results))
         return validate(*arguments)
 
     monkeypatch.setattr(capture, "capture", note)
@@ -194,6 +197,26 @@ def test_validation_has_the_memory_of_the_graphs(options, recorded, model, image
     assert len(recorded) == 3, "captured at steps 4 and 7, and in the run without validation"
     assert at_validation == [0, 0, 0]  # after steps 3, 6 and 8
     assert lines(tmp_path / "drawn") == lines(tmp_path / "plain")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"zero_stage": 1}, {"gradient_accumulation_steps": 2}], ids=str)
+def test_no_segment_of_the_graphs_pool_is_left_for_validation(options, recorded, model, images, shards, tmp_path, monkeypatch):
+    pooled: list[int] = []
+    release = capture.Captured.release
+
+    def count(self):
+        for _ in range(2):
+            segments = torch.cuda.memory_snapshot()
+            pooled.append(sum(piece["total_size"] for piece in segments if tuple(piece["segment_pool_id"]) != (0, 0)))
+            release(self)
+
+    monkeypatch.setattr(capture.Captured, "release", count)
+    drawn = {"validation_prompts": ["a red square"], "cuda_graphs": "on"}
+    assert train(config(model, images, shards, tmp_path / "out", **drawn, **options)) == 0
+    before, after = pooled[-2:]
+    assert before > 0
+    assert after == 0
 
 
 def test_what_cannot_be_captured_is_said_in_one_line(capsys):
