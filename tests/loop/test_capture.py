@@ -142,7 +142,7 @@ sys.exit(exit_code("engine.run", main))
 
 def test_a_capture_that_fails_on_one_process_ends_all_of_them():
     both = start_two([sys.executable, "-c", FAILS_ON_ONE])
-    errors = [process.communicate(timeout=120)[1] for process in both]
+    errors = [process.communicate(timeout=300)[1] for process in both]
     assert [process.returncode for process in both] == [2, 2], errors
     said = "capturing the step as a CUDA graph failed on process 1: CUDA error: out of memory; start again with --cuda_graphs"
     assert f"engine.run: error: {said} off\n" in errors[0]
