@@ -85,7 +85,7 @@ def reason(error: Exception) -> str:
 
 def _release_memory() -> None:
     gc.collect()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 

@@ -6,6 +6,7 @@ stored, and the loss read back in every step. At its best, what no script does: 
 fused kernel, and, where there are images to load, pinned memory and workers that persist.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 from unittest import mock
@@ -57,6 +58,11 @@ class PlainTraining:
 
     def to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=self.best)
+
+    def check(self) -> None:
+        """Raises RuntimeError where the loss or a weight is not finite."""
+        if not math.isfinite(self.loss) or not all(bool(weight.isfinite().all()) for weight in self.parameters):
+            raise RuntimeError(f"the loss is {self.loss}, or weights are not finite")
 
     def step(self, record: dict[str, Tensor], timesteps: Tensor, coefficients: Tensor) -> None:
         """One optimizer step on records [B, ...], with their timesteps [B] and coefficients [5, B] of the schedule."""

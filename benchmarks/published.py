@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, PriorTransformer, UNet2DConditionModel, VQModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    PriorTransformer,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    VQModel,
+)
 from diffusers.pipelines.wuerstchen import WuerstchenPrior
 from transformers import (
     CLIPImageProcessorPil,
@@ -199,6 +206,18 @@ def open_random(checkpoint: str, directory: Path, device: torch.device, **option
     family.load_model = load_model
     family.load_encoders = lambda device: _random_encoders(checkpoint, family, device)
     return family
+
+
+def random_stable_diffusion(directory: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """The text-to-image pipeline of SD 1.5 at its published size, with random weights; its tokenizer goes to `directory`."""
+    with device:
+        unet, encoder = sd_1_5(), vae()
+        text_encoder = CLIPTextModel(text_config(768, 12, 12))
+    parts: Any = {"unet": unet, "vae": encoder, "text_encoder": text_encoder}
+    return StableDiffusionPipeline(
+        **{name: part.to(dtype).eval() for name, part in parts.items()}, scheduler=sd_scheduler(), safety_checker=None,
+        tokenizer=tiny_models.write_tokenizer(directory, TOKENS), feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
 
 
 def open_tiny(name: str, directory: Path, **options: Any) -> Family:

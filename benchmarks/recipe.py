@@ -1,155 +1,264 @@
 """What does a user gain over the diffusers recipe? Both train the same model on the same images, in turns, in one run.
 
-    python -m benchmarks.recipe [--model DIR] [--images DIR] [--batch 64] [--steps 60] [--rounds 3]
+    python -m benchmarks.recipe [--config FILE | --tiny [FAMILY...] | --full_size] [--rounds 3] [--json FILE] [--minutes M]
 
-The recipe is the plain loop of the text-to-image script: images decoded and resized by a DataLoader, VAE and text encoder in
-every step, noise drawn and stored, EMA and AdamW by diffusers and torch, and the loss read back after every step; on a GPU
-under autocast to bf16, with TF32, channels last and loading in worker processes. The engine's side is `python -m engine.run` on
-the same options, on a GPU with `--compile`, with the encoding of its shards counted apart. Rates are over all steps but the
-first ten of each turn. Defaults are what `make quickstart` leaves behind; `benchmarks.step` compares at full size.
+Three sides, each a process of its own. `recipe` and `best` go from image files to steps as the scripts do, for any family
+(benchmarks/plain.py, with its flags or at its best): a DataLoader decodes and prepares images, in worker processes on a GPU,
+and the frozen models encode them in every step. `engine` is `python -m engine.run`, on a GPU with `--compile`; the encoding of
+its shards is counted apart. On a CPU nothing is compiled. Rates are over all steps but the first ten of each turn. In two
+things the recipe is faster than the scripts: the engine's own code prepares its images, and its coefficients come from a table.
+
+Trained is what FILE, a configuration of `engine.run`, says; by default the model that `make quickstart` leaves behind. `--tiny`
+takes models of a few thousand weights of each family, `--full_size` SD 1.5 at 512 px with random weights. `benchmarks.step`
+compares the other families at full size, without the reading of images.
 """
 
 import argparse
+import contextlib
 import json
-import shutil
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.environment import RESULTS, write_result
+import engine.quiet  # noqa: F401 (before the libraries that it quiets)
+
+# isort: split
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+
+from benchmarks.environment import RESULTS, Rows
+from benchmarks.plain import PlainTraining, published_model
+from benchmarks.published import TINY, random_stable_diffusion
+from benchmarks.step import compiling_cheaply
+from engine.config import FAMILIES, TrainConfig, parse, to_toml
+from engine.data.source import Source, open_source
+from engine.diffusion import DiscreteSchedule, Schedule
+from engine.errors import TRY_AGAIN
+from engine.files import write_json
+from engine.models.family import Family, open_family
+from engine.quiet import quiet_libraries
+from examples import tiny_models
+from examples.photographs import write_images
 
 WARM_UP = 10
-LEARNING_RATE, GAMMA = 2e-3, 5.0
+SIDES = ("recipe", "best", "engine")
+QUICKSTART = Path("build/quickstart")
+FULL_SIZE_BATCH = 16
+Prepared = tuple[dict[str, Tensor], str]
 
 
-def recipe_rate(model: Path, images: Path, resolution: int, batch: int, steps: int) -> float:
-    """Samples per second of the plain loop; in fp32 on a CPU, as the engine's side."""
-    import datasets
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-    from diffusers.optimization import get_scheduler
-    from diffusers.training_utils import EMAModel, compute_snr
-    from transformers import CLIPTextModel, CLIPTokenizer
+class _Images(Dataset[Prepared]):
+    """Images as the frozen models take them, with their first captions."""
 
-    from engine.data.transforms import RESAMPLING, crop_centre, resize_short_side, to_tensor
+    def __init__(self, family: Family, source: Source) -> None:
+        self.family, self.source = family, source
 
-    datasets.disable_progress_bars()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
-    tokenizer = CLIPTokenizer.from_pretrained(model, subfolder="tokenizer")
-    gpu = device.type == "cuda"
-    frozen_dtype = torch.bfloat16 if gpu else torch.float32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    vae = AutoencoderKL.from_pretrained(model, subfolder="vae").to(device, frozen_dtype).requires_grad_(False)
-    text_encoder: torch.nn.Module = CLIPTextModel.from_pretrained(model, subfolder="text_encoder")
-    text_encoder.to(device, frozen_dtype).requires_grad_(False)
-    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet").to(device).train()
-    if gpu:
-        unet.to(memory_format=torch.channels_last)
-    ema = EMAModel(unet.parameters(), model_cls=UNet2DConditionModel, model_config=unet.config)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
-    schedule = get_scheduler("constant", optimizer)
-    dataset = datasets.load_dataset("imagefolder", data_files={"train": str(images / "**")}, cache_dir=images.parent / "cache")
+    def __len__(self) -> int:
+        return len(self.source)
 
-    def prepare(examples):
-        pixels = [
-            to_tensor(crop_centre(resize_short_side(image.convert("RGB"), resolution, RESAMPLING["lanczos"]), resolution))
-            for image in examples["image"]
-        ]
-        tokens = tokenizer(examples["text"], max_length=tokenizer.model_max_length, padding="max_length", truncation=True)
-        return {"pixels": pixels, "tokens": [torch.tensor(ids) for ids in tokens.input_ids]}
+    def __getitem__(self, index: int) -> Prepared:
+        captions = self.source.captions(index) if self.family.captioned else [""]
+        return self.family.prepare(self.source.image(index), index)[0], captions[0]
 
-    loader = torch.utils.data.DataLoader(
-        dataset["train"].with_transform(prepare), batch_size=batch, shuffle=True, drop_last=True, num_workers=8 if gpu else 0
+
+def _loader(family: Family, config: TrainConfig, best: bool) -> DataLoader[Prepared]:
+    """All batches of the run, so that workers start once."""
+    gpu = torch.cuda.is_available()
+    images, samples = (
+        _Images(family, open_source(config, family.captioned)),
+        (config.max_train_steps or 1) * config.train_batch_size,
     )
-    step, started = 0, time.perf_counter()
-    while True:
-        for examples in loader:
-            latents = vae.encode(examples["pixels"].to(device, frozen_dtype)).latent_dist.sample() * vae.config.scaling_factor
-            noise = torch.randn_like(latents)
-            timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (batch,), device=device)
-            noisy = scheduler.add_noise(latents, noise, timesteps)
-            states = text_encoder(examples["tokens"].to(device), return_dict=False)[0]
-            with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
-                prediction = unet(noisy, timesteps, states, return_dict=False)[0]
-            snr = compute_snr(scheduler, timesteps)
-            weights = torch.stack([snr, GAMMA * torch.ones_like(timesteps)], dim=1).min(dim=1)[0] / snr
-            loss = torch.nn.functional.mse_loss(prediction.float(), noise.float(), reduction="none")
-            loss = (loss.mean(dim=(1, 2, 3)) * weights).mean()
-            loss.item()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            ema.step(unet.parameters())
-            step += 1
-            if step == WARM_UP:
-                started = time.perf_counter()
-            if step == WARM_UP + steps:
-                return steps * batch / (time.perf_counter() - started)
+    workers: dict[str, Any] = {}
+    if gpu:
+        count = min(8, os.cpu_count() or 1)
+        # Forked before there is anything on the GPU: workers read the family's options and nothing else of it.
+        workers = {"num_workers": count, "multiprocessing_context": "fork", "persistent_workers": best, "pin_memory": best}
+    return DataLoader(images, config.train_batch_size, sampler=RandomSampler(images, num_samples=samples), **workers)
 
 
-def engine_rate(model: Path, images: Path, shards: Path, resolution: int, batch: int, steps: int) -> tuple[float, float]:
-    """Samples per second of the engine, and the seconds that encoding took (0 where the shards exist)."""
-    on_gpu = ["--mixed_precision", "bf16", "--compile", "--allow_tf32"] if torch.cuda.is_available() else []
-    with tempfile.TemporaryDirectory() as output:
-        subprocess.run(
-            [
-                sys.executable, "-m", "engine.run", "--family", "sd", "--pretrained_model_name_or_path", str(model),
-                "--train_data_dir", str(images), "--shards_dir", str(shards), "--output_dir", output,
-                "--resolution", str(resolution), "--center_crop", "--train_batch_size", str(batch),
-                "--max_train_steps", str(WARM_UP + steps), "--learning_rate", str(LEARNING_RATE), "--snr_gamma", str(GAMMA),
-                "--use_ema", "--seed", "0", "--log_every", str(WARM_UP), "--report_to", "none",
-                "--checkpointing_steps", "1000000", *on_gpu,
-            ],
-            check=True, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-        lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()][1:]
-        encode_seconds = json.loads((shards / "index.json").read_text())["encode_seconds"]
-    return len(lines) * batch / sum(line["step_seconds"] for line in lines), encode_seconds
+def _timesteps(schedule: Schedule, size: int) -> Tensor:
+    """Timesteps [size], drawn as the scripts do."""
+    return torch.randint(schedule.timesteps, (size,)) if isinstance(schedule, DiscreteSchedule) else torch.rand(size)
+
+
+def recipe_rate(config: TrainConfig, best: bool) -> float:
+    """Samples per second of the plain loop; in fp32 on a CPU, as the engine's side.
+
+    Raises:
+        RuntimeError: the loss is no longer finite.
+    """
+    torch.manual_seed(config.seed or 0)
+    family = open_family(config)
+    batches = iter(_loader(family, config, best))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    family.load_encoders(device)
+    plain = PlainTraining(family, published_model(family).to(device), device, best, config.learning_rate)
+    started = time.perf_counter()
+    for step, (images, captions) in enumerate(batches, start=1):
+        timesteps = _timesteps(family.schedule, config.train_batch_size)
+        coefficients = family.schedule.coefficients(timesteps)
+        plain.step(plain.encode(images, captions), plain.to_device(timesteps), plain.to_device(coefficients))
+        if step == WARM_UP:
+            started = time.perf_counter()
+    plain.check()
+    return (step - WARM_UP) * config.train_batch_size / (time.perf_counter() - started)
+
+
+def engine_rate(config: TrainConfig) -> dict[str, float]:
+    """Samples per second of the engine, and the seconds that its shards took; of a run that has ended."""
+    lines = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()][1:]
+    seconds = sum(line["step_seconds"] for line in lines) / len(lines)
+    encoded = json.loads((config.shards_path / "index.json").read_text())["encode_seconds"]
+    return {"samples_per_second": config.train_batch_size / seconds, "encode_seconds": encoded, "loss": lines[-1]["loss"]}
+
+
+def run_side(side: str, config: TrainConfig, file: Path) -> dict[str, float]:
+    """One turn of a side in a process of its own.
+
+    Raises:
+        RuntimeError: it failed, with the last line that it wrote.
+    """
+    file.write_text(to_toml(config))
+    module = ["engine.run"] if side == "engine" else ["benchmarks.recipe", "--side", side]
+    turn = subprocess.run([sys.executable, "-m", *module, "--config", str(file)], capture_output=True, text=True, check=False)
+    if turn.returncode:
+        raise RuntimeError(f"{side} ended with {turn.returncode}: {(turn.stderr.strip().splitlines() or [''])[-1]}")
+    return engine_rate(config) if side == "engine" else {"samples_per_second": float(turn.stdout.split()[-1])}
+
+
+def quickstart(directory: Path) -> dict[str, Any]:
+    model, images = str(QUICKSTART / "model"), str(QUICKSTART / "images")
+    return {
+        "family": "sd", "pretrained_model_name_or_path": model, "train_data_dir": images, "resolution": 32,
+        "train_batch_size": 64, "learning_rate": 2e-3, "snr_gamma": 5.0,
+    }  # fmt: skip
+
+
+def tiny(family: str, directory: Path) -> dict[str, Any]:
+    models, images = tiny_models.WRITERS[family](directory / "models"), write_images(directory / "images", longest=200)
+    return {"family": family, **models, "train_data_dir": str(images), "resolution": TINY[family], "train_batch_size": 4}
+
+
+def full_size(directory: Path) -> dict[str, Any]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    random_stable_diffusion(directory, device, torch.float32).save_pretrained(directory / "model")
+    return {
+        "family": "sd", "pretrained_model_name_or_path": str(directory / "model"), "resolution": 512, "learning_rate": 1e-5,
+        "train_data_dir": str(write_images(directory / "images")), "train_batch_size": FULL_SIZE_BATCH,
+    }  # fmt: skip
+
+
+def configuration(run: dict[str, Any], directory: Path, steps: int) -> TrainConfig:
+    """The run of both sides, in the precision and with the levers that the device has."""
+    gpu = torch.cuda.is_available()
+    device = {"mixed_precision": "bf16", "compile": True, "allow_tf32": True} if gpu else {}
+    crop = {"center_crop": True} if run["family"] == "sd" else {}
+    ours = {
+        "output_dir": str(directory / "out"), "shards_dir": str(directory / "shards"), "max_train_steps": WARM_UP + steps,
+        "log_every": WARM_UP, "use_ema": True, "report_to": "none", "checkpointing_steps": 10**6, "seed": 0,
+    }  # fmt: skip
+    return TrainConfig.model_validate({**device, **crop, **run, **ours})
+
+
+def compare(rows: Rows, name: str, config: TrainConfig, rounds: int, directory: Path) -> list[dict[str, Any]]:
+    """The sides in turns: one row each."""
+    # On a GPU by assumption: 90 s to open and compile, and at least 15 samples per second at full size.
+    seconds = 90 + (config.max_train_steps or 0) * config.train_batch_size / 15 if torch.cuda.is_available() else 30
+    about = {
+        "run": name, "batch": config.train_batch_size, "resolution": config.resolution,
+        "precision": config.mixed_precision, "measured_steps": (config.max_train_steps or 0) - WARM_UP,
+    }  # fmt: skip
+    measured = []
+    for turn in range(1, rounds + 1):
+        fresh = config.model_copy(update={"output_dir": str(directory / f"out-{turn}")})
+        for side in SIDES:
+            work = partial(run_side, side, fresh, directory / f"{side}.toml")
+            measured.append(rows.measure(f"{name}, turn {turn}: {side}", seconds, work, side=side, turn=turn, **about))
+    return measured
+
+
+def ratios(rows: list[dict[str, Any]], against: str) -> list[float]:
+    """The engine's rate over another side's, turn by turn, where both are there."""
+    rates = {(row["turn"], row["side"]): row["samples_per_second"] for row in rows if "samples_per_second" in row}
+    turns = sorted({turn for turn, _ in rates})
+    return [
+        rates[turn, "engine"] / rates[turn, against] for turn in turns if {(turn, "engine"), (turn, against)} <= rates.keys()
+    ]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Medians over the turns of each run as a Markdown table, and what failed."""
+    lines = ["| run | batch | recipe, samples/s | at its best | engine | against the recipe | against its best | encoding, s |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for run, device in dict.fromkeys((row["run"], row["device"]) for row in rows):
+        turns = [row for row in rows if (row["run"], row["device"]) == (run, device)]
+        cells = []
+        for side in SIDES:
+            rates = [row["samples_per_second"] for row in turns if row["side"] == side and "samples_per_second" in row]
+            why = next((row.get("failed") or row.get("missing", "") for row in turns if row["side"] == side), "")
+            cells.append(f"{statistics.median(rates):.4g}" if rates else why)
+        for side in SIDES[:2]:
+            gains = ratios(turns, side)
+            cells.append(f"{statistics.median(gains):.2f} ({min(gains):.2f} to {max(gains):.2f})" if gains else "")
+        encoding = [row["encode_seconds"] for row in turns if "encode_seconds" in row]
+        lines.append(f"| {run} | {turns[0]['batch']} | {' | '.join(cells)} | {f'{encoding[0]:.1f}' if encoding else ''} |")
+    return "\n".join(lines)
+
+
+def measure_all(rows: Rows, runs: dict[str, Any], steps: int, rounds: int) -> list[dict[str, Any]]:
+    """Every run in turn; `runs` has for each what writes its models and images into a directory and returns its options."""
+    measured = []
+    for name, write in runs.items():
+        with tempfile.TemporaryDirectory() as directory:
+            config = configuration(write(Path(directory)), Path(directory), steps)
+            measured += compare(rows, name, config, rounds, Path(directory))
+    return measured
 
 
 def main() -> int:
     parser = argparse.ArgumentParser("benchmarks.recipe", description=__doc__.splitlines()[0])
-    quickstart = Path("build/quickstart")
-    parser.add_argument("--model", type=Path, default=quickstart / "model")
-    parser.add_argument("--images", type=Path, default=quickstart / "images")
-    parser.add_argument("--resolution", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=60, help="measured steps per turn, a multiple of 10")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=RESULTS / "recipe-cpu.json")
-    parser.add_argument("--side", choices=["recipe"], help="run one turn of the recipe and print its rate")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--config", help="a configuration of `engine.run`: models, images, resolution, batch, learning rate")
+    what.add_argument("--tiny", nargs="*", choices=FAMILIES, help="a few thousand weights, of these families (default: all)")
+    what.add_argument("--full_size", action="store_true", help="SD 1.5 at 512 px, with random weights")
+    parser.add_argument("--steps", type=int, default=60, help="measured steps per turn, a multiple of 10 (default: 60)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default: 3)")
+    parser.add_argument("--json", type=Path, help="keep the rows there, and go on from those that are there")
+    parser.add_argument("--minutes", type=float, help="begin no turn that would not end in time")
+    parser.add_argument("--side", choices=SIDES[:2], help="run one turn of --config and print its rate")
     options = parser.parse_args()
+    quiet_libraries()
+    arguments = ["--config", options.config] if options.config else []
     if options.side:
-        print(recipe_rate(options.model, options.images, options.resolution, options.batch, options.steps))
+        config = parse(TrainConfig, "benchmarks.recipe", "", arguments)
+        with contextlib.nullcontext() if torch.cuda.is_available() else compiling_cheaply():
+            print(recipe_rate(config, options.side == "best"))
         return 0
-
-    shards = Path(tempfile.mkdtemp()) / "shards"
-    ours, theirs, encode_seconds = [], [], 0.0
-    for _ in range(options.rounds):
-        turn = subprocess.run([sys.executable, "-m", "benchmarks.recipe", "--side", "recipe", *sys.argv[1:]],
-                              check=True, stdout=subprocess.PIPE, text=True)  # fmt: skip
-        theirs.append(float(turn.stdout.split()[-1]))
-        rate, encode_seconds = engine_rate(
-            options.model, options.images, shards, options.resolution, options.batch, options.steps
+    runs: dict[str, Any] = {"quickstart": quickstart}
+    if options.config:
+        given = parse(TrainConfig, "benchmarks.recipe", "", arguments).model_dump(exclude_unset=True)
+        runs = {options.config: lambda directory: given}
+    elif options.tiny is not None:
+        runs = {name: lambda directory, name=name: tiny(name, directory) for name in options.tiny or FAMILIES}
+    elif options.full_size:
+        runs = {"SD 1.5, 512 px": full_size}
+    rows = Rows(options.json, __doc__, options.minutes)
+    measured = measure_all(rows, runs, options.steps, options.rounds)
+    print(table(measured))
+    if options.json is None:
+        kind = "gpu" if torch.cuda.is_available() else "cpu"
+        write_json(
+            RESULTS / f"recipe-{kind}.json", {"question": rows.question, "environments": rows.environments, "rows": rows.rows}
         )
-        ours.append(rate)
-        print(f"recipe {theirs[-1]:8.1f} samples/s   engine {ours[-1]:8.1f} samples/s   ratio {ours[-1] / theirs[-1]:.2f}")
-    shutil.rmtree(shards.parent)
-    ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
-    write_result(
-        options.output, __doc__, batch=options.batch, resolution=options.resolution, measured_steps=options.steps,
-        recipe_samples_per_second=theirs, engine_samples_per_second=ours, encode_seconds=encode_seconds,
-        median_ratio=statistics.median(ratios), ratios=ratios,
-    )  # fmt: skip
-    print(f"median ratio {statistics.median(ratios):.2f}, written to {options.output}")
-    return 0
+    return TRY_AGAIN if any("missing" in row for row in measured) else 0
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from benchmarks.environment import OUT_OF_MEMORY, Rows
 from benchmarks.plain import PlainTraining, published_model
 from benchmarks.published import TINY, open_random, open_tiny, trained_model
 from benchmarks.sizes import Cost, count
-from benchmarks.timing import spread, synchronize
+from benchmarks.timing import data_sheet_flops_per_second, spread, synchronize
 from engine.backends import configure
 from engine.config import TrainConfig, options_lacking
 from engine.data.loader import Batch, BatchPlan
@@ -395,9 +395,12 @@ class Checkpoint:
 
 def measured_peak(rows: Rows, device: torch.device, precision: str) -> dict[str, Any]:
     """Operations per second of a matrix product, `measured` here and by the card's `data_sheet`; None where unknown."""
-    row = rows.measure(
-        f"matrix product, {precision}", 10, lambda: {"measured": matrix_flops_per_second(device, PRECISIONS[precision])}
-    )
+
+    def work() -> dict[str, Any]:
+        promised = data_sheet_flops_per_second(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        return {"measured": matrix_flops_per_second(device, PRECISIONS[precision]), "data_sheet": promised}
+
+    row = rows.measure(f"matrix product, {precision}", 10, work)
     return {kind: row.get(kind) for kind in ("measured", "data_sheet")}
 
 
