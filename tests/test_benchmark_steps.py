@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import charts, plain, published, sizes, step
+from benchmarks import charts, environment, plain, published, sizes, step
 from benchmarks.environment import OUT_OF_MEMORY, Rows
 from engine.errors import TRY_AGAIN
+from engine.loop import attention
 from engine.models.training_form import ChannelsLastConv2d
 
 CPU = torch.device("cpu")
@@ -33,6 +34,7 @@ def measured(monkeypatch) -> list[tuple[str, int]]:
 
     monkeypatch.setattr(step, "measure_lever", measure_lever)
     monkeypatch.setattr(step, "matrix_flops_per_second", lambda device, dtype: 1e12)
+    monkeypatch.setattr(environment, "_release_memory", lambda: None)
     return calls
 
 
@@ -52,6 +54,15 @@ def test_a_lever_trains_and_leaves_torch_as_it_was(family, lever, monkeypatch):
     assert row["graphs"] == 0
     assert settings == (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark)
     assert not hasattr(family, "text_encoder")
+
+
+def test_the_recipe_finds_torchs_own_order_of_attention_kernels():
+    before = torch._C._get_sdp_priority_order(), torch._C._get_cudnn_sdp_enabled(), torch.compiler.config.cache_key_tag
+    with step.EAGER.applied():
+        attention.set_order(["efficient", "math"])
+        assert torch._C._get_sdp_priority_order() != before[0]
+    after = torch._C._get_sdp_priority_order(), torch._C._get_cudnn_sdp_enabled(), torch.compiler.config.cache_key_tag
+    assert after == before
 
 
 def test_the_recipe_trains_the_published_form(tmp_path):
