@@ -29,6 +29,7 @@ from engine.loop.ema import Ema, decay_of_step
 from engine.loop.flat import FlatPartition
 from engine.loop.metrics import Log, Metrics, forward_flops, matrix_flops_per_second
 from engine.loop.optimizer import AdamW, learning_rates
+from engine.loop.overlap import overlap_pays
 from engine.loop.pace import Pace
 from engine.loop.partition import Partition
 from engine.loop.step import predict_and_compare
@@ -231,8 +232,11 @@ class Training:
         if device.type == "cuda":
             self.metrics.flops_per_sample = forward_flops(family, model)
             self.metrics.peak_flops = matrix_flops_per_second(device, family.dtype, warm_up=0.1)  # short: a run should begin
-        kind = ZeroPartition if needs_deepspeed(config, processes.world) else FlatPartition
-        self.partition: Partition = kind(model, config, processes)
+        captures = wanted(config, device, model) and not overlap_pays(config, model, self.metrics, processes)
+        if needs_deepspeed(config, processes.world):
+            self.partition: Partition = ZeroPartition(model, config, processes, captures)
+        else:
+            self.partition = FlatPartition(model, config, processes)
         if config.compile:
             if config.compile_cache_dir:
                 keep_compiled_code(Path(config.compile_cache_dir))
@@ -251,7 +255,7 @@ class Training:
         self.micro_batches = [(number == 0, number == plan.accumulation - 1) for number in range(plan.accumulation)]
         self.captured: Captured | None = None
         self.train_micro_batch: Callable[..., None] = self._train_micro_batch
-        if wanted(config, device, model):
+        if captures:
             if isinstance(self.partition, FlatPartition):
                 self.train_micro_batch = self.captured = Captured(self._train_micro_batch, processes, self.micro_batches)
             else:

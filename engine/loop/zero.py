@@ -22,7 +22,10 @@ from engine.loop.partition import Partition, Slice
 from engine.models.training_form import ResnetBlock
 from engine.processes import Processes
 
-_BUCKET_ELEMENTS = 200_000_000
+_BUCKET = 200_000_000  # elements that a collective moves at once
+# Where reductions overlap the backward pass the last bucket cannot: many, but each as large as any parameter, because DeepSpeed
+# frees a larger one's gradient while it is still being reduced.
+OVERLAPPED_BUCKET = 50_000_000
 
 
 class _CompleteGradients(torch.autograd.Function):
@@ -49,18 +52,17 @@ class _CompleteGradients(torch.autograd.Function):
 class ZeroPartition(Partition):
     """The module under DeepSpeed, which reduces gradients to this process's part and gathers the weights again."""
 
-    def __init__(self, model: nn.Module, config: TrainConfig, processes: Processes) -> None:
+    def __init__(self, model: nn.Module, config: TrainConfig, processes: Processes, captured: bool) -> None:
         super().__init__(model, processes)
         deepspeed = _import_deepspeed(processes)
         model.to(processes.device)
         self.optimizer = create_optimizer(self.parameters, config, processes.sum_)
         elements = sum(parameter.numel() for parameter in self.parameters)
+        options = deepspeed_config(config, elements, overlap=processes.world > 1 and not captured)
         self.stage = machinery_stage(config)
         if self.stage == 3:
             set_leaf_modules(model)
-        self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=self.optimizer, config=deepspeed_config(config, elements), dist_init_required=False
-        )
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=options, dist_init_required=False)
         zero = self.engine.optimizer
         # Whether a gradient's memory is free again when its micro-batch ends: it is the only one, or stage 2 has moved it on.
         self.takes_gradients = config.gradient_accumulation_steps == 1 or (self.stage == 2 and zero.contiguous_gradients)
@@ -153,7 +155,7 @@ class ZeroPartition(Partition):
 def check_deepspeed(config: TrainConfig, processes: Processes) -> None:
     """Raises `UserError` for a precision that DeepSpeed does not run on this device, or a file of options that contradicts."""
     _import_deepspeed(processes)
-    deepspeed_config(config, elements=1)
+    deepspeed_config(config, elements=1, overlap=False)
     from deepspeed.accelerator import get_accelerator
 
     supported = {
@@ -181,14 +183,20 @@ def machinery_stage(config: TrainConfig) -> int:
     return 2 if config.gradient_accumulation_steps > 1 and config.mixed_precision != "no" else 1
 
 
-def deepspeed_config(config: TrainConfig, elements: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for a model of `elements` parameters, with the user's own options merged in."""
-    stage, bucket = machinery_stage(config), min(_BUCKET_ELEMENTS, elements + elements % 2)
+def deepspeed_config(config: TrainConfig, elements: int, overlap: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration for a model of `elements` parameters, with the user's own options merged in.
+
+    Args:
+        overlap: reduce gradients while the backward pass makes further ones.
+    """
+    stage, whole = machinery_stage(config), elements + elements % 2
     low_precision = config.mixed_precision != "no"
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "reduce_bucket_size": bucket}
+    bucket = min(OVERLAPPED_BUCKET if overlap else _BUCKET, whole)
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": overlap, "reduce_bucket_size": bucket}
     if stage < 3:
-        # Without these two buffers stage 1 installs no hooks.
-        zero |= {"contiguous_gradients": stage == 2, "allgather_bucket_size": bucket}
+        # Stage 1 installs hooks for either of the first two, and needs none without them. Gradients that are not copied to a
+        # contiguous bucket do not overlap: DeepSpeed then synchronizes the device before every reduction.
+        zero |= {"contiguous_gradients": overlap or stage == 2, "allgather_bucket_size": min(_BUCKET, whole)}
     if stage < 3 and config.offload_optimizer == "none":
         # The norm is the optimizer's affair, on the device.
         zero["compute_grad_norm"] = False

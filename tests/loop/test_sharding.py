@@ -40,7 +40,7 @@ def test_splits_of_a_global_batch_train_alike(model, images, shards, tmp_path):
 def merged(tmp_path, content, **values) -> dict:
     file = tmp_path / "ds.json"
     file.write_text(content if isinstance(content, str) else json.dumps(content))
-    return deepspeed_config(options(deepspeed_config=str(file), **values), elements=10**9)
+    return deepspeed_config(options(deepspeed_config=str(file), **values), elements=10**9, overlap=False)
 
 
 def test_a_file_adds_to_the_engines_options(tmp_path):

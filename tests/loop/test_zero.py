@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 
-from engine.loop import capture, trainer
+from engine.loop import capture, overlap, trainer
+from engine.loop.metrics import Metrics
 from engine.loop.partition import Partition
 from engine.loop.trainer import train
-from engine.loop.zero import ZeroPartition
-from tests.loop.runs import checkpoint_tensors, config
+from engine.loop.zero import ZeroPartition, deepspeed_config
+from engine.processes import Processes
+from tests.loop.runs import checkpoint_tensors, command, config, run, torchrun
 
 
 def small_buckets(directory) -> str:
@@ -48,8 +50,8 @@ def test_no_accumulation_node_outlives_a_step(options, model, images, tmp_path, 
         kept.extend(name for parameter, name in self.partition.names.items() if accumulates_beyond_the_step(parameter))
 
     monkeypatch.setattr(trainer.Training, "_train_step", note)
-    run = config(model, images, tmp_path / "shards", tmp_path / "out", cuda_graphs="on", max_train_steps=1, **options)
-    assert train(run) == 0
+    first_step = {"cuda_graphs": "on", "max_train_steps": 1}
+    assert train(config(model, images, tmp_path / "shards", tmp_path / "out", **first_step, **options)) == 0
     assert not kept
 
 
@@ -84,10 +86,65 @@ def test_gradients_are_taken_as_they_are(options, taken, recorded, model, images
 
     monkeypatch.setattr(Partition, "__init__", watch)
     monkeypatch.setattr(ZeroPartition, "receive", note)
-    run = {"max_train_steps": 6, "checkpointing_steps": 6, "deepspeed_config": small_buckets(tmp_path), **options}
+    steps = {"max_train_steps": 6, "checkpointing_steps": 6, "deepspeed_config": small_buckets(tmp_path)}
     for name, how in (("captured", "on"), ("eager", "off")):
-        assert train(config(model, images, tmp_path / "shards", tmp_path / name, cuda_graphs=how, **run)) == 0
+        assert train(config(model, images, tmp_path / "shards", tmp_path / name, cuda_graphs=how, **steps, **options)) == 0
     assert recorded
     assert set(shared) == {float(taken)}
     weights = [checkpoint_tensors(tmp_path / name / "checkpoint-6", "weight") for name in ("captured", "eager")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def gain(**changes) -> float:
+    """Of 30 ms of reductions in 18 buckets, beside operations that keep the GPU ahead of the host."""
+    return overlap.overlap_gain(**{"operations": 0.2, "reduction": 0.03, "tensors": 100, "buckets": 18} | changes)
+
+
+def test_the_estimate_of_overlap():
+    hidden = 0.03 * 17 / 18
+    epilogue = 100 * overlap.EPILOGUE_SECONDS
+    assert gain() == pytest.approx(hidden - epilogue)
+    assert gain(buckets=1) == pytest.approx(-epilogue)
+    # No more is hidden than the backward pass is long.
+    assert gain(reduction=1.0) == pytest.approx(0.2 * 2 / 3 - epilogue)
+    # Every micro-batch waits for the host; only what is reduced can be hidden.
+    waiting = overlap.host_seconds(100) - 0.001
+    assert gain(operations=0.001, micro_batches=4) == pytest.approx(0.002 / 3 - epilogue - 4 * waiting)
+    assert gain(micro_batches=4, reductions=4) == pytest.approx(4 * gain())
+
+
+@pytest.mark.parametrize(("seconds_per_byte", "chosen"), [(1e-6, "with reductions that overlap"), (1e-12, "from CUDA graphs")])
+def test_auto_chooses_by_the_estimate_and_says_so(seconds_per_byte, chosen, monkeypatch, capsys):
+    processes = Processes()
+    processes.world, metrics = 2, Metrics(torch.device("cpu"), 4, 4)
+    metrics.flops_per_sample, metrics.peak_flops = 1e12, 1e14
+    monkeypatch.setattr(overlap, "reduction_seconds_per_byte", lambda processes: seconds_per_byte)
+    monkeypatch.setattr(overlap, "OVERLAPPED_BUCKET", 1000)
+    monkeypatch.setattr(processes, "from_first", lambda value: value)
+    options, model = config("model", "images", "shards", "out"), torch.nn.Linear(100, 100)
+    assert overlap.overlap_pays(options, model, metrics, processes) == chosen.startswith("with")
+    assert capsys.readouterr().err.startswith(f"Training {chosen}")
+    for changed in ({"cuda_graphs": "on"}, {"compile": True}):
+        assert not overlap.overlap_pays(options.model_copy(update=changed), model, metrics, processes)
+    processes.world = 1
+    assert not overlap.overlap_pays(options, model, metrics, processes)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="two processes need two GPUs")
+@pytest.mark.parametrize("options", [{"zero_stage": 1, "gradient_accumulation_steps": 2}, {"zero_stage": 2}], ids=str)
+def test_reductions_that_overlap_change_nothing(options, model, images, shards, tmp_path):
+    # Two numbers have one sum in either order, so that the buckets do not show.
+    apart = {"overlap_comm": False, "contiguous_gradients": options["zero_stage"] == 2}
+    for name, zero in (("overlapped", {}), ("apart", apart)):
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 50_000, **zero}}))
+        finished = run(command(
+            config(model, images, shards, tmp_path / name, train_batch_size=2, max_train_steps=4, checkpointing_steps=4,
+                   deepspeed_config=str(file), **options), *torchrun(2),
+        ))  # fmt: skip
+        assert finished.returncode == 0, finished.stderr
+    assert deepspeed_config(config("m", "i", "s", "o", zero_stage=1), 10**9, overlap=True)["zero_optimization"]["overlap_comm"]
+    for kind in ("weight", "exp_avg", "ema"):
+        parts = [checkpoint_tensors(tmp_path / name / "checkpoint-4", kind) for name in ("overlapped", "apart")]
+        assert all(torch.equal(parts[0][name], parts[1][name]) for name in parts[0]), kind
