@@ -275,6 +275,12 @@ class TrainConfig(CacheConfig):
     dream_detail_preservation: float = option(only(("sd",), 1.0), "DREAM's detail preservation factor p.", "objective", gt=0)
 
     allow_tf32: bool = option(False, "Allow TF32 matrix products on Ampere GPUs and newer.", "precision")
+    matrix_precision: Literal["fp8"] | None = option(
+        only(("kandinsky-prior", "wuerstchen"), None),
+        "Precision of the matrix products within the model's blocks, on Hopper GPUs and newer; needs --compile and "
+        "--mixed_precision bf16. Default: that of the weights.",
+        "precision",
+    )
     deterministic: bool = option(
         False, "Repeat a run on the same GPUs bit for bit, with slower convolutions and attention.", "precision"
     )
@@ -490,6 +496,7 @@ def _check(config: CacheConfig) -> None:
     for flag, wanted, package in (
         ("--report_to wandb", config.report_to == "wandb", "wandb"),
         ("--use_8bit_adam", config.use_8bit_adam, "bitsandbytes"),
+        ("--matrix_precision fp8", config.matrix_precision == "fp8", "torchao"),
     ):
         if wanted and importlib.util.find_spec(package) is None:
             raise UserError(f"{flag} needs {package}, which is not installed: install the extra `{package}`")
@@ -511,6 +518,12 @@ def _check(config: CacheConfig) -> None:
         raise UserError("--zero_stage 1 adds gradients up in the precision of the weights; for fp32 use --zero_stage 2")
     if config.deepspeed_config and not Path(config.deepspeed_config).is_file():
         raise UserError(f"--deepspeed_config {config.deepspeed_config}: no such file")
+    if config.matrix_precision == "fp8" and not (config.compile and config.mixed_precision == "bf16"):
+        raise UserError("--matrix_precision fp8 needs --compile, which fuses the casts, and --mixed_precision bf16")
+    if config.matrix_precision == "fp8" and config.train_batch_size % 16:
+        raise UserError(
+            f"--matrix_precision fp8: such products need a --train_batch_size in multiples of 16, not {config.train_batch_size}"
+        )
     if config.attention == "xformers" and config.family not in XFORMERS:
         raise UserError(f"--attention xformers is not used by {config.family}; leave it out")
     if config.enable_xformers_memory_efficient_attention and config.attention not in ("auto", "xformers"):

@@ -16,6 +16,7 @@ from engine.config import CacheConfig, TrainConfig
 from engine.data.shards import Field
 from engine.diffusion import Schedule
 from engine.errors import UserError, first_line
+from engine.models import float8
 from engine.models.training_form import to_training_form
 
 PREVIEW_STEPS = 20  # of the last stage's sampling in validation images, as in the scripts
@@ -136,6 +137,8 @@ class Family(ABC):
                     "torch's attention"
                 ) from None
         to_training_form(model, fuse_projections=not self.training.uses_xformers)
+        if self.training.matrix_precision == "fp8":
+            float8.convert(model)
         return model.train()
 
 
