@@ -56,6 +56,14 @@ def test_a_deterministic_run_trains_to_the_same_losses(model, images, shards, tm
     assert losses("deterministic", deterministic=True) == losses("plain")
 
 
+@pytest.mark.parametrize("mode", ["default", "max-autotune-no-cudagraphs"])
+def test_the_mode_of_compilation_reaches_torch(mode, model, images, shards, tmp_path, monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: modes.append(options["mode"]))
+    assert train(config(model, images, shards, tmp_path, max_train_steps=1, compile=True, compile_mode=mode)) == 0
+    assert modes == [mode]
+
+
 @pytest.mark.gpu
 def test_a_deterministic_run_repeats_its_bits_on_a_gpu(model, images, shards, tmp_path):
     options = {"deterministic": True, "mixed_precision": "bf16", "shards_dir": str(tmp_path / "shards"), "max_train_steps": 8}

@@ -24,7 +24,7 @@ CASES = [(family, checkpointing) for family in ("sd", "kandinsky-prior", "kandin
 @pytest.mark.parametrize(("family", "checkpointing"), CASES)
 def test_every_family_compiles_once_into_one_graph(family, checkpointing, model, published, photographs, tmp_path, monkeypatch):
     compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend="aot_eager"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, mode: compile_module(module, backend="aot_eager"))
     models = {"pretrained_model_name_or_path": str(model)} if family == "sd" else published(family, dropout=0.0)
     options = {"shards_dir": str(tmp_path / "shards"), "max_train_steps": 4, "gradient_accumulation_steps": 2}
     options |= {"resolution": 32} if family == "sd" else {}
