@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from engine.errors import first_line
+from engine.errors import TRY_AGAIN, first_line
 from engine.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -113,6 +113,7 @@ class Rows:
             self.environments.append(here)
         self.number = self.environments.index(here)
         self.broken = ""
+        self.exit_code = 0  # of the benchmark: `TRY_AGAIN` once a row is missing, which a further call may measure
 
     def measure(self, name: str, seconds: float, work: Callable[[], dict[str, Any]], **about: Any) -> dict[str, Any]:
         """The row of a name: as kept, or what `work` returns, or why there is none (`failed`, `missing`).
@@ -125,11 +126,10 @@ class Rows:
         if kept is not None and self._stands(kept):
             return kept
         row: dict[str, Any] = {"name": name, "environment": self.number, "device": self._device(self.number), **about}
-        if self.broken:
-            return row | {"missing": self.broken}
         left = float("inf") if self.deadline is None else self.deadline - time.monotonic()
-        if left < seconds:
-            return row | {"missing": f"no time left: needs about {seconds:.0f} s"}
+        if self.broken or left < seconds:
+            self.exit_code = TRY_AGAIN
+            return row | {"missing": self.broken or f"no time left: needs about {seconds:.0f} s"}
         attempts = kept.get("attempts", 0) if kept is not None and kept["environment"] == self.number else 0
         self._keep(row | {"failed": UNFINISHED, "attempts": attempts + 1})
         started = time.monotonic()

@@ -201,8 +201,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, help="begin no row that would not end within so many minutes")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(table(measure(options.small, not options.small, device, Rows(options.json, __doc__, options.minutes))))
-    return 0
+    rows = Rows(options.json, __doc__, options.minutes)
+    print(table(measure(options.small, not options.small, device, rows)))
+    return rows.exit_code
 
 
 if __name__ == "__main__":

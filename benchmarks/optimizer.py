@@ -131,8 +131,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="keep the row there; what is there is not measured again")
     parser.add_argument("--minutes", type=float, help="begin nothing that would not end within so many minutes")
     options = parser.parse_args()
-    print(table(measure(options.parameters, True, device, Rows(options.json, __doc__, options.minutes))))
-    return 0
+    rows = Rows(options.json, __doc__, options.minutes)
+    print(table(measure(options.parameters, True, device, rows)))
+    return rows.exit_code
 
 
 if __name__ == "__main__":

@@ -1,0 +1,93 @@
+"""Do the tests pass on this machine? `python -m benchmarks.gpu_tests [--json FILE] [--minutes M] [--suites NAME...]`
+
+Each suite is a pytest of its own process: what is marked `gpu`, and the kernels, which run as compiled code on a GPU and in
+Triton's interpreter on a CPU. A suite whose process dies names the test that it died in.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from benchmarks.environment import Rows
+from benchmarks.tables import markdown
+
+# Suite -> arguments of pytest, and seconds that it takes on an H100 (assumed: from its time on two CPU cores).
+SUITES: dict[str, tuple[list[str], float]] = {
+    "marked gpu": (["-m", "gpu", "tests"], 90),
+    "kernels": (["tests/kernels"], 60),
+    "small": (["tests/test_errors.py"], 5),
+}
+DEFAULT = ["marked gpu", "kernels"]
+
+
+def run_suite(arguments: list[str]) -> dict[str, Any]:
+    """Counts of a suite's outcomes, and its failures.
+
+    Raises:
+        RuntimeError: the process died, with the test it was in.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        report = Path(directory) / "report.xml"
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-v",
+            "--durations=0",
+            "-p",
+            "no:cacheprovider",
+            f"--junitxml={report}",
+            *arguments,
+        ]
+        process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        print(process.stdout, flush=True)
+        if not report.exists():
+            started = [line.split(" ")[0] for line in process.stdout.splitlines() if "::" in line]
+            raise RuntimeError(
+                f"pytest ended with {process.returncode}, in or after {started[-1] if started else 'collection'}"
+            )
+        return outcomes(report)
+
+
+def outcomes(report: Path) -> dict[str, Any]:
+    """What a JUnit report of pytest says."""
+    cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+    failures = []
+    skipped = 0
+    for case in cases:
+        broken = [child for child in case if child.tag in ("failure", "error")]
+        skipped += any(child.tag == "skipped" for child in case)
+        if broken:
+            message = (broken[0].get("message") or "").splitlines() or [""]
+            failures.append(f"{case.get('classname')}::{case.get('name')}: {message[0]}")
+    return {"passed": len(cases) - skipped - len(failures), "skipped": skipped, "wrong": len(failures), "failures": failures}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Counts by suite, and the failures."""
+    counts = markdown(rows, {"suite": "name", "passed": "passed", "skipped": "skipped", "failed": "wrong"})
+    return "\n".join([counts, "", *(f"- {failure}" for row in rows for failure in row.get("failures", []))])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("benchmarks.gpu_tests", description=__doc__.splitlines()[0])
+    parser.add_argument("--suites", nargs="+", choices=SUITES, default=DEFAULT, help="default: %(default)s")
+    parser.add_argument("--json", type=Path, help="keep the rows there, and go on from those that are there")
+    parser.add_argument("--minutes", type=float, help="begin no suite that would not end in time")
+    options = parser.parse_args()
+    kept = Rows(options.json, __doc__, options.minutes)
+    rows = []
+    for suite in options.suites:
+        arguments, seconds = SUITES[suite]
+        rows.append(kept.measure(suite, seconds, partial(run_suite, arguments)))
+    print(table(rows))
+    return kept.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
