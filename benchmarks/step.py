@@ -68,6 +68,7 @@ AIMS = {
     "Wuerstchen v2 prior, 768 px": (32, [8, 64]),
 }
 TINY_AIM = (4, [2])
+PRECISION = {"cuda": "bf16", "cpu": "no"}
 WARM_UP = capture.WARM_UP + 3  # steps: as they are, one to capture, and replays
 WINDOWS = 7
 WINDOW_SECONDS = 1.5  # or one step, where that takes longer
@@ -379,7 +380,8 @@ class Checkpoint:
         for lever in tqdm(levers, desc=f"{self.name}, batch {size}", disable=None, leave=False):
             row = self.measure(lever, size, lever.form in seen)
             measured.append(row)
-            seen.append(lever.form)
+            if "missing" not in row:
+                seen.append(lever.form)
             if lever.options is None and row.get("failed") == OUT_OF_MEMORY and size > 1:
                 return measured + self.waterfall(levers, size // 2)
         return measured
@@ -422,29 +424,39 @@ def measure_all(
         batch: of the waterfalls, instead of each checkpoint's own.
         wanted: names of levers; none for all.
     """
-    precision = "bf16" if device.type == "cuda" else "no"
+    precision = PRECISION[device.type]
     if device.type == "cuda":
         # At its first choice torch writes its order of attention's kernels, which every row then starts from.
         nn.functional.scaled_dot_product_attention(*torch.zeros(3, 1, 1, 8, 64, device=device, dtype=torch.bfloat16))
     peak = measured_peak(rows, device, precision)
-    memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else math.inf
     measured = []
     for name in names:
-        tiny = name in TINY
-        with tempfile.TemporaryDirectory() as directory, compiling_cheaply() if tiny else contextlib.nullcontext():
-            options = {"mixed_precision": precision, "output_dir": directory}
-            family: Any = (
-                open_tiny(name, Path(directory), **options) if tiny else open_random(name, Path(directory), device, **options)
-            )
-            with torch.device("cpu" if tiny else "meta"):
-                cost = count(family, published_model(family) if tiny else trained_model(name))
-            aim, further = AIMS.get(name, TINY_AIM)
+        with opened(name, device) as (family, cost, size):
             checkpoint = Checkpoint(name, family, cost, peak, device, rows)
             levers = [lever for lever in LEVERS if lever.fits(family.config.family) and (not wanted or lever.name in wanted)]
-            measured += checkpoint.waterfall(levers, batch or largest_batch(aim, cost, memory))
-            for size in further if sweep else ():
-                measured.append(checkpoint.measure(SHIPPED, size, True))
+            measured += checkpoint.waterfall(levers, batch or size)
+            for further in AIMS.get(name, TINY_AIM)[1] if sweep else ():
+                measured.append(checkpoint.measure(SHIPPED, further, True))
     return measured
+
+
+@contextlib.contextmanager
+def opened(name: str, device: torch.device, **options: Any) -> Iterator[tuple[Any, Cost, int]]:
+    """The family of a checkpoint at its published size with random weights, or a tiny one; its cost; its waterfall's batch.
+
+    Args:
+        options: of the training; its precision is that of the device, unless they say otherwise.
+    """
+    tiny = name in TINY
+    memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else math.inf
+    with tempfile.TemporaryDirectory() as directory, compiling_cheaply() if tiny else contextlib.nullcontext():
+        options = {"mixed_precision": PRECISION[device.type], "output_dir": directory, **options}
+        family: Any = (
+            open_tiny(name, Path(directory), **options) if tiny else open_random(name, Path(directory), device, **options)
+        )
+        with torch.device("cpu" if tiny else "meta"):
+            cost = count(family, published_model(family) if tiny else trained_model(name))
+        yield family, cost, largest_batch(AIMS.get(name, TINY_AIM)[0], cost, memory)
 
 
 @contextlib.contextmanager
@@ -524,6 +536,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="a few thousand weights instead of the published size")
     parser.add_argument("--checkpoints", nargs="+", choices=[*AIMS, *TINY], help="default: all")
     parser.add_argument("--levers", nargs="+", choices=[lever.name for lever in LEVERS], default=[], help="default: all")
+    parser.add_argument("--without", nargs="+", choices=[lever.name for lever in LEVERS], default=[], help="leave these out")
     parser.add_argument("--batch", type=int, help="batch of the waterfall, instead of each checkpoint's own")
     parser.add_argument("--sweep", action="store_true", help="measure further batch sizes too")
     parser.add_argument("--minutes", type=float, help="begin no row that would not end in time")
@@ -536,7 +549,10 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = Rows(options.json, __doc__, options.minutes)
     names = options.checkpoints or (list(TINY) if options.tiny else list(AIMS))
-    measured = measure_all(rows, names, device, options.batch, options.sweep, options.levers)
+    wanted = [
+        lever.name for lever in LEVERS if lever.name in (options.levers or [lever.name]) and lever.name not in options.without
+    ]
+    measured = measure_all(rows, names, device, options.batch, options.sweep, wanted)
     print(table(measured))
     return 0 if complete(measured) else TRY_AGAIN
 
