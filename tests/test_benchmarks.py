@@ -1,7 +1,6 @@
 """The benchmarks run on a CPU, and count what is published."""
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import encode, overhead, published, scaling, sizes, step, suite, timing
+from benchmarks import encode, overhead, published, scaling, sizes, step
 
 # Parameters in millions and training TFLOP per sample, as published configurations come to.
 EXPECTED = {
@@ -43,43 +42,6 @@ def test_the_encode_benchmark_runs_on_tiny_models(monkeypatch, tmp_path, capsys)
     assert [row["model"] for row in rows] == list(published.TINY)
     assert all(row["images_per_second"] > 0 for row in rows)
     assert "wuerstchen" in capsys.readouterr().out
-
-
-@pytest.fixture(scope="module")
-def suite_results(tmp_path_factory) -> Path:
-    """The whole suite on small shapes and models, with as few repetitions and levers as there can be."""
-    output = tmp_path_factory.mktemp("suite")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["suite", "--tiny", "--steps", "1", "--output", str(output)])
-        patch.setattr(step, "WINDOWS", 1)
-        patch.setattr(step, "WARM_UP", 1)
-        patch.setattr(step, "LEVERS", [step.LEVERS[0], step.SHIPPED])
-        patch.setattr(timing, "REPEATS", 1)
-        assert suite.main() == 0
-    return output
-
-
-def test_the_suite_measures_every_operation_and_family(suite_results):
-    results = json.loads((suite_results / "suite.json").read_text())
-    operations = {row["operation"] for row in results["kernels"]}
-    assert operations == {"add_noise", "diffusion_loss", "group_norm_silu", "group_norm_silu, both passes", "square_sum"}
-    assert all(row["gain"].keys() >= {"script"} and row["microseconds"]["engine"] > 0 for row in results["kernels"])
-    assert results["optimizer"]["gain"].keys() == {"passes"}
-    assert results["overhead"]["host_microseconds"]["loop"] > 0
-    rows = [row for row in results["step"] if "lever" in row]
-    assert [(row["checkpoint"], row["lever"]) for row in rows] == [
-        (family, lever) for family in published.TINY for lever in ("recipe", "compiled and captured")
-    ]
-    assert all(row["samples_per_second"] > 0 and row["mfu_measured"] > 0 and math.isfinite(row["loss"]) for row in rows)
-
-
-def test_the_suite_names_where_it_ran_and_draws(suite_results):
-    report = (suite_results / "suite.md").read_text()
-    assert torch.__version__ in report
-    assert "| sd | recipe | 4 |" in report
-    for name in ("waterfall", "roofline", "kernels"):
-        assert f"({name}.png)" in report
-        assert is_drawn(suite_results / f"{name}.png")
 
 
 def is_drawn(path: Path) -> bool:
