@@ -56,7 +56,8 @@ def write_shards(directory: Path, records: int) -> None:
 
 
 def measure(shards: Shards, batch: int, device: torch.device) -> dict[str, Any]:
-    """Milliseconds to the first micro-batch, and samples per second: the median over windows, and the slowest."""
+    """Milliseconds to the first micro-batch, samples per second (the median over windows, and the slowest), and the processor's
+    microseconds per sample over all threads, which other work on the machine changes least."""
     schedule = DiscreteSchedule(torch.linspace(0.999, 0.001, 1000), "epsilon", None)
     started = time.perf_counter()
     loader = Loader(shards, BatchPlan(batch, 1, 0, 1), 7, schedule, device, 0, 10**9)
@@ -64,22 +65,31 @@ def measure(shards: Shards, batch: int, device: torch.device) -> dict[str, Any]:
         batches = iter(loader)
         next(batches)
         first = time.perf_counter() - started
-        _samples_per_second(batches, device)
-        rates = [_samples_per_second(batches, device) for _ in range(WINDOWS)]
+        _window(batches, device)
+        rates, busy = zip(*(_window(batches, device) for _ in range(WINDOWS)), strict=True)
     finally:
         loader.close()
     return {
         "records": len(shards), "batch": batch, "first_milliseconds": first * 1e3,
         "samples_per_second": statistics.median(rates), "slowest_window": min(rates),
+        "processor_microseconds": statistics.median(busy),
     }  # fmt: skip
 
 
-def _samples_per_second(batches: Iterator[Batch], device: torch.device) -> float:
-    samples, started = 0, time.perf_counter()
+def _window(batches: Iterator[Batch], device: torch.device) -> tuple[float, float]:
+    """Samples per second, and the processor's microseconds per sample."""
+    samples, started, busy = 0, time.perf_counter(), time.process_time()
     while time.perf_counter() - started < WINDOW_SECONDS:
         samples += len(next(batches).slots)
     synchronize(device)
-    return samples / (time.perf_counter() - started)
+    return samples / (time.perf_counter() - started), (time.process_time() - busy) / samples * 1e6
+
+
+def describe(row: dict[str, Any]) -> str:
+    return (
+        f"{row['samples_per_second']:,.0f} samples/s, {row['processor_microseconds']:.1f} us of processor time each, "
+        f"the first after {row['first_milliseconds']:.1f} ms"
+    )
 
 
 def main() -> int:
@@ -99,8 +109,7 @@ def main() -> int:
                 name, expected = f"{records} records, batch {batch}", (WINDOWS + 2) * WINDOW_SECONDS
                 row = rows.measure(name, expected, partial(measure, shards, batch, device))
                 measured.append(row)
-                print(name, row.get("failed") or row.get("missing") or f"{row['samples_per_second']:,.0f} samples/s, "
-                      f"the first after {row['first_milliseconds']:.1f} ms", sep=": ")  # fmt: skip
+                print(name, row.get("failed") or row.get("missing") or describe(row), sep=": ")
     print(json.dumps(min(measured, key=lambda row: row.get("samples_per_second", 0))))
     return 0
 
