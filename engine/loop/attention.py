@@ -28,22 +28,26 @@ KERNELS = {
     "math": SDPBackend.MATH,
 }
 NAMES = {kernel: name for name, kernel in KERNELS.items()}
+# 9.15.1: before it the backward pass is broken at lengths that are no multiple of 128, which no trial run shows. torch's wheels
+# for CUDA 12 bring such a cuDNN, and torch itself then leaves it out (pytorch/pytorch#169849).
+CUDNN_SOUND = 91501
 
 
-def order_of(wanted: str, capability: tuple[int, int] | None) -> list[str]:
+def order_of(wanted: str, capability: tuple[int, int] | None, cudnn: int | None) -> list[str]:
     """Names of the kernels in the order in which torch shall try them.
 
     The rule of `auto`: cuDNN's first on compute capability 9 and 10 (Hopper, and Blackwell in data centres), whose matrix units
-    Flash 2 was not written for; elsewhere Flash first. torch knows what each accepts: cuDNN heads of multiples of 8 up to 128
-    or 256, by its version, with or without a mask; Flash heads up to 256 without a mask; both in bf16 and fp16 alone.
-    Memory-efficient attention takes fp32 and masks too, and math takes everything.
+    Flash 2 was not written for; elsewhere, and before `CUDNN_SOUND`, Flash first. torch knows what each accepts: cuDNN heads of
+    multiples of 8 up to 128 or 256, by its version, with or without a mask; Flash heads up to 256 without a mask; both in bf16
+    and fp16 alone. Memory-efficient attention takes fp32 and masks too, and math takes everything.
 
     Args:
         wanted: auto, or the kernel to put first.
         capability: of the GPU; None without one.
+        cudnn: cuDNN's version as a number, 91900 for 9.19.0; None without it.
     """
-    newest_first = capability is not None and capability[0] in (9, 10)
-    first = wanted if wanted in KERNELS else "cudnn" if newest_first else "flash"
+    cudnn_first = capability is not None and capability[0] in (9, 10) and cudnn is not None and cudnn >= CUDNN_SOUND
+    first = wanted if wanted in KERNELS else "cudnn" if cudnn_first else "flash"
     return [first, *(name for name in ("flash", "efficient", "math") if name != first)]
 
 
@@ -114,7 +118,7 @@ def choose(wanted: str, calls: list[Call], dtype: torch.dtype, device: torch.dev
         UserError: the kernel that `wanted` names cannot run a call.
     """
     gpu = device.type == "cuda"
-    order = order_of(wanted, torch.cuda.get_device_capability(device) if gpu else None)
+    order = order_of(wanted, torch.cuda.get_device_capability(device) if gpu else None, torch.backends.cudnn.version())
     for call in calls[:1]:
         # At its first choice torch writes an order of its own over any that was set before.
         call.choice(dtype, device)

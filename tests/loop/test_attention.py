@@ -52,19 +52,21 @@ def gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "capability", "expected"),
+    ("wanted", "capability", "cudnn", "expected"),
     [
-        ("auto", (9, 0), ["cudnn", "flash", "efficient", "math"]),
-        ("auto", (10, 3), ["cudnn", "flash", "efficient", "math"]),
-        ("auto", (8, 0), ["flash", "efficient", "math"]),
-        ("auto", (12, 0), ["flash", "efficient", "math"]),
-        ("flash", (9, 0), ["flash", "efficient", "math"]),
-        ("efficient", (9, 0), ["efficient", "flash", "math"]),
-        ("cudnn", (8, 0), ["cudnn", "flash", "efficient", "math"]),
+        ("auto", (9, 0), 91900, ["cudnn", "flash", "efficient", "math"]),
+        ("auto", (10, 3), 91900, ["cudnn", "flash", "efficient", "math"]),
+        ("auto", (9, 0), 91002, ["flash", "efficient", "math"]),
+        ("auto", (9, 0), None, ["flash", "efficient", "math"]),
+        ("auto", (8, 0), 91900, ["flash", "efficient", "math"]),
+        ("auto", (12, 0), 91900, ["flash", "efficient", "math"]),
+        ("flash", (9, 0), 91900, ["flash", "efficient", "math"]),
+        ("efficient", (9, 0), 91900, ["efficient", "flash", "math"]),
+        ("cudnn", (8, 0), 91002, ["cudnn", "flash", "efficient", "math"]),
     ],
 )
-def test_the_rule(wanted, capability, expected):
-    assert order_of(wanted, capability) == expected
+def test_the_rule(wanted, capability, cudnn, expected):
+    assert order_of(wanted, capability, cudnn) == expected
 
 
 @pytest.mark.parametrize("name", RESOLUTIONS)
@@ -106,7 +108,7 @@ def test_the_order_outlives_the_one_that_torch_writes_at_its_first_choice(gpu):
 
 
 def test_auto_goes_on_without_a_kernel_that_fails(gpu, monkeypatch):
-    monkeypatch.setattr(attention, "order_of", lambda wanted, capability: order_of(wanted, (9, 0)))
+    monkeypatch.setattr(attention, "order_of", lambda wanted, *_: order_of(wanted, (9, 0), 91900))
     monkeypatch.setattr(Call, "problem", lambda call, dtype, device: "no plan" if call.mask and order()[0] == "cudnn" else "")
     assert choose("auto", [CALL, MASKED], torch.float32, CPU) == {CALL: "flash", MASKED: "flash"}
     assert order() == ["flash", "efficient", "math"]
