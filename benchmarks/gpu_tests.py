@@ -5,6 +5,8 @@ Triton's interpreter on a CPU. A suite whose process dies names the test that it
 """
 
 import argparse
+import io
+import re
 import subprocess
 import sys
 import tempfile
@@ -33,25 +35,24 @@ def run_suite(arguments: list[str]) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory) / "report.xml"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-v",
-            "--durations=0",
-            "-p",
-            "no:cacheprovider",
-            f"--junitxml={report}",
-            *arguments,
-        ]
-        process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-        print(process.stdout, flush=True)
+        options = ["-v", "--continue-on-collection-errors", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        code, output = shown([sys.executable, "-m", "pytest", *options, *arguments])
         if not report.exists():
-            started = [line.split(" ")[0] for line in process.stdout.splitlines() if "::" in line]
-            raise RuntimeError(
-                f"pytest ended with {process.returncode}, in or after {started[-1] if started else 'collection'}"
-            )
+            started = re.findall(r"^\S+::\S+", output, re.MULTILINE)
+            raise RuntimeError(f"pytest ended with {code}, in or after {started[-1] if started else 'collection'}")
         return outcomes(report)
+
+
+def shown(command: list[str]) -> tuple[int, str]:
+    """The exit code and output of a command, which is passed on as it comes: should it hang, the log says where."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert isinstance(process.stdout, io.BufferedReader)
+        output = bytearray()
+        while chunk := process.stdout.read1():
+            output += chunk
+            sys.stdout.buffer.write(chunk)
+            sys.stdout.buffer.flush()
+    return process.returncode, output.decode(errors="replace")
 
 
 def outcomes(report: Path) -> dict[str, Any]:

@@ -114,6 +114,7 @@ def measure(name: str, device: torch.device) -> dict[str, Any]:
             for _ in range(STEPS):
                 step()
             synchronize(device)
+    torch._dynamo.reset()
     return {"batch": size, **summarize(*timeline(profiler, gpu), STEPS)}
 
 

@@ -10,6 +10,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,24 +98,28 @@ def table_of(benchmark: str, rows: Rows) -> str:
 
 def draw_charts(state: dict[str, Any], output: Path) -> dict[str, str]:
     """Benchmark -> what shows its charts; every benchmark has one picture, the waterfalls two."""
-    step, kernels = (rows_of(state, benchmark) for benchmark in ("step", "kernels"))
-    single = [row for row in rows_of(state, "optimizer") if not problem(row)]
-    copied = max(
-        (row["bytes_per_second"] / row["share_of_copy_bandwidth"] for row in [*kernels, *single] if "gain" in row), default=None
-    )
-    drawn: dict[str, list[tuple[str, Callable[[Path], None]]]] = {
-        "step": [("waterfall.png", lambda path: charts.waterfall(step, path)),
-                 ("roofline.png", lambda path: charts.roofline(step, copied, path))],
-        "kernels": [("kernels.png", lambda path: charts.bandwidth(kernels, single[0] if single else {}, path))],
-        "curves": [("curves.png", lambda path: curves.chart(rows_of(state, "curves"), path))],
-        "profile": [("profile.png", lambda path: profile.chart(rows_of(state, "profile"), path))],
-    }  # fmt: skip
-    shown = {}
-    for benchmark, pictures in drawn.items():
-        if any(not problem(row) for row in rows_of(state, benchmark)):
-            links = [guarded(lambda name=name, draw=draw: _draw(output / name, draw)) for name, draw in pictures]  # type: ignore[misc]
-            shown[benchmark] = "\n\n".join(links)
-    return shown
+    of = {benchmark: rows_of(state, benchmark) for benchmark in ("step", "kernels", "optimizer", "curves", "profile")}
+    single = next((row for row in of["optimizer"] if not problem(row)), {})
+    drawn: dict[str, dict[str, Callable[[Path], None]]] = {
+        "step": {
+            "waterfall.png": lambda path: charts.waterfall(of["step"], path),
+            "roofline.png": lambda path: charts.roofline(of["step"], copy_speed([*of["kernels"], single]), path),
+        },
+        "kernels": {"kernels.png": lambda path: charts.bandwidth(of["kernels"], single, path)},
+        "curves": {"curves.png": lambda path: curves.chart(of["curves"], path)},
+        "profile": {"profile.png": lambda path: profile.chart(of["profile"], path)},
+    }
+    measured = [benchmark for benchmark in drawn if not all(map(problem, of[benchmark]))]
+    return {
+        benchmark: "\n\n".join(guarded(partial(_draw, output / name, draw)) for name, draw in drawn[benchmark].items())
+        for benchmark in measured
+    }
+
+
+def copy_speed(rows: Rows) -> float | None:
+    """Bytes per second of the fastest copy beside which a kernel was measured."""
+    speeds = [row["bytes_per_second"] / row["share_of_copy_bandwidth"] for row in rows if "share_of_copy_bandwidth" in row]
+    return max(speeds, default=None)
 
 
 def _draw(path: Path, draw: Callable[[Path], None]) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import campaign, environment, plan, report
+from benchmarks import campaign, environment, gpu_tests, plan, report
 from benchmarks.campaign import DONE, FAILED, GOES_ON, Campaign
 from benchmarks.plan import PROVOKED, Part
 
@@ -151,6 +151,31 @@ def test_every_part_is_chosen_by_its_name(capsys):
     printed = capsys.readouterr().out
     assert all(f"estimate, not measured: {part.assumption}" in printed for part in plan.PLAN)
     assert len({part.slug for part in plan.PLAN}) == len(plan.PLAN)
+
+
+def test_a_table_that_fails_costs_only_itself(tmp_path):
+    parts = {name: {"status": DONE, "attempts": [], "failed": [], "tail": []} for name in ("optimizer", "sampling")}
+    for kept in parts.values():
+        kept["attempts"].append({"environment": 0, "status": DONE, "ended": "done", "rows": 1, "seconds": 1.0})
+    row = {"name": "SD 1.5, 512 px", "environment": 0, "gain": 1.5}
+    rows = {name: {"environments": [HERE], "rows": [row]} for name in ("optimizer", "sampling")}
+    state = {"rehearsal": False, "environments": [HERE], "calls": [], "parts": parts, "rows": rows}
+    text = report.report(state, tmp_path)
+    assert "This could not be written:\n\n```\nTraceback" in text
+    assert "KeyError: 'microseconds'" in text
+    assert "| SD 1.5, 512 px |  |  |  |  | 1.5 |" in text
+    assert "- kernels: 200 s by estimate" in text
+
+
+def test_the_tests_of_a_machine_are_counted_and_one_that_kills_is_named(tmp_path, monkeypatch):
+    suite = tmp_path / "test_three.py"
+    suite.write_text("def test_well(): pass\n\ndef test_wrong():\n    assert 1 == 2\n")
+    counted = gpu_tests.run_suite([str(suite)])
+    assert (counted["passed"], counted["skipped"], counted["wrong"]) == (1, 0, 1)
+    assert "test_wrong: assert 1 == 2" in counted["failures"][0]
+    suite.write_text("import os\n\ndef test_well(): pass\n\ndef test_kills():\n    os.abort()\n")
+    with pytest.raises(RuntimeError, match="pytest ended with -6, in or after .*test_three.py::test_kills"):
+        gpu_tests.run_suite([str(suite)])
 
 
 class Forked:
