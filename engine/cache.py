@@ -9,8 +9,9 @@ import torch
 from tqdm import tqdm
 
 from engine.config import PIPELINE_OPTIONS, CacheConfig, Parser, parse
-from engine.data.shards import Index, Shards, read_header, verify
+from engine.data.shards import Index, Shards, verify
 from engine.errors import UserError, exit_code
+from engine.tensors import read_header
 
 USAGE = "python -m engine.cache build|verify|info ...; each has --help"
 

@@ -302,7 +302,9 @@ class TrainConfig(CacheConfig):
 
     checkpointing_steps: int = option(500, "Steps between two checkpoints.", "checkpoints", ge=1)
     checkpoint_async: bool = option(
-        False, "Write checkpoints beside the training, which waits only for the copy to host memory.", "checkpoints"
+        False,
+        "Write checkpoints beside the training, which waits only for a copy of its state to host memory.",
+        "checkpoints",
     )
     step_timeout: float | None = option(
         None,

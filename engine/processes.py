@@ -67,6 +67,11 @@ class Processes:
         if self.world > 1:
             dist.all_reduce(torch.zeros(1))
 
+    def synchronize(self) -> None:
+        """Waits until the device has done what it was asked, copies to the host included."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def gather_objects(self, value: Any) -> list[Any]:
         """Every process's `value`, by rank, on every process."""
         if self.world == 1:

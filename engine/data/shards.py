@@ -15,7 +15,6 @@ import concurrent.futures
 import json
 import os
 import resource
-import struct
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -32,14 +31,11 @@ from engine.data.reader import best_gather
 from engine.errors import UserError
 from engine.files import digest, write_atomically, write_json
 from engine.kernels import philox
+from engine.tensors import DTYPES, read_header
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
 RECORD_TENSORS = ("source", "image_offsets", "caption_offsets", "caption_numbers")
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -146,29 +142,6 @@ def write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]
     """Writes one shard: complete or absent. `metadata` is stored as JSON in the file's header."""
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     write_atomically(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, {"engine": json.dumps(metadata)}))
-
-
-def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """The header of a safetensors file: its tensors' descriptions, the engine's metadata and where the data begin.
-
-    Raises:
-        ValueError: not a whole safetensors file of ours.
-    """
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise ValueError("truncated")
-        (length,) = struct.unpack("<Q", prefix)
-        size = path.stat().st_size
-        if length > size - 8:
-            raise ValueError("truncated")
-        header = json.loads(file.read(length))
-    metadata = json.loads(header.pop("__metadata__", {}).get("engine", "{}"))
-    data_start = 8 + length
-    end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-    if size != data_start + end:
-        raise ValueError("truncated" if size < data_start + end else "longer than its header says")
-    return header, metadata, data_start
 
 
 def read_tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
@@ -302,6 +275,6 @@ def _allow_open_files(count: int) -> None:
 
 def _field_start(path: Path, name: str, header: dict[str, Any], field: Field) -> int:
     """Where a field begins within a shard's data, after a look at its shape and dtype."""
-    if tuple(header["shape"][1:]) != field.shape or _SAFETENSORS_DTYPES.get(header["dtype"]) != field.dtype:
+    if tuple(header["shape"][1:]) != field.shape or DTYPES.get(header["dtype"]) != field.dtype:
         raise UserError(f"{path}: field {name} is not as the index describes it; build the shards again")
     return int(header["data_offsets"][0])

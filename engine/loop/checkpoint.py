@@ -5,8 +5,8 @@ A directory checkpoint-N holds, per process, rank-R.safetensors with the slices 
 parameter (parameters are those of the training form, `models/training_form.py`). state.json holds the step and what the run
 was; manifest.json the digest of every file. No pickle is written or opened.
 
-Saving copies the state to host memory; writing needs no other process but the first, which waits until every process's digest
-is there and then publishes. So it can run beside the training.
+Between steps, a file is written from where the state lies. To be written beside the training, the state is copied to host
+memory first. Writing needs no other process but the first, which waits until every process's digest is there and publishes.
 """
 
 import contextlib
@@ -14,12 +14,11 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -30,6 +29,7 @@ from engine.loop.ema import Ema
 from engine.loop.metrics import Metrics
 from engine.loop.partition import Partition, Slice
 from engine.processes import Processes
+from engine.tensors import PIECE, TensorFile, header_of, host_buffer, in_file_order, pieces_of, staged, write_pieces
 
 FORMAT_VERSION = 2
 LATEST = "latest"
@@ -77,26 +77,16 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 @dataclass
 class Snapshot:
-    """What a checkpoint holds of this process, in host memory.
+    """What a checkpoint holds of this process.
 
-    holders: copies of everything that is laid out as the masters, by kind; slices: what lies where in them.
-    others: tensors by the name that they are stored under.
+    header, pieces: of its file; the pieces are copies, or come from where the state lies as they are asked for.
     state: what state.json will hold.
     """
 
     step: int
-    holders: dict[str, list[Tensor]]
-    slices: list[Slice]
-    others: dict[str, Tensor]
+    header: bytes
+    pieces: Iterable[Tensor]
     state: dict[str, Any]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """As they are stored; each a copy of its own, because slices are views of one storage, which the format refuses."""
-        sliced = {
-            f"{kind}/{piece.name}@{piece.start}": holders[piece.holder][piece.offset : piece.offset + piece.length].clone()
-            for piece in self.slices for kind, holders in self.holders.items()
-        }  # fmt: skip
-        return sliced | self.others
 
 
 @dataclass
@@ -104,7 +94,8 @@ class Writer:
     """Saves checkpoints under a directory, one at a time; older ones go only once a newer one is complete.
 
     run: what must be the same when the run is resumed (seed, global batch, shards' fingerprint).
-    beside: write in a thread; the next `save` and `wait` wait for it, and raise what it raised.
+    beside: copy the state to host memory and write in a thread; the next `save` and `wait` wait for it, and raise what it
+        raised.
     token: tells this run's unfinished writing from that of a run that was killed; the same on all processes.
     """
 
@@ -117,7 +108,7 @@ class Writer:
     copy_seconds: float = 0.0
     _thread: threading.Thread | None = None
     _error: BaseException | None = None
-    _buffers: dict[str, list[Tensor]] = field(default_factory=dict)
+    _buffers: list[Tensor] = field(default_factory=list)
 
     def save(self, step: int, partition: Partition, ema: Ema | None, metrics: Metrics) -> None:
         """Every process must call it. Returns when the state is copied, or without `beside` when all of it is written.
@@ -126,12 +117,15 @@ class Writer:
             UserError: this checkpoint, or the one before it, could not be written.
         """
         self.wait()
+        self.processes.synchronize()
         started = time.perf_counter()
         snapshot = self._snapshot(step, partition, ema, metrics)
         self.copy_seconds = time.perf_counter() - started
-        self._thread = threading.Thread(target=self._work, args=(snapshot,), name="checkpoint", daemon=True)
-        self._thread.start()
-        if not self.beside:
+        if self.beside:
+            self._thread = threading.Thread(target=self._work, args=(snapshot,), name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            self._work(snapshot)
             self.wait()
             self.processes.barrier()
 
@@ -146,21 +140,17 @@ class Writer:
 
     def _snapshot(self, step: int, partition: Partition, ema: Ema | None, metrics: Metrics) -> Snapshot:
         kinds = sliced_tensors(partition, ema)
-        if not self._buffers:
-            # Kept from one checkpoint to the next; pinned, a GPU fills them at the speed of the bus.
-            pinned = self.processes.device.type == "cuda"
-            self._buffers = {
-                kind: [torch.empty(holder.numel(), dtype=holder.dtype, pin_memory=pinned) for holder in holders]
-                for kind, holders in kinds.items()
-            }
-        for kind, holders in kinds.items():
-            for buffer, holder in zip(self._buffers[kind], holders, strict=True):
-                buffer.copy_(holder.detach().view(-1), non_blocking=True)
-        others = {name: values[0] for name, values in other_state(partition, kinds).items()}
-        others |= {"metrics/loss_sum": metrics.loss_sum.view(1), **random_state(self.processes.device)}
-        copied = {name: tensor.detach().to("cpu", copy=True) for name, tensor in others.items()}
-        if self.processes.device.type == "cuda":
-            torch.cuda.synchronize()
+        tensors = {
+            f"{kind}/{piece.name}@{piece.start}": partition.view(piece, holders)
+            for piece in partition.slices for kind, holders in kinds.items()
+        }  # fmt: skip
+        tensors |= {name: values[0].detach().cpu() for name, values in other_state(partition, kinds).items()}
+        tensors |= {"metrics/loss_sum": metrics.loss_sum.cpu().view(1), **random_state(self.processes.device)}
+        tensors = in_file_order(tensors)
+        header, _ = header_of(tensors)
+        pieces: Iterable[Tensor] = pieces_of(tensors.values())
+        if self.beside:
+            pieces = self._copied(list(tensors.values()))
         scaler = partition.loss_scaler
         state = {
             "format_version": FORMAT_VERSION,
@@ -171,7 +161,14 @@ class Writer:
             "loss_steps": metrics.steps,
             "loss_scaler": {k: v for k, v in vars(scaler).items() if isinstance(v, (int, float))} if scaler else None,
         }
-        return Snapshot(step, self._buffers, partition.slices, copied, state)
+        return Snapshot(step, header, pieces, state)
+
+    def _copied(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The bytes of tensors in buffers that are kept from one checkpoint to the next."""
+        size = sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors)
+        while len(self._buffers) * PIECE < size:
+            self._buffers.append(host_buffer())
+        return list(staged(tensors, self._buffers))
 
     def _work(self, snapshot: Snapshot) -> None:
         started = time.perf_counter()
@@ -194,8 +191,8 @@ class Writer:
         else:
             if self.processes.is_first:
                 written = time.perf_counter() - started
-                text = f"Saved checkpoint-{snapshot.step}: copied in {self.copy_seconds:.2f} s, written in {written:.2f} s"
-                tqdm.write(text, file=sys.stderr)
+                copied = f"copied in {self.copy_seconds:.2f} s, " if self.beside else ""
+                tqdm.write(f"Saved checkpoint-{snapshot.step}: {copied}written in {written:.2f} s", file=sys.stderr)
 
     def _aside(self, step: int) -> Path:
         return self.directory / f"checkpoint-{step}-{self.token}{PARTIAL}"
@@ -204,9 +201,8 @@ class Writer:
         rank = self.processes.rank
         aside = self._aside(snapshot.step)
         aside.mkdir(parents=True, exist_ok=True)
-        file = aside / f"rank-{rank}.safetensors"
-        safetensors.torch.save_file(snapshot.tensors(), file)
-        write_json(aside / f"rank-{rank}.json", digest(file))
+        written = write_pieces(aside / f"rank-{rank}.safetensors", snapshot.header, snapshot.pieces)
+        write_json(aside / f"rank-{rank}.json", written)
         if self.processes.is_first:
             digests = self._digests(aside)
             write_json(aside / "state.json", snapshot.state)
@@ -299,13 +295,13 @@ class SliceFiles:
     """The slices of a checkpoint's files, found by kind and parameter."""
 
     def __init__(self, checkpoint: Path) -> None:
-        self.files = [safetensors.safe_open(path, "pt") for path in sorted(checkpoint.glob("rank-*.safetensors"))]
-        self.places: dict[str, list[tuple[int, int, str]]] = {}
-        for number, file in enumerate(self.files):
-            for name in file.keys():  # noqa: SIM118 (a safetensors file is not a mapping)
+        self.files = [TensorFile(path) for path in sorted(checkpoint.glob("rank-*.safetensors"))]
+        self.places: dict[str, list[tuple[int, TensorFile, str]]] = {}
+        for file in self.files:
+            for name in file.header:
                 if "@" in name:
                     whole, start = name.rsplit("@", 1)
-                    self.places.setdefault(whole, []).append((int(start), number, name))
+                    self.places.setdefault(whole, []).append((int(start), file, name))
 
     @property
     def kinds(self) -> list[str]:
@@ -313,9 +309,8 @@ class SliceFiles:
 
     def elements(self, kind: str) -> int:
         """How many numbers of a kind the files hold."""
-        names = [(number, name) for whole, places in self.places.items() if whole.startswith(f"{kind}/")
-                 for _, number, name in places]  # fmt: skip
-        return sum(self.files[number].get_slice(name).get_shape()[0] for number, name in names)
+        return sum(file.elements(name) for whole, places in self.places.items() if whole.startswith(f"{kind}/")
+                   for _, file, name in places)  # fmt: skip
 
     def fill_parameter(self, kind: str, name: str, parameter: Tensor) -> None:
         """Copies a whole parameter from whichever files hold its pieces; it must be contiguous."""
@@ -324,12 +319,11 @@ class SliceFiles:
     def fill(self, kind: str, piece: Slice, target: Tensor) -> None:
         """Copies the elements of a slice from whichever files hold them."""
         filled = 0
-        for start, number, name in self.places.get(f"{kind}/{piece.name}", []):
-            stored = self.files[number].get_slice(name)
+        for start, file, name in self.places.get(f"{kind}/{piece.name}", []):
             first = max(start, piece.start)
-            last = min(start + stored.get_shape()[0], piece.start + piece.length)
+            last = min(start + file.elements(name), piece.start + piece.length)
             if first < last:
-                target[first - piece.start : last - piece.start] = stored[first - start : last - start]
+                file.read(name, first - start, target[first - piece.start : last - piece.start])
                 filled += last - first
         if filled != piece.length:
             raise UserError(f"the checkpoint holds {filled} of {piece.length} elements of {kind}/{piece.name}; was it trained "
@@ -347,21 +341,21 @@ def load(
             for kind, holders in kinds.items():
                 files.fill(kind, piece, partition.view(piece, holders))
     same_world = state["world"] == processes.world
-    own = safetensors.torch.load_file(checkpoint / f"rank-{processes.rank if same_world else 0}.safetensors")
+    own = files.files[processes.rank if same_world else 0]
     for name, values in other_state(partition, kinds).items():
-        if name not in own or own[name].shape != values[0].shape:
+        if name not in own.header or own.header[name]["shape"] != list(values[0].shape):
             raise UserError(f"{checkpoint}: holds no {name} for this optimizer and number of processes")
         for value in values:
-            value.copy_(own[name])
+            value.copy_(own.tensor(name))
     for master in partition.masters:
         partition.optimizer.state[master].update(state["optimizer_counters"])
     if same_world:
-        torch.set_rng_state(own["random/cpu"])
-        if "random/cuda" in own and processes.device.type == "cuda":
-            torch.cuda.set_rng_state(own["random/cuda"], processes.device)
+        torch.set_rng_state(own.tensor("random/cpu"))
+        if "random/cuda" in own.header and processes.device.type == "cuda":
+            torch.cuda.set_rng_state(own.tensor("random/cuda"), processes.device)
     if partition.loss_scaler and state["loss_scaler"]:
         vars(partition.loss_scaler).update(state["loss_scaler"])
-    sums = [file.get_tensor("metrics/loss_sum") for file in files.files]
-    metrics.loss_sum.fill_(float(own["metrics/loss_sum"] if same_world else torch.cat(sums).mean()))
+    sums = [file.tensor("metrics/loss_sum") for file in ([own] if same_world else files.files)]
+    metrics.loss_sum.fill_(float(torch.cat(sums).mean()))
     metrics.steps = state["loss_steps"]
     partition.refresh_weights()

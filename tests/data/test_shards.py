@@ -17,9 +17,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from engine import cache
 from engine.data.order import records_of
-from engine.data.shards import Index, Shards, read_header, shard_name, verify
+from engine.data.shards import Index, Shards, shard_name, verify
 from engine.errors import UserError
 from engine.models.stable_diffusion import StableDiffusion
+from engine.tensors import read_header
 from tests import reference, tiny
 from tests.loop.runs import environment
 

@@ -4,14 +4,23 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
+from torch import nn
 
+from engine.config import TrainConfig
 from engine.errors import UserError
-from engine.files import lock
+from engine.files import digest, lock, write_json
 from engine.loop import checkpoint
+from engine.loop.ema import Ema
+from engine.loop.flat import FlatPartition
+from engine.loop.metrics import Metrics
 from engine.loop.trainer import train
+from engine.processes import Processes
 from tests.loop.runs import SLACK, checkpoint_tensors, config, flip_last_byte
 
 
@@ -187,15 +196,15 @@ def test_a_checkpoint_holds_the_state_of_its_step_however_late_it_is_written(mod
 
 @pytest.mark.parametrize("beside", [True, False])
 def test_a_checkpoint_that_cannot_be_written_names_the_last_good_one(beside, model, images, shards, tmp_path, monkeypatch):
-    save_file = checkpoint.safetensors.torch.save_file
+    write_pieces = checkpoint.write_pieces
 
-    def full(tensors, path):
+    def full(path, header, pieces):
         if "checkpoint-6" in str(path):
             path.write_bytes(b"half")
             raise OSError(28, "No space left on device")
-        save_file(tensors, path)
+        return write_pieces(path, header, pieces)
 
-    monkeypatch.setattr(checkpoint.safetensors.torch, "save_file", full)
+    monkeypatch.setattr(checkpoint, "write_pieces", full)
     expected = r"checkpoint-6 cannot be written: No space left on device; the last complete one is .*checkpoint-3\."
     with pytest.raises(UserError, match=expected):
         train(config(model, images, shards, tmp_path / "out", checkpointing_steps=3, checkpoint_async=beside))
@@ -227,3 +236,52 @@ def test_a_checkpoint_of_any_stage_continues_under_any_other(stages, uninterrupt
         theirs = checkpoint_tensors(uninterrupted / "checkpoint-9", kind)
         for name in theirs:
             torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_checkpoint_that_the_library_wrote_is_read(uninterrupted, model, images, shards, tmp_path):
+    older = tmp_path / "older"
+    shutil.copytree(uninterrupted / "checkpoint-6", older / "checkpoint-6")
+    shutil.copy(uninterrupted / "metrics.jsonl", older)
+    file, manifest = older / "checkpoint-6" / "rank-0.safetensors", older / "checkpoint-6" / "manifest.json"
+    safetensors.torch.save_file(safetensors.torch.load_file(file), file)
+    write_json(manifest, json.loads(manifest.read_text()) | {file.name: digest(file)})
+    assert continue_from(older, tmp_path / "out", model, images, shards, 6) == 0
+    assert same_tensors(tmp_path / "out" / "checkpoint-9", uninterrupted / "checkpoint-9")
+
+
+def growth(work: Callable[[], object]) -> int:
+    """How many bytes of memory this process holds at the most while it works, beyond what it holds before."""
+
+    def read(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+    Path("/proc/self/clear_refs").write_text("5")
+    before = read("VmRSS")
+    work()
+    return read("VmHWM") - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists() or torch.cuda.is_available(), reason="needs Linux without a GPU")
+def test_the_state_is_written_and_read_without_copies(tmp_path):
+    config = TrainConfig(family="sd", pretrained_model_name_or_path="unused", use_ema=True)
+    processes = Processes()
+    partition = FlatPartition(nn.Linear(4096, 4096, bias=False), config, processes)
+    ema, metrics = Ema(partition.masters, False), Metrics(processes.device, 1, 1)
+    state = 16 * 4096 * 4096
+    between, beside = (
+        checkpoint.Writer(tmp_path / name, {}, processes, 1, name == "beside", "token") for name in ("between", "beside")
+    )
+    assert growth(lambda: between.save(1, partition, ema, metrics)) < 0.2 * state
+
+    def save_beside() -> None:
+        beside.save(1, partition, ema, metrics)
+        beside.wait()
+
+    # One copy, kept for the next.
+    assert state <= growth(save_beside) < 1.3 * state
+    assert growth(save_beside) < 0.2 * state
+    for directory in (tmp_path / "between", tmp_path / "beside"):
+        found = directory / "checkpoint-1"
+        read = checkpoint.read_state(found)
+        assert growth(lambda: checkpoint.load(found, read, partition, ema, metrics, processes)) < 0.2 * state  # noqa: B023

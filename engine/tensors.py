@@ -1,0 +1,221 @@
+"""Safetensors files, written and read in pieces: nothing but a piece is ever held beside the tensors themselves.
+
+A file is the length of its header (8 bytes, little endian), the header in JSON, and the bytes of the tensors, one after another
+as the header places them (https://github.com/huggingface/safetensors).
+"""
+
+import concurrent.futures
+import hashlib
+import itertools
+import json
+import os
+import struct
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PIECE = 64 * 2**20  # bytes; a power of two, because torch's allocator of pinned memory rounds up to one
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """The header of a safetensors file: its tensors' descriptions, the engine's metadata and where the data begin.
+
+    Raises:
+        ValueError: not a whole safetensors file of ours.
+    """
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise ValueError("truncated")
+        (length,) = struct.unpack("<Q", prefix)
+        size = path.stat().st_size
+        if length > size - 8:
+            raise ValueError("truncated")
+        header = json.loads(file.read(length))
+    metadata = json.loads(header.pop("__metadata__", {}).get("engine", "{}"))
+    data_start = 8 + length
+    end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    if size != data_start + end:
+        raise ValueError("truncated" if size < data_start + end else "longer than its header says")
+    return header, metadata, data_start
+
+
+def in_file_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by name as a file holds them: the widest elements first, so that every one is aligned."""
+    return dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+
+
+def header_of(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> tuple[bytes, dict[str, int]]:
+    """What a file begins with, and where in it each tensor does; of the tensors only shape and dtype are looked at."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    starts: dict[str, int] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        starts[name], end = end, end + tensor.numel() * tensor.dtype.itemsize
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [starts[name], end]}
+    content = json.dumps(header, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)
+    first = 8 + len(content)
+    return struct.pack("<Q", len(content)) + content, {name: first + start for name, start in starts.items()}
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """The elements of a tensor as uint8 [bytes]; a view, if it is contiguous."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def pieces_of(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The bytes of tensors, end to end, in pieces on the host; each to be used before the next is asked for.
+
+    What lies on the host is not copied. From a GPU, one piece is on its way while the one before it is in use.
+    """
+    tensors = list(tensors)
+    if any(tensor.is_cuda for tensor in tensors):
+        yield from staged(tensors, [host_buffer(), host_buffer()])
+    else:
+        for tensor in tensors:
+            yield from bytes_of(tensor).split(PIECE)
+
+
+def host_buffer() -> Tensor:
+    """Memory for a piece; pinned where there is a GPU, which then fills it at the speed of the bus and beside its work."""
+    return torch.empty(PIECE, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+
+
+def staged(tensors: Iterable[Tensor], buffers: list[Tensor]) -> Iterator[Tensor]:
+    """The bytes of contiguous tensors, end to end, copied to the host's `buffers` (uint8, of one length) in turn.
+
+    A piece holds until as many further ones as there are buffers were asked for. Copies from a GPU run on a stream of their
+    own, behind what its current stream was asked before.
+    """
+    tensors = list(tensors)
+    device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
+    stream = torch.cuda.Stream(device) if device else None
+    if stream:
+        stream.wait_stream(torch.cuda.current_stream(device))
+    underway: deque[tuple[Tensor, Any]] = deque()
+
+    def arrived() -> Tensor:
+        piece, event = underway.popleft()
+        if event:
+            event.synchronize()
+        return piece
+
+    for buffer, parts in zip(itertools.cycle(buffers), _grouped(tensors, buffers[0].numel())):
+        if len(underway) == len(buffers):
+            yield arrived()
+        length = 0
+        with torch.cuda.stream(stream):
+            for part in parts:
+                buffer[length : length + part.numel()].copy_(part, non_blocking=True)
+                length += part.numel()
+        underway.append((buffer[:length], stream.record_event() if stream else None))
+    while underway:
+        yield arrived()
+
+
+def _grouped(tensors: list[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """Views of the bytes of tensors, in groups that fill `size` bytes; the last may hold fewer."""
+    group: list[Tensor] = []
+    room = size
+    for tensor in tensors:
+        rest = bytes_of(tensor)
+        while rest.numel():
+            part, rest = rest[:room], rest[room:]
+            group.append(part)
+            room -= part.numel()
+            if room == 0:
+                yield group
+                group, room = [], size
+    if group:
+        yield group
+
+
+def write_pieces(path: Path, header: bytes, pieces: Iterable[Tensor]) -> str:
+    """Writes and syncs a file; returns its SHA-256, computed on the way, each piece while it is written."""
+    total = hashlib.sha256(header)
+    with path.open("wb") as file, concurrent.futures.ThreadPoolExecutor(1) as hasher:
+        file.write(header)
+        for piece in pieces:
+            content = piece.numpy().data
+            hashed = hasher.submit(total.update, content)
+            file.write(content)
+            hashed.result()
+        file.flush()
+        os.fsync(file.fileno())
+    return total.hexdigest()
+
+
+def write_one_by_one(
+    path: Path, layout: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]], metadata: dict[str, str]
+) -> None:
+    """Writes tensors that come one by one, in any order and on any device, and need not be contiguous.
+
+    Args:
+        layout: their shapes and dtypes by name; on the meta device, say.
+    """
+    header, starts = header_of(in_file_order(layout), metadata)
+    with path.open("wb") as file:
+        file.write(header)
+        for name, tensor in tensors:
+            if tensor.shape != layout[name].shape:
+                raise ValueError(f"{name} is {list(tensor.shape)}, not {list(layout[name].shape)}")
+            file.seek(starts.pop(name))
+            file.write(bytes_of(tensor.to("cpu", layout[name].dtype)).numpy().data)
+    if starts:
+        raise ValueError(f"{path}: nothing was written for {', '.join(starts)}")
+
+
+class TensorFile:
+    """Reads from a safetensors file, without mapping it into memory: pages of a map would count as the process's own."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.header, _, self.data_start = read_header(path)
+        self.descriptor = os.open(path, os.O_RDONLY)
+        self.staging: Tensor | None = None
+        weakref.finalize(self, os.close, self.descriptor)
+
+    def elements(self, name: str) -> int:
+        return torch.Size(self.header[name]["shape"]).numel()
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor, on the host."""
+        described = self.header[name]
+        whole = torch.empty(described["shape"], dtype=DTYPES[described["dtype"]])
+        self.read(name, 0, whole.view(-1))
+        return whole
+
+    def read(self, name: str, first: int, target: Tensor) -> None:
+        """Copies the elements of a tensor from number `first` on into `target` [n], contiguous and on any device."""
+        described = self.header[name]
+        dtype = DTYPES[described["dtype"]]
+        position = self.data_start + described["data_offsets"][0] + first * dtype.itemsize
+        direct = target.device.type == "cpu" and target.dtype == dtype
+        for part in target.split(PIECE // dtype.itemsize):
+            length = part.numel() * dtype.itemsize
+            if direct:
+                self._read(position, part.view(torch.uint8))
+            else:
+                self.staging = host_buffer() if self.staging is None else self.staging
+                self._read(position, self.staging[:length])
+                part.copy_(self.staging[:length].view(dtype))
+            position += length
+
+    def _read(self, position: int, target: Tensor) -> None:
+        content = target.numpy().data
+        while content:
+            count = os.preadv(self.descriptor, [content], position)
+            if count == 0:
+                raise OSError(f"{self.path}: ended early")
+            content, position = content[count:], position + count
