@@ -2,13 +2,17 @@
 
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from torch import Tensor, nn
 
 from engine.config import Parser, TrainConfig
 from engine.errors import UserError, exit_code
+
+if TYPE_CHECKING:
+    from engine.loop.checkpoint import SliceFiles
 
 USAGE = "python -m engine.checkpoint info|verify|export DIR; DIR is a checkpoint, or an output directory for its latest"
 
@@ -69,8 +73,9 @@ def export_command(arguments: list[str]) -> int:
         raise UserError(f"{file}: no such file; name the run's config.toml with --config")
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     from engine.loop.checkpoint import SliceFiles, read_state
-    from engine.loop.validation import published_model, save_pipeline
+    from engine.loop.validation import save_pipeline
     from engine.models.family import open_family
+    from engine.models.training_form import to_published_form
 
     quiet_libraries()
     state, files = read_state(directory), SliceFiles(directory)
@@ -79,14 +84,18 @@ def export_command(arguments: list[str]) -> int:
         raise UserError(f"{directory}: holds no {kind}; it has {', '.join(files.kinds)}")
     family = open_family(TrainConfig.model_validate(tomllib.loads(file.read_text())))
     model = family.load_model()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                files.fill_parameter(kind, name, parameter)
-    whole = {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-    save_pipeline(options.output_dir, family, published_model(model, whole))
+    save_pipeline(options.output_dir, family, model, to_published_form(model, _stored_tensors(files, kind, model)))
     print(f"{kind} of step {state['step']} in {options.output_dir / family.result}")
     return 0
+
+
+def _stored_tensors(files: "SliceFiles", kind: str, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, the trained ones as the checkpoint holds them, and buffers of a model in training form, one at a time."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            files.fill_parameter(kind, name, parameter)
+        yield name, parameter.detach()
+    yield from model.named_buffers()
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

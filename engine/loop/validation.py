@@ -1,13 +1,17 @@
 """Validation images, and the export of the trained pipeline."""
 
+import itertools
 import shutil
+from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.config import TrainConfig
 from engine.errors import UserError, first_line
@@ -18,35 +22,46 @@ from engine.models.published import use_portable_names
 from engine.models.training_form import to_published_form
 from engine.picture import labelled_grid, save_png
 from engine.processes import Processes
+from engine.tensors import write_one_by_one
+
+
+def whole_tensors(partition: Partition, tensors: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, with weights from `tensors` (laid out as the masters), and buffers of the published model, one at a time.
+
+    Every process must iterate to the end. On a single one they are views of what training holds.
+    """
+    partition.processes.synchronize()
+    others = partition.frozen.items(), partition.module.named_buffers()
+    return to_published_form(partition.module, itertools.chain(partition.gather(tensors), *others))
 
 
 def assemble(partition: Partition, tensors: list[Tensor], dtype: torch.dtype, device: torch.device) -> Any:
-    """The published model with weights from `tensors` (laid out as the masters), on the first process; None on the others.
+    """The published model to draw with, on the first process; None on the others. Every process must call it.
 
-    Every process must call it. Parameters are gathered one by one, so that no process ever holds two whole copies.
+    Where dtype and device are those of `tensors`, their memory is the model's.
     """
     state: dict[str, Tensor] = {}
-    for name, whole in partition.gather(tensors):
+    for name, tensor in whole_tensors(partition, tensors):
         if partition.processes.is_first:
-            state[name] = whole.to(device, dtype, copy=True)
-    if not partition.processes.is_first:
-        return None
-    module = partition.module
-    others = {**partition.frozen, **dict(module.named_buffers())}
-    state |= {name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in others.items()}
-    return published_model(module, state)
+            state[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
+    return published_model(partition.module, state) if state else None
 
 
 def published_model(module: Any, state: dict[str, Tensor]) -> Any:
-    """The published model of one in training form, with the parameters and buffers of `state`, which it takes over."""
-    with torch.device("meta"):
-        model = type(module).from_config(module.config)
-    model.load_state_dict(to_published_form(module, state), assign=True, strict=False)
+    """The published model of one in training form, with `state`'s parameters and buffers, which it takes over."""
+    model = empty_published_model(module)
+    model.load_state_dict(state, assign=True, strict=False)
     for name, _ in list(model.named_buffers()):
         # Some are no part of a state dictionary.
         path, _, leaf = name.rpartition(".")
         model.get_submodule(path)._buffers[leaf] = state[name]
     return model.eval()
+
+
+def empty_published_model(module: Any) -> Any:
+    """The published model of one in training form, on the meta device."""
+    with torch.device("meta"):
+        return type(module).from_config(module.config)
 
 
 def validate(
@@ -84,14 +99,31 @@ def export(config: TrainConfig, family: Family, partition: Partition, tensors: l
 
     Each component is written aside and renamed into place; model_index.json, without which nothing loads, comes last.
     """
-    model = assemble(partition, tensors, torch.float32, torch.device("cpu"))
-    if model is not None:
-        save_pipeline(Path(config.output_dir), family, model)
+    whole = whole_tensors(partition, tensors)
+    if processes.is_first:
+        save_pipeline(Path(config.output_dir), family, partition.module, whole)
+    else:
+        deque(whole, maxlen=0)
     processes.barrier()
 
 
-def save_pipeline(directory: Path, family: Family, model: nn.Module) -> None:
-    """Writes the family's published pipeline with `model` in place into its folder of a directory."""
+def save_pipeline(directory: Path, family: Family, module: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Writes the family's published pipeline into its folder of a directory.
+
+    Args:
+        module: the trained module, in training form.
+        tensors: parameters and buffers of the published model, written in fp32 one after another.
+    """
+    model = empty_published_model(module)
+    layout = model.state_dict()
+
+    def write(folder: str) -> None:
+        model.save_config(folder)
+        stored = ((name, tensor) for name, tensor in tensors if name in layout)
+        write_one_by_one(Path(folder) / SAFETENSORS_WEIGHTS_NAME, layout, stored, {"format": "pt"})
+
+    # The pipeline saves its parts by this method.
+    model.save_pretrained = write
     output = directory / family.result
     output.mkdir(parents=True, exist_ok=True)
     aside = directory / f"pipeline{PARTIAL}"

@@ -10,7 +10,7 @@
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -253,19 +253,17 @@ def _stack(attn: Any, name: str) -> None:
     setattr(attn, name, fused)
 
 
-def to_published_form(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors laid out as the parameters of a model in training form, by name, as the published model has them."""
+def to_published_form(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors laid out as the parameters of a model in training form, by name, as the published model has them: views."""
     turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, ChannelsLastConv2d)}
-    result: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in tensors:
         path, _, kind = name.rpartition(".")
         path, _, layer = path.rpartition(".")
         if name in turned:
-            result[name] = tensor.permute(0, 3, 1, 2).contiguous()
+            yield name, tensor.permute(0, 3, 1, 2)
         elif layer in PROJECTIONS:
             parts = PROJECTIONS[layer]
             for part, piece in zip(parts, tensor.chunk(len(parts)), strict=True):
-                result[f"{path}.{part}.{kind}"] = piece.contiguous()
+                yield f"{path}.{part}.{kind}", piece
         else:
-            result[name] = tensor
-    return result
+            yield name, tensor
