@@ -243,7 +243,8 @@ class Training:
             model.compile(mode=config.compile_mode)
         self.ema: Ema | None = None
         if config.use_ema:
-            self.ema = Ema(self.partition.masters, config.offload_ema, self.partition.allocate)
+            masters = self.partition.masters
+            self.ema = Ema(masters, config.offload_ema and masters[0].is_cuda, self.partition.allocate)
         optimizer = self.partition.optimizer
         self.ema_in_optimizer = self.ema is not None and not self.ema.offload and isinstance(optimizer, AdamW)
         if self.ema and self.ema_in_optimizer:
@@ -330,6 +331,8 @@ class Training:
         if self.partition.loss_scaler:
             self.gradient_scale.fill_(self.partition.loss_scale / (self.plan.micro_batch * self.plan.accumulation))
         for first, last in self.micro_batches:
+            if last and self.ema:
+                self.ema.wait()
             self.train_micro_batch(next(batches), first, last)
         self.step += 1
         self.metrics.steps += 1

@@ -155,3 +155,21 @@ def test_averages_follow_diffusers(model):
         theirs.step(weights)
     for left, right in zip(ours.averages, theirs.shadow_params, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_offloaded_averages_are_those_kept_beside_the_weights(device):
+    # Sizes below, at and beyond a slice, and one that is no multiple of it.
+    weights = [torch.randn(size, generator=torch.Generator().manual_seed(size)).to(device) for size in (5, 64, 1000, 1024)]
+    plain, offloaded = Ema(weights, offload=False), Ema(weights, offload=True, slice_bytes=256)
+    assert all(average.device.type == "cpu" for average in offloaded.averages)
+    for step in range(1, 8):
+        offloaded.wait()
+        torch._foreach_mul_(weights, 1.01)
+        torch._foreach_add_(weights, 0.01 * step)
+        plain.update(step)
+        offloaded.update(step)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    for left, right in zip(offloaded.averages, plain.averages, strict=True):
+        assert torch.equal(left, right.cpu())
