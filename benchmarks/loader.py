@@ -27,6 +27,7 @@ from benchmarks.timing import synchronize
 from engine.data.loader import Batch, BatchPlan, Loader
 from engine.data.shards import Field, Index, ShardEntry, Shards, shard_name, write_shard
 from engine.diffusion import DiscreteSchedule
+from engine.files import digest
 
 RECORDS = [4096, 65_537, 70_000, 100_000]
 BATCHES = [16, 64]
@@ -38,21 +39,23 @@ FIELDS = {
 }
 
 
-def write_shards(directory: Path, records: int) -> None:
-    """Shards of `records` records with an image and a caption each, whose rows are random."""
+def write_shards(directory: Path, records: int, family: str = "kandinsky-prior", fields: dict[str, Field] = FIELDS) -> None:
+    """Shards of `records` records with an image and, where fields are a caption's, a caption each, whose rows are random."""
     entries: list[ShardEntry] = []
+    captioned = any(field.per == "caption" for field in fields.values())
     for first in range(0, records, SHARD):
         count = min(SHARD, records - first)
         numbers = torch.arange(first, first + count)
         offsets = torch.arange(count + 1)
-        rows = {name: torch.randn(count, *field.shape).to(field.dtype) for name, field in FIELDS.items()}
+        rows = {name: torch.randn(count, *field.shape).to(field.dtype) for name, field in fields.items()}
         described = {
-            "source": numbers, "image_offsets": offsets, "caption_offsets": offsets.clone(), "caption_numbers": numbers.clone()
+            "source": numbers, "image_offsets": offsets, "caption_offsets": offsets.clone() * captioned,
+            "caption_numbers": numbers.clone() if captioned else numbers[:0].clone(),
         }  # fmt: skip
         path = directory / shard_name(len(entries))
         write_shard(path, rows | described, {})
-        entries.append(ShardEntry(path.name, count, count, count, path.stat().st_size, ""))
-    Index("kandinsky-prior", "", {}, {}, FIELDS, entries, []).write(directory)
+        entries.append(ShardEntry(path.name, count, count, count * captioned, path.stat().st_size, digest(path)))
+    Index(family, "", {}, {}, fields, entries, []).write(directory)
 
 
 def measure(shards: Shards, batch: int, device: torch.device) -> dict[str, Any]:

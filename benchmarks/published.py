@@ -1,13 +1,14 @@
 """The published checkpoints at full size, from their configurations alone: nothing is downloaded, and weights are random.
 
 `write` saves the configurations of every part in the published layout, so that the engine opens the family as it would open
-the checkpoint. `trained_model` builds what is trained, on whatever device is current (`torch.device("meta")` for counting).
-`open_random` opens a family whose models, trained and frozen, come into being on the device; `open_tiny` one of a few thousand
-weights, to try a benchmark itself.
+the checkpoint; `write_pipelines` saves random weights too. `trained_model` builds what is trained, on whatever device is
+current (`torch.device("meta")` for counting). `open_random` opens a family whose models, trained and frozen, come into being on
+the device; `open_tiny` one of a few thousand weights, to try a benchmark itself.
 """
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,15 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
+    DDPMWuerstchenScheduler,
+    KandinskyV22Pipeline,
+    KandinskyV22PriorPipeline,
     PriorTransformer,
     StableDiffusionPipeline,
+    UnCLIPScheduler,
     UNet2DConditionModel,
     VQModel,
+    WuerstchenPriorPipeline,
 )
 from diffusers.pipelines.wuerstchen import WuerstchenPrior
 from transformers import (
@@ -26,6 +32,7 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
@@ -33,6 +40,7 @@ from transformers import (
 from engine.config import TrainConfig
 from engine.models.efficientnet import EfficientNetEncoder
 from engine.models.family import Family, open_family
+from engine.models.published import use_portable_names
 from examples import tiny_models
 
 TOKENS = 77
@@ -170,25 +178,70 @@ def write(checkpoint: str, directory: Path, **options: Any) -> TrainConfig:
     return TrainConfig.model_validate({"family": family, **names, **defaults, **options})
 
 
+# Family -> the pipeline that holds what is trained, its frozen models, and parts of it that no training needs.
+_PIPELINES: dict[str, tuple[Any, tuple[str, ...], Callable[[], dict[str, Any]]]] = {
+    "sd": (
+        StableDiffusionPipeline, ("vae", "text_encoder"),
+        lambda: {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+    ),
+    "kandinsky-prior": (
+        KandinskyV22PriorPipeline, ("image_encoder", "text_encoder"), lambda: {"scheduler": UnCLIPScheduler()}
+    ),
+    "kandinsky-decoder": (KandinskyV22Pipeline, ("movq",), dict),
+    "wuerstchen": (WuerstchenPriorPipeline, ("text_encoder",), lambda: {"scheduler": DDPMWuerstchenScheduler()}),
+}  # fmt: skip
+
+
+def _frozen_model(checkpoint: str, part: str) -> Any:
+    """A frozen model of a checkpoint, with random weights."""
+    family, _, pipelines = CHECKPOINTS[checkpoint]
+    parts = {name: build for pipeline in pipelines.values() for name, build in pipeline.items()}
+    if part == "text_encoder":
+        kind = CLIPTextModelWithProjection if family == "kandinsky-prior" else CLIPTextModel
+        return kind(parts[part]())
+    if part == "image_encoder":
+        return CLIPVisionModelWithProjection(parts[part]()) if part in parts else EfficientNetEncoder()
+    return parts[part]()
+
+
+def frozen_models(checkpoint: str) -> dict[str, Any]:
+    """The frozen models beside the trained one in its pipeline, with random weights on the current device, by part."""
+    return {part: _frozen_model(checkpoint, part) for part in _PIPELINES[CHECKPOINTS[checkpoint][0]][1]}
+
+
+def write_pipelines(checkpoint: str, directory: Path, **options: Any) -> TrainConfig:
+    """As `write`, and the pipeline of the trained model whole, with random weights, written one model at a time."""
+    config = write(checkpoint, directory, **options)
+    family, _, pipelines = CHECKPOINTS[checkpoint]
+    kind, frozen, others = _PIPELINES[family]
+    pipeline, trained = _TRAINED[family]
+    folder, parts = directory / pipeline, pipelines[pipeline]
+    builders = {trained: parts[trained]} | {part: partial(_frozen_model, checkpoint, part) for part in frozen}
+    with torch.device("meta"):
+        components = {part: build() for part, build in builders.items()}
+    components |= {part: build() for part, build in parts.items() if part not in builders} | others()
+    if "text_encoder" in parts:
+        components["tokenizer"] = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    whole = kind(**components)
+    use_portable_names(whole)
+    whole.save_config(folder)
+    if "scheduler" in components:
+        components["scheduler"].save_pretrained(folder / "scheduler")
+    for part, build in builders.items():
+        build().save_pretrained(folder / part)
+    return config
+
+
 def _random_encoders(checkpoint: str, family: Any, device: torch.device) -> None:
     """Gives a family its frozen models with random weights, as `load_encoders` would, in its precision."""
-    name, _, pipelines = CHECKPOINTS[checkpoint]
-    parts = {part: build for pipeline in pipelines.values() for part, build in pipeline.items()}
-    with_projection = name.startswith("kandinsky")
-    build: dict[str, Callable[[], Any]] = {
-        "vae": lambda: parts["vae"](),
-        "movq": lambda: parts["movq"](),
-        "text_encoder": lambda: (CLIPTextModelWithProjection if with_projection else CLIPTextModel)(parts["text_encoder"]()),
-        "image_encoder": lambda: (CLIPVisionModelWithProjection(parts["image_encoder"]()) if with_projection
-                                  else EfficientNetEncoder()),
-    }  # fmt: skip
+    name = CHECKPOINTS[checkpoint][0]
     needed = {
         "sd": ("vae", "text_encoder"), "kandinsky-prior": ("image_encoder", "text_encoder"),
         "kandinsky-decoder": ("image_encoder", "movq"), "wuerstchen": ("text_encoder", "image_encoder"),
     }[name]  # fmt: skip
     for part in needed:
         with device:
-            setattr(family, part, build[part]().to(family.dtype).eval())
+            setattr(family, part, _frozen_model(checkpoint, part).to(family.dtype).eval())
     if name == "kandinsky-prior":
         mean, std = torch.zeros(1, 1280, device=device), torch.ones(1, 1280, device=device)
         family.clip_statistics = {"clip_mean": mean, "clip_std": std}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import encode, overhead, published, scaling, sizes, step
+from benchmarks import encode, full_size, overhead, published, scaling, sizes, step
 
 # Parameters in millions and training TFLOP per sample, as published configurations come to.
 EXPECTED = {
@@ -74,3 +74,20 @@ def test_the_model_of_scaling_follows_its_formulas(tmp_path):
     scaling.chart(rows, tmp_path / "scaling.png")
     assert is_drawn(tmp_path / "scaling.png")
     assert "| Kandinsky 2.2 prior, 128 | 3 |" in scaling.table(rows, hardware)
+
+
+def test_the_full_size_run_is_measured_by_phase(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("sys.argv", ["full_size", "--tiny", "--family", "sd", "--json", str(tmp_path / "rows.json")])
+    assert full_size.main() == 0
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    # Of so small a run, looks every hundredth of a second may miss phases.
+    assert row["phases"].keys() >= {"load", "resume", "export", "export command"}
+    assert all(0 < phase["anonymous_gib"] <= phase["peak_gib"] <= row["peak_gib"] for phase in row["phases"].values())
+    assert "| sd | export command |" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_computed(monkeypatch):
+    monkeypatch.setattr(full_size, "available_bytes", lambda: 2**30)
+    row = full_size.run_or_compute("sd", False, False, None)
+    assert row["computed_gib"] * 2**30 == 22 * row["parameters"] + full_size.BESIDE
+    assert "not run: needs 19.1 GiB (computed), 1.0 available" in full_size.table([row | {"name": "sd"}])
