@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.config import TrainConfig
@@ -146,3 +147,26 @@ def test_kernels_run_on_a_gpu(wanted):
     kernels = choose(wanted, [CALL], torch.bfloat16, device)
     assert wanted in ("auto", kernels[CALL])
     assert choose("auto", [MASKED], torch.bfloat16, device)[MASKED] != "flash"
+
+
+@pytest.mark.parametrize(("queries", "keys", "masked"), [(192, 192, False), (192, 77, False), (81, 81, True)])
+def test_gradients_of_the_chosen_kernel_are_right(queries, keys, masked):
+    """A kernel can be wrong at odd lengths, or where every logit is far below zero, and raise nothing."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 4, length, 64, device=device) for length in (queries, keys, keys))
+    mask = torch.full((1, 1, queries, keys), -10000.0, device=device).triu(1) if masked else None
+
+    def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
+        inputs = [tensor.to(dtype, copy=True).requires_grad_() for tensor in (query, key, value)]
+        attended = F.scaled_dot_product_attention(*inputs, attn_mask=None if mask is None else mask.to(dtype))
+        return [gradient.float() for gradient in torch.autograd.grad(attended.float().square().sum(), inputs)]
+
+    with sdpa_kernel(SDPBackend.MATH):
+        exact = gradients(torch.float32)
+    choose("auto", [CALL], torch.bfloat16, device)
+    for gradient, reference in zip(gradients(torch.bfloat16), exact, strict=True):
+        assert float((gradient - reference).norm() / reference.norm()) < 0.05
+    # The softmax of a constant shift is the same; its logarithmic sum, about -120, is not.
+    query[..., 0], key[..., 0] = 1.0, -120 * 8
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients(torch.bfloat16))
