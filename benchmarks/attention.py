@@ -139,8 +139,9 @@ def main() -> int:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = options.checkpoints or list(CHECKPOINTS if device.type == "cuda" else TINY)
-    print(table(measure_all(names, device, Rows(options.json, __doc__, options.minutes))))
-    return 0
+    rows = Rows(options.json, __doc__, options.minutes)
+    print(table(measure_all(names, device, rows)))
+    return rows.exit_code
 
 
 if __name__ == "__main__":

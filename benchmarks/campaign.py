@@ -29,6 +29,7 @@ from engine.errors import TRY_AGAIN, UserError, exit_code
 from engine.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
+COMMIT = "ENGINE_COMMIT"  # as `benchmarks.environment` has it, which would load torch into this process
 REPORT_SECONDS = 40  # left at the end for campaign.md and its charts
 MARGIN = 15  # seconds by which a part is told to end before its time
 LEAST = 60  # seconds that a part must have to go on
@@ -272,6 +273,8 @@ def main() -> int:
     here = environment_of(variables)
     if "cuda" not in here and not options.rehearse:
         raise UserError("there is no GPU here; --rehearse runs every part on the CPU")
+    if here["commit"]:
+        variables[COMMIT] = here["commit"]  # of all parts, whatever is committed meanwhile
     selected = chosen(parts, options.only)
     campaign = Campaign(output, options.scratch, here, variables, deadline)
     campaign.state["rehearsal"] = options.rehearse

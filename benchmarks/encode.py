@@ -102,7 +102,7 @@ def main() -> int:
         about = {"model": name, "batch": options.batch, "precision": precision_on(device)}
         measured.append(rows.measure(f"{name}, batch {options.batch}", 1 if options.tiny else SECONDS, work, **about))
     print(table(measured))
-    return 0
+    return rows.exit_code
 
 
 if __name__ == "__main__":

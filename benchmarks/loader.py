@@ -114,7 +114,7 @@ def main() -> int:
                 measured.append(row)
                 print(name, row.get("failed") or row.get("missing") or describe(row), sep=": ")
     print(json.dumps(min(measured, key=lambda row: row.get("samples_per_second", 0))))
-    return 0
+    return rows.exit_code
 
 
 if __name__ == "__main__":

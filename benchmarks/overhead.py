@@ -205,7 +205,7 @@ def main() -> int:
     name = "SD 1.5, captured, batch 8" if device.type == "cuda" else "the loop around a model of one weight"
     rows = Rows(options.json, __doc__, options.minutes)
     print(table(rows.measure(name, SECONDS, partial(measure, options.steps, device))))
-    return 0
+    return rows.exit_code
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ PLAN = [
     Part(
         "loader", "How fast does the loader make batches beside a GPU's host?",
         module("loader", "--records", "100000", "--batch", "16"), module("loader", "--records", "500", "--batch", "16"), 40,
-        "10 s of writing and 10 s of reading", predicted="20,000 samples per second at batch 16 on two cores", resumes=False,
+        "10 s of writing and 10 s of reading", predicted="20,000 samples per second at batch 16 on two cores",
     ),
     Part(
         "overhead", "How long does the GPU wait between two replays?",

@@ -76,7 +76,7 @@ def main() -> int:
             row = kept.measure(name, 5, work, rows=rows, row_bytes=row_bytes, cores=os.cpu_count())
             print(f"{name:30}", row.get("failed") or row.get("missing") or f"cpp {row['microseconds']['cpp']:8.0f} us   "
                   f"python {row['python_over_cpp']:.2f} x   memmap {row['memmap_over_cpp']:.2f} x")  # fmt: skip
-    return 0
+    return kept.exit_code
 
 
 if __name__ == "__main__":

@@ -41,7 +41,6 @@ from benchmarks.step import compiling_cheaply
 from engine.config import FAMILIES, TrainConfig, parse, to_toml
 from engine.data.source import Source, open_source
 from engine.diffusion import DiscreteSchedule, Schedule
-from engine.errors import TRY_AGAIN
 from engine.files import write_json
 from engine.models.family import Family, open_family
 from engine.quiet import quiet_libraries
@@ -258,7 +257,7 @@ def main() -> int:
         write_json(
             RESULTS / f"recipe-{kind}.json", {"question": rows.question, "environments": rows.environments, "rows": rows.rows}
         )
-    return TRY_AGAIN if any("missing" in row for row in measured) else 0
+    return rows.exit_code
 
 
 if __name__ == "__main__":

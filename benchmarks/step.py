@@ -49,7 +49,6 @@ from benchmarks.timing import data_sheet_flops_per_second, spread, synchronize
 from engine.backends import configure
 from engine.config import TrainConfig, options_lacking
 from engine.data.loader import Batch, BatchPlan
-from engine.errors import TRY_AGAIN
 from engine.loop import capture
 from engine.loop.metrics import matrix_flops_per_second
 from engine.loop.trainer import Training, keep_compiled_code
@@ -467,11 +466,6 @@ def compiling_cheaply() -> Iterator[None]:
         yield
 
 
-def complete(rows: list[dict[str, Any]]) -> bool:
-    """Whether nothing is left for a further call."""
-    return not any("missing" in row for row in rows)
-
-
 def by_checkpoint(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """The rows of levers by checkpoint and device."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -554,7 +548,7 @@ def main() -> int:
     ]
     measured = measure_all(rows, names, device, options.batch, options.sweep, wanted)
     print(table(measured))
-    return 0 if complete(measured) else TRY_AGAIN
+    return rows.exit_code
 
 
 if __name__ == "__main__":

@@ -141,6 +141,7 @@ sys.exit(campaign.exit_code("campaign", campaign.main))
 
 
 def test_every_part_is_chosen_by_its_name(capsys):
+    assert campaign.COMMIT == environment.COMMIT
     assert [part.name for part in campaign.chosen(plan.PLAN, "step, SD")] == ["step, SD 1.5 at 512 px"]
     with pytest.raises(campaign.UserError, match="--only nothing: no such part; there are: gpu tests, host waits"):
         campaign.chosen(plan.PLAN, "nothing")
