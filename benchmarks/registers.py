@@ -4,7 +4,8 @@
 
 Compiled ahead of time. For NVIDIA, registers and shared memory are read with cuobjdump; spills are the local loads and stores
 (LDL, STL) that nvdisasm finds, and `wide` is how many of the loads from and stores to global memory that move a tile are 128
-bits wide. For AMD, registers, shared memory (LDS) and spills are in the metadata of the code object; `wide` counts dwordx4.
+bits wide; `loops` are instructions of the normalisation's loops per 16 elements and thread, in brackets those of the special
+function unit. For AMD, registers, shared memory (LDS) and spills are in the metadata of the code object; `wide` counts dwordx4.
 """
 
 import argparse
@@ -38,7 +39,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-DTYPES = ["bf16", "fp16", "fp32"]
+_TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = list(_TORCH_DTYPES)
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _INTEGERS = {"seed_pointer": "*i64", "slot_pointer": "*i64"}
 
@@ -49,6 +51,7 @@ class Case:
 
     variant: what it is called; constants: its compile-time arguments; samples: the pointers that have the data's dtype;
     integers: the values of its integer arguments, of which the JIT looks whether they are 1 or multiples of 16.
+    moved: how many elements a program handles in one turn of its loops.
     """
 
     kernel: Any
@@ -57,6 +60,7 @@ class Case:
     samples: tuple[str, ...]
     integers: dict[str, int] = field(default_factory=dict)
     options: dict[str, int] = field(default_factory=dict)
+    moved: int = 0
 
     @property
     def name(self) -> str:
@@ -96,29 +100,36 @@ def _latent_cases() -> list[Case]:
     return cases
 
 
-def _group_norm_cases() -> list[Case]:
+def _group_norm_cases(dtype: str, target: str) -> list[Case]:
     """At the highest resolution of SD (groups of 10 channels), further down (40), and for the decoder's 1152 channels (36)."""
-    cases = []
+    found = []
     for group, positions in ((10, 64 * 64), (40, 16 * 16), (36, 16 * 16)):
-        _, constants = tiling(32 * group, positions, 32)
-        options = {"num_warps": constants.pop("num_warps")}
-        integers = {"positions": positions, "weight_stride": 0, "bias_stride": 0}
-        for kernel, samples in (
-            (group_norm_silu_kernel, ("y", "x", "weight", "bias")),
-            (group_norm_silu_backward_kernel, ("x_gradient", "y_gradient", "x", "weight", "bias")),
+        for kernel, samples, tensors in (
+            (group_norm_silu_kernel, ("y", "x", "weight", "bias"), 1),
+            (group_norm_silu_backward_kernel, ("x_gradient", "y_gradient", "x", "weight", "bias"), 2),
         ):
-            cases.append(Case(kernel, f"{group} per group", {"SILU": True, **constants}, samples, integers, options))
-    return cases
+            nvidia = TARGETS[target].backend == "cuda"
+            _, constants = tiling(32 * group, positions, 32, _TORCH_DTYPES[dtype], nvidia, tensors)
+            options = {"num_warps": constants.pop("num_warps")}
+            integers = {"positions": positions, "weight_stride": 0, "bias_stride": 0}
+            span = constants["GROUP"] * constants["GROUPS"]
+            moved = constants["STEPS"] * (constants["WIDTH"] // span) * span
+            known = {"SILU": True, **constants}
+            found.append(Case(kernel, f"{group} per group", known, samples, integers, options, moved))
+    return found
 
 
-CASES = [
+_CASES = [
     *_latent_cases(),
     Case(adamw_ema_kernel, "any count", {"HAS_WEIGHTS": True, "HAS_EMA": True, "BLOCK": BLOCK, "VECTOR": VECTOR},
          ("gradient", "weights"), {"elements": 859_520_964}),
     Case(square_sum_kernel, "any count", {"BLOCK": SQUARE_SUM_BLOCK, "TURNS": TURNS, "VECTOR": VECTOR}, ("tensor",),
          {"elements": 859_520_964}),
-    *_group_norm_cases(),
 ]  # fmt: skip
+
+
+def cases(dtype: str, target: str) -> list[Case]:
+    return _CASES + _group_norm_cases(dtype, target)
 
 
 def compile_case(case: Case, dtype: str, target: GPUTarget) -> Any:
@@ -154,6 +165,7 @@ def usage(compiled: Any, target: GPUTarget) -> dict[str, Any]:
         wide = [sum(width.startswith("dwordx4") for width in found) for found in (loads, stores)]
         registers = int(re.findall(r"\.vgpr_count:\s*(\d+)", assembly)[0])
         instructions = len(re.findall(r"^\s+[vsdgb]\w*_\w+", assembly, re.MULTILINE))
+        loops = []
     else:
         with tempfile.TemporaryDirectory() as directory:
             cubin = Path(directory) / "kernel.cubin"
@@ -161,14 +173,34 @@ def usage(compiled: Any, target: GPUTarget) -> dict[str, Any]:
             resources = _run("cuobjdump", "--dump-resource-usage", str(cubin))
             assembly = _run("nvdisasm", "--print-code", str(cubin))
         spills = len(re.findall(r"\b(?:LDL|STL)\b", assembly))
-        loads, stores = (re.findall(rf"\b{kind}\.E([\w.]*)", assembly) for kind in ("LDG", "STG"))
+        loads, stores = (re.findall(rf"\b{kind}\.E([\w.]*)", assembly) for kind in ("LDG(?:STS)?", "STG"))
         wide = [sum(".128" in width for width in found) for found in (loads, stores)]
         registers = int(re.findall(r"REG:(\d+)", resources)[0])
         instructions = len(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?[A-Z]", assembly))
+        loops = _loops(assembly)
     return {
         "instructions": instructions, "registers": registers, "shared": compiled.metadata.shared, "spills": spills,
         "loads": len(loads), "wide_loads": wide[0], "stores": len(stores), "wide_stores": wide[1],
+        "loops": loops,
     }  # fmt: skip
+
+
+def _loops(assembly: str) -> list[tuple[int, int]]:
+    """Of each loop, in order: its instructions, and those of the special function unit among them."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    loops = []
+    for label, instruction in re.findall(r"^\s*\.(L_x_\d+):|/\*[0-9a-f]{4,}\*/\s+([^;]+);", assembly, re.MULTILINE):
+        if label:
+            labels[label] = len(instructions)
+            continue
+        instructions.append(instruction)
+        target = re.search(r"\bBRA\b.*\.(L_x_\d+)", instruction)
+        # A branch to itself pads the end of a kernel.
+        if target and labels.get(target[1], len(instructions)) < len(instructions) - 1:
+            body = instructions[labels[target[1]] :]
+            loops.append((len(body), sum("MUFU" in line for line in body)))
+    return loops
 
 
 def _run(tool: str, *arguments: str) -> str:
@@ -177,13 +209,17 @@ def _run(tool: str, *arguments: str) -> str:
 
 def measure_one(work: tuple[int, str, str]) -> dict[str, Any]:
     number, dtype, target = work
-    case = CASES[number]
+    case = cases(dtype, target)[number]
     names = {"kernel": case.name, "target": target, "variant": case.variant, "dtype": dtype}
-    return names | usage(compile_case(case, dtype, TARGETS[target]), TARGETS[target])
+    row = names | usage(compile_case(case, dtype, TARGETS[target]), TARGETS[target])
+    # A thread's share of what a program handles in one turn; lanes without an element do not count.
+    elements = case.moved / (TARGETS[target].warp_size * case.options.get("num_warps", 4))
+    row["loops"] = [[round(16 * count / elements) for count in loop] for loop in row["loops"]] if elements else []
+    return row
 
 
 def measure() -> list[dict[str, Any]]:
-    work = [(number, dtype, target) for number in range(len(CASES)) for target in TARGETS for dtype in DTYPES]
+    work = [(number, dtype, target) for number in range(len(cases("bf16", "sm_90"))) for target in TARGETS for dtype in DTYPES]
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(measure_one, work))
 
@@ -197,11 +233,11 @@ def main() -> int:
         print(json.dumps(rows))
         return 0
     print(f"{'kernel':26}{'variant':22}{'target':8}{'dtype':6}{'instructions':>13}{'registers':>10}{'shared':>8}{'spills':>8}"
-          f"{'wide loads':>12}{'wide stores':>13}")  # fmt: skip
+          f"{'wide loads':>12}{'wide stores':>13}  loops")  # fmt: skip
     for row in rows:
         loads, stores = (f"{row[f'wide_{kind}']} of {row[kind]}" for kind in ("loads", "stores"))
         print("{kernel:26}{variant:22}{target:8}{dtype:6}{instructions:>13}{registers:>10}{shared:>8}{spills:>8}".format(**row)
-              + f"{loads:>12}{stores:>13}")  # fmt: skip
+              + f"{loads:>12}{stores:>13}  " + " + ".join("{} ({})".format(*loop) for loop in row["loops"]))  # fmt: skip
     return 0
 
 

@@ -12,6 +12,7 @@ from engine.kernels.group_norm_silu import (
     launch_group_norm_silu_backward,
     reference_group_norm_silu,
     reference_group_norm_silu_backward,
+    tiling,
 )
 from tests.kernels.cases import DEVICE, DTYPES, run_kernels, with_layout
 
@@ -80,6 +81,38 @@ def test_the_variance_survives_a_mean_a_thousand_times_larger(side):
     case = Case((2, 12, 16, 16), 2, torch.float32, mean=1000.0)
     y = side[0](case.x, case.weight, case.bias, 2, EPSILON, True)[0]
     torch.testing.assert_close(y.cpu().double(), case.y.detach(), rtol=1e-3, atol=1e-3)
+
+
+@run_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("channels", "groups", "size"), [(80, 8, (31, 32)), (72, 2, (19, 21)), (80, 1, (13, 16)), (24, 2, (35, 30))]
+)
+def test_parts_that_do_not_stay_in_registers_are_read_twice(dtype, channels, groups, size):
+    """Spans of 40, 72, 80 and 24 channels: rows of lanes that hold several positions, over several tiles, the last not full."""
+    Case((1, channels, *size), groups, dtype, shared=True).check(SIDES[0].values[0], 2 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("channels", [320, 640, 960, 1280, 1920, 2560, 384, 768, 1152, 1536, 2304])
+@pytest.mark.parametrize("nvidia", [True, False])
+def test_few_lanes_are_idle_at_the_families_widths(channels, nvidia):
+    """Of SD's and Kandinsky's decoder's UNets."""
+    programs, constants = tiling(channels, 64 * 64, 32, torch.bfloat16, nvidia)
+    span = constants["GROUP"] * constants["GROUPS"]
+    assert programs * span == channels
+    assert constants["WIDTH"] % span / constants["WIDTH"] <= 1 / 6
+
+
+def test_half_precision_hides_what_the_special_function_units_tanh_loses():
+    """tanh.approx.f32 is within 2^-10.987 of the exact value (PTX ISA); here by that much too large, and too small."""
+    given = torch.linspace(-30, 30, 20_001, dtype=torch.float64)
+    exact = given.sigmoid()
+    for error in (2**-10.987, -(2**-10.987)):
+        sigmoid = 0.5 * (0.5 * given).tanh() * (1 + error) + 0.5
+        # Of values of that size bf16 keeps 2^-9.
+        assert torch.all((given * (sigmoid - exact)).abs() <= given.abs() * 2**-11.9)
+        slopes = [factor * (1 + given * (1 - factor)) for factor in (sigmoid, exact)]
+        assert float((slopes[0] - slopes[1]).abs().max()) < TOLERANCE[torch.bfloat16] / 2
 
 
 class _Kernels(torch.autograd.Function):
