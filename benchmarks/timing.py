@@ -85,7 +85,9 @@ def _prepare(calls: list[Work], device: torch.device, capture: Capture | None) -
     if capture is None:
         return run, None
     on_gpu = device.type == "cuda"
-    stream = torch.cuda.Stream(device) if on_gpu else None
+    stream: Any = torch.cuda.Stream(device) if on_gpu else None
+    if on_gpu:
+        stream.wait_stream(torch.cuda.current_stream(device))
     # Compilation, the choice of algorithms and what libraries keep per stream come before the capture.
     with torch.cuda.stream(stream) if on_gpu else contextlib.nullcontext():
         for _ in range(WARM_UP):

@@ -127,7 +127,7 @@ class Captured:
         try:
             for kind in self.kinds:
                 graphs[kind] = capture(partial(self.function, batch, *kind), self.stream, self.pool)
-        except RuntimeError as error:
+        except Exception as error:  # whatever it is, the other processes wait to hear of it
             cause = innermost(error)
             if isinstance(cause, UserError) or not isinstance(cause, Exception):
                 raise cause from None  # nothing that capturing did

@@ -125,7 +125,7 @@ from engine.processes import Processes
 
 def fail_on_one(function, stream, pool):
     if processes.rank == 1:
-        raise RuntimeError("CUDA error: out of memory")
+        raise ValueError("out of shared memory")
     return function, None
 
 def main():
@@ -144,7 +144,7 @@ def test_a_capture_that_fails_on_one_process_ends_all_of_them():
     both = start_two([sys.executable, "-c", FAILS_ON_ONE])
     errors = [process.communicate(timeout=300)[1] for process in both]
     assert [process.returncode for process in both] == [2, 2], errors
-    said = "capturing the step as a CUDA graph failed on process 1: CUDA error: out of memory; start again with --cuda_graphs"
+    said = "capturing the step as a CUDA graph failed on process 1: out of shared memory; start again with --cuda_graphs"
     assert f"engine.run: error: {said} off\n" in errors[0]
     assert "Traceback" not in errors[0] + errors[1]
 
