@@ -78,13 +78,19 @@ def write_report(output: Path, variables: dict[str, str]) -> bool:
 
 
 def kill(process: Any) -> None:
-    """Ends a part's whole group; the first signal has Python print where each thread is."""
-    for number, patience in ((signal.SIGABRT, 3.0), (signal.SIGKILL, 30.0)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        ended = time.monotonic() + patience
-        while process.poll() is None and time.monotonic() < ended:
-            time.sleep(0.05)
+    """Ends a part's whole group; first Python prints where each thread of a process that still runs is."""
+    if process.poll() is None:
+        os.kill(process.pid, signal.SIGABRT)
+        wait(process, 3)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    wait(process, 30)
+
+
+def wait(process: Any, seconds: float) -> None:
+    ended = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < ended:
+        time.sleep(0.05)
 
 
 def last_lines(log: Path) -> list[str]:

@@ -19,7 +19,7 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 # isort: split
 from benchmarks import charts, curves, profile
 from benchmarks.plan import PLAN, Part, rehearsal
-from benchmarks.step import by_checkpoint, rate
+from benchmarks.step import LEVERS, by_checkpoint, rate
 from benchmarks.tables import cell, markdown, problem
 from engine.files import write_text
 
@@ -81,8 +81,9 @@ def guarded(write: Callable[[], str]) -> str:
 
 
 def rows_of(state: dict[str, Any], benchmark: str) -> Rows:
-    """All kept rows of a benchmark."""
-    return state["rows"].get(benchmark, {"rows": []})["rows"]
+    """All kept rows of a benchmark; those of levers as one stands on the other, and not as parts came to them."""
+    place = {lever.name: number for number, lever in enumerate(LEVERS)}
+    return sorted(state["rows"].get(benchmark, {"rows": []})["rows"], key=lambda row: place.get(row.get("lever"), -1))
 
 
 def table_of(benchmark: str, rows: Rows) -> str:
