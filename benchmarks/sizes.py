@@ -5,8 +5,8 @@ three times the forward pass); the bytes of a latent shard's record in bf16; and
 between matrix products, convolutions and attention were fused into them:
 
 - per sample, three times what those operations read and write besides weights in a forward pass, 2 bytes per number;
-- per step and parameter, 6 bytes for the weights (two readings and the gradient's writing), and 38 for the optimizer (its pass
-  of 36, and the norm's reading of the gradient).
+- per step and parameter, 48 bytes (`STEP_BYTES`): 6 for the weights (two readings and the gradient's writing), 4 for laying the
+  gradient out flat, and 38 for the optimizer (the norm's reading of the gradient, and its pass of 36).
 
 The time floors are for a card of `--tflops` and `--terabytes` per second; the defaults are assumed for an H200, not measured.
 """
@@ -31,6 +31,7 @@ from benchmarks.published import CHECKPOINTS, trained_model, write
 from engine.loop.metrics import forward_flops, forward_on_meta
 from engine.models.family import Family, open_family
 
+STEP_BYTES = 48  # per parameter: weights 2 + 2, gradient 2, its copy to the flat buffer 4, norm 2, AdamW with its average 36
 _MATRIX_OPERATIONS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution"}
 
 
@@ -40,7 +41,11 @@ class Cost:
 
     training_flops: float
     sample_bytes: float
-    constant_bytes: float
+    parameters: int
+
+    @property
+    def constant_bytes(self) -> int:
+        return STEP_BYTES * self.parameters
 
     def bytes_per_step(self, batch: int) -> float:
         return batch * self.sample_bytes + self.constant_bytes
@@ -76,7 +81,7 @@ def count(family: Family, model: Any) -> Cost:
 
     with mock.patch("torch.nn.functional.scaled_dot_product_attention", attention), traffic:
         forward_on_meta(family, model)
-    return Cost(3 * forward_flops(family, model), 3 * 2 * (traffic.numbers - parameters), 44 * parameters)
+    return Cost(3 * forward_flops(family, model), 3 * 2 * (traffic.numbers - parameters), parameters)
 
 
 def measure(checkpoint: str) -> dict[str, Any]:
@@ -89,6 +94,7 @@ def measure(checkpoint: str) -> dict[str, Any]:
     return {
         "checkpoint": checkpoint,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "tensors": sum(1 for _ in model.parameters()),
         "forward_flops": cost.training_flops / 3,
         "image_bytes": sum(field.row_bytes for field in fields if field.per == "image"),
         "caption_bytes": sum(field.row_bytes for field in fields if field.per == "caption"),

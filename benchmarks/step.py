@@ -337,8 +337,7 @@ def largest_batch(aim: int, cost: Cost, memory: float) -> int:
     what matrix products, convolutions and attention read and write in a forward pass; 1.3 leaves room for the norms, which
     autocast runs in fp32. A tenth of the card is for the allocator, the context and libraries' workspaces.
     """
-    parameters = cost.constant_bytes / 44
-    free = 0.9 * memory - 26 * parameters
+    free = 0.9 * memory - 26 * cost.parameters
     batch = aim
     while batch > 1 and batch * 1.3 * cost.sample_bytes / 3 > free:
         batch //= 2
@@ -353,9 +352,8 @@ def expected_seconds(lever: Lever, cost: Cost, size: int, cached_code: bool) -> 
       max-autotune; 40 s with warm ones, mostly tracing;
     - steps at 12 % of 800 TFLOP/s, with encoders twice as long; and windows of `WINDOW_SECONDS`, or of one step.
     """
-    parameters = cost.constant_bytes / 44
     opening = 15 + 15 * lever.encoders
-    cold = 0.2e-6 * parameters * (5 if "compile_mode" in (lever.options or {}) else 1)
+    cold = 0.2e-6 * cost.parameters * (5 if "compile_mode" in (lever.options or {}) else 1)
     compiling = (min(40, cold) if cached_code else cold) if lever.compiles else 0.0
     step = size * cost.training_flops / (0.12 * 800e12) * (1 + lever.encoders)
     return opening + compiling + (WARM_UP + 1) * step + WINDOWS * max(WINDOW_SECONDS + step, step)

@@ -164,7 +164,7 @@ def test_charts_draw_what_there_is(tmp_path):
 
 
 def test_batches_follow_the_memory_of_the_card():
-    cost = sizes.Cost(3.461e12, 9031 * 2**20, 44 * 993.6e6)  # Wuerstchen's prior, by benchmarks.sizes
+    cost = sizes.Cost(3.461e12, 9031 * 2**20, 993_600_000)  # Wuerstchen's prior, by benchmarks.sizes
     h100, h200 = 79 * 2**30, 140 * 2**30
     assert [step.largest_batch(32, cost, memory) for memory in (24 * 2**30, h100, h200, float("inf"))] == [1, 8, 16, 32]
     # A row has a time before it begins: more for a compiled one, and for cold caches.
