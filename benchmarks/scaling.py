@@ -4,9 +4,13 @@ Nothing is measured. A step's time is
 
 - operations: batch x training operations / (matrix product x utilisation);
 - optimizer: 38 bytes per parameter that a process updates, at the memory's speed;
-- communication, not overlapped (the engine's setting): the payloads of `payload`, by the faster of ring and tree (Thakur et
-  al., "Optimization of collective communication operations in MPICH", 2005), within a node over NVLink and between nodes over
-  one network card per GPU, the two at the same time.
+- communication: the payloads of `payload`, by the faster of ring and tree (Thakur et al., "Optimization of collective
+  communication operations in MPICH", 2005), within a node over NVLink and between nodes over one network card per GPU, the two
+  at the same time;
+- captured (stages 1 and 2): nothing else. Reductions follow the backward pass, and nothing waits for the host;
+- overlapped: what of the reductions hides behind the backward pass comes off, and what the device waits for the host is added,
+  as `engine.loop.overlap` estimates both. `--cuda_graphs auto` takes the faster; stage 3 is never captured. `compiled` models
+  hand over all their gradients at once and overlap nothing.
 
 `--zero_stage 0` runs on several processes as stage 1 does.
 
@@ -14,9 +18,10 @@ Figures of the hardware are options. The payloads are checked against counted on
 """
 
 import argparse
+import functools
 import math
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +30,21 @@ from matplotlib.figure import Figure
 from benchmarks.charts import save
 from benchmarks.environment import write_result
 from benchmarks.sizes import measure
+from engine.loop.overlap import UTILISATION, hidden_seconds, overlap_gain
+from engine.loop.zero import OVERLAPPED_BUCKET
 
 FAMILIES = {"SD 1.5, 512 px": 32, "Kandinsky 2.2 prior": 128, "Kandinsky 2.2 decoder, 768 px": 16,
             "Wuerstchen v2 prior, 768 px": 32}  # fmt: skip
+sizes_of = functools.cache(measure)
 GPUS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
 STAGES = [1, 2, 3]
+BATCHES = [4, 8, 32]
+CHOICES: dict[str, dict[str, Any]] = {
+    "8 GPUs": {"gpus": 8},
+    "64 GPUs": {"gpus": 64},
+    "64 GPUs, 10 Gbit/s each": {"gpus": 64, "network": 1.25e9},
+    "4 GPUs, PCIe 25 GB/s": {"gpus": 4, "nvlink": 25e9},
+}
 OPTIMIZER_BYTES = 38
 STATE_BYTES = {"weights": 2, "gradients": 2, "optimizer": 16}  # per parameter: masters, moments, average
 
@@ -39,7 +54,7 @@ class Hardware:
     """A cluster; bandwidths in bytes per second and direction and GPU, latencies in seconds."""
 
     matrix_flops: float = 788e12
-    utilisation: float = 0.45
+    utilisation: float = UTILISATION
     memory: float = 4.3e12
     nvlink: float = 450e9
     network: float = 50e9
@@ -55,9 +70,9 @@ class Hardware:
 def payload(stage: int, parameters: int, bytes_per_number: int = 2) -> dict[str, int]:
     """Bytes that a step hands to collectives, by what they are for, whatever the number of processes.
 
-    Stages 1 and 2 reduce every gradient and gather every updated weight once; stage 3 gathers them for the forward pass and
-    again for the backward pass (DeepSpeed's defaults keep up to 1e9 parameters in between: a model that fits is gathered once,
-    and frees nothing).
+    Stages 1 and 2 reduce every gradient (all-reduce it, and keep a part) and gather every updated weight once; stage 3 gathers
+    them for the forward pass and again for the backward pass (DeepSpeed's defaults keep up to 1e9 parameters in between: a
+    model that fits is gathered once, and frees nothing).
     """
     whole = parameters * bytes_per_number
     return {"reduced": whole, "gathered": 2 * whole if stage == 3 else whole}
@@ -76,16 +91,41 @@ def collective_seconds(size: float, gpus: int, hardware: Hardware) -> float:
     return min(ring, tree)
 
 
-def step_seconds(row: dict[str, Any], batch: int, stage: int, gpus: int, hardware: Hardware) -> dict[str, float]:
-    """The parts of a step's time, with `batch` samples per GPU."""
+def communication_seconds(row: dict[str, Any], stage: int, gpus: int, buckets: int, hardware: Hardware) -> tuple[float, float]:
+    """What a step's reductions and gatherings take, each in so many collectives of equal size."""
+    if gpus == 1:
+        return 0.0, 0.0
     moved = payload(stage, row["parameters"])
-    updated = row["parameters"] / gpus
-    communication = sum(collective_seconds(size, gpus, hardware) for size in moved.values()) if gpus > 1 else 0.0
+    reduced, gathered = (buckets * collective_seconds(size / buckets, gpus, hardware) for size in moved.values())
+    # Stages 1 and 2 all-reduce: a reduce-scatter, and then everything is gathered once more.
+    return (1 if stage == 3 else 2) * reduced, gathered
+
+
+def step_seconds(row: dict[str, Any], batch: int, stage: int, gpus: int, hardware: Hardware) -> dict[str, float]:
+    """The parts of a step's time, with `batch` samples per GPU; `hidden` and `waiting` count where reductions overlap."""
+    buckets = -(-row["parameters"] // OVERLAPPED_BUCKET)
+    reduction, gathering = communication_seconds(row, stage, gpus, buckets, hardware)
+    operations = batch * 3 * row["forward_flops"] / (hardware.matrix_flops * hardware.utilisation)
+    hidden = hidden_seconds(reduction, operations, buckets)
     return {
-        "operations": batch * 3 * row["forward_flops"] / (hardware.matrix_flops * hardware.utilisation),
-        "optimizer": OPTIMIZER_BYTES * updated / hardware.memory,
-        "communication": communication,
+        "operations": operations,
+        "optimizer": OPTIMIZER_BYTES * row["parameters"] / gpus / hardware.memory,
+        "communication": reduction + gathering,
+        "hidden": hidden,
+        "waiting": hidden - overlap_gain(operations, reduction, row["tensors"], buckets),
     }
+
+
+def total_seconds(parts: dict[str, float], captured: bool) -> float:
+    """A step's time from its parts, captured or with reductions that overlap."""
+    total = parts["operations"] + parts["optimizer"] + parts["communication"]
+    return total if captured else total - parts["hidden"] + parts["waiting"]
+
+
+def chosen_seconds(parts: dict[str, float], stage: int) -> float:
+    """A step's time as `--cuda_graphs auto` runs it."""
+    overlapped = total_seconds(parts, captured=False)
+    return overlapped if stage == 3 else min(total_seconds(parts, captured=True), overlapped)
 
 
 def state_bytes(parameters: int, stage: int, gpus: int) -> float:
@@ -118,17 +158,48 @@ def checkpoint_interval(parameters: int, gpus: int, beside: bool, hardware: Hard
 def measure_all(hardware: Hardware) -> list[dict[str, Any]]:
     rows = []
     for checkpoint, batch in FAMILIES.items():
-        sizes = measure(checkpoint)
+        sizes = sizes_of(checkpoint)
         for stage in STAGES:
-            alone = sum(step_seconds(sizes, batch, 1, 1, hardware).values())
+            alone = chosen_seconds(step_seconds(sizes, batch, 1, 1, hardware), 1)
             for gpus in GPUS:
                 parts = step_seconds(sizes, batch, stage, gpus, hardware)
                 rows.append({
                     "model": checkpoint, "batch": batch, "stage": stage, "gpus": gpus, **parts,
-                    "efficiency": alone / sum(parts.values()), "state_gb": state_bytes(sizes["parameters"], stage, gpus) / 1e9,
-                    "parameters": sizes["parameters"],
+                    "efficiency": alone / chosen_seconds(parts, stage),
+                    "state_gb": state_bytes(sizes["parameters"], stage, gpus) / 1e9, "parameters": sizes["parameters"],
                 })  # fmt: skip
     return rows
+
+
+def measure_choices(hardware: Hardware) -> list[dict[str, Any]]:
+    """Seconds of a step at stage 1, captured and overlapped, by batch and cluster."""
+    rows = []
+    for checkpoint in FAMILIES:
+        sizes = sizes_of(checkpoint)
+        for batch in BATCHES:
+            for cluster, changes in CHOICES.items():
+                gpus, changed = changes["gpus"], {name: value for name, value in changes.items() if name != "gpus"}
+                parts = step_seconds(sizes, batch, 1, gpus, replace(hardware, **changed))
+                rows.append({
+                    "model": checkpoint, "batch": batch, "cluster": cluster, **parts,
+                    "captured": total_seconds(parts, captured=True), "overlapped": total_seconds(parts, captured=False),
+                })  # fmt: skip
+    return rows
+
+
+def choices_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: ms of a step captured / overlapped, the faster in bold (what overlap hides, what it waits for the host)."""
+    lines = [f"| model, samples per GPU | {' | '.join(CHOICES)} |", "|---" * (len(CHOICES) + 1) + "|"]
+    for model in FAMILIES:
+        for batch in BATCHES:
+            cells = []
+            for row in (row for row in rows if row["model"] == model and row["batch"] == batch):
+                captured, overlapped = (f"{1e3 * row[way]:.0f}" for way in ("captured", "overlapped"))
+                faster = row["captured"] <= row["overlapped"]
+                times = f"**{captured}** / {overlapped}" if faster else f"{captured} / **{overlapped}**"
+                cells.append(f"{times} ({1e3 * row['hidden']:.0f}, {1e3 * row['waiting']:.0f})")
+            lines.append(f"| {model}, {batch} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def table(rows: list[dict[str, Any]], hardware: Hardware) -> str:
@@ -179,8 +250,9 @@ def main() -> int:
     json_file, picture = options.pop("json"), options.pop("chart")
     hardware = Hardware(**options)
     rows = measure_all(hardware)
-    print(table(rows, hardware))
-    write_result(json_file, __doc__, hardware=options, rows=rows)
+    choices = measure_choices(hardware)
+    print(f"{table(rows, hardware)}\n\n{choices_table(choices)}")
+    write_result(json_file, __doc__, hardware=options, rows=rows, choices=choices)
     if picture:
         chart(rows, picture)
     return 0

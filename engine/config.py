@@ -190,8 +190,9 @@ class TrainConfig(CacheConfig):
 
     cuda_graphs: Literal["auto", "on", "off"] = option(
         "auto",
-        "Capture the training step as CUDA graphs: auto captures wherever it is possible, on refuses to run where it is not. A "
-        "capture that fails ends the run.",
+        "Capture the training step as CUDA graphs: auto captures wherever it is possible (with several processes, where that "
+        "is faster than reductions that overlap the backward pass), on refuses to run where it is not. A capture that fails "
+        "ends the run.",
         "model",
     )
 

@@ -29,7 +29,8 @@ def test_full_size_models_have_the_published_size(checkpoint):
 
 def test_the_costs_are_counted():
     row = sizes.measure("Kandinsky 2.2 prior")
-    assert row["constant_bytes"] == 44 * row["parameters"]
+    # Two readings of the weights, the gradient, its copy to the flat buffer, the norm, and the optimizer's pass.
+    assert row["constant_bytes"] == (2 + 2 + 2 + 4 + 2 + 36) * row["parameters"]
     # Per block and token, in widths of 2048: queries, keys and values 6, attention 4, its projection 2, the MLP 10.
     assert row["sample_bytes"] == pytest.approx(3 * 2 * 20 * 81 * 22 * 2048, rel=0.01)
 
@@ -91,3 +92,21 @@ def test_what_does_not_fit_is_computed(monkeypatch):
     row = full_size.run_or_compute("sd", False, False, None)
     assert row["computed_gib"] * 2**30 == 22 * row["parameters"] + full_size.BESIDE
     assert "not run: needs 19.1 GiB (computed), 1.0 available" in full_size.table([row | {"name": "sd"}])
+
+
+def test_the_model_of_scaling_weighs_overlap_against_the_hosts_launches():
+    hardware, row = scaling.Hardware(), {"parameters": 10**9, "tensors": 500, "forward_flops": 10**12}
+    # An all-reduce is a reduce-scatter and a gathering.
+    reduced, gathered = scaling.communication_seconds(row, 1, 8, 20, hardware)
+    assert reduced == pytest.approx(2 * gathered)
+    assert scaling.communication_seconds(row, 3, 8, 20, hardware) == pytest.approx((gathered, 2 * gathered), rel=0.1)
+    parts = scaling.step_seconds(row, 32, 1, 8, hardware)
+    assert parts["hidden"] == pytest.approx(reduced * 19 / 20)
+    captured, overlapped = (scaling.total_seconds(parts, way) for way in (True, False))
+    assert captured - overlapped == pytest.approx(parts["hidden"] - parts["waiting"])
+    assert scaling.chosen_seconds(parts, 1) == min(captured, overlapped)
+    assert scaling.chosen_seconds(parts, 3) == overlapped
+    slow = scaling.step_seconds(row, 32, 1, 64, scaling.Hardware(network=1e9))
+    assert scaling.total_seconds(slow, captured=False) < scaling.total_seconds(slow, captured=True)
+    choices = scaling.choices_table(scaling.measure_choices(hardware))
+    assert choices.count("**") == 2 * len(scaling.FAMILIES) * len(scaling.BATCHES) * len(scaling.CHOICES)
