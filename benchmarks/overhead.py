@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.environment import Rows
+from benchmarks.profile import timeline
 from benchmarks.published import open_random, open_tiny
 from benchmarks.step import SHIPPED, WARM_UP, Lever, open_side, random_batch
 from benchmarks.timing import synchronize
@@ -38,7 +39,7 @@ from engine.models.family import Family
 from engine.processes import Processes
 from engine.quiet import quiet_libraries
 
-SECONDS = 90  # that the row takes at most, most of them for torch.compile
+SECONDS = 200  # that the row takes at most, most of them for torch.compile from cold caches
 PARTS = {
     "model": ["engine.loop.trainer.predict_and_compare", "engine.loop.flat.FlatPartition.backward"],
     "optimizer": ["engine.loop.optimizer.AdamW.apply"],
@@ -157,15 +158,9 @@ def device_gaps(family: Any, lever: Lever, size: int, device: torch.device, step
             for _ in range(steps):
                 step()
             synchronize(device)
-    kind = torch.autograd.DeviceType.CUDA if gpu else torch.autograd.DeviceType.CPU
-    spans = sorted((e.time_range.start, e.time_range.end) for e in profiler.events() if e.device_type == kind)
-    busy, end = 0.0, spans[0][0]
-    for start, stop in spans:
-        busy += max(stop - max(start, end), 0.0)
-        end = max(end, stop)
-    total = end - spans[0][0]
+    work, busy, total = timeline(profiler, gpu)
     return {
-        "kernels_per_step": len(spans) / steps, "step_milliseconds": total / steps / 1000, "idle_share": 1 - busy / total,
+        "kernels_per_step": len(work) / steps, "step_milliseconds": total / steps / 1000, "idle_share": 1 - busy / total,
         "launch_microseconds": launched / steps * 1e6,
     }  # fmt: skip
 

@@ -32,7 +32,7 @@ from engine.quiet import quiet_libraries
 
 STEPS = 4
 LARGEST = 12  # kernels that are kept by name
-EXPECTED_SECONDS = 120  # of a checkpoint, most of them for torch.compile; assumed
+EXPECTED_SECONDS = 300  # of a checkpoint, most of them for torch.compile from cold caches; assumed
 COLOURS = {
     "matrix products": "#3b6ea5", "convolutions": "#6f9fd0", "attention": "#8c6bb1", "norms": "#41ab5d", "pointwise": "#c7a03c",
     "copies": "#b5483b", "optimizer": "#7f6a55", "other": "#707070", "idle": "#e0e0e0",

@@ -129,7 +129,8 @@ def run_side(side: str, config: TrainConfig, file: Path) -> dict[str, float]:
     module = ["engine.run"] if side == "engine" else ["benchmarks.recipe", "--side", side]
     turn = subprocess.run([sys.executable, "-m", *module, "--config", str(file)], capture_output=True, text=True, check=False)
     if turn.returncode:
-        raise RuntimeError(f"{side} ended with {turn.returncode}: {(turn.stderr.strip().splitlines() or [''])[-1]}")
+        last = (turn.stderr.strip().splitlines() or [""])[-1]
+        raise RuntimeError(f"{side} ended with {turn.returncode}: {last}\n{turn.stderr}")
     return engine_rate(config) if side == "engine" else {"samples_per_second": float(turn.stdout.split()[-1])}
 
 
@@ -169,8 +170,8 @@ def configuration(run: dict[str, Any], directory: Path, steps: int) -> TrainConf
 
 def compare(rows: Rows, name: str, config: TrainConfig, rounds: int, directory: Path) -> list[dict[str, Any]]:
     """The sides in turns: one row each."""
-    # On a GPU by assumption: 90 s to open and compile, and at least 15 samples per second at full size.
-    seconds = 90 + (config.max_train_steps or 0) * config.train_batch_size / 15 if torch.cuda.is_available() else 30
+    # On a GPU by assumption: 60 s to open, 150 more to compile from cold caches, and at least 15 samples per second.
+    steps = (config.max_train_steps or 0) * config.train_batch_size / 15
     about = {
         "run": name, "batch": config.train_batch_size, "resolution": config.resolution,
         "precision": config.mixed_precision, "measured_steps": (config.max_train_steps or 0) - WARM_UP,
@@ -180,6 +181,7 @@ def compare(rows: Rows, name: str, config: TrainConfig, rounds: int, directory: 
         fresh = config.model_copy(update={"output_dir": str(directory / f"out-{turn}")})
         for side in SIDES:
             work = partial(run_side, side, fresh, directory / f"{side}.toml")
+            seconds = 60 + steps + 150 * (side != "recipe") if torch.cuda.is_available() else 30
             measured.append(rows.measure(f"{name}, turn {turn}: {side}", seconds, work, side=side, turn=turn, **about))
     return measured
 

@@ -130,14 +130,14 @@ class Lever:
     def applied(self) -> Iterator[None]:
         """Models opened and first called inside have the lever's form; torch's settings are afterwards as before."""
         matmul, cudnn, compiler = torch.backends.cuda.matmul, torch.backends.cudnn, torch.compiler.config
-        before = matmul.allow_tf32, cudnn.benchmark, compiler.cache_key_tag
+        before = matmul.allow_tf32, cudnn.benchmark, cudnn.allow_tf32, compiler.cache_key_tag
         try:
             # The engine sets the order of attention's kernels for the process; the recipe has torch's own.
             kernels = _cur_sdpa_kernel_backends(with_priority=True)
             with fusing(self.norms, self.projections), sdpa_kernel(kernels, set_priority=True):
                 yield
         finally:
-            matmul.allow_tf32, cudnn.benchmark, compiler.cache_key_tag = before
+            matmul.allow_tf32, cudnn.benchmark, cudnn.allow_tf32, compiler.cache_key_tag = before
 
 
 UNCAPTURED = {"cuda_graphs": "off"}
@@ -359,6 +359,10 @@ def expected_seconds(lever: Lever, cost: Cost, size: int, cached_code: bool) -> 
     return opening + compiling + (WARM_UP + 1) * step + WINDOWS * max(WINDOW_SECONDS + step, step)
 
 
+def row_name(checkpoint: str, lever: Lever, size: int) -> str:
+    return f"{checkpoint}: {lever.name}, batch {size}"
+
+
 @dataclass
 class Checkpoint:
     """A checkpoint, or tiny family, under measurement."""
@@ -377,7 +381,7 @@ class Checkpoint:
         for lever in tqdm(levers, desc=f"{self.name}, batch {size}", disable=None, leave=False):
             row = self.measure(lever, size, lever.form in seen)
             measured.append(row)
-            if "missing" not in row:
+            if row_name(self.name, lever, size) in self.rows.begun:  # rows of an earlier call may be another machine's
                 seen.append(lever.form)
             if lever.options is None and row.get("failed") == OUT_OF_MEMORY and size > 1:
                 return measured + self.waterfall(levers, size // 2)
@@ -393,7 +397,7 @@ class Checkpoint:
         about = {"checkpoint": self.name, "family": self.family.config.family, "lever": lever.name, "batch": size,
                  "settings": lever.settings, "precision": self.family.config.mixed_precision}  # fmt: skip
         seconds = 5.0 if self.name in TINY else expected_seconds(lever, self.cost, size, cached_code)
-        return self.rows.measure(f"{self.name}: {lever.name}, batch {size}", seconds, work, **about)
+        return self.rows.measure(row_name(self.name, lever, size), seconds, work, **about)
 
 
 def measured_peak(rows: Rows, device: torch.device, precision: str) -> dict[str, Any]:

@@ -126,6 +126,23 @@ def test_a_further_call_measures_what_is_missing(tmp_path, monkeypatch, measured
     assert len(measured) == len(set(measured)) == len([lever for lever in step.LEVERS if lever.fits(PRIOR)])
 
 
+def test_caches_are_warm_for_what_this_process_compiled(tmp_path, monkeypatch, measured):
+    warm = []
+    monkeypatch.setattr(step, "expected_seconds", lambda lever, cost, size, cached_code: warm.append(cached_code) or 1.0)
+    levers = [lever for lever in step.LEVERS if lever.name in ("compiled", "compiled and captured")]
+    family = SimpleNamespace(config=SimpleNamespace(family=PRIOR, mixed_precision="no"))
+
+    def waterfall(file, wanted):
+        warm.clear()
+        rows = Rows(file, step.__doc__)
+        step.Checkpoint("prior", family, sizes.Cost(1e9, 1e9, 1e9), {}, CPU, rows).waterfall(wanted, 2)
+        return list(warm)
+
+    assert waterfall(None, levers) == [False, True]
+    assert waterfall(tmp_path / "rows.json", levers[:1]) == [False]
+    assert waterfall(tmp_path / "rows.json", levers) == [False, False], "the kept row may be another machine's"
+
+
 def test_a_recipe_that_needs_too_much_memory_halves_the_batch_of_every_lever(monkeypatch, measured, tmp_path):
     works = step.measure_lever
 
