@@ -3,7 +3,7 @@
 The parts of `benchmarks.plan` run in the order of what they tell, each in a process of its own: a crash, a hang or a lack
 of memory costs that part alone. Nothing is begun that would not end in the minutes given. A further call with the same DIR,
 on the same or another machine, goes on: what is done is not repeated, what ended early goes on from its last row, and what
-failed is tried again after the others, at most twice under one commit.
+failed is tried again after the others, until nothing came of it twice under one commit.
 
 DIR holds `campaign.json` (state and every row, written anew every few seconds), `campaign.md` (every table, chart and
 failure) and the charts: few and small files, to be carried to the next machine. Logs and compiled code lie in `--scratch`;
@@ -16,6 +16,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import resource
 import shlex
 import signal
 import subprocess
@@ -62,19 +63,20 @@ def process_environment(scratch: Path, rehearses: bool) -> dict[str, str]:
 
 
 def start(part: Part, arguments: list[str], log: Path, variables: dict[str, str]) -> Any:
-    """A part's process, the first of a group of its own."""
+    """A part's process, the first of a group of its own; of this session, so that what ends the session ends it too."""
     with log.open("ab") as output:
         command = [sys.executable, *part.python, *arguments]
         output.write(f"\n$ {shlex.join(command)}\n".encode())
-        return subprocess.Popen(
-            command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=variables, start_new_session=True
-        )
+        return subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=variables, process_group=0)
 
 
 def write_report(output: Path, variables: dict[str, str]) -> bool:
     """Whether campaign.md could be written; in a process of its own, because what it imports takes memory and time."""
     command = [sys.executable, "-m", "benchmarks.report", str(output)]
-    return subprocess.run(command, env=variables, start_new_session=True, check=False).returncode == 0
+    try:
+        return subprocess.run(command, env=variables, process_group=0, check=False, timeout=2 * REPORT_SECONDS).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
 
 
 def kill(process: Any) -> None:
@@ -149,9 +151,10 @@ class Campaign:
         return kept["status"] == FAILED and self.commit(kept["attempts"][-1]["environment"]) == self.commit(self.here)
 
     def failures(self, part: Part) -> int:
-        """How often a part came to nothing under this commit."""
+        """How often a part came to nothing under this commit; a row in which it crashed is something, since after
+        `benchmarks.environment.ATTEMPTS` of them the part goes on with the next."""
         here = [a for a in self.kept(part)["attempts"] if self.commit(a["environment"]) == self.commit(self.here)]
-        return sum(attempt["status"] == FAILED and not attempt["rows"] for attempt in here)
+        return sum(attempt["status"] == FAILED and not attempt["changed"] for attempt in here)
 
     def fits(self, part: Part) -> bool:
         """Whether there is time for a part, or for some rows of it; more than what was too little before."""
@@ -164,7 +167,7 @@ class Campaign:
         for part in [part for part in parts if not self.failed(part)]:
             while not self.done(part) and self.fits(part):
                 attempt = self.attempt(part)
-                if attempt["status"] != GOES_ON or not attempt["rows"]:
+                if attempt["status"] != GOES_ON or not attempt["changed"]:
                     break
         for part in parts:
             if self.failed(part) and self.failures(part) < ATTEMPTS and self.fits(part):
@@ -181,7 +184,14 @@ class Campaign:
         left = self.deadline - time.monotonic()
         arguments = ["--json", str(rows)] if part.measures else []
         arguments += ["--minutes", f"{max(left - MARGIN, 1) / 60:.2f}"] if part.measures and part.resumes else []
-        attempt = {"environment": self.here, "status": GOES_ON, "ended": "this call ended", "rows": 0, "seconds": 0.0}
+        attempt = {
+            "environment": self.here,
+            "status": GOES_ON,
+            "ended": "this call ended",
+            "rows": 0,
+            "changed": 0,
+            "seconds": 0.0,
+        }
         kept["attempts"].append(attempt)
         self.state["calls"][-1]["parts"].append(part.name)
         print(f"{part.name}: {part.question}", file=sys.stderr, flush=True)
@@ -194,7 +204,7 @@ class Campaign:
             attempt["seconds"] = round(time.monotonic() - started, 1)
             self.take(part, rows)
             new = [row for row in self.rows(part) if row not in before]
-            attempt["rows"] = sum("failed" not in row for row in new)
+            attempt["rows"], attempt["changed"] = sum("failed" not in row for row in new), len(new)
             kept["failed"] += [row["name"] for row in new if "failed" in row]
             kept["status"], kept["tail"] = attempt["status"], last_lines(log)
             self.keep()
@@ -274,6 +284,7 @@ def main() -> int:
         return 0
     deadline = time.monotonic() + 60 * options.minutes - REPORT_SECONDS
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # a crash writes no gigabytes
     output = options.output or RESULTS / ("campaign-cpu" if options.rehearse else "campaign-gpu")
     variables = process_environment(options.scratch, options.rehearse)
     here = environment_of(variables)

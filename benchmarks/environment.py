@@ -1,12 +1,15 @@
 """What a measurement must name to be believed: device, driver, versions and commit; and where it is kept, row by row."""
 
 import gc
+import hashlib
 import json
 import os
 import platform
 import re
 import subprocess
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +22,7 @@ from engine.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 COMMIT = "ENGINE_COMMIT"  # names the commit where there is no repository
+SOURCES = ("engine", "benchmarks", "cpp_ext", "examples", "tests")
 PACKAGES = ("triton", "deepspeed", "diffusers", "transformers", "torchao", "xformers")
 
 
@@ -45,13 +49,24 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _sources() -> str:
+    """A name of this code where nothing else names it: another name after a change, so that what failed is tried again."""
+    root = Path(__file__).parent.parent
+    files = sorted(path for folder in SOURCES for path in (root / folder).rglob("*") if path.suffix in (".py", ".cpp"))
+    contents = b"\0".join(part for path in files for part in (str(path.relative_to(root)).encode(), path.read_bytes()))
+    return f"sources {hashlib.sha256(contents).hexdigest()[:12]}"
+
+
 def environment() -> dict[str, Any]:
-    """Where this process measures; what cannot be found out is None, and never ends a measurement."""
+    """Where this process measures; what cannot be found out is None, and never ends a measurement.
+
+    `commit` is what ENGINE_COMMIT says, or git, or a digest of the sources.
+    """
     cuda = torch.cuda.is_available()
     folder = str(Path(__file__).parent)
     driver = _answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split() if cuda else []
     return {
-        "commit": os.environ.get(COMMIT) or _answer("git", "-C", folder, "rev-parse", "HEAD") or None,
+        "commit": os.environ.get(COMMIT) or _answer("git", "-C", folder, "rev-parse", "HEAD") or _sources(),
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {_processor()}, {torch.get_num_threads()} threads",
         **({"driver": driver[0] if driver else None, "cuda": torch.version.cuda} if cuda else {}),
         "python": platform.python_version(),
@@ -81,6 +96,9 @@ def reason(error: Exception) -> str:
             return OUT_OF_MEMORY
         cause = cause.__cause__ or cause.__context__
     return f"{type(error).__name__}: {first_line(error)}"
+
+
+TRACE = 3000  # characters at the end of a failure's trace that are kept
 
 
 def _release_memory() -> None:
@@ -113,6 +131,7 @@ class Rows:
             self.environments.append(here)
         self.number = self.environments.index(here)
         self.broken = ""
+        self.begun: set[str] = set()  # names of the rows that were measured here, and not kept from before
         self.exit_code = 0  # of the benchmark: `TRY_AGAIN` once a row is missing, which a further call may measure
 
     def measure(self, name: str, seconds: float, work: Callable[[], dict[str, Any]], **about: Any) -> dict[str, Any]:
@@ -132,11 +151,13 @@ class Rows:
             return row | {"missing": self.broken or f"no time left: needs about {seconds:.0f} s"}
         attempts = kept.get("attempts", 0) if kept is not None and kept["environment"] == self.number else 0
         self._keep(row | {"failed": UNFINISHED, "attempts": attempts + 1})
+        self.begun.add(name)
         started = time.monotonic()
         try:
             row |= work()
         except Exception as error:  # whatever it is, the rows after it are still wanted
-            row["failed"] = reason(error)
+            print(f"{name} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            row |= {"failed": reason(error), "trace": traceback.format_exc()[-TRACE:]}
         row["took_seconds"] = round(time.monotonic() - started, 1)
         self._keep(row)
         try:

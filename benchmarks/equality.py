@@ -69,13 +69,17 @@ def compare(family: str, options: dict[str, Any], steps: int) -> dict[str, Any]:
     curves = zip(plain["curve"], captured["curve"], strict=True)
     unequal = [step for step, (ours, theirs) in enumerate(curves, 1) if ours != theirs]
     pairs = [(plain["weights"][name].double(), captured["weights"][name].double()) for name in plain["weights"]]
-    return {
+    row = {
         "captured": graphs == "on", "steps": steps, "weights": len(pairs),
         "equal": not unequal and all(torch.equal(ours, theirs) for ours, theirs in pairs),
         "first_unequal_step": unequal[0] if unequal else None,
         "largest_difference": max(float((ours - theirs).abs().max()) for ours, theirs in pairs),
         "uncaptured_ms": plain["step_milliseconds"], "captured_ms": captured["step_milliseconds"],
     }  # fmt: skip
+    if not row["equal"]:  # a failure, so that it is tried again under another commit
+        first = f"from step {unequal[0]} on" if unequal else "in exported weights only"
+        row["failed"] = f"not equal {first}, weights by up to {row['largest_difference']:.3g}"
+    return row
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -25,6 +25,9 @@ SUITES: dict[str, tuple[list[str], float]] = {
     "small": (["tests/test_errors.py"], 5),
 }
 DEFAULT = ["marked gpu", "kernels"]
+HANGS = 90  # seconds after which a test that still runs prints where it is
+TRACE = 3000  # characters of a failure that are kept
+SHOWN, LINES = 5, 20  # failures whose last lines are shown: those after them mostly come of the first
 
 
 def run_suite(arguments: list[str]) -> dict[str, Any]:
@@ -35,7 +38,9 @@ def run_suite(arguments: list[str]) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory) / "report.xml"
-        options = ["-v", "--continue-on-collection-errors", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        # Without the project's own options, whose -q takes the -v back; where a test hangs is printed.
+        options = ["-v", "-o", "addopts=", "-o", f"faulthandler_timeout={HANGS}", "--durations=20",
+                   "--continue-on-collection-errors", "-p", "no:cacheprovider", f"--junitxml={report}"]  # fmt: skip
         code, output = shown([sys.executable, "-m", "pytest", *options, *arguments])
         if not report.exists():
             started = re.findall(r"^\S+::\S+", output, re.MULTILINE)
@@ -56,7 +61,7 @@ def shown(command: list[str]) -> tuple[int, str]:
 
 
 def outcomes(report: Path) -> dict[str, Any]:
-    """What a JUnit report of pytest says."""
+    """What a JUnit report of pytest says; a suite of which a test fails is a row that failed."""
     cases = list(ElementTree.parse(report).getroot().iter("testcase"))
     failures = []
     skipped = 0
@@ -65,14 +70,20 @@ def outcomes(report: Path) -> dict[str, Any]:
         skipped += any(child.tag == "skipped" for child in case)
         if broken:
             message = (broken[0].get("message") or "").splitlines() or [""]
-            failures.append(f"{case.get('classname')}::{case.get('name')}: {message[0]}")
-    return {"passed": len(cases) - skipped - len(failures), "skipped": skipped, "wrong": len(failures), "failures": failures}
+            failures.append({"test": f"{case.get('classname')}::{case.get('name')}", "message": message[0],
+                             "trace": (broken[0].text or "")[-TRACE:]})  # fmt: skip
+    row = {"passed": len(cases) - skipped - len(failures), "skipped": skipped, "wrong": len(failures), "failures": failures}
+    return row | ({"failed": f"{len(failures)} of {len(cases) - skipped} tests fail"} if failures else {})
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Counts by suite, and the failures."""
-    counts = markdown(rows, {"suite": "name", "passed": "passed", "skipped": "skipped", "failed": "wrong"})
-    return "\n".join([counts, "", *(f"- {failure}" for row in rows for failure in row.get("failures", []))])
+    lines = [markdown(rows, {"suite": "name", "passed": "passed", "skipped": "skipped", "failed": "wrong"})]
+    for number, failure in enumerate(failure for row in rows for failure in row.get("failures", [])):
+        lines.append(f"- {failure['test']}: {failure['message']}")
+        if number < SHOWN:
+            lines.append("\n```\n" + "\n".join(failure["trace"].splitlines()[-LINES:]) + "\n```\n")
+    return "\n".join(lines)
 
 
 def main() -> int:

@@ -18,12 +18,14 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 
 # isort: split
 from benchmarks import charts, curves, profile
+from benchmarks.environment import OUT_OF_MEMORY
 from benchmarks.plan import PLAN, Part, rehearsal
 from benchmarks.step import LEVERS, by_checkpoint, rate
 from benchmarks.tables import cell, markdown, problem
 from engine.files import write_text
 
 Rows = list[dict[str, Any]]
+TRACE_LINES = 12  # of a row's failure
 
 # What others reach per GPU on a UNet of SD's size at 512 px with cached latents: who, card, images per second, how.
 ANCHORS = [
@@ -161,8 +163,16 @@ def section(parts: list[Part], state: dict[str, Any], environments: Rows, shown:
         yield shown
     failed = [row for row in rows if "failed" in row]
     if failed:
-        yield "Rows that failed:\n\n" + "\n".join(f"- {cell(row['name'])}: {cell(row['failed'])}" for row in failed)
+        yield "Rows that failed:\n\n" + "\n".join(f"- {cell(row['name'])}: {cell(row['failed'])}{trace(row)}" for row in failed)
     yield from (ending(part, state["parts"][part.name]) for part in parts if state["parts"][part.name]["status"] != "done")
+
+
+def trace(row: dict[str, Any]) -> str:
+    """Where a row failed, for more than want of memory."""
+    if "trace" not in row or row["failed"] == OUT_OF_MEMORY:
+        return ""
+    lines = ["```", *row["trace"].splitlines()[-TRACE_LINES:], "```"]
+    return "\n\n" + "\n".join(f"  {line}" for line in lines) + "\n"
 
 
 def ending(part: Part, kept: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """What a benchmark measured is never lost: not to a row that fails, not to a limit of time, not to a missing package."""
 
 import json
+import re
 
 import pytest
 
@@ -18,7 +19,10 @@ def test_a_row_that_fails_costs_only_itself(tmp_path):
     file = tmp_path / "deep" / "rows.json"
     rows = Rows(file, DOCUMENT)
     assert rows.measure("one", 1, lambda: {"value": 1})["value"] == 1
-    assert rows.measure("two", 1, fail)["failed"] == "ValueError: first line"
+    failed = rows.measure("two", 1, fail)
+    assert failed["failed"] == "ValueError: first line"
+    assert "in fail" in failed["trace"], "where it failed"
+    assert failed["trace"].endswith("second line\n")
     assert [row["name"] for row in json.loads(file.read_text())["rows"]] == ["one", "two"]
     rows.measure("three", 1, lambda: {"value": 3})
     kept = json.loads(file.read_text())
@@ -53,7 +57,9 @@ def test_the_environment_is_described_without_git_and_packages(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv(environments.COMMIT, raising=False)
     described = environment()
-    assert described["commit"] is None
+    assert re.fullmatch("sources [0-9a-f]{12}", described["commit"])
+    monkeypatch.setattr(environments, "SOURCES", ("engine",))
+    assert environment()["commit"] != described["commit"], "other code has another name"
     assert described["a-package-that-nobody-has"] is None
     assert described["device"]
     monkeypatch.setenv(environments.COMMIT, "abc")

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from benchmarks import campaign, environment, gpu_tests, plan, report
+from benchmarks import attention, campaign, environment, equality, gpu_tests, overhead, plan, report
 from benchmarks.campaign import DONE, FAILED, GOES_ON, Campaign
 from benchmarks.plan import PROVOKED, Part
 
@@ -95,6 +96,50 @@ def test_rows_that_failed_are_measured_again_under_another_commit(tmp_path):
     assert not mended.done(failing)
 
 
+def test_a_row_that_crashes_costs_only_itself(tmp_path):
+    code = """
+import os, pathlib, signal, sys
+from benchmarks.environment import Rows
+rows = Rows(pathlib.Path(sys.argv[sys.argv.index("--json") + 1]), "What?")
+rows.measure("crashes", 1, lambda: os.kill(os.getpid(), signal.SIGSEGV))
+rows.measure("good", 1, lambda: {"value": 1})
+"""
+    crashing = part("crashing", code, measures=True)
+    for _ in range(3):
+        open_campaign(tmp_path, here=environment.environment()).run([crashing])
+    last = open_campaign(tmp_path, here=environment.environment())
+    assert [(row["name"], "failed" in row) for row in last.rows(crashing)] == [("crashes", True), ("good", False)]
+    last.run([crashing])
+    assert runs(last) == []
+
+
+def test_a_row_that_breaks_the_device_is_followed_by_a_fresh_process(tmp_path):
+    breaking = COUNTS.replace('"environment": 0}', '"environment": 0, "failed": "an illegal memory access"}')
+    opened = open_campaign(tmp_path)
+    opened.run([part("breaking", breaking, measures=True)])
+    assert runs(opened) == ["breaking"] * 3
+
+
+def test_a_part_dies_with_the_session_that_started_it(tmp_path):
+    process = campaign.start(part("sleeping", "import time; time.sleep(60)"), [], tmp_path / "log", dict(os.environ))
+    try:
+        assert os.getsid(process.pid) == os.getsid(0)
+        assert os.getpgid(process.pid) == process.pid
+    finally:
+        campaign.kill(process)
+
+
+def test_a_report_that_hangs_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(campaign, "REPORT_SECONDS", 0.01)
+    assert not campaign.write_report(tmp_path, dict(os.environ))
+
+
+def test_benchmarks_that_lack_a_row_say_so(tmp_path, monkeypatch):
+    for module in (attention, overhead):
+        monkeypatch.setattr(sys, "argv", ["benchmark", "--json", str(tmp_path / "rows.json"), "--minutes", "0"])
+        assert module.main() == 75
+
+
 def test_the_end_of_a_call_kills_the_whole_group_and_keeps_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(campaign, "KEEP_EVERY", 0.1)
     child = tmp_path / "child"
@@ -145,6 +190,17 @@ sys.exit(campaign.exit_code("campaign", campaign.main))
     assert kept["attempts"][0]["ended"] == "this call ended"
 
 
+def test_runs_that_are_not_equal_failed(monkeypatch):
+    def run(family, directory, graphs, options, steps):
+        weights = {"weight": torch.full((2,), 1.5 if graphs == "off" else 1.0)}
+        return {"curve": [(1.0, 1.0)], "weights": weights, "step_milliseconds": 1.0}
+
+    monkeypatch.setattr(equality, "run", run)
+    row = environment.Rows(None, "What?").measure("sd", 1, lambda: equality.compare("sd", {}, 1))
+    assert row["failed"] == "not equal in exported weights only, weights by up to 0.5"
+    assert "| sd | not equal in exported weights only" in equality.table([row])
+
+
 def test_every_part_is_chosen_by_its_name(capsys):
     assert campaign.COMMIT == environment.COMMIT
     assert [part.name for part in campaign.chosen(plan.PLAN, "step, SD")] == ["step, SD 1.5 at 512 px"]
@@ -173,12 +229,15 @@ def test_a_table_that_fails_costs_only_itself(tmp_path):
     assert "- kernels: 200 s by estimate" in text
 
 
-def test_the_tests_of_a_machine_are_counted_and_one_that_kills_is_named(tmp_path, monkeypatch):
+def test_the_tests_of_a_machine_are_counted_and_one_that_kills_is_named(tmp_path, capfd):
     suite = tmp_path / "test_three.py"
-    suite.write_text("def test_well(): pass\n\ndef test_wrong():\n    assert 1 == 2\n")
-    counted = gpu_tests.run_suite([str(suite)])
-    assert (counted["passed"], counted["skipped"], counted["wrong"]) == (1, 0, 1)
-    assert "test_wrong: assert 1 == 2" in counted["failures"][0]
+    suite.write_text("def test_well(): pass\n\ndef test_wrong():\n    one = 1\n    assert one == 2\n")
+    row = environment.Rows(None, "What?").measure("three", 1, lambda: gpu_tests.run_suite([str(suite)]))
+    assert row["failed"] == "1 of 2 tests fail", "so that another commit measures it again"
+    assert (row["passed"], row["skipped"], row["wrong"]) == (1, 0, 1)
+    assert "test_wrong: assert 1 == 2\n" in gpu_tests.table([row])
+    assert "assert one == 2" in gpu_tests.table([row])
+    assert "test_three.py::test_well PASSED" in capfd.readouterr().out
     suite.write_text("import os\n\ndef test_well(): pass\n\ndef test_kills():\n    os.abort()\n")
     with pytest.raises(RuntimeError, match="pytest ended with -6, in or after .*test_three.py::test_kills"):
         gpu_tests.run_suite([str(suite)])
