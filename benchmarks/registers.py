@@ -110,7 +110,7 @@ def _group_norm_cases(dtype: str, target: str) -> list[Case]:
         ):
             nvidia = TARGETS[target].backend == "cuda"
             _, constants = tiling(32 * group, positions, 32, _TORCH_DTYPES[dtype], nvidia, tensors)
-            options = {"num_warps": constants.pop("num_warps")}
+            options: dict[str, int] = {name: constants.pop(name) for name in ("num_warps", "maxnreg") if name in constants}
             integers = {"positions": positions, "weight_stride": 0, "bias_stride": 0}
             span = constants["GROUP"] * constants["GROUPS"]
             moved = constants["STEPS"] * (constants["WIDTH"] // span) * span

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from engine.kernels.launch import on_its_device
 
-TILE_ELEMENTS = 8192  # that a program moves at a time
-WHOLE_ELEMENTS = 16384  # a program's part of a sample that stays in registers: it is read once
+TILE_BYTES = 16 * 1024  # what a program moves at a time
+WHOLE_BYTES = 32 * 1024  # a program's part of a sample that stays in registers: it is read once
 VECTOR = 8  # bf16 values in a 16-byte piece
 LARGE = 8192  # elements of a program's part of a sample; such a part is worth twice the threads
 MAX_IDLE = 1 / 6  # of the lanes
@@ -232,8 +232,8 @@ def tiling(
     """Programs per sample, and the constants of a launch: the groups of a program, and the tile that it moves at a time.
 
     Args:
-        nvidia: there, loads of 16-bit values run two tiles ahead, through shared memory, and bf16 takes its sigmoid from the
-            special function unit. (Neither runs in Triton's interpreter, whose tensors are on the CPU.)
+        nvidia: there, loads run two tiles ahead, through shared memory, and bf16 takes its sigmoid from the special function
+            unit. (Triton's interpreter, whose tensors are on the CPU, runs without.)
         tensors: that a pass reads; two at a time are held in half as large tiles, for the registers.
     """
     group = channels // groups
@@ -245,14 +245,15 @@ def tiling(
     widths = [triton.next_power_of_2(span) * factor for factor in (1, 2, 4, 8)]
     width = min(widths, key=lambda width: max(width % span / width, MAX_IDLE))
     steps = triton.next_power_of_2(-(-positions // (width // span)))
-    whole = steps * width <= WHOLE_ELEMENTS // tensors
+    bytes_per_step = width * dtype.itemsize * tensors
+    whole = steps * bytes_per_step <= WHOLE_BYTES
     piece = math.gcd(span, VECTOR)
-    ahead = nvidia and dtype.itemsize == 2
     return groups // together, {
         "CHANNELS": channels, "GROUP": group, "GROUPS": together, "WIDTH": width, "PIECE": piece,
-        "PIECES": triton.next_power_of_2(span // piece), "STEPS": steps if whole else TILE_ELEMENTS // tensors // width,
-        "WHOLE": whole, "TANH": nvidia and dtype == torch.bfloat16, "STAGES": 3 if ahead else 1,
-        "num_warps": 16 if ahead and positions * span >= LARGE else 8,
+        "PIECES": triton.next_power_of_2(span // piece), "STEPS": steps if whole else TILE_BYTES // bytes_per_step,
+        "WHOLE": whole, "TANH": nvidia and dtype == torch.bfloat16, "STAGES": 3 if nvidia else 1,
+        # Of 512 threads each has 128 registers; untold, ptxas stores some to memory for the sake of 64.
+        **({"num_warps": 16, "maxnreg": 128} if nvidia and positions * span >= LARGE else {"num_warps": 8}),
     }  # fmt: skip
 
 
