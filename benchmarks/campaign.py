@@ -100,7 +100,13 @@ def last_lines(log: Path) -> list[str]:
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 40_000))
         lines = file.read().decode(errors="replace").splitlines()
-    return [line.rpartition("\r")[2][:400] for line in lines if line.strip()][-TAIL:]
+    shown = [line.rpartition("\r")[2] for line in lines if line.strip()][-TAIL:]
+    # The report travels: where this machine keeps things is nobody's business.
+    scratch = str(log.absolute().parent.parent)
+    places = {sys.executable: "python", sys.prefix: "PREFIX", scratch: "SCRATCH", str(Path.cwd()): "."}
+    for place, name in places.items():
+        shown = [line.replace(place, name) for line in shown]
+    return [line[:400] for line in shown]
 
 
 class Campaign:

@@ -330,3 +330,10 @@ def test_a_rehearsal_brings_home_few_small_files_with_every_table_and_chart(rehe
     assert "| MLPerf Training 4.0, Stable Diffusion | H100 | 126 |" in text
     assert "| CUDA graphs | compiled and captured / compiled |" in text
     assert "torch.OutOfMemoryError: CUDA out of memory" in text
+
+
+def test_a_report_does_not_say_where_a_machine_keeps_things(tmp_path):
+    log = tmp_path / "scratch" / "logs" / "part.log"
+    log.parent.mkdir(parents=True)
+    log.write_text(f"$ {sys.executable} -m part --json {tmp_path}/scratch/rows/part.json\nFile {Path.cwd()}/engine/run.py\n")
+    assert campaign.last_lines(log) == ["$ python -m part --json SCRATCH/rows/part.json", "File ./engine/run.py"]
