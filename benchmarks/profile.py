@@ -150,7 +150,7 @@ def chart(rows: list[dict[str, Any]], path: Path) -> None:
     panel.invert_yaxis()
     panel.set(xlim=(0, 1), xlabel="share of a step's time")
     panel.tick_params(labelsize=8)
-    panel.legend(fontsize=8, frameon=False, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+    figure.legend(fontsize=8, frameon=False, ncols=5, loc="outside lower center")
     panel.spines[["top", "right"]].set_visible(False)
     save(figure, path)
 
