@@ -14,6 +14,7 @@ from engine.kernels.launch import on_its_device
 
 BLOCK = 2048
 VECTOR = 8  # elements in 16 bytes of bf16
+PIECE = 2**20  # elements that the CPU converts at a time
 TURNS = 4  # blocks per program: enough loads in flight, and few enough partial sums
 
 
@@ -52,6 +53,15 @@ def reference_square_sum(tensor: Tensor) -> Tensor:
 
 square_sum = torch.library.custom_op("engine::square_sum", reference_square_sum, mutates_args=())
 square_sum.register_kernel("cuda")(on_its_device(launch_square_sum))
+
+
+@square_sum.register_kernel("cpu")
+def square_sum_in_pieces(tensor: Tensor) -> Tensor:
+    """As the reference, which on a CPU copies bf16 to fp32 whole (4 bytes per parameter) and adds up in fp32 until small
+    squares vanish: of 860 million normal numbers a third."""
+    buffer = torch.empty(min(PIECE, tensor.numel()), dtype=torch.float32)
+    squares = [buffer[: piece.numel()].copy_(piece).square_().sum() for piece in tensor.split(PIECE)]
+    return torch.stack(squares).sum(dtype=torch.float64).float().view(1)
 
 
 @square_sum.register_fake

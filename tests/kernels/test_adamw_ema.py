@@ -143,6 +143,12 @@ def test_torch_library_accepts_the_operations():
     torch.library.opcheck(square_sum, (torch.randn(100, device=DEVICE),))
 
 
+def test_a_square_sum_keeps_its_digits_over_many_elements():
+    many = torch.randn(2**26, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = sum(float(part.double().square().sum()) for part in many.split(2**20))
+    assert float(square_sum(many.to(DEVICE))) == pytest.approx(exact, rel=1e-6)
+
+
 @pytest.mark.parametrize("side", [pytest.param(launch_square_sum, id="triton", marks=run_kernels),
                                   pytest.param(reference_square_sum, id="reference")])  # fmt: skip
 @pytest.mark.parametrize("dtype", DTYPES)
