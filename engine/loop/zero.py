@@ -58,9 +58,8 @@ class ZeroPartition(Partition):
         model.to(processes.device)
         self.optimizer = create_optimizer(self.parameters, config, processes.sum_)
         elements = sum(parameter.numel() for parameter in self.parameters)
+        options = deepspeed_config(config, elements, overlap=processes.world > 1 and not captured)
         self.stage = machinery_stage(config)
-        # Stage 3 did not give the same bits with it (DeepSpeed 0.19.8, two processes on CPUs).
-        options = deepspeed_config(config, elements, overlap=processes.world > 1 and not captured and self.stage < 3)
         if self.stage == 3:
             set_leaf_modules(model)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=options, dist_init_required=False)

@@ -132,7 +132,9 @@ def test_auto_chooses_by_the_estimate_and_says_so(seconds_per_byte, chosen, monk
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="two processes need two GPUs")
-@pytest.mark.parametrize("options", [{"zero_stage": 1, "gradient_accumulation_steps": 2}, {"zero_stage": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"zero_stage": 1, "gradient_accumulation_steps": 2}, {"zero_stage": 2}, {"zero_stage": 3}], ids=str
+)
 def test_reductions_that_overlap_change_nothing(options, model, images, shards, tmp_path):
     # Two numbers have one sum in either order, so that the buckets do not show.
     apart = {"overlap_comm": False, "contiguous_gradients": options["zero_stage"] == 2}
