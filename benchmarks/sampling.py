@@ -24,8 +24,9 @@ from benchmarks.published import random_stable_diffusion
 from benchmarks.step import compiling_cheaply
 from benchmarks.tables import markdown
 from benchmarks.timing import spread
+from engine.models.published import draw
 from engine.quiet import quiet_libraries
-from engine.sample import compile_denoisers, draw
+from engine.sample import compile_denoisers
 from examples import tiny_models
 
 CALLS = 4  # beside the first

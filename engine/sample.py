@@ -1,7 +1,6 @@
 """Draws images from a trained pipeline into one labelled grid: `python -m engine.sample --model DIR --prompts ...`."""
 
 import sys
-from collections.abc import Iterator
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,6 @@ def compile_denoisers(pipeline: Any) -> None:
     for name in DENOISERS:
         if name in pipeline.components:
             pipeline.components[name].compile()
-
-
-def draw(pipeline: Any, prompts: list[str], count: int, seed: int, **arguments: Any) -> Iterator[tuple[str, list[Any]]]:
-    """Each prompt with `count` images of it; `arguments` as the pipeline takes them."""
-    import torch
-
-    for prompt in prompts:
-        generator = torch.Generator(pipeline.device).manual_seed(seed)
-        yield prompt, pipeline(prompt, num_images_per_prompt=count, generator=generator, **arguments).images
 
 
 def main() -> int:
@@ -53,7 +43,7 @@ def main() -> int:
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     import torch
 
-    from engine.models.published import open_pipeline
+    from engine.models.published import draw, open_pipeline
     from engine.picture import labelled_grid, save_png
 
     quiet_libraries()

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from engine import sample
-from engine.models.published import open_pipeline
+from engine.models.published import draw, open_pipeline
 
 HALVES = {
     "sd": ("pretrained_model_name_or_path", None),
@@ -41,10 +41,10 @@ def test_every_sampling_step_calls_compiled_models(family, published, monkeypatc
     monkeypatch.setattr(nn.Module, "compile", compile_module)
     pipeline = open_pipeline(ours, other, torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    drawn = dict(sample.draw(pipeline, ["a cat"], 2, 0, **ARGUMENTS[family]))
+    drawn = dict(draw(pipeline, ["a cat"], 2, 0, **ARGUMENTS[family]))
     assert not calls
     sample.compile_denoisers(pipeline)
-    compiled = dict(sample.draw(pipeline, ["a cat"], 2, 0, **ARGUMENTS[family]))
+    compiled = dict(draw(pipeline, ["a cat"], 2, 0, **ARGUMENTS[family]))
     denoisers = [part for part in sample.DENOISERS if part in pipeline.components]
     assert len(denoisers) == (1 if family == "sd" else 2)
     assert Counter(calls) == {type(pipeline.components[part]): 2 for part in denoisers}

@@ -18,7 +18,7 @@ from engine.errors import UserError, first_line
 from engine.files import PARTIAL, discard, sync
 from engine.loop.partition import Partition
 from engine.models.family import Family
-from engine.models.published import use_portable_names
+from engine.models.published import draw, use_portable_names
 from engine.models.training_form import to_published_form
 from engine.picture import labelled_grid, save_png
 from engine.processes import Processes
@@ -81,13 +81,8 @@ def validate(
             pipeline, arguments = family.preview(model)
             pipeline = pipeline.to(processes.device)
             pipeline.set_progress_bar_config(disable=True)
-            rows = []
-            for prompt in config.validation_prompts or []:
-                generator = torch.Generator(processes.device).manual_seed(seed)
-                images = pipeline(
-                    prompt, num_images_per_prompt=config.num_validation_images, generator=generator, **arguments
-                ).images
-                rows.append((prompt, images))
+            prompts = config.validation_prompts or []
+            rows = list(draw(pipeline, prompts, config.num_validation_images, seed, **arguments))
         grid = labelled_grid(rows)
         save_png(grid, Path(config.output_dir) / "samples" / f"step-{step}.png")
     processes.barrier()

@@ -1,7 +1,7 @@
 """Published pipelines on disk or on the hub: where they are, their parts, and whether the parts belong together."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,13 @@ def open_pipeline(path: Path, other_half: str | None, dtype: torch.dtype) -> Any
     except Exception as error:  # a connection, a missing repository, an incomplete directory: the library raises many kinds
         raise UserError(f"--other_half {name}: cannot be loaded: {first_line(error)}") from None
     return combine(pipeline, other)
+
+
+def draw(pipeline: Any, prompts: list[str], count: int, seed: int, **arguments: Any) -> Iterator[tuple[str, list[Any]]]:
+    """Each prompt with `count` images of it; `arguments` as the pipeline takes them."""
+    for prompt in prompts:
+        generator = torch.Generator(pipeline.device).manual_seed(seed)
+        yield prompt, pipeline(prompt, num_images_per_prompt=count, generator=generator, **arguments).images
 
 
 def digest_folder(folder: Path) -> str:
