@@ -27,14 +27,27 @@ MAX_IDLE = 1 / 6  # of the lanes
 
 
 @triton.jit
-def _lanes(SPAN: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr):
-    """For each lane [WIDTH] of a row: which of the row's positions it has, and which of the program's channels.
+def _places(
+    CHANNELS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
+    PIECE: tl.constexpr,
+):  # fmt: skip
+    """What each lane [WIDTH] of a row has, and where a tile of STEPS rows lies.
 
-    By way of pieces, so that the compiler sees that PIECE lanes are neighbours in memory.
+    Channels go by way of pieces, so that the compiler sees that PIECE lanes are neighbours in memory.
+
+    Returns:
+        Each lane's channel of the program's, whether it has one, its group as [WIDTH, GROUPS]; and of each element
+        [STEPS, WIDTH] the position and the offset from the program's first element.
     """
+    SPAN: tl.constexpr = GROUP * GROUPS
+    ROWS: tl.constexpr = WIDTH // SPAN
     lane = tl.arange(0, WIDTH)
     piece = lane // PIECE
-    return piece // (SPAN // PIECE), piece % (SPAN // PIECE) * PIECE + lane % PIECE
+    row, channel = piece // (SPAN // PIECE), piece % (SPAN // PIECE) * PIECE + lane % PIECE
+    inside = row < ROWS
+    member = inside[:, None] & (channel[:, None] // GROUP == tl.arange(0, GROUPS)[None, :])
+    position = (tl.arange(0, STEPS) * ROWS)[:, None] + row[None, :]
+    return channel, inside, member, position, position * CHANNELS + channel[None, :]
 
 
 @triton.jit
@@ -101,11 +114,8 @@ def group_norm_silu_kernel(
     SPAN: tl.constexpr = GROUP * GROUPS
     ROWS: tl.constexpr = WIDTH // SPAN
     sample, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * SPAN
-    row, channel = _lanes(SPAN, WIDTH, PIECE)
-    inside, group = row < ROWS, tl.arange(0, GROUPS)
-    member = inside[:, None] & (channel[:, None] // GROUP == group[None, :])
-    position = (tl.arange(0, STEPS) * ROWS)[:, None] + row[None, :]
-    offset = position * CHANNELS + channel[None, :]
+    channel, inside, member, position, offset = _places(CHANNELS, GROUP, GROUPS, WIDTH, STEPS, PIECE)
+    group = tl.arange(0, GROUPS)
     x_pointer += sample * positions * CHANNELS + first
     y_pointer += sample * positions * CHANNELS + first
 
@@ -171,11 +181,8 @@ def group_norm_silu_backward_kernel(
     SPAN: tl.constexpr = GROUP * GROUPS
     ROWS: tl.constexpr = WIDTH // SPAN
     sample, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * SPAN
-    row, channel = _lanes(SPAN, WIDTH, PIECE)
-    inside, group = row < ROWS, tl.arange(0, GROUPS)
-    member = inside[:, None] & (channel[:, None] // GROUP == group[None, :])
-    position = (tl.arange(0, STEPS) * ROWS)[:, None] + row[None, :]
-    offset = position * CHANNELS + channel[None, :]
+    channel, inside, member, position, offset = _places(CHANNELS, GROUP, GROUPS, WIDTH, STEPS, PIECE)
+    group = tl.arange(0, GROUPS)
     x_pointer += sample * positions * CHANNELS + first
     y_gradient_pointer += sample * positions * CHANNELS + first
     x_gradient_pointer += sample * positions * CHANNELS + first
