@@ -31,7 +31,7 @@ from benchmarks.environment import Rows
 from benchmarks.published import TINY
 from benchmarks.step import AIMS, EngineSide, Lever, opened
 from benchmarks.tables import markdown, problem
-from engine.data.loader import Batch
+from engine.data.samples.loader import Batch
 from engine.quiet import quiet_libraries
 
 # Side -> precision, and options of the engine.

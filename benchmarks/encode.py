@@ -1,7 +1,7 @@
 """How fast does each family encode into latent shards? `python -m benchmarks.encode [--tiny] [--images 8] [--batch 4]`
 
 Photographs are prepared in one thread and encoded, with their captions, by the frozen models of the published size (random
-weights), as `engine.data.build` does it. On a GPU the encoders run in bf16, on a CPU in fp32. `--tiny` takes the few thousand
+weights), as `engine.data.encode` does it. On a GPU the encoders run in bf16, on a CPU in fp32. `--tiny` takes the few thousand
 weights of `examples.tiny_models` instead, to try the benchmark itself.
 """
 

@@ -24,8 +24,8 @@ import torch
 
 from benchmarks.environment import Rows
 from benchmarks.timing import synchronize
-from engine.data.loader import Batch, BatchPlan, Loader
-from engine.data.shards import Field, Index, ShardEntry, Shards, shard_name, write_shard
+from engine.data.format import Field, Index, ShardEntry, Shards, shard_name, write_shard
+from engine.data.samples.loader import Batch, BatchPlan, Loader
 from engine.diffusion import DiscreteSchedule
 from engine.files import digest
 

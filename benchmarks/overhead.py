@@ -33,7 +33,7 @@ from benchmarks.profile import timeline
 from benchmarks.published import open_random, open_tiny
 from benchmarks.step import SHIPPED, WARM_UP, Lever, open_side, random_batch
 from benchmarks.timing import synchronize
-from engine.data.loader import BatchPlan
+from engine.data.samples.loader import BatchPlan
 from engine.loop import trainer
 from engine.models.family import Family
 from engine.processes import Processes
@@ -41,8 +41,8 @@ from engine.quiet import quiet_libraries
 
 SECONDS = 200  # that the row takes at most, most of them for torch.compile from cold caches
 PARTS = {
-    "model": ["engine.loop.trainer.predict_and_compare", "engine.loop.flat.FlatPartition.backward"],
-    "optimizer": ["engine.loop.optimizer.AdamW.apply"],
+    "model": ["engine.loop.trainer.predict_and_compare", "engine.loop.weights.flat.FlatPartition.backward"],
+    "optimizer": ["engine.loop.optimizers.AdamW.apply"],
 }
 
 

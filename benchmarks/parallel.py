@@ -29,10 +29,10 @@ from torch import nn
 from benchmarks.environment import write_result
 from benchmarks.scaling import payload
 from engine.config import TrainConfig
-from engine.loop.checkpoint import Writer
-from engine.loop.ema import Ema
-from engine.loop.flat import FlatPartition
+from engine.loop.checkpoints import Writer
 from engine.loop.metrics import Metrics
+from engine.loop.weights.ema import Ema
+from engine.loop.weights.flat import FlatPartition
 from engine.processes import Processes
 from engine.quiet import quiet_libraries
 from examples import tiny_models

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.environment import Rows
-from engine.data.reader import best_gather, gather_in_cpp, gather_in_python
+from engine.data.format.gather import best_gather, gather_in_cpp, gather_in_python
 
 # Rows of a batch as the families store them: (name, bytes of a row, rows).
 SHAPES = [

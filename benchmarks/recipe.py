@@ -39,7 +39,7 @@ from benchmarks.plain import PlainTraining, published_model
 from benchmarks.published import TINY, random_stable_diffusion
 from benchmarks.step import compiling_cheaply
 from engine.config import FAMILIES, TrainConfig, parse, to_toml
-from engine.data.source import Source, open_source
+from engine.data.sources import Source, open_source
 from engine.diffusion import DiscreteSchedule, Schedule
 from engine.files import write_json
 from engine.models.family import Family, open_family

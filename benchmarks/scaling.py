@@ -31,7 +31,7 @@ from benchmarks.charts import save
 from benchmarks.environment import write_result
 from benchmarks.sizes import measure
 from engine.loop.overlap import UTILISATION, hidden_seconds, overlap_gain
-from engine.loop.zero import OVERLAPPED_BUCKET
+from engine.loop.weights.zero import OVERLAPPED_BUCKET
 
 FAMILIES = {"SD 1.5, 512 px": 32, "Kandinsky 2.2 prior": 128, "Kandinsky 2.2 decoder, 768 px": 16,
             "Wuerstchen v2 prior, 768 px": 32}  # fmt: skip

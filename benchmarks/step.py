@@ -48,7 +48,7 @@ from benchmarks.sizes import Cost, count
 from benchmarks.timing import data_sheet_flops_per_second, spread, synchronize
 from engine.backends import configure
 from engine.config import TrainConfig, options_lacking
-from engine.data.loader import Batch, BatchPlan
+from engine.data.samples.loader import Batch, BatchPlan
 from engine.loop import capture
 from engine.loop.metrics import matrix_flops_per_second
 from engine.loop.trainer import Training, keep_compiled_code

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from engine.config import PIPELINE_OPTIONS, CacheConfig, Parser, parse
-from engine.data.shards import Index, Shards, verify
+from engine.data.format import Index, Shards, verify
 from engine.errors import UserError, exit_code
 from engine.tensors import read_header
 
@@ -20,8 +20,8 @@ def build_command(arguments: list[str]) -> int:
     config = parse(CacheConfig, "engine.cache build", "Encode a data set into latent shards.", arguments)
     # After parsing, so that --help and mistakes answer at once.
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
-    from engine.data.build import build
-    from engine.data.source import open_source
+    from engine.data.encode import build
+    from engine.data.sources import open_source
     from engine.models.family import open_family
     from engine.processes import Processes
 

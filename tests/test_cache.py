@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from engine import cache, sample
-from engine.data.shards import shard_name
+from engine.data.format import shard_name
 from engine.errors import UserError, exit_code
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from engine.config import TrainConfig
-from engine.data.loader import Batch
+from engine.data.samples.loader import Batch
 from engine.errors import UserError, first_line, innermost
 from engine.models.family import has_dropout
 from engine.processes import Processes

@@ -14,7 +14,7 @@ from torch import nn
 
 from engine.config import TrainConfig
 from engine.loop.metrics import Metrics
-from engine.loop.zero import OVERLAPPED_BUCKET, machinery_stage
+from engine.loop.weights.zero import OVERLAPPED_BUCKET, machinery_stage
 from engine.models.family import PRECISIONS
 from engine.processes import Processes
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.config import TrainConfig
-from engine.data.loader import Batch
+from engine.data.samples.loader import Batch
 from engine.kernels import add_noise, diffusion_loss
 from engine.kernels.add_noise import per_sample
 from engine.models.family import Family

@@ -16,26 +16,27 @@ from tqdm import tqdm
 
 from engine.backends import configure
 from engine.config import TrainConfig, local_rank, to_toml
-from engine.data.build import build
-from engine.data.loader import Batch, BatchPlan, Loader
-from engine.data.order import records_of
-from engine.data.shards import INDEX, Index, Shards, verify
-from engine.data.source import open_source
+from engine.data.encode import build
+from engine.data.format import INDEX, Index, Shards, verify
+from engine.data.samples.loader import Batch, BatchPlan, Loader
+from engine.data.samples.order import records_of
+from engine.data.sources import open_source
 from engine.errors import UserError
 from engine.files import lock, write_text
-from engine.loop import attention, checkpoint
+from engine.loop import attention
+from engine.loop import checkpoints as checkpoint
 from engine.loop.capture import Captured, wanted
-from engine.loop.ema import Ema, decay_of_step
-from engine.loop.flat import FlatPartition
 from engine.loop.metrics import Log, Metrics, forward_flops, matrix_flops_per_second
-from engine.loop.optimizer import AdamW, learning_rates
+from engine.loop.optimizers import AdamW, learning_rates
 from engine.loop.overlap import overlap_pays
 from engine.loop.pace import Pace
-from engine.loop.partition import Partition
 from engine.loop.step import predict_and_compare
 from engine.loop.validation import create_repository, export, push_to_hub, validate
 from engine.loop.watchdog import Watchdog
-from engine.loop.zero import ZeroPartition, check_deepspeed
+from engine.loop.weights.ema import Ema, decay_of_step
+from engine.loop.weights.flat import FlatPartition
+from engine.loop.weights.partition import Partition
+from engine.loop.weights.zero import ZeroPartition, check_deepspeed
 from engine.models.family import Family, open_family
 from engine.processes import Processes, StopSignal
 

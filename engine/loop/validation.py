@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.config import TrainConfig
 from engine.errors import UserError, first_line
 from engine.files import PARTIAL, discard, sync
-from engine.loop.partition import Partition
+from engine.loop.weights.partition import Partition
 from engine.models.family import Family
 from engine.models.published import draw, use_portable_names
 from engine.models.training_form import to_published_form

@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 
 from engine.config import CacheConfig
 from engine.data import transforms
-from engine.data.shards import Field
+from engine.data.format import Field
 from engine.diffusion import DiscreteSchedule
 from engine.errors import UserError
 from engine.models.family import PREVIEW_STEPS, Family

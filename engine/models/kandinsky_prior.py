@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from engine.config import CacheConfig
-from engine.data.shards import Field
+from engine.data.format import Field
 from engine.diffusion import DiscreteSchedule
 from engine.models.family import PREVIEW_STEPS, Family
 from engine.models.published import (

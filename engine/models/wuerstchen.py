@@ -17,7 +17,7 @@ from transformers import CLIPTextModel
 
 from engine.config import CacheConfig
 from engine.data import transforms
-from engine.data.shards import Field
+from engine.data.format import Field
 from engine.diffusion import CosineSchedule
 from engine.errors import UserError
 from engine.models import efficientnet

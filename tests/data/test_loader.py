@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch
 
-from engine.data.loader import BatchPlan, Loader
-from engine.data.shards import Shards
+from engine.data.format import Shards
+from engine.data.samples.loader import BatchPlan, Loader
 from engine.diffusion import CosineSchedule, DiscreteSchedule
 from engine.errors import UserError
 

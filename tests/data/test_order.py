@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import cpp_ext
-from engine.data import order
-from engine.data.order import permuted, records_of, slots_of_micro_batches
+from engine.data.samples import order
+from engine.data.samples.order import permuted, records_of, slots_of_micro_batches
 
 
 @pytest.fixture(params=["cpp", "numpy"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import cpp_ext
-from engine.data.reader import best_gather, gather_in_cpp, gather_in_python
+from engine.data.format.gather import best_gather, gather_in_cpp, gather_in_python
 
 needs_compiler = pytest.mark.skipif(cpp_ext.load("shard_reader") is None, reason="no C++ compiler")
 SIDES = [pytest.param(gather_in_cpp, marks=needs_compiler), gather_in_python]

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from engine import cache
-from engine.data.order import records_of
-from engine.data.shards import Index, Shards, shard_name, verify
+from engine.data.format import Index, Shards, shard_name, verify
+from engine.data.samples.order import records_of
 from engine.errors import UserError
 from engine.models.stable_diffusion import StableDiffusion
 from engine.tensors import read_header

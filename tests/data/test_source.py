@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from engine.config import CacheConfig
-from engine.data.source import ImageFolder, Refused, Subset, open_source
+from engine.data.sources import ImageFolder, Refused, Subset, open_source
 from engine.errors import UserError
 
 
@@ -217,7 +217,7 @@ def test_max_train_samples_takes_the_samples_that_the_script_takes(tmp_path):
 
 
 def test_arrays_of_captions_count_as_lists():
-    from engine.data.source import clean_captions
+    from engine.data.sources import clean_captions
 
     assert clean_captions(np.array(["a", "b"])) == ["a", "b"]
 

@@ -15,11 +15,11 @@ from torch import nn
 from engine.config import TrainConfig
 from engine.errors import UserError
 from engine.files import digest, lock, write_json
-from engine.loop import checkpoint
-from engine.loop.ema import Ema
-from engine.loop.flat import FlatPartition
+from engine.loop import checkpoints as checkpoint
 from engine.loop.metrics import Metrics
 from engine.loop.trainer import train
+from engine.loop.weights.ema import Ema
+from engine.loop.weights.flat import FlatPartition
 from engine.processes import Processes
 from tests.loop.runs import SLACK, checkpoint_tensors, config, flip_last_byte
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from engine.config import TrainConfig
-from engine.data.order import records_of
+from engine.data.samples.order import records_of
 from engine.loop.trainer import train
 from engine.models.efficientnet import load_encoder
 from tests import reference

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine.config import TrainConfig
-from engine.data.loader import Batch, BatchPlan
+from engine.data.samples.loader import Batch, BatchPlan
 from engine.loop import capture, trainer
 from engine.models.family import open_family
 from engine.processes import Processes

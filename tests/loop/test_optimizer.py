@@ -10,8 +10,8 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from engine.config import TrainConfig
-from engine.loop.ema import Ema, decay_of_step
-from engine.loop.optimizer import AdamW, create_optimizer, learning_rates
+from engine.loop.optimizers import AdamW, create_optimizer, learning_rates
+from engine.loop.weights.ema import Ema, decay_of_step
 from engine.processes import Processes
 
 ARGUMENTS = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-8, "weight_decay": 0.1}

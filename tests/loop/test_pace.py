@@ -11,7 +11,8 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from engine.loop import checkpoint, pace, trainer
+from engine.loop import checkpoints as checkpoint
+from engine.loop import pace, trainer
 from engine.loop.pace import AHEAD, Pace
 from tests.loop.runs import config
 

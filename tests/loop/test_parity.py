@@ -11,7 +11,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_dream_and_update_latents, compute_snr
 
 from engine.config import TrainConfig
-from engine.data.order import records_of
+from engine.data.samples.order import records_of
 from engine.loop.trainer import train
 from tests import reference
 from tests.loop.runs import SLACK, checkpoint_tensors, config, published_order, relative_distance

@@ -9,7 +9,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
-from engine.data.order import records_of
+from engine.data.samples.order import records_of
 from engine.errors import UserError
 from engine.files import digest, write_json
 from engine.loop.trainer import train

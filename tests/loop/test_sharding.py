@@ -7,7 +7,7 @@ import pytest
 from engine.config import TrainConfig, parse
 from engine.errors import UserError
 from engine.loop.trainer import divide_global_batch, train
-from engine.loop.zero import deepspeed_config
+from engine.loop.weights.zero import deepspeed_config
 from tests.loop.runs import SLACK, config
 
 

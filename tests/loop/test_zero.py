@@ -7,9 +7,9 @@ import torch
 
 from engine.loop import capture, overlap, trainer
 from engine.loop.metrics import Metrics
-from engine.loop.partition import Partition
 from engine.loop.trainer import train
-from engine.loop.zero import ZeroPartition, deepspeed_config
+from engine.loop.weights.partition import Partition
+from engine.loop.weights.zero import ZeroPartition, deepspeed_config
 from engine.processes import Processes
 from tests.loop.runs import checkpoint_tensors, command, config, run, torchrun
 

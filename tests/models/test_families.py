@@ -12,7 +12,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from engine import cache
 from engine.config import CacheConfig, TrainConfig
-from engine.data.shards import Index, Shards
+from engine.data.format import Index, Shards
 from engine.errors import UserError
 from engine.models.family import open_family
 from engine.models.published import combine, open_pipeline, use_portable_names

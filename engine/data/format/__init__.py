@@ -26,8 +26,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from engine.data.order import records_of
-from engine.data.reader import best_gather
+from engine.data.format.gather import best_gather
+from engine.data.samples.order import records_of
 from engine.errors import UserError
 from engine.files import digest, write_atomically, write_json
 from engine.kernels import philox

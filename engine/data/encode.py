@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.config import CacheConfig, options_of
-from engine.data.shards import INDEX, Field, Index, ShardEntry, shard_name, write_shard
-from engine.data.source import Refused, Source
+from engine.data.format import INDEX, Field, Index, ShardEntry, shard_name, write_shard
+from engine.data.sources import Refused, Source
 from engine.errors import UserError
 from engine.files import PARTIAL, digest, digest_of
 from engine.processes import Processes

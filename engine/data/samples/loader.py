@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.data.order import slots_of_micro_batches
-from engine.data.shards import Shards
+from engine.data.format import Shards
+from engine.data.samples.order import slots_of_micro_batches
 from engine.diffusion import Schedule
 
 DEPTH = 2  # micro-batches ready ahead of the step

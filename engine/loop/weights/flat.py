@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import TrainConfig
-from engine.loop.optimizer import AdamW, create_optimizer
-from engine.loop.partition import Partition, Slice
+from engine.loop.optimizers import AdamW, create_optimizer
+from engine.loop.weights.partition import Partition, Slice
 from engine.models.family import PRECISIONS
 from engine.processes import Processes
 

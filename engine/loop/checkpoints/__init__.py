@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from engine.errors import UserError, disk_problem
 from engine.files import PARTIAL, digest, discard, publish_directory, write_json, write_text
-from engine.loop.ema import Ema
 from engine.loop.metrics import Metrics
-from engine.loop.partition import Partition, Slice
+from engine.loop.weights.ema import Ema
+from engine.loop.weights.partition import Partition, Slice
 from engine.processes import Processes
 from engine.tensors import PIECE, TensorFile, header_of, host_buffer, in_file_order, pieces_of, staged, write_pieces
 

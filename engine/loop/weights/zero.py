@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from engine.config import TrainConfig
 from engine.errors import UserError
-from engine.loop.optimizer import create_optimizer
-from engine.loop.partition import Partition, Slice
+from engine.loop.optimizers import create_optimizer
+from engine.loop.weights.partition import Partition, Slice
 from engine.models.training_form import ResnetBlock
 from engine.processes import Processes
 

@@ -1,0 +1,1 @@
+"""From shards to batches: which sample stands where, and micro-batches ahead of time."""
