@@ -25,7 +25,7 @@ from benchmarks.environment import Rows
 from benchmarks.runs import small_run
 from benchmarks.step import compiling_cheaply
 from benchmarks.tables import markdown
-from engine.config import FAMILIES
+from engine.catalogue import FAMILIES
 from engine.loop import trainer
 from engine.processes import Processes
 from engine.quiet import quiet_libraries

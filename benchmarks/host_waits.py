@@ -23,7 +23,7 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 from benchmarks.environment import Rows
 from benchmarks.runs import small_run
 from benchmarks.tables import markdown
-from engine.config import FAMILIES
+from engine.catalogue import FAMILIES
 from engine.loop import trainer
 from engine.quiet import quiet_libraries
 

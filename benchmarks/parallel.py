@@ -28,7 +28,7 @@ from torch import nn
 
 from benchmarks.environment import write_result
 from benchmarks.scaling import payload
-from engine.config import TrainConfig
+from engine.config.options import TrainConfig
 from engine.loop.checkpoints import Writer
 from engine.loop.metrics import Metrics
 from engine.loop.weights.ema import Ema

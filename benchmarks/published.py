@@ -37,7 +37,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from engine.config import TrainConfig
+from engine.config.options import TrainConfig
 from engine.models.efficientnet import EfficientNetEncoder
 from engine.models.family import Family, open_family
 from engine.models.published import use_portable_names

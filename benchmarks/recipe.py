@@ -38,7 +38,9 @@ from benchmarks.environment import RESULTS, Rows
 from benchmarks.plain import PlainTraining, published_model
 from benchmarks.published import TINY, random_stable_diffusion
 from benchmarks.step import compiling_cheaply
-from engine.config import FAMILIES, TrainConfig, parse, to_toml
+from engine.catalogue import FAMILIES
+from engine.config.command_line import parse, to_toml
+from engine.config.options import TrainConfig
 from engine.data.sources import Source, open_source
 from engine.diffusion import DiscreteSchedule, Schedule
 from engine.files import write_json

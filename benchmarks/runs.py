@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks.published import TINY
-from engine.config import TrainConfig
+from engine.config.options import TrainConfig
 from examples import tiny_models
 from examples.photographs import write_images
 

@@ -47,7 +47,8 @@ from benchmarks.published import TINY, open_random, open_tiny, trained_model
 from benchmarks.sizes import Cost, count
 from benchmarks.timing import data_sheet_flops_per_second, spread, synchronize
 from engine.backends import configure
-from engine.config import TrainConfig, options_lacking
+from engine.config.options import TrainConfig
+from engine.config.schema import options_lacking
 from engine.data.samples.loader import Batch, BatchPlan
 from engine.loop import capture
 from engine.loop.metrics import matrix_flops_per_second

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from engine.config import TrainConfig
+from engine.config.options import TrainConfig
 
 
 def configure(config: TrainConfig) -> None:

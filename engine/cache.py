@@ -1,6 +1,5 @@
 """Builds, verifies and describes latent shards: `python -m engine.cache build|verify|info ...`."""
 
-import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -8,8 +7,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from engine.config import PIPELINE_OPTIONS, CacheConfig, Parser, parse
-from engine.data.format import Index, Shards, verify
+from engine.catalogue import PIPELINES
+from engine.config.command_line import Parser, load, parse
+from engine.config.options import CacheConfig
+from engine.data.format import INDEX, Index, Shards, verify
 from engine.errors import UserError, exit_code
 from engine.tensors import read_header
 
@@ -26,7 +27,7 @@ def build_command(arguments: list[str]) -> int:
     from engine.processes import Processes
 
     quiet_libraries()
-    processes = Processes(int(os.environ.get("LOCAL_RANK", "0")))
+    processes = Processes()
     try:
         family = open_family(config)
         processes.connect()
@@ -56,14 +57,14 @@ def info_command(arguments: list[str]) -> int:
     parser.add_argument("directory", type=Path, help="directory of the shards")
     parser.add_argument("--records", type=int, default=24, help="records on the contact sheet (default: 24)")
     parser.add_argument("--output", type=Path, help="the contact sheet (default: contact-sheet.png beside the shards)")
-    for name in PIPELINE_OPTIONS:
+    for name in PIPELINES:
         parser.add_argument(f"--{name}", help="to decode with (default: as the shards were built)")
     options = parser.parse_args(arguments)
     index = Index.read(options.directory)
     print(summary(options.directory, index))
     if index.records and options.records > 0:
         output = options.output or options.directory / "contact-sheet.png"
-        models = {name: value for name in PIPELINE_OPTIONS if (value := getattr(options, name)) is not None}
+        models = {name: value for name in PIPELINES if (value := getattr(options, name)) is not None}
         contact_sheet(options.directory, index, options.records, output, models)
         print(f"contact sheet  {output}")
     return 0
@@ -100,7 +101,7 @@ def contact_sheet(directory: Path, index: Index, count: int, output: Path, model
     from engine.picture import labelled_grid, save_png
 
     quiet_libraries()
-    family = open_family(CacheConfig.model_validate(index.config | models))
+    family = open_family(load(CacheConfig, index.config | models, str(directory / INDEX)))
     shards = Shards(directory)
     count = min(count, len(shards))
     records = torch.linspace(0, len(shards) - 1, count).round().long()

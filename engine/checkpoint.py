@@ -1,14 +1,14 @@
 """Describes, verifies and exports checkpoints, on any machine: `python -m engine.checkpoint info|verify|export DIR`."""
 
 import sys
-import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from engine.config import Parser, TrainConfig
+from engine.config.command_line import Parser, load, read_toml
+from engine.config.options import TrainConfig
 from engine.errors import UserError, exit_code
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def export_command(arguments: list[str]) -> int:
     file = options.config or directory.parent / "config.toml"
     if not file.is_file():
         raise UserError(f"{file}: no such file; name the run's config.toml with --config")
+    config = load(TrainConfig, read_toml(TrainConfig, file, str(file)), str(file))
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     from engine.loop.checkpoints import SliceFiles, read_state
     from engine.loop.validation import save_pipeline
@@ -82,7 +83,7 @@ def export_command(arguments: list[str]) -> int:
     kind = options.kind or ("ema" if "ema" in files.kinds else "weight")
     if kind not in files.kinds:
         raise UserError(f"{directory}: holds no {kind}; it has {', '.join(files.kinds)}")
-    family = open_family(TrainConfig.model_validate(tomllib.loads(file.read_text())))
+    family = open_family(config)
     model = family.load_model()
     save_pipeline(options.output_dir, family, model, to_published_form(model, _stored_tensors(files, kind, model)))
     print(f"{kind} of step {state['step']} in {options.output_dir / family.result}")

@@ -6,6 +6,8 @@ import re
 import sys
 from collections.abc import Callable
 
+from engine.launcher import local_rank, rank
+
 TRY_AGAIN = 75  # EX_TEMPFAIL: the same command may work when it is tried again
 
 
@@ -59,7 +61,7 @@ def exit_code(program: str, main: Callable[[], int]) -> int:
     try:
         return main()
     except UserError as error:
-        if error.alone or os.environ.get("LOCAL_RANK", "0") == "0":
+        if error.alone or local_rank() == 0:
             print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -67,7 +69,7 @@ def exit_code(program: str, main: Callable[[], int]) -> int:
     except Exception as error:
         if lost_a_process(error):
             print(
-                f"{program}: error: process {os.environ.get('RANK', '0')}: another process is gone; its own message, or the "
+                f"{program}: error: process {rank()}: another process is gone; its own message, or the "
                 f"launcher's, says why. Leaving with exit code {TRY_AGAIN}; a training continues with "
                 "--resume_from_checkpoint latest",
                 file=sys.stderr,

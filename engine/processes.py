@@ -8,26 +8,30 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from engine import launcher
 from engine.errors import UserError
 
 _TIMEOUT = datetime.timedelta(minutes=60)
 
 
 class Processes:
-    """This process among all: rank, world, local rank and device. One process needs no launcher and opens no port."""
+    """This process among all: rank, world, local rank and device. One process needs no launcher and opens no port.
+
+    Args:
+        local_rank: where no launcher says; negative for none.
+    """
 
     def __init__(self, local_rank: int = 0) -> None:
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.world = int(os.environ.get("WORLD_SIZE", "1"))
-        self.local_rank = local_rank
+        self.rank, self.world, self.local_rank = launcher.rank(), launcher.world(), launcher.local_rank(local_rank)
         self._connected = False
         if torch.cuda.is_available():
-            if local_rank >= torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            if self.local_rank >= count:
                 raise UserError(
-                    f"local rank {local_rank} has no GPU (this node has {torch.cuda.device_count()}); start fewer processes",
+                    f"local rank {self.local_rank} has no GPU (this node has {count}); start fewer processes",
                     alone=True,
                 )
-            self.device = torch.device("cuda", local_rank)
+            self.device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(self.device)
         else:
             self.device = torch.device("cpu")

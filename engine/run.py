@@ -2,7 +2,8 @@
 
 import sys
 
-from engine.config import TrainConfig, parse
+from engine.config.command_line import parse
+from engine.config.options import TrainConfig
 from engine.errors import exit_code
 
 

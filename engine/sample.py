@@ -5,7 +5,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from engine.config import Parser
+from engine.config.command_line import Parser
 from engine.errors import UserError, exit_code
 
 DENOISERS = ("unet", "prior_prior", "decoder")  # the parts of pipelines that are called once or twice per sampling step

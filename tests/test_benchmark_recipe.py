@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from benchmarks import recipe
-from engine.config import FAMILIES, to_toml
+from engine.catalogue import FAMILIES
+from engine.config.command_line import to_toml
 from engine.loop.trainer import train
 from engine.models.family import open_family
 

@@ -1,14 +1,20 @@
 """The command line and the TOML file: names, defaults, precedence, and one clear line for every mistake."""
 
 import importlib.util
+import json
+import shutil
 import subprocess
 import sys
 import tomllib
 
 import pytest
+import tomli_w
 
-from engine.config import SECRETS, TrainConfig, parse, to_toml
-from engine.errors import UserError
+from engine import cache, checkpoint
+from engine.config.command_line import load, parse, to_toml
+from engine.config.options import TrainConfig
+from engine.config.schema import SECRETS
+from engine.errors import UserError, exit_code
 from tests.loop.runs import environment
 
 # The flags of diffusers' train_text_to_image.py and their defaults. Two differ on purpose: --mixed_precision is `no` where the
@@ -271,3 +277,66 @@ def test_both_names_of_xformers_attention_are_one(images):
         parse(TrainConfig, "engine.run", "", [
             "--family", "wuerstchen", "--train_data_dir", str(images), "--attention", "xformers",
         ])  # fmt: skip
+
+
+STORED = {"family": "sd", "pretrained_model_name_or_path": "org/model", "shards_dir": "shards"}
+# A stored configuration that is wrong -> what is said of it.
+STORED_MISTAKES = [
+    (STORED | {"resolution": "wide"}, "--resolution 'wide': input should be a valid integer"),
+    (STORED | {"resolutoin": 3}, "unknown option resolutoin; did you mean resolution?"),
+    (STORED | {"family": "flux"}, "--family 'flux': input should be 'sd', 'kandinsky-prior', 'kandinsky-decoder' or"),
+    (STORED | {"family": ["sd"]}, "--family ['sd']: input should be 'sd'"),
+    (STORED | {"family": "wuerstchen"}, "--pretrained_model_name_or_path is not used by wuerstchen; leave it out"),
+    ({"family": "sd", "shards_dir": "shards"}, "--pretrained_model_name_or_path is required"),
+    ({"shards_dir": "shards"}, "--family is required"),
+]
+
+
+def said(command, arguments: list, capsys) -> str:
+    """The one line that a command says of a mistake."""
+    assert exit_code("engine", lambda: command(list(map(str, arguments)))) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        *((tomli_w.dumps(values).encode(), named) for values, named in STORED_MISTAKES),
+        (tomli_w.dumps(STORED | {"offload_ema": True}).encode(), "--offload_ema needs --use_ema"),
+        (b"resolution = ", "not valid TOML"),
+        (b"# \xff", "not valid TOML: 'utf-8' codec can't decode byte 0xff"),
+    ],
+)
+def test_a_mistake_in_the_configuration_of_a_checkpoint_names_its_file(content, named, tmp_path, capsys):
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-4" / "manifest.json").write_text("{}")
+    file = tmp_path / "config.toml"
+    file.write_bytes(content)
+    arguments = [tmp_path / "checkpoint-4", "--output_dir", tmp_path / "pipeline"]
+    assert f"engine: error: {file}: {named}" in said(checkpoint.export_command, arguments, capsys)
+
+
+@pytest.mark.parametrize(("values", "named"), STORED_MISTAKES)
+def test_a_mistake_in_the_configuration_of_shards_names_their_index(values, named, shards, tmp_path, capsys):
+    shutil.copytree(shards, tmp_path / "shards")
+    index = tmp_path / "shards" / "index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"config": values}))
+    assert f"engine: error: {index}: {named}" in said(cache.info_command, [tmp_path / "shards"], capsys)
+
+
+@pytest.mark.parametrize("content", [b'{"format_version": ', b"\xff", b"[1]"])
+def test_an_index_that_is_none_is_named(content, tmp_path, capsys):
+    index = tmp_path / "index.json"
+    index.write_bytes(content)
+    assert f"engine: error: {index}: not a readable index" in said(cache.info_command, [tmp_path], capsys)
+
+
+def test_a_configuration_is_read_where_its_data_and_packages_are_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    values = STORED | {"train_data_dir": "/nowhere", "pretrained_model_name_or_path": "/nowhere", "use_8bit_adam": True}
+    assert load(TrainConfig, values).use_8bit_adam
+    (tmp_path / "run.toml").write_text(tomli_w.dumps(values))
+    with pytest.raises(UserError, match="--train_data_dir /nowhere: no such directory"):
+        parse(TrainConfig, "engine.run", "", ["--config", str(tmp_path / "run.toml")])

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from engine.config import TrainConfig, parse
+from engine.config.command_line import parse
+from engine.config.options import TrainConfig
 from examples import local
 from examples.local import RESOLUTION
 from examples.photographs import CAPTIONS, photographs

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.config import CacheConfig, options_of
+from engine.config.options import CacheConfig, options_of
 from engine.data.format import INDEX, Field, Index, ShardEntry, shard_name, write_shard
 from engine.data.sources import Refused, Source
 from engine.errors import UserError

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, _sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from engine.config import TrainConfig
+from engine.config.options import TrainConfig
 from engine.errors import UserError, first_line
 from engine.loop.metrics import forward_on_meta
 from engine.models.family import Family

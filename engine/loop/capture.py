@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.config import TrainConfig
+from engine.config.options import TrainConfig
 from engine.data.samples.loader import Batch
 from engine.errors import UserError, first_line, innermost
 from engine.models.family import has_dropout

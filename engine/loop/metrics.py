@@ -14,7 +14,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.config import SECRETS, TrainConfig, to_toml
+from engine.config.command_line import to_toml
+from engine.config.options import TrainConfig
+from engine.config.schema import SECRETS
 from engine.files import write_text
 from engine.models.family import Family
 from engine.models.training_form import to_training_form

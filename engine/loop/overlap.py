@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from engine.config import TrainConfig
+from engine.config.options import TrainConfig
 from engine.loop.metrics import Metrics
 from engine.loop.weights.zero import OVERLAPPED_BUCKET, machinery_stage
 from engine.models.family import PRECISIONS

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.config import TrainConfig
+from engine.config.options import TrainConfig
 from engine.data.samples.loader import Batch
 from engine.kernels import add_noise, diffusion_loss
 from engine.kernels.add_noise import per_sample

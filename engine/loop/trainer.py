@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.backends import configure
-from engine.config import TrainConfig, local_rank, to_toml
+from engine.config.command_line import to_toml
+from engine.config.options import TrainConfig
 from engine.data.encode import build
 from engine.data.format import INDEX, Index, Shards, verify
 from engine.data.samples.loader import Batch, BatchPlan, Loader
@@ -48,7 +49,7 @@ def train(config: TrainConfig) -> int:
         UserError: a mistake in the options, the model or the data.
     """
     configure(config)
-    processes = Processes(local_rank(config))
+    processes = Processes(config.local_rank)
     try:
         return _train(config, processes)
     finally:

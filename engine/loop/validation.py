@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from torch import Tensor
 
-from engine.config import TrainConfig
+from engine.config.options import TrainConfig
 from engine.errors import UserError, first_line
 from engine.files import PARTIAL, discard, sync
 from engine.loop.weights.partition import Partition

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from engine.config import CacheConfig, TrainConfig
+from engine.config.options import CacheConfig, TrainConfig
 from engine.data.format import Field
 from engine.diffusion import Schedule
 from engine.errors import UserError, first_line

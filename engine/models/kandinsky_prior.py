@@ -20,7 +20,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from engine.config import CacheConfig
+from engine.config.options import CacheConfig
 from engine.data.format import Field
 from engine.diffusion import DiscreteSchedule
 from engine.models.family import PREVIEW_STEPS, Family

@@ -18,7 +18,7 @@ from diffusers import (
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTokenizer
 
-from engine.config import CacheConfig
+from engine.config.options import CacheConfig
 from engine.errors import UserError, first_line
 from engine.files import digest
 

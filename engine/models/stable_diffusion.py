@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from engine.config import CacheConfig
+from engine.config.options import CacheConfig
 from engine.data import transforms
 from engine.data.format import Field
 from engine.diffusion import DiscreteSchedule

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessorPil
 
-from engine.config import CacheConfig
+from engine.config.options import CacheConfig
 from engine.data.sources import decode
 from engine.models.family import open_family
 from examples.photographs import photographs as load_photographs

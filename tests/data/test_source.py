@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from engine.config import CacheConfig
+from engine.config.options import CacheConfig
 from engine.data.sources import ImageFolder, Refused, Subset, open_source
 from engine.errors import UserError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from engine.config import TrainConfig
+from engine.config.options import TrainConfig
 
 ON_GPU = torch.cuda.is_available()
 # To compare a run on a GPU with one on the CPU, or with one that divides the batch otherwise. Matrix products and convolutions

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from engine.config import TrainConfig
+from engine.config.options import TrainConfig
 from engine.errors import UserError
 from engine.loop import attention
 from engine.loop.attention import Call, Calls, calls_of, choose, order_of

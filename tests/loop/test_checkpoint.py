@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from engine.config import TrainConfig
+from engine.config.options import TrainConfig
 from engine.errors import UserError
 from engine.files import digest, lock, write_json
 from engine.loop import checkpoints as checkpoint

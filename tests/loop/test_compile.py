@@ -12,7 +12,7 @@ import torch._dynamo
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
-from engine.config import TrainConfig
+from engine.config.options import TrainConfig
 from engine.loop.trainer import train
 from tests.loop.runs import SLACK
 from tests.loop.test_families import config, losses

@@ -8,7 +8,7 @@ import torch
 from diffusers.pipelines.wuerstchen import WuerstchenPrior
 from safetensors.torch import load_file
 
-from engine.config import TrainConfig
+from engine.config.options import TrainConfig
 from engine.loop.trainer import train
 from tests.loop.runs import ON_GPU, SLACK, checkpoint_tensors, command, published_order, relative_distance, run, torchrun
 

@@ -23,7 +23,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from engine.config import TrainConfig
+from engine.config.options import TrainConfig
 from engine.data.samples.order import records_of
 from engine.loop.trainer import train
 from engine.models.efficientnet import load_encoder

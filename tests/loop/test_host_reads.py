@@ -6,7 +6,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from engine.config import TrainConfig
+from engine.config.options import TrainConfig
 from engine.data.samples.loader import Batch, BatchPlan
 from engine.loop import capture, trainer
 from engine.models.family import open_family

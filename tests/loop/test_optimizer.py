@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
-from engine.config import TrainConfig
+from engine.config.options import TrainConfig
 from engine.loop.optimizers import AdamW, create_optimizer, learning_rates
 from engine.loop.weights.ema import Ema, decay_of_step
 from engine.processes import Processes

@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_dream_and_update_latents, compute_snr
 
-from engine.config import TrainConfig
+from engine.config.options import TrainConfig
 from engine.data.samples.order import records_of
 from engine.loop.trainer import train
 from tests import reference

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from engine.config import TrainConfig, parse
+from engine.config.command_line import parse
+from engine.config.options import TrainConfig
 from engine.errors import UserError
 from engine.loop.trainer import divide_global_batch, train
 from engine.loop.weights.zero import deepspeed_config

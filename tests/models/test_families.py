@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from engine import cache
-from engine.config import CacheConfig, TrainConfig
+from engine.config.options import CacheConfig, TrainConfig
 from engine.data.format import Index, Shards
 from engine.errors import UserError
 from engine.models.family import open_family

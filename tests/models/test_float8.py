@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from engine.config import TrainConfig, parse
+from engine.config.command_line import parse
+from engine.config.options import TrainConfig
 from engine.errors import UserError
 from engine.loop.trainer import train
 from engine.models import float8

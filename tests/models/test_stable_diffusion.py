@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from engine.config import CacheConfig, TrainConfig
+from engine.config.options import CacheConfig, TrainConfig
 from engine.errors import UserError
 from engine.models.family import open_family
 from tests import tiny

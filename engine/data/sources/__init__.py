@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
-from engine.config import CacheConfig
+from engine.config.options import CacheConfig
 from engine.errors import UserError, first_line
 from engine.files import digest, digest_of
 

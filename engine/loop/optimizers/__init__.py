@@ -7,7 +7,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 
-from engine.config import TrainConfig
+from engine.config.options import TrainConfig
 from engine.errors import UserError
 from engine.kernels import adamw_ema_, square_sum
 from engine.processes import Processes

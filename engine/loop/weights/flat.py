@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.config import TrainConfig
+from engine.config.options import TrainConfig
 from engine.loop.optimizers import AdamW, create_optimizer
 from engine.loop.weights.partition import Partition, Slice
 from engine.models.family import PRECISIONS

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.config import TrainConfig
+from engine.config.options import TrainConfig
 from engine.errors import UserError
 from engine.loop.optimizers import create_optimizer
 from engine.loop.weights.partition import Partition, Slice

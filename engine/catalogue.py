@@ -1,0 +1,57 @@
+"""The model families: what must be known of one before its models are imported."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+MODEL = "pretrained_model_name_or_path"
+PRIOR = "pretrained_prior_model_name_or_path"
+DECODER = "pretrained_decoder_model_name_or_path"
+IMAGE_ENCODER = "pretrained_image_encoder_name_or_path"
+PIPELINES = (MODEL, PRIOR, DECODER)  # the options that name diffusers pipelines
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a family.
+
+    module: its file in `engine/models`.
+    trained, frozen: the classes of its two sides there.
+    published: the options that name its models -> where those were published, None for one that has to be named.
+    captioned: whether its records hold captions.
+    xformers: whether xFormers' attention serves it.
+    result: the folder of the trained pipeline within the output directory.
+    """
+
+    module: str
+    trained: str
+    frozen: str
+    published: dict[str, str | None]
+    captioned: bool = True
+    xformers: bool = False
+    result: str = ""
+
+
+_KANDINSKY: dict[str, str | None] = {
+    PRIOR: "kandinsky-community/kandinsky-2-2-prior",
+    DECODER: "kandinsky-community/kandinsky-2-2-decoder",
+}
+
+FAMILIES = {
+    "sd": Entry("stable_diffusion", "StableDiffusion", "StableDiffusionEncoding", {MODEL: None}, xformers=True),
+    "kandinsky-prior": Entry("kandinsky_prior", "KandinskyPrior", "KandinskyPriorEncoding", _KANDINSKY),
+    "kandinsky-decoder": Entry(
+        "kandinsky_decoder", "KandinskyDecoder", "KandinskyDecoderEncoding", _KANDINSKY, captioned=False, xformers=True
+    ),
+    "wuerstchen": Entry(
+        "wuerstchen",
+        "Wuerstchen",
+        "WuerstchenEncoding",
+        {PRIOR: "warp-ai/wuerstchen-prior", DECODER: "warp-ai/wuerstchen", IMAGE_ENCODER: "dome272/wuerstchen"},
+        result="prior_pipeline",
+    ),
+}
+
+if TYPE_CHECKING:
+    FamilyName = str
+else:
+    FamilyName = Literal[tuple(FAMILIES)]

@@ -1,0 +1,129 @@
+"""Mistakes that only a look at several options can find, and those that only a look at this machine can."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+from engine.catalogue import PIPELINES
+from engine.config.options import XFORMERS, CacheConfig, TrainConfig
+from engine.config.schema import REQUIRED, options_by_family, options_lacking
+from engine.errors import UserError
+
+
+def check_options(config: CacheConfig) -> None:
+    """Refuses options that contradict or need each other, wherever the configuration is read.
+
+    Raises:
+        UserError: which, and the remedy.
+    """
+    for name, by_family in options_by_family(type(config)).items():
+        if by_family.get(config.family) is REQUIRED and getattr(config, name) is None:
+            raise UserError(f"--{name} is required")
+    if not (config.dataset_name or config.train_data_dir or config.shards_dir):
+        raise UserError("no data: give --train_data_dir, --dataset_name, or --shards_dir with shards built before")
+    if isinstance(config, TrainConfig):
+        _check_outputs(config)
+        _check_sharding(config)
+        _check_precision(config)
+        _check_attention(config)
+
+
+def _check_outputs(config: TrainConfig) -> None:
+    if config.report_to in ("wandb", "all") and config.hub_token:
+        raise UserError("--hub_token with --report_to wandb would expose the token; log in with `hf auth login` instead")
+    for name in ("compile_cache_dir", "compile_mode"):
+        if not config.compile and getattr(config, name) not in (None, "default"):
+            raise UserError(f"--{name} needs --compile")
+    if config.offload_ema and not config.use_ema:
+        raise UserError("--offload_ema needs --use_ema")
+
+
+def _check_sharding(config: TrainConfig) -> None:
+    if config.global_batch_size and config.gradient_accumulation_steps != 1:
+        raise UserError("--global_batch_size and --gradient_accumulation_steps exclude each other; leave one out")
+    if (config.offload_optimizer == "nvme") != (config.nvme_path is not None):
+        raise UserError("--offload_optimizer nvme and --nvme_path need each other")
+    if config.compile and config.zero_stage == 3:
+        raise UserError("--compile with --zero_stage 3: weights are gathered from Python around every module; leave one out")
+    if config.offload_parameters and config.zero_stage != 3:
+        raise UserError("--offload_parameters needs --zero_stage 3")
+
+
+def _check_precision(config: TrainConfig) -> None:
+    weights_precision = "fp32" if config.mixed_precision == "no" else config.mixed_precision
+    if config.gradient_accumulation_dtype not in (None, "fp32", weights_precision):
+        raise UserError(
+            f"--gradient_accumulation_dtype {config.gradient_accumulation_dtype} with --mixed_precision "
+            f"{config.mixed_precision}: gradients add up in fp32 or in the precision of the weights"
+        )
+    if config.zero_stage == 1 and config.mixed_precision != "no" and config.gradient_accumulation_dtype == "fp32":
+        raise UserError("--zero_stage 1 adds gradients up in the precision of the weights; for fp32 use --zero_stage 2")
+    if config.matrix_precision == "fp8" and not (config.compile and config.mixed_precision == "bf16"):
+        raise UserError("--matrix_precision fp8 needs --compile, which fuses the casts, and --mixed_precision bf16")
+    if config.matrix_precision == "fp8" and config.train_batch_size % 16:
+        raise UserError(
+            f"--matrix_precision fp8: such products need a --train_batch_size in multiples of 16, not {config.train_batch_size}"
+        )
+
+
+def _check_attention(config: TrainConfig) -> None:
+    if config.attention == "xformers" and config.family not in XFORMERS:
+        raise UserError(f"--attention xformers is not used by {config.family}; leave it out")
+    if config.enable_xformers_memory_efficient_attention and config.attention not in ("auto", "xformers"):
+        raise UserError(
+            f"--enable_xformers_memory_efficient_attention contradicts --attention {config.attention}; leave one out"
+        )
+    if config.deterministic and (config.uses_xformers or config.attention == "cudnn"):
+        used = "xformers" if config.uses_xformers else "cudnn"
+        raise UserError(f"--deterministic: the attention of {used} does not repeat its gradients; leave one out")
+
+
+def check_machine(config: CacheConfig) -> None:
+    """Refuses what is not on this machine's disk or not installed, before anything is opened.
+
+    Raises:
+        UserError: which, and the remedy.
+    """
+    if config.train_data_dir and not Path(config.train_data_dir).is_dir():
+        raise UserError(f"--train_data_dir {config.train_data_dir}: no such directory")
+    lacking = options_lacking(type(config), config.family)
+    for name in PIPELINES:
+        if name not in lacking:
+            _check_pipeline(name, Path(getattr(config, name)))
+    _check_writable("--output_dir", Path(config.output_dir))
+    _check_writable("--shards_dir", config.shards_path)
+    if isinstance(config, TrainConfig):
+        _check_training_machine(config)
+
+
+def _check_training_machine(config: TrainConfig) -> None:
+    if config.compile_cache_dir:
+        _check_writable("--compile_cache_dir", Path(config.compile_cache_dir))
+    for flag, wanted, package in (
+        ("--report_to wandb", config.report_to == "wandb", "wandb"),
+        ("--use_8bit_adam", config.use_8bit_adam, "bitsandbytes"),
+        ("--matrix_precision fp8", config.matrix_precision == "fp8", "torchao"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UserError(f"{flag} needs {package}, which is not installed: install the extra `{package}`")
+    if config.deepspeed_config and not Path(config.deepspeed_config).is_file():
+        raise UserError(f"--deepspeed_config {config.deepspeed_config}: no such file")
+    resume = config.resume_from_checkpoint
+    if resume and resume != "latest" and not (Path(resume).is_dir() or (Path(config.output_dir) / Path(resume).name).is_dir()):
+        raise UserError(f"--resume_from_checkpoint {resume}: no such directory; give one, or `latest`")
+
+
+def _check_writable(flag: str, path: Path) -> None:
+    existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"{flag} {path}: {existing} is a file; name a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {path}: no permission to write in {existing}")
+
+
+def _check_pipeline(option: str, path: Path) -> None:
+    """Refuses what is clearly meant to be a directory but holds no pipeline; anything else may be a name on the hub."""
+    if not path.exists() and (path.is_absolute() or len(path.parts) > 2 or str(path).startswith(".")):
+        raise UserError(f"--{option} {path}: no such directory")
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        raise UserError(f"--{option} {path}: no model_index.json there; give a diffusers pipeline")

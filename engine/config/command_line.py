@@ -1,0 +1,176 @@
+"""Reading a configuration, from the command line, a TOML file or an index, and what is said of mistakes in it."""
+
+import argparse
+import difflib
+import shutil
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+
+from engine.catalogue import FAMILIES
+from engine.config.checks import check_machine, check_options
+from engine.config.options import CacheConfig, options_of
+from engine.config.schema import REQUIRED, SECRETS, options_lacking
+from engine.errors import UserError
+
+Model = TypeVar("Model", bound=CacheConfig)
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports mistakes as `UserError` instead of printing the usage."""
+
+    def error(self, message: str) -> Any:
+        raise UserError(message)
+
+
+def parse(model: type[Model], program: str, description: str, arguments: Sequence[str]) -> Model:
+    """Reads the command line and the TOML file it may name, for work on this machine.
+
+    Raises:
+        UserError: an unknown option, a bad value or a missing one, named with the remedy.
+    """
+    namespace, unknown = build_parser(model, program, description).parse_known_args(list(arguments))
+    if unknown:
+        name = unknown[0].split("=", 1)[0]
+        if not name.startswith("-"):
+            raise UserError(f"unexpected argument {name!r}; quote values that hold spaces")
+        raise UserError(f"unknown option {name}{_closest(name, [f'--{known}' for known in model.model_fields])}")
+    given = vars(namespace)
+    file = given.pop("config", None)
+    values = read_toml(model, Path(file), f"--config {file}") if file else {}
+    config = load(model, values | given)
+    check_machine(config)
+    return config
+
+
+def read_toml(model: type[BaseModel], path: Path, where: str) -> dict[str, Any]:
+    """The values of a TOML file that holds options of `model`, not yet judged.
+
+    Args:
+        where: what mistakes begin with.
+
+    Raises:
+        UserError: no such file, not TOML, or an unknown option.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{where}: {error.strerror}; give the path of a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: not valid TOML: {error}") from None
+    for name in values:
+        if name not in model.model_fields:
+            raise UserError(f"{where}: unknown option {name}{_closest(name, list(model.model_fields))}")
+    return values
+
+
+def load(model: type[Model], values: dict[str, Any], where: str = "") -> Model:
+    """The configuration that values by option's name make, whichever machine they are for.
+
+    Args:
+        where: the file that they come from, for messages.
+
+    Raises:
+        UserError: an unknown option, a bad value or a missing one, or options that contradict each other.
+    """
+    try:
+        config = _validate(model, values)
+        check_options(config)
+    except UserError as error:
+        raise UserError(f"{where}: {error}" if where else str(error)) from None
+    return config
+
+
+def _validate(model: type[Model], values: dict[str, Any]) -> Model:
+    family = values.get("family")
+    # An unknown family, whatever it is, is pydantic's to refuse.
+    lacking = options_lacking(model, family) if isinstance(family, str) and family in FAMILIES else []
+    refused = [f"--{name}" for name in lacking if name in values]
+    if refused:
+        raise UserError(f"{', '.join(refused)} is not used by {family}; leave it out")
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error, list(model.model_fields))) from None
+
+
+def _explain(error: ValidationError, names: Sequence[str]) -> str:
+    """One line that names every option pydantic refused."""
+    parts = []
+    for item in error.errors():
+        name = str(item["loc"][0]) if item["loc"] else ""
+        if item["type"] == "missing":
+            parts.append(f"--{name} is required")
+        elif item["type"] == "extra_forbidden":
+            parts.append(f"unknown option {name}{_closest(name, names)}")
+        else:
+            parts.append(f"--{name} {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
+    return "; ".join(dict.fromkeys(parts))
+
+
+def _closest(name: str, names: Sequence[str]) -> str:
+    matches = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {matches[0]}?" if matches else "; --help lists all options"
+
+
+def build_parser(model: type[BaseModel], program: str, description: str) -> argparse.ArgumentParser:
+    """A parser whose options, groups and help follow the fields of `model`; values stay text for pydantic to judge."""
+    width = min(shutil.get_terminal_size((120, 24)).columns, 120)
+    parser = Parser(
+        prog=program,
+        usage=f"python -m {program} --family FAMILY [options]",
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=width),
+    )
+    parser.add_argument("--config", metavar="FILE.toml", help="Read options from a TOML file; the command line wins.")
+    groups: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        extra = field.json_schema_extra
+        assert isinstance(extra, dict)
+        title = str(extra["group"])
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        group = groups[title]
+        text = f"{field.description}{_describe_default(field.is_required(), field.default, extra['by_family'])}"
+        text = text.replace("%", "%%")
+        if field.annotation is bool:
+            group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text)
+        elif get_origin(field.annotation) is not Literal and list[str] in get_args(field.annotation):
+            group.add_argument(f"--{name}", nargs="+", metavar="TEXT", help=text)
+        else:
+            choices = _choices(field.annotation)
+            metavar = "{" + ",".join(choices) + "}" if choices else name.rsplit("_", 1)[-1].upper()
+            group.add_argument(f"--{name}", metavar=metavar, help=text)
+    return parser
+
+
+def _choices(annotation: Any) -> list[str]:
+    if get_origin(annotation) is Literal:
+        return [str(choice) for choice in get_args(annotation)]
+    return [choice for argument in get_args(annotation) for choice in _choices(argument)]
+
+
+def _describe_default(required: bool, default: Any, by_family: Any) -> str:
+    """What `--help` says after an option's description: which families have it, and its default."""
+    if required:
+        return " (required)"
+    if by_family is None:
+        return "" if default in (None, False) else f" (default: {default})"
+    families_of: dict[str, list[str]] = {}
+    for family, value in by_family.items():
+        families_of.setdefault("required" if value is REQUIRED else str(value), []).append(family)
+    if families_of.keys() <= {"None", "False"}:
+        return f" ({', '.join(by_family)} only)"
+    return " (" + "; ".join(f"{', '.join(families)}: {value}" for value, families in families_of.items()) + ")"
+
+
+def to_toml(config: CacheConfig) -> str:
+    """The resolved configuration as TOML, without secrets; options that are not set, or not the family's, are left out."""
+    values = {name: value for name, value in options_of(config).items() if value is not None and name not in SECRETS}
+    return tomli_w.dumps(values)

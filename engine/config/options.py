@@ -1,0 +1,291 @@
+"""Every option of a run: its name, type, default and meaning.
+
+The names, defaults and meanings are those of the diffusers training scripts; options that only this engine has are added
+beside them. One pydantic model is the single source for the command line, the TOML file, `--help` and `config.toml`.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from engine.catalogue import DECODER, FAMILIES, IMAGE_ENCODER, MODEL, PRIOR, FamilyName
+from engine.config.schema import REQUIRED, only, option, options_by_family, options_lacking, published, sd_differs
+
+KANDINSKY = ("kandinsky-prior", "kandinsky-decoder")
+CAPTIONED = [family for family, entry in FAMILIES.items() if entry.captioned]
+XFORMERS = [family for family, entry in FAMILIES.items() if entry.xformers]
+
+
+class CacheConfig(BaseModel):
+    """What shapes the content of the latent shards."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    family: FamilyName = option(
+        ...,
+        "Which model to train: sd (Stable Diffusion's UNet), kandinsky-prior or kandinsky-decoder (Kandinsky 2.2), "
+        "wuerstchen (stage C).",
+        "model",
+    )
+    pretrained_model_name_or_path: str = option(
+        published(MODEL), "Directory of a diffusers pipeline, or its name on the Hugging Face hub.", "model"
+    )
+    pretrained_prior_model_name_or_path: str = option(
+        published(PRIOR),
+        "Directory of the prior pipeline, or its name on the hub.",
+        "model",
+    )
+    pretrained_decoder_model_name_or_path: str = option(
+        published(DECODER),
+        "Directory of the decoder pipeline, or its name on the hub. The priors need it only to draw images.",
+        "model",
+    )
+    pretrained_image_encoder_name_or_path: str = option(
+        published(IMAGE_ENCODER),
+        "The EfficientNet-V2-S image encoder: a .safetensors or .pt file, or a repository on the hub that holds "
+        "model_v2_stage_b.pt.",
+        "model",
+    )
+    revision: str | None = option(only(("sd",), None), "Revision of the pretrained model on the hub.", "model")
+    variant: str | None = option(only(("sd",), None), "Variant of the pretrained model's files, for example fp16.", "model")
+    cache_dir: str | None = option(None, "Where downloaded models and data sets are kept.", "model")
+
+    dataset_name: str | None = option(
+        None, "Data set on the hub, or a local path that `datasets.load_dataset` opens (parquet files too).", "data"
+    )
+    dataset_config_name: str | None = option(None, "Configuration of the data set, if it has several.", "data")
+    train_data_dir: str | None = option(
+        None,
+        "Folder of images with `metadata.jsonl` or `metadata.csv` (columns `file_name` and the caption column). "
+        "With --dataset_name: its data directory.",
+        "data",
+    )
+    image_column: str = option("image", "Column that holds the image.", "data")
+    caption_column: str = option(only(CAPTIONED, "text"), "Column that holds a caption or a list of captions.", "data")
+    max_train_samples: int | None = option(None, "Train on this many samples, drawn with --seed, instead of all.", "data", ge=1)
+    resolution: int = option(
+        512,
+        "Images are resized and cropped to this many pixels on both sides (kandinsky-prior: the image encoder decides, and "
+        "only validation images have this size).",
+        "data",
+        ge=8,
+    )
+    center_crop: bool = option(only(("sd",), False), "Crop the centre of each image instead of random places.", "data")
+    random_flip: bool = option(only(("sd",), False), "Show each image mirrored half of the time.", "data")
+    random_crops: int = option(
+        only(("sd",), 4),
+        "Random crops stored per image without --center_crop (an image that is already square needs one).",
+        "data",
+        ge=1,
+    )
+    image_interpolation_mode: Literal["nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"] = option(
+        only(("sd",), "lanczos"), "How images are resized.", "data"
+    )
+    strict: bool = option(False, "Stop at the first image or caption that cannot be used, instead of skipping it.", "data")
+
+    shards_dir: str | None = option(
+        None, "Directory of the latent shards, built when absent. Default: `shards` in the output directory.", "data"
+    )
+    shard_records: int = option(1024, "Source samples per shard.", "data", ge=1)
+    encode_batch_size: int = option(16, "Images encoded at a time while the shards are built.", "data", ge=1)
+    dataloader_num_workers: int = option(
+        0, "Threads that decode images while the shards are built; 0 decodes in the main thread.", "data", ge=0
+    )
+    mixed_precision: Literal["no", "fp16", "bf16"] = option(
+        "no", "Precision of weights, activations and shards; fp32 master weights are always kept.", "precision"
+    )
+    seed: int | None = option(
+        None, "Seed of the run; drawn at random, and recorded, when not given.", "training", ge=0, lt=2**63
+    )
+    output_dir: str = option(
+        {"sd": "sd-model-finetuned"}
+        | only(KANDINSKY, "kandi_2_2-model-finetuned")
+        | {"wuerstchen": "wuerstchen-model-finetuned"},
+        "Where the trained pipeline, checkpoints and metrics go.",
+        "output",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_family(cls, values: dict[str, Any]) -> dict[str, Any]:
+        family = str(values.get("family"))  # whatever it is; the field itself refuses what is no family
+        defaults = {name: by_family[family] for name, by_family in options_by_family(cls).items() if family in by_family}
+        return {name: value for name, value in defaults.items() if value is not REQUIRED} | values
+
+    @property
+    def shards_path(self) -> Path:
+        return Path(self.shards_dir) if self.shards_dir else Path(self.output_dir) / "shards"
+
+
+class TrainConfig(CacheConfig):
+    """Every option of `python -m engine.run`."""
+
+    non_ema_revision: str | None = option(
+        only(("sd",), None),
+        "Revision of the trained weights, when the non-EMA ones are kept apart. Default: --revision.",
+        "model",
+    )
+    gradient_checkpointing: bool = option(
+        only(("sd", "kandinsky-decoder", "wuerstchen"), False),
+        "Recompute activations in the backward pass to save memory.",
+        "model",
+    )
+    enable_xformers_memory_efficient_attention: bool = option(
+        only(XFORMERS, False), "The scripts' name of --attention xformers.", "model"
+    )
+    attention: Literal["auto", "flash", "cudnn", "efficient", "xformers"] = option(
+        "auto",
+        "Kernel of attention: auto chooses by card and shape, another is refused where it cannot run a shape of the model "
+        "(xformers: sd, kandinsky-decoder only).",
+        "model",
+    )
+    compile: bool = option(False, "Compile the trained model with torch.compile.", "model")
+    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = option(
+        "default", "With --compile, how long to search: max-autotune times several kernels for each matrix product.", "model"
+    )
+    compile_cache_dir: str | None = option(
+        None, "Where compiled code is kept, so that a restart does not compile again. Default: torch's temporary one.", "model"
+    )
+
+    cuda_graphs: Literal["auto", "on", "off"] = option(
+        "auto",
+        "Capture the training step as CUDA graphs: auto captures wherever it is possible (with several processes, where that "
+        "is faster than reductions that overlap the backward pass), on refuses to run where it is not. A capture that fails "
+        "ends the run.",
+        "model",
+    )
+
+    train_batch_size: int = option(sd_differs(16, 1), "Samples per process and micro-batch.", "training", ge=1)
+    gradient_accumulation_steps: int = option(1, "Micro-batches per optimizer step.", "training", ge=1)
+    num_train_epochs: int = option(100, "Passes over the data, when --max_train_steps is not given.", "training", ge=1)
+    max_train_steps: int | None = option(None, "Optimizer steps in all; overrides --num_train_epochs.", "training", ge=1)
+    global_batch_size: int | None = option(
+        None,
+        "Samples per optimizer step over all processes; as many micro-batches add up as that takes. Instead of "
+        "--gradient_accumulation_steps.",
+        "training",
+        ge=1,
+    )
+    gradient_accumulation_dtype: Literal["fp32", "bf16", "fp16"] | None = option(
+        None,
+        "Precision in which micro-batches add up. Default: fp32, with --zero_stage 1 the precision of the weights.",
+        "training",
+    )
+
+    zero_stage: int = option(
+        0,
+        "DeepSpeed ZeRO stage: 0 shards nothing, 1 the optimizer's state, 2 gradients too, 3 weights too.",
+        "sharding",
+        ge=0,
+        le=3,
+    )
+    offload_optimizer: Literal["none", "cpu", "nvme"] = option(
+        "none",
+        "Keep masters, moments and the moving average in host memory, or in files under --nvme_path mapped into it, and step "
+        "there.",
+        "sharding",
+    )
+    offload_parameters: bool = option(False, "With --zero_stage 3, keep the sharded weights in host memory.", "sharding")
+    nvme_path: str | None = option(None, "Directory on a fast disk for --offload_optimizer nvme.", "sharding")
+    deepspeed_config: str | None = option(
+        None,
+        "JSON file of further DeepSpeed options, merged with the engine's own; what contradicts the other options is refused.",
+        "sharding",
+    )
+
+    learning_rate: float = option(1e-4, "Learning rate after warm-up.", "optimizer", ge=0)
+    scale_lr: bool = option(False, "Multiply the learning rate by accumulation, batch size and processes.", "optimizer")
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = (
+        option("constant", "Schedule of the learning rate.", "optimizer")
+    )
+    lr_warmup_steps: int = option(500, "Warm-up in optimizer steps, for the schedules that warm up.", "optimizer", ge=0)
+    use_8bit_adam: bool = option(False, "Use the 8-bit AdamW of bitsandbytes.", "optimizer")
+    adam_beta1: float = option(0.9, "Decay of AdamW's first moment.", "optimizer", ge=0, lt=1)
+    adam_beta2: float = option(0.999, "Decay of AdamW's second moment.", "optimizer", ge=0, lt=1)
+    adam_weight_decay: float = option(sd_differs(1e-2, 0.0), "Weight decay.", "optimizer", ge=0)
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon.", "optimizer", gt=0)
+    max_skipped_steps: int = option(
+        10, "Stop once so many steps were skipped because a loss or gradient was not finite.", "optimizer", ge=0
+    )
+    max_grad_norm: float = option(
+        1.0, "Gradients are clipped to this global norm; 0 leaves them as they are.", "optimizer", ge=0
+    )
+    use_ema: bool = option(False, "Keep an exponential moving average of the weights, and export it.", "optimizer")
+    offload_ema: bool = option(False, "Keep the moving average in host memory between steps.", "optimizer")
+    foreach_ema: bool = option(False, "Accepted from the scripts; the moving average is always updated that way.", "optimizer")
+
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = option(
+        only(("sd",), None), "What the model predicts. Default: as the pretrained scheduler says.", "objective"
+    )
+    snr_gamma: float | None = option(
+        None, "Gamma of the Min-SNR loss weights (arXiv:2303.09556); 5.0 is recommended.", "objective", gt=0
+    )
+    noise_offset: float = option(
+        only(("sd",), 0.0), "Scale of an offset that the noise of a channel shares.", "objective", ge=0
+    )
+    input_perturbation: float = option(
+        only(("sd",), 0.0),
+        "Scale of extra noise in the input that the target does not see; 0.1 is recommended.",
+        "objective",
+        ge=0,
+    )
+    dream_training: bool = option(
+        only(("sd",), False), "Train with DREAM (arXiv:2312.00210): one extra forward pass.", "objective"
+    )
+    dream_detail_preservation: float = option(only(("sd",), 1.0), "DREAM's detail preservation factor p.", "objective", gt=0)
+
+    allow_tf32: bool = option(False, "Allow TF32 matrix products on Ampere GPUs and newer.", "precision")
+    matrix_precision: Literal["fp8"] | None = option(
+        only(("kandinsky-prior", "wuerstchen"), None),
+        "Precision of the matrix products within the model's blocks, on Hopper GPUs and newer; needs --compile and "
+        "--mixed_precision bf16. Default: that of the weights.",
+        "precision",
+    )
+    deterministic: bool = option(
+        False, "Repeat a run on the same GPUs bit for bit, with slower convolutions and attention.", "precision"
+    )
+
+    logging_dir: str = option("logs", "TensorBoard directory, inside the output directory.", "output")
+    report_to: Literal["tensorboard", "wandb", "all", "none"] = option(
+        "tensorboard",
+        "Where metrics are reported beside metrics.jsonl; all: TensorBoard, and wandb if it is installed.",
+        "output",
+    )
+    tracker_project_name: str = option("text2image-fine-tune", "Project name in the tracker.", "output")
+    log_every: int = option(10, "Steps between two lines of metrics; the device is not read in between.", "output", ge=1)
+    validation_prompts: list[str] | None = option(None, "Prompts of the validation images.", "output")
+    validation_epochs: int = option(5, "Epochs between two rounds of validation images.", "output", ge=1)
+    num_validation_images: int = option(1, "Images per validation prompt.", "output", ge=1)
+    push_to_hub: bool = option(False, "Upload the trained pipeline to the hub.", "output")
+    hub_token: str | None = option(None, "Token for the upload; never logged or stored.", "output")
+    hub_model_id: str | None = option(None, "Repository of the upload. Default: the output directory's name.", "output")
+
+    checkpointing_steps: int = option(500, "Steps between two checkpoints.", "checkpoints", ge=1)
+    checkpoint_async: bool = option(
+        False,
+        "Write checkpoints beside the training, which waits only for a copy of its state to host memory.",
+        "checkpoints",
+    )
+    step_timeout: float | None = option(
+        None,
+        "Seconds after which a step that does not end is given up: the processes that are behind are named, and the exit code "
+        "is 75.",
+        "checkpoints",
+        gt=0,
+    )
+    checkpoints_total_limit: int | None = option(None, "How many checkpoints to keep. Default: all.", "checkpoints", ge=1)
+    resume_from_checkpoint: str | None = option(
+        None, "A checkpoint directory, or `latest` for the newest in the output directory.", "checkpoints"
+    )
+    local_rank: int = option(-1, "Set by launchers; the environment variable LOCAL_RANK wins.", "training")
+
+    @property
+    def uses_xformers(self) -> bool:
+        """Whether attention is xFormers', by either of its names."""
+        return self.attention == "xformers" or self.enable_xformers_memory_efficient_attention
+
+
+def options_of(config: CacheConfig) -> dict[str, Any]:
+    """The options that the configuration's family has, with their values."""
+    return config.model_dump(exclude=set(options_lacking(type(config), config.family)))

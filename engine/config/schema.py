@@ -1,0 +1,51 @@
+"""How options are declared: with what `--help` says of them, and which families have them."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from engine.catalogue import FAMILIES
+
+REQUIRED = ...
+SECRETS = {"hub_token"}  # never logged or stored
+
+
+def option(default: Any, help: str, group: str, **constraints: Any) -> Any:
+    """A field of the configuration, with what `--help` needs to describe it.
+
+    A default that is a dictionary gives the defaults by family, `REQUIRED` where there is none. Families that are not in it do
+    not have the option, and what the field then holds means nothing.
+    """
+    by_family = default if isinstance(default, dict) else None
+    if by_family:
+        default = next(iter(by_family.values()))
+        default = None if default is REQUIRED else default
+    return Field(default, description=help, json_schema_extra={"group": group, "by_family": by_family}, **constraints)
+
+
+def only(families: Iterable[str], default: Any) -> dict[str, Any]:
+    """The default of an option that only these families have."""
+    return dict.fromkeys(families, default)
+
+
+def sd_differs(sd: Any, others: Any) -> dict[str, Any]:
+    """The defaults of an option where `sd` has another than the other families."""
+    return only(FAMILIES, others) | {"sd": sd}
+
+
+def published(name: str) -> dict[str, Any]:
+    """The defaults of an option that names a model: where each family's was published."""
+    repositories = {family: entry.published[name] for family, entry in FAMILIES.items() if name in entry.published}
+    return {family: REQUIRED if repository is None else repository for family, repository in repositories.items()}
+
+
+def options_by_family(model: type[BaseModel]) -> dict[str, dict[str, Any]]:
+    """Name -> defaults by family, for the options that not every family has, or has with one default."""
+    extras = {name: field.json_schema_extra for name, field in model.model_fields.items()}
+    return {name: extra["by_family"] for name, extra in extras.items() if isinstance(extra, dict) and extra["by_family"]}  # type: ignore[misc]
+
+
+def options_lacking(model: type[BaseModel], family: str) -> list[str]:
+    """Names of the options that a family does not have."""
+    return [name for name, by_family in options_by_family(model).items() if family not in by_family]
