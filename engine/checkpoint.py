@@ -1,13 +1,13 @@
 """Describes, verifies and exports checkpoints, on any machine: `python -m engine.checkpoint info|verify|export DIR`."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from engine.config.command_line import Parser, load, read_toml
+from engine.config.command_line import Parser, choose, load, read_toml
 from engine.config.options import TrainConfig
 from engine.errors import UserError, exit_code
 
@@ -99,19 +99,11 @@ def _stored_tensors(files: "SliceFiles", kind: str, model: nn.Module) -> Iterato
     yield from model.named_buffers()
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "info": info_command, "verify": verify_command, "export": export_command,
-}  # fmt: skip
+COMMANDS = {"info": info_command, "verify": verify_command, "export": export_command}
 
 
 def main() -> int:
-    command, *arguments = sys.argv[1:] or ["--help"]
-    if command in ("-h", "--help"):
-        print(f"usage: {USAGE}")
-        return 0
-    if command not in COMMANDS:
-        raise UserError(f"{command}: no such command; {USAGE}")
-    return COMMANDS[command](arguments)
+    return choose(COMMANDS, USAGE)
 
 
 if __name__ == "__main__":

@@ -83,12 +83,12 @@ def published(tmp_path_factory):
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory, model, images) -> Path:
     """Latent shards of the image folder, several files, with flips."""
-    from engine import cache
+    from engine.shards import build_command
 
     directory = tmp_path_factory.mktemp("shards") / "shards"
     arguments = [
         "--family", "sd", "--pretrained_model_name_or_path", str(model), "--train_data_dir", str(images),
         "--resolution", "16", "--random_flip", "--shard_records", "5", "--shards_dir", str(directory),
     ]  # fmt: skip
-    assert cache.build_command(arguments) == 0
+    assert build_command(arguments) == 0
     return directory

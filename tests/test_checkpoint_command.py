@@ -59,7 +59,7 @@ def test_an_export_is_the_pipeline_that_training_left(trained, tmp_path, monkeyp
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [(["info", "nowhere"], "nowhere: neither a checkpoint nor"), (["frobnicate"], "frobnicate: no such command")],
+    [(["info", "nowhere"], "nowhere: neither a checkpoint nor"), (["frobnicate"], "unknown command 'frobnicate'")],
     ids=str,
 )
 def test_mistakes_are_named(arguments, named, monkeypatch):

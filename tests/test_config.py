@@ -10,11 +10,12 @@ import tomllib
 import pytest
 import tomli_w
 
-from engine import cache, checkpoint
+from engine import checkpoint
 from engine.config.command_line import load, parse, to_toml
 from engine.config.options import TrainConfig
 from engine.config.schema import SECRETS
 from engine.errors import UserError, exit_code
+from engine.shards import info_command
 from tests.loop.runs import environment
 
 # The flags of diffusers' train_text_to_image.py and their defaults. Two differ on purpose: --mixed_precision is `no` where the
@@ -323,14 +324,14 @@ def test_a_mistake_in_the_configuration_of_shards_names_their_index(values, name
     shutil.copytree(shards, tmp_path / "shards")
     index = tmp_path / "shards" / "index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"config": values}))
-    assert f"engine: error: {index}: {named}" in said(cache.info_command, [tmp_path / "shards"], capsys)
+    assert f"engine: error: {index}: {named}" in said(info_command, [tmp_path / "shards"], capsys)
 
 
 @pytest.mark.parametrize("content", [b'{"format_version": ', b"\xff", b"[1]"])
 def test_an_index_that_is_none_is_named(content, tmp_path, capsys):
     index = tmp_path / "index.json"
     index.write_bytes(content)
-    assert f"engine: error: {index}: not a readable index" in said(cache.info_command, [tmp_path], capsys)
+    assert f"engine: error: {index}: not a readable index" in said(info_command, [tmp_path], capsys)
 
 
 def test_a_configuration_is_read_where_its_data_and_packages_are_not(tmp_path, monkeypatch):

@@ -3,8 +3,9 @@
 import argparse
 import difflib
 import shutil
+import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -25,6 +26,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         raise UserError(message)
+
+
+def choose(commands: Mapping[str, Callable[[list[str]], int]], usage: str) -> int:
+    """Runs the command that the command line begins with on the rest of it; returns the exit code."""
+    command, *arguments = sys.argv[1:] or ["--help"]
+    if command in ("-h", "--help"):
+        print(f"usage: {usage}")
+        return 0
+    if command not in commands:
+        raise UserError(f"unknown command {command!r}: {usage}")
+    return commands[command](arguments)
 
 
 def parse(model: type[Model], program: str, description: str, arguments: Sequence[str]) -> Model:

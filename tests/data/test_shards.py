@@ -15,11 +15,11 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from engine import cache
 from engine.data.format import Index, Shards, shard_name, verify
 from engine.data.samples.order import records_of
 from engine.errors import UserError
 from engine.models.stable_diffusion import StableDiffusion
+from engine.shards import build_command
 from engine.tensors import read_header
 from tests import reference, tiny
 from tests.loop.runs import environment
@@ -33,7 +33,7 @@ def arguments(model: Path, images: Path, shards: Path, *more: str) -> list[str]:
 
 
 def build(*inputs) -> Index:
-    assert cache.build_command(arguments(*inputs)) == 0
+    assert build_command(arguments(*inputs)) == 0
     return Index.read(inputs[2])
 
 
@@ -185,7 +185,7 @@ def test_two_processes_write_the_bytes_of_one(model, images, tmp_path):
     # As commands with one computing thread each: the number of threads can change the last bits of a convolution.
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for name, start in (("one", []), ("two", launcher)):
-        command = [sys.executable, *start, "-m", "engine.cache", "build", *arguments(model, images, tmp_path / name)]
+        command = [sys.executable, *start, "-m", "engine.shards", "build", *arguments(model, images, tmp_path / name)]
         command += ["--dataloader_num_workers", "2"] if name == "two" else []
         result = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
         assert result.returncode == 0, result.stderr

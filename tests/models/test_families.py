@@ -10,12 +10,12 @@ from diffusers import DiffusionPipeline, PriorTransformer
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from engine import cache
 from engine.config.options import CacheConfig, TrainConfig
 from engine.data.format import Index, Shards
 from engine.errors import UserError
 from engine.models.family import open_family
 from engine.models.published import combine, open_pipeline, use_portable_names
+from engine.shards import build_command, info_command
 
 RESOLUTION = {"kandinsky-prior": 32, "kandinsky-decoder": 32, "wuerstchen": 128}
 FAMILIES = list(RESOLUTION)
@@ -184,14 +184,14 @@ def test_shards_are_built_described_and_drawn(family, published, photographs, tm
     arguments = ["--family", family, *(f"--{name}={value}" for name, value in published(family).items()),
                  "--train_data_dir", str(photographs), "--resolution", str(RESOLUTION[family]), "--max_train_samples", "6",
                  "--shards_dir", str(tmp_path / "shards"), "--dataloader_num_workers", "2"]  # fmt: skip
-    assert cache.build_command(arguments) == 0
+    assert build_command(arguments) == 0
     index = Index.read(tmp_path / "shards")
     assert index.records == 6
     captions = sum(shard.caption_rows for shard in index.shards)
     assert captions == (0 if family == "kandinsky-decoder" else 6)
     rows = Shards(tmp_path / "shards").rows_of(1, torch.arange(12))
     assert ("caption" in rows) == (family != "kandinsky-decoder")
-    assert cache.info_command([str(tmp_path / "shards"), "--records", "2"]) == 0
+    assert info_command([str(tmp_path / "shards"), "--records", "2"]) == 0
     assert (tmp_path / "shards" / "contact-sheet.png").stat().st_size > 1000
     assert f"family         {family}" in capsys.readouterr().out
     # The same shards serve another run of the same family, whatever its decoder.

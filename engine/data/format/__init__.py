@@ -129,7 +129,7 @@ class Index:
                 value["encode_seconds"],
             )
         except FileNotFoundError:
-            raise UserError(f"{directory}: no {INDEX} there; build shards with `python -m engine.cache build`") from None
+            raise UserError(f"{directory}: no {INDEX} there; build shards with `python -m engine.shards build`") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: not a readable index ({error}); build the shards again") from None
 

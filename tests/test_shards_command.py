@@ -1,5 +1,6 @@
 """The command lines beside training: shards verified and shown, samples drawn."""
 
+import runpy
 import shutil
 import sys
 
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine import cache, sample
+from engine import sample
+from engine import shards as command
 from engine.data.format import shard_name
 from engine.errors import UserError, exit_code
 
@@ -18,14 +20,14 @@ def main(monkeypatch, module, *arguments: str) -> int:
 
 
 def test_verify_finds_whole_shards_whole(shards, capsys, monkeypatch):
-    assert main(monkeypatch, cache, "verify", str(shards)) == 0
+    assert main(monkeypatch, command, "verify", str(shards)) == 0
     assert "3 of 3 shards are whole" in capsys.readouterr().out
 
 
 def test_verify_names_a_damaged_shard_and_leaves_with_1(shards, tmp_path, capsys, monkeypatch):
     shutil.copytree(shards, tmp_path / "shards")
     (tmp_path / "shards" / shard_name(1)).write_bytes(b"short")
-    assert main(monkeypatch, cache, "verify", str(tmp_path / "shards")) == 1
+    assert main(monkeypatch, command, "verify", str(tmp_path / "shards")) == 1
     output = capsys.readouterr().out
     assert f"{shard_name(1)}: 5 bytes instead of" in output
     assert "2 of 3 shards are whole" in output
@@ -33,7 +35,7 @@ def test_verify_names_a_damaged_shard_and_leaves_with_1(shards, tmp_path, capsys
 
 def test_info_describes_and_draws(shards, tmp_path, capsys, monkeypatch):
     sheet = tmp_path / "sheet.png"
-    assert main(monkeypatch, cache, "info", str(shards), "--output", str(sheet), "--records", "6") == 0
+    assert main(monkeypatch, command, "info", str(shards), "--output", str(sheet), "--records", "6") == 0
     output = capsys.readouterr().out
     for line in ("records        12", "image rows     24", "captions       4 distinct", "refused        0", f"{sheet}"):
         assert line in output
@@ -50,15 +52,23 @@ def test_info_describes_and_draws(shards, tmp_path, capsys, monkeypatch):
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(arguments, named, capsys, monkeypatch):
-    assert main(monkeypatch, cache, *arguments) == 2
+    assert main(monkeypatch, command, *arguments) == 2
     error = capsys.readouterr().err
     assert named in error
     assert error.count("\n") == 1
 
 
 def test_without_a_command_the_usage_is_printed(capsys, monkeypatch):
-    assert main(monkeypatch, cache) == 0
+    assert main(monkeypatch, command) == 0
     assert "build|verify|info" in capsys.readouterr().out
+
+
+def test_the_former_name_of_the_command_still_answers(shards, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["engine.cache", "verify", str(shards)])
+    with pytest.raises(SystemExit) as leave:
+        runpy.run_module("engine.cache", run_name="__main__")
+    assert leave.value.code == 0
+    assert "3 of 3 shards are whole" in capsys.readouterr().out
 
 
 def test_samples_are_drawn_into_a_labelled_grid(model, tmp_path, monkeypatch):

@@ -1,0 +1,49 @@
+"""What shards hold, for a person: a summary in words, and a contact sheet of decoded records."""
+
+from collections import Counter
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from engine.data.format import Index, Shards
+from engine.models.family import Family
+from engine.picture import labelled_grid
+from engine.tensors import read_header
+
+
+def summary(directory: Path, index: Index) -> str:
+    """What an index says, for a person."""
+    size = sum(shard.bytes for shard in index.shards)
+    lines = [
+        f"shards         {directory} ({len(index.shards)} files, {size / 2**20:.1f} MiB)",
+        f"family         {index.family}",
+        f"records        {index.records}",
+        f"image rows     {sum(shard.image_rows for shard in index.shards)}",
+        f"captions       {sum(shard.caption_rows for shard in index.shards)} distinct",
+        f"refused        {len(index.refused)}",
+    ]
+    reasons = Counter(item["reason"] for item in index.refused)
+    lines += [f"  {count:6d}       {reason}" for reason, count in reasons.most_common(10)]
+    for name, field in index.fields.items():
+        shape = " x ".join(map(str, field.shape))
+        lines.append(f"field          {name}: {shape} {str(field.dtype).removeprefix('torch.')} per {field.per}")
+    lines.append(f"fingerprint    {index.fingerprint}")
+    return "\n".join(lines)
+
+
+def contact_sheet(directory: Path, index: Index, family: Family, count: int) -> Image.Image:
+    """Records spread evenly over the shards, decoded, each under its caption."""
+    shards = Shards(directory)
+    count = min(count, len(shards))
+    records = torch.linspace(0, len(shards) - 1, count).round().long()
+    rows = shards.first_rows(records)
+    latents = torch.empty(count, *index.fields[family.mean].shape, dtype=index.fields[family.mean].dtype)
+    shards.gather(family.mean, rows["image"], latents)
+    texts = [text for shard in index.shards for text in read_header(directory / shard.file)[1]["captions"]]
+    labels = [texts[number] for number in rows["caption"].tolist()] if "caption" in rows else [f"{r}" for r in records]
+    images = family.decode(latents)
+    by_label: dict[str, list] = {}
+    for label, image in zip(labels, images, strict=True):
+        by_label.setdefault(label, []).append(image)
+    return labelled_grid(list(by_label.items()))
