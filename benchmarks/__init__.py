@@ -1,1 +1,1 @@
-"""One file per question; results/ holds what was measured, where and when."""
+"""One module per question, and the tools that questions share; results/ holds what was measured, on what device and when."""

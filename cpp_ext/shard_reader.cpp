@@ -16,7 +16,7 @@
 
 namespace {
 
-// Below this many bytes per thread, starting the thread costs more than it saves (benchmarks/reader.py).
+// Below this many bytes per thread, starting the thread costs more than it saves (benchmarks/data/reader.py).
 constexpr int64_t kBytesPerThread = 8 << 20;
 
 // Reads exactly `size` bytes at `offset`; returns 0, or the error number, with EIO for a file that ends early.

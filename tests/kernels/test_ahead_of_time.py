@@ -12,9 +12,9 @@ TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 
 @pytest.fixture(scope="module")
 def report() -> list[dict]:
-    """What `benchmarks.registers` finds; in a process of its own, because compiling needs the interpreter off."""
+    """What `benchmarks.operations.registers` finds; in a process of its own, because compiling needs the interpreter off."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.registers", "--json"]
+    command = [sys.executable, "-m", "benchmarks.operations.registers", "--json"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)

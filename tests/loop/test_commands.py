@@ -14,7 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from benchmarks import faults
+from benchmarks.runs import faults
 from tests.loop.runs import (
     SLACK,
     checkpoint_tensors,

@@ -1,0 +1,241 @@
+"""Writes what a campaign has brought so far: `python -m benchmarks.campaign.report DIR`.
+
+`campaign.json` becomes `campaign.md` and charts. A table or chart that fails costs only itself: what was measured stays.
+"""
+
+import argparse
+import importlib
+import json
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import engine.quiet  # noqa: F401 (before the libraries that it quiets)
+
+# isort: split
+from benchmarks.campaign.plan import PLAN, Part, rehearsal
+from benchmarks.operations import kernels
+from benchmarks.steps import curves, profile
+from benchmarks.tools import waterfall
+from benchmarks.tools.levers import LEVERS
+from benchmarks.tools.rows import OUT_OF_MEMORY
+from benchmarks.tools.tables import cell, markdown, problem
+from benchmarks.tools.waterfall import by_checkpoint, rate
+from engine.files import write_text
+
+Rows = list[dict[str, Any]]
+TRACE_LINES = 12  # of a row's failure
+
+# What others reach per GPU on a UNet of SD's size at 512 px with cached latents: who, card, images per second, how.
+ANCHORS = [
+    ("MLPerf Training 4.0, Stable Diffusion", "H100", "126", "8 GPUs, batch 64 per GPU"),
+    ("MLPerf Training 4.0 and 5.0, Stable Diffusion", "H200", "129 to 150", "8 GPUs"),
+    ("mosaicml/diffusion", "A100", "36", ""),
+]
+ANCHORED = ("SD 1.5, 512 px", "sd")
+# Lever of docs/performance.md -> rows of benchmarks.steps.step whose ratio measures it, and what is predicted there.
+PREDICTIONS = [
+    ("cached latents", "recipe, cached", "recipe", "1.4 times for SD 1.5 at 512 px; far more for `kandinsky-prior`"),
+    ("bf16 weights, channels last, own kernels", "engine", "recipe, cached", "1.1 to 1.3 times"),
+    ("stacked projections", "stacked projections", "engine", "1.02 times"),
+    ("`--compile`", "compiled", "stacked projections", "1.3 times and more"),
+    ("`engine::group_norm_silu` under torch.compile", "compiled, own norms", "compiled", "open"),
+    ("CUDA graphs", "compiled and captured", "compiled", "nothing at batch 32; 1.5 times and more for `kandinsky-prior`"),
+    ("everything", "compiled and captured", "recipe at its best, cached", "not predicted"),
+]
+
+
+def anchors(rows: Rows) -> str:
+    """The fastest row of SD 1.5 on every device, among what others reach."""
+    lines = ["| who | card | images/s | how |", "|---|---|---|---|"]
+    for (checkpoint, device), group in by_checkpoint(rows).items():
+        measured = [row for row in group if "samples_per_second" in row]
+        if checkpoint in ANCHORED and measured:
+            best = max(measured, key=lambda row: row["samples_per_second"])
+            lines.append(
+                f"| {checkpoint}, here | {device} | {best['samples_per_second']:.4g} | {best['lever']}, batch {best['batch']} |"
+            )
+    return "\n".join([*lines, *(f"| {' | '.join(anchor)} |" for anchor in ANCHORS)])
+
+
+def predictions(rows: Rows) -> str:
+    """What docs/performance.md predicts of each lever, beside the measured ratio of every checkpoint."""
+    groups = by_checkpoint(rows)
+    titles = [" on ".join(key) for key in groups]
+    lines = ["| lever | measured as | predicted | " + " | ".join(titles) + " |", "|---|---|---|" + "---|" * len(titles)]
+    for lever, above, below, predicted in PREDICTIONS:
+        ratios = []
+        for group in groups.values():
+            pairs = {row["batch"]: (rate(group, above, row["batch"]), rate(group, below, row["batch"])) for row in group}
+            found = [f"{high / low:.2f} x" for high, low in pairs.values() if high and low]
+            ratios.append(", ".join(found))
+        lines.append(f"| {lever} | {above} / {below} | {predicted} | {' | '.join(ratios)} |")
+    return "\n".join(lines)
+
+
+def guarded(write: Callable[[], str]) -> str:
+    """What `write` returns, or why it returns nothing."""
+    try:
+        return write()
+    except Exception:  # whatever is odd about one part's rows, the others are still wanted
+        return f"This could not be written:\n\n```\n{traceback.format_exc(limit=-2)}```"
+
+
+def rows_of(state: dict[str, Any], benchmark: str) -> Rows:
+    """All kept rows of a benchmark; those of levers as one stands on the other, and not as parts came to them."""
+    place = {lever.name: number for number, lever in enumerate(LEVERS)}
+    return sorted(state["rows"].get(benchmark, {"rows": []})["rows"], key=lambda row: place.get(row.get("lever"), -1))
+
+
+def table_of(part: Part, rows: Rows) -> str:
+    """The table of the question that a part asks; without one, the rows' plain values."""
+    of = getattr(importlib.import_module(part.python[1]), "table", None)
+    if of is not None and part.benchmark in ("optimizer", "overhead"):
+        return "\n\n".join(of(row) for row in rows)
+    if of is not None:
+        return of(rows)
+    columns = {key: key for row in rows for key, value in row.items() if not isinstance(value, (dict, list))}
+    return markdown(rows, {"name": "name", **columns})
+
+
+def draw_charts(state: dict[str, Any], output: Path) -> dict[str, str]:
+    """Benchmark -> what shows its charts; every benchmark has one picture, the waterfalls two."""
+    of = {benchmark: rows_of(state, benchmark) for benchmark in ("step", "kernels", "optimizer", "curves", "profile")}
+    single = next((row for row in of["optimizer"] if not problem(row)), {})
+    drawn: dict[str, dict[str, Callable[[Path], None]]] = {
+        "step": {
+            "waterfall.png": lambda path: waterfall.chart(of["step"], path),
+            "roofline.png": lambda path: waterfall.roofline(of["step"], copy_speed([*of["kernels"], single]), path),
+        },
+        "kernels": {"kernels.png": lambda path: kernels.chart(of["kernels"], single, path)},
+        "curves": {"curves.png": lambda path: curves.chart(of["curves"], path)},
+        "profile": {"profile.png": lambda path: profile.chart(of["profile"], path)},
+    }
+    measured = [benchmark for benchmark in drawn if not all(map(problem, of[benchmark]))]
+    return {
+        benchmark: "\n\n".join(guarded(partial(_draw, output / name, draw)) for name, draw in drawn[benchmark].items())
+        for benchmark in measured
+    }
+
+
+def copy_speed(rows: Rows) -> float | None:
+    """Bytes per second of the fastest copy beside which a kernel was measured."""
+    speeds = [row["bytes_per_second"] / row["share_of_copy_bandwidth"] for row in rows if "share_of_copy_bandwidth" in row]
+    return max(speeds, default=None)
+
+
+def _draw(path: Path, draw: Callable[[Path], None]) -> str:
+    draw(path)
+    return f"![{path.stem}]({path.name})"
+
+
+def overview(state: dict[str, Any], parts: list[Part]) -> str:
+    lines = ["| part | question | state | new rows | expected, s (estimate) | taken, s |", "|---|---|---|---|---|---|"]
+    for part in parts:
+        kept = state["parts"].get(part.name) or {"status": None, "attempts": []}
+        taken, rows = (sum(attempt[key] for attempt in kept["attempts"]) for key in ("seconds", "rows"))
+        tries = f", {len(kept['attempts'])} attempts" if len(kept["attempts"]) > 1 else ""
+        lines.append(
+            f"| {part.name} | {part.question} | {kept['status'] or 'not begun'}{tries} | {rows or ''} | {part.seconds:.0f} | "
+            f"{taken:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def section(parts: list[Part], state: dict[str, Any], environments: Rows, shown: str) -> Iterator[str]:
+    """Results and failures of a benchmark's parts."""
+    benchmark = parts[0].benchmark
+    rows = rows_of(state, benchmark)
+    yield f"## {', '.join(dict.fromkeys(part.question for part in parts))}"
+    asked = [f"{part.name}: `python {shlex.join(part.python)}`" for part in parts]
+    predicted = [f"; predicted: {part.predicted}" if part.predicted else "" for part in parts]
+    yield "\n".join(f"- {question}{expected}" for question, expected in zip(asked, predicted, strict=True))
+    if rows:
+        yield guarded(lambda: table_of(parts[0], rows))
+        of_rows = state["rows"][benchmark]["environments"]
+        numbers = {environments.index(of_rows[row["environment"]]) + 1 for row in rows}
+        yield f"Measured in environment {', '.join(map(str, sorted(numbers)))}."
+    if benchmark == "step":
+        yield guarded(lambda: anchors(rows))
+        yield guarded(lambda: predictions(rows))
+    if shown:
+        yield shown
+    failed = [row for row in rows if "failed" in row]
+    if failed:
+        yield "Rows that failed:\n\n" + "\n".join(f"- {cell(row['name'])}: {cell(row['failed'])}{trace(row)}" for row in failed)
+    yield from (ending(part, state["parts"][part.name]) for part in parts if state["parts"][part.name]["status"] != "done")
+
+
+def trace(row: dict[str, Any]) -> str:
+    """Where a row failed, for more than want of memory."""
+    if "trace" not in row or row["failed"] == OUT_OF_MEMORY:
+        return ""
+    lines = ["```", *row["trace"].splitlines()[-TRACE_LINES:], "```"]
+    return "\n\n" + "\n".join(f"  {line}" for line in lines) + "\n"
+
+
+def ending(part: Part, kept: dict[str, Any]) -> str:
+    """How a part that is not done ended, with the last lines of its output."""
+    ends = "\n".join(
+        f"- attempt {number}: {attempt['ended']}, after {attempt['seconds']:.0f} s and {attempt['rows']} new rows"
+        for number, attempt in enumerate(kept["attempts"], 1)
+    )
+    tail = "\n".join(kept["tail"])
+    return f"{part.name} is not complete:\n\n{ends}\n\n```\n{tail}\n```"
+
+
+def described(environment: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {value}" if name != "device" else str(value) for name, value in environment.items() if value is not None
+    )
+
+
+REHEARSED = """# Rehearsal of the campaign on a CPU
+
+Tiny models, few levers, and failures on purpose: every path of the campaign ran, and **no number here says
+anything about a GPU**."""
+
+
+def report(state: dict[str, Any], output: Path) -> str:
+    """Draws the charts; returns the whole as Markdown."""
+    parts = rehearsal() if state["rehearsal"] else PLAN
+    environments = every_environment(state)
+    shown = draw_charts(state, output)
+    where = "\n".join(f"{number}. {described(environment)}" for number, environment in enumerate(environments, 1))
+    pieces = [REHEARSED if state["rehearsal"] else "# Campaign", "Environments:\n\n" + where, overview(state, parts)]
+    begun = [part for part in parts if (state["parts"].get(part.name) or {}).get("attempts")]
+    for benchmark in dict.fromkeys(part.benchmark for part in begun):
+        of_it = [part for part in begun if part.benchmark == benchmark]
+        pieces += section(of_it, state, environments, shown.get(benchmark, ""))
+    waiting = [f"- {part.name}: {part.seconds:.0f} s by estimate ({part.assumption})" for part in parts if part not in begun]
+    if waiting:
+        pieces.append("## Not begun yet\n\n" + "\n".join(waiting))
+    calls = "\n".join(f"- {call['began']}: {', '.join(call['parts']) or 'nothing'}" for call in state["calls"])
+    return "\n\n".join([*pieces, f"## Calls\n\n{calls}"]) + "\n"
+
+
+def every_environment(state: dict[str, Any]) -> Rows:
+    """The environments of calls and of rows, each once."""
+    kept = [rows["environments"] for rows in state["rows"].values()]
+    found: Rows = []
+    for environment in [*state["environments"], *(environment for environments in kept for environment in environments)]:
+        if environment not in found:
+            found.append(environment)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("benchmarks.campaign.report", description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=Path, help="of the campaign")
+    output = parser.parse_args().directory
+    state = json.loads((output / "campaign.json").read_text())
+    write_text(output / "campaign.md", report(state, output))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Questions about what stands between images and a step: encoding, shards, the loader."""

@@ -1,0 +1,1 @@
+"""Questions about single operations: how fast, against what, and what they compile to."""

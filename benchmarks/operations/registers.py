@@ -1,0 +1,245 @@
+"""What do the kernels compile to? Instructions, registers, shared memory, spills, width of loads; needs no GPU.
+
+    python -m benchmarks.operations.registers [--json]
+
+Compiled ahead of time. For NVIDIA, registers and shared memory are read with cuobjdump; spills are the local loads and stores
+(LDL, STL) that nvdisasm finds, and `wide` is how many of the loads from and stores to global memory that move a tile are 128
+bits wide; `loops` are instructions of the normalisation's loops per 16 elements and thread, in brackets those of the special
+function unit. For AMD, registers, shared memory (LDS) and spills are in the metadata of the code object; `wide` counts dwordx4.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from engine.kernels.adamw_ema import BLOCK, VECTOR, adamw_ema_kernel
+from engine.kernels.add_noise import add_noise_kernel
+from engine.kernels.diffusion_loss import diffusion_loss_kernel
+from engine.kernels.group_norm_silu import group_norm_silu_backward_kernel, group_norm_silu_kernel, tiling
+from engine.kernels.layout import positions_of, strides, tile
+from engine.kernels.square_sum import BLOCK as SQUARE_SUM_BLOCK
+from engine.kernels.square_sum import TURNS, square_sum_kernel
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = list(_TORCH_DTYPES)
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_INTEGERS = {"seed_pointer": "*i64", "slot_pointer": "*i64"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One specialisation of a kernel, as the JIT would choose it.
+
+    variant: what it is called; constants: its compile-time arguments; samples: the pointers that have the data's dtype;
+    integers: the values of its integer arguments, of which the JIT looks whether they are 1 or multiples of 16.
+    moved: how many elements a program handles in one turn of its loops.
+    """
+
+    kernel: Any
+    variant: str
+    constants: dict[str, Any]
+    samples: tuple[str, ...]
+    integers: dict[str, int] = field(default_factory=dict)
+    options: dict[str, int] = field(default_factory=dict)
+    moved: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__.removesuffix("_kernel")
+
+
+def _latent_cases() -> list[Case]:
+    """`add_noise` and `diffusion_loss` over latents: of SD with every option on; then plain, as most runs are, of all families.
+
+    In the tiles that engine.kernels.layout chooses.
+    """
+    kinds: dict[str, tuple[tuple[int, ...], torch.memory_format, bool]] = {
+        "contiguous": ((4, 64, 64), torch.contiguous_format, True),
+        "channels_last": ((4, 64, 64), torch.channels_last, True),
+        "flat": ((4, 5, 7), torch.contiguous_format, True),
+        "plain": ((4, 64, 64), torch.contiguous_format, False),
+        "plain, 1280": ((1280,), torch.contiguous_format, False),
+        "plain, 16 x 24 x 24": ((16, 24, 24), torch.contiguous_format, False),
+    }
+    cases = []
+    for variant, (shape, memory_format, every_option) in kinds.items():
+        latents = torch.empty(2, *shape, device="meta").contiguous(memory_format=memory_format)
+        tiling = tile(latents, shape[0])
+        flat = tiling.positions != positions_of(latents)
+        integers = {"channels": tiling.channels, "positions": tiling.positions, "channel_positions": positions_of(latents)}
+        for tensor in ("noisy", "mean", "prediction"):
+            for dimension, stride in zip(("batch", "channel", "position"), strides(latents, tiling), strict=True):
+                integers[f"{tensor}_{dimension}_stride"] = stride
+        constants = {
+            "HAS_STD": True, "HAS_OFFSET": every_option, "HAS_PERTURBATION": every_option, "FLAT": flat, "ROWS": tiling.rows,
+            "GROUPS": tiling.groups,
+        }  # fmt: skip
+        for kernel, samples in ((add_noise_kernel, ("noisy", "mean", "std")),
+                                (diffusion_loss_kernel, ("gradient", "prediction", "mean", "std"))):  # fmt: skip
+            known = {name: value for name, value in constants.items() if name in kernel.arg_names}
+            cases.append(Case(kernel, variant, known, samples, integers, {"num_warps": tiling.num_warps}))
+    return cases
+
+
+def _group_norm_cases(dtype: str, target: str) -> list[Case]:
+    """At the highest resolution of SD (groups of 10 channels), further down (40), and for the decoder's 1152 channels (36)."""
+    found = []
+    for group, positions in ((10, 64 * 64), (40, 16 * 16), (36, 16 * 16)):
+        for kernel, samples, tensors in (
+            (group_norm_silu_kernel, ("y", "x", "weight", "bias"), 1),
+            (group_norm_silu_backward_kernel, ("x_gradient", "y_gradient", "x", "weight", "bias"), 2),
+        ):
+            nvidia = TARGETS[target].backend == "cuda"
+            _, constants = tiling(32 * group, positions, 32, _TORCH_DTYPES[dtype], nvidia, tensors)
+            options: dict[str, int] = {name: constants.pop(name) for name in ("num_warps", "maxnreg") if name in constants}
+            integers = {"positions": positions, "weight_stride": 0, "bias_stride": 0}
+            span = constants["GROUP"] * constants["GROUPS"]
+            moved = constants["STEPS"] * (constants["WIDTH"] // span) * span
+            known = {"SILU": True, **constants}
+            found.append(Case(kernel, f"{group} per group", known, samples, integers, options, moved))
+    return found
+
+
+_CASES = [
+    *_latent_cases(),
+    Case(adamw_ema_kernel, "any count", {"HAS_WEIGHTS": True, "HAS_EMA": True, "BLOCK": BLOCK, "VECTOR": VECTOR},
+         ("gradient", "weights"), {"elements": 859_520_964}),
+    Case(square_sum_kernel, "any count", {"BLOCK": SQUARE_SUM_BLOCK, "TURNS": TURNS, "VECTOR": VECTOR}, ("tensor",),
+         {"elements": 859_520_964}),
+]  # fmt: skip
+
+
+def cases(dtype: str, target: str) -> list[Case]:
+    return _CASES + _group_norm_cases(dtype, target)
+
+
+def compile_case(case: Case, dtype: str, target: GPUTarget) -> Any:
+    """Compiles one specialisation, for pointers that are aligned."""
+    signature, constants, aligned = {}, dict(case.constants), []
+    for parameter in case.kernel.params:
+        name, value = parameter.name, case.integers.get(parameter.name)
+        if value == 1 and not parameter.do_not_specialize:
+            constants[name] = 1
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_pointer"):
+            sample = name.removesuffix("_pointer") in case.samples
+            signature[name] = _INTEGERS.get(name, f"*{dtype}" if sample else "*fp32")
+            aligned.append(parameter.num)
+        elif value is None:
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                aligned.append(parameter.num)
+    attributes = {(number,): [["tt.divisibility", 16]] for number in aligned}
+    source = ASTSource(case.kernel, signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=target, options=case.options)
+
+
+def usage(compiled: Any, target: GPUTarget) -> dict[str, Any]:
+    """Instructions, registers per thread, bytes of shared memory, spills, and which loads and stores are 128 bits wide."""
+    if target.backend == "hip":
+        assembly = compiled.asm["amdgcn"]
+        spills = sum(int(n) for n in re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s*(\d+)", assembly))
+        loads, stores = (re.findall(rf"\b(?:global|buffer)_{kind}_(\w+)", assembly) for kind in ("load", "store"))
+        wide = [sum(width.startswith("dwordx4") for width in found) for found in (loads, stores)]
+        registers = int(re.findall(r"\.vgpr_count:\s*(\d+)", assembly)[0])
+        instructions = len(re.findall(r"^\s+[vsdgb]\w*_\w+", assembly, re.MULTILINE))
+        loops = []
+    else:
+        with tempfile.TemporaryDirectory() as directory:
+            cubin = Path(directory) / "kernel.cubin"
+            cubin.write_bytes(compiled.asm["cubin"])
+            resources = _run("cuobjdump", "--dump-resource-usage", str(cubin))
+            assembly = _run("nvdisasm", "--print-code", str(cubin))
+        spills = len(re.findall(r"\b(?:LDL|STL)\b", assembly))
+        loads, stores = (re.findall(rf"\b{kind}\.E([\w.]*)", assembly) for kind in ("LDG(?:STS)?", "STG"))
+        wide = [sum(".128" in width for width in found) for found in (loads, stores)]
+        registers = int(re.findall(r"REG:(\d+)", resources)[0])
+        instructions = len(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?[A-Z]", assembly))
+        loops = _loops(assembly)
+    return {
+        "instructions": instructions, "registers": registers, "shared": compiled.metadata.shared, "spills": spills,
+        "loads": len(loads), "wide_loads": wide[0], "stores": len(stores), "wide_stores": wide[1],
+        "loops": loops,
+    }  # fmt: skip
+
+
+def _loops(assembly: str) -> list[tuple[int, int]]:
+    """Of each loop, in order: its instructions, and those of the special function unit among them."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    loops = []
+    for label, instruction in re.findall(r"^\s*\.(L_x_\d+):|/\*[0-9a-f]{4,}\*/\s+([^;]+);", assembly, re.MULTILINE):
+        if label:
+            labels[label] = len(instructions)
+            continue
+        instructions.append(instruction)
+        target = re.search(r"\bBRA\b.*\.(L_x_\d+)", instruction)
+        # A branch to itself pads the end of a kernel.
+        if target and labels.get(target[1], len(instructions)) < len(instructions) - 1:
+            body = instructions[labels[target[1]] :]
+            loops.append((len(body), sum("MUFU" in line for line in body)))
+    return loops
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([str(_TOOLS / tool), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def measure_one(work: tuple[int, str, str]) -> dict[str, Any]:
+    number, dtype, target = work
+    case = cases(dtype, target)[number]
+    names = {"kernel": case.name, "target": target, "variant": case.variant, "dtype": dtype}
+    row = names | usage(compile_case(case, dtype, TARGETS[target]), TARGETS[target])
+    # A thread's share of what a program handles in one turn; lanes without an element do not count.
+    elements = case.moved / (TARGETS[target].warp_size * case.options.get("num_warps", 4))
+    row["loops"] = [[round(16 * count / elements) for count in loop] for loop in row["loops"]] if elements else []
+    return row
+
+
+def measure() -> list[dict[str, Any]]:
+    work = [(number, dtype, target) for number in range(len(cases("bf16", "sm_90"))) for target in TARGETS for dtype in DTYPES]
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(measure_one, work))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("benchmarks.operations.registers", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    as_json = parser.parse_args().json
+    rows = measure()
+    if as_json:
+        print(json.dumps(rows))
+        return 0
+    print(f"{'kernel':26}{'variant':22}{'target':8}{'dtype':6}{'instructions':>13}{'registers':>10}{'shared':>8}{'spills':>8}"
+          f"{'wide loads':>12}{'wide stores':>13}  loops")  # fmt: skip
+    for row in rows:
+        loads, stores = (f"{row[f'wide_{kind}']} of {row[kind]}" for kind in ("loads", "stores"))
+        print("{kernel:26}{variant:22}{target:8}{dtype:6}{instructions:>13}{registers:>10}{shared:>8}{spills:>8}".format(**row)
+              + f"{loads:>12}{stores:>13}  " + " + ".join("{} ({})".format(*loop) for loop in row["loops"]))  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

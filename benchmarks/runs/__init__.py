@@ -1,0 +1,1 @@
+"""Questions about whole runs, of one process and of several."""

@@ -1,0 +1,168 @@
+"""Does a step in bf16, captured, learn as one in fp32 without? `python -m benchmarks.steps.curves [--sides NAME...]`
+
+The published sizes with random weights train for `--steps` steps on each of `SIDES`, from the same weights, on the same
+records, noise and timesteps, which are functions of the seed: losses differ by the arithmetic alone.
+
+Judged over the last half of the steps, against the first side (fp8: against bf16): the mean difference of the two losses, step
+by step, is within noise where it is no larger than two standard errors of the other side's mean loss, which varies with each
+step's samples and timesteps. `paired` is the mean difference in its own standard errors: how sure it is that there is one at
+all, however small.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Iterator
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import engine.quiet  # noqa: F401 (before the libraries that it quiets)
+
+# isort: split
+from matplotlib.figure import Figure
+
+from benchmarks.tools.charts import save
+from benchmarks.tools.levers import Lever
+from benchmarks.tools.opened import AIMS, opened
+from benchmarks.tools.published import TINY
+from benchmarks.tools.rows import Rows
+from benchmarks.tools.sides import EngineSide
+from benchmarks.tools.tables import markdown, problem
+from engine.data.samples.loader import Batch
+from engine.quiet import quiet_libraries
+
+# Side -> precision, and options of the engine.
+SIDES: dict[str, tuple[str, dict[str, Any]]] = {
+    "fp32, eager": ("no", {"cuda_graphs": "off"}),
+    "bf16, captured": ("bf16", {"compile": True}),
+    "fp8, captured": ("bf16", {"compile": True, "matrix_precision": "fp8"}),
+}
+BASES = {"fp8, captured": "bf16, captured"}  # what a side is compared with, where that is not the first
+# Checkpoint -> batch; those of the decoder at 768 px and of 512 px train the same model.
+BATCHES = {"SD 1.5, 512 px": 4, "Kandinsky 2.2 prior": 32, "Kandinsky 2.2 decoder, 512 px": 4, "Wuerstchen v2 prior, 768 px": 4}
+RECORDS = 8  # batches of records, seen again and again
+LEARNING_RATE = 1e-4
+WINDOW = 10  # steps of the running mean in the picture
+EXPECTED_SECONDS = {False: 120, True: 300}  # of a side, uncompiled in fp32 or compiled from cold caches; assumed
+
+
+def batches(family: Any, size: int, device: torch.device) -> Iterator[Batch]:
+    """Batches of the endless sequence of slots over a few random records."""
+    generator = torch.Generator(device).manual_seed(7)
+    records = []
+    for _ in range(RECORDS):
+        drawn = {name: torch.randn(size, *spec.shape, generator=generator, device=device)
+                 for name, spec in family.record_spec.items()}  # fmt: skip
+        if family.std:
+            drawn[family.std] = drawn[family.std].abs()
+        records.append({name: values.to(family.record_spec[name].dtype) for name, values in drawn.items()})
+    for number in count():
+        slots = torch.arange(number * size, (number + 1) * size)
+        timesteps = family.schedule.draw(torch.tensor([7]), slots)
+        coefficients = family.schedule.coefficients(timesteps)
+        yield Batch(records[number % RECORDS], slots.to(device), timesteps.to(device), coefficients.to(device))
+
+
+def losses(name: str, side: str, steps: int, device: torch.device) -> dict[str, Any]:
+    """The loss of every step of a checkpoint, or tiny family, on one side."""
+    precision, options = SIDES[side]
+    lever = Lever(side, options)
+    with opened(name, device, mixed_precision=precision if device.type == "cuda" else "no") as (family, _, _), lever.applied():
+        torch.backends.cudnn.allow_tf32 = False  # torch's default would round what fp32 convolutions multiply to 10 bits
+        torch.manual_seed(7)
+        sequence = batches(family, BATCHES.get(name, 4), device)
+        training = EngineSide(family, lever, next(sequence), device).training
+        seen = []
+        for _ in range(steps):
+            training._train_step(sequence, LEARNING_RATE)
+            seen.append(training.metrics.loss_sum.clone())
+            training.metrics.loss_sum.zero_()
+        torch._dynamo.reset()
+        return {"losses": torch.stack(seen).tolist()}
+
+
+def judge(base: list[float], other: list[float]) -> dict[str, Any]:
+    """Whether the losses of two sides differ by more than noise, over the last half of the steps (as above)."""
+    half = len(base) // 2
+    base, other = base[half:], other[half:]
+    if not all(map(math.isfinite, [*base, *other])):
+        return {"failed": "a loss is not finite"}
+    differences = [b - a for a, b in zip(base, other, strict=True)]
+    mean, error = statistics.mean(differences), statistics.stdev(base) / math.sqrt(len(base))
+    paired = statistics.stdev(differences) / math.sqrt(len(differences))
+    return {
+        "base_loss": statistics.mean(base), "loss": statistics.mean(other), "difference": mean,
+        "two_standard_errors": 2 * error,
+        "within_noise": abs(mean) <= 2 * error, "paired": mean / paired if paired else 0.0,
+    }  # fmt: skip
+
+
+def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every side of every checkpoint against the first that was measured on the same device, or as `BASES` says."""
+    result = []
+    for row in rows:
+        alike = [r for r in rows if (r["checkpoint"], r["device"]) == (row["checkpoint"], row["device"]) and not problem(r)]
+        base = next((r for r in alike if r["side"] == BASES.get(row["side"])), alike[0] if alike else row)
+        about = {"checkpoint": row["checkpoint"], "side": row["side"], "base": base["side"]}
+        if problem(row):
+            result.append(about | {"failed": problem(row)})
+        elif base is not row:
+            result.append(about | judge(base["losses"], row["losses"]))
+    return result
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    return markdown(verdicts(rows), {
+        "model": "checkpoint", "side": "side", "against": "base", "loss": "loss", "its loss": "base_loss",
+        "difference": "difference", "two standard errors": "two_standard_errors", "within noise": "within_noise",
+        "paired": "paired",
+    })  # fmt: skip
+
+
+def chart(rows: list[dict[str, Any]], path: Path) -> None:
+    """The curves of every checkpoint in a panel, each as a running mean over `WINDOW` steps."""
+    measured = [row for row in rows if not problem(row)]
+    names = list(dict.fromkeys(row["checkpoint"] for row in measured))
+    height = max(-(-len(names) // 2), 1)
+    figure = Figure(figsize=(11, 3.2 * height), layout="constrained")
+    panels = figure.subplots(height, 2, squeeze=False).flat
+    for panel, name in zip(panels, names, strict=False):
+        for row in (row for row in measured if row["checkpoint"] == name):
+            values = row["losses"]
+            means = [statistics.mean(values[max(0, step - WINDOW + 1) : step + 1]) for step in range(len(values))]
+            panel.plot(range(1, len(values) + 1), means, linewidth=1, label=row["side"])
+        panel.set(title=name, xlabel="step", ylabel="loss")
+        panel.legend(fontsize=8, frameon=False)
+        panel.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("benchmarks.steps.curves", description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="a few thousand weights instead of the published size")
+    parser.add_argument("--checkpoints", nargs="+", choices=[*AIMS, *TINY], help="default: all but the decoder at 768 px")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES)[:2], help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=200, help="default: %(default)s")
+    parser.add_argument("--json", type=Path, help="keep the rows there, and go on from those that are there")
+    parser.add_argument("--minutes", type=float, help="begin no side that would not end in time")
+    options = parser.parse_args()
+    quiet_libraries()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kept = Rows(options.json, __doc__, options.minutes)
+    rows = []
+    for name in options.checkpoints or (list(TINY) if options.tiny else list(BATCHES)):
+        for side in options.sides:
+            seconds = 5 if name in TINY else EXPECTED_SECONDS["compile" in SIDES[side][1]]
+            work = partial(losses, name, side, options.steps, device)
+            rows.append(kept.measure(f"{name}: {side}", seconds, work, checkpoint=name, side=side))
+    print(table(rows))
+    return kept.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

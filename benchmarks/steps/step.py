@@ -1,0 +1,224 @@
+"""How fast is a training step, and what does each lever give? `python -m benchmarks.steps.step [--checkpoints NAME...]`
+
+Per checkpoint (the published sizes with random weights, over a batch that stays on the device) one row per lever and batch; the
+levers are `LEVERS`: the diffusers recipe (benchmarks/tools/plain.py) and then the engine, each with what the one before has.
+Rows that leave the defaults alone are what a user gets, with and without `--compile`.
+
+Each row is kept in FILE the moment it is measured, and a further call goes on with what is missing (exit code 75 says that
+something is): with `--minutes`, no row begins that would not end in time. A row fails, and only it, unless its optimizer moved
+the weights, skipped no step and left everything finite, and where steps should be captured, unless the graph was there before
+the first window.
+
+Batches are the largest powers of two, up to `AIMS`, for which the recipe's memory should fit the card (`largest_batch`). Where
+the recipe then still runs out of memory, every lever of that checkpoint takes half the batch, so that ratios stay fair.
+
+Model FLOP utilisation is against a matrix product of the same precision measured beforehand, and against the card's data
+sheet. `--sweep` runs what `--compile` gives at further batch sizes. `--tiny` takes models of a few thousand weights, to try the
+benchmark itself.
+"""
+
+import argparse
+import gc
+import math
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import engine.quiet  # noqa: F401 (before the libraries that it quiets)
+
+# isort: split
+from torch import nn
+from tqdm import tqdm
+
+from benchmarks.tools.cost import Cost
+from benchmarks.tools.levers import LEVERS, SHIPPED, Lever
+from benchmarks.tools.opened import AIMS, PRECISION, TINY_AIM, opened
+from benchmarks.tools.published import TINY
+from benchmarks.tools.rows import OUT_OF_MEMORY, Rows
+from benchmarks.tools.sides import WARM_UP, check, open_side, sample
+from benchmarks.tools.timing import data_sheet_flops_per_second, spread, synchronize
+from benchmarks.tools.waterfall import table
+from engine.loop.metrics import matrix_flops_per_second
+from engine.loop.trainer import keep_compiled_code
+from engine.models.family import PRECISIONS
+from engine.quiet import quiet_libraries
+
+WINDOWS = 7
+WINDOW_SECONDS = 1.5  # or one step, where that takes longer
+
+
+def measure_lever(family: Any, lever: Lever, size: int, device: torch.device, window_seconds: float) -> dict[str, Any]:
+    """Samples per second (median and quartiles over windows), the loss, and peak memory.
+
+    Raises:
+        RuntimeError: a step did not do what it should; and whatever a step raises.
+    """
+    gpu, held = device.type == "cuda", set(vars(family))
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        with lever.applied():
+            started = time.perf_counter()
+            side = open_side(family, lever, size, device)
+            before = sample(side.weights)
+            for _ in range(WARM_UP):
+                side.step()
+            graphs = side.graphs()
+            synchronize(device)
+            ready = time.perf_counter()
+            side.step()
+            synchronize(device)
+            steps = max(1, math.ceil(window_seconds / (time.perf_counter() - ready)))
+            rates = []
+            for _ in range(WINDOWS):
+                synchronize(device)
+                window = time.perf_counter()
+                for _ in range(steps):
+                    side.step()
+                synchronize(device)
+                rates.append(steps * size / (time.perf_counter() - window))
+        row = dict(zip(("samples_per_second", "low", "high"), spread(rates), strict=True))
+        row |= {"steps_per_window": steps, "ready_seconds": ready - started, "graphs": graphs}
+        if gpu:
+            allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            row |= {"memory_gib": allocated / 2**30, "reserved_gib": reserved / 2**30}
+        if side.graphs() != graphs:
+            raise RuntimeError("a graph was captured within a window")
+        return row | check(side, before)
+    finally:
+        for name in set(vars(family)) - held:
+            delattr(family, name)  # the encoders, also where loading them failed half-way
+        torch._dynamo.reset()
+        gc.collect()
+
+
+def expected_seconds(lever: Lever, cost: Cost, size: int, cached_code: bool) -> float:
+    """How long a row should take on an H100. Assumed, not measured, and meant to be too long rather than too short:
+
+    - 15 s to draw weights and open the training, 15 more for the encoders (up to 2.5 billion weights);
+    - torch.compile from cold caches 0.1 s per million parameters twice over (some 180 s for SD), five times that for
+      max-autotune; 40 s with warm ones, mostly tracing;
+    - steps at 12 % of 800 TFLOP/s, with encoders twice as long; and windows of `WINDOW_SECONDS`, or of one step.
+    """
+    opening = 15 + 15 * lever.encoders
+    cold = 0.2e-6 * cost.parameters * (5 if "compile_mode" in (lever.options or {}) else 1)
+    compiling = (min(40, cold) if cached_code else cold) if lever.compiles else 0.0
+    step = size * cost.training_flops / (0.12 * 800e12) * (1 + lever.encoders)
+    return opening + compiling + (WARM_UP + 1) * step + WINDOWS * max(WINDOW_SECONDS + step, step)
+
+
+def row_name(checkpoint: str, lever: Lever, size: int) -> str:
+    return f"{checkpoint}: {lever.name}, batch {size}"
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint, or tiny family, under measurement."""
+
+    name: str
+    family: Any
+    cost: Cost
+    peak: dict[str, Any]
+    device: torch.device
+    rows: Rows
+
+    def waterfall(self, levers: list[Lever], size: int) -> list[dict[str, Any]]:
+        """A row for every lever; at half the batch where the recipe needs too much memory."""
+        measured: list[dict[str, Any]] = []
+        seen: list[Any] = []
+        for lever in tqdm(levers, desc=f"{self.name}, batch {size}", disable=None, leave=False):
+            row = self.measure(lever, size, lever.form in seen)
+            measured.append(row)
+            if row_name(self.name, lever, size) in self.rows.begun:  # rows of an earlier call may be another machine's
+                seen.append(lever.form)
+            if lever.options is None and row.get("failed") == OUT_OF_MEMORY and size > 1:
+                return measured + self.waterfall(levers, size // 2)
+        return measured
+
+    def measure(self, lever: Lever, size: int, cached_code: bool) -> dict[str, Any]:
+        def work() -> dict[str, Any]:
+            row = measure_lever(self.family, lever, size, self.device, 0.0 if self.name in TINY else WINDOW_SECONDS)
+            flops = row["samples_per_second"] * self.cost.training_flops
+            row |= {"training_flops_per_sample": self.cost.training_flops, "bytes_per_step": self.cost.bytes_per_step(size)}
+            return row | {f"mfu_{kind}": flops / value for kind, value in self.peak.items() if value}
+
+        about = {"checkpoint": self.name, "family": self.family.config.family, "lever": lever.name, "batch": size,
+                 "settings": lever.settings, "precision": self.family.config.mixed_precision}  # fmt: skip
+        seconds = 5.0 if self.name in TINY else expected_seconds(lever, self.cost, size, cached_code)
+        return self.rows.measure(row_name(self.name, lever, size), seconds, work, **about)
+
+
+def measured_peak(rows: Rows, device: torch.device, precision: str) -> dict[str, Any]:
+    """Operations per second of a matrix product, `measured` here and by the card's `data_sheet`; None where unknown."""
+
+    def work() -> dict[str, Any]:
+        promised = data_sheet_flops_per_second(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        return {"measured": matrix_flops_per_second(device, PRECISIONS[precision]), "data_sheet": promised}
+
+    row = rows.measure(f"matrix product, {precision}", 10, work)
+    return {kind: row.get(kind) for kind in ("measured", "data_sheet")}
+
+
+def measure_all(
+    rows: Rows,
+    names: list[str],
+    device: torch.device,
+    batch: int | None = None,
+    sweep: bool = False,
+    wanted: Iterable[str] = (),
+) -> list[dict[str, Any]]:
+    """Every checkpoint, or tiny family, in turn.
+
+    Args:
+        batch: of the waterfalls, instead of each checkpoint's own.
+        wanted: names of levers; none for all.
+    """
+    precision = PRECISION[device.type]
+    if device.type == "cuda":
+        # At its first choice torch writes its order of attention's kernels, which every row then starts from.
+        nn.functional.scaled_dot_product_attention(*torch.zeros(3, 1, 1, 8, 64, device=device, dtype=torch.bfloat16))
+    peak = measured_peak(rows, device, precision)
+    measured = []
+    for name in names:
+        with opened(name, device) as (family, cost, size):
+            checkpoint = Checkpoint(name, family, cost, peak, device, rows)
+            levers = [lever for lever in LEVERS if lever.fits(family.config.family) and (not wanted or lever.name in wanted)]
+            measured += checkpoint.waterfall(levers, batch or size)
+            for further in AIMS.get(name, TINY_AIM)[1] if sweep else ():
+                measured.append(checkpoint.measure(SHIPPED, further, True))
+    return measured
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("benchmarks.steps.step", description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="a few thousand weights instead of the published size")
+    parser.add_argument("--checkpoints", nargs="+", choices=[*AIMS, *TINY], help="default: all")
+    parser.add_argument("--levers", nargs="+", choices=[lever.name for lever in LEVERS], default=[], help="default: all")
+    parser.add_argument("--without", nargs="+", choices=[lever.name for lever in LEVERS], default=[], help="leave these out")
+    parser.add_argument("--batch", type=int, help="batch of the waterfall, instead of each checkpoint's own")
+    parser.add_argument("--sweep", action="store_true", help="measure further batch sizes too")
+    parser.add_argument("--minutes", type=float, help="begin no row that would not end in time")
+    parser.add_argument("--json", type=Path, help="keep the rows there, and go on from those that are there")
+    parser.add_argument("--compile_cache_dir", type=Path, help="keep compiled code there (default: as torch's variables say)")
+    options = parser.parse_args()
+    quiet_libraries()
+    if options.compile_cache_dir:
+        keep_compiled_code(options.compile_cache_dir)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = Rows(options.json, __doc__, options.minutes)
+    names = options.checkpoints or (list(TINY) if options.tiny else list(AIMS))
+    wanted = [
+        lever.name for lever in LEVERS if lever.name in (options.levers or [lever.name]) and lever.name not in options.without
+    ]
+    measured = measure_all(rows, names, device, options.batch, options.sweep, wanted)
+    print(table(measured))
+    return rows.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What questions share: they import from here, and never from each other."""

@@ -1,0 +1,102 @@
+"""The levers of a training step's speed: the diffusers recipe, and then the engine, each with what the one before has."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, get_args
+
+import torch
+from torch.nn.attention import _cur_sdpa_kernel_backends, sdpa_kernel
+
+from engine.config.options import TrainConfig
+from engine.config.schema import options_lacking
+from engine.models.training_form import FUSE_NORMS_WHEN_COMPILED, fusing
+
+CONVOLUTIONAL = ("sd", "kandinsky-decoder", "wuerstchen")
+NORMALISED = ("sd", "kandinsky-decoder")  # with group normalisation
+TRANSFORMERS = ("kandinsky-prior", "wuerstchen")
+
+
+@dataclass(frozen=True)
+class Lever:
+    """What is measured: the recipe, or the engine with options of its command line.
+
+    options: of the engine; None for the recipe.
+    encoders: images and captions are encoded in every step.
+    best: the recipe with what no script has.
+    projections, norms: of the training form, where they differ from what ships (`training_form.fusing`).
+    cudnn_benchmark: likewise.
+    families: that have what the lever changes; none for all.
+    """
+
+    name: str
+    options: dict[str, Any] | None = None
+    encoders: bool = False
+    best: bool = False
+    projections: bool | None = None
+    norms: bool | None = None
+    cudnn_benchmark: bool | None = None
+    families: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it sets, to be kept beside what was measured."""
+        unset = (None, False, ())
+        return {name: value for name, value in asdict(self).items() if name not in ("name", "families") and value not in unset}
+
+    @property
+    def compiles(self) -> bool:
+        return self.best or bool(self.options and self.options.get("compile"))
+
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """What torch.compile makes anew: the same again comes from its cache."""
+        options = {name: value for name, value in (self.options or {}).items() if name != "cuda_graphs"}
+        norms = FUSE_NORMS_WHEN_COMPILED if self.norms is None else self.norms
+        return self.best, self.options is None, sorted(options.items()), self.projections, norms
+
+    def fits(self, family: str) -> bool:
+        """Whether a family has what the lever changes, and this engine its options."""
+        lacking = options_lacking(TrainConfig, family)
+        known = TrainConfig.model_fields
+        options = (self.options or {}).items()
+        return (not self.families or family in self.families) and all(
+            name in known and name not in lacking and (value in get_args(known[name].annotation) or isinstance(value, bool))
+            for name, value in options
+        )
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Models opened and first called inside have the lever's form; torch's settings are afterwards as before."""
+        matmul, cudnn, compiler = torch.backends.cuda.matmul, torch.backends.cudnn, torch.compiler.config
+        before = matmul.allow_tf32, cudnn.benchmark, cudnn.allow_tf32, compiler.cache_key_tag
+        try:
+            # The engine sets the order of attention's kernels for the process; the recipe has torch's own.
+            kernels = _cur_sdpa_kernel_backends(with_priority=True)
+            with fusing(self.norms, self.projections), sdpa_kernel(kernels, set_priority=True):
+                yield
+        finally:
+            matmul.allow_tf32, cudnn.benchmark, cudnn.allow_tf32, compiler.cache_key_tag = before
+
+
+UNCAPTURED = {"cuda_graphs": "off"}
+EAGER = Lever("stacked projections", UNCAPTURED, cudnn_benchmark=False)
+SHIPPED = Lever("compiled and captured", {"compile": True})
+LEVERS = [
+    Lever("recipe", encoders=True),
+    Lever("recipe at its best", encoders=True, best=True),
+    Lever("recipe, cached"),
+    Lever("recipe at its best, cached", best=True),
+    # bf16 weights, channels last, and fused noise, loss, norms and AdamW.
+    Lever("engine", UNCAPTURED, projections=False, cudnn_benchmark=False),
+    EAGER,
+    Lever("cuDNN's search", UNCAPTURED, cudnn_benchmark=True, families=CONVOLUTIONAL),
+    Lever("captured", {}),
+    Lever("compiled", {"compile": True, **UNCAPTURED}, norms=False),
+    Lever("compiled, own norms", {"compile": True, **UNCAPTURED}, norms=True, families=NORMALISED),
+    SHIPPED,
+    # Beside "captured", since no kernel of attention needs torch.compile, and each would compile the model anew.
+    *(Lever(f"captured, {kind} attention", {"attention": kind}) for kind in ("cudnn", "flash", "efficient")),
+    Lever("max-autotune", {"compile": True, "compile_mode": "max-autotune-no-cudagraphs"}),
+    Lever("fp8 matrix products", {"compile": True, "matrix_precision": "fp8"}, families=TRANSFORMERS),
+]

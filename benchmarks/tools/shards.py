@@ -1,0 +1,29 @@
+"""Shards of random rows, of any shape and number, that the engine reads as any other."""
+
+from pathlib import Path
+
+import torch
+
+from engine.data.format import Field, Index, ShardEntry, shard_name, write_shard
+from engine.files import digest
+
+SHARD = 8192  # records of a shard
+
+
+def write_shards(directory: Path, records: int, family: str, fields: dict[str, Field]) -> None:
+    """Shards of `records` records with an image and, where fields are a caption's, a caption each, whose rows are random."""
+    entries: list[ShardEntry] = []
+    captioned = any(field.per == "caption" for field in fields.values())
+    for first in range(0, records, SHARD):
+        count = min(SHARD, records - first)
+        numbers = torch.arange(first, first + count)
+        offsets = torch.arange(count + 1)
+        rows = {name: torch.randn(count, *field.shape).to(field.dtype) for name, field in fields.items()}
+        described = {
+            "source": numbers, "image_offsets": offsets, "caption_offsets": offsets.clone() * captioned,
+            "caption_numbers": numbers.clone() if captioned else numbers[:0].clone(),
+        }  # fmt: skip
+        path = directory / shard_name(len(entries))
+        write_shard(path, rows | described, {})
+        entries.append(ShardEntry(path.name, count, count, count * captioned, path.stat().st_size, digest(path)))
+    Index(family, "", {}, {}, fields, entries, []).write(directory)

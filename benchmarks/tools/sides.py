@@ -1,0 +1,143 @@
+"""Trainings that a question steps by hand: the engine's own, or the recipe's, on batches that are ready, with a lever."""
+
+import math
+from collections.abc import Iterable
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.tools.levers import Lever
+from benchmarks.tools.plain import PlainTraining, published_model
+from engine.backends import configure
+from engine.data.samples.loader import Batch, BatchPlan
+from engine.loop import capture
+from engine.loop.trainer import Training
+from engine.models.family import Family
+from engine.processes import Processes
+from examples.photographs import photographs
+
+WARM_UP = capture.WARM_UP + 3  # steps: as they are, one to capture, and replays
+LEARNING_RATE = 1e-5  # small beside the random weights, so that nothing diverges, and large enough to move each in fp32
+
+
+def random_batch(family: Family, size: int, device: torch.device) -> Batch:
+    """Random records of the family, with the timesteps and coefficients of the first slots."""
+    record = {}
+    for name, spec in family.record_spec.items():
+        values = torch.randn(size, *spec.shape, device=device)
+        record[name] = (values.abs() if name == family.std else values).to(spec.dtype)
+    seed, slots = torch.tensor([7]), torch.arange(size)
+    timesteps = family.schedule.draw(seed, slots)
+    return Batch(record, slots.to(device), timesteps.to(device), family.schedule.coefficients(timesteps).to(device))
+
+
+def sample(weights: Iterable[Tensor]) -> Tensor:
+    """Some 64 numbers of every weight."""
+    return torch.cat([weight.detach().flatten()[:: max(1, weight.numel() // 64)] for weight in weights])
+
+
+class EngineSide:
+    """The engine's own training, on one batch again and again."""
+
+    def __init__(self, family: Any, lever: Lever, batch: Batch, device: torch.device) -> None:
+        size = len(batch.slots)
+        config = family.training.model_copy(update={"use_ema": True, "train_batch_size": size, **(lever.options or {})})
+        configure(config)
+        run = {"seed": 7, "global_batch": size, "fingerprint": ""}
+        self.training = Training(
+            config, family, range(1000), BatchPlan(size, 1, 0, 1), Processes(), run, 10**6  # type: ignore[arg-type]
+        )  # fmt: skip
+        self.batches = repeat(batch)
+        self.captures = device.type == "cuda" and config.cuda_graphs != "off"
+
+    def step(self) -> None:
+        self.training._train_step(self.batches, LEARNING_RATE)
+
+    @property
+    def weights(self) -> list[Tensor]:
+        partition = self.training.partition
+        return [partition.view(piece, partition.masters) for piece in partition.slices]
+
+    def graphs(self) -> int:
+        """How many graphs its steps replay.
+
+        Raises:
+            RuntimeError: steps should be captured and are not, or are and should not.
+        """
+        captured = self.training.captured
+        graphs = sum(len(shape.graphs) for shape in captured.shapes.values()) if captured else 0
+        if bool(graphs) != self.captures:
+            raise RuntimeError(f"{graphs} graphs were captured, {'some' if self.captures else 'none'} should be")
+        return graphs
+
+    def loss(self) -> float:
+        """The mean loss of all steps.
+
+        Raises:
+            RuntimeError: a step was skipped, or a loss was not finite.
+        """
+        metrics, skipped = self.training.metrics, int(self.training.partition.optimizer.skipped)
+        offending = int((metrics.offending >= 0).sum())
+        if skipped or offending:
+            raise RuntimeError(f"{skipped} steps were skipped, {offending} losses and more were not finite")
+        return float(metrics.loss_sum) / metrics.steps
+
+
+class RecipeSide:
+    """The recipe, on one batch again and again; with encoders, on as many photographs, prepared as workers would."""
+
+    def __init__(self, family: Any, lever: Lever, batch: Batch, device: torch.device) -> None:
+        self.plain = PlainTraining(family, published_model(family).to(device), device, lever.best, LEARNING_RATE)
+        self.batch, self.images = batch, {}
+        self.captions: list[str] = []
+        if lever.encoders:
+            family.load_encoders(device)
+            pictures = list(photographs().items())
+            chosen = [pictures[number % len(pictures)] for number in range(len(batch.slots))]
+            distinct = {caption: family.prepare(image, 0)[0] for caption, image in pictures[: len(chosen)]}
+            self.captions = [caption for caption, _ in chosen]
+            prepared = [distinct[caption] for caption in self.captions]
+            images = {name: torch.stack([item[name] for item in prepared]) for name in prepared[0]}
+            pins = lever.best and device.type == "cuda"
+            self.images = {name: tensor.pin_memory() if pins else tensor for name, tensor in images.items()}
+
+    def step(self) -> None:
+        record = self.plain.encode(self.images, self.captions) if self.images else self.batch.record
+        self.plain.step(record, self.batch.timesteps, self.batch.coefficients)
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return self.plain.parameters
+
+    def graphs(self) -> int:
+        return 0
+
+    def loss(self) -> float:
+        return self.plain.loss
+
+
+def open_side(family: Any, lever: Lever, size: int, device: torch.device) -> EngineSide | RecipeSide:
+    """A training with a lever, ready for its first step; to be opened and stepped within `lever.applied()`."""
+    torch.manual_seed(7)
+    batch = random_batch(family, size, device)
+    side = (RecipeSide if lever.options is None else EngineSide)(family, lever, batch, device)
+    if lever.cudnn_benchmark is not None:
+        torch.backends.cudnn.benchmark = lever.cudnn_benchmark
+    return side
+
+
+def check(side: EngineSide | RecipeSide, before: Tensor) -> dict[str, Any]:
+    """The loss of a training, and the share of its weights that moved since a sample of them was taken.
+
+    Raises:
+        RuntimeError: something is not finite, or the optimizer left the weights alone.
+    """
+    loss, moved = side.loss(), float((sample(side.weights) != before).float().mean())
+    finite = all(bool(weight.isfinite().all()) for weight in side.weights)
+    if not math.isfinite(loss) or not finite:
+        raise RuntimeError(f"the loss is {loss}, the weights are {'' if finite else 'not '}finite")
+    if moved < 0.5:
+        raise RuntimeError(f"only {moved:.0%} of the weights moved")
+    return {"loss": loss, "moved": moved}

@@ -1,0 +1,217 @@
+"""The waterfall of levers: no row is lost, both sides of a ratio have one batch, and a step that does nothing has no rate."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.operations import kernels
+from benchmarks.steps import step
+from benchmarks.tools import cost, levers, opened, plain, published, rows, sides, waterfall
+from benchmarks.tools.compiling import compiling_cheaply
+from benchmarks.tools.rows import OUT_OF_MEMORY, Rows
+from engine.errors import TRY_AGAIN
+from engine.loop import attention
+from engine.models.training_form import ChannelsLastConv2d
+
+CPU = torch.device("cpu")
+PRIOR = "kandinsky-prior"
+
+
+@pytest.fixture
+def family(tmp_path):
+    return published.open_tiny(PRIOR, tmp_path, mixed_precision="no", output_dir=str(tmp_path / "out"))
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[tuple[str, int]]:
+    """What was measured, by name and batch, with rates that need no training."""
+    calls = []
+
+    def measure_lever(family, lever, size, device, window_seconds):
+        calls.append((lever.name, size))
+        return {"samples_per_second": 1.0 + len(calls), "low": 1.0, "high": 2.0 + len(calls)}
+
+    monkeypatch.setattr(step, "measure_lever", measure_lever)
+    monkeypatch.setattr(step, "matrix_flops_per_second", lambda device, dtype: 1e12)
+    monkeypatch.setattr(rows, "_release_memory", lambda: None)
+    return calls
+
+
+def names(rows: list[dict]) -> list[str]:
+    return [row["lever"] for row in rows]
+
+
+@pytest.mark.parametrize("lever", [levers.LEVERS[1], levers.LEVERS[2], levers.SHIPPED], ids=lambda lever: lever.name)
+def test_a_lever_trains_and_leaves_torch_as_it_was(family, lever, monkeypatch):
+    monkeypatch.setattr(step, "WINDOWS", 2)
+    settings = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
+    with compiling_cheaply():
+        row = step.measure_lever(family, lever, 2, CPU, 0.0)
+    assert row["low"] <= row["samples_per_second"] <= row["high"]
+    assert row["moved"] > 0.9
+    assert row["loss"] > 0
+    assert row["graphs"] == 0
+    assert settings == (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark)
+    assert not hasattr(family, "text_encoder")
+
+
+def test_the_recipe_finds_torchs_own_order_of_attention_kernels():
+    before = torch._C._get_sdp_priority_order(), torch._C._get_cudnn_sdp_enabled(), torch.compiler.config.cache_key_tag
+    with levers.EAGER.applied():
+        attention.set_order(["efficient", "math"])
+        assert torch._C._get_sdp_priority_order() != before[0]
+    after = torch._C._get_sdp_priority_order(), torch._C._get_cudnn_sdp_enabled(), torch.compiler.config.cache_key_tag
+    assert after == before
+
+
+def test_the_recipe_trains_the_published_form(tmp_path):
+    family = published.open_tiny("sd", tmp_path, output_dir=str(tmp_path / "out"))
+    assert not any(isinstance(module, ChannelsLastConv2d) for module in plain.published_model(family).modules())
+    assert any(isinstance(module, ChannelsLastConv2d) for module in family.load_model().modules())
+
+
+def test_a_step_that_is_skipped_or_moves_nothing_has_no_rate(family, monkeypatch):
+    side = sides.open_side(family, levers.EAGER, 2, CPU)
+    before = sides.sample(side.weights)
+    monkeypatch.setattr(sides, "LEARNING_RATE", 0.0)
+    side.step()
+    with pytest.raises(RuntimeError, match="0% of the weights moved"):
+        sides.check(side, before)
+    next(side.batches).record[family.mean].fill_(float("nan"))
+    side.step()
+    with pytest.raises(RuntimeError, match="1 steps were skipped"):
+        sides.check(side, before)
+
+
+def test_a_missing_graph_fails_the_row(family):
+    side = sides.open_side(family, levers.SHIPPED, 2, CPU)
+    assert side.graphs() == 0
+    side.captures = True
+    with pytest.raises(RuntimeError, match="0 graphs"):
+        side.graphs()
+    side.training.captured = SimpleNamespace(shapes={"": SimpleNamespace(graphs={(True, True): None})})
+    assert side.graphs() == 1
+
+
+def test_a_lever_that_fails_costs_its_own_row(tmp_path, monkeypatch, measured):
+    works = step.measure_lever
+
+    def fail(family, lever, *rest):
+        if lever.name == "compiled":
+            raise RuntimeError("Triton Error: misaligned address")
+        return works(family, lever, *rest)
+
+    monkeypatch.setattr(step, "measure_lever", fail)
+    rows = step.measure_all(Rows(tmp_path / "rows.json", step.__doc__), [PRIOR], CPU)
+    assert [row["lever"] for row in rows if "failed" in row] == ["compiled"]
+    assert names(rows) == [lever.name for lever in levers.LEVERS if lever.fits(PRIOR)]
+    kept = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    assert kept[f"{PRIOR}: compiled, batch 4"]["settings"] == {"options": {"compile": True, "cuda_graphs": "off"}}
+    assert "misaligned address" in waterfall.table(rows)
+
+
+def test_a_further_call_measures_what_is_missing(tmp_path, monkeypatch, measured, capsys):
+    file = tmp_path / "rows.json"
+    command = ["step", "--tiny", "--checkpoints", PRIOR, "--json", str(file)]
+    monkeypatch.setattr("sys.argv", [*command, "--minutes", "0"])
+    assert step.main() == TRY_AGAIN
+    assert measured == []
+    assert "no time left" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*command, "--levers", "recipe", "compiled"])
+    assert step.main() == 0
+    monkeypatch.setattr("sys.argv", command)
+    assert step.main() == 0
+    assert [name for name, _ in measured[:2]] == ["recipe", "compiled"]
+    assert len(measured) == len(set(measured)) == len([lever for lever in levers.LEVERS if lever.fits(PRIOR)])
+
+
+def test_caches_are_warm_for_what_this_process_compiled(tmp_path, monkeypatch, measured):
+    warm = []
+    monkeypatch.setattr(step, "expected_seconds", lambda lever, cost, size, cached_code: warm.append(cached_code) or 1.0)
+    both = [lever for lever in levers.LEVERS if lever.name in ("compiled", "compiled and captured")]
+    family = SimpleNamespace(config=SimpleNamespace(family=PRIOR, mixed_precision="no"))
+
+    def waterfall(file, wanted):
+        warm.clear()
+        rows = Rows(file, step.__doc__)
+        step.Checkpoint("prior", family, cost.Cost(1e9, 1e9, 1e9), {}, CPU, rows).waterfall(wanted, 2)
+        return list(warm)
+
+    assert waterfall(None, both) == [False, True]
+    assert waterfall(tmp_path / "rows.json", both[:1]) == [False]
+    assert waterfall(tmp_path / "rows.json", both) == [False, False], "the kept row may be another machine's"
+
+
+def test_a_recipe_that_needs_too_much_memory_halves_the_batch_of_every_lever(monkeypatch, measured, tmp_path):
+    works = step.measure_lever
+
+    def needs_memory(family, lever, size, *rest):
+        if lever.options is None and lever.best and size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return works(family, lever, size, *rest)
+
+    monkeypatch.setattr(step, "measure_lever", needs_memory)
+    rows = step.measure_all(Rows(None, step.__doc__), [PRIOR], CPU)
+    assert [row["batch"] for row in rows[:3]] == [4, 4, 2]
+    assert rows[1]["failed"] == OUT_OF_MEMORY
+    assert {row["batch"] for row in rows[2:]} == {2}
+    assert names(rows[2:]) == [lever.name for lever in levers.LEVERS if lever.fits(PRIOR)]
+    assert "does not fit batch 4; every lever took half" in waterfall.table(rows)
+    assert waterfall.batch_of_waterfall(rows) == 2
+    waterfall.chart(rows, tmp_path / "waterfall.png")
+
+
+def test_charts_draw_what_there_is(tmp_path):
+    about = {"checkpoint": "sd", "device": "a card", "batch": 4, "settings": {"options": {}}}
+    measured = {"samples_per_second": 2.0, "low": 1.0, "high": 3.0, "training_flops_per_sample": 1e9, "bytes_per_step": 1e9}
+    failed = about | {"lever": "recipe", "failed": "out of memory"}
+    some = [failed, about | {"lever": "captured"} | measured, about | {"lever": "compiled", "missing": "no time left"}]
+    assert "| sd | recipe | 4 | out of memory |" in waterfall.table(some)
+    for shown in ([], some):
+        waterfall.chart(shown, tmp_path / "waterfall.png")
+        waterfall.roofline(shown, None, tmp_path / "roofline.png")
+    waterfall.roofline([{"name": "matrix product", "measured": 1e14}, *some], 1e12, tmp_path / "roofline.png")
+    for name in ("waterfall", "roofline"):
+        assert np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")).std() > 5
+    kernel = {"operation": "add_noise", "shape": "", "layout": "", "dtype": "bfloat16"}
+    whole = kernel | {"share_of_copy_bandwidth": 0.5, "gain": {"script": 2.0}}
+    kernels.chart([kernel | {"failed": "no"}, whole, whole | {"gain": {}}], {}, tmp_path / "kernels.png")
+    kernels.chart([], {"failed": "no"}, tmp_path / "kernels.png")
+
+
+def test_batches_follow_the_memory_of_the_card():
+    wuerstchen = cost.Cost(3.461e12, 9031 * 2**20, 993_600_000)  # Wuerstchen's prior, by benchmarks.steps.sizes
+    h100, h200 = 79 * 2**30, 140 * 2**30
+    assert [opened.largest_batch(32, wuerstchen, memory) for memory in (24 * 2**30, h100, h200, float("inf"))] == [1, 8, 16, 32]
+    # A row has a time before it begins: more for a compiled one, and for cold caches.
+    seconds = [
+        step.expected_seconds(lever, wuerstchen, 8, cached) for lever, cached in ((levers.EAGER, False), (levers.SHIPPED, True))
+    ]
+    assert seconds[0] < seconds[1] < step.expected_seconds(levers.SHIPPED, wuerstchen, 8, False)
+
+
+def test_levers_whose_option_this_engine_lacks_are_left_out(family):
+    unknown = levers.Lever("from another engine", {"an_option_that_is_not_there": "fast"})
+    assert not unknown.fits("sd")
+    assert levers.SHIPPED.fits("sd")
+    assert not levers.Lever("other", {"cuda_graphs": "sometimes"}).fits("sd")
+    assert {lever.name for lever in levers.LEVERS if not lever.fits(PRIOR)} >= {"cuDNN's search", "compiled, own norms"}
+
+
+def test_norms_are_judged_by_quartiles():
+    def rows(low, high):
+        about = {"checkpoint": "sd", "device": "a card", "batch": 32, "memory_gib": 40}
+        theirs = about | {"lever": "compiled", "samples_per_second": 100, "low": 99, "high": 101}
+        return [
+            theirs,
+            about | {"lever": "compiled, own norms", "samples_per_second": (low + high) / 2, "low": low, "high": high},
+        ]
+
+    assert waterfall.norms_verdict(rows(104, 106)).endswith("= True")
+    assert waterfall.norms_verdict(rows(90, 92)).endswith("= False")
+    assert "no reason" in waterfall.norms_verdict(rows(99, 103))
+    assert waterfall.norms_verdict(rows(99, 103)[:1]) == ""
