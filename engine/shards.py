@@ -40,7 +40,8 @@ def verify_command(arguments: list[str]) -> int:
     directory = parser.parse_args(arguments).directory
     from tqdm import tqdm
 
-    from engine.data.format import Index, verify
+    from engine.data.format.index import Index
+    from engine.data.format.verify import verify
 
     index = Index.read(directory)
     with tqdm(total=len(index.shards), desc="Verifying", unit="shard", disable=None) as progress:
@@ -61,7 +62,7 @@ def info_command(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     from engine.data.describe import contact_sheet, summary
-    from engine.data.format import INDEX, Index
+    from engine.data.format.index import INDEX, Index
     from engine.models.family import open_family
     from engine.picture import save_png
 

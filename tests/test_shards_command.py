@@ -10,7 +10,7 @@ from PIL import Image
 
 from engine import sample
 from engine import shards as command
-from engine.data.format import shard_name
+from engine.data.format.shard import shard_name
 from engine.errors import UserError, exit_code
 
 

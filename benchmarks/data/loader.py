@@ -25,7 +25,8 @@ import torch
 from benchmarks.tools.rows import Rows
 from benchmarks.tools.shards import write_shards
 from benchmarks.tools.timing import synchronize
-from engine.data.format import Field, Shards
+from engine.data.format.index import Field
+from engine.data.format.shard import Shards
 from engine.data.samples.loader import Batch, BatchPlan, Loader
 from engine.diffusion import DiscreteSchedule
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from engine.data.format import Field, Index, ShardEntry, shard_name, write_shard
+from engine.data.format.index import Field, Index, ShardEntry
+from engine.data.format.shard import shard_name, write_shard
 from engine.files import digest
 
 SHARD = 8192  # records of a shard

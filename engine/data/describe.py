@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from engine.data.format import Index, Shards
+from engine.data.format.index import Index
+from engine.data.format.shard import Shards
 from engine.models.family import Family
 from engine.picture import labelled_grid
 from engine.tensors import read_header
@@ -37,7 +38,7 @@ def contact_sheet(directory: Path, index: Index, family: Family, count: int) -> 
     shards = Shards(directory)
     count = min(count, len(shards))
     records = torch.linspace(0, len(shards) - 1, count).round().long()
-    rows = shards.first_rows(records)
+    rows = shards.rows_of(records)
     latents = torch.empty(count, *index.fields[family.mean].shape, dtype=index.fields[family.mean].dtype)
     shards.gather(family.mean, rows["image"], latents)
     texts = [text for shard in index.shards for text in read_header(directory / shard.file)[1]["captions"]]

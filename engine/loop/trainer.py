@@ -18,7 +18,9 @@ from engine.backends import configure
 from engine.config.command_line import to_toml
 from engine.config.options import TrainConfig
 from engine.data.encode import build
-from engine.data.format import INDEX, Index, Shards, verify
+from engine.data.format.index import INDEX, Index
+from engine.data.format.shard import Shards
+from engine.data.format.verify import verify
 from engine.data.samples.loader import Batch, BatchPlan, Loader
 from engine.data.samples.order import records_of
 from engine.data.sources import open_source

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from engine.config.options import CacheConfig, TrainConfig
-from engine.data.format import Field
+from engine.data.format.index import Field
 from engine.diffusion import Schedule
 from engine.errors import UserError, first_line
 from engine.models import float8

@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 
 from engine.config.options import CacheConfig
 from engine.data import transforms
-from engine.data.format import Field
+from engine.data.format.index import Field
 from engine.diffusion import DiscreteSchedule
 from engine.errors import UserError
 from engine.models.family import PREVIEW_STEPS, Family

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from engine.config.options import CacheConfig
-from engine.data.format import Field
+from engine.data.format.index import Field
 from engine.diffusion import DiscreteSchedule
 from engine.models.family import PREVIEW_STEPS, Family
 from engine.models.published import (

@@ -14,7 +14,7 @@ from transformers import CLIPTextModel
 
 from engine.config.options import CacheConfig
 from engine.data import transforms
-from engine.data.format import Field
+from engine.data.format.index import Field
 from engine.diffusion import DiscreteSchedule
 from engine.errors import UserError, first_line
 from engine.models.family import PREVIEW_STEPS, Family

@@ -17,7 +17,7 @@ from transformers import CLIPTextModel
 
 from engine.config.options import CacheConfig
 from engine.data import transforms
-from engine.data.format import Field
+from engine.data.format.index import Field
 from engine.diffusion import CosineSchedule
 from engine.errors import UserError
 from engine.models import efficientnet

@@ -5,7 +5,9 @@ import threading
 import pytest
 import torch
 
-from engine.data.format import Shards
+from engine.data.format.shard import Shards
+from engine.data.samples import loader as loader_module
+from engine.data.samples.draw import draw_rows
 from engine.data.samples.loader import BatchPlan, Loader
 from engine.diffusion import CosineSchedule, DiscreteSchedule
 from engine.errors import UserError
@@ -37,7 +39,7 @@ def test_batches_hold_what_their_slots_say(schedule, shards):
         assert torch.equal(batch.slots, slots)
         assert torch.equal(batch.timesteps, schedule.draw(torch.tensor([SEED]), slots))
         assert torch.equal(batch.coefficients, schedule.coefficients(batch.timesteps))
-        rows = reader.rows_of(SEED, slots)
+        rows = draw_rows(reader, SEED, slots)
         for name, field in reader.fields.items():
             row = torch.empty(2, *field.shape, dtype=field.dtype)
             reader.gather(name, rows[field.per], row)
@@ -54,8 +56,7 @@ def test_starting_later_gives_the_same_batches(shards):
 def test_draws_are_made_for_many_micro_batches_at_a_time(shards, monkeypatch):
     """A draw costs as much for one micro-batch as for many: the first is there soon, and none is drawn that is not needed."""
     reader, drawn = Shards(shards), []
-    rows_of = reader.rows_of
-    monkeypatch.setattr(reader, "rows_of", lambda seed, slots: drawn.append(len(slots)) or rows_of(seed, slots))
+    monkeypatch.setattr(loader_module, "draw_rows", lambda *task: drawn.append(len(task[2])) or draw_rows(*task))
     found = list(Loader(reader, PLAN, SEED, SCHEDULES[0], CPU, 5, 1105))
     assert drawn == [2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 2 * 3 * 1100 - 4094]
     assert torch.equal(torch.stack([batch.slots for batch in found]), PLAN.slots(3 * 5, 3 * 1105))

@@ -15,7 +15,10 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from engine.data.format import Index, Shards, shard_name, verify
+from engine.data.format.index import Index
+from engine.data.format.shard import Shards, shard_name
+from engine.data.format.verify import verify
+from engine.data.samples.draw import draw_rows
 from engine.data.samples.order import records_of
 from engine.errors import UserError
 from engine.models.stable_diffusion import StableDiffusion
@@ -240,7 +243,7 @@ def test_variants_and_captions_are_drawn_by_slot(model, tmp_path):
     reader, data = Shards(tmp_path / "shards"), reference.PlainShards(tmp_path / "shards")
     slots = torch.arange(60)
     records = records_of(4, slots, 3)
-    rows = reader.rows_of(4, slots)
+    rows = draw_rows(reader, 4, slots)
     for slot, record in enumerate(records.tolist()):
         assert int(rows["image"][slot]) == 2 * record + reference.choice(4, slot, 6, 2)
         captions = data.caption_numbers[record]

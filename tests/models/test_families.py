@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from engine.config.options import CacheConfig, TrainConfig
-from engine.data.format import Index, Shards
+from engine.data.format.index import Index
+from engine.data.format.shard import Shards
+from engine.data.samples.draw import draw_rows
 from engine.errors import UserError
 from engine.models.family import open_family
 from engine.models.published import combine, open_pipeline, use_portable_names
@@ -189,7 +191,7 @@ def test_shards_are_built_described_and_drawn(family, published, photographs, tm
     assert index.records == 6
     captions = sum(shard.caption_rows for shard in index.shards)
     assert captions == (0 if family == "kandinsky-decoder" else 6)
-    rows = Shards(tmp_path / "shards").rows_of(1, torch.arange(12))
+    rows = draw_rows(Shards(tmp_path / "shards"), 1, torch.arange(12))
     assert ("caption" in rows) == (family != "kandinsky-decoder")
     assert info_command([str(tmp_path / "shards"), "--records", "2"]) == 0
     assert (tmp_path / "shards" / "contact-sheet.png").stat().st_size > 1000

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.data.format import Shards
+from engine.data.format.shard import Shards
+from engine.data.samples.draw import draw_rows
 from engine.data.samples.order import slots_of_micro_batches
 from engine.diffusion import Schedule
 
@@ -163,7 +164,7 @@ class Loader:
     def _draw(self, slots: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
         """The same of micro-batches with slots [M, B]: rows [M, B]; slots and timesteps [M, B], coefficients [M, 5, B]."""
         flat = slots.flatten()
-        rows = {per: numbers.view(slots.shape) for per, numbers in self.shards.rows_of(self.seed, flat).items()}
+        rows = {per: numbers.view(slots.shape) for per, numbers in draw_rows(self.shards, self.seed, flat).items()}
         timesteps = self.schedule.draw(torch.tensor([self.seed]), flat)
         coefficients = self.schedule.coefficients(timesteps).unflatten(1, slots.shape).transpose(0, 1).contiguous()
         draws = [slots, timesteps.view(slots.shape), coefficients]
