@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from engine import philox
 from engine.errors import UserError
-from engine.kernels import philox
 
 
 class Schedule(Protocol):

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from engine.kernels import philox
+from engine import philox
 
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,

@@ -1,7 +1,7 @@
 """engine::add_noise: the noisy input of a training step, x_t = alpha x0 + sigma (e + offset n + perturbation e'').
 
 x0 = mean + std e' is one draw of the VAE posterior, or just mean. All noise is drawn in registers from the counter-based
-generator (`philox.py`): e and e' and e'' per element, n per channel. Nothing but x_t is written.
+generator (`engine/philox.py`): e and e' and e'' per element, n per channel. Nothing but x_t is written.
 
 Per element of a bf16 latent: 4 bytes read (mean, std), 2 written, and two Philox draws, whose 4-word calls serve four
 elements each; on current GPUs the arithmetic of the draws, not memory, sets the time, and the launch exceeds both for one
@@ -13,17 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels import cpu, philox
+from engine import philox
+from engine.kernels import cpu
 from engine.kernels.launch import on_its_device
 from engine.kernels.layout import positions_of, stored_like, strides, tile, walkable
-from engine.kernels.philox import (
-    KERNEL_INPUT_PERTURBATION,
-    KERNEL_NOISE,
-    KERNEL_NOISE_OFFSET,
-    KERNEL_POSTERIOR,
-    normal_of_element,
-    normals4,
-)
+from engine.kernels.philox import INPUT_PERTURBATION, NOISE, NOISE_OFFSET, POSTERIOR, normal_of_element, normals4
 
 
 @triton.jit
@@ -47,17 +41,17 @@ def clean_sample(mean_pointer, std_pointer, offsets, exists, seed, group, slot, 
     clean = tl.load(mean_pointer + offsets, mask=exists, other=0.0).to(tl.float32)
     if HAS_STD:
         std = tl.load(std_pointer + offsets, mask=exists, other=0.0).to(tl.float32)
-        clean += std * normals4(seed, group, slot, KERNEL_POSTERIOR)
+        clean += std * normals4(seed, group, slot, POSTERIOR)
     return clean
 
 
 @triton.jit
 def unit_noise(seed, group, element, row, slot, channel_positions, offset, HAS_OFFSET: tl.constexpr, FLAT: tl.constexpr):
     """The noise e + offset n of a tile in fp32; n is shared by a channel."""
-    noise = normals4(seed, group, slot, KERNEL_NOISE)
+    noise = normals4(seed, group, slot, NOISE)
     if HAS_OFFSET:
         channel = element // channel_positions if FLAT else row
-        noise += offset * normal_of_element(seed, channel, slot, KERNEL_NOISE_OFFSET)
+        noise += offset * normal_of_element(seed, channel, slot, NOISE_OFFSET)
     return noise
 
 
@@ -81,7 +75,7 @@ def add_noise_kernel(
     clean = clean_sample(mean_pointer, std_pointer, mean_offsets, exists, seed, group, slot, HAS_STD)
     noise = unit_noise(seed, group, element, row, slot, channel_positions, offset, HAS_OFFSET, FLAT)
     if HAS_PERTURBATION:
-        noise += perturbation * normals4(seed, group, slot, KERNEL_INPUT_PERTURBATION)
+        noise += perturbation * normals4(seed, group, slot, INPUT_PERTURBATION)
 
     noisy_offsets = sample * noisy_batch_stride + row * noisy_channel_stride + position * noisy_position_stride
     tl.store(noisy_pointer + noisy_offsets, alpha * clean + sigma * noise, mask=exists)

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from engine import philox
 from engine.data.format.shard import Shards
 from engine.data.samples.order import records_of
-from engine.kernels import philox
 
 
 def draw_rows(shards: Shards, seed: int, slots: Tensor) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import cpp_ext
-from engine.kernels.philox import philox_rounds
+from engine.philox import philox_rounds
 
 ROUNDS = 6
 # The fourth counter word, far from the streams of philox.py so that no other draw shares a counter.

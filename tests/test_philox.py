@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.kernels import philox
+from engine import philox
 from tests import reference
 
 ONES = 0xFFFFFFFF
