@@ -15,7 +15,7 @@ from tqdm import tqdm
 from engine.config.options import CacheConfig, options_of
 from engine.data.format.index import INDEX, Field, Index, ShardEntry
 from engine.data.format.shard import shard_name, write_shard
-from engine.data.sources import Refused, Source
+from engine.data.sources.interface import Refused, Source
 from engine.errors import UserError
 from engine.files import PARTIAL, digest, digest_of
 from engine.processes import Processes

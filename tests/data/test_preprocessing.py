@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import CLIPImageProcessorPil
 
 from engine.config.options import CacheConfig
-from engine.data.sources import decode
+from engine.data.sources.decode import decode
 from engine.models.family import open_family
 from examples.photographs import photographs as load_photographs
 from tests import torchvision_reference

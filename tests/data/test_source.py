@@ -13,7 +13,11 @@ import pytest
 from PIL import Image
 
 from engine.config.options import CacheConfig
-from engine.data.sources import ImageFolder, Refused, Subset, open_source
+from engine.data.sources import open_source
+from engine.data.sources.decode import clean_captions
+from engine.data.sources.image_folder import ImageFolder
+from engine.data.sources.interface import Refused
+from engine.data.sources.subset import Subset
 from engine.errors import UserError
 
 
@@ -217,8 +221,6 @@ def test_max_train_samples_takes_the_samples_that_the_script_takes(tmp_path):
 
 
 def test_arrays_of_captions_count_as_lists():
-    from engine.data.sources import clean_captions
-
     assert clean_captions(np.array(["a", "b"])) == ["a", "b"]
 
 
