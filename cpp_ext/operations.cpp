@@ -168,8 +168,9 @@ extern "C" {
 // one row of everything. Strides are in elements; `channel_positions` is the positions of one channel in either case.
 struct Walk {
   int64_t samples, rows, positions, channel_positions;
-  int64_t strides[3];       // of what is written, and of what else has its shape: sample, row, position
-  int64_t mean_strides[3];  // of mean and std
+  int64_t strides[3];         // of what is written, and of what else has its shape: sample, row, position
+  int64_t mean_strides[3];    // of mean and std
+  const float* coefficients;  // [5, samples]: alpha, sigma, c_x, c_e, weight
   const int64_t* seed;
   const int64_t* slots;
   const void* mean;
@@ -180,7 +181,6 @@ struct Walk {
 struct AddNoise {
   Walk walk;
   void* noisy;
-  const float *alpha, *sigma;
   float perturbation;
 };
 
@@ -188,7 +188,7 @@ struct DiffusionLoss {
   Walk walk;
   void* gradient;
   const void* prediction;
-  const float *c_x, *c_e, *weight, *scale;
+  const float* scale;
   int64_t target_elements;  // per sample; what lies beyond is learned variance
   float* loss;
   double* partial;  // one per block
@@ -206,6 +206,8 @@ struct AdamWEma {
 }
 
 namespace {
+
+float coefficient(const Walk& walk, int row, int64_t sample) { return walk.coefficients[row * walk.samples + sample]; }
 
 int64_t blocks_of(const Walk& walk) { return (walk.positions + kBlock - 1) / kBlock; }
 
@@ -263,7 +265,7 @@ void add_noise_task(int64_t begin, int64_t end, void* context) {
       normals(*walk.seed, block.slot, kInputPerturbation, block.element, extra);
       for (int i = 0; i < block.count; ++i) noise[i] += task.perturbation * extra[i];
     }
-    const float alpha = task.alpha[block.sample], sigma = task.sigma[block.sample];
+    const float alpha = coefficient(walk, 0, block.sample), sigma = coefficient(walk, 1, block.sample);
     for (int i = 0; i < block.count; ++i) clean[i] = alpha * clean[i] + sigma * noise[i];
     store<T>(clean, block.count, task.noisy, block.place, walk.strides[2]);
   }
@@ -278,10 +280,10 @@ void diffusion_loss_task(int64_t begin, int64_t end, void* context) {
   for (int64_t number = begin; number < end; ++number) {
     const Block block(walk, number);
     const int inside = static_cast<int>(std::clamp<int64_t>(task.target_elements - block.element, 0, block.count));
-    const float factor = task.weight[block.sample] / static_cast<float>(task.target_elements);
+    const float factor = coefficient(walk, 4, block.sample) / static_cast<float>(task.target_elements);
     double sum = 0;
     if (inside > 0) {
-      const float c_x = task.c_x[block.sample], c_e = task.c_e[block.sample];
+      const float c_x = coefficient(walk, 2, block.sample), c_e = coefficient(walk, 3, block.sample);
       load<T>(task.prediction, block.place, walk.strides[2], inside, error);
       draw_noise(walk, block, noise);
       for (int i = 0; i < inside; ++i) error[i] -= c_e * noise[i];

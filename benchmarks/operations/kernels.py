@@ -77,9 +77,10 @@ def latent_works(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool
     batch = shape[0]
     mean, std, prediction, noise = latents(), latents().abs(), latents(), latents()
     alpha, sigma, weight = (torch.rand(batch, device=device) for _ in range(3))
+    coefficients = torch.stack([alpha, sigma, torch.zeros_like(alpha), torch.ones_like(alpha), weight])
     seed, slots = torch.tensor([7], device=device), torch.arange(batch, device=device)
-    noising = (mean, std, alpha, sigma, seed, slots, 0.0, 0.0)
-    losing = (prediction, mean, std, torch.zeros_like(alpha), torch.ones_like(alpha), weight, seed, slots, 0.0)
+    noising = (mean, std, coefficients, seed, slots, 0.0, 0.0)
+    losing = (prediction, mean, std, coefficients, seed, slots, 0.0, torch.ones(1, device=device))
 
     def script_add_noise() -> Tensor:
         clean = mean + std * torch.randn_like(mean)

@@ -36,6 +36,12 @@ def sample_tile(ROWS: tl.constexpr, GROUPS: tl.constexpr, channels, positions):
 
 
 @triton.jit
+def coefficient(coefficients_pointer, ROW: tl.constexpr, sample):
+    """One of the [5, B] coefficients; the grid's last dimension is B."""
+    return tl.load(coefficients_pointer + ROW * tl.num_programs(2) + sample)
+
+
+@triton.jit
 def clean_sample(mean_pointer, std_pointer, offsets, exists, seed, group, slot, HAS_STD: tl.constexpr):
     """x0 of a tile in fp32: the posterior's mean, or one draw from it."""
     clean = tl.load(mean_pointer + offsets, mask=exists, other=0.0).to(tl.float32)
@@ -57,7 +63,7 @@ def unit_noise(seed, group, element, row, slot, channel_positions, offset, HAS_O
 
 @triton.jit
 def add_noise_kernel(
-    noisy_pointer, mean_pointer, std_pointer, alpha_pointer, sigma_pointer, seed_pointer, slot_pointer,
+    noisy_pointer, mean_pointer, std_pointer, coefficients_pointer, seed_pointer, slot_pointer,
     offset, perturbation, channels, positions, channel_positions,
     noisy_batch_stride, noisy_channel_stride, noisy_position_stride,
     mean_batch_stride, mean_channel_stride, mean_position_stride,
@@ -67,8 +73,8 @@ def add_noise_kernel(
     sample = tl.program_id(2).to(tl.int64)
     seed = tl.load(seed_pointer)
     slot = tl.load(slot_pointer + sample)
-    alpha = tl.load(alpha_pointer + sample)
-    sigma = tl.load(sigma_pointer + sample)
+    alpha = coefficient(coefficients_pointer, 0, sample)
+    sigma = coefficient(coefficients_pointer, 1, sample)
     row, position, group, element, exists = sample_tile(ROWS, GROUPS, channels, positions)
 
     mean_offsets = sample * mean_batch_stride + row * mean_channel_stride + position * mean_position_stride
@@ -82,14 +88,7 @@ def add_noise_kernel(
 
 
 def launch_add_noise(
-    mean: Tensor,
-    std: Tensor | None,
-    alpha: Tensor,
-    sigma: Tensor,
-    seed: Tensor,
-    slots: Tensor,
-    offset: float,
-    perturbation: float,
+    mean: Tensor, std: Tensor | None, coefficients: Tensor, seed: Tensor, slots: Tensor, offset: float, perturbation: float
 ) -> Tensor:
     """Runs the Triton kernel; arguments as `add_noise`."""
     mean = walkable(mean)
@@ -97,7 +96,7 @@ def launch_add_noise(
     noisy = torch.empty_like(mean)
     tiling = tile(mean, mean.shape[1])
     add_noise_kernel[tiling.grid(mean.shape[0])](
-        noisy, mean, mean if std is None else std, alpha, sigma, seed, slots,
+        noisy, mean, mean if std is None else std, coefficients.contiguous(), seed, slots,
         offset, perturbation, tiling.channels, tiling.positions, positions_of(mean),
         *strides(noisy, tiling), *strides(mean, tiling),
         HAS_STD=std is not None, HAS_OFFSET=offset != 0, HAS_PERTURBATION=perturbation != 0,
@@ -129,57 +128,28 @@ def reference_noise(seed: Tensor, slots: Tensor, shape: torch.Size, offset: floa
 
 
 def reference_add_noise(
-    mean: Tensor,
-    std: Tensor | None,
-    alpha: Tensor,
-    sigma: Tensor,
-    seed: Tensor,
-    slots: Tensor,
-    offset: float,
-    perturbation: float,
+    mean: Tensor, std: Tensor | None, coefficients: Tensor, seed: Tensor, slots: Tensor, offset: float, perturbation: float
 ) -> Tensor:
-    """alpha x0 + sigma (e + offset n + perturbation e''), with x0 = mean + std e', or mean without std.
+    """The noisy samples alpha x0 + sigma (e + offset n + perturbation e''), with x0 = mean + std e', or mean without std.
 
     Args:
         mean, std: [B, C, ...] in bf16, fp16 or fp32, contiguous or channels-last.
-        alpha, sigma: fp32 [B].
+        coefficients: fp32 [5, B], the rows alpha, sigma, c_x, c_e and weight of `engine.diffusion`; the first two are read.
         seed: int64 [1]; slots: int64 [B]. Every draw is a pure function of these.
         offset, perturbation: scales of the channel-wide and of the input-only noise.
 
     Returns:
-        The noisy samples, in the shape, dtype and memory format of `mean`.
+        x_t, in the shape, dtype and memory format of `mean`.
     """
     clean = reference_clean(mean, std, seed, slots)
     noise = reference_noise(seed, slots, mean.shape[1:], offset)
     if perturbation:
         noise = noise + perturbation * philox.normals(seed, slots, philox.INPUT_PERTURBATION, mean.shape[1:])
-    return torch.empty_like(mean).copy_(per_sample(alpha, mean) * clean + per_sample(sigma, mean) * noise)
+    alpha, sigma = (per_sample(row, mean) for row in coefficients[:2])
+    return torch.empty_like(mean).copy_(alpha * clean + sigma * noise)
 
 
 add_noise = torch.library.custom_op("engine::add_noise", reference_add_noise, mutates_args=())
 add_noise.register_kernel("cuda")(on_its_device(launch_add_noise))
 add_noise.register_kernel("cpu")(cpu.or_else(reference_add_noise)(cpu.run_add_noise))
-
-
-@add_noise.register_fake
-def _(mean, std, alpha, sigma, seed, slots, offset, perturbation):
-    return torch.empty_like(mean)
-
-
-def _save_for_backward(ctx, inputs, output):
-    mean, std, alpha, _, seed, slots, _, _ = inputs
-    ctx.save_for_backward(alpha, seed, slots)
-    ctx.has_std = std is not None
-    ctx.dtype = mean.dtype
-
-
-def _backward(ctx, grad):
-    alpha, seed, slots = ctx.saved_tensors
-    grad_mean = per_sample(alpha, grad) * grad.float()
-    grad_std = None
-    if ctx.has_std:
-        grad_std = (grad_mean * philox.normals(seed, slots, philox.POSTERIOR, grad.shape[1:])).to(ctx.dtype)
-    return grad_mean.to(ctx.dtype), grad_std, None, None, None, None, None, None
-
-
-add_noise.register_autograd(_backward, setup_context=_save_for_backward)
+add_noise.register_fake(lambda mean, *others: torch.empty_like(mean))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import cpp_ext
-from engine.kernels.layout import Tiling, positions_of, stored_like, strides, tile, walkable
+from engine.kernels.layout import positions_of, stored_like, strides, tile, walkable
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _FLAGS = ("-march=native", "-fno-math-errno", "-fno-trapping-math")
@@ -27,20 +27,18 @@ class _Walk(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("samples", "rows", "positions", "channel_positions")),
         ("strides", _Strides), ("mean_strides", _Strides),
-        *((name, _Pointer) for name in ("seed", "slots", "mean", "std")), ("offset", ctypes.c_float),
+        *((name, _Pointer) for name in ("coefficients", "seed", "slots", "mean", "std")), ("offset", ctypes.c_float),
     ]  # fmt: skip
 
 
 class _AddNoise(ctypes.Structure):
-    _fields_ = [
-        ("walk", _Walk), *((name, _Pointer) for name in ("noisy", "alpha", "sigma")), ("perturbation", ctypes.c_float),
-    ]  # fmt: skip
+    _fields_ = [("walk", _Walk), ("noisy", _Pointer), ("perturbation", ctypes.c_float)]
 
 
 class _DiffusionLoss(ctypes.Structure):
     _fields_ = [
         ("walk", _Walk),
-        *((name, _Pointer) for name in ("gradient", "prediction", "c_x", "c_e", "weight", "scale")),
+        *((name, _Pointer) for name in ("gradient", "prediction", "scale")),
         ("target_elements", ctypes.c_int64), ("loss", _Pointer), ("partial", _Pointer),
     ]  # fmt: skip
 
@@ -82,22 +80,14 @@ def or_else(reference: Callable[..., Any]) -> Callable[[Callable[..., Any]], Cal
 
 
 def run_add_noise(
-    mean: Tensor,
-    std: Tensor | None,
-    alpha: Tensor,
-    sigma: Tensor,
-    seed: Tensor,
-    slots: Tensor,
-    offset: float,
-    perturbation: float,
+    mean: Tensor, std: Tensor | None, coefficients: Tensor, seed: Tensor, slots: Tensor, offset: float, perturbation: float
 ) -> Tensor:
     mean = walkable(mean)
     std = None if std is None else stored_like(std.to(mean.dtype), mean)
     noisy = torch.empty_like(mean)
-    tiling = tile(mean, mean.shape[1])
-    alpha, sigma, slots = alpha.contiguous(), sigma.contiguous(), slots.contiguous()
-    walk = _walk(noisy, mean, std, tiling, seed, slots, offset)
-    task = _AddNoise(walk, noisy.data_ptr(), alpha.data_ptr(), sigma.data_ptr(), perturbation)
+    coefficients, slots = coefficients.contiguous(), slots.contiguous()
+    walk = _walk(noisy, mean, std, coefficients, seed, slots, offset)
+    task = _AddNoise(walk, noisy.data_ptr(), perturbation)
     _call("add_noise", task, TYPES[mean.dtype])
     return noisy
 
@@ -106,24 +96,21 @@ def run_diffusion_loss(
     prediction: Tensor,
     mean: Tensor,
     std: Tensor | None,
-    c_x: Tensor,
-    c_e: Tensor,
-    weight: Tensor,
+    coefficients: Tensor,
     seed: Tensor,
     slots: Tensor,
     offset: float,
-    gradient_scale: Tensor | None = None,
+    gradient_scale: Tensor,
 ) -> tuple[Tensor, Tensor]:
     prediction, mean = walkable(prediction), walkable(mean)
     std = None if std is None else stored_like(std.to(mean.dtype), mean)
-    scale = weight.new_ones(1) if gradient_scale is None else gradient_scale
     gradient = torch.empty_like(prediction)
     loss = torch.empty(prediction.shape[0], dtype=torch.float32)
-    c_x, c_e, weight, slots = c_x.contiguous(), c_e.contiguous(), weight.contiguous(), slots.contiguous()
-    walk = _walk(gradient, mean, std, tile(prediction, prediction.shape[1]), seed, slots, offset)
+    coefficients, slots = coefficients.contiguous(), slots.contiguous()
+    walk = _walk(gradient, mean, std, coefficients, seed, slots, offset)
     task = _DiffusionLoss(
-        walk, gradient.data_ptr(), prediction.data_ptr(), c_x.data_ptr(), c_e.data_ptr(), weight.data_ptr(), scale.data_ptr(),
-        mean.shape[1:].numel(), loss.data_ptr(), None,
+        walk, gradient.data_ptr(), prediction.data_ptr(), gradient_scale.data_ptr(), mean.shape[1:].numel(), loss.data_ptr(),
+        None,
     )  # fmt: skip
     _call("diffusion_loss", task, TYPES[prediction.dtype], TYPES[mean.dtype])
     return loss, gradient
@@ -153,11 +140,12 @@ def run_adamw_ema_(
 
 
 def _walk(
-    written: Tensor, mean: Tensor, std: Tensor | None, tiling: Tiling, seed: Tensor, slots: Tensor, offset: float
+    written: Tensor, mean: Tensor, std: Tensor | None, coefficients: Tensor, seed: Tensor, slots: Tensor, offset: float
 ) -> _Walk:
+    tiling = tile(written, written.shape[1])
     return _Walk(
         written.shape[0], tiling.channels, tiling.positions, positions_of(written), _Strides(*strides(written, tiling)),
-        _Strides(*strides(mean, tiling)), seed.data_ptr(), slots.data_ptr(), mean.data_ptr(),
+        _Strides(*strides(mean, tiling)), coefficients.data_ptr(), seed.data_ptr(), slots.data_ptr(), mean.data_ptr(),
         None if std is None else std.data_ptr(), offset,
     )  # fmt: skip
 

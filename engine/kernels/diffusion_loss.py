@@ -16,6 +16,7 @@ from torch import Tensor
 from engine.kernels import cpu
 from engine.kernels.add_noise import (
     clean_sample,
+    coefficient,
     per_sample,
     reference_clean,
     reference_noise,
@@ -29,7 +30,7 @@ from engine.kernels.layout import positions_of, stored_like, strides, tile, walk
 @triton.jit
 def diffusion_loss_kernel(
     gradient_pointer, partial_pointer, prediction_pointer, mean_pointer, std_pointer,
-    c_x_pointer, c_e_pointer, weight_pointer, scale_pointer, seed_pointer, slot_pointer,
+    coefficients_pointer, seed_pointer, slot_pointer, scale_pointer,
     offset, channels, positions, channel_positions,
     prediction_batch_stride, prediction_channel_stride, prediction_position_stride,
     mean_batch_stride, mean_channel_stride, mean_position_stride,
@@ -38,8 +39,8 @@ def diffusion_loss_kernel(
     sample = tl.program_id(2).to(tl.int64)
     seed = tl.load(seed_pointer)
     slot = tl.load(slot_pointer + sample)
-    c_x = tl.load(c_x_pointer + sample)
-    c_e = tl.load(c_e_pointer + sample)
+    c_x = coefficient(coefficients_pointer, 2, sample)
+    c_e = coefficient(coefficients_pointer, 3, sample)
     row, position, group, element, exists = sample_tile(ROWS, GROUPS, channels, positions)
 
     target = c_e * unit_noise(seed, group, element, row, slot, channel_positions, offset, HAS_OFFSET, FLAT)
@@ -50,7 +51,7 @@ def diffusion_loss_kernel(
     offsets = sample * prediction_batch_stride + row * prediction_channel_stride + position * prediction_position_stride
     prediction = tl.load(prediction_pointer + offsets, mask=exists, other=0.0).to(tl.float32)
     error = tl.where(exists, prediction - target, 0.0)
-    factor = tl.load(weight_pointer + sample) / (channels * positions)
+    factor = coefficient(coefficients_pointer, 4, sample) / (channels * positions)
     tl.store(gradient_pointer + offsets, 2.0 * factor * tl.load(scale_pointer) * error, mask=exists)
 
     programs = tl.num_programs(0) * tl.num_programs(1)
@@ -62,20 +63,16 @@ def launch_diffusion_loss(
     prediction: Tensor,
     mean: Tensor,
     std: Tensor | None,
-    c_x: Tensor,
-    c_e: Tensor,
-    weight: Tensor,
+    coefficients: Tensor,
     seed: Tensor,
     slots: Tensor,
     offset: float,
-    gradient_scale: Tensor | None = None,
+    gradient_scale: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Runs the Triton kernel; arguments as `diffusion_loss`."""
     prediction = walkable(prediction)
     mean = walkable(mean)
     std = None if std is None else stored_like(std, mean)
-    if gradient_scale is None:
-        gradient_scale = weight.new_ones(1)
     gradient = torch.empty_like(prediction)
     gradient[:, mean.shape[1] :].zero_()
     tiling = tile(prediction, mean.shape[1])
@@ -83,7 +80,7 @@ def launch_diffusion_loss(
     partial = torch.empty(prediction.shape[0], grid[0] * grid[1], dtype=torch.float32, device=prediction.device)
     diffusion_loss_kernel[grid](
         gradient, partial, prediction, mean, mean if std is None else std,
-        c_x, c_e, weight, gradient_scale, seed, slots,
+        coefficients.contiguous(), seed, slots, gradient_scale,
         offset, tiling.channels, tiling.positions, positions_of(mean),
         *strides(prediction, tiling), *strides(mean, tiling),
         HAS_STD=std is not None, HAS_OFFSET=offset != 0,
@@ -97,24 +94,20 @@ def reference_diffusion_loss(
     prediction: Tensor,
     mean: Tensor,
     std: Tensor | None,
-    c_x: Tensor,
-    c_e: Tensor,
-    weight: Tensor,
+    coefficients: Tensor,
     seed: Tensor,
     slots: Tensor,
     offset: float,
-    gradient_scale: Tensor | None = None,
+    gradient_scale: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The weighted mean squared error of each sample, and its gradient.
 
     Args:
         prediction: [B, C', ...] in bf16, fp16 or fp32, contiguous or channels-last, C' >= C; channels past the target's
             (learned variance) get zero gradient.
-        mean, std: [B, C, ...], the posterior that x0 is drawn from; std may be None.
-        c_x, c_e, weight: fp32 [B], with target = c_x x0 + c_e (e + offset n).
-        seed: int64 [1]; slots: int64 [B], as given to `add_noise`.
-        gradient_scale: fp32 [1], a factor that the stored gradient carries, to fold in the mean over the batch and to keep
-            fp16 gradients in range; 1 when None. The gradient that autograd propagates does not carry it.
+        mean, std, coefficients, seed, slots, offset: as given to `add_noise`; of the coefficients c_x, c_e and weight are read.
+        gradient_scale: fp32 [1], a factor that the gradient carries, to fold in the mean over the batch and to keep fp16
+            gradients in range.
 
     Returns:
         loss fp32 [B], and gradient_scale * d loss[b] / d prediction in the shape, dtype and memory format of `prediction`.
@@ -122,13 +115,13 @@ def reference_diffusion_loss(
     channels = mean.shape[1]
     clean = reference_clean(mean, std, seed, slots)
     noise = reference_noise(seed, slots, mean.shape[1:], offset)
+    c_x, c_e, weight = coefficients[2:]
     target = per_sample(c_x, mean) * clean + per_sample(c_e, mean) * noise
     error = prediction[:, :channels].float() - target
     factor = weight / mean.shape[1:].numel()
     loss = error.square().flatten(1).sum(1) * factor
-    scale = 2 * factor if gradient_scale is None else 2 * factor * gradient_scale
     gradient = torch.zeros_like(prediction)
-    gradient[:, :channels] = per_sample(scale, mean) * error
+    gradient[:, :channels] = per_sample(2 * factor * gradient_scale, mean) * error
     return loss, gradient
 
 
@@ -138,22 +131,5 @@ diffusion_loss.register_kernel("cpu")(cpu.or_else(reference_diffusion_loss)(cpu.
 
 
 @diffusion_loss.register_fake
-def _(prediction, mean, std, c_x, c_e, weight, seed, slots, offset, gradient_scale=None):
-    return weight.new_empty(prediction.shape[0], dtype=torch.float32), torch.empty_like(prediction)
-
-
-def _save_for_backward(ctx, inputs, output):
-    _, gradient = output
-    ctx.mark_non_differentiable(gradient)
-    ctx.save_for_backward(gradient, inputs[-1])
-
-
-def _backward(ctx, grad_loss, _):
-    gradient, gradient_scale = ctx.saved_tensors
-    if gradient_scale is not None:
-        grad_loss = grad_loss / gradient_scale
-    grad_prediction = (per_sample(grad_loss, gradient) * gradient).to(gradient.dtype)
-    return (grad_prediction, *[None] * 9)
-
-
-diffusion_loss.register_autograd(_backward, setup_context=_save_for_backward)
+def _(prediction, *others):
+    return prediction.new_empty(len(prediction), dtype=torch.float32), torch.empty_like(prediction)

@@ -30,28 +30,20 @@ def predict_and_compare(
     """
     mean = batch.record[family.mean]
     std = batch.record[family.std] if family.std else None
-    alpha, sigma, c_x, c_e, weight = batch.coefficients
-    noisy = add_noise(mean, std, alpha, sigma, seed, batch.slots, config.noise_offset, config.input_perturbation)
+    coefficients = batch.coefficients
+    noisy = add_noise(mean, std, coefficients, seed, batch.slots, config.noise_offset, config.input_perturbation)
     correction = None
     if config.dream_training:
-        noisy, correction, c_e = _dream(model, family, batch, config, seed, noisy, sigma)
+        noisy, correction, coefficients = _dream(model, family, batch, config, seed, noisy)
     prediction = family.predict(model, noisy, batch.timesteps, batch.record)
     compared = prediction.detach() if correction is None else prediction.detach() + correction
-    loss, gradient = diffusion_loss(
-        compared, mean, std, c_x, c_e, weight, seed, batch.slots, config.noise_offset, gradient_scale
-    )
+    loss, gradient = diffusion_loss(compared, mean, std, coefficients, seed, batch.slots, config.noise_offset, gradient_scale)
     return loss, prediction, gradient.to(prediction.dtype)
 
 
 @torch.no_grad()
 def _dream(
-    model: Callable[..., Any],
-    family: Family,
-    batch: Batch,
-    config: TrainConfig,
-    seed: Tensor,
-    noisy: Tensor,
-    sigma: Tensor,
+    model: Callable[..., Any], family: Family, batch: Batch, config: TrainConfig, seed: Tensor, noisy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """DREAM (arXiv:2312.00210): with d = lambda (e - model(x_t)), lambda = s^p, train on x_t + s d against e + d.
 
@@ -59,13 +51,15 @@ def _dream(
     rest moves to the prediction's side of the difference, so that the noise is not stored here either.
 
     Returns:
-        The new noisy input, what to add to the prediction before comparing (fp32), and c_e.
+        The new noisy input, what to add to the prediction before comparing (fp32), and the coefficients of the loss.
     """
+    _, sigma, c_x, _, weight = batch.coefficients
     strength = sigma**config.dream_detail_preservation
     first = family.predict(model, noisy, batch.timesteps, batch.record).float()
     mean = batch.record[family.mean]
-    nothing = torch.zeros_like(sigma)
-    shift = add_noise(mean.float(), None, nothing, sigma * strength, seed, batch.slots, config.noise_offset, 0.0)
+    # The first two rows make the noise's part of s d, with none of x0; the others are those of the loss.
+    coefficients = torch.stack([torch.zeros_like(sigma), sigma * strength, c_x, 1 + strength, weight])
+    shift = add_noise(mean.float(), None, coefficients, seed, batch.slots, config.noise_offset, 0.0)
     correction = per_sample(strength, first) * first
     moved = noisy.float() + shift - per_sample(sigma, first) * correction
-    return moved.to(noisy.dtype), correction, 1 + strength
+    return moved.to(noisy.dtype), correction, coefficients

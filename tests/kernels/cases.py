@@ -46,13 +46,18 @@ class Sample:
         self.seed_value, self.slot_values = -(2**40) - 11, [2**33 + 5 * row for row in range(batch)]
         self.seed = torch.tensor([self.seed_value], device=DEVICE)
         self.slots = torch.tensor(self.slot_values, device=DEVICE)
-        self.coefficients = [torch.rand(batch, generator=generator).to(DEVICE) for _ in range(3)]
+        self.coefficients = torch.rand(5, batch, generator=generator).to(DEVICE)
         self.offset = offset
         self.clean = self.mean.double().cpu().numpy()
         if has_std:
             self.clean = self.clean + std.double().cpu().numpy() * self.normals(1, shape[1:])
         shared = self.normals(3, (shape[1], *[1] * (len(shape) - 2)))
         self.noise = self.normals(0, shape[1:]) + offset * shared
+
+    @property
+    def arguments(self) -> tuple:
+        """The arguments that both operations take first."""
+        return self.mean, self.std, self.coefficients, self.seed, self.slots
 
     def normals(self, stream: int, shape: tuple[int, ...]) -> np.ndarray:
         return reference.normals(self.seed_value, self.slot_values, stream, tuple(shape))

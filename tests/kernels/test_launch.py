@@ -18,13 +18,11 @@ def arguments_of(name: str, device: str) -> tuple:
         return torch.rand(*shape, generator=generator).to(device)
 
     seed, slots = torch.tensor([5], device=device), torch.tensor([7, 8], device=device)
-    sample, per_sample, flat = random(2, 4, 8, 8), random(2), [random(64) for _ in range(4)]
+    sample, coefficients, flat = random(2, 4, 8, 8), random(5, 2), [random(64) for _ in range(4)]
     x, affine, statistic = random(2, 8, 4, 4), random(2, 8), random(2, 4)
     return {
-        "add_noise": (add_noise, sample, None, per_sample, per_sample, seed, slots, 0.0, 0.0),
-        "diffusion_loss": (
-            diffusion_loss, sample, sample.clone(), None, per_sample, per_sample, per_sample, seed, slots, 0.0, None,
-        ),
+        "add_noise": (add_noise, sample, None, coefficients, seed, slots, 0.0, 0.0),
+        "diffusion_loss": (diffusion_loss, sample, sample.clone(), None, coefficients, seed, slots, 0.0, random(1)),
         "adamw_ema_": (
             adamw_ema_, *flat, None, None, random(1), random(1), random(1), random(1), 0.9, 0.999, 1e-8, 0.0,
         ),
