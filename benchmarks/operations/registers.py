@@ -1,6 +1,6 @@
 """What do the kernels compile to? Instructions, registers, shared memory, spills, width of loads; needs no GPU.
 
-    python -m benchmarks.operations.registers [--json]
+    python -m benchmarks.operations.registers [--representative] [--json]
 
 Compiled ahead of time. For NVIDIA, registers and shared memory are read with cuobjdump; spills are the local loads and stores
 (LDL, STL) that nvdisasm finds, and `wide` is how many of the loads from and stores to global memory that move a tile are 128
@@ -218,8 +218,20 @@ def measure_one(work: tuple[int, str, str]) -> dict[str, Any]:
     return row
 
 
-def measure() -> list[dict[str, Any]]:
-    work = [(number, dtype, target) for number in range(len(cases("bf16", "sm_90"))) for target in TARGETS for dtype in DTYPES]
+def measure(representative: bool) -> list[dict[str, Any]]:
+    """A row for each variant, target and dtype.
+
+    Args:
+        representative: only each kernel's first variant for all targets and dtypes; of the others, bf16 on sm_90.
+    """
+    names = [case.name for case in cases("bf16", "sm_90")]
+    work = [
+        (number, dtype, target)
+        for number, name in enumerate(names)
+        for target in TARGETS
+        for dtype in DTYPES
+        if not representative or names.index(name) == number or (dtype, target) == ("bf16", "sm_90")
+    ]
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(measure_one, work))
 
@@ -227,9 +239,12 @@ def measure() -> list[dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser("benchmarks.operations.registers", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    as_json = parser.parse_args().json
-    rows = measure()
-    if as_json:
+    parser.add_argument(
+        "--representative", action="store_true", help="only a variant of each kernel, and the others in bf16 on sm_90"
+    )
+    options = parser.parse_args()
+    rows = measure(options.representative)
+    if options.json:
         print(json.dumps(rows))
         return 0
     print(f"{'kernel':26}{'variant':22}{'target':8}{'dtype':6}{'instructions':>13}{'registers':>10}{'shared':>8}{'spills':>8}"

@@ -1,4 +1,7 @@
-"""Every kernel compiles ahead of time for the architectures that it is meant for, without spilling registers."""
+"""Every kernel compiles ahead of time for the architectures that it is meant for, without spilling registers.
+
+That is its first variant, in all dtypes; the others are compiled in bf16 for sm_90. All of all are in the benchmark's results.
+"""
 
 import json
 import os
@@ -14,19 +17,20 @@ TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 def report() -> list[dict]:
     """What `benchmarks.operations.registers` finds; in a process of its own, because compiling needs the interpreter off."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.operations.registers", "--json"]
+    command = [sys.executable, "-m", "benchmarks.operations.registers", "--representative", "--json"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
 
+# The first of each kernel is compiled for all targets.
 VARIANTS = {
-    "add_noise": {"contiguous", "channels_last", "flat", "plain", "plain, 1280", "plain, 16 x 24 x 24"},
-    "diffusion_loss": {"contiguous", "channels_last", "flat", "plain", "plain, 1280", "plain, 16 x 24 x 24"},
-    "adamw_ema": {"any count"},
-    "square_sum": {"any count"},
-    "group_norm_silu": {"10 per group", "36 per group", "40 per group"},
-    "group_norm_silu_backward": {"10 per group", "36 per group", "40 per group"},
+    "add_noise": ["contiguous", "channels_last", "flat", "plain", "plain, 1280", "plain, 16 x 24 x 24"],
+    "diffusion_loss": ["contiguous", "channels_last", "flat", "plain", "plain, 1280", "plain, 16 x 24 x 24"],
+    "adamw_ema": ["any count"],
+    "square_sum": ["any count"],
+    "group_norm_silu": ["10 per group", "40 per group", "36 per group"],
+    "group_norm_silu_backward": ["10 per group", "40 per group", "36 per group"],
 }
 # What each reads once per program beside its tiles: coefficients, seeds, statistics, affine parameters.
 # The optimizer's two also read their last elements one by one.
@@ -38,8 +42,9 @@ SCALAR_LOADS = {"add_noise": 4, "diffusion_loss": 6, "adamw_ema": 10, "square_su
 @pytest.mark.parametrize("kernel", VARIANTS)
 def test_kernels_compile_without_spills(report, kernel, target):
     rows = [row for row in report if row["kernel"] == kernel and row["target"] == target]
-    assert {row["variant"] for row in rows} == VARIANTS[kernel]
-    assert {row["dtype"] for row in rows} == {"bf16", "fp16", "fp32"}
+    first, *others = VARIANTS[kernel]
+    assert [row["dtype"] for row in rows if row["variant"] == first] == ["bf16", "fp16", "fp32"]
+    assert [row["variant"] for row in rows if row["variant"] != first] == (others if target == "sm_90" else [])
     for row in rows:
         assert row["spills"] == 0, row
         assert 0 < row["registers"] < 255, row
