@@ -1,8 +1,10 @@
-"""Which algorithms the libraries beneath torch may take: cuBLAS, cuDNN, and attention."""
+"""What the compilers and libraries beneath torch may do: cuBLAS, cuDNN, inductor and Triton."""
 
 import os
+from pathlib import Path
 
 import torch
+from torch import nn
 
 from engine.config.options import TrainConfig
 
@@ -22,3 +24,16 @@ def configure(config: TrainConfig) -> None:
     if config.deterministic:
         # Read when a process first uses cuBLAS: workspaces that do not depend on the order of streams.
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+
+
+def keep_compiled_code(directory: Path) -> None:
+    """Makes torch.compile and Triton keep what they compile in a directory that outlives the process."""
+    for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+        os.environ[variable] = str((directory / name).absolute())
+
+
+def compile_model(model: nn.Module, config: TrainConfig) -> None:
+    """Has the model compiled when it is called, in place."""
+    if config.compile_cache_dir:
+        keep_compiled_code(Path(config.compile_cache_dir))
+    model.compile(mode=config.compile_mode)

@@ -12,18 +12,18 @@ from engine.config.options import TrainConfig
 from engine.errors import UserError, exit_code
 
 if TYPE_CHECKING:
-    from engine.loop.checkpoints import SliceFiles
+    from engine.loop.checkpoints.layout import SliceFiles
 
 USAGE = "python -m engine.checkpoint info|verify|export DIR; DIR is a checkpoint, or an output directory for its latest"
 
 
 def _locate(directory: Path) -> Path:
     """A checkpoint: the directory itself, or the latest within an output directory."""
-    from engine.loop import checkpoints as checkpoint
+    from engine.loop.checkpoints.layout import LATEST, find
 
     if (directory / "manifest.json").is_file():
         return directory
-    found = checkpoint.find(directory, checkpoint.LATEST) if directory.is_dir() else None
+    found = find(directory, LATEST) if directory.is_dir() else None
     if found is None:
         raise UserError(f"{directory}: neither a checkpoint nor an output directory with one")
     return found
@@ -33,7 +33,7 @@ def info_command(arguments: list[str]) -> int:
     parser = Parser("engine.checkpoint info", description="Describe a checkpoint.")
     parser.add_argument("directory", type=Path)
     directory = _locate(parser.parse_args(arguments).directory)
-    from engine.loop.checkpoints import SliceFiles, read_state
+    from engine.loop.checkpoints.layout import SliceFiles, read_state
 
     state, files = read_state(directory), SliceFiles(directory)
     size = sum(path.stat().st_size for path in directory.iterdir())
@@ -51,7 +51,7 @@ def verify_command(arguments: list[str]) -> int:
     parser = Parser("engine.checkpoint verify", description="Compare every file of a checkpoint with its digest.")
     parser.add_argument("directory", type=Path)
     directory = _locate(parser.parse_args(arguments).directory)
-    from engine.loop.checkpoints import read_state
+    from engine.loop.checkpoints.layout import read_state
 
     read_state(directory)
     print(f"{directory} is whole")
@@ -73,8 +73,8 @@ def export_command(arguments: list[str]) -> int:
         raise UserError(f"{file}: no such file; name the run's config.toml with --config")
     config = load(TrainConfig, read_toml(TrainConfig, file, str(file)), str(file))
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
-    from engine.loop.checkpoints import SliceFiles, read_state
-    from engine.loop.validation import save_pipeline
+    from engine.loop.checkpoints.layout import SliceFiles, read_state
+    from engine.loop.export import save_pipeline
     from engine.models.family import open_family
     from engine.models.training_form import to_published_form
 

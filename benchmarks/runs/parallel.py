@@ -29,9 +29,9 @@ from torch import nn
 from benchmarks.tools.cost import payload
 from benchmarks.tools.rows import write_result
 from engine.config.options import TrainConfig
-from engine.loop.checkpoints import Writer
+from engine.loop.checkpoints.writer import Writer
 from engine.loop.metrics import Metrics
-from engine.loop.weights.ema import Ema
+from engine.loop.run import Run
 from engine.loop.weights.flat import FlatPartition
 from engine.processes import Processes
 from engine.quiet import quiet_libraries
@@ -64,20 +64,20 @@ def all_gather(tensors, tensor, *arguments, **named):
         counted["all_gather"] = counted.get("all_gather", 0) + size
     return real_gather(tensors, tensor, *arguments, **named)
 dist.all_gather = all_gather
-from engine.loop import trainer
-step = trainer.Training._train_step
-def counted_step(self, *arguments):
+from engine.loop.step import Step
+run_step = Step.__call__
+def counted_step(self, batches, number):
     global counting
-    counting = self.step == 9
-    step(self, *arguments)
+    counting = number == 10
+    run_step(self, batches, number)
     if counting:
         counting = False
-        note = {"collectives": dict(counted), "ema_numbers": sum(a.numel() for a in self.ema.averages),
+        note = {"collectives": dict(counted), "ema_numbers": sum(a.numel() for a in self.partition.ema.averages),
                 "masters": sum(m.numel() for m in self.partition.masters),
                 "parameters": sum(s.numel() for s in self.partition.shapes.values())}
-        name = f"{self.config.output_dir}.rank-{self.processes.rank}.json"
+        name = f"{self.config.output_dir}.rank-{self.partition.processes.rank}.json"
         open(name, "w").write(json.dumps(note))
-trainer.Training._train_step = counted_step
+Step.__call__ = counted_step
 from engine import run
 sys.exit(run.main())
 """
@@ -172,13 +172,14 @@ def pauses(place: Place, parameters: int = 25_000_000) -> dict[str, Any]:
     config = TrainConfig(family="sd", pretrained_model_name_or_path="unused", use_ema=True)
     processes = Processes()
     partition = FlatPartition(nn.Linear(side, side, bias=False), config, processes)
-    ema, metrics = Ema(partition.masters, False), Metrics(processes.device, 1, 1)
+    run = Run(seed=0, global_batch=1, fingerprint="", records=1, steps=2)
+    metrics = Metrics(run, processes)
     result: dict[str, Any] = {"parameters": side * side, "bytes": 16 * side * side}
     for name, beside in (("between", False), ("beside", True)):
-        writer = Writer(place.root / f"pause-{name}", {}, processes, 1, beside, "token")
+        writer = Writer(place.root / f"pause-{name}", run, processes, 1, beside, "token")
         for step in (1, 2):
             started = time.perf_counter()
-            writer.save(step, partition, ema, metrics)
+            writer.save(step, partition, metrics)
             result[f"{name}_seconds"] = time.perf_counter() - started
             writer.wait()
             result[f"{name}_whole_seconds"] = time.perf_counter() - started

@@ -71,15 +71,15 @@ def batches(family: Any, size: int, device: torch.device) -> Iterator[Batch]:
 def losses(name: str, side: str, steps: int, device: torch.device) -> dict[str, Any]:
     """The loss of every step of a checkpoint, or tiny family, on one side."""
     precision, options = SIDES[side]
-    lever = Lever(side, options)
+    lever = Lever(side, options | {"learning_rate": LEARNING_RATE})
     with opened(name, device, mixed_precision=precision if device.type == "cuda" else "no") as (family, _, _), lever.applied():
         torch.backends.cudnn.allow_tf32 = False  # torch's default would round what fp32 convolutions multiply to 10 bits
         torch.manual_seed(7)
         sequence = batches(family, BATCHES.get(name, 4), device)
         training = EngineSide(family, lever, next(sequence), device).training
         seen = []
-        for _ in range(steps):
-            training._train_step(sequence, LEARNING_RATE)
+        for number in range(1, steps + 1):
+            training.train_step(sequence, number)
             seen.append(training.metrics.loss_sum.clone())
             training.metrics.loss_sum.zero_()
         torch._dynamo.reset()

@@ -24,7 +24,7 @@ from benchmarks.tools.rows import Rows
 from benchmarks.tools.small_runs import small_run
 from benchmarks.tools.tables import markdown
 from engine.catalogue import FAMILIES
-from engine.loop import trainer
+from engine.loop import step, trainer
 from engine.quiet import quiet_libraries
 
 STEPS = 12
@@ -37,14 +37,14 @@ class _Watch:
     def __init__(self) -> None:
         self.watched = 0
         self.where = ""
-        self.train_step = trainer.Training._train_step
+        self.train_step = step.Step.__call__
 
-    def step(self, training: Any, *arguments: Any) -> None:
-        if training.step + 1 < FIRST or not torch.cuda.is_available():
-            return self.train_step(training, *arguments)
+    def step(self, step: Any, batches: Any, number: int) -> None:
+        if number < FIRST or not torch.cuda.is_available():
+            return self.train_step(step, batches, number)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            self.train_step(training, *arguments)
+            self.train_step(step, batches, number)
             self.watched += 1
         except RuntimeError as error:
             frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/engine/" in frame.filename]
@@ -63,7 +63,7 @@ def watch(family: str, graphs: str) -> dict[str, Any]:
     watch = _Watch()
     with tempfile.TemporaryDirectory() as directory:
         run = small_run(family, Path(directory), max_train_steps=STEPS, log_every=STEPS, cuda_graphs=graphs, use_ema=True)
-        with mock.patch.object(trainer.Training, "_train_step", lambda *arguments: watch.step(*arguments)):
+        with mock.patch.object(step.Step, "__call__", lambda *arguments: watch.step(*arguments)):
             try:
                 trainer.train(run)
             except RuntimeError as error:

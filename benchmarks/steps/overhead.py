@@ -13,7 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -33,16 +33,16 @@ from benchmarks.tools.rows import Rows
 from benchmarks.tools.sides import WARM_UP, open_side, random_batch
 from benchmarks.tools.timeline import profiled
 from benchmarks.tools.timing import synchronize
-from engine.data.samples.loader import BatchPlan
-from engine.loop import trainer
+from engine.loop.run import Run
+from engine.loop.trainer import Training
 from engine.models.family import Family
 from engine.processes import Processes
 from engine.quiet import quiet_libraries
 
 SECONDS = 200  # that the row takes at most, most of them for torch.compile from cold caches
 PARTS = {
-    "model": ["engine.loop.trainer.predict_and_compare", "engine.loop.weights.flat.FlatPartition.backward"],
-    "optimizer": ["engine.loop.optimizers.AdamW.apply"],
+    "model": ["engine.loop.step.predict_and_compare", "engine.loop.weights.flat.FlatPartition.backward"],
+    "optimizer": ["engine.loop.optimizers.adamw.AdamW.apply"],
 }
 
 
@@ -100,39 +100,25 @@ def host_microseconds(steps: int, windows: int = 5) -> dict[str, float]:
 def _one_window(family: Family, batch: Any, steps: int) -> dict[str, float]:
     clock = _Clock()
 
-    class Ready:
-        """A loader whose batches are there."""
-
-        def __init__(self, *arguments: Any) -> None:
-            pass
-
-        def __iter__(self) -> Iterator[Any]:
-            return repeat(batch)
-
-        def close(self) -> None:
-            pass
-
-    patches: list[Any] = [mock.patch.object(trainer, "Loader", Ready)]
+    patches: list[Any] = []
     for part, paths in PARTS.items():
         for path in paths:
             function = _resolve(path)
             timed = clock.around(part, function)
             patches.append(mock.patch(path, lambda *a, timed=timed, **k: timed(*a, **k)))
     assert family.training is not None
-    run = {"seed": 7, "global_batch": 1, "fingerprint": ""}
-    training = trainer.Training(
-        family.training, family, range(10**6), BatchPlan(1, 1, 0, 1), Processes(), run, steps  # type: ignore[arg-type]
-    )  # fmt: skip
+    run = Run(seed=7, global_batch=1, fingerprint="", records=10**6, steps=steps)
+    training = Training(family.training, run, family, family.load_model(), Processes())
     for patch in patches:
         patch.start()
     try:
         started = time.perf_counter()
-        training.run_steps(None)
+        training.run_steps(repeat(batch), None)
         total = time.perf_counter() - started
     finally:
         for patch in patches:
             patch.stop()
-    if float(training.partition.optimizer.skipped):
+    if float(training.partition.optimizer.norm_and_skips()[1]):
         raise ValueError("steps were skipped: their time says nothing")
     parts = {part: seconds / steps * 1e6 for part, seconds in clock.seconds.items()}
     return {"step": total / steps * 1e6, **parts, "loop": total / steps * 1e6 - sum(parts.values())}

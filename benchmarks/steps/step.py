@@ -43,8 +43,8 @@ from benchmarks.tools.rows import OUT_OF_MEMORY, Rows
 from benchmarks.tools.sides import WARM_UP, check, open_side, sample
 from benchmarks.tools.timing import data_sheet_flops_per_second, spread, synchronize
 from benchmarks.tools.waterfall import table
-from engine.loop.metrics import matrix_flops_per_second
-from engine.loop.trainer import keep_compiled_code
+from engine.backends import keep_compiled_code
+from engine.loop.flops import matrix_flops_per_second
 from engine.models.family import PRECISIONS
 from engine.quiet import quiet_libraries
 

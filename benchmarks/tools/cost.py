@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.tools.published import trained_model, write
-from engine.loop.metrics import forward_flops, forward_on_meta
+from engine.loop.flops import forward_flops, forward_on_meta
 from engine.models.family import Family, open_family
 
 STEP_BYTES = 48  # per parameter: weights 2 + 2, gradient 2, its copy to the flat buffer 4, norm 2, AdamW with its average 36

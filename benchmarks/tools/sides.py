@@ -1,8 +1,8 @@
 """Trainings that a question steps by hand: the engine's own, or the recipe's, on batches that are ready, with a lever."""
 
+import itertools
 import math
 from collections.abc import Iterable
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 from benchmarks.tools.levers import Lever
 from benchmarks.tools.plain import PlainTraining, published_model
 from engine.backends import configure
-from engine.data.samples.loader import Batch, BatchPlan
+from engine.data.samples.loader import Batch
 from engine.loop import capture
+from engine.loop.run import Run
 from engine.loop.trainer import Training
 from engine.models.family import Family
 from engine.processes import Processes
@@ -43,17 +44,17 @@ class EngineSide:
 
     def __init__(self, family: Any, lever: Lever, batch: Batch, device: torch.device) -> None:
         size = len(batch.slots)
-        config = family.training.model_copy(update={"use_ema": True, "train_batch_size": size, **(lever.options or {})})
+        options = {"use_ema": True, "train_batch_size": size, "learning_rate": LEARNING_RATE, **(lever.options or {})}
+        config = family.training.model_copy(update=options)
         configure(config)
-        run = {"seed": 7, "global_batch": size, "fingerprint": ""}
-        self.training = Training(
-            config, family, range(1000), BatchPlan(size, 1, 0, 1), Processes(), run, 10**6  # type: ignore[arg-type]
-        )  # fmt: skip
-        self.batches = repeat(batch)
+        run = Run(seed=7, global_batch=size, fingerprint="", records=1000, steps=10**6)
+        self.training = Training(config, run, family, family.load_model(), Processes())
+        self.numbers = itertools.count(1)
+        self.batches = itertools.repeat(batch)
         self.captures = device.type == "cuda" and config.cuda_graphs != "off"
 
     def step(self) -> None:
-        self.training._train_step(self.batches, LEARNING_RATE)
+        self.training.train_step(self.batches, next(self.numbers))
 
     @property
     def weights(self) -> list[Tensor]:
@@ -66,8 +67,7 @@ class EngineSide:
         Raises:
             RuntimeError: steps should be captured and are not, or are and should not.
         """
-        captured = self.training.captured
-        graphs = sum(len(shape.graphs) for shape in captured.shapes.values()) if captured else 0
+        graphs = self.training.train_step.graphs
         if bool(graphs) != self.captures:
             raise RuntimeError(f"{graphs} graphs were captured, {'some' if self.captures else 'none'} should be")
         return graphs
@@ -78,7 +78,7 @@ class EngineSide:
         Raises:
             RuntimeError: a step was skipped, or a loss was not finite.
         """
-        metrics, skipped = self.training.metrics, int(self.training.partition.optimizer.skipped)
+        metrics, skipped = self.training.metrics, int(self.training.partition.optimizer.norm_and_skips()[1])
         offending = int((metrics.offending >= 0).sum())
         if skipped or offending:
             raise RuntimeError(f"{skipped} steps were skipped, {offending} losses and more were not finite")

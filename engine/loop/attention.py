@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from engine.config.options import TrainConfig
 from engine.errors import UserError, first_line
-from engine.loop.metrics import forward_on_meta
+from engine.loop.flops import forward_on_meta
 from engine.models.family import Family
 
 KERNELS = {

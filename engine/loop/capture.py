@@ -102,6 +102,11 @@ class Captured:
         replay()
         return result
 
+    @property
+    def graphs(self) -> int:
+        """How many graphs there are to replay."""
+        return sum(len(shape.graphs) for shape in self.shapes.values())
+
     def release(self) -> None:
         """Gives the graphs and their memory back, so that other work has it; the next call captures again.
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from engine.config.options import TrainConfig
-from engine.loop.metrics import Metrics
+from engine.loop.flops import Flops
 from engine.loop.weights.zero import OVERLAPPED_BUCKET, machinery_stage
 from engine.models.family import PRECISIONS
 from engine.processes import Processes
@@ -54,18 +54,18 @@ def overlap_gain(
     return reductions * per_reduction - micro_batches * waiting
 
 
-def overlap_pays(config: TrainConfig, model: nn.Module, metrics: Metrics, processes: Processes) -> bool:
+def overlap_pays(config: TrainConfig, model: nn.Module, flops: Flops | None, processes: Processes) -> bool:
     """The choice of `--cuda_graphs auto` where capturing is possible; the first process decides for all, and says so."""
     # One compiled backward pass hands over all gradients at its end: there is nothing to overlap.
-    if config.cuda_graphs != "auto" or config.compile or processes.world == 1:
+    if config.cuda_graphs != "auto" or config.compile or processes.world == 1 or flops is None:
         return False
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     elements = sum(parameter.numel() for parameter in trained)
     size = elements * PRECISIONS[config.mixed_precision].itemsize
-    flops, micro_batches = 3 * metrics.flops_per_sample * config.train_batch_size, config.gradient_accumulation_steps
+    operations, micro_batches = 3 * flops.forward * config.train_batch_size, config.gradient_accumulation_steps
     gain = processes.from_first(
         overlap_gain(
-            flops / (metrics.peak_flops * UTILISATION),
+            operations / (flops.per_second * UTILISATION),
             size * reduction_seconds_per_byte(processes),
             len(trained),
             -(-elements // OVERLAPPED_BUCKET),

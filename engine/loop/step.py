@@ -1,6 +1,6 @@
-"""One micro-batch: noise, prediction, loss and gradient. The order of the lines is the order of the computation."""
+"""One optimizer step: noise, prediction, loss, backward pass and update, in the order of the computation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,7 +10,84 @@ from engine.config.options import TrainConfig
 from engine.data.samples.loader import Batch
 from engine.kernels import add_noise, diffusion_loss
 from engine.kernels.add_noise import per_sample
+from engine.loop.capture import Captured
+from engine.loop.metrics import Metrics
+from engine.loop.optimizers.rates import peak_rate, rate_factors
+from engine.loop.run import Run
+from engine.loop.weights.partition import Partition
 from engine.models.family import Family
+
+
+class Step:
+    """An optimizer step, called with the micro-batches to come and its number.
+
+    Everything that differs between steps is put on the device, so that what follows can be replayed from CUDA graphs: on one
+    process the whole micro-batch, under ZeRO 1 and 2 what comes before DeepSpeed's reductions.
+
+    Args:
+        captures: whether to do so.
+    """
+
+    def __init__(
+        self, config: TrainConfig, run: Run, family: Family, partition: Partition, metrics: Metrics, captures: bool
+    ) -> None:
+        self.config, self.family, self.partition, self.metrics = config, family, partition, metrics
+        self.accumulation = config.gradient_accumulation_steps
+        self.samples = config.train_batch_size * self.accumulation
+        processes, device = partition.processes, partition.processes.device
+        self.rate_factor_of = rate_factors(config, peak_rate(config, processes.world), run.steps)
+        self.seed = torch.tensor([run.seed], device=device)
+        self.gradient_scale = torch.full((1,), 1 / self.samples, device=device)
+        # Whether a micro-batch begins a step, and whether it ends it.
+        self.kinds = [(number == 0, number == self.accumulation - 1) for number in range(self.accumulation)]
+        self.whole = self.before_reduction = None
+        if captures and partition.captured_whole:
+            self.whole = Captured(self.micro_batch, processes, self.kinds)
+        elif captures:
+            self.before_reduction = Captured(self.differentiate, processes)
+
+    def __call__(self, batches: Iterator[Batch], number: int) -> None:
+        """Step number `number`, counted from 1."""
+        partition = self.partition
+        partition.begin(number, self.rate_factor_of(number - 1))
+        if partition.loss_scaler:
+            self.gradient_scale.fill_(partition.loss_scale / self.samples)
+        for first, last in self.kinds:
+            if last and partition.ema:
+                partition.ema.wait()
+            (self.whole or self.micro_batch)(next(batches), first, last)
+        partition.end(number)
+        self.metrics.steps += 1
+
+    def micro_batch(self, batch: Batch, first: bool, last: bool) -> None:
+        """One micro-batch, and the update after a step's last."""
+        partition = self.partition
+        if self.before_reduction:
+            loss, gradients = self.before_reduction(batch)
+            partition.receive(gradients, first)
+        else:
+            loss, prediction, gradient = self.compare(partition.predict, batch)
+            partition.backward(prediction, gradient, first)
+        self.metrics.add(loss, batch.slots, self.accumulation)
+        partition.update(last)
+
+    def differentiate(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """A micro-batch's losses [B] and gradients, without DeepSpeed: the part of its step that a CUDA graph can hold."""
+        loss, prediction, gradient = self.compare(self.partition.module, batch)
+        return loss, list(torch.autograd.grad(prediction, self.partition.parameters, gradient, materialize_grads=True))
+
+    def compare(self, model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        return predict_and_compare(model, self.family, batch, self.config, self.seed, self.gradient_scale)
+
+    @property
+    def graphs(self) -> int:
+        """How many graphs there are to replay."""
+        return sum(captured.graphs for captured in (self.whole, self.before_reduction) if captured)
+
+    def release(self) -> None:
+        """Gives the graphs and their memory back; the next step captures again."""
+        for captured in filter(None, (self.whole, self.before_reduction)):
+            captured.release()
 
 
 def predict_and_compare(

@@ -9,7 +9,7 @@ import torch
 from benchmarks.operations import optimizer
 from benchmarks.tools import timing
 from benchmarks.tools.rows import Rows
-from engine.loop import metrics
+from engine.loop import flops
 from tests.loop import tape
 
 CPU = torch.device("cpu")
@@ -111,6 +111,6 @@ def test_the_peak_is_the_median_after_a_warm_up(monkeypatch):
     """By a clock on which windows take 0.2 seconds until the device is warm, then 0.1, and one of five takes long."""
     taken = [0.2, 0.2, 0.1, 0.1, 9.0, 0.1, 0.1, 0.1]
     readings = iter([reading for number, seconds in enumerate(taken) for reading in (10.0 * number, 10.0 * number + seconds)])
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(readings))
-    assert metrics.matrix_flops_per_second(CPU, torch.float32) == pytest.approx(2 * 1024**3 * 5 / 0.1)
+    monkeypatch.setattr(flops.time, "perf_counter", lambda: next(readings))
+    assert flops.matrix_flops_per_second(CPU, torch.float32) == pytest.approx(2 * 1024**3 * 5 / 0.1)
     assert next(readings, None) is None

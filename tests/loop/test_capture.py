@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from engine.errors import UserError
 from engine.loop import capture, trainer
+from engine.loop.step import Step
 from engine.loop.trainer import train
 from tests.loop.runs import ON_GPU, checkpoint_tensors, config
 from tests.loop.test_families import config as family_config
@@ -56,19 +57,19 @@ def test_replayed_training_is_eager_training(options, graphs, recorded, model, i
 
 
 def test_a_step_that_is_not_finite_is_skipped_in_a_graph_too(recorded, model, images, shards, tmp_path, monkeypatch):
-    masters, train_step = [], trainer.Training._train_step
+    masters, train_step = [], Step.__call__
 
-    def spoil(self, batches, rate):
+    def spoil(self, batches, number):
         def spoiled():
-            for number, batch in enumerate(batches):
-                if self.step == 5 and number == 0:
+            for batch in batches:
+                if number == 6:
                     batch.record["latent_mean"][:] = float("nan")
                 yield batch
 
-        train_step(self, spoiled(), rate)
+        train_step(self, spoiled(), number)
         masters.append(self.partition.masters[0].detach().clone())
 
-    monkeypatch.setattr(trainer.Training, "_train_step", spoil)
+    monkeypatch.setattr(Step, "__call__", spoil)
     # A sample prediction compares with the latents: what is not finite in them reaches the loss.
     assert train(config(model, images, shards, tmp_path / "out", cuda_graphs="on", prediction_type="sample")) == 0
     assert recorded
@@ -254,12 +255,12 @@ def test_compiled_steps_are_captured_and_compile_nothing_after_the_third(family,
 
 
 def test_a_captured_step_keeps_weights_where_they_are(recorded, model, images, shards, tmp_path, monkeypatch):
-    places, train_step = set(), trainer.Training._train_step
+    places, train_step = set(), Step.__call__
 
-    def note(self, batches, rate):
-        train_step(self, batches, rate)
+    def note(self, *arguments):
+        train_step(self, *arguments)
         places.add(tuple(parameter.data_ptr() for parameter in self.partition.parameters))
 
-    monkeypatch.setattr(trainer.Training, "_train_step", note)
+    monkeypatch.setattr(Step, "__call__", note)
     assert train(config(model, images, shards, tmp_path / "out", cuda_graphs="on")) == 0
     assert len(places) == 1

@@ -15,10 +15,12 @@ from torch import nn
 from engine.config.options import TrainConfig
 from engine.errors import UserError
 from engine.files import digest, lock, write_json
-from engine.loop import checkpoints as checkpoint
+from engine.loop.checkpoints import layout, writer
+from engine.loop.checkpoints.snapshot import restore
+from engine.loop.checkpoints.writer import Writer
 from engine.loop.metrics import Metrics
+from engine.loop.run import Run
 from engine.loop.trainer import train
-from engine.loop.weights.ema import Ema
 from engine.loop.weights.flat import FlatPartition
 from engine.processes import Processes
 from tests.loop.runs import SLACK, checkpoint_tensors, config, flip_last_byte
@@ -118,7 +120,7 @@ def test_a_checkpoint_continues_under_another_zero_stage(uninterrupted, model, i
 def test_the_limit_keeps_the_newest(model, images, shards, tmp_path):
     options = {"checkpointing_steps": 2, "checkpoints_total_limit": 2}
     assert train(config(model, images, shards, tmp_path / "out", **options)) == 0
-    assert [path.name for path in checkpoint.complete_checkpoints(tmp_path / "out")] == ["checkpoint-6", "checkpoint-8"]
+    assert [path.name for path in layout.complete_checkpoints(tmp_path / "out")] == ["checkpoint-6", "checkpoint-8"]
     assert (tmp_path / "out" / "latest").read_text().strip() == "checkpoint-8"
 
 
@@ -127,20 +129,20 @@ def test_a_damaged_checkpoint_is_named_and_another_offered(uninterrupted, tmp_pa
         shutil.copytree(uninterrupted / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     flip_last_byte(tmp_path / "checkpoint-6" / "rank-0.safetensors")
     with pytest.raises(UserError, match=r"checkpoint-6: damaged: rank-0.safetensors.*resume from .*checkpoint-3 instead"):
-        checkpoint.read_state(tmp_path / "checkpoint-6")
+        layout.read_state(tmp_path / "checkpoint-6")
 
 
 def test_a_truncated_manifest_is_refused(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted / "checkpoint-3", tmp_path / "checkpoint-3")
     (tmp_path / "checkpoint-3" / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="not a complete checkpoint"):
-        checkpoint.read_state(tmp_path / "checkpoint-3")
+        layout.read_state(tmp_path / "checkpoint-3")
 
 
 def test_latest_without_a_pointer_takes_the_newest_complete_one(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted / "checkpoint-3", tmp_path / "checkpoint-3")
     (tmp_path / "checkpoint-6.partial").mkdir()
-    assert checkpoint.find(tmp_path, "latest") == tmp_path / "checkpoint-3"
+    assert layout.find(tmp_path, "latest") == tmp_path / "checkpoint-3"
 
 
 def test_latest_in_an_empty_directory_starts_from_nothing(model, images, shards, tmp_path):
@@ -178,14 +180,14 @@ def test_checkpoints_beside_the_training_hold_the_same(uninterrupted, model, ima
 
 
 def test_a_checkpoint_holds_the_state_of_its_step_however_late_it_is_written(model, images, shards, tmp_path, monkeypatch):
-    write, steps = checkpoint.Writer._write, []
+    write, steps = Writer._write, []
 
-    def late(self, snapshot):
+    def late(self, snapshot, pieces):
         time.sleep(0.5)  # the training goes on meanwhile
         steps.append(snapshot.step)
-        write(self, snapshot)
+        write(self, snapshot, pieces)
 
-    monkeypatch.setattr(checkpoint.Writer, "_write", late)
+    monkeypatch.setattr(Writer, "_write", late)
     options = {"checkpointing_steps": 3, "max_train_steps": 6}
     for name, beside in (("beside", True), ("between", False)):
         assert train(config(model, images, shards, tmp_path / name, checkpoint_async=beside, **options)) == 0
@@ -196,7 +198,7 @@ def test_a_checkpoint_holds_the_state_of_its_step_however_late_it_is_written(mod
 
 @pytest.mark.parametrize("beside", [True, False])
 def test_a_checkpoint_that_cannot_be_written_names_the_last_good_one(beside, model, images, shards, tmp_path, monkeypatch):
-    write_pieces = checkpoint.write_pieces
+    write_pieces = writer.write_pieces
 
     def full(path, header, pieces):
         if "checkpoint-6" in str(path):
@@ -204,11 +206,11 @@ def test_a_checkpoint_that_cannot_be_written_names_the_last_good_one(beside, mod
             raise OSError(28, "No space left on device")
         return write_pieces(path, header, pieces)
 
-    monkeypatch.setattr(checkpoint, "write_pieces", full)
+    monkeypatch.setattr(writer, "write_pieces", full)
     expected = r"checkpoint-6 cannot be written: No space left on device; the last complete one is .*checkpoint-3\."
     with pytest.raises(UserError, match=expected):
         train(config(model, images, shards, tmp_path / "out", checkpointing_steps=3, checkpoint_async=beside))
-    assert checkpoint.find(tmp_path / "out", "latest") == tmp_path / "out" / "checkpoint-3"
+    assert layout.find(tmp_path / "out", "latest") == tmp_path / "out" / "checkpoint-3"
     monkeypatch.undo()
     assert train(config(model, images, shards, tmp_path / "out", resume_from_checkpoint="latest")) == 0
     assert not list((tmp_path / "out").glob("*.partial"))
@@ -267,15 +269,14 @@ def test_the_state_is_written_and_read_without_copies(tmp_path):
     config = TrainConfig(family="sd", pretrained_model_name_or_path="unused", use_ema=True)
     processes = Processes()
     partition = FlatPartition(nn.Linear(4096, 4096, bias=False), config, processes)
-    ema, metrics = Ema(partition.masters, False), Metrics(processes.device, 1, 1)
+    run = Run(seed=0, global_batch=1, fingerprint="", records=1, steps=2)
+    metrics = Metrics(run, processes)
     state = 16 * 4096 * 4096
-    between, beside = (
-        checkpoint.Writer(tmp_path / name, {}, processes, 1, name == "beside", "token") for name in ("between", "beside")
-    )
-    assert growth(lambda: between.save(1, partition, ema, metrics)) < 0.2 * state
+    between, beside = (Writer(tmp_path / name, run, processes, 1, name == "beside", "token") for name in ("between", "beside"))
+    assert growth(lambda: between.save(1, partition, metrics)) < 0.2 * state
 
     def save_beside() -> None:
-        beside.save(1, partition, ema, metrics)
+        beside.save(1, partition, metrics)
         beside.wait()
 
     # One copy, kept for the next.
@@ -283,5 +284,5 @@ def test_the_state_is_written_and_read_without_copies(tmp_path):
     assert growth(save_beside) < 0.2 * state
     for directory in (tmp_path / "between", tmp_path / "beside"):
         found = directory / "checkpoint-1"
-        read = checkpoint.read_state(found)
-        assert growth(lambda: checkpoint.load(found, read, partition, ema, metrics, processes)) < 0.2 * state  # noqa: B023
+        read = layout.read_state(found)
+        assert growth(lambda: restore(found, read, partition, metrics)) < 0.2 * state  # noqa: B023

@@ -7,8 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine.config.options import TrainConfig
-from engine.data.samples.loader import Batch, BatchPlan
+from engine.data.samples.loader import Batch
 from engine.loop import capture, trainer
+from engine.loop.run import Run
+from engine.loop.step import Step
 from engine.models.family import open_family
 from engine.processes import Processes
 from tests.loop.runs import config
@@ -61,9 +63,9 @@ def test_a_step_reads_nothing(options, model, images, shards, tmp_path, monkeypa
     )  # fmt: skip
     original = trainer.Training.run_steps
 
-    def counted(self, log):
+    def counted(self, *arguments):
         with counter:
-            return original(self, log)
+            return original(self, *arguments)
 
     monkeypatch.setattr(trainer.Training, "run_steps", counted)
     assert trainer.train(run) == 0
@@ -129,18 +131,16 @@ def test_a_step_sends_nothing_to_the_device(family_name, options, published, tmp
     processes = Processes()
     processes.device = torch.device("meta")
     family = open_family(run)
-    model = family.load_model().to("meta")
-    family.load_model = lambda: model
-    plan = BatchPlan(2, run.gradient_accumulation_steps, rank=0, world=1)
-    shards = range(12)  # all that is asked here is how many records there are
-    training = trainer.Training(run, family, shards, plan, processes, {"seed": 1}, total_steps=4)
+    accumulation = run.gradient_accumulation_steps
+    numbers = Run(seed=1, global_batch=2 * accumulation, fingerprint="", records=12, steps=4)
+    training = trainer.Training(run, numbers, family, family.load_model().to("meta"), processes)
     slots = torch.arange(2)
     timesteps = family.schedule.draw(torch.tensor([1]), slots)
     fields = family.record_spec.items()
     record = {name: torch.empty(2, *field.shape, dtype=field.dtype, device="meta") for name, field in fields}
     batch = Batch(record, slots.to("meta"), timesteps.to("meta"), family.schedule.coefficients(timesteps).to("meta"))
     with CountCrossings() as counter, CountFactories(counter.crossings):
-        training._train_step(iter([batch] * plan.accumulation), rate=1e-3)
+        training.train_step(iter([batch] * accumulation), 1)
     assert counter.crossings == []
 
 
@@ -162,21 +162,21 @@ def test_a_gpu_never_waits_for_the_host_between_two_log_points(
     (cudaMalloc, cudaFree, cudaHostAlloc), nor what NCCL, Triton or other libraries do.
     """
     first = capture.WARM_UP + 1  # the steps before it may: libraries choose algorithms, and graphs are captured
-    train_step, after_step = trainer.Training._train_step, trainer.Training._after_step
+    train_step, after_step = Step.__call__, trainer.Training._after_step
     strict: list[int] = []
 
-    def begin(self, *arguments):
-        if self.step >= first:
+    def begin(self, batches, number):
+        if number > first:
             torch.cuda.set_sync_debug_mode("error")
-            strict.append(self.step)
-        train_step(self, *arguments)
+            strict.append(number - 1)
+        train_step(self, batches, number)
 
     def end(self, *arguments):
         if self.step % self.config.log_every == 0:
             torch.cuda.set_sync_debug_mode("default")
         after_step(self, *arguments)
 
-    monkeypatch.setattr(trainer.Training, "_train_step", begin)
+    monkeypatch.setattr(Step, "__call__", begin)
     monkeypatch.setattr(trainer.Training, "_after_step", end)
     run = {"max_train_steps": 12, "log_every": 12, "noise_offset": 0.1, "snr_gamma": 5.0, "cuda_graphs": graphs, **options}
     run["deterministic"] = False  # as users run

@@ -11,8 +11,8 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from engine.loop import checkpoints as checkpoint
 from engine.loop import pace, trainer
+from engine.loop.checkpoints.writer import Writer
 from engine.loop.pace import AHEAD, Pace
 from tests.loop.runs import config
 
@@ -68,11 +68,11 @@ def test_a_step_of_the_cpu_is_finished_when_it_returns():
 def test_the_watchdog_and_the_progress_count_finished_steps(device, model, images, shards, tmp_path, monkeypatch):
     seen, after_step, read = [], trainer.Training._after_step, trainer.Metrics.read
 
-    def note(self, rate, progress, log, leave):
+    def note(self, progress, log, leave):
         assert progress.n == device.finished
         assert self.watchdog.step == (device.finished or -1)
         seen.append((self.step, device.finished))
-        after_step(self, rate, progress, log, leave)
+        after_step(self, progress, log, leave)
 
     def read_finished(self, *arguments):
         assert device.given == device.finished, "the host would wait here on a clock that nobody advances"
@@ -86,21 +86,21 @@ def test_the_watchdog_and_the_progress_count_finished_steps(device, model, image
 
 
 def test_a_signal_waits_for_no_more_than_the_steps_that_were_given(device, model, images, shards, tmp_path, monkeypatch):
-    left, after_step, save = [], trainer.Training._after_step, checkpoint.Writer.save
+    left, after_step, save = [], trainer.Training._after_step, Writer.save
 
-    def note(self, rate, progress, log, leave):
+    def note(self, progress, log, leave):
         if self.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         if leave:
             left.append((self.step, device.given - device.finished))
-        after_step(self, rate, progress, log, leave)
+        after_step(self, progress, log, leave)
 
     def save_finished(self, *arguments):
         assert device.given == device.finished, "the time until here belongs to steps, and the watchdog counts it"
         save(self, *arguments)
 
     monkeypatch.setattr(trainer.Training, "_after_step", note)
-    monkeypatch.setattr(checkpoint.Writer, "save", save_finished)
+    monkeypatch.setattr(Writer, "save", save_finished)
     assert trainer.train(config(model, images, shards, tmp_path / "out", log_every=100, max_train_steps=100)) == 0
     assert left == [(6, AHEAD)]
     assert (tmp_path / "out" / "checkpoint-6").is_dir()

@@ -13,8 +13,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine.errors import UserError
-from engine.loop import validation
-from engine.loop.metrics import _forget_after
+from engine.loop import export
+from engine.loop.log import _forget_after
 from engine.loop.trainer import train
 from tests.loop.runs import config
 
@@ -176,7 +176,7 @@ def test_the_upload_leaves_checkpoints_and_shards_out(model, images, shards, tmp
         def upload_folder(self, **arguments):
             calls.update(arguments)
 
-    monkeypatch.setattr(validation, "HfApi", Api)
+    monkeypatch.setattr(export, "HfApi", Api)
     options = {"push_to_hub": True, "hub_token": "t", "hub_model_id": "mine", "max_train_steps": 1}
     assert train(config(model, images, shards, tmp_path / "out", **options)) == 0
     assert calls["token"] == "t"

@@ -52,11 +52,11 @@ def test_the_process_that_is_behind_is_named():
 def test_a_run_that_hangs_is_given_up(model, images, shards, tmp_path):
     run = command(config(model, images, shards, tmp_path / "out", step_timeout=2.0, max_train_steps=100000))
     hang = (
-        "import sys, time; from engine.loop import trainer; step = trainer.Training._train_step\n"
-        "def stuck(self, *arguments):\n"
-        "    step(self, *arguments)\n"
-        "    if self.step == 5: time.sleep(60)\n"
-        "trainer.Training._train_step = stuck\n"
+        "import sys, time; from engine.loop.step import Step; run_step = Step.__call__\n"
+        "def stuck(self, batches, number):\n"
+        "    run_step(self, batches, number)\n"
+        "    if number == 5: time.sleep(60)\n"
+        "Step.__call__ = stuck\n"
         "from engine import run; sys.argv[0] = 'engine.run'; sys.exit(run.main())"
     )
     result = subprocess.run(

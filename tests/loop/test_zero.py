@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from engine.loop import capture, overlap, trainer
-from engine.loop.metrics import Metrics
+from engine.loop import capture, overlap
+from engine.loop.flops import Flops
+from engine.loop.step import Step
 from engine.loop.trainer import train
 from engine.loop.weights.partition import Partition
 from engine.loop.weights.zero import ZeroPartition, deepspeed_config
@@ -43,13 +44,13 @@ def test_no_accumulation_node_outlives_a_step(options, model, images, tmp_path, 
     # Such a node is bound to the stream on which it was made, and draws it into a later capture, which fails by it. This is
     # the first step, which runs as it is: a recording in a graph's place would hold nodes itself.
     monkeypatch.setattr(capture, "reason_against", lambda *arguments: None)
-    kept, train_step = [], trainer.Training._train_step
+    kept, train_step = [], Step.__call__
 
-    def note(self, batches, rate):
-        train_step(self, batches, rate)
+    def note(self, *arguments):
+        train_step(self, *arguments)
         kept.extend(name for parameter, name in self.partition.names.items() if accumulates_beyond_the_step(parameter))
 
-    monkeypatch.setattr(trainer.Training, "_train_step", note)
+    monkeypatch.setattr(Step, "__call__", note)
     first_step = {"cuda_graphs": "on", "max_train_steps": 1}
     assert train(config(model, images, tmp_path / "shards", tmp_path / "out", **first_step, **options)) == 0
     assert not kept
@@ -72,8 +73,8 @@ def test_gradients_are_taken_as_they_are(options, taken, recorded, model, images
     shared: list[float] = []
     create, receive = Partition.__init__, ZeroPartition.receive
 
-    def watch(self, module, processes):
-        create(self, module, processes)
+    def watch(self, *arguments):
+        create(self, *arguments)
         # Before DeepSpeed's hooks, which move gradients on.
         for parameter in self.parameters:
             parameter.register_post_accumulate_grad_hook(lambda parameter: landed.append(parameter.grad.data_ptr()))
@@ -116,18 +117,17 @@ def test_the_estimate_of_overlap():
 @pytest.mark.parametrize(("seconds_per_byte", "chosen"), [(1e-6, "with reductions that overlap"), (1e-12, "from CUDA graphs")])
 def test_auto_chooses_by_the_estimate_and_says_so(seconds_per_byte, chosen, monkeypatch, capsys):
     processes = Processes()
-    processes.world, metrics = 2, Metrics(torch.device("cpu"), 4, 4)
-    metrics.flops_per_sample, metrics.peak_flops = 1e12, 1e14
+    processes.world, flops = 2, Flops(forward=1e12, per_second=1e14)
     monkeypatch.setattr(overlap, "reduction_seconds_per_byte", lambda processes: seconds_per_byte)
     monkeypatch.setattr(overlap, "OVERLAPPED_BUCKET", 1000)
     monkeypatch.setattr(processes, "from_first", lambda value: value)
     options, model = config("model", "images", "shards", "out"), torch.nn.Linear(100, 100)
-    assert overlap.overlap_pays(options, model, metrics, processes) == chosen.startswith("with")
+    assert overlap.overlap_pays(options, model, flops, processes) == chosen.startswith("with")
     assert capsys.readouterr().err.startswith(f"Training {chosen}")
     for changed in ({"cuda_graphs": "on"}, {"compile": True}):
-        assert not overlap.overlap_pays(options.model_copy(update=changed), model, metrics, processes)
+        assert not overlap.overlap_pays(options.model_copy(update=changed), model, flops, processes)
     processes.world = 1
-    assert not overlap.overlap_pays(options, model, metrics, processes)
+    assert not overlap.overlap_pays(options, model, flops, processes)
     assert capsys.readouterr().err == ""
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.config.options import TrainConfig
-from engine.loop.optimizers import AdamW, create_optimizer
+from engine.loop.optimizers import create_optimizer
 from engine.loop.weights.partition import Partition, Slice
 from engine.models.family import PRECISIONS
 from engine.processes import Processes
@@ -25,8 +25,10 @@ class FlatPartition(Partition):
     In fp32 the module's weights are the masters themselves; in bf16 the optimizer writes both.
     """
 
+    captured_whole = True
+
     def __init__(self, model: nn.Module, config: TrainConfig, processes: Processes) -> None:
-        super().__init__(model, processes)
+        super().__init__(model, config, processes)
         dtype, device = PRECISIONS[config.mixed_precision], processes.device
         offset = 0
         for parameter, name in self.names.items():
@@ -42,11 +44,8 @@ class FlatPartition(Partition):
             parameter.data = view
         self.gradient = torch.zeros_like(master, dtype=self._gradient_dtype(config))
         self.gradient_views = self._views(self.gradient)
-        self.optimizer = create_optimizer([master], config, None)
-        assert isinstance(self.optimizer, AdamW)
-        self.optimizer.create_state(self.masters, self.allocate)
-        if self.weights is not master:
-            self.optimizer.weights = [self.weights]
+        self.optimizer = create_optimizer([master], config, processes.world, sum_parts=None)
+        self.create_state(None if self.weights is master else [self.weights])
 
     @staticmethod
     def _gradient_dtype(config: TrainConfig) -> torch.dtype:

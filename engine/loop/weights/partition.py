@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.config.options import TrainConfig
+from engine.loop.optimizers import Optimizer
+from engine.loop.weights.ema import Ema, decay_of_step
 from engine.processes import Processes
 
 
@@ -31,19 +34,54 @@ class Partition(ABC):
     masters: flat fp32 tensors that the optimizer updates.
     slices: which parameter's elements lie where in `masters`; the same places hold its moments and its moving average.
     frozen: parameters that are not trained, in fp32 on the host, by name.
-    optimizer: as `optimizer.create_optimizer` gives it.
+    ema: the moving average of `masters`, or None.
+    captured_whole: whether a CUDA graph can hold all of a micro-batch, or only what comes before the reductions.
     """
 
-    optimizer: Any
+    captured_whole = False
+    optimizer: Optimizer
     masters: list[Tensor]
+    ema: Ema | None = None
 
-    def __init__(self, model: nn.Module, processes: Processes) -> None:
-        self.module, self.processes = model, processes
+    def __init__(self, model: nn.Module, config: TrainConfig, processes: Processes) -> None:
+        self.module, self.config, self.processes = model, config, processes
         self.frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
         self.names: dict[nn.Parameter, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self.parameters: list[Tensor] = list(self.names)
         self.shapes = {name: parameter.shape for parameter, name in self.names.items()}
         self.slices: list[Slice] = []
+
+    def create_state(self, weights: list[Tensor] | None = None) -> None:
+        """Creates what lies beside `masters`: the moving average, if one is kept, and the optimizer's state.
+
+        Args:
+            weights: for each master the same weights in the training precision, which the optimizer then writes too.
+        """
+        if self.config.use_ema:
+            self.ema = Ema(self.masters, self.config.offload_ema and self.masters[0].is_cuda, self.allocate)
+        averages = self.ema.averages if self.ema and not self._averages_apart else None
+        self.optimizer.create_state(self.masters, self.allocate, weights, averages)
+
+    @property
+    def _averages_apart(self) -> bool:
+        """Whether the moving average is updated after the optimizer's step, and not in it."""
+        return self.ema is not None and (self.ema.offload or not self.optimizer.in_one_pass)
+
+    @property
+    def exported(self) -> list[Tensor]:
+        """The weights that are shown and saved, laid out as `masters`."""
+        return self.ema.averages if self.ema else self.masters
+
+    def begin(self, step: int, rate_factor: float) -> None:
+        """Puts what optimizer step number `step`, counted from 1, needs on the device."""
+        self.optimizer.set_rates(rate_factor)
+        if self.ema and not self._averages_apart:
+            self.optimizer.ema_weight.fill_(1 - decay_of_step(step))
+
+    def end(self, step: int) -> None:
+        """To be called when the step has moved the weights."""
+        if self.ema and self._averages_apart:
+            self.ema.update(step)
 
     @abstractmethod
     def predict(self, *arguments: Any, **named: Any) -> Any:
@@ -68,10 +106,6 @@ class Partition(ABC):
     def view(self, piece: Slice, tensors: list[Tensor]) -> Tensor:
         """The elements of a slice in tensors laid out as `masters`."""
         return tensors[piece.holder].detach().view(-1)[piece.offset : piece.offset + piece.length]
-
-    def moments(self, kind: str) -> list[Tensor]:
-        """A tensor of the optimizer's state for each of `masters`."""
-        return [self.optimizer.state[master][kind] for master in self.masters]
 
     def gather(self, tensors: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Whole parameters, one at a time, from tensors laid out as `masters`. Every process must iterate to the end."""

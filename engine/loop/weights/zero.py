@@ -53,10 +53,10 @@ class ZeroPartition(Partition):
     """The module under DeepSpeed, which reduces gradients to this process's part and gathers the weights again."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, processes: Processes, captured: bool) -> None:
-        super().__init__(model, processes)
+        super().__init__(model, config, processes)
         deepspeed = _import_deepspeed(processes)
         model.to(processes.device)
-        self.optimizer = create_optimizer(self.parameters, config, processes.sum_)
+        self.optimizer = create_optimizer(self.parameters, config, processes.world, processes.sum_)
         elements = sum(parameter.numel() for parameter in self.parameters)
         options = deepspeed_config(config, elements, overlap=processes.world > 1 and not captured)
         self.stage = machinery_stage(config)
@@ -79,7 +79,7 @@ class ZeroPartition(Partition):
         if self.directory:
             for master in self.masters:
                 master.data = self.allocate(master).copy_(master.detach())
-        self.optimizer.create_state(self.masters, self.allocate)
+        self.create_state()
 
     def allocate(self, like: Tensor) -> Tensor:
         if self.directory is None:
@@ -132,8 +132,7 @@ class ZeroPartition(Partition):
         self.engine.step()
         if last and self.stage == 3 and self.loss_scaler is None and self.engine.optimizer.overflow:
             # Stage 3 looks at the norm itself, and then leaves the optimizer out. (Under fp16 that is the search for a scale.)
-            self.optimizer.skipped += 1
-            self.optimizer.grad_norm.fill_(float("inf"))
+            self.optimizer.note_skip()
 
     def refresh_weights(self) -> None:
         zero = self.engine.optimizer

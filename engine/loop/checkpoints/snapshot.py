@@ -1,0 +1,123 @@
+"""What a checkpoint holds of a process: taken from the training, and brought back to it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.errors import UserError
+from engine.loop.checkpoints.layout import FORMAT_VERSION, SliceFiles
+from engine.loop.metrics import Metrics
+from engine.loop.run import Run
+from engine.loop.weights.partition import Partition
+from engine.tensors import header_of, in_file_order
+
+
+def sliced_tensors(partition: Partition) -> dict[str, list[Tensor]]:
+    """Everything that is laid out as the masters, by kind."""
+    states = [partition.optimizer.state_of(master) for master in partition.masters]
+    kinds = {"weight": partition.masters}
+    kinds |= {kind: [state[kind] for state in states] for kind in partition.optimizer.laid_out}
+    if partition.ema is not None:
+        kinds["ema"] = partition.ema.averages
+    return kinds
+
+
+def other_state(partition: Partition) -> dict[str, list[Tensor]]:
+    """Optimizer state that has no place within a parameter, by the name that it is stored under.
+
+    Counters are the same for all masters and stored once, so that they fit any other partition; what is bound to these masters
+    is stored for each.
+    """
+    optimizer = partition.optimizer
+    stored: dict[str, list[Tensor]] = {}
+    for number, master in enumerate(partition.masters):
+        for kind, value in optimizer.state_of(master).items():
+            if torch.is_tensor(value) and kind not in optimizer.laid_out:
+                name = f"optimizer/{kind}" if kind in optimizer.counters else f"optimizer/{number}/{kind}"
+                stored.setdefault(name, []).append(value)
+    return stored
+
+
+def host_counters(partition: Partition) -> dict[str, int]:
+    """Counters that an optimizer (bitsandbytes') keeps as plain numbers."""
+    state = partition.optimizer.state_of(partition.masters[0])
+    return {kind: state[kind] for kind in partition.optimizer.counters if not torch.is_tensor(state[kind])}
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """torch's own generators, which draw a model's dropout."""
+    state = {"random/cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["random/cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+@dataclass
+class Snapshot:
+    """What a checkpoint holds of this process.
+
+    header: of its file.
+    tensors: what follows there, from where the state lies.
+    state: what state.json will hold.
+    """
+
+    step: int
+    header: bytes
+    tensors: list[Tensor]
+    state: dict[str, Any]
+
+
+def take(step: int, run: Run, partition: Partition, metrics: Metrics) -> Snapshot:
+    """The state after a step, not copied: it must not change while the snapshot is in use."""
+    processes, kinds = partition.processes, sliced_tensors(partition)
+    tensors = {
+        f"{kind}/{piece.name}@{piece.start}": partition.view(piece, holders)
+        for piece in partition.slices for kind, holders in kinds.items()
+    }  # fmt: skip
+    tensors |= {name: values[0].detach().cpu() for name, values in other_state(partition).items()}
+    tensors |= {"metrics/loss_sum": metrics.loss_sum.cpu().view(1), **random_state(processes.device)}
+    tensors = in_file_order(tensors)
+    header, _ = header_of(tensors)
+    scaler = partition.loss_scaler
+    state = {
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "world": processes.world,
+        "run": run.identity,
+        "optimizer_counters": host_counters(partition),
+        "loss_steps": metrics.steps,
+        "loss_scaler": {k: v for k, v in vars(scaler).items() if isinstance(v, (int, float))} if scaler else None,
+    }
+    return Snapshot(step, header, list(tensors.values()), state)
+
+
+def restore(checkpoint: Path, state: dict[str, Any], partition: Partition, metrics: Metrics) -> None:
+    """Brings weights, optimizer, averages, loss scale and generators back; `state` as `layout.read_state` returned it."""
+    processes, kinds = partition.processes, sliced_tensors(partition)
+    files = SliceFiles(checkpoint)
+    with torch.no_grad():
+        for piece in partition.slices:
+            for kind, holders in kinds.items():
+                files.fill(kind, piece, partition.view(piece, holders))
+    same_world = state["world"] == processes.world
+    own = files.files[processes.rank if same_world else 0]
+    for name, values in other_state(partition).items():
+        if name not in own.header or own.header[name]["shape"] != list(values[0].shape):
+            raise UserError(f"{checkpoint}: holds no {name} for this optimizer and number of processes")
+        for value in values:
+            value.copy_(own.tensor(name))
+    for master in partition.masters:
+        partition.optimizer.state[master].update(state["optimizer_counters"])
+    if same_world:
+        torch.set_rng_state(own.tensor("random/cpu"))
+        if "random/cuda" in own.header and processes.device.type == "cuda":
+            torch.cuda.set_rng_state(own.tensor("random/cuda"), processes.device)
+    if partition.loss_scaler and state["loss_scaler"]:
+        vars(partition.loss_scaler).update(state["loss_scaler"])
+    sums = [file.tensor("metrics/loss_sum") for file in ([own] if same_world else files.files)]
+    metrics.loss_sum.fill_(float(torch.cat(sums).mean()))
+    metrics.steps = state["loss_steps"]
+    partition.refresh_weights()

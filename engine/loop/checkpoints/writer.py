@@ -1,0 +1,149 @@
+"""Writing checkpoints: aside, synced, published when every process's part is there, beside the training if asked for.
+
+Between steps, a file is written from where the state lies. To be written beside the training, the state is copied to host
+memory first. Writing needs no other process but the first, which waits until every process's digest is there and publishes.
+"""
+
+import contextlib
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+from tqdm import tqdm
+
+from engine.errors import UserError, disk_problem
+from engine.files import PARTIAL, digest, discard, publish_directory, write_json, write_text
+from engine.loop.checkpoints.layout import LATEST, complete_checkpoints, find
+from engine.loop.checkpoints.snapshot import Snapshot, take
+from engine.loop.metrics import Metrics
+from engine.loop.run import Run
+from engine.loop.weights.partition import Partition
+from engine.processes import Processes
+from engine.tensors import PIECE, host_buffer, pieces_of, staged, write_pieces
+
+
+@dataclass
+class Writer:
+    """Saves checkpoints under a directory, one at a time; older ones go only once a newer one is complete.
+
+    beside: copy the state to host memory and write in a thread; the next `save` and `wait` wait for it, and raise what it
+        raised.
+    token: tells this run's unfinished writing from that of a run that was killed; the same on all processes.
+    """
+
+    directory: Path
+    run: Run
+    processes: Processes
+    total_limit: int | None
+    beside: bool
+    token: str
+    copy_seconds: float = 0.0
+    _thread: threading.Thread | None = None
+    _error: BaseException | None = None
+    _buffers: list[Tensor] = field(default_factory=list)
+
+    def save(self, step: int, partition: Partition, metrics: Metrics) -> None:
+        """Every process must call it. Returns when the state is copied, or without `beside` when all of it is written.
+
+        Raises:
+            UserError: this checkpoint, or the one before it, could not be written.
+        """
+        self.wait()
+        self.processes.synchronize()
+        snapshot = take(step, self.run, partition, metrics)
+        if self.beside:
+            started = time.perf_counter()
+            pieces = self._copied(snapshot.tensors)
+            self.copy_seconds = time.perf_counter() - started
+            self._thread = threading.Thread(target=self._work, args=(snapshot, pieces), name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            self._work(snapshot, pieces_of(snapshot.tensors))
+            self.wait()
+            self.processes.barrier()
+
+    def wait(self) -> None:
+        """Until what is being written is complete."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _copied(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The bytes of tensors in buffers that are kept from one checkpoint to the next."""
+        size = sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors)
+        while len(self._buffers) * PIECE < size:
+            self._buffers.append(host_buffer())
+        return list(staged(tensors, self._buffers))
+
+    def _work(self, snapshot: Snapshot, pieces: Iterable[Tensor]) -> None:
+        started = time.perf_counter()
+        try:
+            self._write(snapshot, pieces)
+        except Exception as error:
+            problem = disk_problem(error) or (error.strerror or str(error) if isinstance(error, OSError) else None)
+            with contextlib.suppress(OSError):
+                (self._aside(snapshot.step) / f"rank-{self.processes.rank}.failed").touch()
+            if problem is None:
+                self._error = error
+                return
+            last = find(self.directory, LATEST)
+            kept = f"the last complete one is {last}" if last else "there is no complete one"
+            self._error = UserError(
+                f"{self.directory / f'checkpoint-{snapshot.step}'} cannot be written: {problem}; {kept}. Make "
+                "room or permit writing there, and continue with --resume_from_checkpoint latest",
+                alone=True,
+            )
+        else:
+            if self.processes.is_first:
+                written = time.perf_counter() - started
+                copied = f"copied in {self.copy_seconds:.2f} s, " if self.beside else ""
+                tqdm.write(f"Saved checkpoint-{snapshot.step}: {copied}written in {written:.2f} s", file=sys.stderr)
+
+    def _aside(self, step: int) -> Path:
+        return self.directory / f"checkpoint-{step}-{self.token}{PARTIAL}"
+
+    def _write(self, snapshot: Snapshot, pieces: Iterable[Tensor]) -> None:
+        rank = self.processes.rank
+        aside = self._aside(snapshot.step)
+        aside.mkdir(parents=True, exist_ok=True)
+        written = write_pieces(aside / f"rank-{rank}.safetensors", snapshot.header, pieces)
+        write_json(aside / f"rank-{rank}.json", written)
+        if self.processes.is_first:
+            digests = self._digests(aside)
+            write_json(aside / "state.json", snapshot.state)
+            digests["state.json"] = digest(aside / "state.json")
+            write_json(aside / "manifest.json", digests)
+            self._publish(aside, self.directory / f"checkpoint-{snapshot.step}")
+
+    def _digests(self, aside: Path) -> dict[str, str]:
+        """File -> digest, once every process has written its part; their notes of it are taken away."""
+        notes = [aside / f"rank-{rank}.json" for rank in range(self.processes.world)]
+        while not all(note.exists() for note in notes):
+            for failed in aside.glob("rank-*.failed"):
+                raise OSError(f"process {failed.stem.removeprefix('rank-')} could not write its part")
+            time.sleep(0.01)
+        digests = {note.with_suffix(".safetensors").name: json.loads(note.read_text()) for note in notes}
+        for note in notes:
+            note.unlink()
+        return digests
+
+    def _publish(self, aside: Path, final: Path) -> None:
+        replaced = final.with_name(f"{final.name}.replaced")
+        discard(replaced)
+        if final.exists():
+            final.rename(replaced)
+        publish_directory(aside, final)
+        write_text(self.directory / LATEST, final.name + "\n")
+        discard(replaced)
+        if self.total_limit is not None:
+            others = [path for path in complete_checkpoints(self.directory) if path != final]
+            for old in others[: -self.total_limit + 1 or None]:
+                discard(old)

@@ -1,0 +1,105 @@
+"""The trained pipeline: saved where the diffusers scripts leave it, and uploaded."""
+
+import shutil
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from huggingface_hub import HfApi, ModelCard
+from torch import Tensor
+
+from engine.config.options import TrainConfig
+from engine.errors import UserError, first_line
+from engine.files import PARTIAL, discard, sync
+from engine.loop.weights.partition import Partition
+from engine.loop.weights.whole import empty_published_model, whole_tensors
+from engine.models.family import Family
+from engine.models.published import use_portable_names
+from engine.tensors import write_one_by_one
+
+
+def export(config: TrainConfig, family: Family, partition: Partition) -> None:
+    """Saves the pipeline with fp32 trained weights where the scripts leave it; every process must call it.
+
+    Each component is written aside and renamed into place; model_index.json, without which nothing loads, comes last.
+    """
+    whole = whole_tensors(partition)
+    if partition.processes.is_first:
+        save_pipeline(Path(config.output_dir), family, partition.module, whole)
+    else:
+        deque(whole, maxlen=0)
+    partition.processes.barrier()
+
+
+def save_pipeline(directory: Path, family: Family, module: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Writes the family's published pipeline into its folder of a directory.
+
+    Args:
+        module: the trained module, in training form.
+        tensors: parameters and buffers of the published model, written in fp32 one after another.
+    """
+    model = empty_published_model(module)
+    layout = model.state_dict()
+
+    def write(folder: str) -> None:
+        model.save_config(folder)
+        stored = ((name, tensor) for name, tensor in tensors if name in layout)
+        write_one_by_one(Path(folder) / SAFETENSORS_WEIGHTS_NAME, layout, stored, {"format": "pt"})
+
+    # The pipeline saves its parts by this method.
+    model.save_pretrained = write
+    output = directory / family.result
+    output.mkdir(parents=True, exist_ok=True)
+    aside = directory / f"pipeline{PARTIAL}"
+    discard(aside)
+    pipeline = family.pipeline(model)
+    use_portable_names(pipeline)
+    pipeline.save_pretrained(aside, safe_serialization=True)
+    if (aside / "tokenizer").is_dir():
+        # transformers 5 saves tokenizer.json alone; older releases read the vocabulary and the merges beside it.
+        shutil.copytree(family.path / "tokenizer", aside / "tokenizer", dirs_exist_ok=True)
+    for path in sorted(aside.rglob("*")):
+        sync(path)
+    for path in sorted(aside.iterdir(), key=lambda path: path.name == "model_index.json"):
+        discard(output / path.name)
+        shutil.move(path, output / path.name)
+    sync(output)
+    aside.rmdir()
+
+
+def create_repository(config: TrainConfig) -> str:
+    """Creates the repository of `--push_to_hub`, where there is none yet, and returns its full name.
+
+    Raises:
+        UserError: not logged in, no permission, no connection; better known before the training than after.
+    """
+    name = config.hub_model_id or Path(config.output_dir).name
+    try:
+        return HfApi(token=config.hub_token).create_repo(name, exist_ok=True).repo_id
+    except Exception as error:  # the library raises many kinds
+        raise UserError(f"--push_to_hub: cannot create {name}: {first_line(error)}; log in with `hf auth login`") from None
+
+
+def push_to_hub(config: TrainConfig, family: Family, repository: str) -> None:
+    """Uploads the trained pipeline with a model card."""
+    output = Path(config.output_dir)
+    data = config.dataset_name or config.train_data_dir or "its own latent shards"
+    card = ModelCard(
+        "---\n"
+        f"base_model: {family.base_model}\n"
+        "library_name: diffusers\n"
+        "tags: [text-to-image, diffusers, diffusers-training]\n"
+        "---\n\n"
+        f"# {repository}\n\n"
+        f"Fine-tuned from `{family.base_model}` on `{data}`: {config.max_train_steps} steps at learning "
+        f"rate {config.learning_rate}, {config.resolution} px, precision {config.mixed_precision}.\n"
+    )
+    card.save(output / "README.md")
+    HfApi(token=config.hub_token).upload_folder(
+        repo_id=repository,
+        folder_path=output,
+        commit_message="End of training",
+        ignore_patterns=["checkpoint-*", "shards/*", "logs/*", "wandb/*", "latest"],
+    )

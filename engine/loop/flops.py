@@ -1,0 +1,72 @@
+"""Floating point operations: what a sample needs of them, and how many this device does in a second."""
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from engine.models.family import Family
+from engine.models.training_form import to_training_form
+
+
+@dataclass(frozen=True)
+class Flops:
+    """What model FLOP utilisation is the ratio of.
+
+    forward: operations of one forward pass for one sample; a training step takes three times as many.
+    per_second: what a large matrix product reaches on this device.
+    """
+
+    forward: float
+    per_second: float
+
+
+def count_flops(family: Family, model: torch.nn.Module, device: torch.device) -> Flops | None:
+    """Counted and measured on a GPU; None on a CPU, where nobody asks for its utilisation."""
+    if device.type != "cuda":
+        return None
+    return Flops(forward_flops(family, model), matrix_flops_per_second(device, family.dtype, warm_up=0.1))  # a run should begin
+
+
+def forward_on_meta(family: Family, model: Any, batch: int = 1, training_form: bool = False) -> None:
+    """A forward pass that computes nothing, of the published model or of its training form, for modes that look on."""
+    timesteps = family.schedule.draw(torch.tensor([0]), torch.arange(batch)).to("meta")
+    with torch.device("meta"):
+        shadow = type(model).from_config(model.config)
+        if training_form:
+            to_training_form(shadow, fuse_projections=True)
+        record = {name: torch.empty(batch, *field.shape) for name, field in family.record_spec.items()}
+        family.predict(shadow, record[family.mean], timesteps, record)
+
+
+def forward_flops(family: Family, model: torch.nn.Module) -> float:
+    """Operations of one forward pass for one sample, attention included."""
+    with FlopCounterMode(display=False) as counter:
+        forward_on_meta(family, model)
+    return float(counter.get_total_flops())
+
+
+def matrix_flops_per_second(device: torch.device, dtype: torch.dtype, warm_up: float = 0.5) -> float:
+    """What a large matrix product reaches on this device: the measure that model FLOP utilisation is relative to.
+
+    The median of five windows, after `warm_up` seconds of work in which the clocks settle.
+    """
+    gpu = device.type == "cuda"
+    size, products = 8192 if gpu else 1024, 5
+    left, right = torch.randn(2, size, size, device=device).to(dtype)
+
+    def window() -> float:
+        started = time.perf_counter()
+        for _ in range(products):
+            left @ right
+        if gpu:
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    warm = window()
+    while warm < warm_up:
+        warm += window()
+    return 2 * size**3 * products / statistics.median(window() for _ in range(5))

@@ -1,0 +1,110 @@
+"""What training needs of an optimizer, and what all of them share: the global norm, and clipping by it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from engine.kernels import square_sum
+
+Allocate = Callable[[Tensor], Tensor]
+
+
+def global_norm(gradients: Sequence[Tensor], sum_parts: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """The L2 norm over all gradients, fp32 [1] on the device; `sum_parts` adds the squares of the other partitions."""
+    square = torch.stack([square_sum(gradient) for gradient in gradients]).sum(0)
+    return (sum_parts(square) if sum_parts else square).sqrt()
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """What `torch.nn.utils.clip_grad_norm_` multiplies gradients of this norm by; without a limit (0) by one."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
+
+
+class Optimizer(torch.optim.Optimizer):
+    """An optimizer of flat fp32 tensors, the masters, that clips by the global norm and skips steps that are not finite.
+
+    Each group of parameters has a `name` and options of its own, by which it is stepped. What a checkpoint keeps of the state
+    is declared, and by that it is cut and put together again for another partition:
+
+    laid_out: names of the state with a number for every weight.
+    counters: names of the state that is one number, the same for all masters, on the device or in Python.
+    bound: names of the state that fits these very masters only, as the scales of blocks do.
+
+    in_one_pass: whether a step also writes the weights in the training precision and keeps their moving average, in which the
+        new weights count for `ema_weight`, fp32 [1].
+    max_grad_norm: clip to this norm, 0 for no clipping.
+    sum_parts: adds a tensor over processes, where each holds a part of the gradients.
+    """
+
+    laid_out: ClassVar[tuple[str, ...]]
+    counters: ClassVar[tuple[str, ...]]
+    bound: ClassVar[tuple[str, ...]] = ()
+    in_one_pass: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        groups: Sequence[dict[str, Any]],
+        max_grad_norm: float,
+        sum_parts: Callable[[Tensor], Tensor] | None,
+        **options: Any,
+    ) -> None:
+        super().__init__(groups, **options)
+        self.max_grad_norm, self.sum_parts = max_grad_norm, sum_parts
+        self.peak_rates = {group["name"]: group["lr"] for group in self.param_groups}
+
+    def create_state(
+        self,
+        masters: Sequence[Tensor],
+        allocate: Allocate,
+        weights: Sequence[Tensor] | None = None,
+        averages: Sequence[Tensor] | None = None,
+    ) -> None:
+        """To be called once, before the first step, when it is known what will be stepped on.
+
+        Args:
+            allocate: gives zeros laid out as a master, where such state is kept.
+            weights, averages: for each master its copy in the training precision and its moving average, where these exist
+                and the optimizer is to keep them `in_one_pass`.
+        """
+        self.grad_norm, self.skipped, self.ema_weight = (torch.zeros(1, device=masters[0].device) for _ in range(3))
+
+    def set_rates(self, factor: float) -> None:
+        """Makes every group's learning rate its highest one times a factor."""
+        for group in self.param_groups:
+            group["lr"] = self.peak_rates[group["name"]] * factor
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the first group."""
+        return float(self.param_groups[0]["lr"])
+
+    def norm_and_skips(self) -> Tensor:
+        """The gradient norm of the last step, before clipping, and how many steps were skipped so far: fp32 [2]."""
+        return torch.cat([self.grad_norm, self.skipped])
+
+    def note_skip(self) -> None:
+        """To be called where a step was left out, by someone who looked at the norm, because it was not finite."""
+        self.skipped += 1
+        self.grad_norm.fill_(float("inf"))
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step on the gradients that lie beside the parameters, as DeepSpeed leaves them."""
+        self.apply([parameter.grad for group in self.param_groups for parameter in group["params"]])
+
+    def apply(self, gradients: Sequence[Tensor]) -> None:
+        """One step on the given gradients, flat and in any precision, in the order of the groups' parameters."""
+        raise NotImplementedError
+
+    def state_of(self, master: Tensor) -> dict[str, Any]:
+        """What there is of a master's state.
+
+        Raises:
+            TypeError: something in it was not declared, so that nobody knows how to keep it.
+        """
+        state = self.state[master]
+        if unknown := set(state) - {*self.laid_out, *self.counters, *self.bound}:
+            raise TypeError(f"{type(self).__name__} does not say how to keep {', '.join(sorted(unknown))}")
+        return state

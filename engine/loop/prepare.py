@@ -1,0 +1,125 @@
+"""What comes before the first step: the division of the batch, the shards, the seed, and whether a checkpoint fits."""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from engine.config.options import TrainConfig
+from engine.data.encode import build
+from engine.data.format.index import INDEX, Index
+from engine.data.format.shard import Shards
+from engine.data.format.verify import verify
+from engine.data.samples.loader import BatchPlan
+from engine.data.sources import open_source
+from engine.errors import UserError
+from engine.files import lock
+from engine.loop.checkpoints.layout import find
+from engine.loop.run import Run
+from engine.models.family import Family
+from engine.processes import Processes
+
+
+def divide_global_batch(config: TrainConfig, world: int) -> TrainConfig:
+    """The configuration with the accumulation that `--global_batch_size` takes.
+
+    Raises:
+        UserError: the processes cannot divide it evenly.
+    """
+    whole, part = config.global_batch_size, config.train_batch_size * world
+    if whole is None:
+        return config
+    if whole % part:
+        below, above = whole // part * part, (whole // part + 1) * part
+        nearest = f"{below} or {above}" if below else str(above)
+        raise UserError(
+            f"--global_batch_size {whole} cannot be divided among {world} processes with --train_batch_size "
+            f"{config.train_batch_size}; the nearest that can: {nearest}"
+        )
+    return config.model_copy(update={"gradient_accumulation_steps": whole // part})
+
+
+def prepare_shards(config: TrainConfig, family: Family, processes: Processes) -> Shards:
+    """Builds the shards where they are missing, verifies every one, and opens them.
+
+    Raises:
+        UserError: shards of another family or shape, or damaged ones, by name.
+    """
+    directory = config.shards_path
+    if config.dataset_name or config.train_data_dir:
+        index = build(config, family, open_source(config, family.captioned), processes)
+    else:
+        index = Index.read(directory)
+    if index.family != config.family or index.fields != family.record_spec:
+        raise UserError(
+            f"{directory / INDEX}: the shards hold other records than --family {config.family} at --resolution "
+            f"{config.resolution} and --mixed_precision {config.mixed_precision} reads; name another --shards_dir"
+        )
+    mine = index.shards[processes.rank :: processes.world]
+    with tqdm(total=len(mine), desc="Verifying shards", disable=None if processes.is_first else True, leave=False) as bar:
+        problems = verify(directory, mine, progress=bar.update)
+    problems = {file: problem for part in processes.gather_objects(problems) for file, problem in part.items()}
+    if problems:
+        listed = "; ".join(f"{file}: {problem}" for file, problem in sorted(problems.items()))
+        raise UserError(f"{directory}: damaged shards: {listed}; delete them and {INDEX}, and they are built again")
+    return Shards(directory)
+
+
+def find_checkpoint(config: TrainConfig) -> Path | None:
+    """The checkpoint to go on from, if that is asked for and there is one."""
+    if not config.resume_from_checkpoint:
+        return None
+    return find(Path(config.output_dir), config.resume_from_checkpoint)
+
+
+def seed_of(config: TrainConfig, state: dict[str, Any] | None) -> int:
+    """The seed of the run: as given, else the resumed run's, else drawn.
+
+    Args:
+        state: state.json of the checkpoint to go on from.
+    """
+    if config.seed is not None:
+        return config.seed
+    return int(state["run"]["seed"]) if state else secrets.randbits(31)
+
+
+def open_run(config: TrainConfig, seed: int, shards: Shards, plan: BatchPlan) -> Run:
+    """The run over these shards; epochs give its number of steps, where that is not given."""
+    steps = config.max_train_steps or -(-config.num_train_epochs * len(shards) // plan.global_batch)
+    return Run(seed, plan.global_batch, shards.index.fingerprint, len(shards), steps)
+
+
+def check_same_run(checkpoint: Path | None, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Compares what `Run.identity` was when a checkpoint was written with what it is.
+
+    Raises:
+        UserError: they differ.
+    """
+    remedies = {
+        "seed": "leave out --seed, or give the same",
+        "global_batch": "choose processes, --train_batch_size and --gradient_accumulation_steps with the same product",
+        "fingerprint": "give the same data and preprocessing options",
+    }
+    for name, remedy in remedies.items():
+        if before[name] != now[name]:
+            raise UserError(f"{checkpoint}: was written with {name} {before[name]}, this run has {now[name]}; {remedy}")
+
+
+@contextlib.contextmanager
+def only_run(output: Path, processes: Processes) -> Iterator[None]:
+    """Holds the output directory, so that no second run writes there."""
+    held = None
+    if processes.is_first:
+        output.mkdir(parents=True, exist_ok=True)
+        held = lock(output)
+    try:
+        if not processes.from_first(held is not None):
+            raise UserError(f"{output}: another run is writing there; wait for its end, or name another --output_dir")
+        yield
+    finally:
+        if held is not None:
+            os.close(held)

@@ -1,0 +1,26 @@
+"""What a run is, once its data, its processes and its options are known."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Run:
+    """The numbers that decide what is trained in which step.
+
+    global_batch: samples per optimizer step, over all processes.
+    fingerprint: of the latent shards.
+    records: how many the shards hold.
+    steps: optimizer steps in all.
+    """
+
+    seed: int
+    global_batch: int
+    fingerprint: str
+    records: int
+    steps: int
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same when the run is resumed."""
+        return {"seed": self.seed, "global_batch": self.global_batch, "fingerprint": self.fingerprint}

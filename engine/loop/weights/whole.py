@@ -1,0 +1,47 @@
+"""The published model put together from a partition, to be saved or to draw with."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.loop.weights.partition import Partition
+from engine.models.training_form import to_published_form
+
+
+def whole_tensors(partition: Partition) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, with the weights that are exported, and buffers of the published model, one at a time.
+
+    Every process must iterate to the end. On a single one they are views of what training holds.
+    """
+    partition.processes.synchronize()
+    others = partition.frozen.items(), partition.module.named_buffers()
+    return to_published_form(partition.module, itertools.chain(partition.gather(partition.exported), *others))
+
+
+def assemble(partition: Partition, dtype: torch.dtype) -> Any:
+    """The published model to draw with, on the first process; None on the others. Every process must call it.
+
+    Where the exported weights have this dtype, their memory is the model's.
+    """
+    state: dict[str, Tensor] = {}
+    for name, tensor in whole_tensors(partition):
+        if partition.processes.is_first:
+            state[name] = tensor.to(partition.processes.device, dtype if tensor.is_floating_point() else None)
+    if not state:
+        return None
+    model = empty_published_model(partition.module)
+    model.load_state_dict(state, assign=True, strict=False)
+    for name, _ in list(model.named_buffers()):
+        # Some are no part of a state dictionary.
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path)._buffers[leaf] = state[name]
+    return model.eval()
+
+
+def empty_published_model(module: Any) -> Any:
+    """The published model of one in training form, on the meta device."""
+    with torch.device("meta"):
+        return type(module).from_config(module.config)
