@@ -30,7 +30,7 @@ from benchmarks.tools.charts import save
 from benchmarks.tools.cost import payload, sizes_of
 from benchmarks.tools.rows import write_result
 from engine.loop.overlap import UTILISATION, hidden_seconds, overlap_gain
-from engine.loop.weights.zero import OVERLAPPED_BUCKET
+from engine.loop.weights.zero_options import OVERLAPPED_BUCKET
 
 FAMILIES = {"SD 1.5, 512 px": 32, "Kandinsky 2.2 prior": 128, "Kandinsky 2.2 decoder, 768 px": 16,
             "Wuerstchen v2 prior, 768 px": 32}  # fmt: skip

@@ -50,13 +50,12 @@ def _check_sharding(config: TrainConfig) -> None:
 
 
 def _check_precision(config: TrainConfig) -> None:
-    weights_precision = "fp32" if config.mixed_precision == "no" else config.mixed_precision
-    if config.gradient_accumulation_dtype not in (None, "fp32", weights_precision):
+    if config.accumulation_precision not in ("fp32", config.weights_precision):
         raise UserError(
             f"--gradient_accumulation_dtype {config.gradient_accumulation_dtype} with --mixed_precision "
             f"{config.mixed_precision}: gradients add up in fp32 or in the precision of the weights"
         )
-    if config.zero_stage == 1 and config.mixed_precision != "no" and config.gradient_accumulation_dtype == "fp32":
+    if config.zero_stage == 1 and config.accumulation_precision != config.weights_precision:
         raise UserError("--zero_stage 1 adds gradients up in the precision of the weights; for fp32 use --zero_stage 2")
     if config.matrix_precision == "fp8" and not (config.compile and config.mixed_precision == "bf16"):
         raise UserError("--matrix_precision fp8 needs --compile, which fuses the casts, and --mixed_precision bf16")

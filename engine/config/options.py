@@ -285,6 +285,16 @@ class TrainConfig(CacheConfig):
         """Whether attention is xFormers', by either of its names."""
         return self.attention == "xformers" or self.enable_xformers_memory_efficient_attention
 
+    @property
+    def weights_precision(self) -> str:
+        """That of the weights in training, as `--gradient_accumulation_dtype` names it."""
+        return "fp32" if self.mixed_precision == "no" else self.mixed_precision
+
+    @property
+    def accumulation_precision(self) -> str:
+        """In which micro-batches add up: fp32 unless told otherwise, and with `--zero_stage 1` always as the weights."""
+        return self.gradient_accumulation_dtype or (self.weights_precision if self.zero_stage == 1 else "fp32")
+
 
 def options_of(config: CacheConfig) -> dict[str, Any]:
     """The options that the configuration's family has, with their values."""

@@ -8,7 +8,7 @@ from engine.config.command_line import parse
 from engine.config.options import TrainConfig
 from engine.errors import UserError
 from engine.loop.trainer import divide_global_batch, train
-from engine.loop.weights.zero import deepspeed_config
+from engine.loop.weights.zero_options import deepspeed_config
 from tests.loop.runs import SLACK, config
 
 

@@ -10,7 +10,8 @@ from engine.loop.flops import Flops
 from engine.loop.step import Step
 from engine.loop.trainer import train
 from engine.loop.weights.partition import Partition
-from engine.loop.weights.zero import ZeroPartition, deepspeed_config
+from engine.loop.weights.zero import ZeroPartition
+from engine.loop.weights.zero_options import deepspeed_config
 from engine.processes import Processes
 from tests.loop.runs import checkpoint_tensors, command, config, run, torchrun
 

@@ -42,16 +42,12 @@ class FlatPartition(Partition):
         model.to(device, dtype)
         for parameter, view in zip(self.names, self._views(self.weights), strict=True):
             parameter.data = view
-        self.gradient = torch.zeros_like(master, dtype=self._gradient_dtype(config))
+        # A single micro-batch needs no more than its own precision.
+        adds_up = config.gradient_accumulation_steps > 1 and config.accumulation_precision == "fp32"
+        self.gradient = torch.zeros_like(master, dtype=torch.float32 if adds_up else dtype)
         self.gradient_views = self._views(self.gradient)
         self.optimizer = create_optimizer([master], config, processes.world, sum_parts=None)
         self.create_state(None if self.weights is master else [self.weights])
-
-    @staticmethod
-    def _gradient_dtype(config: TrainConfig) -> torch.dtype:
-        """Micro-batches add up in fp32 unless told otherwise; a single one needs no more than its own precision."""
-        low = config.gradient_accumulation_steps == 1 or config.gradient_accumulation_dtype == config.mixed_precision
-        return PRECISIONS[config.mixed_precision] if low else torch.float32
 
     def _views(self, flat: Tensor) -> list[Tensor]:
         return [self.view(piece, [flat]).view(piece.shape) for piece in self.slices]

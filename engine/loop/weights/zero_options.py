@@ -1,0 +1,124 @@
+"""The options that DeepSpeed is given: the engine's own, and those of the user's file where they do not contradict."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.config.options import TrainConfig
+from engine.errors import UserError
+
+_BUCKET = 200_000_000  # elements that a collective moves at once
+# Where reductions overlap the backward pass the last bucket cannot: many, but each as large as any parameter, because DeepSpeed
+# frees a larger one's gradient while it is still being reduced.
+OVERLAPPED_BUCKET = 50_000_000
+
+
+def machinery_stage(config: TrainConfig) -> int:
+    """The ZeRO stage that DeepSpeed is given.
+
+    `--zero_stage 0` asks for no sharding, yet runs on the partitioned optimizers too: they give the same numbers with less
+    traffic, and DeepSpeed's stage 0 in bf16 takes a dummy first step that shifts Adam's bias correction. Stage 1 leaves the
+    backward pass alone; stage 2 accumulates low-precision micro-batches in fp32.
+    """
+    if config.zero_stage:
+        return config.zero_stage
+    return 2 if config.gradient_accumulation_steps > 1 and config.mixed_precision != "no" else 1
+
+
+def deepspeed_config(config: TrainConfig, elements: int, overlap: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration for a model of `elements` parameters, with the user's own options merged in.
+
+    Args:
+        overlap: reduce gradients while the backward pass makes further ones.
+    """
+    stage, whole = machinery_stage(config), elements + elements % 2
+    low_precision = config.mixed_precision != "no"
+    bucket = min(OVERLAPPED_BUCKET if overlap else _BUCKET, whole)
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": overlap, "reduce_bucket_size": bucket}
+    if stage < 3:
+        # Stage 1 installs hooks for either of the first two, and needs none without them. Gradients that are not copied to a
+        # contiguous bucket do not overlap: DeepSpeed then synchronizes the device before every reduction.
+        zero |= {"contiguous_gradients": overlap or stage == 2, "allgather_bucket_size": min(_BUCKET, whole)}
+    if stage < 3 and config.offload_optimizer == "none":
+        # The norm is the optimizer's affair, on the device.
+        zero["compute_grad_norm"] = False
+    if config.offload_optimizer != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if config.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.train_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": 0.0,
+        "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},
+    }
+    if config.mixed_precision == "bf16":
+        ours["bf16"] = {"enabled": True, "check_grad_overflow": False}
+    elif config.mixed_precision == "fp16":
+        ours["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 2000}
+    if low_precision and stage > 1:
+        ours["data_types"] = {"grad_accum_dtype": config.accumulation_precision}
+    if config.deepspeed_config is None:
+        return ours
+    return _merge(ours, _read_json(config.deepspeed_config), config, "")
+
+
+# What decides the numbers, or how the loop works with DeepSpeed: the user's file may repeat it and not change it.
+_DECIDED = {
+    "train_micro_batch_size_per_gpu": "--train_batch_size",
+    "gradient_accumulation_steps": "--gradient_accumulation_steps",
+    "zero_optimization.stage": "--zero_stage",
+    "gradient_clipping": "--max_grad_norm, which is 0 for DeepSpeed because the engine clips",
+    "bf16.enabled": "--mixed_precision",
+    "fp16.enabled": "--mixed_precision",
+    "data_types.grad_accum_dtype": "--gradient_accumulation_dtype",
+    "zero_optimization.offload_optimizer.device": "--offload_optimizer",
+    "zero_optimization.offload_param.device": "--offload_parameters",
+    "zero_optimization.compute_grad_norm": "the engine's own norm",
+    "zero_allow_untested_optimizer": "the engine's own optimizer",
+    "zero_force_ds_cpu_optimizer": "the engine's own optimizer",
+}
+_OURS_ALONE = {
+    "optimizer": "--learning_rate and --adam_*", "scheduler": "--lr_scheduler", "train_batch_size": "--train_batch_size",
+}  # fmt: skip
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--deepspeed_config {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--deepspeed_config {path}: a JSON object is needed")
+    return content
+
+
+def _merge(ours: dict[str, Any], theirs: dict[str, Any], config: TrainConfig, path: str) -> dict[str, Any]:
+    """`ours` with what `theirs` adds or changes, dictionaries within dictionaries; `auto` stands for ours.
+
+    Raises:
+        UserError: `theirs` contradicts an option.
+    """
+    merged, file = dict(ours), f"--deepspeed_config {config.deepspeed_config}"
+    for key, value in theirs.items():
+        name = f"{path}{key}"
+        if name in _OURS_ALONE:
+            raise UserError(f"{file}: {name} is given by {_OURS_ALONE[name]}; leave it out")
+        if isinstance(value, dict):
+            merged[key] = _merge(ours.get(key, {}), value, config, f"{name}.")
+        elif value != "auto":
+            absent = False if name.endswith(".enabled") else "none" if name.endswith(".device") else None
+            decided = ours.get(key, absent)
+            if name in _DECIDED and value != decided:
+                raise UserError(
+                    f"{file}: {name} is {json.dumps(value)}, but {json.dumps(decided)} by {_DECIDED[name]}; "
+                    "leave it out of the file, or change the option"
+                )
+            merged[key] = value
+    return merged
