@@ -16,7 +16,7 @@ def build_command(arguments: list[str]) -> int:
     # After parsing, so that --help and mistakes answer at once.
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     from engine.data.describe import summary
-    from engine.data.encode import build
+    from engine.data.encode import encode_source
     from engine.data.sources import open_source
     from engine.models.family import open_family
     from engine.processes import Processes
@@ -26,7 +26,7 @@ def build_command(arguments: list[str]) -> int:
     try:
         family = open_family(config)
         processes.connect()
-        index = build(config, family, open_source(config, family.captioned), processes)
+        index = encode_source(config, family, open_source(config, family.captioned), processes)
     finally:
         processes.close()
     if processes.is_first:

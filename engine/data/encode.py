@@ -1,11 +1,13 @@
 """Encoding a source into latent shards: on all processes, with decoding threads, resumable after any interruption."""
 
 import concurrent.futures
+import itertools
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -38,39 +40,44 @@ class Encoder(Protocol):
     def encode_captions(self, captions: list[str]) -> dict[str, Tensor]: ...
 
 
-@dataclass
-class Plan:
-    """Which captions every sample has, before any image is read.
+@dataclass(frozen=True)
+class Captions:
+    """Which captions every sample has, known before any image is read.
 
-    numbers: per sample the numbers of its captions, None for a refused one.
+    numbers: per sample the numbers of its captions; none for a refused one.
     texts: the distinct captions in order of first appearance; a caption's number is its place here.
     first_of_shard: [shards + 1], the number of the first caption that each shard stores.
     refused: sample -> reason.
     """
 
-    numbers: list[list[int] | None]
+    numbers: list[list[int]]
     texts: list[str]
     first_of_shard: list[int]
     refused: dict[int, str]
 
+    @property
+    def shards(self) -> int:
+        return len(self.first_of_shard) - 1
 
-def make_plan(source: Source, shard_records: int, captioned: bool) -> Plan:
-    """Numbers the captions; every process comes to the same plan on its own."""
-    plan = Plan([], [], [0], {})
+    def texts_of(self, shard: int) -> list[str]:
+        return self.texts[self.first_of_shard[shard] : self.first_of_shard[shard + 1]]
+
+
+def number_captions(source: Source, shard_records: int, captioned: bool) -> Captions:
+    """Every process comes to the same numbers on its own."""
+    numbers: list[list[int]] = []
+    first_of_shard, refused = [0], {}
     number_of: dict[str, int] = {}
-    for index in range(len(source)):
+    for sample in range(len(source)):
         try:
-            captions = source.captions(index) if captioned else []
-            for caption in captions:
-                number_of.setdefault(caption, len(number_of))
-            plan.numbers.append([number_of[caption] for caption in captions])
-        except Refused as refused:
-            plan.numbers.append(None)
-            plan.refused[index] = str(refused)
-        if (index + 1) % shard_records == 0 or index + 1 == len(source):
-            plan.first_of_shard.append(len(number_of))
-    plan.texts = list(number_of)
-    return plan
+            captions = source.captions(sample) if captioned else []
+            numbers.append([number_of.setdefault(caption, len(number_of)) for caption in captions])
+        except Refused as reason:
+            numbers.append([])
+            refused[sample] = str(reason)
+        if (sample + 1) % shard_records == 0 or sample + 1 == len(source):
+            first_of_shard.append(len(number_of))
+    return Captions(numbers, list(number_of), first_of_shard, refused)
 
 
 def identity_of(config: CacheConfig, family: Encoder, source: Source) -> dict[str, Any]:
@@ -86,8 +93,8 @@ def identity_of(config: CacheConfig, family: Encoder, source: Source) -> dict[st
     }
 
 
-def build(config: CacheConfig, family: Encoder, source: Source, processes: Processes) -> Index:
-    """Builds what is missing of the shards and returns the index.
+def encode_source(config: CacheConfig, family: Encoder, source: Source, processes: Processes) -> Index:
+    """Encodes what is missing of the shards and returns the index.
 
     Raises:
         UserError: the directory holds shards of something else, or `--strict` met a sample that cannot be used.
@@ -96,33 +103,31 @@ def build(config: CacheConfig, family: Encoder, source: Source, processes: Proce
     identity = identity_of(config, family, source)
     fingerprint = digest_of(identity)
     if (directory / INDEX).exists():
-        return _existing(directory, identity, fingerprint)
+        return _existing_index(directory, identity, fingerprint)
     directory.mkdir(parents=True, exist_ok=True)
-    plan = make_plan(source, config.shard_records, family.captioned)
-    if config.strict and plan.refused:
-        sample, reason = next(iter(plan.refused.items()))
+    captions = number_captions(source, config.shard_records, family.captioned)
+    if config.strict and captions.refused:
+        sample, reason = next(iter(captions.refused.items()))
         raise UserError(f"--strict: {source.name(sample)}: {reason}")
 
-    count = len(plan.first_of_shard) - 1
-    mine = range(processes.rank, count, processes.world)
+    mine = range(processes.rank, captions.shards, processes.world)
     missing = [number for number in mine if not _is_complete(directory / shard_name(number), fingerprint)]
     started = time.perf_counter()
     if missing:
-        _encode(config, family, source, plan, missing, fingerprint, processes)
+        _encode_shards(config, family, source, captions, missing, fingerprint, processes)
     seconds = max(processes.gather_objects(time.perf_counter() - started))
 
-    entries: list[tuple[ShardEntry, list[dict[str, str]]]] = [_describe(directory / shard_name(n)) for n in mine]
-    gathered = processes.gather_objects(entries)
-    by_file = {entry.file: (entry, refused) for part in gathered for entry, refused in part}
-    ordered = [by_file[shard_name(number)] for number in range(count)]
+    gathered = processes.gather_objects({number: _describe(directory / shard_name(number)) for number in mine})
+    by_number = {number: described for part in gathered for number, described in part.items()}
+    described = [by_number[number] for number in range(captions.shards)]
     index = Index(
         family=config.family,
         fingerprint=fingerprint,
         identity=identity,
         config={name: value for name, value in options_of(config).items() if name in CacheConfig.model_fields},
         fields=family.record_spec,
-        shards=[entry for entry, _ in ordered],
-        refused=[item for _, refused in ordered for item in refused],
+        shards=[entry for entry, _ in described],
+        refused=[item for _, refused in described for item in refused],
         encode_seconds=seconds,
     )
     if processes.is_first:
@@ -133,7 +138,7 @@ def build(config: CacheConfig, family: Encoder, source: Source, processes: Proce
     return index
 
 
-def _existing(directory: Path, identity: dict[str, Any], fingerprint: str) -> Index:
+def _existing_index(directory: Path, identity: dict[str, Any], fingerprint: str) -> Index:
     index = Index.read(directory)
     if index.fingerprint != fingerprint:
         changed = ", ".join(key for key in identity if identity[key] != index.identity.get(key)) or "format"
@@ -164,35 +169,41 @@ def _describe(path: Path) -> tuple[ShardEntry, list[dict[str, str]]]:
     return entry, metadata["refused"]
 
 
-def _encode(
+def _encode_shards(
     config: CacheConfig,
     family: Encoder,
     source: Source,
-    plan: Plan,
-    shards: list[int],
+    captions: Captions,
+    numbers: list[int],
     fingerprint: str,
     processes: Processes,
 ) -> None:
+    """Encodes and writes the shards with these numbers."""
     family.load_encoders(processes.device)
-    size = config.shard_records
-    total = sum(min(size, len(source) - number * size) for number in shards)
+    samples_of = {number: _samples_of_shard(number, config.shard_records, len(source)) for number in numbers}
     with (
         concurrent.futures.ThreadPoolExecutor(max(config.dataloader_num_workers, 1)) as pool,
-        tqdm(total=total, desc="Encoding", unit="image", disable=None if processes.is_first else True) as progress,
+        tqdm(
+            total=sum(map(len, samples_of.values())),
+            desc="Encoding",
+            unit="image",
+            disable=None if processes.is_first else True,
+        ) as progress,
     ):
-        for number in shards:
-            indices = range(number * size, min((number + 1) * size, len(source)))
-            prepared = _prepare(config, family, source, plan, indices, pool)
-            tensors, metadata = _encode_shard(config, family, plan, number, prepared, progress)
-            refused = [{"source": source.name(index), "reason": reason} for index, reason in metadata["refused"]]
-            write_shard(
-                config.shards_path / shard_name(number),
-                tensors,
-                metadata | {"refused": refused, "fingerprint": fingerprint},
-            )
+        for number, samples in samples_of.items():
+            prepared = _prepare(config, family, source, captions, samples, pool)
+            tensors, metadata = _encode_shard(config, family, captions, number, prepared, progress)
+            refused = [{"source": source.name(sample), "reason": reason} for sample, reason in metadata["refused"]]
+            metadata |= {"refused": refused, "fingerprint": fingerprint}
+            write_shard(config.shards_path / shard_name(number), tensors, metadata)
     family.free_encoders()
 
 
+def _samples_of_shard(number: int, shard_records: int, samples: int) -> range:
+    return range(number * shard_records, min((number + 1) * shard_records, samples))
+
+
+# A sample with its decoded and transformed variants, or with the reason why there are none.
 Prepared = tuple[int, list[dict[str, Tensor]] | str]
 
 
@@ -200,84 +211,93 @@ def _prepare(
     config: CacheConfig,
     family: Encoder,
     source: Source,
-    plan: Plan,
-    indices: range,
+    captions: Captions,
+    samples: range,
     pool: concurrent.futures.ThreadPoolExecutor,
 ) -> Iterator[Prepared]:
-    """Decoded and transformed variants of each sample, or why there are none, in order; a bounded number are in flight."""
+    """Samples decoded and transformed, in order; a bounded number are in flight."""
 
-    def prepare(index: int) -> Prepared:
-        if index in plan.refused:
-            return index, plan.refused[index]
+    def prepare(sample: int) -> Prepared:
+        if sample in captions.refused:
+            return sample, captions.refused[sample]
         try:
-            return index, family.prepare(source.image(index), index)
+            return sample, family.prepare(source.image(sample), sample)
         except Refused as refused:
             if config.strict:
-                raise UserError(f"--strict: {source.name(index)}: {refused}", alone=True) from None
-            return index, str(refused)
+                raise UserError(f"--strict: {source.name(sample)}: {refused}", alone=True) from None
+            return sample, str(refused)
 
     if config.dataloader_num_workers == 0:
-        yield from map(prepare, indices)
+        yield from map(prepare, samples)
         return
     ahead = 2 * config.encode_batch_size + config.dataloader_num_workers
-    futures = [pool.submit(prepare, index) for index in indices[:ahead]]
-    for position in range(len(indices)):
-        yield futures[position].result()
-        if position + ahead < len(indices):
-            futures.append(pool.submit(prepare, indices[position + ahead]))
+    futures: deque[concurrent.futures.Future[Prepared]] = deque()
+    for sample in samples:
+        futures.append(pool.submit(prepare, sample))
+        if len(futures) > ahead:
+            yield futures.popleft().result()
+    while futures:
+        yield futures.popleft().result()
 
 
 def _encode_shard(
-    config: CacheConfig, family: Encoder, plan: Plan, number: int, prepared: Iterator[Prepared], progress: tqdm
+    config: CacheConfig, family: Encoder, captions: Captions, number: int, prepared: Iterable[Prepared], progress: tqdm
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All tensors of one shard, and its metadata with `refused` as (sample, reason)."""
-    parts: dict[str, list[Tensor]] = {name: [] for name in family.record_spec}
-    pending: list[dict[str, Tensor]] = []
-    source_numbers: list[int] = []
-    image_offsets, caption_offsets, caption_numbers = [0], [0], []
+    records: list[int] = []
+    variants: list[int] = []
     refused: list[tuple[int, str]] = []
 
-    def encode_pending(count: int) -> None:
-        batch = {name: torch.stack([image[name] for image in pending[:count]]) for name in pending[0]}
-        for name, tensor in family.encode_images(batch).items():
-            parts[name].append(tensor.cpu())
-        del pending[:count]
+    def images() -> Iterator[dict[str, Tensor]]:
+        """The variants of all samples, one after another; notes what was seen."""
+        for sample, result in prepared:
+            progress.update()
+            if isinstance(result, str):
+                refused.append((sample, result))
+                continue
+            records.append(sample)
+            variants.append(len(result))
+            yield from result
 
-    for index, result in prepared:
-        progress.update()
-        if isinstance(result, str):
-            refused.append((index, result))
-            continue
-        numbers = plan.numbers[index]
-        assert numbers is not None
-        source_numbers.append(index)
-        pending.extend(result)
-        image_offsets.append(image_offsets[-1] + len(result))
-        caption_numbers.extend(numbers)
-        caption_offsets.append(len(caption_numbers))
-        while len(pending) >= config.encode_batch_size:
-            encode_pending(config.encode_batch_size)
-    if pending:
-        encode_pending(len(pending))
+    def encode_images(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return family.encode_images({name: torch.stack([image[name] for image in batch]) for name in batch[0]})
 
-    texts = plan.texts[plan.first_of_shard[number] : plan.first_of_shard[number + 1]]
-    for start in range(0, len(texts), config.encode_batch_size):
-        for name, tensor in family.encode_captions(texts[start : start + config.encode_batch_size]).items():
-            parts[name].append(tensor.cpu())
-
-    tensors = {
-        "source": torch.tensor(source_numbers, dtype=torch.int64),
-        "image_offsets": torch.tensor(image_offsets),
-        "caption_offsets": torch.tensor(caption_offsets),
-        "caption_numbers": torch.tensor(caption_numbers, dtype=torch.int64),
-    }
+    texts = captions.texts_of(number)
+    encoded = _encode_in_batches(images(), config.encode_batch_size, encode_images)
+    encoded |= _encode_in_batches(texts, config.encode_batch_size, family.encode_captions)
+    tensors = _record_tensors(records, variants, [captions.numbers[sample] for sample in records])
     for name, field in family.record_spec.items():
-        tensors[name] = torch.cat(parts[name]) if parts[name] else torch.empty(0, *field.shape, dtype=field.dtype)
+        tensors[name] = encoded[name] if name in encoded else torch.empty(0, *field.shape, dtype=field.dtype)
     metadata = {
-        "records": len(source_numbers),
-        "image_rows": image_offsets[-1],
+        "records": len(records),
+        "image_rows": sum(variants),
         "caption_rows": len(texts),
         "captions": texts,
         "refused": refused,
     }
     return tensors, metadata
+
+
+Item = TypeVar("Item")
+
+
+def _encode_in_batches(
+    items: Iterable[Item], size: int, encode: Callable[[list[Item]], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The fields of all items, on the host; no field where there are no items."""
+    parts: dict[str, list[Tensor]] = {}
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        for name, tensor in encode(batch).items():
+            parts.setdefault(name, []).append(tensor.cpu())
+    return {name: torch.cat(tensors) for name, tensors in parts.items()}
+
+
+def _record_tensors(records: list[int], variants: list[int], caption_numbers: Sequence[list[int]]) -> dict[str, Tensor]:
+    """The tensors that tie rows to records: of each its sample, its number of variants and the numbers of its captions."""
+    return {
+        "source": torch.tensor(records, dtype=torch.int64),
+        "image_offsets": torch.tensor([0, *itertools.accumulate(variants)]),
+        "caption_offsets": torch.tensor([0, *itertools.accumulate(map(len, caption_numbers))]),
+        "caption_numbers": torch.tensor([*itertools.chain(*caption_numbers)], dtype=torch.int64),
+    }

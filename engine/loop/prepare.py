@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.config.options import TrainConfig
-from engine.data.encode import build
+from engine.data.encode import encode_source
 from engine.data.format.index import INDEX, Index
 from engine.data.format.shard import Shards
 from engine.data.format.verify import verify
@@ -51,7 +51,7 @@ def prepare_shards(config: TrainConfig, family: Family, processes: Processes) ->
     """
     directory = config.shards_path
     if config.dataset_name or config.train_data_dir:
-        index = build(config, family, open_source(config, family.captioned), processes)
+        index = encode_source(config, family, open_source(config, family.captioned), processes)
     else:
         index = Index.read(directory)
     if index.family != config.family or index.fields != family.record_spec:
