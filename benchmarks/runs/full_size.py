@@ -75,6 +75,15 @@ def prepare(family: str, tiny: bool, directory: Path) -> None:
     (directory / "options.json").write_text(json.dumps(config.model_dump(exclude_unset=True)))
 
 
+def apart(work: Callable[..., None], *arguments: Any) -> None:
+    """Does work in a process of its own, so that its memory is given back."""
+    process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"the pipelines could not be written: exit code {process.exitcode}")
+
+
 def command(directory: Path, **more: Any) -> list[str]:
     options = json.loads((directory / "options.json").read_text()) | more
     arguments = [f"--{name}={value}" for name, value in options.items() if not isinstance(value, bool) and value is not None]
@@ -129,11 +138,7 @@ def watch(command: list[str], phase: Callable[[], str]) -> dict[str, dict[str, f
 
 def measure(family: str, tiny: bool, validate: bool, directory: Path) -> dict[str, Any]:
     """Memory by phase of both runs and of the export command."""
-    writing = multiprocessing.get_context("spawn").Process(target=prepare, args=(family, tiny, directory))
-    writing.start()
-    writing.join()
-    if writing.exitcode:
-        raise RuntimeError(f"the pipelines could not be written: exit code {writing.exitcode}")
+    apart(prepare, family, tiny, directory)
     output = directory / "out"
     common = {"output_dir": output, "report_to": "none", "log_every": 1, "seed": 0, "checkpoints_total_limit": 1}
     run = partial(command, directory, **common)

@@ -18,7 +18,6 @@ benchmark itself.
 """
 
 import argparse
-import gc
 import math
 import sys
 import time
@@ -94,7 +93,6 @@ def measure_lever(family: Any, lever: Lever, size: int, device: torch.device, wi
         for name in set(vars(family)) - held:
             delattr(family, name)  # the encoders, also where loading them failed half-way
         torch._dynamo.reset()
-        gc.collect()
 
 
 def expected_seconds(lever: Lever, cost: Cost, size: int, cached_code: bool) -> float:

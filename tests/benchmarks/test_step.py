@@ -3,12 +3,9 @@
 import json
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from benchmarks.operations import kernels
 from benchmarks.steps import step
 from benchmarks.tools import cost, levers, opened, plain, published, rows, sides, waterfall
 from benchmarks.tools.compiling import compiling_cheaply
@@ -165,24 +162,6 @@ def test_a_recipe_that_needs_too_much_memory_halves_the_batch_of_every_lever(mon
     waterfall.chart(rows, tmp_path / "waterfall.png")
 
 
-def test_charts_draw_what_there_is(tmp_path):
-    about = {"checkpoint": "sd", "device": "a card", "batch": 4, "settings": {"options": {}}}
-    measured = {"samples_per_second": 2.0, "low": 1.0, "high": 3.0, "training_flops_per_sample": 1e9, "bytes_per_step": 1e9}
-    failed = about | {"lever": "recipe", "failed": "out of memory"}
-    some = [failed, about | {"lever": "captured"} | measured, about | {"lever": "compiled", "missing": "no time left"}]
-    assert "| sd | recipe | 4 | out of memory |" in waterfall.table(some)
-    for shown in ([], some):
-        waterfall.chart(shown, tmp_path / "waterfall.png")
-        waterfall.roofline(shown, None, tmp_path / "roofline.png")
-    waterfall.roofline([{"name": "matrix product", "measured": 1e14}, *some], 1e12, tmp_path / "roofline.png")
-    for name in ("waterfall", "roofline"):
-        assert np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")).std() > 5
-    kernel = {"operation": "add_noise", "shape": "", "layout": "", "dtype": "bfloat16"}
-    whole = kernel | {"share_of_copy_bandwidth": 0.5, "gain": {"script": 2.0}}
-    kernels.chart([kernel | {"failed": "no"}, whole, whole | {"gain": {}}], {}, tmp_path / "kernels.png")
-    kernels.chart([], {"failed": "no"}, tmp_path / "kernels.png")
-
-
 def test_batches_follow_the_memory_of_the_card():
     wuerstchen = cost.Cost(3.461e12, 9031 * 2**20, 993_600_000)  # Wuerstchen's prior, by benchmarks.steps.sizes
     h100, h200 = 79 * 2**30, 140 * 2**30
@@ -200,18 +179,3 @@ def test_levers_whose_option_this_engine_lacks_are_left_out(family):
     assert levers.SHIPPED.fits("sd")
     assert not levers.Lever("other", {"cuda_graphs": "sometimes"}).fits("sd")
     assert {lever.name for lever in levers.LEVERS if not lever.fits(PRIOR)} >= {"cuDNN's search", "compiled, own norms"}
-
-
-def test_norms_are_judged_by_quartiles():
-    def rows(low, high):
-        about = {"checkpoint": "sd", "device": "a card", "batch": 32, "memory_gib": 40}
-        theirs = about | {"lever": "compiled", "samples_per_second": 100, "low": 99, "high": 101}
-        return [
-            theirs,
-            about | {"lever": "compiled, own norms", "samples_per_second": (low + high) / 2, "low": low, "high": high},
-        ]
-
-    assert waterfall.norms_verdict(rows(104, 106)).endswith("= True")
-    assert waterfall.norms_verdict(rows(90, 92)).endswith("= False")
-    assert "no reason" in waterfall.norms_verdict(rows(99, 103))
-    assert waterfall.norms_verdict(rows(99, 103)[:1]) == ""

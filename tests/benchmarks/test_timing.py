@@ -1,14 +1,9 @@
 """What the benchmarks time: graphs of calls on memory of their own, steps that happen, and peaks of a warm device."""
 
-import gc
-import weakref
-
 import pytest
 import torch
 
-from benchmarks.operations import optimizer
 from benchmarks.tools import timing
-from benchmarks.tools.rows import Rows
 from engine.loop import flops
 from tests.loop import tape
 
@@ -77,34 +72,6 @@ def test_the_data_sheet_is_known_by_the_name_of_the_device():
         "NVIDIA A10G": None, "NVIDIA L40": None, "CPU, AMD EPYC": None,
     }  # fmt: skip
     assert {name: timing.data_sheet_flops_per_second(name) for name in known} == known
-
-
-def test_the_optimizer_is_measured_one_side_at_a_time(monkeypatch):
-    alive = []
-
-    def watched(build):
-        def built(parameters, device):
-            gc.collect()
-            assert not [state for state in alive if state() is not None]
-            step, state = build(parameters, device)
-            alive.extend(weakref.ref(tensor) for tensor in state)
-            return step, state
-
-        return built
-
-    monkeypatch.setattr(optimizer, "SIDES", {side: watched(build) for side, build in optimizer.SIDES.items()})
-    row = optimizer.measure(1000, False, CPU)
-    assert row["gain"].keys() == {"passes"}
-    assert len(alive) == 4
-
-
-@pytest.mark.parametrize("scale", [0.0, float("nan")])
-def test_an_optimizer_that_skips_its_steps_is_not_measured(scale, monkeypatch):
-    monkeypatch.setattr(optimizer, "SCALE", scale)
-    monkeypatch.setattr(timing, "REPEATS", 1)
-    row = optimizer.measure(1000, False, CPU, Rows(None, optimizer.__doc__))
-    assert row["failed"].startswith("ValueError: a step was skipped")
-    assert "a step was skipped" in optimizer.table(row)
 
 
 def test_the_peak_is_the_median_after_a_warm_up(monkeypatch):
