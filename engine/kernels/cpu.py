@@ -92,16 +92,8 @@ def run_add_noise(
     return noisy
 
 
-def run_diffusion_loss(
-    prediction: Tensor,
-    mean: Tensor,
-    std: Tensor | None,
-    coefficients: Tensor,
-    seed: Tensor,
-    slots: Tensor,
-    offset: float,
-    gradient_scale: Tensor,
-) -> tuple[Tensor, Tensor]:
+def run_diffusion_loss(prediction: Tensor, mean: Tensor, std: Tensor | None, *others: Any) -> tuple[Tensor, Tensor]:
+    coefficients, seed, slots, offset, gradient_scale = others
     prediction, mean = walkable(prediction), walkable(mean)
     std = None if std is None else stored_like(std.to(mean.dtype), mean)
     gradient = torch.empty_like(prediction)
@@ -116,27 +108,12 @@ def run_diffusion_loss(
     return loss, gradient
 
 
-def run_adamw_ema_(
-    master: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    gradient: Tensor,
-    weights: Tensor | None,
-    ema: Tensor | None,
-    learning_rate: Tensor,
-    factor: Tensor,
-    step: Tensor,
-    ema_weight: Tensor,
-    beta_1: float,
-    beta_2: float,
-    epsilon: float,
-    weight_decay: float,
-) -> None:
-    pointers = (None if tensor is None else tensor.data_ptr() for tensor in
-                (master, exp_avg, exp_avg_sq, gradient, weights, ema, learning_rate, factor, step, ema_weight))  # fmt: skip
-    task = _AdamWEma(*pointers, beta_1, beta_2, epsilon, weight_decay, master.numel())
-    weights_type = TYPES[torch.float32 if weights is None else weights.dtype]
-    _call("adamw_ema", task, TYPES[gradient.dtype], weights_type)
+def run_adamw_ema_(*arguments: Any) -> None:
+    """The structure begins with the arguments of the operation, in their order."""
+    tensors, options = arguments[:10], arguments[10:]
+    master, _, _, gradient, weights = tensors[:5]
+    task = _AdamWEma(*(None if tensor is None else tensor.data_ptr() for tensor in tensors), *options, master.numel())
+    _call("adamw_ema", task, TYPES[gradient.dtype], TYPES[(master if weights is None else weights).dtype])
 
 
 def _walk(

@@ -68,7 +68,7 @@ def on_device(values: dict) -> dict:
 def test_a_step_is_that_of_adamw_in_double_precision(side, step, gradient_dtype, weights_dtype, ema, elements):
     values, numbers = state(elements, gradient_dtype, weights_dtype, ema), scalars(step=step)
     results = on_device(values)
-    side(**results, **on_device(numbers), **OPTIONS)
+    side(*results.values(), *on_device(numbers).values(), *OPTIONS.values())
     for name, exact in expected(values, numbers).items():
         torch.testing.assert_close(results[name].cpu().double(), exact, rtol=2e-6, atol=2e-7, msg=name)
     if weights_dtype is not None:
@@ -116,7 +116,7 @@ def test_a_factor_of_zero_leaves_everything(side):
     values = state(1500, torch.float32, torch.bfloat16, ema=True)
     values["gradient"][3] = float("nan")
     results = on_device(values)
-    side(**results, **on_device(scalars(factor=0.0)), **OPTIONS)
+    side(*results.values(), *on_device(scalars(factor=0.0)).values(), *OPTIONS.values())
     for name, before in values.items():
         torch.testing.assert_close(results[name].cpu(), before, rtol=0, atol=0, equal_nan=True)
 
