@@ -6,13 +6,35 @@ the host, in double precision, for the few numbers that a batch needs; they trav
 """
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from engine import philox
+from engine.config.options import TrainConfig
 from engine.errors import UserError
+
+# Loss weights [T] from signal-to-noise ratios [T], and from the factors [T] between the squared error of the prediction and
+# that of x0, all in double precision.
+Weighting = Callable[[Tensor, Tensor], Tensor]
+
+
+def weighting(config: TrainConfig) -> Weighting:
+    """The loss weights that the options ask for."""
+    if config.snr_gamma is not None:
+        return min_snr(config.snr_gamma)
+    return unweighted
+
+
+def unweighted(snr: Tensor, divisor: Tensor) -> Tensor:
+    return torch.ones_like(snr)
+
+
+def min_snr(gamma: float) -> Weighting:
+    """Min-SNR-gamma (arXiv:2303.09556, section 3.4)."""
+    return lambda snr, divisor: snr.clamp(max=gamma) / divisor
 
 
 class Schedule(Protocol):
@@ -33,16 +55,15 @@ class DiscreteSchedule:
     Args:
         alphas_cumprod: [T], the cumulative product of 1 - beta.
         prediction_type: `epsilon`, `v_prediction` or `sample`.
-        snr_gamma: gamma of the Min-SNR weights, or None for weight 1.
 
     Raises:
         UserError: `epsilon` on a schedule whose last signal-to-noise ratio is zero, where the noise says nothing about
             the image and the Min-SNR weight is 0/0.
     """
 
-    def __init__(self, alphas_cumprod: Tensor, prediction_type: str, snr_gamma: float | None) -> None:
+    def __init__(self, alphas_cumprod: Tensor, prediction_type: str, weighting: Weighting) -> None:
         self.prediction_type = prediction_type
-        self.table = coefficient_rows(alphas_cumprod, prediction_type, snr_gamma)
+        self.table = coefficient_rows(alphas_cumprod, prediction_type, weighting)
 
     @property
     def timesteps(self) -> int:
@@ -65,8 +86,8 @@ class CosineSchedule:
 
     OFFSET = 0.008
 
-    def __init__(self, snr_gamma: float | None) -> None:
-        self.snr_gamma = snr_gamma
+    def __init__(self, weighting: Weighting) -> None:
+        self.weighting = weighting
 
     def draw(self, seed: Tensor, slots: Tensor) -> Tensor:
         """Uniform reals, fp32: from 0.5 to 1 there are only 1024 numbers in fp16 and 128 in bf16."""
@@ -75,14 +96,13 @@ class CosineSchedule:
     def coefficients(self, timesteps: Tensor) -> Tensor:
         angle = (timesteps.double() + self.OFFSET) / (1 + self.OFFSET) * (math.pi / 2)
         first = math.cos(self.OFFSET / (1 + self.OFFSET) * (math.pi / 2)) ** 2
-        return coefficient_rows((angle.cos().square() / first).clamp(0.0001, 0.9999), "epsilon", self.snr_gamma)
+        return coefficient_rows((angle.cos().square() / first).clamp(0.0001, 0.9999), "epsilon", self.weighting)
 
 
-def coefficient_rows(alphas_cumprod: Tensor, prediction_type: str, snr_gamma: float | None) -> Tensor:
+def coefficient_rows(alphas_cumprod: Tensor, prediction_type: str, weighting: Weighting) -> Tensor:
     """fp32 [5, T]: a, s, c_x, c_e and the weight w for every entry of `alphas_cumprod` [T].
 
-    The targets are those of DDPM (arXiv:2006.11239) and of v-prediction (arXiv:2202.00512); the weights are Min-SNR-gamma
-    (arXiv:2303.09556, section 3.4), divided by the factor between the squared error of the prediction and that of x0.
+    The targets are those of DDPM (arXiv:2006.11239) and of v-prediction (arXiv:2202.00512).
     """
     signal = alphas_cumprod.double()
     alpha, sigma = signal.sqrt(), (1 - signal).sqrt()
@@ -101,5 +121,4 @@ def coefficient_rows(alphas_cumprod: Tensor, prediction_type: str, snr_gamma: fl
         c_x, c_e, divisor = ones, zeros, ones
     else:
         raise UserError(f"unknown prediction type {prediction_type!r}: use epsilon, v_prediction or sample")
-    weight = ones if snr_gamma is None else snr.clamp(max=snr_gamma) / divisor
-    return torch.stack([alpha, sigma, c_x, c_e, weight]).float()
+    return torch.stack([alpha, sigma, c_x, c_e, weighting(snr, divisor)]).float()

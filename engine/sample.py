@@ -5,6 +5,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from engine.catalogue import FAMILIES
 from engine.config.command_line import Parser
 from engine.errors import UserError, exit_code
 
@@ -34,9 +35,8 @@ def main() -> int:
     parser.add_argument("--compile", action="store_true", help="compile the denoising models with torch.compile")
     parser.add_argument("--output", type=Path, default=Path("samples.png"), help="the grid (default: samples.png)")
     options = parser.parse_args(sys.argv[1:])
-    # Where the Wuerstchen training leaves its result.
-    inner = options.model / "prior_pipeline"
-    model = inner if inner.is_dir() else options.model
+    results = [options.model / family.result for family in FAMILIES.values() if family.result]
+    model = next(filter(Path.is_dir, results), options.model)
     if not (model / "model_index.json").is_file():
         raise UserError(f"--model {options.model}: no model_index.json there; give the output directory of a training")
 

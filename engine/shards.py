@@ -18,15 +18,15 @@ def build_command(arguments: list[str]) -> int:
     from engine.data.describe import summary
     from engine.data.encode import encode_source
     from engine.data.sources import open_source
-    from engine.models.family import open_family
+    from engine.models.encoder import open_encoding
     from engine.processes import Processes
 
     quiet_libraries()
     processes = Processes()
     try:
-        family = open_family(config)
+        encoding = open_encoding(config)
         processes.connect()
-        index = encode_source(config, family, open_source(config, family.captioned), processes)
+        index = encode_source(config, encoding, open_source(config, encoding.captioned), processes)
     finally:
         processes.close()
     if processes.is_first:
@@ -63,7 +63,7 @@ def info_command(arguments: list[str]) -> int:
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     from engine.data.describe import contact_sheet, summary
     from engine.data.format.index import INDEX, Index
-    from engine.models.family import open_family
+    from engine.models.encoder import open_encoding
     from engine.picture import save_png
 
     index = Index.read(options.directory)
@@ -71,9 +71,9 @@ def info_command(arguments: list[str]) -> int:
     if index.records and options.records > 0:
         quiet_libraries()
         models = {name: value for name in PIPELINES if (value := getattr(options, name)) is not None}
-        family = open_family(load(CacheConfig, index.config | models, str(options.directory / INDEX)))
+        encoding = open_encoding(load(CacheConfig, index.config | models, str(options.directory / INDEX)))
         output = options.output or options.directory / "contact-sheet.png"
-        save_png(contact_sheet(options.directory, index, family, options.records), output)
+        save_png(contact_sheet(options.directory, index, encoding, options.records), output)
         print(f"contact sheet  {output}")
     return 0
 

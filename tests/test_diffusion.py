@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMScheduler, DDPMWuerstchenScheduler
 from diffusers.training_utils import compute_snr
 
-from engine.diffusion import CosineSchedule, DiscreteSchedule, coefficient_rows
+from engine.diffusion import CosineSchedule, DiscreteSchedule, coefficient_rows, min_snr, unweighted
 from engine.errors import UserError
 from tests import reference
 
@@ -15,7 +15,7 @@ TIMESTEPS = torch.arange(1000)
 
 
 def test_forward_process_is_that_of_ddpm():
-    schedule = DiscreteSchedule(SCHEDULER.alphas_cumprod, "epsilon", None)
+    schedule = DiscreteSchedule(SCHEDULER.alphas_cumprod, "epsilon", unweighted)
     alpha, sigma, *_ = schedule.coefficients(TIMESTEPS)
     clean, noise = torch.randn(1000, 3), torch.randn(1000, 3)
     expected = SCHEDULER.add_noise(clean, noise, TIMESTEPS)
@@ -23,7 +23,7 @@ def test_forward_process_is_that_of_ddpm():
 
 
 def test_velocity_is_that_of_diffusers():
-    _, _, c_x, c_e, _ = DiscreteSchedule(SCHEDULER.alphas_cumprod, "v_prediction", None).coefficients(TIMESTEPS)
+    _, _, c_x, c_e, _ = DiscreteSchedule(SCHEDULER.alphas_cumprod, "v_prediction", unweighted).coefficients(TIMESTEPS)
     clean, noise = torch.randn(1000, 3), torch.randn(1000, 3)
     expected = SCHEDULER.get_velocity(clean, noise, TIMESTEPS)
     torch.testing.assert_close(c_x[:, None] * clean + c_e[:, None] * noise, expected, atol=1e-6, rtol=1e-6)
@@ -35,31 +35,31 @@ def test_min_snr_weights_follow_the_paper(prediction, divisor):
     expected = snr.clamp(max=5.0)
     if divisor is not None:
         expected = expected / (snr + divisor)
-    weight = DiscreteSchedule(SCHEDULER.alphas_cumprod, prediction, 5.0).coefficients(TIMESTEPS)[4]
+    weight = DiscreteSchedule(SCHEDULER.alphas_cumprod, prediction, min_snr(5.0)).coefficients(TIMESTEPS)[4]
     torch.testing.assert_close(weight.double(), expected, rtol=1e-4, atol=0)
 
 
 def test_weights_are_one_without_gamma():
     for prediction in ("epsilon", "v_prediction", "sample"):
-        assert torch.equal(coefficient_rows(SCHEDULER.alphas_cumprod, prediction, None)[4], torch.ones(1000))
+        assert torch.equal(coefficient_rows(SCHEDULER.alphas_cumprod, prediction, unweighted)[4], torch.ones(1000))
 
 
-@pytest.mark.parametrize("gamma", [None, 5.0])
-def test_epsilon_is_refused_on_zero_terminal_snr(gamma):
+@pytest.mark.parametrize("weighting", [unweighted, min_snr(5.0)])
+def test_epsilon_is_refused_on_zero_terminal_snr(weighting):
     with pytest.raises(UserError, match="zero terminal SNR.*--prediction_type v_prediction"):
-        DiscreteSchedule(ZERO_TERMINAL.alphas_cumprod, "epsilon", gamma)
+        DiscreteSchedule(ZERO_TERMINAL.alphas_cumprod, "epsilon", weighting)
 
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
 def test_other_targets_stay_finite_on_zero_terminal_snr(prediction):
-    table = DiscreteSchedule(ZERO_TERMINAL.alphas_cumprod, prediction, 5.0).table
+    table = DiscreteSchedule(ZERO_TERMINAL.alphas_cumprod, prediction, min_snr(5.0)).table
     assert bool(table.isfinite().all())
     assert float(table[4, -1]) == 0.0
 
 
 def test_unknown_prediction_type_is_named():
     with pytest.raises(UserError, match="'flow'"):
-        DiscreteSchedule(SCHEDULER.alphas_cumprod, "flow", None)
+        DiscreteSchedule(SCHEDULER.alphas_cumprod, "flow", unweighted)
 
 
 REALS = torch.linspace(0, 1, 1001)
@@ -67,7 +67,7 @@ REALS = torch.linspace(0, 1, 1001)
 
 def test_the_continuous_schedule_is_that_of_wuerstchen():
     scheduler = DDPMWuerstchenScheduler()
-    alpha, sigma, c_x, c_e, weight = CosineSchedule(None).coefficients(REALS)
+    alpha, sigma, c_x, c_e, weight = CosineSchedule(unweighted).coefficients(REALS)
     clean, noise = torch.randn(1001, 3), torch.randn(1001, 3)
     expected = scheduler.add_noise(clean, noise, REALS)
     # diffusers subtracts from 1 in fp32, where s^2 = 1e-4 has three digits.
@@ -80,16 +80,16 @@ def test_the_continuous_schedule_is_that_of_wuerstchen():
 
 
 def test_the_continuous_schedule_has_min_snr_weights():
-    alpha, sigma, _, _, weight = CosineSchedule(5.0).coefficients(REALS)
+    alpha, sigma, _, _, weight = CosineSchedule(min_snr(5.0)).coefficients(REALS)
     snr = (alpha / sigma).double().square()
     torch.testing.assert_close(weight.double(), snr.clamp(max=5.0) / snr, rtol=1e-5, atol=0)
 
 
 def test_continuous_timesteps_are_uniform_and_functions_of_the_slot():
     seed, slots = torch.tensor([2**40 + 1]), torch.arange(4096)
-    drawn = CosineSchedule(None).draw(seed, slots)
+    drawn = CosineSchedule(unweighted).draw(seed, slots)
     assert drawn.dtype == torch.float32
-    assert torch.equal(drawn[100:200], CosineSchedule(None).draw(seed, slots[100:200]))
+    assert torch.equal(drawn[100:200], CosineSchedule(unweighted).draw(seed, slots[100:200]))
     expected = [(int(reference.words(2**40 + 1, slot, 2, 1)[0]) // 256 + 0.5) / 2**24 for slot in range(64)]
     assert drawn[:64].tolist() == torch.tensor(expected, dtype=torch.float32).tolist()
     assert drawn.unique().numel() > 4000

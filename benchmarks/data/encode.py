@@ -58,18 +58,19 @@ def precision_on(device: torch.device) -> str:
 
 def measure_family(family: Family, images: int, batch: int, device: torch.device) -> dict[str, Any]:
     pictures = list(photographs().items())[:images]
-    family.load_encoders(device)
-    prepared = [family.prepare(image, 0)[0] for _, image in pictures]
+    encoding = family.encoding
+    prepared = [encoding.prepare(image, 0)[0] for _, image in pictures]
     stacked = {key: torch.stack([item[key] for item in prepared[:batch]]) for key in prepared[0]}
     captions = [caption for caption, _ in pictures][:batch]
-    row: dict[str, Any] = {
-        "prepared_per_second": len(pictures) / seconds(lambda: [family.prepare(image, 0) for _, image in pictures], device),
-        "images_per_second": len(prepared[:batch]) / seconds(lambda: family.encode_images(stacked), device),
-    }
-    if family.captioned:
-        row["captions_per_second"] = len(captions) / seconds(lambda: family.encode_captions(captions), device)
-    row["bytes_per_sample"] = sum(field.row_bytes for field in family.record_spec.values())
-    family.free_encoders()
+    with encoding.encoder(device) as encoder:
+        row: dict[str, Any] = {
+            "prepared_per_second": len(pictures)
+            / seconds(lambda: [encoding.prepare(image, 0) for _, image in pictures], device),
+            "images_per_second": len(prepared[:batch]) / seconds(lambda: encoder.encode_images(stacked), device),
+        }
+        if encoding.captioned:
+            row["captions_per_second"] = len(captions) / seconds(lambda: encoder.encode_captions(captions), device)
+    row["bytes_per_sample"] = sum(field.row_bytes for field in encoding.record_spec.values())
     return row
 
 

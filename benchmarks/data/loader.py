@@ -28,7 +28,7 @@ from benchmarks.tools.timing import synchronize
 from engine.data.format.index import Field
 from engine.data.format.shard import Shards
 from engine.data.samples.loader import Batch, BatchPlan, Loader
-from engine.diffusion import DiscreteSchedule
+from engine.diffusion import DiscreteSchedule, unweighted
 
 RECORDS = [4096, 65_537, 70_000, 100_000]
 BATCHES = [16, 64]
@@ -42,7 +42,7 @@ FIELDS = {
 def measure(shards: Shards, batch: int, device: torch.device) -> dict[str, Any]:
     """Milliseconds to the first micro-batch, samples per second (the median over windows, and the slowest), and the processor's
     microseconds per sample over all threads, which other work on the machine changes least."""
-    schedule = DiscreteSchedule(torch.linspace(0.999, 0.001, 1000), "epsilon", None)
+    schedule = DiscreteSchedule(torch.linspace(0.999, 0.001, 1000), "epsilon", unweighted)
     started = time.perf_counter()
     loader = Loader(shards, BatchPlan(batch, 1, 0, 1), 7, schedule, device, 0, 10**9)
     try:

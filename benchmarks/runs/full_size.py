@@ -71,7 +71,7 @@ def prepare(family: str, tiny: bool, directory: Path) -> None:
         config = write_pipelines(FAMILIES[family], directory, resolution=RESOLUTIONS.get(family, PIXELS), **options)
         opened = open_family(config)
     (directory / "shards").mkdir()
-    write_shards(directory / "shards", RECORDS, family, opened.record_spec)
+    write_shards(directory / "shards", RECORDS, family, opened.encoding.record_spec)
     (directory / "options.json").write_text(json.dumps(config.model_dump(exclude_unset=True)))
 
 

@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from benchmarks.tools.compiling import compiling_cheaply
 from benchmarks.tools.environment import RESULTS, environment, folder_of
-from benchmarks.tools.plain import PlainTraining, published_model
+from benchmarks.tools.plain import PlainTraining
 from benchmarks.tools.published import TINY, random_stable_diffusion
 from benchmarks.tools.rows import Rows
 from engine.catalogue import FAMILIES
@@ -68,15 +68,15 @@ class _Images(Dataset[Prepared]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Prepared:
-        captions = self.source.captions(index) if self.family.captioned else [""]
-        return self.family.prepare(self.source.image(index), index)[0], captions[0]
+        captions = self.source.captions(index) if self.family.encoding.captioned else [""]
+        return self.family.encoding.prepare(self.source.image(index), index)[0], captions[0]
 
 
 def _loader(family: Family, config: TrainConfig, best: bool) -> DataLoader[Prepared]:
     """All batches of the run, so that workers start once."""
     gpu = torch.cuda.is_available()
     images, samples = (
-        _Images(family, open_source(config, family.captioned)),
+        _Images(family, open_source(config, family.encoding.captioned)),
         (config.max_train_steps or 1) * config.train_batch_size,
     )
     workers: dict[str, Any] = {}
@@ -102,13 +102,13 @@ def recipe_rate(config: TrainConfig, best: bool) -> float:
     family = open_family(config)
     batches = iter(_loader(family, config, best))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    family.load_encoders(device)
-    plain = PlainTraining(family, published_model(family).to(device), device, best, config.learning_rate)
+    encoder = family.encoding.load_encoder(device)
+    plain = PlainTraining(family, family.load_model(form=None).to(device), device, best, config.learning_rate)
     started = time.perf_counter()
     for step, (images, captions) in enumerate(batches, start=1):
         timesteps = _timesteps(family.schedule, config.train_batch_size)
         coefficients = family.schedule.coefficients(timesteps)
-        plain.step(plain.encode(images, captions), plain.to_device(timesteps), plain.to_device(coefficients))
+        plain.step(plain.encode(encoder, images, captions), plain.to_device(timesteps), plain.to_device(coefficients))
         if step == WARM_UP:
             started = time.perf_counter()
     plain.check()

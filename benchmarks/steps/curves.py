@@ -57,10 +57,10 @@ def batches(family: Any, size: int, device: torch.device) -> Iterator[Batch]:
     records = []
     for _ in range(RECORDS):
         drawn = {name: torch.randn(size, *spec.shape, generator=generator, device=device)
-                 for name, spec in family.record_spec.items()}  # fmt: skip
-        if family.std:
-            drawn[family.std] = drawn[family.std].abs()
-        records.append({name: values.to(family.record_spec[name].dtype) for name, values in drawn.items()})
+                 for name, spec in family.encoding.record_spec.items()}  # fmt: skip
+        if family.encoding.std:
+            drawn[family.encoding.std] = drawn[family.encoding.std].abs()
+        records.append({name: values.to(family.encoding.record_spec[name].dtype) for name, values in drawn.items()})
     for number in count():
         slots = torch.arange(number * size, (number + 1) * size)
         timesteps = family.schedule.draw(torch.tensor([7]), slots)

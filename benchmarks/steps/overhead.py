@@ -88,7 +88,6 @@ def host_microseconds(steps: int, windows: int = 5) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as directory:
         options = {"output_dir": directory, "report_to": "none", "use_ema": True, "log_every": 10}
         family: Any = open_tiny("sd", Path(directory), train_batch_size=1, checkpointing_steps=10**9, **options)
-        family.load_model = Scale
         batch = random_batch(family, 1, device)
         predict = mock.patch.object(type(family), "predict", staticmethod(lambda model, noisy, timesteps, record: model(noisy)))
         with predict:
@@ -106,9 +105,8 @@ def _one_window(family: Family, batch: Any, steps: int) -> dict[str, float]:
             function = _resolve(path)
             timed = clock.around(part, function)
             patches.append(mock.patch(path, lambda *a, timed=timed, **k: timed(*a, **k)))
-    assert family.training is not None
     run = Run(seed=7, global_batch=1, fingerprint="", records=10**6, steps=steps)
-    training = Training(family.training, run, family, family.load_model(), Processes())
+    training = Training(family.config, run, family, Scale(), Processes())
     for patch in patches:
         patch.start()
     try:

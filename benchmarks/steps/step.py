@@ -44,7 +44,7 @@ from benchmarks.tools.timing import data_sheet_flops_per_second, spread, synchro
 from benchmarks.tools.waterfall import table
 from engine.backends import keep_compiled_code
 from engine.loop.flops import matrix_flops_per_second
-from engine.models.family import PRECISIONS
+from engine.models.encoder import PRECISIONS
 from engine.quiet import quiet_libraries
 
 WINDOWS = 7
@@ -57,7 +57,7 @@ def measure_lever(family: Any, lever: Lever, size: int, device: torch.device, wi
     Raises:
         RuntimeError: a step did not do what it should; and whatever a step raises.
     """
-    gpu, held = device.type == "cuda", set(vars(family))
+    gpu = device.type == "cuda"
     if gpu:
         torch.cuda.reset_peak_memory_stats()
     try:
@@ -90,8 +90,6 @@ def measure_lever(family: Any, lever: Lever, size: int, device: torch.device, wi
             raise RuntimeError("a graph was captured within a window")
         return row | check(side, before)
     finally:
-        for name in set(vars(family)) - held:
-            delattr(family, name)  # the encoders, also where loading them failed half-way
         torch._dynamo.reset()
 
 

@@ -88,7 +88,7 @@ def sizes_of(checkpoint: str) -> dict[str, Any]:
     """Parameters, operations, and bytes of records and steps of a published checkpoint."""
     with tempfile.TemporaryDirectory() as directory:
         family = open_family(write(checkpoint, Path(directory)))
-        fields = family.record_spec.values()
+        fields = family.encoding.record_spec.values()
     with torch.device("meta"):
         model = trained_model(checkpoint)
     cost = count(family, model)

@@ -10,7 +10,8 @@ from torch.nn.attention import _cur_sdpa_kernel_backends, sdpa_kernel
 
 from engine.config.options import TrainConfig
 from engine.config.schema import options_lacking
-from engine.models.training_form import FUSE_NORMS_WHEN_COMPILED, fusing
+from engine.models.training_form import SHIPPED as SHIPPED_FORM
+from engine.models.training_form import Form
 
 CONVOLUTIONAL = ("sd", "kandinsky-decoder", "wuerstchen")
 NORMALISED = ("sd", "kandinsky-decoder")  # with group normalisation
@@ -24,7 +25,7 @@ class Lever:
     options: of the engine; None for the recipe.
     encoders: images and captions are encoded in every step.
     best: the recipe with what no script has.
-    projections, norms: of the training form, where they differ from what ships (`training_form.fusing`).
+    projections, norms: of the training form, where they differ from what ships.
     cudnn_benchmark: likewise.
     families: that have what the lever changes; none for all.
     """
@@ -52,8 +53,15 @@ class Lever:
     def form(self) -> tuple[Any, ...]:
         """What torch.compile makes anew: the same again comes from its cache."""
         options = {name: value for name, value in (self.options or {}).items() if name != "cuda_graphs"}
-        norms = FUSE_NORMS_WHEN_COMPILED if self.norms is None else self.norms
+        norms = self.training_form.norms_when_compiled
         return self.best, self.options is None, sorted(options.items()), self.projections, norms
+
+    @property
+    def training_form(self) -> Form:
+        return Form(
+            SHIPPED_FORM.norms_when_compiled if self.norms is None else self.norms,
+            SHIPPED_FORM.projections if self.projections is None else self.projections,
+        )
 
     def fits(self, family: str) -> bool:
         """Whether a family has what the lever changes, and this engine its options."""
@@ -67,13 +75,13 @@ class Lever:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Models opened and first called inside have the lever's form; torch's settings are afterwards as before."""
+        """Torch's settings are afterwards as before."""
         matmul, cudnn, compiler = torch.backends.cuda.matmul, torch.backends.cudnn, torch.compiler.config
         before = matmul.allow_tf32, cudnn.benchmark, cudnn.allow_tf32, compiler.cache_key_tag
         try:
             # The engine sets the order of attention's kernels for the process; the recipe has torch's own.
             kernels = _cur_sdpa_kernel_backends(with_priority=True)
-            with fusing(self.norms, self.projections), sdpa_kernel(kernels, set_priority=True):
+            with sdpa_kernel(kernels, set_priority=True):
                 yield
         finally:
             matmul.allow_tf32, cudnn.benchmark, cudnn.allow_tf32, compiler.cache_key_tag = before

@@ -11,7 +11,6 @@ import torch
 
 from benchmarks.tools.compiling import compiling_cheaply
 from benchmarks.tools.cost import Cost, count
-from benchmarks.tools.plain import published_model
 from benchmarks.tools.published import TINY, open_random, open_tiny, trained_model
 
 # Checkpoint -> the batch that its waterfall aims at, and further ones of the sweep.
@@ -56,5 +55,5 @@ def opened(name: str, device: torch.device, **options: Any) -> Iterator[tuple[An
             open_tiny(name, Path(directory), **options) if tiny else open_random(name, Path(directory), device, **options)
         )
         with torch.device("cpu" if tiny else "meta"):
-            cost = count(family, published_model(family) if tiny else trained_model(name))
+            cost = count(family, family.load_model(form=None) if tiny else trained_model(name))
         yield family, cost, largest_batch(AIMS.get(name, TINY_AIM)[0], cost, memory)

@@ -9,20 +9,14 @@ fused kernel, and, where there are images to load, pinned memory and workers tha
 import math
 from collections.abc import Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from engine.kernels.add_noise import per_sample
+from engine.models.encoder import Encoder
 from engine.models.family import Family
-
-
-def published_model(family: Any) -> Any:
-    """What a family trains as diffusers has it, in fp32 and training mode: without the engine's training form."""
-    with mock.patch.object(family, "ready_to_train", lambda model: model.train()):
-        return family.load_model()
 
 
 class PlainTraining:
@@ -32,7 +26,7 @@ class PlainTraining:
 
     Args:
         family: open, in bf16 for autocast or fp32 without.
-        model: as `published_model` gives it, on the device.
+        model: as `Family.load_model` gives it without a form, on the device.
         best: what no script does.
     """
 
@@ -48,11 +42,11 @@ class PlainTraining:
         self.ema = EMAModel(self.parameters, foreach=True)
         self.loss = 0.0
 
-    def encode(self, images: dict[str, Tensor], captions: Sequence[str]) -> dict[str, Tensor]:
-        """The record of a batch of inputs of `Family.prepare`, stacked, and of their captions."""
-        record = self.family.encode_images({name: self.to_device(tensor) for name, tensor in images.items()})
-        if self.family.captioned:
-            record |= self.family.encode_captions(list(captions))
+    def encode(self, encoder: Encoder, images: dict[str, Tensor], captions: Sequence[str]) -> dict[str, Tensor]:
+        """The record of a batch of inputs of `Encoding.prepare`, stacked, and of their captions."""
+        record = encoder.encode_images({name: self.to_device(tensor) for name, tensor in images.items()})
+        if self.family.encoding.captioned:
+            record |= encoder.encode_captions(list(captions))
         # What inference mode gives cannot take part in a backward pass.
         return {name: tensor.clone() for name, tensor in record.items()}
 
@@ -66,15 +60,15 @@ class PlainTraining:
 
     def step(self, record: dict[str, Tensor], timesteps: Tensor, coefficients: Tensor) -> None:
         """One optimizer step on records [B, ...], with their timesteps [B] and coefficients [5, B] of the schedule."""
-        family = self.family
-        clean = record[family.mean].float()
-        if family.std:
-            clean = clean + record[family.std].float() * torch.randn_like(clean)
+        family, encoding = self.family, self.family.encoding
+        clean = record[encoding.mean].float()
+        if encoding.std:
+            clean = clean + record[encoding.std].float() * torch.randn_like(clean)
         noise = torch.randn_like(clean)
         alpha, sigma, c_x, c_e, weight = (per_sample(values, clean) for values in coefficients)
-        noisy = (alpha * clean + sigma * noise).to(family.dtype)
+        noisy = (alpha * clean + sigma * noise).to(encoding.dtype)
         target = c_x * clean + c_e * noise
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=family.dtype == torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=encoding.dtype == torch.bfloat16):
             prediction = family.predict(self.model, noisy, timesteps, record)
         error = nn.functional.mse_loss(prediction[:, : target.shape[1]].float(), target, reduction="none")
         loss = (error * weight).mean()

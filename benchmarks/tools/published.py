@@ -39,8 +39,13 @@ from transformers import (
 
 from engine.config.options import TrainConfig
 from engine.models.efficientnet import EfficientNetEncoder
+from engine.models.encoder import Encoder
 from engine.models.family import Family, open_family
+from engine.models.kandinsky_decoder import KandinskyDecoderEncoder
+from engine.models.kandinsky_prior import KandinskyPriorEncoder
 from engine.models.published import use_portable_names
+from engine.models.stable_diffusion import StableDiffusionEncoder
+from engine.models.wuerstchen import WuerstchenEncoder
 from examples import tiny_models
 
 TOKENS = 77
@@ -232,32 +237,36 @@ def write_pipelines(checkpoint: str, directory: Path, **options: Any) -> TrainCo
     return config
 
 
-def _random_encoders(checkpoint: str, family: Any, device: torch.device) -> None:
-    """Gives a family its frozen models with random weights, as `load_encoders` would, in its precision."""
+def random_encoder(checkpoint: str, encoding: Any, device: torch.device) -> Encoder:
+    """The frozen models of a checkpoint with random weights, in the precision of its encoding."""
     name = CHECKPOINTS[checkpoint][0]
-    needed = {
-        "sd": ("vae", "text_encoder"), "kandinsky-prior": ("image_encoder", "text_encoder"),
-        "kandinsky-decoder": ("image_encoder", "movq"), "wuerstchen": ("text_encoder", "image_encoder"),
-    }[name]  # fmt: skip
-    for part in needed:
-        with device:
-            setattr(family, part, _frozen_model(checkpoint, part).to(family.dtype).eval())
-    if name == "kandinsky-prior":
-        mean, std = torch.zeros(1, 1280, device=device), torch.ones(1, 1280, device=device)
-        family.clip_statistics = {"clip_mean": mean, "clip_std": std}
+    kind, parts = _ENCODERS[name]
+    with device:
+        models = [_frozen_model(checkpoint, part).to(encoding.dtype).eval() for part in parts]
+        if name == "kandinsky-prior":
+            models.append({"clip_mean": torch.zeros(1, 1280), "clip_std": torch.ones(1, 1280)})
+    return kind(encoding, *models)
+
+
+# Family -> what holds its loaded frozen models, and which those are.
+_ENCODERS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "sd": (StableDiffusionEncoder, ("vae", "text_encoder")),
+    "kandinsky-prior": (KandinskyPriorEncoder, ("image_encoder", "text_encoder")),
+    "kandinsky-decoder": (KandinskyDecoderEncoder, ("movq", "image_encoder")),
+    "wuerstchen": (WuerstchenEncoder, ("image_encoder", "text_encoder")),
+}
 
 
 def open_random(checkpoint: str, directory: Path, device: torch.device, **options: Any) -> Any:
     """The family of a checkpoint, open for training at full size with random weights; `options` as `write` takes them."""
     family: Any = open_family(write(checkpoint, directory, **options))
 
-    def load_model() -> Any:
+    def published_model() -> Any:
         with device:
-            model = trained_model(checkpoint)
-        return family.ready_to_train(model)
+            return trained_model(checkpoint)
 
-    family.load_model = load_model
-    family.load_encoders = lambda device: _random_encoders(checkpoint, family, device)
+    family.published_model = published_model
+    family.encoding.load_encoder = partial(random_encoder, checkpoint, family.encoding)
     return family
 
 

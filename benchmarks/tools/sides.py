@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.tools.levers import Lever
-from benchmarks.tools.plain import PlainTraining, published_model
+from benchmarks.tools.plain import PlainTraining
 from engine.backends import configure
 from engine.data.samples.loader import Batch
 from engine.loop import capture
@@ -26,9 +26,9 @@ LEARNING_RATE = 1e-5  # small beside the random weights, so that nothing diverge
 def random_batch(family: Family, size: int, device: torch.device) -> Batch:
     """Random records of the family, with the timesteps and coefficients of the first slots."""
     record = {}
-    for name, spec in family.record_spec.items():
+    for name, spec in family.encoding.record_spec.items():
         values = torch.randn(size, *spec.shape, device=device)
-        record[name] = (values.abs() if name == family.std else values).to(spec.dtype)
+        record[name] = (values.abs() if name == family.encoding.std else values).to(spec.dtype)
     seed, slots = torch.tensor([7]), torch.arange(size)
     timesteps = family.schedule.draw(seed, slots)
     return Batch(record, slots.to(device), timesteps.to(device), family.schedule.coefficients(timesteps).to(device))
@@ -45,10 +45,10 @@ class EngineSide:
     def __init__(self, family: Any, lever: Lever, batch: Batch, device: torch.device) -> None:
         size = len(batch.slots)
         options = {"use_ema": True, "train_batch_size": size, "learning_rate": LEARNING_RATE, **(lever.options or {})}
-        config = family.training.model_copy(update=options)
+        config = family.config.model_copy(update=options)
         configure(config)
         run = Run(seed=7, global_batch=size, fingerprint="", records=1000, steps=10**6)
-        self.training = Training(config, run, family, family.load_model(), Processes())
+        self.training = Training(config, run, family, family.load_model(lever.training_form), Processes())
         self.numbers = itertools.count(1)
         self.batches = itertools.repeat(batch)
         self.captures = device.type == "cuda" and config.cuda_graphs != "off"
@@ -89,14 +89,14 @@ class RecipeSide:
     """The recipe, on one batch again and again; with encoders, on as many photographs, prepared as workers would."""
 
     def __init__(self, family: Any, lever: Lever, batch: Batch, device: torch.device) -> None:
-        self.plain = PlainTraining(family, published_model(family).to(device), device, lever.best, LEARNING_RATE)
+        self.plain = PlainTraining(family, family.load_model(form=None).to(device), device, lever.best, LEARNING_RATE)
         self.batch, self.images = batch, {}
         self.captions: list[str] = []
         if lever.encoders:
-            family.load_encoders(device)
+            self.encoder = family.encoding.load_encoder(device)
             pictures = list(photographs().items())
             chosen = [pictures[number % len(pictures)] for number in range(len(batch.slots))]
-            distinct = {caption: family.prepare(image, 0)[0] for caption, image in pictures[: len(chosen)]}
+            distinct = {caption: family.encoding.prepare(image, 0)[0] for caption, image in pictures[: len(chosen)]}
             self.captions = [caption for caption, _ in chosen]
             prepared = [distinct[caption] for caption in self.captions]
             images = {name: torch.stack([item[name] for item in prepared]) for name in prepared[0]}
@@ -104,7 +104,7 @@ class RecipeSide:
             self.images = {name: tensor.pin_memory() if pins else tensor for name, tensor in images.items()}
 
     def step(self) -> None:
-        record = self.plain.encode(self.images, self.captions) if self.images else self.batch.record
+        record = self.plain.encode(self.encoder, self.images, self.captions) if self.images else self.batch.record
         self.plain.step(record, self.batch.timesteps, self.batch.coefficients)
 
     @property

@@ -117,7 +117,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def norms_verdict(rows: list[dict[str, Any]]) -> str:
-    """Which value of `FUSE_NORMS_WHEN_COMPILED` the rows of a checkpoint support; nothing without both levers on a GPU."""
+    """Which value of `norms_when_compiled` the rows of a checkpoint support; nothing without both levers on a GPU."""
     batch = batch_of_waterfall(rows)
     levers = {row["lever"]: row for row in rows if row["batch"] == batch and "memory_gib" in row}
     theirs, ours = levers.get("compiled"), levers.get("compiled, own norms")
@@ -125,7 +125,7 @@ def norms_verdict(rows: list[dict[str, Any]]) -> str:
         return ""
     ratio = f"own norms give {ours['samples_per_second'] / theirs['samples_per_second']:.3f} times inductor's"
     if ours["low"] > theirs["high"]:
-        return f"{ratio}: FUSE_NORMS_WHEN_COMPILED = True"
+        return f"{ratio}: norms_when_compiled = True"
     if ours["high"] < theirs["low"]:
-        return f"{ratio}: FUSE_NORMS_WHEN_COMPILED = False"
-    return f"{ratio}, within the quartiles: no reason to change FUSE_NORMS_WHEN_COMPILED"
+        return f"{ratio}: norms_when_compiled = False"
+    return f"{ratio}, within the quartiles: no reason to change norms_when_compiled"

@@ -8,7 +8,7 @@ from PIL import Image
 
 from engine.data.format.index import Index
 from engine.data.format.shard import Shards
-from engine.models.family import Family
+from engine.models.encoder import Encoding
 from engine.picture import labelled_grid
 from engine.tensors import read_header
 
@@ -33,17 +33,17 @@ def summary(directory: Path, index: Index) -> str:
     return "\n".join(lines)
 
 
-def contact_sheet(directory: Path, index: Index, family: Family, count: int) -> Image.Image:
+def contact_sheet(directory: Path, index: Index, encoding: Encoding, count: int) -> Image.Image:
     """Records spread evenly over the shards, decoded, each under its caption."""
     shards = Shards(directory)
     count = min(count, len(shards))
     records = torch.linspace(0, len(shards) - 1, count).round().long()
     rows = shards.rows_of(records)
-    latents = torch.empty(count, *index.fields[family.mean].shape, dtype=index.fields[family.mean].dtype)
-    shards.gather(family.mean, rows["image"], latents)
+    latents = torch.empty(count, *index.fields[encoding.mean].shape, dtype=index.fields[encoding.mean].dtype)
+    shards.gather(encoding.mean, rows["image"], latents)
     texts = [text for shard in index.shards for text in read_header(directory / shard.file)[1]["captions"]]
     labels = [texts[number] for number in rows["caption"].tolist()] if "caption" in rows else [f"{r}" for r in records]
-    images = family.decode(latents)
+    images = encoding.decode(latents)
     by_label: dict[str, list] = {}
     for label, image in zip(labels, images, strict=True):
         by_label.setdefault(label, []).append(image)

@@ -7,37 +7,21 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from engine.config.options import CacheConfig, options_of
-from engine.data.format.index import INDEX, Field, Index, ShardEntry
+from engine.data.format.index import INDEX, Index, ShardEntry
 from engine.data.format.shard import shard_name, write_shard
 from engine.data.sources.interface import Refused, Source
 from engine.errors import UserError
 from engine.files import PARTIAL, digest, digest_of
+from engine.models.encoder import Encoder, Encoding
 from engine.processes import Processes
 from engine.tensors import read_header
-
-
-class Encoder(Protocol):
-    """What building shards needs of a family; documented in `engine.models.family.Family`."""
-
-    captioned: bool
-
-    @property
-    def record_spec(self) -> dict[str, Field]: ...
-    def encoder_identity(self) -> dict[str, Any]: ...
-    def preprocessing_identity(self) -> dict[str, Any]: ...
-    def load_encoders(self, device: torch.device) -> None: ...
-    def free_encoders(self) -> None: ...
-    def prepare(self, image: Image.Image, record: int) -> list[dict[str, Tensor]]: ...
-    def encode_images(self, batch: dict[str, Tensor]) -> dict[str, Tensor]: ...
-    def encode_captions(self, captions: list[str]) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -80,32 +64,32 @@ def number_captions(source: Source, shard_records: int, captioned: bool) -> Capt
     return Captions(numbers, list(number_of), first_of_shard, refused)
 
 
-def identity_of(config: CacheConfig, family: Encoder, source: Source) -> dict[str, Any]:
+def identity_of(config: CacheConfig, encoding: Encoding, source: Source) -> dict[str, Any]:
     """Everything that shapes the content of the shards."""
     return {
         "family": config.family,
         "source": source.identity(),
-        "models": family.encoder_identity(),
-        "preprocessing": family.preprocessing_identity(),
+        "models": encoding.encoder_identity(),
+        "preprocessing": encoding.preprocessing_identity(),
         "precision": config.mixed_precision,
-        "caption_column": config.caption_column if family.captioned else None,
+        "caption_column": config.caption_column if encoding.captioned else None,
         "shard_records": config.shard_records,
     }
 
 
-def encode_source(config: CacheConfig, family: Encoder, source: Source, processes: Processes) -> Index:
+def encode_source(config: CacheConfig, encoding: Encoding, source: Source, processes: Processes) -> Index:
     """Encodes what is missing of the shards and returns the index.
 
     Raises:
         UserError: the directory holds shards of something else, or `--strict` met a sample that cannot be used.
     """
     directory = config.shards_path
-    identity = identity_of(config, family, source)
+    identity = identity_of(config, encoding, source)
     fingerprint = digest_of(identity)
     if (directory / INDEX).exists():
         return _existing_index(directory, identity, fingerprint)
     directory.mkdir(parents=True, exist_ok=True)
-    captions = number_captions(source, config.shard_records, family.captioned)
+    captions = number_captions(source, config.shard_records, encoding.captioned)
     if config.strict and captions.refused:
         sample, reason = next(iter(captions.refused.items()))
         raise UserError(f"--strict: {source.name(sample)}: {reason}")
@@ -114,7 +98,7 @@ def encode_source(config: CacheConfig, family: Encoder, source: Source, processe
     missing = [number for number in mine if not _is_complete(directory / shard_name(number), fingerprint)]
     started = time.perf_counter()
     if missing:
-        _encode_shards(config, family, source, captions, missing, fingerprint, processes)
+        _encode_shards(config, encoding, source, captions, missing, fingerprint, processes)
     seconds = max(processes.gather_objects(time.perf_counter() - started))
 
     gathered = processes.gather_objects({number: _describe(directory / shard_name(number)) for number in mine})
@@ -125,7 +109,7 @@ def encode_source(config: CacheConfig, family: Encoder, source: Source, processe
         fingerprint=fingerprint,
         identity=identity,
         config={name: value for name, value in options_of(config).items() if name in CacheConfig.model_fields},
-        fields=family.record_spec,
+        fields=encoding.record_spec,
         shards=[entry for entry, _ in described],
         refused=[item for _, refused in described for item in refused],
         encode_seconds=seconds,
@@ -171,7 +155,7 @@ def _describe(path: Path) -> tuple[ShardEntry, list[dict[str, str]]]:
 
 def _encode_shards(
     config: CacheConfig,
-    family: Encoder,
+    encoding: Encoding,
     source: Source,
     captions: Captions,
     numbers: list[int],
@@ -179,9 +163,9 @@ def _encode_shards(
     processes: Processes,
 ) -> None:
     """Encodes and writes the shards with these numbers."""
-    family.load_encoders(processes.device)
     samples_of = {number: _samples_of_shard(number, config.shard_records, len(source)) for number in numbers}
     with (
+        encoding.encoder(processes.device) as encoder,
         concurrent.futures.ThreadPoolExecutor(max(config.dataloader_num_workers, 1)) as pool,
         tqdm(
             total=sum(map(len, samples_of.values())),
@@ -191,12 +175,11 @@ def _encode_shards(
         ) as progress,
     ):
         for number, samples in samples_of.items():
-            prepared = _prepare(config, family, source, captions, samples, pool)
-            tensors, metadata = _encode_shard(config, family, captions, number, prepared, progress)
+            prepared = _prepare(config, encoding, source, captions, samples, pool)
+            tensors, metadata = _encode_shard(config, encoding, encoder, captions, number, prepared, progress)
             refused = [{"source": source.name(sample), "reason": reason} for sample, reason in metadata["refused"]]
             metadata |= {"refused": refused, "fingerprint": fingerprint}
             write_shard(config.shards_path / shard_name(number), tensors, metadata)
-    family.free_encoders()
 
 
 def _samples_of_shard(number: int, shard_records: int, samples: int) -> range:
@@ -209,7 +192,7 @@ Prepared = tuple[int, list[dict[str, Tensor]] | str]
 
 def _prepare(
     config: CacheConfig,
-    family: Encoder,
+    encoding: Encoding,
     source: Source,
     captions: Captions,
     samples: range,
@@ -221,7 +204,7 @@ def _prepare(
         if sample in captions.refused:
             return sample, captions.refused[sample]
         try:
-            return sample, family.prepare(source.image(sample), sample)
+            return sample, encoding.prepare(source.image(sample), sample)
         except Refused as refused:
             if config.strict:
                 raise UserError(f"--strict: {source.name(sample)}: {refused}", alone=True) from None
@@ -241,7 +224,13 @@ def _prepare(
 
 
 def _encode_shard(
-    config: CacheConfig, family: Encoder, captions: Captions, number: int, prepared: Iterable[Prepared], progress: tqdm
+    config: CacheConfig,
+    encoding: Encoding,
+    encoder: Encoder,
+    captions: Captions,
+    number: int,
+    prepared: Iterable[Prepared],
+    progress: tqdm,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All tensors of one shard, and its metadata with `refused` as (sample, reason)."""
     records: list[int] = []
@@ -260,13 +249,13 @@ def _encode_shard(
             yield from result
 
     def encode_images(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return family.encode_images({name: torch.stack([image[name] for image in batch]) for name in batch[0]})
+        return encoder.encode_images({name: torch.stack([image[name] for image in batch]) for name in batch[0]})
 
     texts = captions.texts_of(number)
     encoded = _encode_in_batches(images(), config.encode_batch_size, encode_images)
-    encoded |= _encode_in_batches(texts, config.encode_batch_size, family.encode_captions)
+    encoded |= _encode_in_batches(texts, config.encode_batch_size, encoder.encode_captions)
     tensors = _record_tensors(records, variants, [captions.numbers[sample] for sample in records])
-    for name, field in family.record_spec.items():
+    for name, field in encoding.record_spec.items():
         tensors[name] = encoded[name] if name in encoded else torch.empty(0, *field.shape, dtype=field.dtype)
     metadata = {
         "records": len(records),

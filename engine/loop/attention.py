@@ -153,7 +153,7 @@ def prepare(config: TrainConfig, family: Family, model: Any, device: torch.devic
             raise UserError(f"--attention {config.attention}: there is no GPU; leave it out")
         return
     calls = calls_of(family, model, config.train_batch_size)
-    kernels = choose(config.attention, calls, family.dtype, device)
+    kernels = choose(config.attention, calls, family.encoding.dtype, device)
     if loud:
         # Calls of one shape may differ in their strides.
         for line in dict.fromkeys(f"Attention of {call}: {kernel}" for call, kernel in kernels.items()):

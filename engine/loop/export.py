@@ -59,7 +59,7 @@ def save_pipeline(directory: Path, family: Family, module: Any, tensors: Iterabl
     pipeline.save_pretrained(aside, safe_serialization=True)
     if (aside / "tokenizer").is_dir():
         # transformers 5 saves tokenizer.json alone; older releases read the vocabulary and the merges beside it.
-        shutil.copytree(family.path / "tokenizer", aside / "tokenizer", dirs_exist_ok=True)
+        shutil.copytree(family.encoding.path / "tokenizer", aside / "tokenizer", dirs_exist_ok=True)
     for path in sorted(aside.rglob("*")):
         sync(path)
     for path in sorted(aside.iterdir(), key=lambda path: path.name == "model_index.json"):

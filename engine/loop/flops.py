@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.models.family import Family
-from engine.models.training_form import to_training_form
+from engine.models.training_form import SHIPPED, to_training_form
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ def count_flops(family: Family, model: torch.nn.Module, device: torch.device) ->
     """Counted and measured on a GPU; None on a CPU, where nobody asks for its utilisation."""
     if device.type != "cuda":
         return None
-    return Flops(forward_flops(family, model), matrix_flops_per_second(device, family.dtype, warm_up=0.1))  # a run should begin
+    peak = matrix_flops_per_second(device, family.encoding.dtype, warm_up=0.1)  # short: a run should begin
+    return Flops(forward_flops(family, model), peak)
 
 
 def forward_on_meta(family: Family, model: Any, batch: int = 1, training_form: bool = False) -> None:
@@ -37,9 +38,9 @@ def forward_on_meta(family: Family, model: Any, batch: int = 1, training_form: b
     with torch.device("meta"):
         shadow = type(model).from_config(model.config)
         if training_form:
-            to_training_form(shadow, fuse_projections=True)
-        record = {name: torch.empty(batch, *field.shape) for name, field in family.record_spec.items()}
-        family.predict(shadow, record[family.mean], timesteps, record)
+            to_training_form(shadow, SHIPPED)
+        record = {name: torch.empty(batch, *field.shape) for name, field in family.encoding.record_spec.items()}
+        family.predict(shadow, record[family.encoding.mean], timesteps, record)
 
 
 def forward_flops(family: Family, model: torch.nn.Module) -> float:

@@ -15,7 +15,7 @@ from torch import nn
 from engine.config.options import TrainConfig
 from engine.loop.flops import Flops
 from engine.loop.weights.zero_options import OVERLAPPED_BUCKET, machinery_stage
-from engine.models.family import PRECISIONS
+from engine.models.encoder import PRECISIONS
 from engine.processes import Processes
 
 UTILISATION = 0.45  # of a matrix product's speed, over a whole step: assumed

@@ -51,10 +51,10 @@ def prepare_shards(config: TrainConfig, family: Family, processes: Processes) ->
     """
     directory = config.shards_path
     if config.dataset_name or config.train_data_dir:
-        index = encode_source(config, family, open_source(config, family.captioned), processes)
+        index = encode_source(config, family.encoding, open_source(config, family.encoding.captioned), processes)
     else:
         index = Index.read(directory)
-    if index.family != config.family or index.fields != family.record_spec:
+    if index.family != config.family or index.fields != family.encoding.record_spec:
         raise UserError(
             f"{directory / INDEX}: the shards hold other records than --family {config.family} at --resolution "
             f"{config.resolution} and --mixed_precision {config.mixed_precision} reads; name another --shards_dir"

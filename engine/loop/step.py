@@ -105,8 +105,9 @@ def predict_and_compare(
     Returns:
         The loss of each sample, fp32 [B]; the prediction, to be differentiated; and its gradient, complete.
     """
-    mean = batch.record[family.mean]
-    std = batch.record[family.std] if family.std else None
+    encoding = family.encoding
+    mean = batch.record[encoding.mean]
+    std = batch.record[encoding.std] if encoding.std else None
     coefficients = batch.coefficients
     noisy = add_noise(mean, std, coefficients, seed, batch.slots, config.noise_offset, config.input_perturbation)
     correction = None
@@ -133,7 +134,7 @@ def _dream(
     _, sigma, c_x, _, weight = batch.coefficients
     strength = sigma**config.dream_detail_preservation
     first = family.predict(model, noisy, batch.timesteps, batch.record).float()
-    mean = batch.record[family.mean]
+    mean = batch.record[family.encoding.mean]
     # The first two rows make the noise's part of s d, with none of x0; the others are those of the loss.
     coefficients = torch.stack([torch.zeros_like(sigma), sigma * strength, c_x, 1 + strength, weight])
     shift = add_noise(mean.float(), None, coefficients, seed, batch.slots, config.noise_offset, 0.0)

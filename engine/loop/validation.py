@@ -16,7 +16,7 @@ from engine.picture import labelled_grid, save_png
 def validate(config: TrainConfig, family: Family, partition: Partition, seed: int, step: int) -> Image.Image | None:
     """Draws the validation images into samples/step-N.png, and returns them, on the first process; all must call it."""
     grid = None
-    model = assemble(partition, family.dtype)
+    model = assemble(partition, family.encoding.dtype)
     if model is not None:
         with torch.no_grad():
             pipeline, arguments = family.preview(model)

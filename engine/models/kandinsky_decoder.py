@@ -11,39 +11,28 @@ import torch
 from diffusers import DDPMScheduler, KandinskyV22Pipeline, KandinskyV22PriorPipeline, UNet2DConditionModel, VQModel
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPVisionModelWithProjection
 
-from engine.config.options import CacheConfig
+from engine.catalogue import DECODER, PRIOR
+from engine.config.options import CacheConfig, TrainConfig
 from engine.data import transforms
 from engine.data.format.index import Field
-from engine.diffusion import DiscreteSchedule
-from engine.errors import UserError
+from engine.diffusion import DiscreteSchedule, weighting
+from engine.models.encoder import Encoder, Encoding
 from engine.models.family import PREVIEW_STEPS, Family
-from engine.models.published import combine, digest_folder, locate, read_part, require_equal
+from engine.models.published import combine, digest_folder, locate, read_image_parts, read_part, require_equal
 
 
-class KandinskyDecoder(Family):
-    captioned = False
+class KandinskyDecoderEncoding(Encoding):
     mean = "latent"
 
     def __init__(self, config: CacheConfig) -> None:
         super().__init__(config)
-        self.base_model = config.pretrained_decoder_model_name_or_path
-        self.path = locate(config, "pretrained_decoder_model_name_or_path")
-        # The rest of the prior draws validation images only.
-        unused = () if self.draws else ("prior", "text_encoder", "tokenizer", "scheduler")
-        self.prior_path = locate(config, "pretrained_prior_model_name_or_path", skip=unused)
+        self.path = locate(config, DECODER)
+        self.prior_path = locate(config, PRIOR, skip=("prior", "text_encoder", "tokenizer", "scheduler"))
         self.unet_config = read_part(self.path, "unet", UNet2DConditionModel.load_config)
         self.movq_config = read_part(self.path, "movq", VQModel.load_config)
-        self.vision_config = read_part(self.prior_path, "image_encoder", CLIPVisionConfig.from_pretrained)
-        # PIL's resampling on every machine: with torchvision installed, transformers' default would be another.
-        self.image_processor = read_part(self.prior_path, "image_processor", CLIPImageProcessorPil.from_pretrained)
-        self.latent_size = self._check()
-        scheduler = read_part(self.path, "scheduler", DDPMScheduler.from_pretrained)
-        self.schedule = DiscreteSchedule(scheduler.alphas_cumprod, scheduler.config.prediction_type, self.snr_gamma)
-
-    def _check(self) -> int:
-        """Refuses parts that do not fit each other or the options; returns the side of a latent."""
+        self.vision_config, self.image_processor = read_image_parts(self.prior_path)
         require_equal(
             str(self.path),
             ("unet in_channels", self.unet_config["in_channels"]),
@@ -55,13 +44,8 @@ class KandinskyDecoder(Family):
             ("the prior's image_encoder projection_dim", self.vision_config.projection_dim),
         )
         factor = 2 ** (len(self.movq_config["block_out_channels"]) - 1)
-        step, resolution = factor**2, self.config.resolution
-        if resolution % step:
-            raise UserError(
-                f"--resolution {resolution}: the Kandinsky decoder draws images in steps of {step} px; the nearest is "
-                f"{max(round(resolution / step), 1) * step}"
-            )
-        return resolution // factor
+        self._require_steps(factor**2, f"the Kandinsky decoder draws images in steps of {factor**2} px")
+        self.latent_size = config.resolution // factor
 
     @property
     def record_spec(self) -> dict[str, Field]:
@@ -79,20 +63,28 @@ class KandinskyDecoder(Family):
     def preprocessing_identity(self) -> dict[str, Any]:
         return {"resolution": self.config.resolution}
 
-    def load_encoders(self, device: torch.device) -> None:
-        folder = self.prior_path / "image_encoder"
-        image_encoder: Any = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=self.dtype)
-        movq = VQModel.from_pretrained(self.path / "movq", torch_dtype=self.dtype)
-        self.image_encoder, self.movq = image_encoder.to(device).eval(), movq.to(device).eval()
-
-    def free_encoders(self) -> None:
-        del self.image_encoder, self.movq
-
     def prepare(self, image: Image.Image, record: int) -> list[dict[str, Tensor]]:
         size = self.config.resolution
         square = transforms.crop_centre_square(image).resize((size, size), Image.Resampling.BICUBIC, reducing_gap=1)
         clip_pixels = self.image_processor(image, return_tensors="pt").pixel_values[0]
         return [{"pixels": transforms.to_tensor_by_half_range(square), "clip_pixels": clip_pixels}]
+
+    @torch.inference_mode()
+    def decode(self, rows: Tensor) -> list[Image.Image]:
+        movq = VQModel.from_pretrained(self.path / "movq", torch_dtype=torch.float32)
+        return transforms.to_images(movq.decode(rows.float(), force_not_quantize=True).sample)
+
+    def load_encoder(self, device: torch.device) -> "KandinskyDecoderEncoder":
+        movq = VQModel.from_pretrained(self.path / "movq", torch_dtype=self.dtype)
+        folder = self.prior_path / "image_encoder"
+        image_encoder: Any = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=self.dtype)
+        return KandinskyDecoderEncoder(self, movq.to(device).eval(), image_encoder.to(device).eval())
+
+
+class KandinskyDecoderEncoder(Encoder):
+    def __init__(self, encoding: KandinskyDecoderEncoding, movq: Any, image_encoder: Any) -> None:
+        self.dtype = encoding.dtype
+        self.movq, self.image_encoder = movq, image_encoder
 
     @torch.inference_mode()
     def encode_images(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -103,14 +95,22 @@ class KandinskyDecoder(Family):
             "image_embedding": self.image_encoder(batch["clip_pixels"].to(device, self.dtype)).image_embeds,
         }
 
-    @torch.inference_mode()
-    def decode(self, rows: Tensor) -> list[Image.Image]:
-        movq = VQModel.from_pretrained(self.path / "movq", torch_dtype=torch.float32)
-        return transforms.to_images(movq.decode(rows.float(), force_not_quantize=True).sample)
 
-    def load_model(self) -> nn.Module:
+class KandinskyDecoder(Family):
+    encoding: KandinskyDecoderEncoding
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        self.encoding = KandinskyDecoderEncoding(config)
+        self.base_model = config.pretrained_decoder_model_name_or_path
+        if config.validation_prompts:
+            locate(config, PRIOR)  # the rest of it too, which draws the images
+        scheduler = read_part(self.encoding.path, "scheduler", DDPMScheduler.from_pretrained)
+        self.schedule = DiscreteSchedule(scheduler.alphas_cumprod, scheduler.config.prediction_type, weighting(config))
+
+    def published_model(self) -> UNet2DConditionModel:
         load = UNet2DConditionModel.from_pretrained
-        return self.ready_to_train(read_part(self.path, "unet", lambda path: load(path, torch_dtype=torch.float32)))
+        return read_part(self.encoding.path, "unet", lambda path: load(path, torch_dtype=torch.float32))
 
     @staticmethod
     def predict(model: Callable[..., Any], noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
@@ -119,10 +119,10 @@ class KandinskyDecoder(Family):
         return model(noisy, timesteps, None, added_cond_kwargs=condition, return_dict=False)[0]
 
     def pipeline(self, model: nn.Module) -> KandinskyV22Pipeline:
-        return KandinskyV22Pipeline.from_pretrained(self.path, unet=model)
+        return KandinskyV22Pipeline.from_pretrained(self.encoding.path, unet=model)
 
     def preview(self, model: nn.Module) -> tuple[Any, dict[str, Any]]:
-        prior = KandinskyV22PriorPipeline.from_pretrained(self.prior_path, torch_dtype=self.dtype)
-        decoder = KandinskyV22Pipeline.from_pretrained(self.path, unet=model, torch_dtype=self.dtype)
-        size = self.config.resolution
+        encoding, size = self.encoding, self.config.resolution
+        prior = KandinskyV22PriorPipeline.from_pretrained(locate(self.config, PRIOR), torch_dtype=encoding.dtype)
+        decoder = KandinskyV22Pipeline.from_pretrained(encoding.path, unet=model, torch_dtype=encoding.dtype)
         return combine(prior, decoder), {"num_inference_steps": PREVIEW_STEPS, "height": size, "width": size}

@@ -13,22 +13,20 @@ from diffusers import DDPMScheduler, KandinskyV22Pipeline, KandinskyV22PriorPipe
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPTextModelWithProjection,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-)
+from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
-from engine.config.options import CacheConfig
+from engine.catalogue import DECODER, PRIOR
+from engine.config.options import CacheConfig, TrainConfig
 from engine.data.format.index import Field
-from engine.diffusion import DiscreteSchedule
+from engine.diffusion import DiscreteSchedule, weighting
+from engine.models.encoder import Encoder, Encoding
 from engine.models.family import PREVIEW_STEPS, Family
 from engine.models.published import (
     combine,
     digest_folder,
     digest_tensors,
     locate,
+    read_image_parts,
     read_part,
     read_text_parts,
     require_equal,
@@ -36,24 +34,16 @@ from engine.models.published import (
 )
 
 
-class KandinskyPrior(Family):
-    captioned = True
+class KandinskyPriorEncoding(Encoding):
     mean = "image_embedding"
 
     def __init__(self, config: CacheConfig) -> None:
         super().__init__(config)
-        self.base_model = config.pretrained_prior_model_name_or_path
-        self.path = locate(config, "pretrained_prior_model_name_or_path")
+        self.path = locate(config, PRIOR)
         self.prior_config = read_part(self.path, "prior", PriorTransformer.load_config)
-        self.vision_config = read_part(self.path, "image_encoder", CLIPVisionConfig.from_pretrained)
+        self.vision_config, self.image_processor = read_image_parts(self.path)
         self.text_config, self.tokenizer = read_text_parts(self.path)
-        # PIL's resampling on every machine: with torchvision installed, transformers' default would be another.
-        self.image_processor = read_part(self.path, "image_processor", CLIPImageProcessorPil.from_pretrained)
         self._check()
-        if self.draws:
-            self._locate_decoder()
-        scheduler: Any = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
-        self.schedule = DiscreteSchedule(scheduler.alphas_cumprod, "sample", self.snr_gamma)
 
     def _check(self) -> None:
         """Refuses parts that do not fit each other."""
@@ -74,9 +64,9 @@ class KandinskyPrior(Family):
             ("tokenizer model_max_length", self.tokenizer.model_max_length),
         )
 
-    def _locate_decoder(self) -> Path:
+    def locate_decoder(self) -> Path:
         """The decoder's directory, once its UNet is known to take this prior's embeddings."""
-        decoder = locate(self.config, "pretrained_decoder_model_name_or_path")
+        decoder = locate(self.config, DECODER)
         unet_config = read_part(decoder, "unet", UNet2DConditionModel.load_config)
         require_equal(
             f"{self.path} and {decoder}",
@@ -98,10 +88,10 @@ class KandinskyPrior(Family):
     def encoder_identity(self) -> dict[str, str]:
         parts = ("image_encoder", "image_processor", "text_encoder", "tokenizer")
         return {part: digest_folder(self.path / part) for part in parts} | {
-            "clip_statistics": digest_tensors(self._clip_statistics())
+            "clip_statistics": digest_tensors(self.clip_statistics())
         }
 
-    def _clip_statistics(self) -> dict[str, Tensor]:
+    def clip_statistics(self) -> dict[str, Tensor]:
         """The prior's `clip_mean` and `clip_std`, fp32 [1, width], without loading the rest of it where that is possible."""
         names = ("clip_mean", "clip_std")
         found: dict[str, Tensor] = {}
@@ -116,17 +106,38 @@ class KandinskyPrior(Family):
     def preprocessing_identity(self) -> dict[str, Any]:
         return {}  # the image processor's own configuration is one of the encoder's files
 
-    def load_encoders(self, device: torch.device) -> None:
-        image_encoder: Any = CLIPVisionModelWithProjection.from_pretrained(self.path / "image_encoder", dtype=self.dtype)
-        text_encoder: Any = CLIPTextModelWithProjection.from_pretrained(self.path / "text_encoder", dtype=self.dtype)
-        self.image_encoder, self.text_encoder = image_encoder.to(device).eval(), text_encoder.to(device).eval()
-        self.clip_statistics = {name: tensor.to(device) for name, tensor in self._clip_statistics().items()}
-
-    def free_encoders(self) -> None:
-        del self.image_encoder, self.text_encoder, self.clip_statistics
-
     def prepare(self, image: Image.Image, record: int) -> list[dict[str, Tensor]]:
         return [{"pixels": self.image_processor(image, return_tensors="pt").pixel_values[0]}]
+
+    @torch.inference_mode()
+    def decode(self, rows: Tensor) -> list[Image.Image]:
+        """What the decoder draws from the embeddings."""
+        pipeline = KandinskyV22Pipeline.from_pretrained(self.locate_decoder())
+        pipeline.set_progress_bar_config(disable=True)
+        statistics = self.clip_statistics()
+        embeddings = rows.float() * statistics["clip_std"] + statistics["clip_mean"]
+        size = self.config.resolution
+        return pipeline(
+            image_embeds=embeddings,
+            negative_image_embeds=torch.zeros_like(embeddings),
+            num_inference_steps=PREVIEW_STEPS,
+            height=size,
+            width=size,
+        ).images
+
+    def load_encoder(self, device: torch.device) -> "KandinskyPriorEncoder":
+        image_encoder: Any = CLIPVisionModelWithProjection.from_pretrained(self.path / "image_encoder", dtype=self.dtype)
+        text_encoder: Any = CLIPTextModelWithProjection.from_pretrained(self.path / "text_encoder", dtype=self.dtype)
+        statistics = {name: tensor.to(device) for name, tensor in self.clip_statistics().items()}
+        return KandinskyPriorEncoder(self, image_encoder.to(device).eval(), text_encoder.to(device).eval(), statistics)
+
+
+class KandinskyPriorEncoder(Encoder):
+    def __init__(
+        self, encoding: KandinskyPriorEncoding, image_encoder: Any, text_encoder: Any, clip_statistics: dict[str, Tensor]
+    ) -> None:
+        self.dtype, self.tokenizer = encoding.dtype, encoding.tokenizer
+        self.image_encoder, self.text_encoder, self.clip_statistics = image_encoder, text_encoder, clip_statistics
 
     @torch.inference_mode()
     def encode_images(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -147,27 +158,25 @@ class KandinskyPrior(Family):
             "attention_mask": mask.bool(),
         }
 
-    @torch.inference_mode()
-    def decode(self, rows: Tensor) -> list[Image.Image]:
-        """What the decoder draws from the embeddings."""
-        pipeline = KandinskyV22Pipeline.from_pretrained(self._locate_decoder())
-        pipeline.set_progress_bar_config(disable=True)
-        statistics = self._clip_statistics()
-        embeddings = rows.float() * statistics["clip_std"] + statistics["clip_mean"]
-        size = self.config.resolution
-        return pipeline(
-            image_embeds=embeddings,
-            negative_image_embeds=torch.zeros_like(embeddings),
-            num_inference_steps=PREVIEW_STEPS,
-            height=size,
-            width=size,
-        ).images
 
-    def load_model(self) -> nn.Module:
-        prior = read_part(self.path, "prior", lambda path: PriorTransformer.from_pretrained(path, torch_dtype=torch.float32))
+class KandinskyPrior(Family):
+    encoding: KandinskyPriorEncoding
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        self.encoding = KandinskyPriorEncoding(config)
+        self.base_model = config.pretrained_prior_model_name_or_path
+        if config.validation_prompts:
+            self.encoding.locate_decoder()
+        scheduler: Any = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
+        self.schedule = DiscreteSchedule(scheduler.alphas_cumprod, "sample", weighting(config))
+
+    def published_model(self) -> PriorTransformer:
+        load = PriorTransformer.from_pretrained
+        prior = read_part(self.encoding.path, "prior", lambda path: load(path, torch_dtype=torch.float32))
         prior.clip_mean.requires_grad_(False)
         prior.clip_std.requires_grad_(False)
-        return self.ready_to_train(prior)
+        return prior
 
     @staticmethod
     def predict(model: Callable[..., Any], noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
@@ -181,10 +190,10 @@ class KandinskyPrior(Family):
         )[0]
 
     def pipeline(self, model: nn.Module) -> KandinskyV22PriorPipeline:
-        return KandinskyV22PriorPipeline.from_pretrained(self.path, prior=model)
+        return KandinskyV22PriorPipeline.from_pretrained(self.encoding.path, prior=model)
 
     def preview(self, model: nn.Module) -> tuple[Any, dict[str, Any]]:
-        prior = KandinskyV22PriorPipeline.from_pretrained(self.path, prior=model, torch_dtype=self.dtype)
-        decoder = KandinskyV22Pipeline.from_pretrained(self._locate_decoder(), torch_dtype=self.dtype)
-        size = self.config.resolution
+        encoding, size = self.encoding, self.config.resolution
+        prior = KandinskyV22PriorPipeline.from_pretrained(encoding.path, prior=model, torch_dtype=encoding.dtype)
+        decoder = KandinskyV22Pipeline.from_pretrained(encoding.locate_decoder(), torch_dtype=encoding.dtype)
         return combine(prior, decoder), {"num_inference_steps": PREVIEW_STEPS, "height": size, "width": size}

@@ -16,8 +16,9 @@ from diffusers import (
     WuerstchenPriorPipeline,
 )
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTokenizer
+from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
+from engine.catalogue import DECODER, FAMILIES, PRIOR
 from engine.config.options import CacheConfig
 from engine.errors import UserError, first_line
 from engine.files import digest
@@ -84,6 +85,13 @@ def read_text_parts(pipeline: Path) -> tuple[Any, Any]:
     return config, tokenizer
 
 
+def read_image_parts(pipeline: Path) -> tuple[Any, Any]:
+    """The configuration of a pipeline's CLIP image encoder and its image processor."""
+    config = read_part(pipeline, "image_encoder", CLIPVisionConfig.from_pretrained)
+    # PIL's resampling on every machine: with torchvision installed, transformers' default would be another.
+    return config, read_part(pipeline, "image_processor", CLIPImageProcessorPil.from_pretrained)
+
+
 def tokenize(tokenizer: Any, captions: list[str]) -> tuple[Tensor, Tensor]:
     """Token numbers and attention mask, int64 [captions, length], padded and truncated to the tokenizer's length."""
     tokens = tokenizer(
@@ -92,17 +100,19 @@ def tokenize(tokenizer: Any, captions: list[str]) -> tuple[Tensor, Tensor]:
     return tokens.input_ids, tokens.attention_mask
 
 
-# Prior, decoder, and the pipeline that joins them.
-_HALVES: tuple[tuple[Any, Any, Any], ...] = (
-    (KandinskyV22PriorPipeline, KandinskyV22Pipeline, KandinskyV22CombinedPipeline),
-    (WuerstchenPriorPipeline, WuerstchenDecoderPipeline, WuerstchenCombinedPipeline),
-)
-_OTHER_HALF: dict[Any, str] = {
-    KandinskyV22PriorPipeline: "kandinsky-community/kandinsky-2-2-decoder",
-    KandinskyV22Pipeline: "kandinsky-community/kandinsky-2-2-prior",
-    WuerstchenPriorPipeline: "warp-ai/wuerstchen",
-    WuerstchenDecoderPipeline: "warp-ai/wuerstchen-prior",
+# Family of the prior -> prior, decoder, and the pipeline that joins them.
+_HALVES: dict[str, tuple[Any, Any, Any]] = {
+    "kandinsky-prior": (KandinskyV22PriorPipeline, KandinskyV22Pipeline, KandinskyV22CombinedPipeline),
+    "wuerstchen": (WuerstchenPriorPipeline, WuerstchenDecoderPipeline, WuerstchenCombinedPipeline),
 }
+
+
+def _published_half(pipeline: Any) -> str | None:
+    """Where the other half of a prior or decoder pipeline was published; None for a whole one."""
+    for family, (prior, decoder, _) in _HALVES.items():
+        if type(pipeline) in (prior, decoder):
+            return FAMILIES[family].published[DECODER if type(pipeline) is prior else PRIOR]
+    return None
 
 
 def combine(left: Any, right: Any) -> Any:
@@ -115,7 +125,7 @@ def combine(left: Any, right: Any) -> Any:
         UserError: the two are not halves of one pipeline.
     """
     for prior, decoder in ((left, right), (right, left)):
-        for prior_class, decoder_class, combined in _HALVES:
+        for prior_class, decoder_class, combined in _HALVES.values():
             if isinstance(prior, prior_class) and isinstance(decoder, decoder_class):
                 parts = {f"prior_{name}": part for name, part in prior.components.items()}
                 return combined(**decoder.components, **parts)
@@ -141,11 +151,12 @@ def open_pipeline(path: Path, other_half: str | None, dtype: torch.dtype) -> Any
         UserError: the other half is not there, does not fit, or is not needed.
     """
     pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype)
-    if type(pipeline) not in _OTHER_HALF:
+    published = _published_half(pipeline)
+    if published is None:
         if other_half:
             raise UserError(f"{path}: a {type(pipeline).__name__} has no other half; leave out --other_half")
         return pipeline
-    name = other_half or _OTHER_HALF[type(pipeline)]
+    name = other_half or published
     try:
         other = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
     except Exception as error:  # a connection, a missing repository, an incomplete directory: the library raises many kinds

@@ -12,42 +12,29 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from engine.config.options import CacheConfig
+from engine.catalogue import MODEL
+from engine.config.options import CacheConfig, TrainConfig
 from engine.data import transforms
 from engine.data.format.index import Field
-from engine.diffusion import DiscreteSchedule
+from engine.diffusion import DiscreteSchedule, weighting
 from engine.errors import UserError, first_line
+from engine.models.encoder import Encoder, Encoding
 from engine.models.family import PREVIEW_STEPS, Family
 from engine.models.published import digest_folder, locate, read_part, read_text_parts, require_equal, tokenize
 
 
-class StableDiffusion(Family):
-    captioned = True
+class StableDiffusionEncoding(Encoding):
     mean, std = "latent_mean", "latent_std"
 
     def __init__(self, config: CacheConfig) -> None:
         super().__init__(config)
-        self.base_model = config.pretrained_model_name_or_path
-        self.path = locate(config, "pretrained_model_name_or_path")
+        self.path = locate(config, MODEL)
         self.unet_config = read_part(self.path, "unet", UNet2DConditionModel.load_config)
         self.vae_config = read_part(self.path, "vae", AutoencoderKL.load_config)
         self.text_config, self.tokenizer = read_text_parts(self.path)
-        self.latent_size = self._check()
-        scheduler = read_part(self.path, "scheduler", DDPMScheduler.from_pretrained)
-        training = self.training
-        self.prediction_type = (training and training.prediction_type) or scheduler.config.prediction_type
-        self.schedule = DiscreteSchedule(scheduler.alphas_cumprod, self.prediction_type, self.snr_gamma)
-        if training and training.dream_training and self.prediction_type != "epsilon":
-            raise UserError(f"--dream_training needs prediction type epsilon, not {self.prediction_type}")
-
-    def _check(self) -> int:
-        """Refuses parts that do not fit each other or the options; returns the side of a latent."""
         factor = 2 ** (len(self.vae_config["block_out_channels"]) - 1)
-        if self.config.resolution % factor:
-            nearest = max(round(self.config.resolution / factor), 1) * factor
-            raise UserError(
-                f"--resolution {self.config.resolution}: the VAE needs a multiple of {factor}; the nearest is {nearest}"
-            )
+        self._require_steps(factor, f"the VAE needs a multiple of {factor}")
+        self.latent_size = config.resolution // factor
         require_equal(
             str(self.path),
             ("unet in_channels", self.unet_config["in_channels"]),
@@ -58,7 +45,6 @@ class StableDiffusion(Family):
             ("unet cross_attention_dim", self.unet_config["cross_attention_dim"]),
             ("text_encoder hidden_size", self.text_config.hidden_size),
         )
-        return self.config.resolution // factor
 
     @property
     def record_spec(self) -> dict[str, Field]:
@@ -83,15 +69,6 @@ class StableDiffusion(Family):
             "random_flip": config.random_flip,
         }
 
-    def load_encoders(self, device: torch.device) -> None:
-        variant, dtype = self.config.variant, self.dtype
-        vae = AutoencoderKL.from_pretrained(self.path / "vae", variant=variant, torch_dtype=dtype)
-        text_encoder: Any = CLIPTextModel.from_pretrained(self.path / "text_encoder", variant=variant, dtype=dtype)
-        self.vae, self.text_encoder = vae.to(device).eval(), text_encoder.to(device).eval()
-
-    def free_encoders(self) -> None:
-        del self.vae, self.text_encoder
-
     def prepare(self, image: Image.Image, record: int) -> list[dict[str, Tensor]]:
         config = self.config
         size = config.resolution
@@ -103,6 +80,23 @@ class StableDiffusion(Family):
         if config.random_flip:
             images += [transforms.mirror(crop) for crop in images]
         return [{"pixels": transforms.to_tensor(crop)} for crop in images]
+
+    @torch.inference_mode()
+    def decode(self, rows: Tensor) -> list[Image.Image]:
+        vae = AutoencoderKL.from_pretrained(self.path / "vae", variant=self.config.variant)
+        return transforms.to_images(vae.decode(rows.float() / vae.config.scaling_factor).sample)
+
+    def load_encoder(self, device: torch.device) -> "StableDiffusionEncoder":
+        variant, dtype = self.config.variant, self.dtype
+        vae = AutoencoderKL.from_pretrained(self.path / "vae", variant=variant, torch_dtype=dtype)
+        text_encoder: Any = CLIPTextModel.from_pretrained(self.path / "text_encoder", variant=variant, dtype=dtype)
+        return StableDiffusionEncoder(self, vae.to(device).eval(), text_encoder.to(device).eval())
+
+
+class StableDiffusionEncoder(Encoder):
+    def __init__(self, encoding: StableDiffusionEncoding, vae: Any, text_encoder: Any) -> None:
+        self.dtype, self.tokenizer = encoding.dtype, encoding.tokenizer
+        self.vae, self.text_encoder = vae, text_encoder
 
     @torch.inference_mode()
     def encode_images(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -117,23 +111,30 @@ class StableDiffusion(Family):
         tokens, _ = tokenize(self.tokenizer, captions)
         return {"encoder_hidden_states": self.text_encoder(tokens.to(self.text_encoder.device), return_dict=False)[0]}
 
-    @torch.inference_mode()
-    def decode(self, rows: Tensor) -> list[Image.Image]:
-        vae = AutoencoderKL.from_pretrained(self.path / "vae", variant=self.config.variant)
-        return transforms.to_images(vae.decode(rows.float() / vae.config.scaling_factor).sample)
 
-    def load_model(self) -> nn.Module:
-        config = self.training
-        assert config is not None
+class StableDiffusion(Family):
+    encoding: StableDiffusionEncoding
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        self.encoding = StableDiffusionEncoding(config)
+        self.base_model = config.pretrained_model_name_or_path
+        scheduler = read_part(self.encoding.path, "scheduler", DDPMScheduler.from_pretrained)
+        self.prediction_type = config.prediction_type or scheduler.config.prediction_type
+        self.schedule = DiscreteSchedule(scheduler.alphas_cumprod, self.prediction_type, weighting(config))
+        if config.dream_training and self.prediction_type != "epsilon":
+            raise UserError(f"--dream_training needs prediction type epsilon, not {self.prediction_type}")
+
+    def published_model(self) -> UNet2DConditionModel:
+        config = self.config
         arguments = {"subfolder": "unet", "cache_dir": config.cache_dir}
         name = config.pretrained_model_name_or_path
         try:
-            unet = UNet2DConditionModel.from_pretrained(name, revision=config.non_ema_revision or config.revision, **arguments)
+            return UNet2DConditionModel.from_pretrained(name, revision=config.non_ema_revision or config.revision, **arguments)
         except (OSError, ValueError) as error:
             if config.variant is None:
                 raise UserError(f"{name}: the UNet cannot be loaded: {first_line(error)}") from None
-            unet = UNet2DConditionModel.from_pretrained(name, revision=config.revision, variant=config.variant, **arguments)
-        return self.ready_to_train(unet)
+            return UNet2DConditionModel.from_pretrained(name, revision=config.revision, variant=config.variant, **arguments)
 
     @staticmethod
     def predict(model: Callable[..., Any], noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
@@ -143,7 +144,8 @@ class StableDiffusion(Family):
         return self._pipeline(model)
 
     def preview(self, model: nn.Module) -> tuple[StableDiffusionPipeline, dict[str, Any]]:
-        return self._pipeline(model, safety_checker=None, torch_dtype=self.dtype), {"num_inference_steps": PREVIEW_STEPS}
+        pipeline = self._pipeline(model, safety_checker=None, torch_dtype=self.encoding.dtype)
+        return pipeline, {"num_inference_steps": PREVIEW_STEPS}
 
     def _pipeline(self, model: nn.Module, **overrides: Any) -> StableDiffusionPipeline:
         config = self.config

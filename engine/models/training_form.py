@@ -9,8 +9,8 @@
 - Projections of the same tokens are one matrix product: queries, keys and values, or keys and values alone.
 """
 
-import contextlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,11 +24,6 @@ from torch import Tensor, nn
 
 from engine.kernels import group_norm_silu
 
-# Compiled models leave group normalisation to inductor, which fuses it with what is around it, until a measurement says
-# otherwise (docs/performance.md).
-FUSE_NORMS_WHEN_COMPILED = False
-FUSE_PROJECTIONS = True
-
 # What is fused -> the published projections that it stacks.
 PROJECTIONS = {
     "to_qkv": ("to_q", "to_k", "to_v"),
@@ -37,20 +32,20 @@ PROJECTIONS = {
 }
 
 
-@contextlib.contextmanager
-def fusing(norms_when_compiled: bool | None = None, projections: bool | None = None) -> Iterator[None]:
-    """Models that are built and first called inside fuse what is said here; None leaves the default. For benchmarks, which
-    measure what each gives."""
-    global FUSE_NORMS_WHEN_COMPILED, FUSE_PROJECTIONS
-    before = FUSE_NORMS_WHEN_COMPILED, FUSE_PROJECTIONS
-    if norms_when_compiled is not None:
-        FUSE_NORMS_WHEN_COMPILED = norms_when_compiled
-    if projections is not None:
-        FUSE_PROJECTIONS = projections
-    try:
-        yield
-    finally:
-        FUSE_NORMS_WHEN_COMPILED, FUSE_PROJECTIONS = before
+@dataclass(frozen=True)
+class Form:
+    """What a model in training form fuses.
+
+    norms_when_compiled: group normalisation is our kernel in compiled models too. They leave it to inductor, which fuses it
+        with what is around it, until a measurement says otherwise (docs/performance.md).
+    projections: projections of the same tokens are one matrix product.
+    """
+
+    norms_when_compiled: bool = False
+    projections: bool = True
+
+
+SHIPPED = Form()
 
 
 class ChannelsLastConv2d(nn.Conv2d):
@@ -61,9 +56,13 @@ class ChannelsLastConv2d(nn.Conv2d):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation, `silu` with the activation, for tensors [B, C, ...] stored channels last."""
+    """Group normalisation, `silu` with the activation, for tensors [B, C, ...] stored channels last.
+
+    fuses_when_compiled: as `Form.norms_when_compiled`.
+    """
 
     silu = False
+    fuses_when_compiled = False
 
     def forward(self, input: Tensor) -> Tensor:
         return normalise(self, input, self.silu)
@@ -71,6 +70,9 @@ class GroupNorm(nn.GroupNorm):
 
 class ResnetBlock(ResnetBlock2D):
     """diffusers' residual block: norm, SiLU, convolution, twice, with the time embedding in between."""
+
+    norm1: GroupNorm
+    norm2: GroupNorm
 
     def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         hidden, shortcut = normalise(self.norm1, input_tensor, True), input_tensor
@@ -115,14 +117,14 @@ class Transformer(Transformer2DModel):
         return (image if self.use_linear_projection else self.proj_out(image)) + residual
 
 
-def fuses_norms(x: Tensor) -> bool:
-    """Whether group normalisation runs as our kernel."""
-    return x.is_cuda and (FUSE_NORMS_WHEN_COMPILED or not torch.compiler.is_compiling())
+def fuses(norm: GroupNorm, x: Tensor) -> bool:
+    """Whether a group normalisation runs as our kernel."""
+    return x.is_cuda and (norm.fuses_when_compiled or not torch.compiler.is_compiling())
 
 
-def normalise(norm: nn.GroupNorm, x: Tensor, silu: bool, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+def normalise(norm: GroupNorm, x: Tensor, silu: bool, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
     """y = norm(x), then y (1 + scale) + shift with a time embedding's [B, C] values if there are any, then SiLU."""
-    if fuses_norms(x):
+    if fuses(norm, x):
         weight: Tensor = norm.weight
         bias: Tensor = norm.bias
         if scale is not None and shift is not None:
@@ -191,12 +193,8 @@ class FusedAttention(Attention):
         return split.permute(2, 0, 3, 1, 4).unbind()
 
 
-def to_training_form(model: Any, fuse_projections: bool) -> None:
-    """Changes a diffusers model in place.
-
-    Args:
-        fuse_projections: not where attention is another library's (xFormers).
-    """
+def to_training_form(model: Any, form: Form) -> None:
+    """Changes a diffusers model in place."""
     self_attentions = {block.attn1 for block in model.modules()
                        if isinstance(block, BasicTransformerBlock) and not block.only_cross_attention}  # fmt: skip
     for module in list(model.modules()):
@@ -206,14 +204,15 @@ def to_training_form(model: Any, fuse_projections: bool) -> None:
             # A clone and not .contiguous(), which leaves odd strides to dimensions of size one.
             module.weight = nn.Parameter(turned.clone(memory_format=torch.contiguous_format), module.weight.requires_grad)
         elif type(module) is nn.GroupNorm:
-            module.__class__ = GroupNorm
+            norm: Any = module
+            norm.__class__, norm.fuses_when_compiled = GroupNorm, form.norms_when_compiled
         elif type(module) is ResnetBlock2D and isinstance(module.nonlinearity, nn.SiLU):
             module.__class__ = ResnetBlock
         elif type(module) is Upsample2D and _is_nearest(module):
             module.__class__ = Upsample
         elif type(module) is Transformer2DModel and module.is_input_continuous:
             module.__class__ = Transformer
-        elif type(module) is Attention and fuse_projections and FUSE_PROJECTIONS and _is_plain(module):
+        elif type(module) is Attention and form.projections and _is_plain(module):
             _fuse(module, module in self_attentions)
     if isinstance(getattr(model, "conv_norm_out", None), GroupNorm) and isinstance(model.conv_act, nn.SiLU):
         model.conv_norm_out.silu, model.conv_act = True, nn.Identity()

@@ -15,12 +15,13 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from engine.config.options import CacheConfig
+from engine.catalogue import DECODER, PRIOR
+from engine.config.options import CacheConfig, TrainConfig
 from engine.data import transforms
 from engine.data.format.index import Field
-from engine.diffusion import CosineSchedule
-from engine.errors import UserError
+from engine.diffusion import CosineSchedule, weighting
 from engine.models import efficientnet
+from engine.models.encoder import Encoder, Encoding
 from engine.models.family import Family
 from engine.models.published import (
     combine,
@@ -38,39 +39,24 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class Wuerstchen(Family):
-    captioned = True
+class WuerstchenEncoding(Encoding):
     mean = "latent"
-    result = Path("prior_pipeline")
 
     def __init__(self, config: CacheConfig) -> None:
         super().__init__(config)
-        self.base_model = config.pretrained_prior_model_name_or_path
-        self.path = locate(config, "pretrained_prior_model_name_or_path")
+        self.path = locate(config, PRIOR)
         self.prior_config = read_part(self.path, "prior", WuerstchenPrior.load_config)
         self.text_config, self.tokenizer = read_text_parts(self.path)
-        self._check()
-        if self.draws:
-            self._locate_decoder()
-        self.schedule = CosineSchedule(self.snr_gamma)
-
-    def _check(self) -> None:
-        """Refuses parts that do not fit each other or the options."""
-        resolution = self.config.resolution
-        if resolution % PIXEL_STEP:
-            raise UserError(
-                f"--resolution {resolution}: Wuerstchen draws images in steps of {PIXEL_STEP} px; the nearest is "
-                f"{max(round(resolution / PIXEL_STEP), 1) * PIXEL_STEP}"
-            )
+        self._require_steps(PIXEL_STEP, f"Wuerstchen draws images in steps of {PIXEL_STEP} px")
         require_equal(
             str(self.path),
             ("prior c_cond", self.prior_config["c_cond"]),
             ("text_encoder hidden_size", self.text_config.hidden_size),
         )
 
-    def _locate_decoder(self) -> Path:
+    def locate_decoder(self) -> Path:
         """The directory of stages B and A, once stage B is known to take this prior's latents."""
-        decoder = locate(self.config, "pretrained_decoder_model_name_or_path")
+        decoder = locate(self.config, DECODER)
         stage_b = read_part(decoder, "decoder", WuerstchenDiffNeXt.load_config)
         require_equal(
             f"{self.path} and {decoder}",
@@ -106,18 +92,34 @@ class Wuerstchen(Family):
     def preprocessing_identity(self) -> dict[str, Any]:
         return {"resolution": self.config.resolution}
 
-    def load_encoders(self, device: torch.device) -> None:
-        text_encoder: Any = CLIPTextModel.from_pretrained(self.path / "text_encoder", dtype=self.dtype)
-        self.text_encoder = text_encoder.to(device).eval()
-        self.image_encoder = efficientnet.load_encoder(self._image_encoder_weights()).to(device, self.dtype)
-
-    def free_encoders(self) -> None:
-        del self.image_encoder, self.text_encoder
-
     def prepare(self, image: Image.Image, record: int) -> list[dict[str, Tensor]]:
         size = self.config.resolution
         square = transforms.crop_centre(transforms.resize_short_side(image, size, Image.Resampling.BILINEAR), size)
         return [{"pixels": transforms.to_tensor(square, IMAGENET_MEAN, IMAGENET_STD)}]
+
+    @torch.inference_mode()
+    def decode(self, rows: Tensor) -> list[Image.Image]:
+        """What stages B and A draw from the latents, without a prompt.
+
+        Stage B works on 10.67 times the side of the latents and halves it repeatedly, which comes out even for multiples of 3.
+        Other sizes are stretched to the next of those: good enough to look at.
+        """
+        pipeline = WuerstchenDecoderPipeline.from_pretrained(self.locate_decoder())
+        pipeline.set_progress_bar_config(disable=True)
+        side = -(-rows.shape[-1] // 3) * 3
+        features = nn.functional.interpolate(rows.float() * 42 - 1, (side, side), mode="bilinear")
+        return [pipeline(image_features[None], prompt="").images[0] for image_features in features]
+
+    def load_encoder(self, device: torch.device) -> "WuerstchenEncoder":
+        image_encoder = efficientnet.load_encoder(self._image_encoder_weights()).to(device, self.dtype)
+        text_encoder: Any = CLIPTextModel.from_pretrained(self.path / "text_encoder", dtype=self.dtype)
+        return WuerstchenEncoder(self, image_encoder, text_encoder.to(device).eval())
+
+
+class WuerstchenEncoder(Encoder):
+    def __init__(self, encoding: WuerstchenEncoding, image_encoder: Any, text_encoder: Any) -> None:
+        self.dtype, self.tokenizer = encoding.dtype, encoding.tokenizer
+        self.image_encoder, self.text_encoder = image_encoder, text_encoder
 
     @torch.inference_mode()
     def encode_images(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -132,35 +134,35 @@ class Wuerstchen(Family):
         tokens, mask = tokenize(self.tokenizer, captions)
         return {"encoder_hidden_states": self.text_encoder(tokens.to(device), mask.to(device)).last_hidden_state}
 
-    @torch.inference_mode()
-    def decode(self, rows: Tensor) -> list[Image.Image]:
-        """What stages B and A draw from the latents, without a prompt.
 
-        Stage B works on 10.67 times the side of the latents and halves it repeatedly, which comes out even for multiples of 3.
-        Other sizes are stretched to the next of those: good enough to look at.
-        """
-        pipeline = WuerstchenDecoderPipeline.from_pretrained(self._locate_decoder())
-        pipeline.set_progress_bar_config(disable=True)
-        side = -(-rows.shape[-1] // 3) * 3
-        features = nn.functional.interpolate(rows.float() * 42 - 1, (side, side), mode="bilinear")
-        return [pipeline(image_features[None], prompt="").images[0] for image_features in features]
+class Wuerstchen(Family):
+    encoding: WuerstchenEncoding
 
-    def load_model(self) -> nn.Module:
-        prior = read_part(self.path, "prior", lambda path: WuerstchenPrior.from_pretrained(path, torch_dtype=torch.float32))
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        self.encoding = WuerstchenEncoding(config)
+        self.base_model = config.pretrained_prior_model_name_or_path
+        if config.validation_prompts:
+            self.encoding.locate_decoder()
+        self.schedule = CosineSchedule(weighting(config))
+
+    def published_model(self) -> WuerstchenPrior:
+        load = WuerstchenPrior.from_pretrained
+        prior = read_part(self.encoding.path, "prior", lambda path: load(path, torch_dtype=torch.float32))
         embed = prior.gen_r_embedding
         # The sines need timesteps in fp32; what they give must have the precision of the weights, whatever that is by then.
         prior.gen_r_embedding = lambda timesteps: embed(timesteps).to(prior.projection.weight.dtype)
-        return self.ready_to_train(prior)
+        return prior
 
     @staticmethod
     def predict(model: Callable[..., Any], noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
         return model(noisy, timesteps, record["encoder_hidden_states"])
 
     def pipeline(self, model: nn.Module) -> WuerstchenPriorPipeline:
-        return WuerstchenPriorPipeline.from_pretrained(self.path, prior=model)
+        return WuerstchenPriorPipeline.from_pretrained(self.encoding.path, prior=model)
 
     def preview(self, model: nn.Module) -> tuple[Any, dict[str, Any]]:
-        prior = WuerstchenPriorPipeline.from_pretrained(self.path, prior=model, torch_dtype=self.dtype)
-        decoder = WuerstchenDecoderPipeline.from_pretrained(self._locate_decoder(), torch_dtype=self.dtype)
-        size = self.config.resolution
+        encoding, size = self.encoding, self.config.resolution
+        prior = WuerstchenPriorPipeline.from_pretrained(encoding.path, prior=model, torch_dtype=encoding.dtype)
+        decoder = WuerstchenDecoderPipeline.from_pretrained(encoding.locate_decoder(), torch_dtype=encoding.dtype)
         return combine(prior, decoder), {"prior_timesteps": DEFAULT_STAGE_C_TIMESTEPS, "height": size, "width": size}

@@ -9,7 +9,7 @@ from benchmarks.runs import recipe
 from engine.catalogue import FAMILIES
 from engine.config.command_line import to_toml
 from engine.loop.trainer import train
-from engine.models.family import open_family
+from engine.models.encoder import open_encoding
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -20,7 +20,7 @@ def test_the_recipe_goes_from_images_to_steps_for_every_family(family, tmp_path,
     step = recipe.PlainTraining.step
 
     def counted(plain, record, timesteps, coefficients):
-        assert record.keys() == open_family(config).record_spec.keys()
+        assert record.keys() == open_encoding(config).record_spec.keys()
         steps.append(len(timesteps))
         step(plain, record, timesteps, coefficients)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.steps import step
-from benchmarks.tools import cost, levers, opened, plain, published, rows, sides, waterfall
+from benchmarks.tools import cost, levers, opened, published, rows, sides, waterfall
 from benchmarks.tools.compiling import compiling_cheaply
 from benchmarks.tools.rows import OUT_OF_MEMORY, Rows
 from engine.errors import TRY_AGAIN
@@ -67,7 +67,7 @@ def test_the_recipe_finds_torchs_own_order_of_attention_kernels():
 
 def test_the_recipe_trains_the_published_form(tmp_path):
     family = published.open_tiny("sd", tmp_path, output_dir=str(tmp_path / "out"))
-    assert not any(isinstance(module, ChannelsLastConv2d) for module in plain.published_model(family).modules())
+    assert not any(isinstance(module, ChannelsLastConv2d) for module in family.load_model(form=None).modules())
     assert any(isinstance(module, ChannelsLastConv2d) for module in family.load_model().modules())
 
 
@@ -78,7 +78,7 @@ def test_a_step_that_is_skipped_or_moves_nothing_has_no_rate(family, monkeypatch
     side.step()
     with pytest.raises(RuntimeError, match="0% of the weights moved"):
         sides.check(side, before)
-    next(side.batches).record[family.mean].fill_(float("nan"))
+    next(side.batches).record[family.encoding.mean].fill_(float("nan"))
     side.step()
     with pytest.raises(RuntimeError, match="1 steps were skipped"):
         sides.check(side, before)

@@ -9,7 +9,7 @@ from engine.data.format.shard import Shards
 from engine.data.samples import loader as loader_module
 from engine.data.samples.draw import draw_rows
 from engine.data.samples.loader import BatchPlan, Loader
-from engine.diffusion import CosineSchedule, DiscreteSchedule
+from engine.diffusion import CosineSchedule, DiscreteSchedule, min_snr, unweighted
 from engine.errors import UserError
 
 SEED = 21
@@ -17,7 +17,7 @@ PLAN = BatchPlan(micro_batch=2, accumulation=3, rank=1, world=2)
 CPU = torch.device("cpu")
 
 
-SCHEDULES = [DiscreteSchedule(torch.linspace(0.99, 0.01, 1000), "epsilon", 5.0), CosineSchedule(None)]
+SCHEDULES = [DiscreteSchedule(torch.linspace(0.99, 0.01, 1000), "epsilon", min_snr(5.0)), CosineSchedule(unweighted)]
 
 
 def batches(shards, first: int, last: int, schedule=SCHEDULES[0]) -> list:

@@ -16,7 +16,7 @@ from transformers import CLIPImageProcessorPil
 
 from engine.config.options import CacheConfig
 from engine.data.sources.decode import decode
-from engine.models.family import open_family
+from engine.models.encoder import open_encoding
 from examples.photographs import photographs as load_photographs
 from tests import torchvision_reference
 
@@ -87,15 +87,17 @@ def test_files_are_read_as_the_scripts_read_them(kind, files, read_by_the_script
 @pytest.mark.parametrize("size", torchvision_reference.SIZES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_sd(kind, size, files, transformed_by_torchvision, model):
-    family = open_family(CacheConfig(family="sd", pretrained_model_name_or_path=str(model), resolution=size, center_crop=True))
-    (prepared,) = family.prepare(decode(files[kind]), 0)
+    encoding = open_encoding(
+        CacheConfig(family="sd", pretrained_model_name_or_path=str(model), resolution=size, center_crop=True)
+    )
+    (prepared,) = encoding.prepare(decode(files[kind]), 0)
     assert torch.equal(prepared["pixels"], transformed_by_torchvision[f"sd/{kind}/{size}"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_wuerstchen(kind, files, transformed_by_torchvision, published):
-    family = open_family(CacheConfig(family="wuerstchen", **published("wuerstchen"), resolution=128))
-    (prepared,) = family.prepare(decode(files[kind]), 0)
+    encoding = open_encoding(CacheConfig(family="wuerstchen", **published("wuerstchen"), resolution=128))
+    (prepared,) = encoding.prepare(decode(files[kind]), 0)
     assert torch.equal(prepared["pixels"], transformed_by_torchvision[f"wuerstchen/{kind}/128"])
 
 
@@ -113,10 +115,10 @@ def clip_pixels(image: Image.Image, size: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["kandinsky-prior", "kandinsky-decoder"])
 def test_kandinsky_for_clip(name, kind, files, read_by_the_script, published):
     models = published(name)
-    family = open_family(CacheConfig(family=name, **models, resolution=64))
+    encoding = open_encoding(CacheConfig(family=name, **models, resolution=64))
     image = read_by_the_script[kind]
     script = CLIPImageProcessorPil.from_pretrained(models["pretrained_prior_model_name_or_path"], subfolder="image_processor")
-    (prepared,) = family.prepare(decode(files[kind]), 0)
+    (prepared,) = encoding.prepare(decode(files[kind]), 0)
     found = prepared["pixels" if name == "kandinsky-prior" else "clip_pixels"]
     assert torch.equal(found, script([image, image], return_tensors="pt").pixel_values[1])
     torch.testing.assert_close(found.double(), clip_pixels(image, 32), rtol=0, atol=2e-6)
@@ -124,11 +126,11 @@ def test_kandinsky_for_clip(name, kind, files, read_by_the_script, published):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kandinsky_decoder_for_movq(kind, files, read_by_the_script, published):
-    family = open_family(CacheConfig(family="kandinsky-decoder", **published("kandinsky-decoder"), resolution=64))
+    encoding = open_encoding(CacheConfig(family="kandinsky-decoder", **published("kandinsky-decoder"), resolution=64))
     image = read_by_the_script[kind]
     (width, height), side = image.size, min(image.size)
     box = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
     square = image.crop(box).resize((64, 64), resample=Image.BICUBIC, reducing_gap=1)
     expected = torch.from_numpy(np.transpose(np.array(square).astype(np.float32) / 127.5 - 1, [2, 0, 1]))
-    (prepared,) = family.prepare(decode(files[kind]), 0)
+    (prepared,) = encoding.prepare(decode(files[kind]), 0)
     assert torch.equal(prepared["pixels"], expected)

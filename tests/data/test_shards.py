@@ -21,7 +21,7 @@ from engine.data.format.verify import verify
 from engine.data.samples.draw import draw_rows
 from engine.data.samples.order import records_of
 from engine.errors import UserError
-from engine.models.stable_diffusion import StableDiffusion
+from engine.models.stable_diffusion import StableDiffusionEncoder
 from engine.shards import build_command
 from engine.tensors import read_header
 from tests import reference, tiny
@@ -157,10 +157,13 @@ def test_building_again_encodes_only_what_is_missing(model, images, tmp_path, mo
     (parts / shard_name(1)).unlink()
     (parts / (shard_name(2) + ".partial")).write_bytes(b"left by a crash")
     encoded = []
-    encode = StableDiffusion.encode_images
-    monkeypatch.setattr(
-        StableDiffusion, "encode_images", lambda self, batch: (encoded.append(len(batch["pixels"])), encode(self, batch))[1]
-    )
+    encode = StableDiffusionEncoder.encode_images
+
+    def counted(self, batch):
+        encoded.append(len(batch["pixels"]))
+        return encode(self, batch)
+
+    monkeypatch.setattr(StableDiffusionEncoder, "encode_images", counted)
     index = build(model, images, parts)
     assert sum(encoded) == 5
     assert contents(parts) == contents(whole)

@@ -76,10 +76,10 @@ def test_calls_are_those_of_the_training_step(name, model, published):
     paths = {"pretrained_model_name_or_path": str(model)} if name == "sd" else published(name)
     family = open_family(TrainConfig(family=name, resolution=RESOLUTIONS[name], shards_dir="unused", **paths))
     trained = family.load_model()
-    record = {key: torch.ones(3, *field.shape, dtype=field.dtype) for key, field in family.record_spec.items()}
+    record = {key: torch.ones(3, *field.shape, dtype=field.dtype) for key, field in family.encoding.record_spec.items()}
     timesteps = family.schedule.draw(torch.tensor([0]), torch.arange(3))
     with Calls() as mode, torch.no_grad():
-        family.predict(trained, record[family.mean], timesteps, record)
+        family.predict(trained, record[family.encoding.mean], timesteps, record)
     calls = calls_of(family, trained, 3)
     assert calls == list(mode.calls)
     assert calls
@@ -134,7 +134,7 @@ def test_kernels_are_named_once_per_shape(model, images, shards, tmp_path, monke
     family = open_family(config(model, images, shards, tmp_path, mixed_precision="bf16"))
     monkeypatch.setattr(attention, "choose", lambda wanted, calls, dtype, device: dict.fromkeys(calls, f"{wanted} in {dtype}"))
     for loud in (True, False):
-        attention.prepare(family.training, family, family.load_model(), torch.device("cuda"), loud)
+        attention.prepare(family.config, family, family.load_model(), torch.device("cuda"), loud)
     lines = capsys.readouterr().err.splitlines()
     # The calls with themselves and with the captions have one shape here, and other strides.
     assert lines == ["Attention of queries [4, 8, 16, 4] with keys [4, 8, 16, 4]: auto in torch.bfloat16"]

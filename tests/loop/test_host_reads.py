@@ -136,7 +136,7 @@ def test_a_step_sends_nothing_to_the_device(family_name, options, published, tmp
     training = trainer.Training(run, numbers, family, family.load_model().to("meta"), processes)
     slots = torch.arange(2)
     timesteps = family.schedule.draw(torch.tensor([1]), slots)
-    fields = family.record_spec.items()
+    fields = family.encoding.record_spec.items()
     record = {name: torch.empty(2, *field.shape, dtype=field.dtype, device="meta") for name, field in fields}
     batch = Batch(record, slots.to("meta"), timesteps.to("meta"), family.schedule.coefficients(timesteps).to("meta"))
     with CountCrossings() as counter, CountFactories(counter.crossings):

@@ -32,7 +32,7 @@ def test_low_precision_follows_fp32(precision, accumulation, fp16_allowed, model
     assert losses(tmp_path / precision) == pytest.approx(losses(tmp_path / "no"), rel=0.03)
     masters = checkpoint_tensors(tmp_path / precision / "checkpoint-8", "weight")
     assert {tensor.dtype for tensor in masters.values()} == {torch.float32}
-    dtype = trainer.open_family(run).dtype
+    dtype = trainer.open_family(run).encoding.dtype
     assert not all(torch.equal(tensor, tensor.to(dtype).float()) for tensor in masters.values()), "masters are rounded"
 
 

@@ -15,6 +15,7 @@ from engine.data.format.index import Index
 from engine.data.format.shard import Shards
 from engine.data.samples.draw import draw_rows
 from engine.errors import UserError
+from engine.models.encoder import open_encoding
 from engine.models.family import open_family
 from engine.models.published import combine, open_pipeline, use_portable_names
 from engine.shards import build_command, info_command
@@ -78,7 +79,7 @@ def test_a_decoder_of_another_prior_is_named_before_the_training(family, part, c
 def test_an_image_encoder_of_other_width_is_named(published, tmp_path):
     models = changed(published("wuerstchen"), PRIOR, "prior", "config.json", {"c_in": 12}, tmp_path)
     with pytest.raises(UserError, match="the prior's c_in is 12, but the image encoder's channels is 16"):
-        open_with("wuerstchen", models).encoder_identity()
+        open_with("wuerstchen", models).encoding.encoder_identity()
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_sizes_that_the_pipelines_do_not_draw_are_refused(family, resolution, na
 @pytest.mark.parametrize("family", ["kandinsky-prior", "wuerstchen"])
 def test_the_other_half_is_needed_for_validation_images_only(family, published):
     models = published(family) | {DECODER: "nobody/nothing"}
-    assert open_with(family, models).record_spec
+    assert open_with(family, models).encoding.record_spec
     with pytest.raises(UserError, match=f"--{DECODER} nobody/nothing: neither a directory nor on the hub"):
         open_with(family, models, validation_prompts=["a cat"])
 
@@ -107,7 +108,7 @@ def test_the_decoder_needs_only_the_image_encoder_of_the_prior(published, tmp_pa
     bare = tmp_path / "bare"
     for part in ("image_encoder", "image_processor"):
         shutil.copytree(Path(models[PRIOR]) / part, bare / part)
-    assert open_with("kandinsky-decoder", models | {PRIOR: str(bare)}).record_spec
+    assert open_with("kandinsky-decoder", models | {PRIOR: str(bare)}).encoding.record_spec
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -115,35 +116,32 @@ def test_the_decoder_needs_only_the_image_encoder_of_the_prior(published, tmp_pa
 def test_records_have_the_shape_and_precision_that_the_spec_says(family, precision, published, photographs):
     from PIL import Image
 
-    opened = open_with(family, published(family), mixed_precision=precision)
-    opened.load_encoders(torch.device("cpu"))
-    (prepared,) = opened.prepare(Image.open(sorted(photographs.glob("*.jpg"))[0]).convert("RGB"), 0)
-    rows = opened.encode_images({name: tensor[None] for name, tensor in prepared.items()})
-    if opened.captioned:
-        rows |= opened.encode_captions(["a cat"])
-    assert rows.keys() == opened.record_spec.keys()
-    for name, field in opened.record_spec.items():
+    encoding = open_with(family, published(family), mixed_precision=precision).encoding
+    (prepared,) = encoding.prepare(Image.open(sorted(photographs.glob("*.jpg"))[0]).convert("RGB"), 0)
+    with encoding.encoder(torch.device("cpu")) as encoder:
+        rows = encoder.encode_images({name: tensor[None] for name, tensor in prepared.items()})
+        if encoding.captioned:
+            rows |= encoder.encode_captions(["a cat"])
+    assert rows.keys() == encoding.record_spec.keys()
+    for name, field in encoding.record_spec.items():
         assert rows[name].shape[1:] == field.shape
         assert rows[name].dtype == field.dtype
         assert rows[name].float().isfinite().all()
-    before = set(vars(opened))
-    opened.free_encoders()
-    assert before - set(vars(opened)), "the encoders must be let go"
+    assert not vars(encoder), "the frozen models must be let go"
 
 
 def test_captions_are_encoded_with_the_mask_that_each_family_uses(published):
     captions = ["a cat", "an astronaut"]
     for family, model_class in (("kandinsky-prior", CLIPTextModelWithProjection), ("wuerstchen", CLIPTextModel)):
         models = published(family)
-        opened = open_with(family, models)
-        opened.load_encoders(torch.device("cpu"))
-        rows = opened.encode_captions(captions)
+        with open_with(family, models).encoding.encoder(torch.device("cpu")) as encoder:
+            rows = encoder.encode_captions(captions)
         tokenizer = CLIPTokenizer.from_pretrained(models[PRIOR], subfolder="tokenizer")
         tokens = tokenizer(captions, max_length=16, padding="max_length", truncation=True, return_tensors="pt")
-        encoder = model_class.from_pretrained(models[PRIOR], subfolder="text_encoder").eval()
+        reference = model_class.from_pretrained(models[PRIOR], subfolder="text_encoder").eval()
         with torch.no_grad():
-            masked = encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-            plain = encoder(tokens.input_ids).last_hidden_state
+            masked = reference(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+            plain = reference(tokens.input_ids).last_hidden_state
         assert not torch.allclose(masked, plain)
         assert torch.equal(rows["encoder_hidden_states"], masked if family == "wuerstchen" else plain)
         if family == "kandinsky-prior":
@@ -159,7 +157,7 @@ def test_statistics_of_the_prior_are_read_from_any_of_its_files(published, tmp_p
     PriorTransformer.from_pretrained(models[PRIOR], subfolder="prior").save_pretrained(copy / "prior", safe_serialization=False)
     assert not list((copy / "prior").glob("*.safetensors"))
     for path in (models[PRIOR], str(copy)):
-        found = open_with("kandinsky-prior", models | {PRIOR: path})._clip_statistics()
+        found = open_with("kandinsky-prior", models | {PRIOR: path}).encoding.clip_statistics()
         assert torch.equal(found["clip_mean"], expected["clip_mean"])
         assert torch.equal(found["clip_std"], expected["clip_std"])
 
@@ -198,7 +196,7 @@ def test_shards_are_built_described_and_drawn(family, published, photographs, tm
     assert f"family         {family}" in capsys.readouterr().out
     # The same shards serve another run of the same family, whatever its decoder.
     config = CacheConfig.model_validate(index.config | ({} if family == "kandinsky-decoder" else {DECODER: "nobody/nothing"}))
-    assert open_family(config).record_spec == index.fields
+    assert open_encoding(config).record_spec == index.fields
 
 
 @pytest.mark.parametrize("name", ["kandinsky-prior", "wuerstchen"])

@@ -8,6 +8,8 @@ import torch
 
 from engine.config.options import CacheConfig, TrainConfig
 from engine.errors import UserError
+from engine.models import training_form
+from engine.models.encoder import open_encoding
 from engine.models.family import open_family
 from tests import tiny
 
@@ -26,7 +28,7 @@ def edited(model, directory, part: str, **changes):
 
 
 def test_the_record_follows_the_configurations(model):
-    spec = open_family(config(model, mixed_precision="bf16")).record_spec
+    spec = open_encoding(config(model, mixed_precision="bf16")).record_spec
     assert spec["latent_mean"].shape == (4, 8, 8)
     assert spec["encoder_hidden_states"].shape == (16, 24)
     assert {field.dtype for field in spec.values()} == {torch.bfloat16}
@@ -92,13 +94,21 @@ def test_a_zero_terminal_snr_schedule_refuses_epsilon(tmp_path):
     assert open_family(config(model, snr_gamma=5.0, prediction_type="v_prediction")).schedule.timesteps == 1000
 
 
+def test_without_a_form_the_model_is_the_published_one(model):
+    opened = open_family(config(model, gradient_checkpointing=True))
+    published, ours = opened.load_model(form=None), opened.load_model()
+    assert published.training
+    assert not published.is_gradient_checkpointing
+    assert not any(type(module).__module__ == training_form.__name__ for module in published.modules())
+    assert any(type(module).__module__ == training_form.__name__ for module in ours.modules())
+
+
 def test_encoders_have_the_precision_of_the_run(model):
-    family = open_family(CacheConfig.model_validate(config(model, mixed_precision="bf16").model_dump(
+    encoding = open_encoding(CacheConfig.model_validate(config(model, mixed_precision="bf16").model_dump(
         include=set(CacheConfig.model_fields))))  # fmt: skip
-    family.load_encoders(torch.device("cpu"))
-    rows = family.encode_captions(["a red square"]) | family.encode_images({"pixels": torch.zeros(2, 3, 16, 16)})
-    for name, field in family.record_spec.items():
+    with encoding.encoder(torch.device("cpu")) as encoder:
+        rows = encoder.encode_captions(["a red square"]) | encoder.encode_images({"pixels": torch.zeros(2, 3, 16, 16)})
+    for name, field in encoding.record_spec.items():
         assert rows[name].shape[1:] == field.shape
         assert rows[name].dtype == field.dtype
-    family.free_encoders()
-    assert not hasattr(family, "vae")
+    assert not hasattr(encoder, "vae")

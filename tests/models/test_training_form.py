@@ -1,6 +1,7 @@
 """The training form of a model computes what the published one computes, and turns back into it exactly."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from diffusers.pipelines.wuerstchen import WuerstchenPrior
 
 from engine.models import training_form
 from engine.models.training_form import (
+    SHIPPED,
     ChannelsLastConv2d,
+    Form,
     FusedAttention,
+    GroupNorm,
     ResnetBlock,
     Transformer,
     Upsample,
@@ -68,8 +72,8 @@ def run(model, arguments) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("family", CLASSES)
 def test_output_and_gradients_are_those_of_the_published_model(family, norms, model, published, monkeypatch):
     theirs, ours = load(family, model, published), load(family, model, published)
-    to_training_form(ours, fuse_projections=True)
-    monkeypatch.setattr(training_form, "fuses_norms", lambda x: norms == "kernel")
+    to_training_form(ours, SHIPPED)
+    monkeypatch.setattr(training_form, "fuses", lambda norm, x: norms == "kernel")
     expected, expected_gradients = run(theirs, inputs(family, theirs))
     output, gradients = run(ours, inputs(family, ours))
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
@@ -83,7 +87,7 @@ def test_output_and_gradients_are_those_of_the_published_model(family, norms, mo
 @pytest.mark.parametrize("family", CLASSES)
 def test_the_published_form_comes_back_exactly(family, model, published):
     theirs, ours = load(family, model, published), load(family, model, published)
-    to_training_form(ours, fuse_projections=True)
+    to_training_form(ours, SHIPPED)
     kinds = {type(module) for module in ours.modules()}
     decoder = {ChannelsLastConv2d, FusedAttention, ResnetBlock, Upsample}
     expected = {"sd": decoder | {Transformer}, "kandinsky-prior": {FusedAttention}, "kandinsky-decoder": decoder,
@@ -99,21 +103,20 @@ def test_the_published_form_comes_back_exactly(family, model, published):
 
 def test_projections_stay_apart_for_another_attention(model, published):
     unet = load("sd", model, published)
-    to_training_form(unet, fuse_projections=False)
+    to_training_form(unet, Form(projections=False))
     assert not any(isinstance(module, FusedAttention) for module in unet.modules())
 
 
-def test_the_form_is_what_a_benchmark_asks_for_and_then_what_ships(model, published):
-    defaults = training_form.FUSE_NORMS_WHEN_COMPILED, training_form.FUSE_PROJECTIONS
-    with training_form.fusing(norms_when_compiled=True, projections=False):
-        assert training_form.FUSE_NORMS_WHEN_COMPILED
-        apart = load("sd", model, published)
-        to_training_form(apart, fuse_projections=True)
-    assert not any(isinstance(module, FusedAttention) for module in apart.modules())
-    assert defaults == (training_form.FUSE_NORMS_WHEN_COMPILED, training_form.FUSE_PROJECTIONS)
-    shipped = load("sd", model, published)
-    to_training_form(shipped, fuse_projections=True)
-    assert any(isinstance(module, FusedAttention) for module in shipped.modules())
+@pytest.mark.parametrize("fused", [True, False])
+def test_norms_are_our_kernel_in_a_compiled_model_where_the_form_says_so(fused, model, published, monkeypatch):
+    unet = load("sd", model, published)
+    to_training_form(unet, Form(norms_when_compiled=fused))
+    on_a_gpu = SimpleNamespace(is_cuda=True)
+    norms = [module for module in unet.modules() if isinstance(module, GroupNorm)]
+    assert norms
+    assert all(training_form.fuses(norm, on_a_gpu) for norm in norms)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert [training_form.fuses(norm, on_a_gpu) for norm in norms] == [fused] * len(norms)
 
 
 @pytest.mark.parametrize(("family", "linear"), [("sd", False), ("sd", True), ("kandinsky-decoder", False)])
@@ -121,7 +124,7 @@ def test_activations_stay_channels_last(family, linear, model, published):
     """At 64 samples, from where on diffusers upsamples in contiguous memory; with both projections of transformers."""
     config = load(family, model, published).config
     unet = UNet2DConditionModel.from_config(config, use_linear_projection=linear).train()
-    to_training_form(unet, fuse_projections=True)
+    to_training_form(unet, SHIPPED)
     seen = {}
 
     def look(module, arguments, output):
@@ -146,7 +149,7 @@ def test_upsampling_gives_the_published_numbers_in_the_memory_format_of_its_inpu
     torch.manual_seed(0)
     theirs = Upsample2D(3, use_conv=convolution)
     ours = copy.deepcopy(theirs)
-    to_training_form(ours, fuse_projections=True)
+    to_training_form(ours, SHIPPED)
     assert type(ours) is Upsample
     x = torch.randn(64, 3, 4, 5).to(memory_format=torch.channels_last)
     output, expected = ours(x, size), theirs(x, size)
@@ -157,6 +160,6 @@ def test_upsampling_gives_the_published_numbers_in_the_memory_format_of_its_inpu
 def test_a_transformer_with_linear_projections_computes_the_published_numbers(model, published):
     theirs = UNet2DConditionModel.from_config(load("sd", model, published).config, use_linear_projection=True)
     ours = copy.deepcopy(theirs)
-    to_training_form(ours, fuse_projections=True)
+    to_training_form(ours, SHIPPED)
     positional, _ = inputs("sd", ours)
     torch.testing.assert_close(ours(*positional)[0], theirs(*positional)[0], rtol=1e-4, atol=1e-5)

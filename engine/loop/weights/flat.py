@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from engine.config.options import TrainConfig
 from engine.loop.optimizers import create_optimizer
 from engine.loop.weights.partition import Partition, Slice
-from engine.models.family import PRECISIONS
+from engine.models.encoder import PRECISIONS
 from engine.processes import Processes
 
 ALIGNMENT = 64  # elements: every parameter begins on a 128-byte line, also in bf16
