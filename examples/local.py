@@ -18,6 +18,7 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 
+from engine.catalogue import FAMILIES
 from engine.picture import labelled_grid, save_png
 from engine.quiet import quiet_libraries
 from examples.photographs import CAPTIONS, write_images
@@ -46,7 +47,7 @@ def draw(family: str, models: dict[str, str], output: Path) -> list:
         prior = Path(models["pretrained_prior_model_name_or_path"])
     else:
         decoder = Path(models["pretrained_decoder_model_name_or_path"])
-        prior = output / "prior_pipeline" if family == "wuerstchen" else output
+        prior = output / FAMILIES[family].result
     prior_pipeline = DiffusionPipeline.from_pretrained(prior)
     prior_components = {f"prior_{name}": part for name, part in prior_pipeline.components.items()}
     pipeline = AutoPipelineForText2Image.from_pretrained(decoder, **prior_components)
@@ -74,7 +75,7 @@ def main() -> None:
     drawn = draw(options.family, models, output)
     save_png(labelled_grid(list(zip(PROMPTS, drawn, strict=True))), root / "grid.png")
     print(f"""
-pipeline  {output / "prior_pipeline" if options.family == "wuerstchen" else output}
+pipeline  {output / FAMILIES[options.family].result}
 grid      {root / "grid.png"}
 samples   {output / "samples"}
 curves    {output / "curves.png"}""")
