@@ -126,6 +126,14 @@ def test_the_stored_configuration_holds_only_what_the_family_has(family, data, t
     assert parse(TrainConfig, "engine.run", "", ["--config", str(file)]) == config
 
 
+def test_the_stored_configuration_of_a_divided_batch_is_read_back(data, tmp_path):
+    """The run has set the accumulation, which cannot be given beside the whole batch."""
+    config = run(*data, "--global_batch_size", "64")
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(config.model_copy(update={"gradient_accumulation_steps": 2})))
+    assert parse(TrainConfig, "engine.run", "", ["--config", str(file)]) == config
+
+
 def test_values_take_the_types_of_their_options(data):
     config = run(
         *data, "--resolution", "256", "--learning_rate=3e-5", "--center_crop", "--validation_prompts", "a b", "c",

@@ -185,4 +185,6 @@ def _describe_default(required: bool, default: Any, by_family: Any) -> str:
 def to_toml(config: CacheConfig) -> str:
     """The resolved configuration as TOML, without secrets; options that are not set, or not the family's, are left out."""
     values = {name: value for name, value in options_of(config).items() if value is not None and name not in SECRETS}
+    if "global_batch_size" in values:
+        del values["gradient_accumulation_steps"]  # which follows from it, and from how many processes there are
     return tomli_w.dumps(values)
