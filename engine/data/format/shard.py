@@ -1,5 +1,6 @@
 """Shards on disk: writing one, and read access to all of a directory."""
 
+import itertools
 import json
 import os
 import resource
@@ -18,8 +19,6 @@ from engine.data.format.index import Field, Index
 from engine.errors import UserError
 from engine.files import write_atomically
 from engine.tensors import DTYPES, read_header
-
-RECORD_TENSORS = ("source", "image_offsets", "caption_offsets", "caption_numbers")
 
 
 def shard_name(number: int) -> str:
@@ -52,30 +51,16 @@ class Shards:
             raise UserError(f"{directory}: the shards hold no records; all {len(self.index.refused)} samples were refused")
         self.fields = self.index.fields
         self._gather = best_gather()
-        _allow_open_files(len(self.index.shards))
-        files, starts = [], {name: [] for name in self.fields}  # type: ignore[var-annotated]
-        image_starts, image_counts, caption_starts, caption_counts, caption_numbers = [], [], [], [], []
-        row_base = reference_base = 0
-        for entry in self.index.shards:
-            path = directory / entry.file
-            header, _, data_start = read_header(path)
-            for name, field in self.fields.items():
-                starts[name].append(data_start + _field_start(path, name, header[name], field))
-            files.append(os.open(path, os.O_RDONLY))
-            tensors = {name: tensor.numpy() for name, tensor in read_tensors(path, RECORD_TENSORS).items()}
-            image_starts.append(row_base + tensors["image_offsets"][:-1])
-            image_counts.append(np.diff(tensors["image_offsets"]))
-            caption_starts.append(reference_base + tensors["caption_offsets"][:-1])
-            caption_counts.append(np.diff(tensors["caption_offsets"]))
-            caption_numbers.append(tensors["caption_numbers"])
-            row_base += entry.image_rows
-            reference_base += len(tensors["caption_numbers"])
-        weakref.finalize(self, _close_all, files)
-        self._files = np.array(files, np.int32)
-        self._field_starts = {name: np.array(values, np.int64) for name, values in starts.items()}
-        self._image_starts, self.image_counts = _join(image_starts), _join(image_counts)
-        self._caption_starts, self.caption_counts = _join(caption_starts), _join(caption_counts)
-        self._caption_numbers = _join(caption_numbers)
+        paths = [directory / entry.file for entry in self.index.shards]
+        starts = np.array([_field_starts(path, self.fields) for path in paths], np.int64)
+        self._field_starts = dict(zip(self.fields, starts.T, strict=True))
+        _allow_open_files(len(paths))
+        self._files = np.array([os.open(path, os.O_RDONLY) for path in paths], np.int32)
+        weakref.finalize(self, _close_all, self._files.tolist())
+        records = [read_tensors(path, ("image_offsets", "caption_offsets", "caption_numbers")) for path in paths]
+        self._image_starts, self.image_counts = _join([tensors["image_offsets"] for tensors in records])
+        self._caption_starts, self.caption_counts = _join([tensors["caption_offsets"] for tensors in records])
+        self._caption_numbers = torch.cat([tensors["caption_numbers"] for tensors in records])
         # First row of each shard, over all shards, and one past the last.
         self._first_rows = {
             "image": np.cumsum([0, *(entry.image_rows for entry in self.index.shards)]),
@@ -115,8 +100,11 @@ class Shards:
             raise UserError(f"{self.directory / file}: cannot be read any more: {error.strerror}", alone=True) from None
 
 
-def _join(arrays: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.concatenate(arrays))
+def _join(offsets: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Of offsets [records + 1] within each shard: where each record's range begins over all shards, and its length."""
+    bases = itertools.accumulate((int(within[-1]) for within in offsets), initial=0)
+    starts = [base + within[:-1] for base, within in zip(bases, offsets, strict=False)]
+    return torch.cat(starts), torch.cat([within.diff() for within in offsets])
 
 
 def _close_all(files: list[int]) -> None:
@@ -132,8 +120,10 @@ def _allow_open_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard) if hard > 0 else wanted, hard))
 
 
-def _field_start(path: Path, name: str, header: dict[str, Any], field: Field) -> int:
-    """Where a field begins within a shard's data, after a look at its shape and dtype."""
-    if tuple(header["shape"][1:]) != field.shape or DTYPES.get(header["dtype"]) != field.dtype:
-        raise UserError(f"{path}: field {name} is not as the index describes it; build the shards again")
-    return int(header["data_offsets"][0])
+def _field_starts(path: Path, fields: dict[str, Field]) -> list[int]:
+    """Where each field begins in a shard's file, after a look at its shape and dtype."""
+    header, _, data_start = read_header(path)
+    for name, field in fields.items():
+        if tuple(header[name]["shape"][1:]) != field.shape or DTYPES.get(header[name]["dtype"]) != field.dtype:
+            raise UserError(f"{path}: field {name} is not as the index describes it; build the shards again")
+    return [data_start + header[name]["data_offsets"][0] for name in fields]
