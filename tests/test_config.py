@@ -16,7 +16,7 @@ from engine.config.options import TrainConfig
 from engine.config.schema import SECRETS
 from engine.errors import UserError, exit_code
 from engine.shards import info_command
-from tests.loop.runs import environment
+from tests.commands import environment
 
 # The flags of diffusers' train_text_to_image.py and their defaults. Two differ on purpose: --mixed_precision is `no` where the
 # script asks accelerate, and --report_to does not offer comet_ml.

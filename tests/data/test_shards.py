@@ -3,7 +3,6 @@
 import io
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from engine.models.stable_diffusion import StableDiffusionEncoder
 from engine.shards import build_command
 from engine.tensors import read_header
 from tests import reference, tiny
-from tests.loop.runs import environment
+from tests.commands import run_two
 
 
 def arguments(model: Path, images: Path, shards: Path, *more: str) -> list[str]:
@@ -188,10 +187,8 @@ def test_shards_of_something_else_are_replaced_or_refused(model, images, tmp_pat
 
 @pytest.mark.two_processes
 def test_two_processes_write_the_bytes_of_one(model, images, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "engine.shards"]
-    command += ["build", *arguments(model, images, tmp_path / "two", "--dataloader_num_workers", "2")]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
-    assert result.returncode == 0, result.stderr
+    command = [sys.executable, "-m", "engine.shards", "build"]
+    run_two([*command, *arguments(model, images, tmp_path / "two", "--dataloader_num_workers", "2")])
     # With one computing thread, as each of the two has: their number can change the last bits of a convolution.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

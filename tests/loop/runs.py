@@ -1,7 +1,5 @@
-"""Small training runs for the tests of the loop, in this process or as a command."""
+"""Small training runs for the tests of the loop."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from engine.config.options import TrainConfig
+from tests.commands import ON_GPU
 
-ON_GPU = torch.cuda.is_available()
 # To compare a run on a GPU with one on the CPU, or with one that divides the batch otherwise. Matrix products and convolutions
 # choose the order of their sums by shape there, and AdamW magnifies what differs in gradients near zero.
 SLACK = 10 if ON_GPU else 1
@@ -37,21 +35,6 @@ def command(config: TrainConfig, *launcher: str) -> list[str]:
         elif value is not None:
             arguments += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     return [*(launcher or (sys.executable, "-m", "engine.run")), *arguments]
-
-
-def torchrun(processes: int) -> list[str]:
-    return [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-        "-m", "engine.run",
-    ]  # fmt: skip
-
-
-def environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
-
-
-def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
 
 
 def checkpoint_tensors(checkpoint: Path, kind: str) -> dict[str, torch.Tensor]:

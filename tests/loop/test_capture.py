@@ -17,9 +17,9 @@ from engine.errors import UserError
 from engine.loop import capture, trainer
 from engine.loop.step import Step
 from engine.loop.trainer import train
-from tests.loop.runs import ON_GPU, checkpoint_tensors, config
+from tests.commands import ON_GPU, start_two
+from tests.loop.runs import checkpoint_tensors, config
 from tests.loop.test_families import config as family_config
-from tests.loop.test_watchdog import start_two
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 
@@ -143,8 +143,8 @@ sys.exit(exit_code("engine.run", main))
 
 def test_a_capture_that_fails_on_one_process_ends_all_of_them():
     both = start_two([sys.executable, "-c", FAILS_ON_ONE])
-    errors = [process.communicate(timeout=300)[1] for process in both]
-    assert [process.returncode for process in both] == [2, 2], errors
+    assert [process.wait() for process in both] == [2, 2], both[0].errors
+    errors = [process.errors for process in both]
     said = "capturing the step as a CUDA graph failed on process 1: out of shared memory; start again with --cuda_graphs"
     assert f"engine.run: error: {said} off\n" in errors[0]
     assert "Traceback" not in errors[0] + errors[1]

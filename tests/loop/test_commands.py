@@ -4,7 +4,6 @@ import json
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,17 +14,9 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from benchmarks.runs import faults
-from tests.loop.runs import (
-    SLACK,
-    checkpoint_tensors,
-    command,
-    config,
-    environment,
-    published_order,
-    relative_distance,
-    run,
-    torchrun,
-)
+from engine.loop.trainer import train
+from tests.commands import Command, run, run_two, start_two
+from tests.loop.runs import SLACK, checkpoint_tensors, command, config, published_order, relative_distance
 
 
 def losses(output: Path) -> list[float]:
@@ -47,14 +38,14 @@ def test_five_kills_change_nothing(model, images, tmp_path):
     options = {"max_train_steps": 120, "checkpointing_steps": 4, "checkpoints_total_limit": 2, "mixed_precision": "no"}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     result = run(command(config(model, images, whole / "shards", whole, **options)))
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.errors
 
     resumable = command(config(model, images, killed / "shards", killed, resume_from_checkpoint="latest", **options))
     moments = random.Random(2026)
     seen = []
     for kill in range(5):
         before = progress(killed)
-        process = subprocess.Popen(resumable, env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = Command(resumable)
         if kill == 0:
             time.sleep(moments.uniform(2.0, 6.0))
         else:
@@ -66,7 +57,7 @@ def test_five_kills_change_nothing(model, images, tmp_path):
         assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
         seen.append(progress(killed))
     result = run(resumable)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.errors
     assert max(seen) > 0, "no kill fell into training"
     ours, theirs = exported(killed), exported(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -82,20 +73,19 @@ def test_five_kills_change_nothing(model, images, tmp_path):
 def test_a_signal_saves_and_leaves(number, model, images, shards, tmp_path):
     output = tmp_path / "out"
     options = config(model, images, shards, output, max_train_steps=100_000, checkpointing_steps=100_000)
-    process = subprocess.Popen(command(options), env=environment(), stdout=subprocess.PIPE, text=True)
+    process = Command(command(options))
     while progress(output) < 3:
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(number)
-    report, _ = process.communicate()
-    assert process.returncode == 0
+    assert process.wait() == 0, process.errors
     step = int((output / "latest").read_text().split("-")[1])
-    assert f"Stopped after step {step}" in report
+    assert f"Stopped after step {step}" in process.output
     assert progress(output) == step
     resumed = options.model_copy(update={"max_train_steps": step + 3, "resume_from_checkpoint": "latest"})
     resumed.__pydantic_fields_set__.add("resume_from_checkpoint")
     result = run(command(resumed))
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.errors
     assert len(losses(output)) == step + 3
 
 
@@ -103,9 +93,8 @@ def test_a_signal_saves_and_leaves(number, model, images, shards, tmp_path):
 def one_process(model, images, shards, tmp_path_factory):
     """One process that accumulates two micro-batches of two."""
     output = tmp_path_factory.mktemp("runs") / "one"
-    result = run(command(config(model, images, shards, output, train_batch_size=2, gradient_accumulation_steps=2,
-                                max_train_steps=12, checkpointing_steps=12)))  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    options = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": 12, "checkpointing_steps": 12}
+    assert train(config(model, images, shards, output, **options)) == 0
     return output
 
 
@@ -117,8 +106,7 @@ def test_two_processes_train_as_one(stage, one_process, model, images, shards, t
         model, images, shards, output, train_batch_size=2, zero_stage=stage, max_train_steps=12, checkpointing_steps=12,
         validation_prompts=["a red square"],
     )  # fmt: skip
-    result = run(command(options, *torchrun(2)))
-    assert result.returncode == 0, result.stderr
+    run_two(command(options))
     assert losses(output) == pytest.approx(losses(one_process), abs=1e-6 * SLACK)
     assert (output / "samples" / "step-12.png").exists()
     unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
@@ -134,12 +122,10 @@ def test_two_processes_train_as_one(stage, one_process, model, images, shards, t
 def test_a_checkpoint_of_two_processes_continues_on_one(one_process, model, images, shards, tmp_path):
     output = tmp_path / "two"
     options = {"train_batch_size": 2, "max_train_steps": 6, "checkpointing_steps": 6}
-    result = run(command(config(model, images, shards, output, zero_stage=2, **options), *torchrun(2)))
-    assert result.returncode == 0, result.stderr
+    run_two(command(config(model, images, shards, output, zero_stage=2, **options)))
     shutil.rmtree(output / "unet")
     options |= {"max_train_steps": 12, "gradient_accumulation_steps": 2, "resume_from_checkpoint": "latest"}
-    result = run(command(config(model, images, shards, output, **options)))
-    assert result.returncode == 0, result.stderr
+    assert train(config(model, images, shards, output, **options)) == 0
     start = dict(UNet2DConditionModel.from_pretrained(model, subfolder="unet").named_parameters())
     assert relative_distance(exported(output), exported(one_process), start) < 1e-4 * SLACK
 
@@ -150,7 +136,7 @@ def test_the_deepspeed_launcher_starts_the_same_command(one_process, model, imag
     options = config(model, images, shards, output, train_batch_size=2, max_train_steps=12)
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--module", "engine.run"]
     result = run(command(options, *launcher))
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.errors
     assert losses(output) == pytest.approx(losses(one_process), abs=1e-6 * SLACK)
 
 
@@ -158,15 +144,12 @@ def test_the_deepspeed_launcher_starts_the_same_command(one_process, model, imag
 def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(model, images, shards, tmp_path):
     output = tmp_path / "out"
     options = config(model, images, shards, output, train_batch_size=2, max_train_steps=100_000, checkpointing_steps=100_000)
-    launcher = subprocess.Popen(
-        command(options, *torchrun(2)), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    both = start_two(command(options))
     while progress(output) < 3:
-        assert launcher.poll() is None
+        assert both[0].poll() is None, both[0].errors
         time.sleep(0.02)
-    worker = int(Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()[-1])
-    subprocess.run(["kill", "-USR1", str(worker)], check=True)
-    assert launcher.wait() == 0
+    both[1].send_signal(signal.SIGUSR1)
+    assert [process.wait() for process in both] == [0, 0]
     step = int((output / "latest").read_text().split("-")[1])
     state = json.loads((output / f"checkpoint-{step}" / "state.json").read_text())
     assert (state["step"], state["world"]) == (step, 2)

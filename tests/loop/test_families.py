@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from engine.config.options import TrainConfig
 from engine.loop.trainer import train
-from tests.loop.runs import ON_GPU, SLACK, checkpoint_tensors, command, published_order, relative_distance, run, torchrun
+from tests.commands import ON_GPU, run_two
+from tests.loop.runs import SLACK, checkpoint_tensors, command, published_order, relative_distance
 
 RESOLUTION = {"kandinsky-prior": 32, "kandinsky-decoder": 32, "wuerstchen": 128}
 FAMILIES = list(RESOLUTION)
@@ -66,8 +67,7 @@ def test_two_processes_train_what_one_trains(published, photographs, tmp_path):
     one = config("wuerstchen", models, photographs, tmp_path / "one", gradient_accumulation_steps=2, **options)
     assert train(one) == 0
     two = config("wuerstchen", models, photographs, tmp_path / "two", zero_stage=1, **options)
-    result = run(command(two, *torchrun(2)))
-    assert result.returncode == 0, result.stderr
+    run_two(command(two))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5 * SLACK)
     prior = WuerstchenPrior.from_pretrained(models["pretrained_prior_model_name_or_path"], subfolder="prior")
     start = dict(prior.named_parameters())

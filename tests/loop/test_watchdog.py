@@ -1,13 +1,13 @@
 """Steps that hang and processes that die: an exit code of their own, and no trace."""
 
-import socket
-import subprocess
+import signal
 import sys
 import time
 
 import pytest
 
-from tests.loop.runs import command, config, environment
+from tests.commands import run, start_two
+from tests.loop.runs import command, config
 
 WATCHER = """
 import os, sys, time
@@ -27,30 +27,18 @@ time.sleep(60)
 """
 
 
-def start_two(command: list[str]) -> list[subprocess.Popen[str]]:
-    """Two processes of one group without a launcher, which would end one when it misses the other."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    return [
-        subprocess.Popen(command, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-
-
 def test_the_process_that_is_behind_is_named():
     started = time.monotonic()
     both = start_two([sys.executable, "-c", WATCHER])
-    errors = [process.communicate(timeout=60)[1] for process in both]
-    assert [process.returncode for process in both] == [75, 75]
+    assert [process.wait(60) for process in both] == [75, 75]
+    errors = [process.errors for process in both]
     assert time.monotonic() - started > 3, "work that was paused for ran out of time"
     said = [line for error in errors for line in error.splitlines() if "no step has ended for 2 seconds" in line]
     assert any("behind are process 1 (step 3)" in line for line in said), errors
 
 
 def test_a_run_that_hangs_is_given_up(model, images, shards, tmp_path):
-    run = command(config(model, images, shards, tmp_path / "out", step_timeout=2.0, max_train_steps=100000))
+    options = command(config(model, images, shards, tmp_path / "out", step_timeout=2.0, max_train_steps=100000))
     hang = (
         "import sys, time; from engine.loop.step import Step; run_step = Step.__call__\n"
         "def stuck(self, batches, number):\n"
@@ -59,11 +47,9 @@ def test_a_run_that_hangs_is_given_up(model, images, shards, tmp_path):
         "Step.__call__ = stuck\n"
         "from engine import run; sys.argv[0] = 'engine.run'; sys.exit(run.main())"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", hang, *run[3:]], capture_output=True, text=True, env=environment(), check=False
-    )
-    assert result.returncode == 75, result.stderr
-    assert "process 0: no step has ended for 2 seconds (--step_timeout); all are at step" in result.stderr
+    result = run([sys.executable, "-c", hang, *options[3:]])
+    assert result.returncode == 75, result.errors
+    assert "process 0: no step has ended for 2 seconds (--step_timeout); all are at step" in result.errors
 
 
 @pytest.mark.two_processes
@@ -74,8 +60,7 @@ def test_a_process_that_loses_another_says_so_without_a_trace(stage, model, imag
     while not (tmp_path / "out" / "checkpoint-4").exists() and first.poll() is None:
         time.sleep(0.01)
     second.kill()
-    said = first.communicate(timeout=60)[1]
-    assert first.returncode == 75, said
-    assert "engine.run: error: process 0: another process is gone" in said
-    assert "Traceback" not in said
-    second.communicate()
+    assert first.wait(60) == 75, first.errors
+    assert "engine.run: error: process 0: another process is gone" in first.errors
+    assert "Traceback" not in first.errors
+    assert second.wait() == -signal.SIGKILL

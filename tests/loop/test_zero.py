@@ -13,7 +13,8 @@ from engine.loop.weights.partition import Partition
 from engine.loop.weights.zero import ZeroPartition
 from engine.loop.weights.zero_options import deepspeed_config
 from engine.processes import Processes
-from tests.loop.runs import checkpoint_tensors, command, config, run, torchrun
+from tests.commands import run_two
+from tests.loop.runs import checkpoint_tensors, command, config
 
 
 def small_buckets(directory) -> str:
@@ -142,11 +143,8 @@ def test_reductions_that_overlap_change_nothing(options, model, images, shards, 
     for name, zero in (("overlapped", {}), ("apart", apart)):
         file = tmp_path / f"{name}.json"
         file.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 50_000, **zero}}))
-        finished = run(command(
-            config(model, images, shards, tmp_path / name, train_batch_size=2, max_train_steps=4, checkpointing_steps=4,
-                   deepspeed_config=str(file), **options), *torchrun(2),
-        ))  # fmt: skip
-        assert finished.returncode == 0, finished.stderr
+        steps = {"max_train_steps": 4, "checkpointing_steps": 4, "train_batch_size": 2}
+        run_two(command(config(model, images, shards, tmp_path / name, deepspeed_config=str(file), **steps, **options)))
     assert deepspeed_config(config("m", "i", "s", "o", zero_stage=1), 10**9, overlap=True)["zero_optimization"]["overlap_comm"]
     for kind in ("weight", "exp_avg", "ema"):
         parts = [checkpoint_tensors(tmp_path / name / "checkpoint-4", kind) for name in ("overlapped", "apart")]
