@@ -4,7 +4,6 @@ import contextlib
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from engine.catalogue import FAMILIES
 from engine.config.options import CacheConfig
 from engine.data.format.index import Field
 from engine.errors import UserError
+from engine.models.published import locate
 
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -36,7 +36,7 @@ class Encoding(ABC):
 
     captioned: whether records hold captions.
     mean, std: the record's fields that x0 is drawn from; without `std` x0 is `mean`.
-    path: the directory of the pipeline whose part is trained.
+    path: the directory of the pipeline with the trained model in it.
 
     Raises:
         UserError: a pretrained model is missing, incomplete or does not fit the options.
@@ -44,12 +44,13 @@ class Encoding(ABC):
 
     mean: str
     std: str | None = None
-    path: Path
 
     def __init__(self, config: CacheConfig) -> None:
+        family = FAMILIES[config.family]
         self.config = config
         self.dtype = PRECISIONS[config.mixed_precision]
-        self.captioned = FAMILIES[config.family].captioned
+        self.captioned = family.captioned
+        self.path = locate(config, family.pipeline)
 
     @property
     @abstractmethod

@@ -16,7 +16,7 @@ from engine.config.options import TrainConfig
 from engine.diffusion import Schedule
 from engine.errors import UserError, first_line
 from engine.models import float8
-from engine.models.encoder import Encoding
+from engine.models.encoder import Encoding, open_encoding
 from engine.models.training_form import SHIPPED, Form, to_training_form
 
 PREVIEW_STEPS = 20  # of the last stage's sampling in validation images, as in the scripts
@@ -33,11 +33,13 @@ class Family(ABC):
 
     encoding: Encoding
     schedule: Schedule
-    base_model: str
 
     def __init__(self, config: TrainConfig) -> None:
+        family = FAMILIES[config.family]
         self.config = config
-        self.result = Path(FAMILIES[config.family].result)
+        self.encoding = open_encoding(config)
+        self.base_model: str = getattr(config, family.pipeline)
+        self.result = Path(family.result)
 
     @abstractmethod
     def published_model(self) -> Any:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
-from engine.catalogue import DECODER, PRIOR
+from engine.catalogue import PRIOR
 from engine.config.options import CacheConfig, TrainConfig
 from engine.data import transforms
 from engine.data.format.index import Field
@@ -28,7 +28,6 @@ class KandinskyDecoderEncoding(Encoding):
 
     def __init__(self, config: CacheConfig) -> None:
         super().__init__(config)
-        self.path = locate(config, DECODER)
         self.prior_path = locate(config, PRIOR, skip=("prior", "text_encoder", "tokenizer", "scheduler"))
         self.unet_config = read_part(self.path, "unet", UNet2DConditionModel.load_config)
         self.movq_config = read_part(self.path, "movq", VQModel.load_config)
@@ -101,8 +100,6 @@ class KandinskyDecoder(Family):
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
-        self.encoding = KandinskyDecoderEncoding(config)
-        self.base_model = config.pretrained_decoder_model_name_or_path
         if config.validation_prompts:
             locate(config, PRIOR)  # the rest of it too, which draws the images
         scheduler = read_part(self.encoding.path, "scheduler", DDPMScheduler.from_pretrained)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
-from engine.catalogue import DECODER, PRIOR
+from engine.catalogue import DECODER
 from engine.config.options import CacheConfig, TrainConfig
 from engine.data.format.index import Field
 from engine.diffusion import DiscreteSchedule, weighting
@@ -39,7 +39,6 @@ class KandinskyPriorEncoding(Encoding):
 
     def __init__(self, config: CacheConfig) -> None:
         super().__init__(config)
-        self.path = locate(config, PRIOR)
         self.prior_config = read_part(self.path, "prior", PriorTransformer.load_config)
         self.vision_config, self.image_processor = read_image_parts(self.path)
         self.text_config, self.tokenizer = read_text_parts(self.path)
@@ -164,8 +163,6 @@ class KandinskyPrior(Family):
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
-        self.encoding = KandinskyPriorEncoding(config)
-        self.base_model = config.pretrained_prior_model_name_or_path
         if config.validation_prompts:
             self.encoding.locate_decoder()
         scheduler: Any = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")

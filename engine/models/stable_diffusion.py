@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from engine.catalogue import MODEL
 from engine.config.options import CacheConfig, TrainConfig
 from engine.data import transforms
 from engine.data.format.index import Field
@@ -20,7 +19,7 @@ from engine.diffusion import DiscreteSchedule, weighting
 from engine.errors import UserError, first_line
 from engine.models.encoder import Encoder, Encoding
 from engine.models.family import PREVIEW_STEPS, Family
-from engine.models.published import digest_folder, locate, read_part, read_text_parts, require_equal, tokenize
+from engine.models.published import digest_folder, read_part, read_text_parts, require_equal, tokenize
 
 
 class StableDiffusionEncoding(Encoding):
@@ -28,7 +27,6 @@ class StableDiffusionEncoding(Encoding):
 
     def __init__(self, config: CacheConfig) -> None:
         super().__init__(config)
-        self.path = locate(config, MODEL)
         self.unet_config = read_part(self.path, "unet", UNet2DConditionModel.load_config)
         self.vae_config = read_part(self.path, "vae", AutoencoderKL.load_config)
         self.text_config, self.tokenizer = read_text_parts(self.path)
@@ -117,8 +115,6 @@ class StableDiffusion(Family):
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
-        self.encoding = StableDiffusionEncoding(config)
-        self.base_model = config.pretrained_model_name_or_path
         scheduler = read_part(self.encoding.path, "scheduler", DDPMScheduler.from_pretrained)
         self.prediction_type = config.prediction_type or scheduler.config.prediction_type
         self.schedule = DiscreteSchedule(scheduler.alphas_cumprod, self.prediction_type, weighting(config))

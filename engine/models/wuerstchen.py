@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from engine.catalogue import DECODER, PRIOR
+from engine.catalogue import DECODER
 from engine.config.options import CacheConfig, TrainConfig
 from engine.data import transforms
 from engine.data.format.index import Field
@@ -44,7 +44,6 @@ class WuerstchenEncoding(Encoding):
 
     def __init__(self, config: CacheConfig) -> None:
         super().__init__(config)
-        self.path = locate(config, PRIOR)
         self.prior_config = read_part(self.path, "prior", WuerstchenPrior.load_config)
         self.text_config, self.tokenizer = read_text_parts(self.path)
         self._require_steps(PIXEL_STEP, f"Wuerstchen draws images in steps of {PIXEL_STEP} px")
@@ -140,8 +139,6 @@ class Wuerstchen(Family):
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
-        self.encoding = WuerstchenEncoding(config)
-        self.base_model = config.pretrained_prior_model_name_or_path
         if config.validation_prompts:
             self.encoding.locate_decoder()
         self.schedule = CosineSchedule(weighting(config))
