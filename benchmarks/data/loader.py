@@ -27,7 +27,8 @@ from benchmarks.tools.shards import write_shards
 from benchmarks.tools.timing import synchronize
 from engine.data.format.index import Field
 from engine.data.format.shard import Shards
-from engine.data.samples.loader import Batch, BatchPlan, Loader
+from engine.data.samples.batch import Batch, BatchPlan
+from engine.data.samples.loader import Loader
 from engine.diffusion import DiscreteSchedule, unweighted
 
 RECORDS = [4096, 65_537, 70_000, 100_000]

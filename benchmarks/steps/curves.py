@@ -33,7 +33,7 @@ from benchmarks.tools.published import TINY
 from benchmarks.tools.rows import Rows
 from benchmarks.tools.sides import EngineSide
 from benchmarks.tools.tables import markdown, problem
-from engine.data.samples.loader import Batch
+from engine.data.samples.batch import Batch
 from engine.quiet import quiet_libraries
 
 # Side -> precision, and options of the engine.

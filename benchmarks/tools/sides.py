@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.tools.levers import Lever
 from benchmarks.tools.plain import PlainTraining
 from engine.backends import configure
-from engine.data.samples.loader import Batch
+from engine.data.samples.batch import Batch
 from engine.loop import capture
 from engine.loop.run import Run
 from engine.loop.trainer import Training

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from engine.config.options import TrainConfig
-from engine.data.samples.loader import Batch
+from engine.data.samples.batch import Batch
 from engine.errors import UserError, first_line, innermost
 from engine.models.family import has_dropout
 from engine.processes import Processes

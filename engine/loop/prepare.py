@@ -14,7 +14,7 @@ from engine.data.encode import encode_source
 from engine.data.format.index import INDEX, Index
 from engine.data.format.shard import Shards
 from engine.data.format.verify import verify
-from engine.data.samples.loader import BatchPlan
+from engine.data.samples.batch import BatchPlan
 from engine.data.sources import open_source
 from engine.errors import UserError
 from engine.files import lock

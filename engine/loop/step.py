@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.config.options import TrainConfig
-from engine.data.samples.loader import Batch
+from engine.data.samples.batch import Batch
 from engine.kernels import add_noise, diffusion_loss
 from engine.kernels.add_noise import per_sample
 from engine.loop.capture import Captured

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from engine.backends import compile_model, configure
 from engine.config.command_line import to_toml
 from engine.config.options import TrainConfig
-from engine.data.samples.loader import Batch, BatchPlan, Loader
+from engine.data.samples.batch import Batch, BatchPlan
+from engine.data.samples.loader import Loader
 from engine.data.samples.order import records_of
 from engine.errors import UserError
 from engine.files import write_text

@@ -7,8 +7,9 @@ import torch
 
 from engine.data.format.shard import Shards
 from engine.data.samples import loader as loader_module
+from engine.data.samples.batch import BatchPlan
 from engine.data.samples.draw import draw_rows
-from engine.data.samples.loader import BatchPlan, Loader
+from engine.data.samples.loader import Loader
 from engine.diffusion import CosineSchedule, DiscreteSchedule, min_snr, unweighted
 from engine.errors import UserError
 

@@ -119,7 +119,7 @@ def test_what_is_no_failure_of_capturing_stays_what_it_is(raised, recorded, mode
 FAILS_ON_ONE = """
 import sys
 import torch
-from engine.data.samples.loader import Batch
+from engine.data.samples.batch import Batch
 from engine.errors import exit_code
 from engine.loop import capture
 from engine.processes import Processes

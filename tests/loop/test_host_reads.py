@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine.config.options import TrainConfig
-from engine.data.samples.loader import Batch
+from engine.data.samples.batch import Batch
 from engine.loop import capture, trainer
 from engine.loop.run import Run
 from engine.loop.step import Step

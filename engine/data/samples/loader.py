@@ -6,58 +6,17 @@ What is a function of seed and slot alone (rows, timesteps, coefficients) is dra
 import queue
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from engine.data.format.shard import Shards
+from engine.data.samples.batch import Batch, BatchPlan
 from engine.data.samples.draw import draw_rows
-from engine.data.samples.order import slots_of_micro_batches
 from engine.diffusion import Schedule
 
 DEPTH = 2  # micro-batches ready ahead of the step
 DRAWN = 4096  # slots drawn together: enough that arithmetic sets the time, and not the number of operations
-
-
-@dataclass
-class Batch:
-    """One micro-batch on the device.
-
-    record: the family's fields, each [B, *shape].
-    slots: int64 [B].
-    timesteps: [B], as the model takes them.
-    coefficients: fp32 [5, B], the schedule's a, s, c_x, c_e and w.
-    copied: on a GPU, the event that the copy from the host is done.
-    """
-
-    record: dict[str, Tensor]
-    slots: Tensor
-    timesteps: Tensor
-    coefficients: Tensor
-    copied: torch.cuda.Event | None = None
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [*self.record.values(), self.slots, self.timesteps, self.coefficients]
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """Which part of the endless sequence of slots this process trains on."""
-
-    micro_batch: int
-    accumulation: int
-    rank: int
-    world: int
-
-    @property
-    def global_batch(self) -> int:
-        return self.micro_batch * self.accumulation * self.world
-
-    def slots(self, first: int, last: int) -> Tensor:
-        """Those of micro-batches `first` to `last`, exclusive, counted from the start of training: int64 [last - first, B]."""
-        return slots_of_micro_batches(first, last, self.micro_batch, self.rank, self.world)
 
 
 class Loader:
