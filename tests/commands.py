@@ -35,6 +35,7 @@ def _python(arguments: list[str], variables: dict[str, str], output: str, errors
         os.dup2(os.open(path, os.O_WRONLY), number)
     os.environ.clear()
     os.environ.update(variables)
+    torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))  # which is read on import only
     signal.signal(signal.SIGINT, signal.default_int_handler)
     kind, what, *rest = arguments
     sys.argv = [what if kind == "-m" else kind, *rest]
