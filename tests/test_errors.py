@@ -64,3 +64,21 @@ def test_a_mistake_is_exit_code_2(capsys):
 
     assert exit_code("engine.run", main) == 2
     assert capsys.readouterr().err == "engine.run: error: --this is wrong\n"
+
+
+def test_user_errors_are_printed_once_per_node(monkeypatch, capsys):
+    def fail() -> int:
+        raise UserError("no")
+
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert exit_code("program", fail) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_an_error_of_one_process_alone_is_printed_by_it(monkeypatch, capsys):
+    def fail() -> int:
+        raise UserError("this disk", alone=True)
+
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert exit_code("program", fail) == 2
+    assert capsys.readouterr().err == "program: error: this disk\n"

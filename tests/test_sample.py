@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 from engine import sample
+from engine.errors import UserError
 from engine.models.published import draw, open_pipeline
 
 HALVES = {
@@ -66,3 +67,17 @@ def test_the_command_draws_a_grid_with_compiled_models(model, tmp_path, monkeypa
     assert sample.main() == 0
     assert [type(module).__name__ for module in compiled] == ["UNet2DConditionModel"]
     assert np.array_equal(np.asarray(Image.open(grid)), plain)
+
+
+def test_samples_are_drawn_into_a_labelled_grid(model, tmp_path, monkeypatch):
+    grid = tmp_path / "grid.png"
+    arguments = ["--model", str(model), "--prompts", "a red square", "a very long prompt " * 20, "--output", str(grid)]
+    monkeypatch.setattr(sys, "argv", ["sample", *arguments, "--num_inference_steps", "2", "--images_per_prompt", "2"])
+    assert sample.main() == 0
+    assert Image.open(grid).width > 2 * 64
+
+
+def test_a_model_that_is_none_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sample", "--model", str(tmp_path), "--prompts", "x"])
+    with pytest.raises(UserError, match="no model_index.json there"):
+        sample.main()

@@ -1,0 +1,112 @@
+"""Names and defaults of the options are those of the scripts, and each family has its own."""
+
+import tomllib
+
+import pytest
+
+from engine.config.command_line import parse, to_toml
+from engine.config.options import TrainConfig
+from engine.errors import UserError
+from tests.config.arguments import run
+
+# The flags of diffusers' train_text_to_image.py and their defaults. Two differ on purpose: --mixed_precision is `no` where the
+# script asks accelerate, and --report_to does not offer comet_ml.
+SCRIPT = {
+    "input_perturbation": 0, "revision": None, "variant": None, "dataset_name": None, "dataset_config_name": None,
+    "train_data_dir": None, "image_column": "image", "caption_column": "text", "max_train_samples": None,
+    "validation_prompts": None, "output_dir": "sd-model-finetuned", "cache_dir": None, "seed": None, "resolution": 512,
+    "center_crop": False, "random_flip": False, "train_batch_size": 16, "num_train_epochs": 100, "max_train_steps": None,
+    "gradient_accumulation_steps": 1, "gradient_checkpointing": False, "learning_rate": 1e-4, "scale_lr": False,
+    "lr_scheduler": "constant", "lr_warmup_steps": 500, "snr_gamma": None, "dream_training": False,
+    "dream_detail_preservation": 1.0, "use_8bit_adam": False, "allow_tf32": False, "use_ema": False, "offload_ema": False,
+    "foreach_ema": False, "non_ema_revision": None, "dataloader_num_workers": 0, "adam_beta1": 0.9, "adam_beta2": 0.999,
+    "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "push_to_hub": False, "hub_token": None,
+    "prediction_type": None, "hub_model_id": None, "logging_dir": "logs", "mixed_precision": "no",
+    "report_to": "tensorboard", "local_rank": -1, "checkpointing_steps": 500, "checkpoints_total_limit": None,
+    "resume_from_checkpoint": None, "enable_xformers_memory_efficient_attention": False, "noise_offset": 0,
+    "validation_epochs": 5, "tracker_project_name": "text2image-fine-tune", "image_interpolation_mode": "lanczos",
+}  # fmt: skip
+
+
+# The flags of the Kandinsky and Wuerstchen scripts that differ from those above, and those of the above that they do not have.
+OTHER_SCRIPTS = {
+    "kandinsky-prior": {
+        "pretrained_prior_model_name_or_path": "kandinsky-community/kandinsky-2-2-prior",
+        "pretrained_decoder_model_name_or_path": "kandinsky-community/kandinsky-2-2-decoder",
+        "output_dir": "kandi_2_2-model-finetuned", "train_batch_size": 1, "adam_weight_decay": 0.0,
+    },
+    "kandinsky-decoder": {
+        "pretrained_prior_model_name_or_path": "kandinsky-community/kandinsky-2-2-prior",
+        "pretrained_decoder_model_name_or_path": "kandinsky-community/kandinsky-2-2-decoder",
+        "output_dir": "kandi_2_2-model-finetuned", "train_batch_size": 1, "adam_weight_decay": 0.0,
+    },
+    "wuerstchen": {
+        "pretrained_prior_model_name_or_path": "warp-ai/wuerstchen-prior",
+        "pretrained_decoder_model_name_or_path": "warp-ai/wuerstchen",
+        "pretrained_image_encoder_name_or_path": "dome272/wuerstchen",
+        "output_dir": "wuerstchen-model-finetuned", "train_batch_size": 1, "adam_weight_decay": 0.0,
+    },
+}  # fmt: skip
+SD_ONLY = {
+    "pretrained_model_name_or_path": "x", "revision": "x", "variant": "x", "non_ema_revision": "x", "center_crop": None,
+    "random_flip": None, "random_crops": "2", "image_interpolation_mode": "box", "input_perturbation": "0.1",
+    "noise_offset": "0.1", "prediction_type": "epsilon", "dream_training": None, "dream_detail_preservation": "1",
+}  # fmt: skip
+XFORMERS = {"enable_xformers_memory_efficient_attention": None}
+LACKING = {
+    "sd": {
+        "pretrained_prior_model_name_or_path": "x", "pretrained_decoder_model_name_or_path": "x",
+        "pretrained_image_encoder_name_or_path": "x",
+    },
+    "kandinsky-prior": SD_ONLY | XFORMERS | {"gradient_checkpointing": None, "pretrained_image_encoder_name_or_path": "x"},
+    "kandinsky-decoder": SD_ONLY | {"caption_column": "x", "pretrained_image_encoder_name_or_path": "x"},
+    "wuerstchen": SD_ONLY | XFORMERS,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCRIPT)
+def test_every_flag_of_the_script_keeps_its_default(name, data):
+    config = run(*data)
+    expected = data[1] if name == "train_data_dir" else SCRIPT[name]
+    assert getattr(config, name) == expected
+
+
+@pytest.mark.parametrize("family", OTHER_SCRIPTS)
+def test_the_other_scripts_keep_their_defaults(family, data):
+    config = parse(TrainConfig, "engine.run", "", ["--family", family, *data])
+    script = {name: value for name, value in SCRIPT.items() if name not in LACKING[family]} | OTHER_SCRIPTS[family]
+    expected = script | {"train_data_dir": data[1]}
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(("family", "name"), [(family, name) for family, lacking in LACKING.items() for name in lacking])
+def test_flags_that_a_family_lacks_are_refused_by_name(family, name, data, tmp_path):
+    value = LACKING[family][name]
+    model = ["--pretrained_model_name_or_path", "org/model"] if family == "sd" else []
+    arguments = ["--family", family, *model, *data, f"--{name}", *([value] if value else [])]
+    with pytest.raises(UserError, match=f"^--{name} is not used by {family}"):
+        parse(TrainConfig, "engine.run", "", arguments)
+    file = tmp_path / "run.toml"
+    file.write_text(f'family = "{family}"\n{name} = {value!r}\n' if value else f'family = "{family}"\n{name} = false\n')
+    with pytest.raises(UserError, match=f"^--{name} is not used by {family}"):
+        parse(TrainConfig, "engine.run", "", ["--config", str(file), *model, *data])
+
+
+@pytest.mark.parametrize("family", ["kandinsky-prior", "kandinsky-decoder", "wuerstchen"])
+def test_the_stored_configuration_holds_only_what_the_family_has(family, data, tmp_path):
+    config = parse(TrainConfig, "engine.run", "", ["--family", family, *data, "--seed", "3"])
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(config))
+    assert not LACKING[family].keys() & tomllib.loads(file.read_text()).keys()
+    assert parse(TrainConfig, "engine.run", "", ["--config", str(file)]) == config
+
+
+def test_help_is_grouped(capsys):
+    with pytest.raises(SystemExit) as leave:
+        parse(TrainConfig, "engine.run", "Train.", ["--help"])
+    assert leave.value.code == 0
+    text = capsys.readouterr().out
+    for group in ("model:", "data:", "training:", "optimizer:", "objective:", "output:", "checkpoints:"):
+        assert f"\n{group}\n" in text
+    for name in SCRIPT:
+        assert f"--{name}" in text
