@@ -14,7 +14,9 @@ from engine.loop.optimizers import create_optimizer
 from engine.loop.optimizers.adamw import AdamW
 from engine.loop.optimizers.interface import Optimizer
 from engine.loop.optimizers.rates import peak_rate, rate_factors
+from engine.loop.weights import flat
 from engine.loop.weights.ema import Ema, decay_of_step
+from engine.processes import Processes
 
 ARGUMENTS = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -73,6 +75,30 @@ def test_groups_step_by_their_own_options():
         plain.step()
     for left, right in zip(ours, theirs, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-7)
+
+
+class SignDescent(Optimizer):
+    """The least that an optimizer can be."""
+
+    laid_out = counters = ()
+
+    def apply(self, gradients):
+        for master, gradient in zip(self.param_groups[0]["params"], gradients, strict=True):
+            master.data -= 0.1 * gradient.float().sign()
+
+
+def test_weights_follow_an_optimizer_that_knows_only_masters(monkeypatch):
+    def descent(masters, *others, **named):
+        return SignDescent([{"name": "weights", "params": masters}], 0.0, None, defaults={"lr": 1.0})
+
+    monkeypatch.setattr(flat, "create_optimizer", descent)
+    layer = torch.nn.Linear(3, 2)
+    before = layer.weight.detach().clone()
+    partition = flat.FlatPartition(layer, config(mixed_precision="bf16"), Processes())
+    partition.begin(1, 1.0)
+    partition.receive([torch.ones_like(parameter) for parameter in partition.parameters], first=True)
+    partition.update(last=True)
+    torch.testing.assert_close(layer.weight, (before - 0.1).bfloat16())
 
 
 def test_state_that_no_one_declared_is_not_kept_by_a_guess():

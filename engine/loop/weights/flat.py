@@ -22,7 +22,7 @@ ALIGNMENT = 64  # elements: every parameter begins on a 128-byte line, also in b
 class FlatPartition(Partition):
     """All trained weights of a single process.
 
-    In fp32 the module's weights are the masters themselves; in bf16 the optimizer writes both.
+    In fp32 the module's weights are the masters themselves; in bf16 they follow these, in the optimizer's pass if it can.
     """
 
     captured_whole = True
@@ -67,6 +67,8 @@ class FlatPartition(Partition):
     def update(self, last: bool) -> None:
         if last:
             self.optimizer.apply([self.gradient])
+            if not self.optimizer.in_one_pass:
+                self.refresh_weights()
 
     def refresh_weights(self) -> None:
         if self.weights is not self.masters[0]:
