@@ -9,6 +9,7 @@
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -28,11 +29,17 @@ from torch import nn
 
 from benchmarks.tools.cost import payload
 from benchmarks.tools.rows import write_result
+from benchmarks.tools.sides import random_batch
+from benchmarks.tools.traffic import Collectives
+from engine.config.command_line import parse
 from engine.config.options import TrainConfig
+from engine.files import write_json
 from engine.loop.checkpoints.writer import Writer
 from engine.loop.metrics import Metrics
 from engine.loop.run import Run
+from engine.loop.trainer import Training, train
 from engine.loop.weights.flat import FlatPartition
+from engine.models.family import open_family
 from engine.processes import Processes
 from engine.quiet import quiet_libraries
 from examples import tiny_models
@@ -41,46 +48,29 @@ from examples.photographs import write_images
 WORLDS, STAGES, STEPS, GLOBAL_BATCH = (1, 2, 4), (0, 1, 2, 3), 20, 4
 FAMILIES = {"sd": ("unet", 16), "kandinsky-prior": ("prior", 32)}
 
-# Counts what the training hands to collectives in its 10th step, and notes it beside its output.
-WORKER = """
-import json, os, sys, torch, torch.distributed as dist
-counted, counting = {}, False
-def count(name, measured):
-    real = getattr(dist, name)
-    def call(*arguments, **named):
-        if counting:
-            tensor = (list(arguments) + list(named.values()))[measured]
-            # Scalars are metrics, flags and norms.
-            if tensor.numel() > 8:
-                counted[name] = counted.get(name, 0) + tensor.numel() * tensor.element_size()
-        return real(*arguments, **named)
-    setattr(dist, name, call)
-for name, measured in (("all_reduce", 0), ("reduce", 0), ("reduce_scatter_tensor", 1), ("all_gather_into_tensor", 0)):
-    count(name, measured)
-real_gather = dist.all_gather
-def all_gather(tensors, tensor, *arguments, **named):
-    if counting and tensor.numel() > 8:
-        size = sum(t.numel() * t.element_size() for t in tensors)
-        counted["all_gather"] = counted.get("all_gather", 0) + size
-    return real_gather(tensors, tensor, *arguments, **named)
-dist.all_gather = all_gather
-from engine.loop.step import Step
-run_step = Step.__call__
-def counted_step(self, batches, number):
-    global counting
-    counting = number == 10
-    run_step(self, batches, number)
-    if counting:
-        counting = False
-        note = {"collectives": dict(counted), "ema_numbers": sum(a.numel() for a in self.partition.ema.averages),
-                "masters": sum(m.numel() for m in self.partition.masters),
-                "parameters": sum(s.numel() for s in self.partition.shapes.values())}
-        name = f"{self.config.output_dir}.rank-{self.partition.processes.rank}.json"
-        open(name, "w").write(json.dumps(note))
-Step.__call__ = counted_step
-from engine import run
-sys.exit(run.main())
-"""
+
+def worker(arguments: list[str]) -> int:
+    """One process of a run, as `engine.run` does it; what a step like its own sends then is noted beside its output."""
+    quiet_libraries()
+    config = parse(TrainConfig, "benchmarks.runs.parallel worker", "", arguments)
+    processes = Processes(config.local_rank).connect()  # before the run, which would leave the group at its end
+    code = train(config)
+    family = open_family(config)
+    run = Run(config.seed or 0, config.train_batch_size * processes.world, "", records=100, steps=STEPS)
+    training = Training(config, run, family, family.load_model(), processes)
+    batches = itertools.repeat(random_batch(family, config.train_batch_size, processes.device))
+    training.train_step(batches, 1)
+    with Collectives() as collectives:
+        training.train_step(batches, 2)
+    partition = training.partition
+    assert partition.ema is not None
+    write_json(Path(f"{config.output_dir}.rank-{processes.rank}.json"), {
+        "collectives": collectives.bytes, "reduced": collectives.reduced, "gathered": collectives.gathered,
+        "parameters": sum(shape.numel() for shape in partition.shapes.values()),
+        "ema_numbers": sum(average.numel() for average in partition.ema.averages),
+    })  # fmt: skip
+    processes.close()
+    return code
 
 
 class Place:
@@ -88,7 +78,6 @@ class Place:
         self.root = root
         self.images = write_images(root / "images", longest=64)
         self.models = {name: tiny_models.WRITERS[name](root / name) for name in FAMILIES}
-        (root / "worker.py").write_text(WORKER)
         # Models as small as these would stay gathered from the forward pass to the backward pass.
         free = {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
         (root / "zero-3.json").write_text(json.dumps({"zero_optimization": free}))
@@ -96,7 +85,7 @@ class Place:
     def train(self, family: str, output: Path, world: int, stage: int, steps: int = STEPS, *more: str) -> None:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
         command = [
-            *launcher, str(self.root / "worker.py"), "--family", family,
+            *launcher, "-m", "benchmarks.runs.parallel", "worker", "--family", family,
             *(f"--{name}={value}" for name, value in self.models[family].items()), "--train_data_dir", str(self.images),
             "--shards_dir", str(self.root / f"{family}-shards"), "--output_dir", str(output), "--resolution",
             str(FAMILIES[family][1]), "--train_batch_size", str(GLOBAL_BATCH // world), "--zero_stage", str(stage),
@@ -136,14 +125,11 @@ def measure(place: Place) -> dict[str, Any]:
                 weights = place.weights(family, output)
                 reference = reference or weights
                 notes = [json.loads(Path(f"{output}.rank-{rank}.json").read_text()) for rank in range(world)]
-                sent = notes[0]["collectives"]
-                gathered = sum(size for name, size in sent.items() if "gather" in name)
                 expected = payload(stage, notes[0]["parameters"], bytes_per_number=4)
                 rows.append({
                     "family": family, "processes": world, "stage": stage, "distance": distance(weights, reference, start),
-                    "collectives": sent, "reduced": sum(sent.values()) - gathered, "gathered": gathered,
-                    "expected": expected if world > 1 else {"reduced": 0, "gathered": 0},
-                    "parameters": notes[0]["parameters"], "ema_numbers": [note["ema_numbers"] for note in notes],
+                    **notes[0], "expected": expected if world > 1 else {"reduced": 0, "gathered": 0},
+                    "ema_numbers": [note["ema_numbers"] for note in notes],
                 })  # fmt: skip
                 print(rows[-1], flush=True)
     return {"rows": rows, "elastic": elastic(place), "pauses": pauses(place)}
@@ -202,6 +188,8 @@ def table(measured: dict[str, Any]) -> str:
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["worker"]:
+        return worker(sys.argv[2:])
     parser = argparse.ArgumentParser("benchmarks.runs.parallel", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the results there too")
     options = parser.parse_args()
