@@ -8,7 +8,6 @@ weights of `examples.tiny_models` instead, to try the benchmark itself.
 import argparse
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,10 +21,10 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 # isort: split
 from tqdm import tqdm
 
-from benchmarks.tools.published import TINY, open_random, open_tiny
+from benchmarks.tools.checkpoints import PRECISION, opened
+from benchmarks.tools.published import TINY
 from benchmarks.tools.rows import Rows
 from benchmarks.tools.timing import synchronize
-from engine.models.family import Family
 from engine.quiet import quiet_libraries
 from examples.photographs import photographs
 
@@ -45,31 +44,20 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
     return statistics.median(times[1:])
 
 
-def measure(name: str, tiny: bool, images: int, batch: int, device: torch.device) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as directory:
-        folder = Path(directory)
-        opened = open_tiny(name, folder) if tiny else open_random(name, folder, device, mixed_precision=precision_on(device))
-        return measure_family(opened, images, batch, device)
-
-
-def precision_on(device: torch.device) -> str:
-    return "bf16" if device.type == "cuda" else "no"
-
-
-def measure_family(family: Family, images: int, batch: int, device: torch.device) -> dict[str, Any]:
+def measure(name: str, images: int, batch: int, device: torch.device) -> dict[str, Any]:
+    """Images prepared, images encoded and captions encoded per second, and the bytes of a sample's record."""
+    with opened(name, device) as checkpoint:
+        encoding, encoder = checkpoint.family.encoding, checkpoint.load_encoder()
     pictures = list(photographs().items())[:images]
-    encoding = family.encoding
     prepared = [encoding.prepare(image, 0)[0] for _, image in pictures]
     stacked = {key: torch.stack([item[key] for item in prepared[:batch]]) for key in prepared[0]}
     captions = [caption for caption, _ in pictures][:batch]
-    with encoding.encoder(device) as encoder:
-        row: dict[str, Any] = {
-            "prepared_per_second": len(pictures)
-            / seconds(lambda: [encoding.prepare(image, 0) for _, image in pictures], device),
-            "images_per_second": len(prepared[:batch]) / seconds(lambda: encoder.encode_images(stacked), device),
-        }
-        if encoding.captioned:
-            row["captions_per_second"] = len(captions) / seconds(lambda: encoder.encode_captions(captions), device)
+    row: dict[str, Any] = {
+        "prepared_per_second": len(pictures) / seconds(lambda: [encoding.prepare(image, 0) for _, image in pictures], device),
+        "images_per_second": len(prepared[:batch]) / seconds(lambda: encoder.encode_images(stacked), device),
+    }
+    if encoding.captioned:
+        row["captions_per_second"] = len(captions) / seconds(lambda: encoder.encode_captions(captions), device)
     row["bytes_per_sample"] = sum(field.row_bytes for field in encoding.record_spec.values())
     return row
 
@@ -99,8 +87,8 @@ def main() -> int:
     rows = Rows(options.json, __doc__, options.minutes)
     measured = []
     for name in tqdm(list(TINY) if options.tiny else CHECKPOINTS, disable=None):
-        work = partial(measure, name, options.tiny, options.images, options.batch, device)
-        about = {"model": name, "batch": options.batch, "precision": precision_on(device)}
+        work = partial(measure, name, options.images, options.batch, device)
+        about = {"model": name, "batch": options.batch, "precision": PRECISION[device.type]}
         measured.append(rows.measure(f"{name}, batch {options.batch}", 1 if options.tiny else SECONDS, work, **about))
     print(table(measured))
     return rows.exit_code

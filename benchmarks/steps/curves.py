@@ -27,11 +27,11 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 from matplotlib.figure import Figure
 
 from benchmarks.tools.charts import save
-from benchmarks.tools.levers import Lever
-from benchmarks.tools.opened import AIMS, opened
+from benchmarks.tools.checkpoints import AIMS, opened
+from benchmarks.tools.levers import settings_kept
 from benchmarks.tools.published import TINY
 from benchmarks.tools.rows import Rows
-from benchmarks.tools.sides import EngineSide
+from benchmarks.tools.sides import open_training
 from benchmarks.tools.tables import markdown, problem
 from engine.data.samples.batch import Batch
 from engine.quiet import quiet_libraries
@@ -71,12 +71,13 @@ def batches(family: Any, size: int, device: torch.device) -> Iterator[Batch]:
 def losses(name: str, side: str, steps: int, device: torch.device) -> dict[str, Any]:
     """The loss of every step of a checkpoint, or tiny family, on one side."""
     precision, options = SIDES[side]
-    lever = Lever(side, options | {"learning_rate": LEARNING_RATE})
-    with opened(name, device, mixed_precision=precision if device.type == "cuda" else "no") as (family, _, _), lever.applied():
+    precision = precision if device.type == "cuda" else "no"
+    with opened(name, device, mixed_precision=precision) as checkpoint, settings_kept():
         torch.backends.cudnn.allow_tf32 = False  # torch's default would round what fp32 convolutions multiply to 10 bits
         torch.manual_seed(7)
-        sequence = batches(family, BATCHES.get(name, 4), device)
-        training = EngineSide(family, lever, next(sequence), device).training
+        size, family = BATCHES.get(name, 4), checkpoint.family
+        sequence = batches(family, size, device)
+        training = open_training(family, checkpoint.load_model(), size, learning_rate=LEARNING_RATE, **options)
         seen = []
         for number in range(1, steps + 1):
             training.train_step(sequence, number)

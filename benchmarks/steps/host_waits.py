@@ -1,74 +1,78 @@
 """Does a step wait for the GPU? `python -m benchmarks.steps.host_waits [--families NAME...] [--json FILE] [--minutes M]`
 
-A small model of each family trains as `python -m engine.run` would, with torch told to refuse whatever makes the host wait
-for the device (`torch.cuda.set_sync_debug_mode("error")`) from the fourth step to the next line of metrics: one process,
-uncaptured and captured. torch sees waits of its own operations, and not those that a library makes by itself. On a CPU the
-same runs, unwatched.
+A small model of each family takes the engine's own steps on batches of the loader, with torch told to refuse whatever makes the
+host wait for the device (`torch.cuda.set_sync_debug_mode("error")`) from the fifth step on: one process, uncaptured and
+captured. torch sees waits of its own operations, and not those that a library makes by itself. On a CPU the same, unwatched.
 """
 
 import argparse
+import contextlib
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
 import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 
 # isort: split
+from benchmarks.tools.checkpoints import opened
 from benchmarks.tools.rows import Rows
-from benchmarks.tools.small_runs import small_run
+from benchmarks.tools.shards import write_shards
+from benchmarks.tools.sides import open_training
 from benchmarks.tools.tables import markdown
 from engine.catalogue import FAMILIES
-from engine.loop import step, trainer
+from engine.data.format.shard import Shards
+from engine.data.samples.loader import BatchPlan, Loader
 from engine.quiet import quiet_libraries
 
 STEPS = 12
 FIRST = 5  # watched; those before compile kernels, choose algorithms and capture
+BATCH, RECORDS = 4, 8
 
 
-class _Watch:
-    """Wraps a training's steps; `where` says which line of the engine waited, if one did."""
-
-    def __init__(self) -> None:
-        self.watched = 0
-        self.where = ""
-        self.train_step = step.Step.__call__
-
-    def step(self, step: Any, batches: Any, number: int) -> None:
-        if number < FIRST or not torch.cuda.is_available():
-            return self.train_step(step, batches, number)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            self.train_step(step, batches, number)
-            self.watched += 1
-        except RuntimeError as error:
-            frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/engine/" in frame.filename]
-            self.where = f" (engine/{frames[-1].filename.rpartition('/engine/')[2]}:{frames[-1].lineno})" if frames else ""
-            raise
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-
-def watch(family: str, graphs: str) -> dict[str, Any]:
+def watch(name: str, graphs: str, device: torch.device) -> dict[str, Any]:
     """How many steps were watched and did not wait.
 
     Raises:
         RuntimeError: one did; the line of the engine is in the message.
     """
-    watch = _Watch()
-    with tempfile.TemporaryDirectory() as directory:
-        run = small_run(family, Path(directory), max_train_steps=STEPS, log_every=STEPS, cuda_graphs=graphs, use_ema=True)
-        with mock.patch.object(step.Step, "__call__", lambda *arguments: watch.step(*arguments)):
-            try:
-                trainer.train(run)
-            except RuntimeError as error:
-                raise RuntimeError(f"{error}{watch.where}") from error
-    return {"graphs": graphs, "steps": STEPS, "watched": watch.watched}
+    watched = 0
+    with opened(name, device, cuda_graphs=graphs) as checkpoint, tempfile.TemporaryDirectory() as directory:
+        family = checkpoint.family
+        write_shards(Path(directory), RECORDS, name, family.encoding.record_spec)
+        training = open_training(family, checkpoint.load_model(), BATCH)
+        shards, plan = Shards(Path(directory)), BatchPlan(BATCH, 1, 0, 1)
+        with contextlib.closing(Loader(shards, plan, 7, family.schedule, device, 0, STEPS)) as loader:
+            batches = iter(loader)
+            for number in range(1, STEPS + 1):
+                if number < FIRST or device.type != "cuda":
+                    training.train_step(batches, number)
+                else:
+                    without_waiting(partial(training.train_step, batches, number))
+                    watched += 1
+    return {"graphs": graphs, "steps": STEPS, "watched": watched}
+
+
+def without_waiting(work: Callable[[], Any]) -> None:
+    """Does work that must not make the host wait for the GPU.
+
+    Raises:
+        RuntimeError: it did; the message says which line of the engine waited.
+    """
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    except RuntimeError as error:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/engine/" in frame.filename]
+        where = f" (engine/{frames[-1].filename.rpartition('/engine/')[2]}:{frames[-1].lineno})" if frames else ""
+        raise RuntimeError(f"{error}{where}") from error
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -84,10 +88,11 @@ def main() -> int:
     quiet_libraries()
     kept = Rows(options.json, __doc__, options.minutes)
     rows = []
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for graphs in ("off", "auto"):
         for family in options.families:
             name = f"{family}, {'captured' if graphs == 'auto' else 'uncaptured'}"
-            rows.append(kept.measure(name, 20, partial(watch, family, graphs)))
+            rows.append(kept.measure(name, 20, partial(watch, family, graphs, device)))
     print(table(rows))
     return kept.exit_code
 

@@ -1,8 +1,8 @@
 """How much host time does a step take beside its own work? `python -m benchmarks.steps.overhead [--steps N]`
 
-The loop of `engine.loop.trainer` runs with a model of one weight, on batches that are ready. From a step's time, what the model
-(forward and backward), the fused noise and loss, the optimizer and the loader take is subtracted; the rest is the loop's:
-learning rate, flags, metrics, progress, signals. Target: under 150 microseconds.
+The loop of `engine.loop.trainer` runs with a model of one weight, on batches that are ready. From a step's time, what the same
+parts take when they are called alone is subtracted: the model (forward and backward, with the fused noise and loss), and the
+optimizer. The rest is the loop's: learning rate, flags, metrics, progress, signals. Target: under 150 microseconds.
 
 On a GPU also, for SD 1.5 at 512 px with a batch of 8: kernels per step, and the share of a captured step in which the GPU
 waits between two replays, from the profiler. Target: under 2 %.
@@ -18,7 +18,6 @@ from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -27,23 +26,19 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 # isort: split
 from torch import Tensor, nn
 
-from benchmarks.tools.levers import SHIPPED, Lever
-from benchmarks.tools.published import open_random, open_tiny
+from benchmarks.tools.checkpoints import Checkpoint, opened
+from benchmarks.tools.levers import SHIPPED, Lever, settings_kept
+from benchmarks.tools.published import open_tiny
 from benchmarks.tools.rows import Rows
-from benchmarks.tools.sides import WARM_UP, open_side, random_batch
+from benchmarks.tools.sides import WARM_UP, open_side, open_training, random_batch
 from benchmarks.tools.timeline import profiled
 from benchmarks.tools.timing import synchronize
-from engine.loop.run import Run
-from engine.loop.trainer import Training
+from engine.data.samples.loader import Batch
 from engine.models.family import Family
-from engine.processes import Processes
+from engine.models.stable_diffusion import StableDiffusion
 from engine.quiet import quiet_libraries
 
 SECONDS = 200  # that the row takes at most, most of them for torch.compile from cold caches
-PARTS = {
-    "model": ["engine.loop.step.predict_and_compare", "engine.loop.weights.flat.FlatPartition.backward"],
-    "optimizer": ["engine.loop.optimizers.adamw.AdamW.apply"],
-}
 
 
 class Scale(nn.Module):
@@ -57,78 +52,57 @@ class Scale(nn.Module):
         return self.factor * noisy
 
 
-class _Clock:
-    """Adds up the seconds within functions."""
+class OneWeight(StableDiffusion):
+    """A family whose model is that factor; records, schedule and loss are Stable Diffusion's."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    def around(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any, **named: Any) -> Any:
-            started = time.perf_counter()
-            try:
-                return function(*arguments, **named)
-            finally:
-                self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
-
-        return timed
-
-
-def _resolve(path: str) -> Any:
-    """The function of a dotted path."""
-    module, _, name = path.rpartition(".")
-    holder = __import__(module, fromlist=[name]) if not module[module.rfind(".") + 1].isupper() else _resolve(module)
-    return getattr(holder, name)
+    @staticmethod
+    def predict(model: Callable[..., Any], noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
+        return model(noisy)
 
 
 def host_microseconds(steps: int, windows: int = 5) -> dict[str, float]:
     """Median microseconds per step over windows: in all, of each part, and of the loop itself; on the host alone."""
-    device = torch.device("cpu")
-    rows = []
     with tempfile.TemporaryDirectory() as directory:
-        options = {"output_dir": directory, "report_to": "none", "use_ema": True, "log_every": 10}
-        family: Any = open_tiny("sd", Path(directory), train_batch_size=1, checkpointing_steps=10**9, **options)
-        batch = random_batch(family, 1, device)
-        predict = mock.patch.object(type(family), "predict", staticmethod(lambda model, noisy, timesteps, record: model(noisy)))
-        with predict:
-            for _ in range(windows):
-                rows.append(_one_window(family, batch, steps))
+        options = {"output_dir": directory, "report_to": "none", "log_every": 10, "checkpointing_steps": 10**9}
+        family = OneWeight(open_tiny("sd", Path(directory), **options).config)
+    batch = random_batch(family, 1, torch.device("cpu"))
+    rows = [_one_window(family, batch, steps) for _ in range(windows)]
     return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
 
 
-def _one_window(family: Family, batch: Any, steps: int) -> dict[str, float]:
-    clock = _Clock()
+def _one_window(family: Family, batch: Batch, steps: int) -> dict[str, float]:
+    """The loop, and then each of its parts alone, so often each."""
+    training = open_training(family, Scale(), 1, steps)
+    step, partition = training.train_step, training.partition
 
-    patches: list[Any] = []
-    for part, paths in PARTS.items():
-        for path in paths:
-            function = _resolve(path)
-            timed = clock.around(part, function)
-            patches.append(mock.patch(path, lambda *a, timed=timed, **k: timed(*a, **k)))
-    run = Run(seed=7, global_batch=1, fingerprint="", records=10**6, steps=steps)
-    training = Training(family.config, run, family, Scale(), Processes())
-    for patch in patches:
-        patch.start()
-    try:
-        started = time.perf_counter()
-        training.run_steps(repeat(batch), None)
-        total = time.perf_counter() - started
-    finally:
-        for patch in patches:
-            patch.stop()
-    if float(training.partition.optimizer.norm_and_skips()[1]):
+    def model() -> None:
+        _, prediction, gradient = step.compare(partition.predict, batch)
+        partition.backward(prediction, gradient, first=True)
+
+    total = _microseconds(partial(training.run_steps, repeat(batch), None)) / steps
+    if float(partition.optimizer.norm_and_skips()[1]):
         raise ValueError("steps were skipped: their time says nothing")
-    parts = {part: seconds / steps * 1e6 for part, seconds in clock.seconds.items()}
-    return {"step": total / steps * 1e6, **parts, "loop": total / steps * 1e6 - sum(parts.values())}
+    works: dict[str, Callable[[], None]] = {"model": model, "optimizer": partial(partition.update, last=True)}
+    parts = {part: _microseconds(work, steps) for part, work in works.items()}
+    return {"step": total, **parts, "loop": total - sum(parts.values())}
 
 
-def device_gaps(family: Any, lever: Lever, size: int, device: torch.device, steps: int = 10) -> dict[str, float]:
+def _microseconds(work: Callable[[], Any], times: int = 1) -> float:
+    """Of one call, over so many."""
+    started = time.perf_counter()
+    for _ in range(times):
+        work()
+    return (time.perf_counter() - started) / times * 1e6
+
+
+def device_gaps(checkpoint: Checkpoint, lever: Lever, size: int, steps: int = 10) -> dict[str, float]:
     """Of a step: kernels, milliseconds, the share in which the device does nothing, and the host's time to launch it.
 
     On a CPU the profiler's operators stand in for kernels: a run of this path, no measurement.
     """
-    with lever.applied():
-        step = open_side(family, lever, size, device).step
+    device = checkpoint.device
+    with settings_kept():
+        step = open_side(checkpoint, lever, size).step
         for _ in range(WARM_UP):
             step()
         synchronize(device)
@@ -147,9 +121,8 @@ def measure(steps: int, device: torch.device) -> dict[str, Any]:
     """The host's time on a CPU; on a GPU what a captured step of SD 1.5 at batch 8 leaves idle."""
     if device.type == "cpu":
         return {"host_microseconds": host_microseconds(steps)}
-    with tempfile.TemporaryDirectory() as directory:
-        family = open_random("SD 1.5, 512 px", Path(directory), device, mixed_precision="bf16", output_dir=directory)
-        return {"captured_step": device_gaps(family, SHIPPED, 8, device)}
+    with opened("SD 1.5, 512 px", device) as checkpoint:
+        return {"captured_step": device_gaps(checkpoint, SHIPPED, 8)}
 
 
 def table(row: dict[str, Any]) -> str:

@@ -22,8 +22,8 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 from matplotlib.figure import Figure
 
 from benchmarks.tools.charts import save
-from benchmarks.tools.levers import SHIPPED
-from benchmarks.tools.opened import AIMS, opened
+from benchmarks.tools.checkpoints import AIMS, opened
+from benchmarks.tools.levers import SHIPPED, settings_kept
 from benchmarks.tools.published import TINY
 from benchmarks.tools.rows import Rows
 from benchmarks.tools.sides import WARM_UP, open_side
@@ -87,8 +87,9 @@ def summarize(work: list[tuple[str, float]], busy: float, total: float, steps: i
 
 def measure(name: str, device: torch.device) -> dict[str, Any]:
     """The profile of a checkpoint's step, or of a tiny family's, at the batch of its waterfall."""
-    with opened(name, device) as (family, _, size), SHIPPED.applied():
-        step = open_side(family, SHIPPED, size, device).step
+    with opened(name, device) as checkpoint, settings_kept():
+        size = checkpoint.batch
+        step = open_side(checkpoint, SHIPPED, size).step
         for _ in range(WARM_UP):
             step()
         work = profiled(step, STEPS, device)

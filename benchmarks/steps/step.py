@@ -34,9 +34,9 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 from torch import nn
 from tqdm import tqdm
 
+from benchmarks.tools.checkpoints import AIMS, PRECISION, TINY_AIM, Checkpoint, opened
 from benchmarks.tools.cost import Cost
-from benchmarks.tools.levers import LEVERS, SHIPPED, Lever
-from benchmarks.tools.opened import AIMS, PRECISION, TINY_AIM, opened
+from benchmarks.tools.levers import LEVERS, SHIPPED, Lever, settings_kept
 from benchmarks.tools.published import TINY
 from benchmarks.tools.rows import OUT_OF_MEMORY, Rows
 from benchmarks.tools.sides import WARM_UP, check, open_side, sample
@@ -51,19 +51,20 @@ WINDOWS = 7
 WINDOW_SECONDS = 1.5  # or one step, where that takes longer
 
 
-def measure_lever(family: Any, lever: Lever, size: int, device: torch.device, window_seconds: float) -> dict[str, Any]:
+def measure_lever(checkpoint: Checkpoint, lever: Lever, size: int, window_seconds: float) -> dict[str, Any]:
     """Samples per second (median and quartiles over windows), the loss, and peak memory.
 
     Raises:
         RuntimeError: a step did not do what it should; and whatever a step raises.
     """
+    device = checkpoint.device
     gpu = device.type == "cuda"
     if gpu:
         torch.cuda.reset_peak_memory_stats()
     try:
-        with lever.applied():
+        with settings_kept():
             started = time.perf_counter()
-            side = open_side(family, lever, size, device)
+            side = open_side(checkpoint, lever, size)
             before = sample(side.weights)
             for _ in range(WARM_UP):
                 side.step()
@@ -113,40 +114,44 @@ def row_name(checkpoint: str, lever: Lever, size: int) -> str:
 
 
 @dataclass
-class Checkpoint:
-    """A checkpoint, or tiny family, under measurement."""
+class Waterfall:
+    """The levers of a checkpoint, one after another.
 
-    name: str
-    family: Any
-    cost: Cost
+    peak: operations per second of a matrix product, as `measured_peak` says.
+    """
+
+    checkpoint: Checkpoint
     peak: dict[str, Any]
-    device: torch.device
     rows: Rows
 
-    def waterfall(self, levers: list[Lever], size: int) -> list[dict[str, Any]]:
+    def measure_all(self, levers: list[Lever], size: int) -> list[dict[str, Any]]:
         """A row for every lever; at half the batch where the recipe needs too much memory."""
         measured: list[dict[str, Any]] = []
         seen: list[Any] = []
-        for lever in tqdm(levers, desc=f"{self.name}, batch {size}", disable=None, leave=False):
+        for lever in tqdm(levers, desc=f"{self.checkpoint.name}, batch {size}", disable=None, leave=False):
             row = self.measure(lever, size, lever.form in seen)
             measured.append(row)
-            if row_name(self.name, lever, size) in self.rows.begun:  # rows of an earlier call may be another machine's
+            # Rows of an earlier call may be another machine's.
+            if row_name(self.checkpoint.name, lever, size) in self.rows.begun:
                 seen.append(lever.form)
             if lever.options is None and row.get("failed") == OUT_OF_MEMORY and size > 1:
-                return measured + self.waterfall(levers, size // 2)
+                return measured + self.measure_all(levers, size // 2)
         return measured
 
     def measure(self, lever: Lever, size: int, cached_code: bool) -> dict[str, Any]:
+        checkpoint, cost = self.checkpoint, self.checkpoint.cost
+
         def work() -> dict[str, Any]:
-            row = measure_lever(self.family, lever, size, self.device, 0.0 if self.name in TINY else WINDOW_SECONDS)
-            flops = row["samples_per_second"] * self.cost.training_flops
-            row |= {"training_flops_per_sample": self.cost.training_flops, "bytes_per_step": self.cost.bytes_per_step(size)}
+            row = measure_lever(checkpoint, lever, size, 0.0 if checkpoint.tiny else WINDOW_SECONDS)
+            flops = row["samples_per_second"] * cost.training_flops
+            row |= {"training_flops_per_sample": cost.training_flops, "bytes_per_step": cost.bytes_per_step(size)}
             return row | {f"mfu_{kind}": flops / value for kind, value in self.peak.items() if value}
 
-        about = {"checkpoint": self.name, "family": self.family.config.family, "lever": lever.name, "batch": size,
-                 "settings": lever.settings, "precision": self.family.config.mixed_precision}  # fmt: skip
-        seconds = 5.0 if self.name in TINY else expected_seconds(lever, self.cost, size, cached_code)
-        return self.rows.measure(row_name(self.name, lever, size), seconds, work, **about)
+        config = checkpoint.family.config
+        about = {"checkpoint": checkpoint.name, "family": config.family, "lever": lever.name, "batch": size,
+                 "settings": lever.settings, "precision": config.mixed_precision}  # fmt: skip
+        seconds = 5.0 if checkpoint.tiny else expected_seconds(lever, cost, size, cached_code)
+        return self.rows.measure(row_name(checkpoint.name, lever, size), seconds, work, **about)
 
 
 def measured_peak(rows: Rows, device: torch.device, precision: str) -> dict[str, Any]:
@@ -181,12 +186,12 @@ def measure_all(
     peak = measured_peak(rows, device, precision)
     measured = []
     for name in names:
-        with opened(name, device) as (family, cost, size):
-            checkpoint = Checkpoint(name, family, cost, peak, device, rows)
-            levers = [lever for lever in LEVERS if lever.fits(family.config.family) and (not wanted or lever.name in wanted)]
-            measured += checkpoint.waterfall(levers, batch or size)
+        with opened(name, device) as checkpoint:
+            waterfall, family = Waterfall(checkpoint, peak, rows), checkpoint.family.config.family
+            levers = [lever for lever in LEVERS if lever.fits(family) and (not wanted or lever.name in wanted)]
+            measured += waterfall.measure_all(levers, batch or checkpoint.batch)
             for further in AIMS.get(name, TINY_AIM)[1] if sweep else ():
-                measured.append(checkpoint.measure(SHIPPED, further, True))
+                measured.append(waterfall.measure(SHIPPED, further, True))
     return measured
 
 

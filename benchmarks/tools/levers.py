@@ -73,18 +73,19 @@ class Lever:
             for name, value in options
         )
 
-    @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """Torch's settings are afterwards as before."""
-        matmul, cudnn, compiler = torch.backends.cuda.matmul, torch.backends.cudnn, torch.compiler.config
-        before = matmul.allow_tf32, cudnn.benchmark, cudnn.allow_tf32, compiler.cache_key_tag
-        try:
-            # The engine sets the order of attention's kernels for the process; the recipe has torch's own.
-            kernels = _cur_sdpa_kernel_backends(with_priority=True)
-            with sdpa_kernel(kernels, set_priority=True):
-                yield
-        finally:
-            matmul.allow_tf32, cudnn.benchmark, cudnn.allow_tf32, compiler.cache_key_tag = before
+
+@contextlib.contextmanager
+def settings_kept() -> Iterator[None]:
+    """For a side that is opened and stepped inside: torch's settings are afterwards as before, and its own at first."""
+    matmul, cudnn, compiler = torch.backends.cuda.matmul, torch.backends.cudnn, torch.compiler.config
+    before = matmul.allow_tf32, cudnn.benchmark, cudnn.allow_tf32, compiler.cache_key_tag
+    try:
+        # The engine sets the order of attention's kernels for the process; the recipe has torch's own.
+        kernels = _cur_sdpa_kernel_backends(with_priority=True)
+        with sdpa_kernel(kernels, set_priority=True):
+            yield
+    finally:
+        matmul.allow_tf32, cudnn.benchmark, cudnn.allow_tf32, compiler.cache_key_tag = before
 
 
 UNCAPTURED = {"cuda_graphs": "off"}

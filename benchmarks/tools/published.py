@@ -2,8 +2,8 @@
 
 `write` saves the configurations of every part in the published layout, so that the engine opens the family as it would open
 the checkpoint; `write_pipelines` saves random weights too. `trained_model` builds what is trained, on whatever device is
-current (`torch.device("meta")` for counting). `open_random` opens a family whose models, trained and frozen, come into being on
-the device; `open_tiny` one of a few thousand weights, to try a benchmark itself.
+current (`torch.device("meta")` for counting), `random_encoder` its frozen models. `open_tiny` opens a family of a few thousand
+weights, to try a benchmark itself.
 """
 
 import json
@@ -255,19 +255,6 @@ _ENCODERS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "kandinsky-decoder": (KandinskyDecoderEncoder, ("movq", "image_encoder")),
     "wuerstchen": (WuerstchenEncoder, ("image_encoder", "text_encoder")),
 }
-
-
-def open_random(checkpoint: str, directory: Path, device: torch.device, **options: Any) -> Any:
-    """The family of a checkpoint, open for training at full size with random weights; `options` as `write` takes them."""
-    family: Any = open_family(write(checkpoint, directory, **options))
-
-    def published_model() -> Any:
-        with device:
-            return trained_model(checkpoint)
-
-    family.published_model = published_model
-    family.encoding.load_encoder = partial(random_encoder, checkpoint, family.encoding)
-    return family
 
 
 def random_stable_diffusion(directory: Path, device: torch.device, dtype: torch.dtype) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.tools.checkpoints import Checkpoint
 from benchmarks.tools.levers import Lever
 from benchmarks.tools.plain import PlainTraining
 from engine.backends import configure
@@ -39,19 +40,28 @@ def sample(weights: Iterable[Tensor]) -> Tensor:
     return torch.cat([weight.detach().flatten()[:: max(1, weight.numel() // 64)] for weight in weights])
 
 
+def open_training(family: Family, model: Any, size: int, steps: int = 10**6, **options: Any) -> Training:
+    """The engine's own training of a model, with a moving average, on batches of `size` that the caller has.
+
+    Args:
+        options: of the command line, beside those of the family.
+    """
+    defaults = {"use_ema": True, "train_batch_size": size, "learning_rate": LEARNING_RATE}
+    config = family.config.model_copy(update=defaults | options)
+    configure(config)
+    run = Run(seed=7, global_batch=size, fingerprint="", records=1000, steps=steps)
+    return Training(config, run, family, model, Processes())
+
+
 class EngineSide:
     """The engine's own training, on one batch again and again."""
 
-    def __init__(self, family: Any, lever: Lever, batch: Batch, device: torch.device) -> None:
-        size = len(batch.slots)
-        options = {"use_ema": True, "train_batch_size": size, "learning_rate": LEARNING_RATE, **(lever.options or {})}
-        config = family.config.model_copy(update=options)
-        configure(config)
-        run = Run(seed=7, global_batch=size, fingerprint="", records=1000, steps=10**6)
-        self.training = Training(config, run, family, family.load_model(lever.training_form), Processes())
+    def __init__(self, checkpoint: Checkpoint, lever: Lever, batch: Batch) -> None:
+        model, options = checkpoint.load_model(lever.training_form), lever.options or {}
+        self.training = open_training(checkpoint.family, model, len(batch.slots), **options)
         self.numbers = itertools.count(1)
         self.batches = itertools.repeat(batch)
-        self.captures = device.type == "cuda" and config.cuda_graphs != "off"
+        self.captures = checkpoint.device.type == "cuda" and self.training.config.cuda_graphs != "off"
 
     def step(self) -> None:
         self.training.train_step(self.batches, next(self.numbers))
@@ -88,15 +98,17 @@ class EngineSide:
 class RecipeSide:
     """The recipe, on one batch again and again; with encoders, on as many photographs, prepared as workers would."""
 
-    def __init__(self, family: Any, lever: Lever, batch: Batch, device: torch.device) -> None:
-        self.plain = PlainTraining(family, family.load_model(form=None).to(device), device, lever.best, LEARNING_RATE)
+    def __init__(self, checkpoint: Checkpoint, lever: Lever, batch: Batch) -> None:
+        device, encoding = checkpoint.device, checkpoint.family.encoding
+        model = checkpoint.load_model(form=None).to(device)
+        self.plain = PlainTraining(checkpoint.family, model, device, lever.best, LEARNING_RATE)
         self.batch, self.images = batch, {}
         self.captions: list[str] = []
         if lever.encoders:
-            self.encoder = family.encoding.load_encoder(device)
+            self.encoder = checkpoint.load_encoder()
             pictures = list(photographs().items())
             chosen = [pictures[number % len(pictures)] for number in range(len(batch.slots))]
-            distinct = {caption: family.encoding.prepare(image, 0)[0] for caption, image in pictures[: len(chosen)]}
+            distinct = {caption: encoding.prepare(image, 0)[0] for caption, image in pictures[: len(chosen)]}
             self.captions = [caption for caption, _ in chosen]
             prepared = [distinct[caption] for caption in self.captions]
             images = {name: torch.stack([item[name] for item in prepared]) for name in prepared[0]}
@@ -118,11 +130,11 @@ class RecipeSide:
         return self.plain.loss
 
 
-def open_side(family: Any, lever: Lever, size: int, device: torch.device) -> EngineSide | RecipeSide:
-    """A training with a lever, ready for its first step; to be opened and stepped within `lever.applied()`."""
+def open_side(checkpoint: Checkpoint, lever: Lever, size: int) -> EngineSide | RecipeSide:
+    """A training with a lever, ready for its first step; to be opened and stepped within `settings_kept()`."""
     torch.manual_seed(7)
-    batch = random_batch(family, size, device)
-    side = (RecipeSide if lever.options is None else EngineSide)(family, lever, batch, device)
+    batch = random_batch(checkpoint.family, size, checkpoint.device)
+    side = (RecipeSide if lever.options is None else EngineSide)(checkpoint, lever, batch)
     if lever.cudnn_benchmark is not None:
         torch.backends.cudnn.benchmark = lever.cudnn_benchmark
     return side

@@ -6,14 +6,13 @@ import torch
 
 from benchmarks.operations import attention
 from benchmarks.steps import overhead
-from benchmarks.tools import published
+from benchmarks.tools.checkpoints import open_checkpoint
 from benchmarks.tools.levers import EAGER
 from engine.errors import TRY_AGAIN
 
 
 def test_what_is_idle_between_kernels_is_found(tmp_path):
-    family = published.open_tiny("kandinsky-prior", tmp_path, output_dir=str(tmp_path / "out"))
-    gaps = overhead.device_gaps(family, EAGER, 2, torch.device("cpu"), steps=2)
+    gaps = overhead.device_gaps(open_checkpoint("kandinsky-prior", tmp_path, torch.device("cpu")), EAGER, 2, steps=2)
     assert gaps["kernels_per_step"] > 50
     assert 0 <= gaps["idle_share"] < 1
     assert "idles for" in overhead.table({"captured_step": gaps})

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.steps import step
-from benchmarks.tools import cost, levers, opened, published, rows, sides, waterfall
+from benchmarks.tools import checkpoints, cost, levers, published, rows, sides, waterfall
 from benchmarks.tools.compiling import compiling_cheaply
 from benchmarks.tools.rows import OUT_OF_MEMORY, Rows
 from engine.errors import TRY_AGAIN
@@ -19,8 +19,8 @@ PRIOR = "kandinsky-prior"
 
 
 @pytest.fixture
-def family(tmp_path):
-    return published.open_tiny(PRIOR, tmp_path, mixed_precision="no", output_dir=str(tmp_path / "out"))
+def prior(tmp_path):
+    return checkpoints.open_checkpoint(PRIOR, tmp_path, CPU)
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def measured(monkeypatch) -> list[tuple[str, int]]:
     """What was measured, by name and batch, with rates that need no training."""
     calls = []
 
-    def measure_lever(family, lever, size, device, window_seconds):
+    def measure_lever(checkpoint, lever, size, window_seconds):
         calls.append((lever.name, size))
         return {"samples_per_second": 1.0 + len(calls), "low": 1.0, "high": 2.0 + len(calls)}
 
@@ -43,22 +43,21 @@ def names(rows: list[dict]) -> list[str]:
 
 
 @pytest.mark.parametrize("lever", [levers.LEVERS[1], levers.LEVERS[2], levers.SHIPPED], ids=lambda lever: lever.name)
-def test_a_lever_trains_and_leaves_torch_as_it_was(family, lever, monkeypatch):
+def test_a_lever_trains_and_leaves_torch_as_it_was(prior, lever, monkeypatch):
     monkeypatch.setattr(step, "WINDOWS", 2)
     settings = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
     with compiling_cheaply():
-        row = step.measure_lever(family, lever, 2, CPU, 0.0)
+        row = step.measure_lever(prior, lever, 2, 0.0)
     assert row["low"] <= row["samples_per_second"] <= row["high"]
     assert row["moved"] > 0.9
     assert row["loss"] > 0
     assert row["graphs"] == 0
     assert settings == (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark)
-    assert not hasattr(family, "text_encoder")
 
 
 def test_the_recipe_finds_torchs_own_order_of_attention_kernels():
     before = torch._C._get_sdp_priority_order(), torch._C._get_cudnn_sdp_enabled(), torch.compiler.config.cache_key_tag
-    with levers.EAGER.applied():
+    with levers.settings_kept():
         attention.set_order(["efficient", "math"])
         assert torch._C._get_sdp_priority_order() != before[0]
     after = torch._C._get_sdp_priority_order(), torch._C._get_cudnn_sdp_enabled(), torch.compiler.config.cache_key_tag
@@ -71,21 +70,21 @@ def test_the_recipe_trains_the_published_form(tmp_path):
     assert any(isinstance(module, ChannelsLastConv2d) for module in family.load_model().modules())
 
 
-def test_a_step_that_is_skipped_or_moves_nothing_has_no_rate(family, monkeypatch):
+def test_a_step_that_is_skipped_or_moves_nothing_has_no_rate(prior, monkeypatch):
     monkeypatch.setattr(sides, "LEARNING_RATE", 0.0)
-    side = sides.open_side(family, levers.EAGER, 2, CPU)
+    side = sides.open_side(prior, levers.EAGER, 2)
     before = sides.sample(side.weights)
     side.step()
     with pytest.raises(RuntimeError, match="0% of the weights moved"):
         sides.check(side, before)
-    next(side.batches).record[family.encoding.mean].fill_(float("nan"))
+    next(side.batches).record[prior.family.encoding.mean].fill_(float("nan"))
     side.step()
     with pytest.raises(RuntimeError, match="1 steps were skipped"):
         sides.check(side, before)
 
 
-def test_a_missing_graph_fails_the_row(family):
-    side = sides.open_side(family, levers.SHIPPED, 2, CPU)
+def test_a_missing_graph_fails_the_row(prior):
+    side = sides.open_side(prior, levers.SHIPPED, 2)
     assert side.graphs() == 0
     side.captures = True
     with pytest.raises(RuntimeError, match="0 graphs"):
@@ -97,10 +96,10 @@ def test_a_missing_graph_fails_the_row(family):
 def test_a_lever_that_fails_costs_its_own_row(tmp_path, monkeypatch, measured):
     works = step.measure_lever
 
-    def fail(family, lever, *rest):
+    def fail(checkpoint, lever, *rest):
         if lever.name == "compiled":
             raise RuntimeError("Triton Error: misaligned address")
-        return works(family, lever, *rest)
+        return works(checkpoint, lever, *rest)
 
     monkeypatch.setattr(step, "measure_lever", fail)
     rows = step.measure_all(Rows(tmp_path / "rows.json", step.__doc__), [PRIOR], CPU)
@@ -130,12 +129,13 @@ def test_caches_are_warm_for_what_this_process_compiled(tmp_path, monkeypatch, m
     warm = []
     monkeypatch.setattr(step, "expected_seconds", lambda lever, cost, size, cached_code: warm.append(cached_code) or 1.0)
     both = [lever for lever in levers.LEVERS if lever.name in ("compiled", "compiled and captured")]
-    family = SimpleNamespace(config=SimpleNamespace(family=PRIOR, mixed_precision="no"))
+    config = SimpleNamespace(family=PRIOR, mixed_precision="no")
+    checkpoint = SimpleNamespace(name="prior", family=SimpleNamespace(config=config), cost=cost.Cost(1e9, 1e9, 1e9), tiny=False)
 
     def waterfall(file, wanted):
         warm.clear()
         rows = Rows(file, step.__doc__)
-        step.Checkpoint("prior", family, cost.Cost(1e9, 1e9, 1e9), {}, CPU, rows).waterfall(wanted, 2)
+        step.Waterfall(checkpoint, {}, rows).measure_all(wanted, 2)
         return list(warm)
 
     assert waterfall(None, both) == [False, True]
@@ -146,10 +146,10 @@ def test_caches_are_warm_for_what_this_process_compiled(tmp_path, monkeypatch, m
 def test_a_recipe_that_needs_too_much_memory_halves_the_batch_of_every_lever(monkeypatch, measured, tmp_path):
     works = step.measure_lever
 
-    def needs_memory(family, lever, size, *rest):
+    def needs_memory(checkpoint, lever, size, *rest):
         if lever.options is None and lever.best and size > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return works(family, lever, size, *rest)
+        return works(checkpoint, lever, size, *rest)
 
     monkeypatch.setattr(step, "measure_lever", needs_memory)
     rows = step.measure_all(Rows(None, step.__doc__), [PRIOR], CPU)
@@ -165,7 +165,12 @@ def test_a_recipe_that_needs_too_much_memory_halves_the_batch_of_every_lever(mon
 def test_batches_follow_the_memory_of_the_card():
     wuerstchen = cost.Cost(3.461e12, 9031 * 2**20, 993_600_000)  # Wuerstchen's prior, by benchmarks.steps.sizes
     h100, h200 = 79 * 2**30, 140 * 2**30
-    assert [opened.largest_batch(32, wuerstchen, memory) for memory in (24 * 2**30, h100, h200, float("inf"))] == [1, 8, 16, 32]
+    assert [checkpoints.largest_batch(32, wuerstchen, memory) for memory in (24 * 2**30, h100, h200, float("inf"))] == [
+        1,
+        8,
+        16,
+        32,
+    ]
     # A row has a time before it begins: more for a compiled one, and for cold caches.
     seconds = [
         step.expected_seconds(lever, wuerstchen, 8, cached) for lever, cached in ((levers.EAGER, False), (levers.SHIPPED, True))
@@ -173,7 +178,7 @@ def test_batches_follow_the_memory_of_the_card():
     assert seconds[0] < seconds[1] < step.expected_seconds(levers.SHIPPED, wuerstchen, 8, False)
 
 
-def test_levers_whose_option_this_engine_lacks_are_left_out(family):
+def test_levers_whose_option_this_engine_lacks_are_left_out():
     unknown = levers.Lever("from another engine", {"an_option_that_is_not_there": "fast"})
     assert not unknown.fits("sd")
     assert levers.SHIPPED.fits("sd")
