@@ -71,28 +71,25 @@ def host_microseconds(steps: int, windows: int = 5) -> dict[str, float]:
 
 
 def _one_window(family: Family, batch: Batch, steps: int) -> dict[str, float]:
-    """The loop, and then each of its parts alone, so often each."""
+    """The loop, and then its parts by turns without it, so often each."""
     training = open_training(family, Scale(), 1, steps)
     step, partition = training.train_step, training.partition
 
-    def model() -> None:
-        _, prediction, gradient = step.compare(partition.predict, batch)
-        partition.backward(prediction, gradient, first=True)
-
-    total = _microseconds(partial(training.run_steps, repeat(batch), None)) / steps
+    started = time.perf_counter()
+    training.run_steps(repeat(batch), None)
+    total = time.perf_counter() - started
     if float(partition.optimizer.norm_and_skips()[1]):
         raise ValueError("steps were skipped: their time says nothing")
-    works: dict[str, Callable[[], None]] = {"model": model, "optimizer": partial(partition.update, last=True)}
-    parts = {part: _microseconds(work, steps) for part, work in works.items()}
-    return {"step": total, **parts, "loop": total - sum(parts.values())}
-
-
-def _microseconds(work: Callable[[], Any], times: int = 1) -> float:
-    """Of one call, over so many."""
-    started = time.perf_counter()
-    for _ in range(times):
-        work()
-    return (time.perf_counter() - started) / times * 1e6
+    model = optimizer = 0.0
+    for _ in range(steps):
+        started = time.perf_counter()
+        _, prediction, gradient = step.compare(partition.predict, batch)
+        partition.backward(prediction, gradient, first=True)
+        between = time.perf_counter()
+        partition.update(last=True)
+        model, optimizer = model + between - started, optimizer + time.perf_counter() - between
+    parts = {"step": total, "model": model, "optimizer": optimizer, "loop": total - model - optimizer}
+    return {part: seconds / steps * 1e6 for part, seconds in parts.items()}
 
 
 def device_gaps(checkpoint: Checkpoint, lever: Lever, size: int, steps: int = 10) -> dict[str, float]:
