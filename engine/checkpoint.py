@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
-
 from engine.config.command_line import Parser, choose, load, read_toml
 from engine.config.options import TrainConfig
 from engine.errors import UserError, exit_code
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from engine.loop.checkpoints.layout import SliceFiles
 
 USAGE = "python -m engine.checkpoint info|verify|export DIR; DIR is a checkpoint, or an output directory for its latest"
@@ -75,8 +75,8 @@ def export_command(arguments: list[str]) -> int:
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     from engine.loop.checkpoints.layout import SliceFiles, read_state
     from engine.loop.export import save_pipeline
-    from engine.models.family import open_family
-    from engine.models.training_form import to_published_form
+    from engine.models.family import form_with, open_family
+    from engine.models.training_form import to_published_form, to_training_form
 
     quiet_libraries()
     state, files = read_state(directory), SliceFiles(directory)
@@ -84,13 +84,15 @@ def export_command(arguments: list[str]) -> int:
     if kind not in files.kinds:
         raise UserError(f"{directory}: holds no {kind}; it has {', '.join(files.kinds)}")
     family = open_family(config)
-    model = family.load_model()
+    # The parameters as training lays them out, without the rest of what a training pass needs, a GPU of some kind perhaps.
+    model = family.published_model()
+    to_training_form(model, form_with(config))
     save_pipeline(options.output_dir, family, model, to_published_form(model, _stored_tensors(files, kind, model)))
     print(f"{kind} of step {state['step']} in {options.output_dir / family.result}")
     return 0
 
 
-def _stored_tensors(files: "SliceFiles", kind: str, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _stored_tensors(files: "SliceFiles", kind: str, model: "nn.Module") -> "Iterator[tuple[str, Tensor]]":
     """Parameters, the trained ones as the checkpoint holds them, and buffers of a model in training form, one at a time."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -6,8 +6,10 @@ import pytest
 from safetensors.torch import load_file
 
 from engine import checkpoint
+from engine.config.command_line import to_toml
 from engine.errors import UserError
 from engine.loop.trainer import train
+from tests.loop import test_families as families
 from tests.loop.runs import config, flip_last_byte
 
 
@@ -55,6 +57,19 @@ def test_an_export_is_the_pipeline_that_training_left(trained, tmp_path, monkeyp
     assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
     assert command(monkeypatch, "export", trained / "checkpoint-2", "--output_dir", tmp_path / "raw", "--kind", "weight") == 0
     assert any(bool((value != theirs[name]).any()) for name, value in weights(tmp_path / "raw").items())
+
+
+def test_an_export_needs_none_of_the_cards_that_the_training_needed(published, photographs, tmp_path, monkeypatch):
+    options = {"mixed_precision": "bf16", "max_train_steps": 1, "checkpointing_steps": 1}
+    run = families.config("kandinsky-prior", published("kandinsky-prior"), photographs, tmp_path / "out", **options)
+    assert train(run) == 0
+    fp8 = run.model_copy(update={"matrix_precision": "fp8", "compile": True, "train_batch_size": 16})
+    (tmp_path / "out" / "config.toml").write_text(to_toml(fp8))
+    assert command(monkeypatch, "export", tmp_path / "out", "--output_dir", tmp_path / "exported") == 0
+    ours, theirs = (
+        load_file(tmp_path / name / "prior" / "diffusion_pytorch_model.safetensors") for name in ("exported", "out")
+    )
+    assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
 
 
 @pytest.mark.parametrize(

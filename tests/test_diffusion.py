@@ -5,7 +5,8 @@ import torch
 from diffusers import DDPMScheduler, DDPMWuerstchenScheduler
 from diffusers.training_utils import compute_snr
 
-from engine.diffusion import CosineSchedule, DiscreteSchedule, coefficient_rows, min_snr, unweighted
+from engine.config.options import TrainConfig
+from engine.diffusion import CosineSchedule, DiscreteSchedule, coefficient_rows, min_snr, unweighted, weighting
 from engine.errors import UserError
 from tests import reference
 
@@ -37,6 +38,12 @@ def test_min_snr_weights_follow_the_paper(prediction, divisor):
         expected = expected / (snr + divisor)
     weight = DiscreteSchedule(SCHEDULER.alphas_cumprod, prediction, min_snr(5.0)).coefficients(TIMESTEPS)[4]
     torch.testing.assert_close(weight.double(), expected, rtol=1e-4, atol=0)
+
+
+def test_the_options_choose_the_weights():
+    snr, divisor = torch.tensor([0.5, 20.0]), torch.tensor([2.0, 4.0])
+    for options, expected in (({}, [1.0, 1.0]), ({"snr_gamma": 5.0}, [0.25, 1.25])):
+        assert weighting(TrainConfig(family="wuerstchen", **options))(snr, divisor).tolist() == expected
 
 
 def test_weights_are_one_without_gamma():

@@ -89,10 +89,14 @@ def ready_to_train(model: Any, config: TrainConfig, form: Form = SHIPPED) -> Non
                 f"--attention xformers: {first_line(error)}; install the extra `xformers`, or leave the option out and use "
                 "torch's attention"
             ) from None
-        form = replace(form, projections=False)  # which another library's attention does not know
-    to_training_form(model, form)
+    to_training_form(model, form_with(config, form))
     if config.matrix_precision == "fp8":
         float8.convert(model)
+
+
+def form_with(config: TrainConfig, form: Form = SHIPPED) -> Form:
+    """The form as the options allow it: another library's attention does not know stacked projections."""
+    return replace(form, projections=form.projections and not config.uses_xformers)
 
 
 def has_dropout(model: nn.Module) -> bool:
