@@ -3,20 +3,10 @@
 import sys
 from inspect import signature
 from pathlib import Path
-from typing import Any
 
 from engine.catalogue import FAMILIES
 from engine.config.command_line import Parser
 from engine.errors import UserError, exit_code
-
-DENOISERS = ("unet", "prior_prior", "decoder")  # the parts of pipelines that are called once or twice per sampling step
-
-
-def compile_denoisers(pipeline: Any) -> None:
-    """Has torch compile what a pipeline calls in every sampling step, in place."""
-    for name in DENOISERS:
-        if name in pipeline.components:
-            pipeline.components[name].compile()
 
 
 def main() -> int:
@@ -43,7 +33,7 @@ def main() -> int:
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     import torch
 
-    from engine.models.published import draw, open_pipeline
+    from engine.models.pipelines import compile_denoisers, draw, open_pipeline
     from engine.picture import labelled_grid, save_png
 
     quiet_libraries()

@@ -38,7 +38,7 @@ from transformers import (
 
 from engine.data.transforms import to_tensor
 from engine.models.efficientnet import EfficientNetEncoder
-from engine.models.published import use_portable_names
+from engine.models.pipelines import use_portable_names
 from engine.models.wuerstchen import IMAGENET_MEAN, IMAGENET_STD
 from examples.photographs import photographs
 

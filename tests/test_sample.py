@@ -11,7 +11,8 @@ from torch import nn
 
 from engine import sample
 from engine.errors import UserError
-from engine.models.published import draw, open_pipeline
+from engine.models import pipelines
+from engine.models.pipelines import draw, open_pipeline
 
 HALVES = {
     "sd": ("pretrained_model_name_or_path", None),
@@ -44,9 +45,9 @@ def test_every_sampling_step_calls_compiled_models(family, published, monkeypatc
     pipeline.set_progress_bar_config(disable=True)
     drawn = dict(draw(pipeline, ["a cat"], 2, 0, **ARGUMENTS[family]))
     assert not calls
-    sample.compile_denoisers(pipeline)
+    pipelines.compile_denoisers(pipeline)
     compiled = dict(draw(pipeline, ["a cat"], 2, 0, **ARGUMENTS[family]))
-    denoisers = [part for part in sample.DENOISERS if part in pipeline.components]
+    denoisers = [part for part in pipelines.DENOISERS if part in pipeline.components]
     assert len(denoisers) == (1 if family == "sd" else 2)
     assert Counter(calls) == {type(pipeline.components[part]): 2 for part in denoisers}
     for before, after in zip(drawn["a cat"], compiled["a cat"], strict=True):

@@ -24,9 +24,8 @@ from benchmarks.tools.published import random_stable_diffusion
 from benchmarks.tools.rows import Rows
 from benchmarks.tools.tables import markdown
 from benchmarks.tools.timing import spread
-from engine.models.published import draw
+from engine.models.pipelines import compile_denoisers, draw
 from engine.quiet import quiet_libraries
-from engine.sample import compile_denoisers
 from examples import tiny_models
 
 CALLS = 4  # beside the first

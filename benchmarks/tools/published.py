@@ -43,7 +43,7 @@ from engine.models.encoder import Encoder
 from engine.models.family import Family, open_family
 from engine.models.kandinsky_decoder import KandinskyDecoderEncoder
 from engine.models.kandinsky_prior import KandinskyPriorEncoder
-from engine.models.published import use_portable_names
+from engine.models.pipelines import use_portable_names
 from engine.models.stable_diffusion import StableDiffusionEncoder
 from engine.models.wuerstchen import WuerstchenEncoder
 from examples import tiny_models

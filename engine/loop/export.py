@@ -16,7 +16,7 @@ from engine.files import PARTIAL, discard, sync
 from engine.loop.weights.partition import Partition
 from engine.loop.weights.whole import empty_published_model, whole_tensors
 from engine.models.family import Family
-from engine.models.published import use_portable_names
+from engine.models.pipelines import use_portable_names
 from engine.tensors import write_one_by_one
 
 

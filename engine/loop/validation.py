@@ -9,7 +9,7 @@ from engine.config.options import TrainConfig
 from engine.loop.weights.partition import Partition
 from engine.loop.weights.whole import assemble
 from engine.models.family import Family
-from engine.models.published import draw
+from engine.models.pipelines import draw
 from engine.picture import labelled_grid, save_png
 
 

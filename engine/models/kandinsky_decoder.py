@@ -20,7 +20,8 @@ from engine.data.format.index import Field
 from engine.diffusion import DiscreteSchedule, weighting
 from engine.models.encoder import Encoder, Encoding
 from engine.models.family import PREVIEW_STEPS, Family
-from engine.models.published import combine, digest_folder, locate, read_image_parts, read_part, require_equal
+from engine.models.pipelines import combine
+from engine.models.published import digest_folder, locate, read_image_parts, read_part, require_equal
 
 
 class KandinskyDecoderEncoding(Encoding):

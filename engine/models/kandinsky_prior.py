@@ -21,8 +21,8 @@ from engine.data.format.index import Field
 from engine.diffusion import DiscreteSchedule, weighting
 from engine.models.encoder import Encoder, Encoding
 from engine.models.family import PREVIEW_STEPS, Family
+from engine.models.pipelines import combine
 from engine.models.published import (
-    combine,
     digest_folder,
     digest_tensors,
     locate,

@@ -23,16 +23,8 @@ from engine.diffusion import CosineSchedule, weighting
 from engine.models import efficientnet
 from engine.models.encoder import Encoder, Encoding
 from engine.models.family import Family
-from engine.models.published import (
-    combine,
-    digest_folder,
-    digest_tensors,
-    locate,
-    read_part,
-    read_text_parts,
-    require_equal,
-    tokenize,
-)
+from engine.models.pipelines import combine
+from engine.models.published import digest_folder, digest_tensors, locate, read_part, read_text_parts, require_equal, tokenize
 
 PIXEL_STEP = 128  # stage C's latents, stage B's and the image have whole sizes together in these steps only
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -17,7 +17,7 @@ from engine.data.samples.draw import draw_rows
 from engine.errors import UserError
 from engine.models.encoder import open_encoding
 from engine.models.family import open_family
-from engine.models.published import combine, open_pipeline, use_portable_names
+from engine.models.pipelines import combine, open_pipeline, use_portable_names
 from engine.shards import build_command, info_command
 
 RESOLUTION = {"kandinsky-prior": 32, "kandinsky-decoder": 32, "wuerstchen": 128}

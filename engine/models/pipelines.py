@@ -1,0 +1,98 @@
+"""Whole pipelines from text to images: opened from their halves, compiled, drawn with, and saved under portable names."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    KandinskyV22CombinedPipeline,
+    KandinskyV22Pipeline,
+    KandinskyV22PriorPipeline,
+    WuerstchenCombinedPipeline,
+    WuerstchenDecoderPipeline,
+    WuerstchenPriorPipeline,
+)
+
+from engine.catalogue import DECODER, FAMILIES, PRIOR
+from engine.errors import UserError, first_line
+
+DENOISERS = ("unet", "prior_prior", "decoder")  # the parts of pipelines that are called once or twice per sampling step
+
+# Family of the prior -> prior, decoder, and the pipeline that joins them.
+_HALVES: dict[str, tuple[Any, Any, Any]] = {
+    "kandinsky-prior": (KandinskyV22PriorPipeline, KandinskyV22Pipeline, KandinskyV22CombinedPipeline),
+    "wuerstchen": (WuerstchenPriorPipeline, WuerstchenDecoderPipeline, WuerstchenCombinedPipeline),
+}
+
+
+def _published_half(pipeline: Any) -> str | None:
+    """Where the other half of a prior or decoder pipeline was published; None for a whole one."""
+    for family, (prior, decoder, _) in _HALVES.items():
+        if type(pipeline) in (prior, decoder):
+            return FAMILIES[family].published[DECODER if type(pipeline) is prior else PRIOR]
+    return None
+
+
+def combine(left: Any, right: Any) -> Any:
+    """One pipeline from text to images out of a prior pipeline and its decoder pipeline, in either order.
+
+    diffusers' own loading finds the prior of a decoder on the hub only, by a name in the decoder's model card; putting the
+    halves together here works for directories too.
+
+    Raises:
+        UserError: the two are not halves of one pipeline.
+    """
+    for prior, decoder in ((left, right), (right, left)):
+        for prior_class, decoder_class, combined in _HALVES.values():
+            if isinstance(prior, prior_class) and isinstance(decoder, decoder_class):
+                parts = {f"prior_{name}": part for name, part in prior.components.items()}
+                return combined(**decoder.components, **parts)
+    raise UserError(f"a {type(left).__name__} and a {type(right).__name__} are not the two halves of one pipeline")
+
+
+def use_portable_names(pipeline: Any) -> None:
+    """Names image processors in the pipeline's index by the class that every release of transformers knows.
+
+    Where torchvision is missing, transformers 5 puts `CLIPImageProcessorPil` in place of `CLIPImageProcessor`; an index with
+    that name would load nowhere else.
+    """
+    for part, value in dict(pipeline.config).items():
+        if isinstance(value, (tuple, list)) and str(value[-1]).endswith("ImageProcessorPil"):
+            pipeline.register_to_config(**{part: (value[0], value[-1].removesuffix("Pil"))})
+
+
+def open_pipeline(path: Path, other_half: str | None, dtype: torch.dtype) -> Any:
+    """A pipeline from text to images: the one at `path`, joined with its other half (by default the published one) if it is a
+    prior or a decoder.
+
+    Raises:
+        UserError: the other half is not there, does not fit, or is not needed.
+    """
+    pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype)
+    published = _published_half(pipeline)
+    if published is None:
+        if other_half:
+            raise UserError(f"{path}: a {type(pipeline).__name__} has no other half; leave out --other_half")
+        return pipeline
+    name = other_half or published
+    try:
+        other = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
+    except Exception as error:  # a connection, a missing repository, an incomplete directory: the library raises many kinds
+        raise UserError(f"--other_half {name}: cannot be loaded: {first_line(error)}") from None
+    return combine(pipeline, other)
+
+
+def draw(pipeline: Any, prompts: list[str], count: int, seed: int, **arguments: Any) -> Iterator[tuple[str, list[Any]]]:
+    """Each prompt with `count` images of it; `arguments` as the pipeline takes them."""
+    for prompt in prompts:
+        generator = torch.Generator(pipeline.device).manual_seed(seed)
+        yield prompt, pipeline(prompt, num_images_per_prompt=count, generator=generator, **arguments).images
+
+
+def compile_denoisers(pipeline: Any) -> None:
+    """Has torch compile what a pipeline calls in every sampling step, in place."""
+    for name in DENOISERS:
+        if name in pipeline.components:
+            pipeline.components[name].compile()
