@@ -19,7 +19,7 @@ def check_options(config: CacheConfig) -> None:
     for name, by_family in options_by_family(type(config)).items():
         if by_family.get(config.family) is REQUIRED and getattr(config, name) is None:
             raise UserError(f"--{name} is required")
-    if not (config.dataset_name or config.train_data_dir or config.shards_dir):
+    if not (config.data or config.shards_dir):
         raise UserError("no data: give --train_data_dir, --dataset_name, or --shards_dir with shards built before")
     if isinstance(config, TrainConfig):
         _check_outputs(config)

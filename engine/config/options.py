@@ -114,6 +114,11 @@ class CacheConfig(BaseModel):
         return {name: value for name, value in defaults.items() if value is not REQUIRED} | values
 
     @property
+    def data(self) -> str | None:
+        """What names the images and captions, None where there are only shards."""
+        return self.dataset_name or self.train_data_dir
+
+    @property
     def shards_path(self) -> Path:
         return Path(self.shards_dir) if self.shards_dir else Path(self.output_dir) / "shards"
 

@@ -85,7 +85,7 @@ def create_repository(config: TrainConfig) -> str:
 def push_to_hub(config: TrainConfig, family: Family, repository: str) -> None:
     """Uploads the trained pipeline with a model card."""
     output = Path(config.output_dir)
-    data = config.dataset_name or config.train_data_dir or "its own latent shards"
+    data = config.data or "its own latent shards"
     card = ModelCard(
         "---\n"
         f"base_model: {family.base_model}\n"

@@ -50,7 +50,7 @@ def prepare_shards(config: TrainConfig, family: Family, processes: Processes) ->
         UserError: shards of another family or shape, or damaged ones, by name.
     """
     directory = config.shards_path
-    if config.dataset_name or config.train_data_dir:
+    if config.data:
         index = encode_source(config, family.encoding, open_source(config, family.encoding.captioned), processes)
     else:
         index = Index.read(directory)

@@ -35,7 +35,7 @@ def open_source(config: CacheConfig, captioned: bool = True) -> Source:
     else:
         raise UserError("no data to build shards from: give --train_data_dir or --dataset_name")
     if len(source) == 0:
-        raise UserError(f"{config.dataset_name or config.train_data_dir}: no samples found")
+        raise UserError(f"{config.data}: no samples found")
     if config.max_train_samples is not None and config.max_train_samples < len(source):
         return Subset(source, config.max_train_samples, config.seed or 0)
     return source
