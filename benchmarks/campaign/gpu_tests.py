@@ -4,7 +4,6 @@ Each suite is a pytest of its own process: what is marked `gpu`, and the kernels
 Triton's interpreter on a CPU. A suite whose process dies names the test that it died in.
 """
 
-import argparse
 import io
 import re
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from benchmarks.tools.question import command_line
 from benchmarks.tools.rows import Rows
 from benchmarks.tools.tables import markdown
 
@@ -87,10 +87,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("benchmarks.campaign.gpu_tests", description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--suites", nargs="+", choices=SUITES, default=DEFAULT, help="default: %(default)s")
-    parser.add_argument("--json", type=Path, help="keep the rows there, and go on from those that are there")
-    parser.add_argument("--minutes", type=float, help="begin no suite that would not end in time")
     options = parser.parse_args()
     kept = Rows(options.json, __doc__, options.minutes)
     rows = []

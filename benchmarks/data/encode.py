@@ -5,13 +5,11 @@ weights), as `engine.data.encode` does it. On a GPU the encoders run in bf16, on
 weights of `examples.tiny_models` instead, to try the benchmark itself.
 """
 
-import argparse
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.tools.checkpoints import PRECISION, opened
 from benchmarks.tools.published import TINY
+from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
 from benchmarks.tools.timing import synchronize
 from engine.quiet import quiet_libraries
@@ -75,15 +74,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("benchmarks.data.encode", description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--tiny", action="store_true", help="a few thousand weights instead of the published size")
     parser.add_argument("--images", type=int, default=8, help="photographs to prepare (default: 8)")
     parser.add_argument("--batch", type=int, default=4, help="images and captions encoded together (default: 4)")
-    parser.add_argument("--json", type=Path, help="keep the rows there, and measure only what is not there yet")
-    parser.add_argument("--minutes", type=float, help="begin no row that would not end within so many minutes")
     options = parser.parse_args()
     quiet_libraries()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     rows = Rows(options.json, __doc__, options.minutes)
     measured = []
     for name in tqdm(list(TINY) if options.tiny else CHECKPOINTS, disable=None):

@@ -9,7 +9,6 @@ at 64.
 The last line is the slowest row as JSON.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
 from benchmarks.tools.shards import write_shards
 from benchmarks.tools.timing import synchronize
@@ -78,13 +78,11 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("benchmarks.data.loader", description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--records", type=int, nargs="+", default=RECORDS, help="default: %(default)s")
     parser.add_argument("--batch", type=int, nargs="+", default=BATCHES, help="default: %(default)s")
-    parser.add_argument("--json", type=Path, help="keep the rows there")
-    parser.add_argument("--minutes", type=float, help="begin no row that would not end within so many minutes")
     options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     rows, measured = Rows(options.json, __doc__, options.minutes), []
     for records in options.records:
         with tempfile.TemporaryDirectory() as directory:

@@ -7,19 +7,18 @@ their number, and large batches only by the threads that copy side by side. Rows
 disk, which the advice to the kernel overlaps, is not in these figures.
 """
 
-import argparse
 import os
 import statistics
 import sys
 import tempfile
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.tools.question import command_line
 from benchmarks.tools.rows import Rows
 from engine.data.format.gather import best_gather, gather_in_cpp, gather_in_python
 
@@ -59,9 +58,7 @@ def measure(file: int, mapped: np.ndarray, row_bytes: int, rows: int) -> dict[st
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("benchmarks.data.reader", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="keep the rows there, and measure only what is not there yet")
-    parser.add_argument("--minutes", type=float, help="begin no row that would not end within so many minutes")
+    parser = command_line(__doc__)
     options = parser.parse_args()
     if best_gather() is not gather_in_cpp:
         return 1

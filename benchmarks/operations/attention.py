@@ -7,7 +7,6 @@ published checkpoints in bf16; on a CPU the tiny ones in fp32, to try the benchm
 Predicted, on Hopper: cuDNN 1.7 to 2.3 times as fast as Flash.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from benchmarks.tools.published import CHECKPOINTS, TINY, open_tiny, trained_model, write
+from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
 from benchmarks.tools.timing import LARGE, LAUNCHES, Work, microseconds
 from engine.loop.attention import KERNELS, Call, calls_of
@@ -132,12 +132,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("benchmarks.operations.attention", description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--checkpoints", nargs="+", choices=[*CHECKPOINTS, *TINY], help="default: all")
-    parser.add_argument("--json", type=Path, help="keep the rows there; what is there is not measured again")
-    parser.add_argument("--minutes", type=float, help="begin nothing that would not end within so many minutes")
     options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     names = options.checkpoints or list(CHECKPOINTS if device.type == "cuda" else TINY)
     rows = Rows(options.json, __doc__, options.minutes)
     print(table(measure_all(names, device, rows)))

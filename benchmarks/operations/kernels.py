@@ -13,7 +13,6 @@ a copy's bandwidth: the bytes that must move once, against a copy of the same si
 and the norm are the reference itself: these kernels are for GPUs.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.tools.charts import BLUE, GREY, RED, save
+from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
 from benchmarks.tools.timing import Work, compare
 from engine.kernels import add_noise, diffusion_loss, group_norm_silu, square_sum
@@ -222,12 +222,10 @@ def chart(rows: list[dict[str, Any]], optimizer: dict[str, Any], path: Path) -> 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("benchmarks.operations.kernels", description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--small", action="store_true", help="small shapes and no torch.compile, to try the benchmark itself")
-    parser.add_argument("--json", type=Path, help="keep the rows there, and measure only what is not there yet")
-    parser.add_argument("--minutes", type=float, help="begin no row that would not end within so many minutes")
     options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     rows = Rows(options.json, __doc__, options.minutes)
     print(table(measure(options.small, not options.small, device, rows)))
     return rows.exit_code

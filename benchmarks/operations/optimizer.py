@@ -9,16 +9,15 @@ Predicted: 36 bytes per parameter in one pass against 62 in four. Medians; one s
 is most of what a GPU holds. `copy` is the time that a copy's bandwidth gives for those 36 bytes.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
 from benchmarks.tools.timing import Work, copying, microseconds, summarize
 from engine.kernels import adamw_ema_
@@ -125,11 +124,9 @@ def table(row: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("benchmarks.operations.optimizer", description=__doc__.splitlines()[0])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parser = command_line(__doc__)
+    device = this_device()
     parser.add_argument("--parameters", type=int, default=parameters_that_fit(device), help="default: %(default)s")
-    parser.add_argument("--json", type=Path, help="keep the row there; what is there is not measured again")
-    parser.add_argument("--minutes", type=float, help="begin nothing that would not end within so many minutes")
     options = parser.parse_args()
     rows = Rows(options.json, __doc__, options.minutes)
     print(table(measure(options.parameters, True, device, rows)))

@@ -13,7 +13,6 @@ takes models of a few thousand weights of each family, `--full_size` SD 1.5 at 5
 `benchmarks.steps.step` compares the other families at full size, without the reading of images.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -38,6 +37,7 @@ from benchmarks.tools.compiling import compiling_cheaply
 from benchmarks.tools.environment import RESULTS, environment, folder_of
 from benchmarks.tools.plain import PlainTraining
 from benchmarks.tools.published import TINY, random_stable_diffusion
+from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
 from engine.catalogue import FAMILIES
 from engine.config.command_line import parse, to_toml
@@ -101,7 +101,7 @@ def recipe_rate(config: TrainConfig, best: bool) -> float:
     torch.manual_seed(config.seed or 0)
     family = open_family(config)
     batches = iter(_loader(family, config, best))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     encoder = family.encoding.load_encoder(device)
     plain = PlainTraining(family, family.load_model(form=None).to(device), device, best, config.learning_rate)
     started = time.perf_counter()
@@ -152,7 +152,7 @@ def tiny(family: str, directory: Path) -> dict[str, Any]:
 
 
 def full_size(directory: Path) -> dict[str, Any]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     random_stable_diffusion(directory, device, torch.float32).save_pretrained(directory / "model")
     return {
         "family": "sd", "pretrained_model_name_or_path": str(directory / "model"), "resolution": 512, "learning_rate": 1e-5,
@@ -229,15 +229,13 @@ def measure_all(rows: Rows, runs: dict[str, Any], steps: int, rounds: int) -> li
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("benchmarks.runs.recipe", description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--config", help="a configuration of `engine.run`: models, images, resolution, batch, learning rate")
     what.add_argument("--tiny", nargs="*", choices=FAMILIES, help="a few thousand weights, of these families (default: all)")
     what.add_argument("--full_size", action="store_true", help="SD 1.5 at 512 px, with random weights")
     parser.add_argument("--steps", type=int, default=60, help="measured steps per turn, a multiple of 10 (default: 60)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default: 3)")
-    parser.add_argument("--json", type=Path, help="keep the rows there, and go on from those that are there")
-    parser.add_argument("--minutes", type=float, help="begin no turn that would not end in time")
     parser.add_argument("--side", choices=SIDES[:2], help="run one turn of --config and print its rate")
     options = parser.parse_args()
     quiet_libraries()

@@ -4,7 +4,6 @@ SD 1.5 at its published size, with random weights, draws images as `python -m en
 seconds of the first call, which compiles, and of those after it, and how far the pictures are apart.
 """
 
-import argparse
 import contextlib
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 # isort: split
 from benchmarks.tools.compiling import compiling_cheaply
 from benchmarks.tools.published import random_stable_diffusion
+from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
 from benchmarks.tools.tables import markdown
 from benchmarks.tools.timing import spread
@@ -72,15 +72,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("benchmarks.runs.sampling", description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--tiny", action="store_true", help="a few thousand weights instead of the published size")
     parser.add_argument("--images", type=int, default=4, help="at a time (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=25, help="of sampling (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="keep the row there; what is there is not measured again")
-    parser.add_argument("--minutes", type=float, help="begin nothing that would not end in time")
     options = parser.parse_args()
     quiet_libraries()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     kept = Rows(options.json, __doc__, options.minutes)
     name = "tiny" if options.tiny else "SD 1.5, 512 px"
     work = partial(measure, options.tiny, options.images, options.steps, device)

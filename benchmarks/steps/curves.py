@@ -9,7 +9,6 @@ step's samples and timesteps. `paired` is the mean difference in its own standar
 all, however small.
 """
 
-import argparse
 import math
 import statistics
 import sys
@@ -30,8 +29,9 @@ from benchmarks.tools.charts import save
 from benchmarks.tools.checkpoints import AIMS, opened
 from benchmarks.tools.levers import settings_kept
 from benchmarks.tools.published import TINY
+from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
-from benchmarks.tools.sides import open_training
+from benchmarks.tools.sides import batch_of, open_training, random_records
 from benchmarks.tools.tables import markdown, problem
 from engine.data.samples.batch import Batch
 from engine.quiet import quiet_libraries
@@ -54,18 +54,9 @@ EXPECTED_SECONDS = {False: 120, True: 300}  # of a side, uncompiled in fp32 or c
 def batches(family: Any, size: int, device: torch.device) -> Iterator[Batch]:
     """Batches of the endless sequence of slots over a few random records."""
     generator = torch.Generator(device).manual_seed(7)
-    records = []
-    for _ in range(RECORDS):
-        drawn = {name: torch.randn(size, *spec.shape, generator=generator, device=device)
-                 for name, spec in family.encoding.record_spec.items()}  # fmt: skip
-        if family.encoding.std:
-            drawn[family.encoding.std] = drawn[family.encoding.std].abs()
-        records.append({name: values.to(family.encoding.record_spec[name].dtype) for name, values in drawn.items()})
+    records = [random_records(family, size, device, generator) for _ in range(RECORDS)]
     for number in count():
-        slots = torch.arange(number * size, (number + 1) * size)
-        timesteps = family.schedule.draw(torch.tensor([7]), slots)
-        coefficients = family.schedule.coefficients(timesteps)
-        yield Batch(records[number % RECORDS], slots.to(device), timesteps.to(device), coefficients.to(device))
+        yield batch_of(family, records[number % RECORDS], number * size, device)
 
 
 def losses(name: str, side: str, steps: int, device: torch.device) -> dict[str, Any]:
@@ -144,16 +135,14 @@ def chart(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("benchmarks.steps.curves", description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--tiny", action="store_true", help="a few thousand weights instead of the published size")
     parser.add_argument("--checkpoints", nargs="+", choices=[*AIMS, *TINY], help="default: all but the decoder at 768 px")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES)[:2], help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=200, help="default: %(default)s")
-    parser.add_argument("--json", type=Path, help="keep the rows there, and go on from those that are there")
-    parser.add_argument("--minutes", type=float, help="begin no side that would not end in time")
     options = parser.parse_args()
     quiet_libraries()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     kept = Rows(options.json, __doc__, options.minutes)
     rows = []
     for name in options.checkpoints or (list(TINY) if options.tiny else list(BATCHES)):

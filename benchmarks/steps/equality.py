@@ -6,7 +6,6 @@ norms and exported weights must be equal, bit for bit. A row says how far they a
 nothing is captured: a run of this path.
 """
 
-import argparse
 import contextlib
 import json
 import sys
@@ -22,6 +21,7 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 
 # isort: split
 from benchmarks.tools.compiling import compiling_cheaply
+from benchmarks.tools.question import command_line
 from benchmarks.tools.rows import Rows
 from benchmarks.tools.small_runs import small_run
 from benchmarks.tools.tables import markdown
@@ -91,12 +91,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("benchmarks.steps.equality", description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: all")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=PLAIN_MODES, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")
-    parser.add_argument("--json", type=Path, help="keep the rows there, and go on from those that are there")
-    parser.add_argument("--minutes", type=float, help="begin no pair of runs that would not end in time")
     options = parser.parse_args()
     quiet_libraries()
     kept = Rows(options.json, __doc__, options.minutes)

@@ -5,7 +5,6 @@ host wait for the device (`torch.cuda.set_sync_debug_mode("error")`) from the fi
 captured. torch sees waits of its own operations, and not those that a library makes by itself. On a CPU the same, unwatched.
 """
 
-import argparse
 import contextlib
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 
 # isort: split
 from benchmarks.tools.checkpoints import opened
+from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
 from benchmarks.tools.shards import write_shards
 from benchmarks.tools.sides import open_training
@@ -80,15 +80,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("benchmarks.steps.host_waits", description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: all")
-    parser.add_argument("--json", type=Path, help="keep the rows there, and go on from those that are there")
-    parser.add_argument("--minutes", type=float, help="begin no run that would not end in time")
     options = parser.parse_args()
     quiet_libraries()
     kept = Rows(options.json, __doc__, options.minutes)
     rows = []
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     for graphs in ("off", "auto"):
         for family in options.families:
             name = f"{family}, {'captured' if graphs == 'auto' else 'uncaptured'}"

@@ -8,7 +8,6 @@ On a GPU also, for SD 1.5 at 512 px with a batch of 8: kernels per step, and the
 waits between two replays, from the profiler. Target: under 2 %.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from benchmarks.tools.checkpoints import Checkpoint, opened
 from benchmarks.tools.levers import SHIPPED, Lever, settings_kept
 from benchmarks.tools.published import open_tiny
+from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
 from benchmarks.tools.sides import WARM_UP, open_side, open_training, random_batch
 from benchmarks.tools.timeline import profiled
@@ -138,13 +138,11 @@ def table(row: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("benchmarks.steps.overhead", description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--steps", type=int, default=1000, help="steps per window (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="keep the row there; what is there is not measured again")
-    parser.add_argument("--minutes", type=float, help="begin nothing that would not end within so many minutes")
     options = parser.parse_args()
     quiet_libraries()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     name = "SD 1.5, captured, batch 8" if device.type == "cuda" else "the loop around a model of one weight"
     rows = Rows(options.json, __doc__, options.minutes)
     print(table(rows.measure(name, SECONDS, partial(measure, options.steps, device))))

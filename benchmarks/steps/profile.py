@@ -6,7 +6,6 @@ optimizer; the rest of the time is idle. What no rule knows is `other`, by name.
 run of this path.
 """
 
-import argparse
 import re
 import sys
 from collections import Counter
@@ -25,6 +24,7 @@ from benchmarks.tools.charts import save
 from benchmarks.tools.checkpoints import AIMS, opened
 from benchmarks.tools.levers import SHIPPED, settings_kept
 from benchmarks.tools.published import TINY
+from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
 from benchmarks.tools.sides import WARM_UP, open_side
 from benchmarks.tools.tables import markdown, problem
@@ -135,14 +135,12 @@ def chart(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("benchmarks.steps.profile", description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--tiny", action="store_true", help="a few thousand weights instead of the published size")
     parser.add_argument("--checkpoints", nargs="+", choices=[*AIMS, *TINY], help="default: all")
-    parser.add_argument("--json", type=Path, help="keep the rows there, and go on from those that are there")
-    parser.add_argument("--minutes", type=float, help="begin no checkpoint that would not end in time")
     options = parser.parse_args()
     quiet_libraries()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     kept = Rows(options.json, __doc__, options.minutes)
     rows = []
     for name in options.checkpoints or list(TINY if options.tiny else AIMS):

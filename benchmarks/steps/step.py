@@ -17,7 +17,6 @@ sheet. `--sweep` runs what `--compile` gives at further batch sizes. `--tiny` ta
 benchmark itself.
 """
 
-import argparse
 import math
 import sys
 import time
@@ -38,6 +37,7 @@ from benchmarks.tools.checkpoints import AIMS, PRECISION, TINY_AIM, Checkpoint, 
 from benchmarks.tools.cost import Cost
 from benchmarks.tools.levers import LEVERS, SHIPPED, Lever, settings_kept
 from benchmarks.tools.published import TINY
+from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import OUT_OF_MEMORY, Rows
 from benchmarks.tools.sides import WARM_UP, check, open_side, sample
 from benchmarks.tools.timing import data_sheet_flops_per_second, spread, synchronize
@@ -196,21 +196,19 @@ def measure_all(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("benchmarks.steps.step", description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--tiny", action="store_true", help="a few thousand weights instead of the published size")
     parser.add_argument("--checkpoints", nargs="+", choices=[*AIMS, *TINY], help="default: all")
     parser.add_argument("--levers", nargs="+", choices=[lever.name for lever in LEVERS], default=[], help="default: all")
     parser.add_argument("--without", nargs="+", choices=[lever.name for lever in LEVERS], default=[], help="leave these out")
     parser.add_argument("--batch", type=int, help="batch of the waterfall, instead of each checkpoint's own")
     parser.add_argument("--sweep", action="store_true", help="measure further batch sizes too")
-    parser.add_argument("--minutes", type=float, help="begin no row that would not end in time")
-    parser.add_argument("--json", type=Path, help="keep the rows there, and go on from those that are there")
     parser.add_argument("--compile_cache_dir", type=Path, help="keep compiled code there (default: as torch's variables say)")
     options = parser.parse_args()
     quiet_libraries()
     if options.compile_cache_dir:
         keep_compiled_code(options.compile_cache_dir)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     rows = Rows(options.json, __doc__, options.minutes)
     names = options.checkpoints or (list(TINY) if options.tiny else list(AIMS))
     wanted = [

@@ -24,15 +24,27 @@ WARM_UP = capture.WARM_UP + 3  # steps: as they are, one to capture, and replays
 LEARNING_RATE = 1e-5  # small beside the random weights, so that nothing diverges, and large enough to move each in fp32
 
 
-def random_batch(family: Family, size: int, device: torch.device) -> Batch:
-    """Random records of the family, with the timesteps and coefficients of the first slots."""
+def random_records(
+    family: Family, size: int, device: torch.device, generator: torch.Generator | None = None
+) -> dict[str, Tensor]:
+    """Records [size, ...] of a family, with standard deviations above zero."""
     record = {}
     for name, spec in family.encoding.record_spec.items():
-        values = torch.randn(size, *spec.shape, device=device)
+        values = torch.randn(size, *spec.shape, generator=generator, device=device)
         record[name] = (values.abs() if name == family.encoding.std else values).to(spec.dtype)
-    seed, slots = torch.tensor([7]), torch.arange(size)
-    timesteps = family.schedule.draw(seed, slots)
+    return record
+
+
+def batch_of(family: Family, record: dict[str, Tensor], first: int, device: torch.device) -> Batch:
+    """Records with the timesteps and coefficients of the slots from `first` on."""
+    slots = first + torch.arange(len(next(iter(record.values()))))
+    timesteps = family.schedule.draw(torch.tensor([7]), slots)
     return Batch(record, slots.to(device), timesteps.to(device), family.schedule.coefficients(timesteps).to(device))
+
+
+def random_batch(family: Family, size: int, device: torch.device) -> Batch:
+    """Random records at the first slots."""
+    return batch_of(family, random_records(family, size, device), 0, device)
 
 
 def sample(weights: Iterable[Tensor]) -> Tensor:
