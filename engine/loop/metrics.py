@@ -45,6 +45,15 @@ class Metrics:
         # The largest slots are the latest; -1 fills up. A fixed shape, so that the host need not know how many there are.
         self.offending.copy_(torch.cat([self.offending, offending]).topk(OFFENDING).values)
 
+    def end_step(self) -> None:
+        """To be called when all micro-batches of a step were added."""
+        self.steps += 1
+
+    def resume(self, loss_sum: float, steps: int) -> None:
+        """Goes on from the sum of losses and the number of steps that a checkpoint found since the last line."""
+        self.loss_sum.fill_(loss_sum)
+        self.steps = steps
+
     def exclude(self, work: Callable[[], Any]) -> None:
         """Runs work that is not training (a checkpoint, validation) without counting its time; the steps must be finished."""
         started = time.perf_counter()

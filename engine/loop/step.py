@@ -57,7 +57,7 @@ class Step:
                 partition.ema.wait()
             (self.whole or self.micro_batch)(next(batches), first, last)
         partition.end(number)
-        self.metrics.steps += 1
+        self.metrics.end_step()
 
     def micro_batch(self, batch: Batch, first: bool, last: bool) -> None:
         """One micro-batch, and the update after a step's last."""

@@ -167,7 +167,7 @@ class Training:
         def finished(step: int) -> None:
             progress.update()
             if self.watchdog:
-                self.watchdog.step = step
+                self.watchdog.finished(step)
 
         self.pace = Pace(self.processes.device, finished)
         self.metrics.start()

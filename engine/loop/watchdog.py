@@ -31,6 +31,10 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
+    def finished(self, step: int) -> None:
+        """To be called with the number of every step that ended."""
+        self.step = step
+
     def close(self) -> None:
         self._stop.set()
         self._thread.join()

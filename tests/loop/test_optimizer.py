@@ -115,7 +115,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(value):
     weights = parameters()
     averages = [weight.detach().clone() + 1 for weight in weights]
     optimizer = adamw(weights, 1.0, averages=averages)
-    optimizer.ema_weight.fill_(0.5)
+    optimizer.set_average_weight(0.5)
     before = [weight.detach().clone() for weight in weights]
     for weight in weights:
         weight.grad = torch.ones_like(weight)
@@ -134,7 +134,7 @@ def test_the_averages_and_the_training_weights_are_written_in_the_same_step():
     averages, training = [w.detach().clone() for w in weights], [w.detach().bfloat16() for w in weights]
     optimizer = adamw(weights, 1.0, weights=training, averages=averages)
     for step in range(1, 6):
-        optimizer.ema_weight.fill_(1 - decay_of_step(step))
+        optimizer.set_average_weight(1 - decay_of_step(step))
         optimizer.apply([torch.full_like(weight, step) for weight in weights])
         plain.update(step)
     for weight, average, expected, low in zip(weights, averages, plain.averages, training, strict=True):

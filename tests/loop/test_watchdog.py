@@ -17,12 +17,12 @@ from engine.processes import Processes
 processes = Processes().connect()
 watchdog = Watchdog(processes, timeout=2.0)
 for step in range(1, 4):
-    watchdog.step = step
+    watchdog.finished(step)
     time.sleep(0.1)
 with watchdog.paused():
     time.sleep(3)
 if processes.rank == 0:
-    watchdog.step = 4
+    watchdog.finished(4)
 time.sleep(60)
 """
 

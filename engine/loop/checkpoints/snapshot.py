@@ -109,8 +109,7 @@ def restore(checkpoint: Path, state: dict[str, Any], partition: Partition, metri
             raise UserError(f"{checkpoint}: holds no {name} for this optimizer and number of processes")
         for value in values:
             value.copy_(own.tensor(name))
-    for master in partition.masters:
-        partition.optimizer.state[master].update(state["optimizer_counters"])
+    partition.optimizer.resume(partition.masters, state["optimizer_counters"])
     if same_world:
         torch.set_rng_state(own.tensor("random/cpu"))
         if "random/cuda" in own.header and processes.device.type == "cuda":
@@ -118,6 +117,5 @@ def restore(checkpoint: Path, state: dict[str, Any], partition: Partition, metri
     if partition.loss_scaler and state["loss_scaler"]:
         vars(partition.loss_scaler).update(state["loss_scaler"])
     sums = [file.tensor("metrics/loss_sum") for file in ([own] if same_world else files.files)]
-    metrics.loss_sum.fill_(float(torch.cat(sums).mean()))
-    metrics.steps = state["loss_steps"]
+    metrics.resume(float(torch.cat(sums).mean()), state["loss_steps"])
     partition.refresh_weights()

@@ -60,6 +60,6 @@ class AdamW(Optimizer):
             state["step"] += finite[0]
             adamw_ema_(
                 master.detach(), state["exp_avg"], state["exp_avg_sq"], gradient, weights, average,
-                self.learning_rates[group["name"]], factor, state["step"].view(1), self.ema_weight,
+                self.learning_rates[group["name"]], factor, state["step"].view(1), self.average_weight,
                 *group["betas"], group["eps"], group["weight_decay"],
             )  # fmt: skip

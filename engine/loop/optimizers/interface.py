@@ -32,8 +32,7 @@ class Optimizer(torch.optim.Optimizer):
     counters: names of the state that is one number, the same for all masters, on the device or in Python.
     bound: names of the state that fits these very masters only, as the scales of blocks do.
 
-    in_one_pass: whether a step also writes the weights in the training precision and keeps their moving average, in which the
-        new weights count for `ema_weight`, fp32 [1].
+    in_one_pass: whether a step also writes the weights in the training precision and keeps their moving average.
     max_grad_norm: clip to this norm, 0 for no clipping.
     sum_parts: adds a tensor over processes, where each holds a part of the gradients.
     """
@@ -68,12 +67,16 @@ class Optimizer(torch.optim.Optimizer):
             weights, averages: for each master its copy in the training precision and its moving average, where these exist
                 and the optimizer is to keep them `in_one_pass`.
         """
-        self.grad_norm, self.skipped, self.ema_weight = (torch.zeros(1, device=masters[0].device) for _ in range(3))
+        self.grad_norm, self.skipped, self.average_weight = (torch.zeros(1, device=masters[0].device) for _ in range(3))
 
     def set_rates(self, factor: float) -> None:
         """Makes every group's learning rate its highest one times a factor."""
         for group in self.param_groups:
             group["lr"] = self.peak_rates[group["name"]] * factor
+
+    def set_average_weight(self, weight: float) -> None:
+        """Says what the new weights count for in the moving average, where it is kept `in_one_pass`."""
+        self.average_weight.fill_(weight)
 
     @property
     def rate(self) -> float:
@@ -97,6 +100,11 @@ class Optimizer(torch.optim.Optimizer):
     def apply(self, gradients: Sequence[Tensor]) -> None:
         """One step on the given gradients, flat and in any precision, in the order of the groups' parameters."""
         raise NotImplementedError
+
+    def resume(self, masters: Sequence[Tensor], counters: dict[str, int]) -> None:
+        """Goes on from counters in Python as a checkpoint holds them."""
+        for master in masters:
+            self.state[master].update(counters)
 
     def state_of(self, master: Tensor) -> dict[str, Any]:
         """What there is of a master's state.

@@ -76,7 +76,7 @@ class Partition(ABC):
         """Puts what optimizer step number `step`, counted from 1, needs on the device."""
         self.optimizer.set_rates(rate_factor)
         if self.ema and not self._averages_apart:
-            self.optimizer.ema_weight.fill_(1 - decay_of_step(step))
+            self.optimizer.set_average_weight(1 - decay_of_step(step))
 
     def end(self, step: int) -> None:
         """To be called when the step has moved the weights."""
