@@ -25,6 +25,7 @@ from benchmarks.tools.rows import Rows
 from benchmarks.tools.timing import LARGE, LAUNCHES, Work, microseconds
 from engine.loop.attention import KERNELS, Call, calls_of
 from engine.models.family import open_family
+from engine.models.training_form import SHIPPED, to_training_form
 
 SIDES = {"cuda": ("flash", "cudnn", "efficient"), "cpu": ("flash", "math")}
 BATCH = {"cuda": 32, "cpu": 2}
@@ -102,6 +103,7 @@ def calls_by_checkpoint(names: list[str], device: torch.device) -> dict[str, lis
                 family = open_family(write(name, Path(directory)))
                 with torch.device("meta"):
                     model = trained_model(name)
+                    to_training_form(model, SHIPPED)
             calls = calls_of(family, model, BATCH[device.type])
         found[name] = list({str(call): call for call in reversed(calls)}.values())[::-1]
     return found

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.models.family import Family
-from engine.models.training_form import SHIPPED, to_training_form
+from engine.models.training_form import form_of, to_training_form
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ def count_flops(family: Family, model: torch.nn.Module, device: torch.device) ->
 
 
 def forward_on_meta(family: Family, model: Any, batch: int = 1, training_form: bool = False) -> None:
-    """A forward pass that computes nothing, of the published model or of its training form, for modes that look on."""
+    """A forward pass that computes nothing, of the published model or of the form it trains in, for modes that look on."""
     timesteps = family.schedule.draw(torch.tensor([0]), torch.arange(batch)).to("meta")
     with torch.device("meta"):
         shadow = type(model).from_config(model.config)
         if training_form:
-            to_training_form(shadow, SHIPPED)
+            to_training_form(shadow, form_of(model))
         record = {name: torch.empty(batch, *field.shape) for name, field in family.encoding.record_spec.items()}
         family.predict(shadow, record[family.encoding.mean], timesteps, record)
 

@@ -218,6 +218,15 @@ def to_training_form(model: Any, form: Form) -> None:
         model.conv_norm_out.silu, model.conv_act = True, nn.Identity()
 
 
+def form_of(model: nn.Module) -> Form:
+    """The form that a model in training form was given, as its modules remember it."""
+    modules = list(model.modules())
+    return Form(
+        norms_when_compiled=any(isinstance(module, GroupNorm) and module.fuses_when_compiled for module in modules),
+        projections=any(isinstance(module, FusedAttention) for module in modules),
+    )
+
+
 def _is_nearest(upsample: Any) -> bool:
     """Whether an upsampling is by nearest neighbours, with no further parts than a convolution."""
     return upsample.interpolate and not upsample.use_conv_transpose and upsample.norm is None and upsample.name == "conv"

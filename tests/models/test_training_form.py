@@ -105,6 +105,7 @@ def test_projections_stay_apart_for_another_attention(model, published):
     unet = load("sd", model, published)
     to_training_form(unet, Form(projections=False))
     assert not any(isinstance(module, FusedAttention) for module in unet.modules())
+    assert training_form.form_of(unet) == Form(projections=False)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -112,6 +113,7 @@ def test_norms_are_our_kernel_in_a_compiled_model_where_the_form_says_so(fused, 
     unet = load("sd", model, published)
     to_training_form(unet, Form(norms_when_compiled=fused))
     on_a_gpu = SimpleNamespace(is_cuda=True)
+    assert training_form.form_of(unet) == Form(norms_when_compiled=fused)
     norms = [module for module in unet.modules() if isinstance(module, GroupNorm)]
     assert norms
     assert all(training_form.fuses(norm, on_a_gpu) for norm in norms)
