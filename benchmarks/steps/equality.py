@@ -21,14 +21,17 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 
 # isort: split
 from benchmarks.tools.compiling import compiling_cheaply
+from benchmarks.tools.published import TINY
 from benchmarks.tools.question import command_line
 from benchmarks.tools.rows import Rows
-from benchmarks.tools.small_runs import small_run
 from benchmarks.tools.tables import markdown
 from engine.catalogue import FAMILIES
+from engine.config.options import TrainConfig
 from engine.loop import trainer
 from engine.processes import Processes
 from engine.quiet import quiet_libraries
+from examples import tiny_models
+from examples.photographs import write_images
 
 STEPS = 20
 MODES: dict[str, dict[str, Any]] = {
@@ -40,13 +43,20 @@ EXPECTED_SECONDS = {"compiled": 60}  # of a pair of runs, most of them for torch
 OTHERWISE = 15
 
 
-def run(family: str, directory: Path, graphs: str, options: dict[str, Any], steps: int) -> dict[str, Any]:
+def inputs(family: str, directory: Path) -> dict[str, Any]:
+    """Writes a small model and images; the options that name them and say how they are trained."""
+    images, models = write_images(directory / "images", longest=200), tiny_models.WRITERS[family](directory / "models")
+    return {
+        "family": family, **models, "train_data_dir": str(images), "shards_dir": str(directory / "shards"),
+        "resolution": TINY[family], "mixed_precision": "bf16" if torch.cuda.is_available() else "no", "train_batch_size": 4,
+        "seed": 7, "learning_rate": 1e-4, "use_ema": True, "deterministic": True, "log_every": 1, "report_to": "none",
+        "checkpointing_steps": 10**9,
+    }  # fmt: skip
+
+
+def run(options: dict[str, Any], output: Path) -> dict[str, Any]:
     """What a training leaves: losses and gradient norms by step, the time of a step, and its exported weights."""
-    output = directory / f"{family}-{graphs}"
-    config = small_run(
-        family, directory, output_dir=str(output), max_train_steps=steps, log_every=1, use_ema=True, deterministic=True,
-        cuda_graphs=graphs, **options,
-    )  # fmt: skip
+    config = TrainConfig.model_validate(options | {"output_dir": str(output)})
     torch.manual_seed(0)
     if trainer.train(config) != 0:
         raise RuntimeError("the training did not end well")
@@ -65,7 +75,8 @@ def compare(family: str, options: dict[str, Any], steps: int) -> dict[str, Any]:
     """Both runs, and how far apart they are: 0 everywhere where they are equal."""
     with tempfile.TemporaryDirectory() as directory:
         graphs = "on" if torch.cuda.is_available() else "auto"
-        plain, captured = (run(family, Path(directory), choice, options, steps) for choice in ("off", graphs))
+        common = inputs(family, Path(directory)) | options | {"max_train_steps": steps}
+        plain, captured = (run(common | {"cuda_graphs": way}, Path(directory) / way) for way in ("off", graphs))
     curves = zip(plain["curve"], captured["curve"], strict=True)
     unequal = [step for step, (ours, theirs) in enumerate(curves, 1) if ours != theirs]
     pairs = [(plain["weights"][name].double(), captured["weights"][name].double()) for name in plain["weights"]]

@@ -7,8 +7,8 @@ from benchmarks.tools.rows import Rows
 
 
 def test_runs_that_are_not_equal_failed(monkeypatch):
-    def run(family, directory, graphs, options, steps):
-        weights = {"weight": torch.full((2,), 1.5 if graphs == "off" else 1.0)}
+    def run(options, output):
+        weights = {"weight": torch.full((2,), 1.5 if options["cuda_graphs"] == "off" else 1.0)}
         return {"curve": [(1.0, 1.0)], "weights": weights, "step_milliseconds": 1.0}
 
     monkeypatch.setattr(equality, "run", run)

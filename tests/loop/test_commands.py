@@ -14,6 +14,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from benchmarks.runs import faults
+from benchmarks.tools.place import Place
 from engine.loop.trainer import train
 from tests.commands import Command, run, run_two, start_two
 from tests.loop.runs import SLACK, checkpoint_tensors, command, config, published_order, relative_distance
@@ -157,6 +158,6 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(model, images, 
 
 @pytest.mark.two_processes
 def test_a_killed_process_ends_the_attempt_and_the_next_continues(tmp_path):
-    result = faults._killed_in_a_collective(faults.Place(tmp_path))
+    result = faults.killed_in_a_collective(Place(tmp_path))
     assert result.returncode == 0, result.stderr
     assert "Continuing from" in result.stderr
