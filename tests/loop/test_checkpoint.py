@@ -19,8 +19,10 @@ from engine.loop.checkpoints import layout, writer
 from engine.loop.checkpoints.snapshot import restore
 from engine.loop.checkpoints.writer import Writer
 from engine.loop.metrics import Metrics
+from engine.loop.optimizers.interface import Optimizer
 from engine.loop.run import Run
 from engine.loop.trainer import train
+from engine.loop.weights import flat
 from engine.loop.weights.flat import FlatPartition
 from engine.processes import Processes
 from tests.loop.runs import SLACK, checkpoint_tensors, config, flip_last_byte
@@ -286,3 +288,59 @@ def test_the_state_is_written_and_read_without_copies(tmp_path):
         found = directory / "checkpoint-1"
         read = layout.read_state(found)
         assert growth(lambda: restore(found, read, partition, metrics)) < 0.2 * state  # noqa: B023
+
+
+class Keeper(Optimizer):
+    """State of every kind, some of it as large as the weights without being laid out as they are."""
+
+    laid_out, counters, bound = ("momentum",), ("step", "calls"), ("scales", "rows")
+
+    def create_state(self, masters, allocate, *others):
+        super().create_state(masters, allocate)
+        for master in masters:
+            self.state[master] = {
+                "momentum": torch.randn_like(master), "step": torch.tensor(5.0), "calls": 7,
+                "scales": torch.randn_like(master), "rows": torch.randn(3),
+            }  # fmt: skip
+
+
+def keep(directory: Path, monkeypatch) -> tuple[FlatPartition, Metrics]:
+    def keeper(masters, *others, **named):
+        return Keeper([{"name": "weights", "params": masters}], 0.0, None, defaults={"lr": 1.0})
+
+    monkeypatch.setattr(flat, "create_optimizer", keeper)
+    processes = Processes()
+    config = TrainConfig(family="sd", pretrained_model_name_or_path="unused")
+    partition = FlatPartition(nn.Linear(8, 8), config, processes)
+    run = Run(seed=0, global_batch=1, fingerprint="", records=1, steps=2)
+    metrics = Metrics(run, processes)
+    Writer(directory, run, processes, None, False, "token").save(1, partition, metrics)
+    return partition, metrics
+
+
+def test_state_is_kept_by_what_the_optimizer_declares_and_not_by_its_size(tmp_path, monkeypatch):
+    partition, metrics = keep(tmp_path, monkeypatch)
+    found = tmp_path / "checkpoint-1"
+    files = layout.SliceFiles(found)
+    assert files.kinds == ["momentum", "weight"]
+    assert files.elements("momentum") == 8 * 8 + 8, "without the padding of the flat buffer"
+    names = [name for name in files.files[0].header if name.startswith("optimizer/")]
+    assert sorted(names) == ["optimizer/0/rows", "optimizer/0/scales", "optimizer/step"]
+    state = partition.optimizer.state_of(partition.masters[0])
+    expected = {kind: value.clone() if torch.is_tensor(value) else value for kind, value in state.items()}
+    for kind in ("momentum", "scales", "rows", "step"):
+        state[kind].zero_()
+    state["calls"] = 0
+    restore(found, layout.read_state(found), partition, metrics)
+    for piece in partition.slices:
+        kept = partition.view(piece, [expected["momentum"]])
+        assert torch.equal(partition.view(piece, [state["momentum"]]), kept)
+    assert all(torch.equal(state[kind], expected[kind]) for kind in ("scales", "rows", "step"))
+    assert state["calls"] == 7
+
+
+def test_state_that_fits_one_partition_is_refused_by_another(tmp_path, monkeypatch):
+    partition, metrics = keep(tmp_path, monkeypatch)
+    partition.optimizer.state[partition.masters[0]]["rows"] = torch.zeros(4)
+    with pytest.raises(UserError, match="holds no optimizer/0/rows for this optimizer and number of processes"):
+        restore(tmp_path / "checkpoint-1", layout.read_state(tmp_path / "checkpoint-1"), partition, metrics)
