@@ -61,14 +61,19 @@ class Checkpoint:
     def tiny(self) -> bool:
         return self.name in TINY
 
-    def load_model(self, form: Form | None = SHIPPED) -> Any:
-        """What is trained, as `Family.load_model` gives it; at full size on the device."""
+    def load_model(self, form: Form | None = SHIPPED, **options: Any) -> Any:
+        """What is trained, as `Family.load_model` gives it; at full size on the device.
+
+        Args:
+            options: of the command line, beside those of the family, where they shape the model.
+        """
         if self.tiny:
-            return self.family.load_model(form)
-        with self.device:
-            model = trained_model(self.name)
+            model = self.family.published_model()
+        else:
+            with self.device:
+                model = trained_model(self.name)
         if form is not None:
-            ready_to_train(model, self.family.config, form)
+            ready_to_train(model, self.family.config.model_copy(update=options), form)
         return model.train()
 
     def load_encoder(self) -> Encoder:

@@ -69,7 +69,8 @@ class EngineSide:
     """The engine's own training, on one batch again and again."""
 
     def __init__(self, checkpoint: Checkpoint, lever: Lever, batch: Batch) -> None:
-        model, options = checkpoint.load_model(lever.training_form), lever.options or {}
+        options = lever.options or {}
+        model = checkpoint.load_model(lever.training_form, **options)
         self.training = open_training(checkpoint.family, model, len(batch.slots), **options)
         self.numbers = itertools.count(1)
         self.batches = itertools.repeat(batch)
