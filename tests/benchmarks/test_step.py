@@ -70,11 +70,12 @@ def test_the_recipe_trains_the_published_form(tmp_path):
     assert any(isinstance(module, ChannelsLastConv2d) for module in family.load_model().modules())
 
 
-def test_a_levers_options_shape_its_model_too(prior):
-    side = sides.open_side(prior, levers.Lever("checkpointing", {"gradient_checkpointing": True}), 2)
+def test_a_levers_options_shape_its_model_too(tmp_path):
+    checkpoint = checkpoints.open_checkpoint("sd", tmp_path, CPU)
+    side = sides.open_side(checkpoint, levers.Lever("checkpointing", {"gradient_checkpointing": True}), 2)
     assert side.training.config.gradient_checkpointing
     assert side.training.partition.module.is_gradient_checkpointing
-    assert not prior.load_model().is_gradient_checkpointing
+    assert not checkpoint.load_model().is_gradient_checkpointing
 
 
 def test_a_step_that_is_skipped_or_moves_nothing_has_no_rate(prior, monkeypatch):
