@@ -94,8 +94,6 @@ def rows_of(state: dict[str, Any], benchmark: str) -> Rows:
 def table_of(part: Part, rows: Rows) -> str:
     """The table of the question that a part asks; without one, the rows' plain values."""
     of = getattr(importlib.import_module(part.python[1]), "table", None)
-    if of is not None and part.benchmark in ("optimizer", "overhead"):
-        return "\n\n".join(of(row) for row in rows)
     if of is not None:
         return of(rows)
     columns = {key: key for row in rows for key, value in row.items() if not isinstance(value, (dict, list))}

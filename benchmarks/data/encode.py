@@ -23,6 +23,7 @@ from benchmarks.tools.checkpoints import PRECISION, opened
 from benchmarks.tools.published import TINY
 from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
+from benchmarks.tools.tables import problem
 from benchmarks.tools.timing import synchronize
 from engine.quiet import quiet_libraries
 from examples.photographs import photographs
@@ -64,7 +65,7 @@ def measure(name: str, images: int, batch: int, device: torch.device) -> dict[st
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [f"{'model':32}{'prepared/s':>12}{'images/s':>12}{'captions/s':>12}{'KiB/sample':>12}"]
     for row in rows:
-        if absent := row.get("failed") or row.get("missing"):
+        if absent := problem(row):
             lines.append(f"{row['model']:32}{absent}")
             continue
         captions = f"{row['captions_per_second']:.3g}" if "captions_per_second" in row else "-"

@@ -24,6 +24,7 @@ import torch
 from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
 from benchmarks.tools.shards import write_shards
+from benchmarks.tools.tables import problem
 from benchmarks.tools.timing import synchronize
 from engine.data.format.index import Field
 from engine.data.format.shard import Shards
@@ -92,7 +93,7 @@ def main() -> int:
                 name, expected = f"{records} records, batch {batch}", (WINDOWS + 2) * WINDOW_SECONDS
                 row = rows.measure(name, expected, partial(measure, shards, batch, device))
                 measured.append(row)
-                print(name, row.get("failed") or row.get("missing") or describe(row), sep=": ")
+                print(name, problem(row) or describe(row), sep=": ")
     print(json.dumps(min(measured, key=lambda row: row.get("samples_per_second", 0))))
     return rows.exit_code
 

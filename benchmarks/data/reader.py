@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.tools.question import command_line
 from benchmarks.tools.rows import Rows
+from benchmarks.tools.tables import problem
 from engine.data.format.gather import best_gather, gather_in_cpp, gather_in_python
 
 # Rows of a batch as the families store them: (name, bytes of a row, rows).
@@ -71,7 +72,7 @@ def main() -> int:
         for name, row_bytes, rows in SHAPES:
             work = partial(measure, file.fileno(), mapped, row_bytes, rows)
             row = kept.measure(name, 5, work, rows=rows, row_bytes=row_bytes, cores=os.cpu_count())
-            print(f"{name:30}", row.get("failed") or row.get("missing") or f"cpp {row['microseconds']['cpp']:8.0f} us   "
+            print(f"{name:30}", problem(row) or f"cpp {row['microseconds']['cpp']:8.0f} us   "
                   f"python {row['python_over_cpp']:.2f} x   memmap {row['memmap_over_cpp']:.2f} x")  # fmt: skip
     return kept.exit_code
 

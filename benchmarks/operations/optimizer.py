@@ -110,8 +110,12 @@ def check_that_it_steps(step: Work, state: State) -> None:
             raise ValueError("a step was skipped, or its weights are not finite: its time says nothing")
 
 
-def table(row: dict[str, Any]) -> str:
-    """A Markdown table."""
+def table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table for each row."""
+    return "\n\n".join(map(_table_of, rows))
+
+
+def _table_of(row: dict[str, Any]) -> str:
     if "gain" not in row:
         return f"{row['parameters'] / 1e6:.0f} M parameters: {row.get('failed') or row['missing']}"
     lines = ["| side | ms | against one pass |", "|---|---|---|"]
@@ -129,7 +133,7 @@ def main() -> int:
     parser.add_argument("--parameters", type=int, default=parameters_that_fit(device), help="default: %(default)s")
     options = parser.parse_args()
     rows = Rows(options.json, __doc__, options.minutes)
-    print(table(measure(options.parameters, True, device, rows)))
+    print(table([measure(options.parameters, True, device, rows)]))
     return rows.exit_code
 
 

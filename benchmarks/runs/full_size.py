@@ -32,6 +32,7 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 from benchmarks.tools.published import frozen_models, open_tiny, trained_model, write_pipelines
 from benchmarks.tools.rows import Rows
 from benchmarks.tools.shards import write_shards
+from benchmarks.tools.tables import problem
 from engine.files import PARTIAL
 from engine.models.family import open_family
 
@@ -179,7 +180,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         if "phases" not in row:
-            why = row.get("failed") or row.get("missing") or (
+            why = problem(row) or (
                 f"not run: needs {row['computed_gib']:.1f} GiB (computed), {row['available_gib']:.1f} available"
             )  # fmt: skip
             lines.append(f"| {row['name']} | {why} | | | | |")

@@ -39,6 +39,7 @@ from benchmarks.tools.plain import PlainTraining
 from benchmarks.tools.published import TINY, random_stable_diffusion
 from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
+from benchmarks.tools.tables import problem
 from engine.catalogue import FAMILIES
 from engine.config.command_line import parse, to_toml
 from engine.config.options import TrainConfig
@@ -208,7 +209,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = []
         for side in SIDES:
             rates = [row["samples_per_second"] for row in turns if row["side"] == side and "samples_per_second" in row]
-            why = next((row.get("failed") or row.get("missing", "") for row in turns if row["side"] == side), "")
+            why = next((problem(row) or "" for row in turns if row["side"] == side), "")
             cells.append(f"{statistics.median(rates):.4g}" if rates else why)
         for side in SIDES[:2]:
             gains = ratios(turns, side)

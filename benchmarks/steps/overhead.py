@@ -31,6 +31,7 @@ from benchmarks.tools.published import open_tiny
 from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
 from benchmarks.tools.sides import WARM_UP, open_side, open_training, random_batch
+from benchmarks.tools.tables import problem
 from benchmarks.tools.timeline import profiled
 from benchmarks.tools.timing import synchronize
 from engine.data.samples.loader import Batch
@@ -122,9 +123,13 @@ def measure(steps: int, device: torch.device) -> dict[str, Any]:
         return {"captured_step": device_gaps(checkpoint, SHIPPED, 8)}
 
 
-def table(row: dict[str, Any]) -> str:
-    """A Markdown table."""
-    if absent := row.get("failed") or row.get("missing"):
+def table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table for each row."""
+    return "\n\n".join(map(_table_of, rows))
+
+
+def _table_of(row: dict[str, Any]) -> str:
+    if absent := problem(row):
         return f"not measured: {absent}"
     lines = ["| part of a step | microseconds |", "|---|---|"]
     lines += [f"| {part} | {value:.0f} |" for part, value in row.get("host_microseconds", {}).items()]
@@ -145,7 +150,7 @@ def main() -> int:
     device = this_device()
     name = "SD 1.5, captured, batch 8" if device.type == "cuda" else "the loop around a model of one weight"
     rows = Rows(options.json, __doc__, options.minutes)
-    print(table(rows.measure(name, SECONDS, partial(measure, options.steps, device))))
+    print(table([rows.measure(name, SECONDS, partial(measure, options.steps, device))]))
     return rows.exit_code
 
 

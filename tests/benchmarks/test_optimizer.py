@@ -38,4 +38,4 @@ def test_an_optimizer_that_skips_its_steps_is_not_measured(scale, monkeypatch):
     monkeypatch.setattr(timing, "REPEATS", 1)
     row = optimizer.measure(1000, False, CPU, Rows(None, optimizer.__doc__))
     assert row["failed"].startswith("ValueError: a step was skipped")
-    assert "a step was skipped" in optimizer.table(row)
+    assert "a step was skipped" in optimizer.table([row])

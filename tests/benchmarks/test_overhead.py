@@ -15,7 +15,7 @@ def test_what_is_idle_between_kernels_is_found(tmp_path):
     gaps = overhead.device_gaps(open_checkpoint("kandinsky-prior", tmp_path, torch.device("cpu")), EAGER, 2, steps=2)
     assert gaps["kernels_per_step"] > 50
     assert 0 <= gaps["idle_share"] < 1
-    assert "idles for" in overhead.table({"captured_step": gaps})
+    assert "idles for" in overhead.table([{"captured_step": gaps}])
 
 
 def test_benchmarks_that_lack_a_row_say_so(tmp_path, monkeypatch):
