@@ -19,12 +19,15 @@ class Processes:
 
     Args:
         local_rank: where no launcher says; negative for none.
+        device: instead of the GPU of that number, or of the CPU where there is none.
     """
 
-    def __init__(self, local_rank: int = 0) -> None:
+    def __init__(self, local_rank: int = 0, device: torch.device | None = None) -> None:
         self.rank, self.world, self.local_rank = launcher.rank(), launcher.world(), launcher.local_rank(local_rank)
         self._connected = False
-        if torch.cuda.is_available():
+        if device is not None:
+            self.device = device
+        elif torch.cuda.is_available():
             count = torch.cuda.device_count()
             if self.local_rank >= count:
                 raise UserError(

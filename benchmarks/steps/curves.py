@@ -68,7 +68,8 @@ def losses(name: str, side: str, steps: int, device: torch.device) -> dict[str, 
         torch.manual_seed(7)
         size, family = BATCHES.get(name, 4), checkpoint.family
         sequence = batches(family, size, device)
-        training = open_training(family, checkpoint.load_model(**options), size, learning_rate=LEARNING_RATE, **options)
+        model = checkpoint.load_model(**options)
+        training = open_training(family, model, device, size, learning_rate=LEARNING_RATE, **options)
         seen = []
         for number in range(1, steps + 1):
             training.train_step(sequence, number)

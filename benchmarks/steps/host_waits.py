@@ -45,7 +45,7 @@ def watch(name: str, graphs: str, device: torch.device) -> dict[str, Any]:
     with opened(name, device, cuda_graphs=graphs) as checkpoint, tempfile.TemporaryDirectory() as directory:
         family = checkpoint.family
         write_shards(Path(directory), RECORDS, name, family.encoding.record_spec)
-        training = open_training(family, checkpoint.load_model(), BATCH)
+        training = open_training(family, checkpoint.load_model(), device, BATCH)
         shards, plan = Shards(Path(directory)), BatchPlan(BATCH, 1, 0, 1)
         with contextlib.closing(Loader(shards, plan, 7, family.schedule, device, 0, STEPS)) as loader:
             batches = iter(loader)

@@ -73,7 +73,7 @@ def host_microseconds(steps: int, windows: int = 5) -> dict[str, float]:
 
 def _one_window(family: Family, batch: Batch, steps: int) -> dict[str, float]:
     """The loop, and then its parts by turns without it, so often each."""
-    training = open_training(family, Scale(), 1, steps)
+    training = open_training(family, Scale(), batch.slots.device, 1, steps)
     step, partition = training.train_step, training.partition
 
     started = time.perf_counter()

@@ -52,7 +52,7 @@ def sample(weights: Iterable[Tensor]) -> Tensor:
     return torch.cat([weight.detach().flatten()[:: max(1, weight.numel() // 64)] for weight in weights])
 
 
-def open_training(family: Family, model: Any, size: int, steps: int = 10**6, **options: Any) -> Training:
+def open_training(family: Family, model: Any, device: torch.device, size: int, steps: int = 10**6, **options: Any) -> Training:
     """The engine's own training of a model, with a moving average, on batches of `size` that the caller has.
 
     Args:
@@ -62,7 +62,7 @@ def open_training(family: Family, model: Any, size: int, steps: int = 10**6, **o
     config = family.config.model_copy(update=defaults | options)
     configure(config)
     run = Run(seed=7, global_batch=size, fingerprint="", records=1000, steps=steps)
-    return Training(config, run, family, model, Processes())
+    return Training(config, run, family, model, Processes(device=device))
 
 
 class EngineSide:
@@ -71,7 +71,7 @@ class EngineSide:
     def __init__(self, checkpoint: Checkpoint, lever: Lever, batch: Batch) -> None:
         options = lever.options or {}
         model = checkpoint.load_model(lever.training_form, **options)
-        self.training = open_training(checkpoint.family, model, len(batch.slots), **options)
+        self.training = open_training(checkpoint.family, model, checkpoint.device, len(batch.slots), **options)
         self.numbers = itertools.count(1)
         self.batches = itertools.repeat(batch)
         self.captures = checkpoint.device.type == "cuda" and self.training.config.cuda_graphs != "off"

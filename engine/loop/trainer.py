@@ -15,6 +15,7 @@ from tqdm import tqdm
 from engine.backends import compile_model, configure
 from engine.config.command_line import to_toml
 from engine.config.options import TrainConfig
+from engine.data.format.shard import Shards
 from engine.data.samples.batch import Batch, BatchPlan
 from engine.data.samples.loader import Loader
 from engine.data.samples.order import records_of
@@ -91,10 +92,7 @@ def _train(config: TrainConfig, processes: Processes) -> int:
         training = Training(config, run, family, family.load_model(), processes)
         if state is not None and checkpoint is not None:
             training.resume(checkpoint, state)
-        with contextlib.closing(
-            Loader(shards, plan, run.seed, family.schedule, processes.device, training.step, run.steps)
-        ) as loader:
-            finished = _run(training, iter(loader))
+        finished = _run(training, shards, plan)
         if finished and repository:
             push_to_hub(config, family, repository)
     if processes.is_first:
@@ -106,12 +104,14 @@ def _train(config: TrainConfig, processes: Processes) -> int:
     return 0
 
 
-def _run(training: "Training", batches: Iterator[Batch]) -> bool:
+def _run(training: "Training", shards: Shards, plan: BatchPlan) -> bool:
     """Steps, validation and export; False when a signal asked to leave before the end."""
-    config, processes = training.config, training.processes
+    config, run, processes = training.config, training.run, training.processes
     log = Log(config, training.step) if processes.is_first else None
     try:
-        finished = training.run_steps(batches, log)
+        schedule, device = training.family.schedule, processes.device
+        with contextlib.closing(Loader(shards, plan, run.seed, schedule, device, training.step, run.steps)) as loader:
+            finished = training.run_steps(iter(loader), log)
         training.checkpoints.wait()
         processes.barrier()
         if finished:

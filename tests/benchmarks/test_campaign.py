@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.campaign import __main__ as command
 from benchmarks.campaign import campaign, plan, processes
@@ -116,6 +117,7 @@ class Forked:
         return self.code
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork")
 def test_a_row_that_crashes_costs_only_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(campaign, "start", Forked)
     code = """

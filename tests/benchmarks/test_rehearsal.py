@@ -24,6 +24,9 @@ from benchmarks.tools.environment import environment
 from tests import in_process
 
 HERE = {"commit": "one", "device": "CPU"}
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="a rehearsal stays on the CPU, and here it is in this process"
+)
 
 
 class Here:

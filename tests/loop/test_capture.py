@@ -135,7 +135,7 @@ def main():
         captured(Batch({}, torch.zeros(1), torch.zeros(1), torch.zeros(5, 1)))
     return 0
 
-processes = Processes().connect()
+processes = Processes(device=torch.device("cpu")).connect()
 capture.capture = fail_on_one
 sys.exit(exit_code("engine.run", main))
 """

@@ -128,8 +128,7 @@ def test_a_step_sends_nothing_to_the_device(family_name, options, published, tmp
     """The meta device stands in for a GPU: a copy from pageable memory would make the host wait, and break a capture."""
     own = {"family": family_name, "train_data_dir": str(tmp_path), "output_dir": str(tmp_path), "seed": 1, "use_ema": True}
     run = TrainConfig.model_validate({**own, **published(family_name), "train_batch_size": 2, **options})
-    processes = Processes()
-    processes.device = torch.device("meta")
+    processes = Processes(device=torch.device("meta"))
     family = open_family(run)
     accumulation = run.gradient_accumulation_steps
     numbers = Run(seed=1, global_batch=2 * accumulation, fingerprint="", records=12, steps=4)

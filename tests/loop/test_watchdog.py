@@ -11,10 +11,11 @@ from tests.loop.runs import command, config
 
 WATCHER = """
 import os, sys, time
+import torch
 from engine.loop.watchdog import Watchdog
 from engine.processes import Processes
 
-processes = Processes().connect()
+processes = Processes(device=torch.device("cpu")).connect()
 watchdog = Watchdog(processes, timeout=2.0)
 for step in range(1, 4):
     watchdog.finished(step)

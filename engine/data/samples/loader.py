@@ -66,8 +66,8 @@ class Loader:
     def _work(self) -> None:
         try:
             if self.on_gpu:
-                torch.cuda.set_device(self.device)
-                torch.cuda.set_stream(torch.cuda.Stream(self.device))  # this thread's copies run beside the step
+                # A device without a number is the current one. This thread's copies run beside the step.
+                torch.cuda.set_stream(torch.cuda.Stream(self.device))
             for item in self._device_batches() if self.on_gpu else self._host_batches():
                 self._ready.put(item)
                 if self._stop.is_set():

@@ -26,9 +26,9 @@ def adamw_8bit() -> type[Optimizer]:
             super().create_state(masters, allocate)
             self.check_overrides()
             self.to_gpu()
-            for group_index, group in enumerate(self.param_groups):
-                for index, parameter in enumerate(group["params"]):
-                    self.init_state(group, parameter, group_index, index)
+            for number, master in enumerate(masters):
+                # Not by the groups, which stage 3 fills in its steps only; they have the same options.
+                self.init_state(self.param_groups[0], master, 0, number)
             self.initialized = True
 
         @torch.no_grad()
