@@ -16,7 +16,7 @@ class Entry:
 
     module: its file in `engine/models`.
     trained, frozen: the classes of its two sides there.
-    pipeline: the option that names the pipeline with the trained model in it.
+    pipeline: the option that names the pipeline with the trained model in it, and `part` what that calls the model.
     published: the options that name its models -> where those were published, None for one that has to be named.
     captioned: whether its records hold captions.
     xformers: whether xFormers' attention serves it.
@@ -27,6 +27,7 @@ class Entry:
     trained: str
     frozen: str
     pipeline: str
+    part: str
     published: dict[str, str | None]
     captioned: bool = True
     xformers: bool = False
@@ -39,20 +40,20 @@ _KANDINSKY: dict[str, str | None] = {
 }
 
 FAMILIES = {
-    "sd": Entry("stable_diffusion", "StableDiffusion", "StableDiffusionEncoding", MODEL, {MODEL: None}, xformers=True),
-    "kandinsky-prior": Entry("kandinsky_prior", "KandinskyPrior", "KandinskyPriorEncoding", PRIOR, _KANDINSKY),
+    "sd": Entry(
+        "stable_diffusion", "StableDiffusion", "StableDiffusionEncoding", MODEL, "unet", {MODEL: None}, xformers=True,
+    ),
+    "kandinsky-prior": Entry("kandinsky_prior", "KandinskyPrior", "KandinskyPriorEncoding", PRIOR, "prior", _KANDINSKY),
     "kandinsky-decoder": Entry(
-        "kandinsky_decoder", "KandinskyDecoder", "KandinskyDecoderEncoding", DECODER, _KANDINSKY, captioned=False, xformers=True
+        "kandinsky_decoder", "KandinskyDecoder", "KandinskyDecoderEncoding", DECODER, "unet", _KANDINSKY,
+        captioned=False, xformers=True,
     ),
     "wuerstchen": Entry(
-        "wuerstchen",
-        "Wuerstchen",
-        "WuerstchenEncoding",
-        PRIOR,
+        "wuerstchen", "Wuerstchen", "WuerstchenEncoding", PRIOR, "prior",
         {PRIOR: "warp-ai/wuerstchen-prior", DECODER: "warp-ai/wuerstchen", IMAGE_ENCODER: "dome272/wuerstchen"},
         result="prior_pipeline",
     ),
-}
+}  # fmt: skip
 
 if TYPE_CHECKING:
     FamilyName = str

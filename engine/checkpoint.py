@@ -1,7 +1,6 @@
 """Describes, verifies and exports checkpoints, on any machine: `python -m engine.checkpoint info|verify|export DIR`."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,9 +9,7 @@ from engine.config.options import TrainConfig
 from engine.errors import UserError, exit_code
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from engine.loop.checkpoints.layout import SliceFiles
+    pass
 
 USAGE = "python -m engine.checkpoint info|verify|export DIR; DIR is a checkpoint, or an output directory for its latest"
 
@@ -36,7 +33,7 @@ def info_command(arguments: list[str]) -> int:
     from engine.loop.checkpoints.layout import SliceFiles, read_state
 
     state, files = read_state(directory), SliceFiles(directory)
-    size = sum(path.stat().st_size for path in directory.iterdir())
+    size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     print(f"checkpoint     {directory} ({size / 2**20:.1f} MiB)")
     print(f"step           {state['step']}")
     print(f"processes      {state['world']}")
@@ -53,7 +50,7 @@ def verify_command(arguments: list[str]) -> int:
     directory = _locate(parser.parse_args(arguments).directory)
     from engine.loop.checkpoints.layout import read_state
 
-    read_state(directory)
+    read_state(directory, whole=True)
     print(f"{directory} is whole")
     return 0
 
@@ -74,6 +71,7 @@ def export_command(arguments: list[str]) -> int:
     config = load(TrainConfig, read_toml(TrainConfig, file, str(file)), str(file))
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     from engine.loop.checkpoints.layout import SliceFiles, read_state
+    from engine.loop.checkpoints.models import whole_parameters
     from engine.loop.export import save_pipeline
     from engine.models.family import form_with, open_family
     from engine.models.training_form import to_published_form, to_training_form
@@ -87,18 +85,13 @@ def export_command(arguments: list[str]) -> int:
     # The parameters as training lays them out, without the rest of what a training pass needs, a GPU of some kind perhaps.
     model = family.published_model()
     to_training_form(model, form_with(config))
-    save_pipeline(options.output_dir, family, model, to_published_form(model, _stored_tensors(files, kind, model)))
+    parameters = list(model.named_parameters())
+    shapes = {name: parameter.shape for name, parameter in parameters if parameter.requires_grad}
+    frozen = {name: parameter.detach() for name, parameter in parameters if not parameter.requires_grad}
+    whole = whole_parameters(files, kind, shapes, {**frozen, **dict(model.named_buffers())})
+    save_pipeline(options.output_dir, family, model, to_published_form(model, whole))
     print(f"{kind} of step {state['step']} in {options.output_dir / family.result}")
     return 0
-
-
-def _stored_tensors(files: "SliceFiles", kind: str, model: "nn.Module") -> "Iterator[tuple[str, Tensor]]":
-    """Parameters, the trained ones as the checkpoint holds them, and buffers of a model in training form, one at a time."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            files.fill_parameter(kind, name, parameter)
-        yield name, parameter.detach()
-    yield from model.named_buffers()
 
 
 COMMANDS = {"info": info_command, "verify": verify_command, "export": export_command}

@@ -267,6 +267,12 @@ class TrainConfig(CacheConfig):
     hub_model_id: str | None = option(None, "Repository of the upload. Default: the output directory's name.", "output")
 
     checkpointing_steps: int = option(500, "Steps between two checkpoints.", "checkpoints", ge=1)
+    openable_checkpoints: bool = option(
+        True,
+        "Write a checkpoint's model, and its moving average, as diffusers opens them too (checkpoint-N/unet, unet_ema), in the "
+        "precision of the run: 2 or 4 bytes per parameter each.",
+        "checkpoints",
+    )
     checkpoint_async: bool = option(
         False,
         "Write checkpoints beside the training, which waits only for a copy of its state to host memory.",

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+import torch
 from huggingface_hub import HfApi, ModelCard
 from torch import Tensor
 
@@ -14,10 +14,9 @@ from engine.config.options import TrainConfig
 from engine.errors import UserError, first_line
 from engine.files import PARTIAL, discard, sync
 from engine.loop.weights.partition import Partition
-from engine.loop.weights.whole import empty_published_model, whole_tensors
+from engine.loop.weights.whole import empty_published_model, whole_tensors, write_published
 from engine.models.family import Family
 from engine.models.pipelines import use_portable_names
-from engine.tensors import write_one_by_one
 
 
 def export(config: TrainConfig, family: Family, partition: Partition) -> None:
@@ -41,15 +40,8 @@ def save_pipeline(directory: Path, family: Family, module: Any, tensors: Iterabl
         tensors: parameters and buffers of the published model, written in fp32 one after another.
     """
     model = empty_published_model(module)
-    layout = model.state_dict()
-
-    def write(folder: str) -> None:
-        model.save_config(folder)
-        stored = ((name, tensor) for name, tensor in tensors if name in layout)
-        write_one_by_one(Path(folder) / SAFETENSORS_WEIGHTS_NAME, layout, stored, {"format": "pt"})
-
     # The pipeline saves its parts by this method.
-    model.save_pretrained = write
+    model.save_pretrained = lambda folder: write_published(Path(folder), module, tensors, torch.float32)
     output = directory / family.result
     output.mkdir(parents=True, exist_ok=True)
     aside = directory / f"pipeline{PARTIAL}"

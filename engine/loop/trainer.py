@@ -5,6 +5,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from engine.backends import compile_model, configure
+from engine.catalogue import FAMILIES
 from engine.config.command_line import to_toml
 from engine.config.options import TrainConfig
 from engine.data.format.shard import Shards
@@ -24,6 +26,7 @@ from engine.files import write_text
 from engine.loop import attention
 from engine.loop.capture import wanted
 from engine.loop.checkpoints.layout import discard_unfinished, read_state
+from engine.loop.checkpoints.models import write_models
 from engine.loop.checkpoints.snapshot import restore
 from engine.loop.checkpoints.writer import Writer
 from engine.loop.export import create_repository, export, push_to_hub
@@ -143,11 +146,20 @@ class Training:
             compile_model(model, config)
         self.train_step = Step(config, run, family, self.partition, self.metrics, captures)
         token = processes.from_first(secrets.token_hex(4))
-        self.checkpoints = Writer(
-            Path(config.output_dir), run, processes, config.checkpoints_total_limit, config.checkpoint_async, token
-        )
+        limit, beside = config.checkpoints_total_limit, config.checkpoint_async
+        models = self._writes_models() if config.openable_checkpoints and processes.is_first else None
+        self.checkpoints = Writer(Path(config.output_dir), run, processes, limit, beside, token, models)
         self.watchdog: Watchdog | None = None
         self.step = 0
+
+    def _writes_models(self) -> Callable[[Path], list[Path]]:
+        """What writes the models of a checkpoint, for others to open, once all slices of it are there."""
+        partition = self.partition
+        buffers = {name: buffer.detach().cpu() for name, buffer in partition.module.named_buffers()}
+        return partial(
+            write_models, module=partition.module, shapes=partition.shapes, others={**partition.frozen, **buffers},
+            part=FAMILIES[self.config.family].part, dtype=self.family.encoding.dtype,
+        )  # fmt: skip
 
     def resume(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Goes on from a checkpoint whose state was read and checked."""

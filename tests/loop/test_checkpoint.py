@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from diffusers import UNet2DConditionModel
 from torch import nn
 
 from engine.config.options import TrainConfig
@@ -25,7 +26,7 @@ from engine.loop.trainer import train
 from engine.loop.weights import flat
 from engine.loop.weights.flat import FlatPartition
 from engine.processes import Processes
-from tests.loop.runs import SLACK, checkpoint_tensors, config, flip_last_byte
+from tests.loop.runs import SLACK, checkpoint_tensors, config, flip_last_byte, published_order
 
 
 def metrics(output) -> dict[int, dict]:
@@ -288,6 +289,38 @@ def test_the_state_is_written_and_read_without_copies(tmp_path):
         found = directory / "checkpoint-1"
         read = layout.read_state(found)
         assert growth(lambda: restore(found, read, partition, metrics)) < 0.2 * state  # noqa: B023
+
+
+def opened(checkpoint: Path, folder: str) -> dict[str, torch.Tensor]:
+    return UNet2DConditionModel.from_pretrained(checkpoint.parent, subfolder=f"{checkpoint.name}/{folder}").state_dict()
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint_async": True}, {"zero_stage": 3}, {"mixed_precision": "bf16"}], ids=str)
+def test_diffusers_opens_the_models_of_a_checkpoint(options, model, images, tmp_path):
+    run = {"max_train_steps": 4, "checkpointing_steps": 2, "shards_dir": str(tmp_path / "shards"), **options}
+    assert train(config(model, images, tmp_path / "shards", tmp_path / "out").model_copy(update=run)) == 0
+    last = tmp_path / "out" / "checkpoint-4"
+    assert (tmp_path / "out" / "checkpoint-2" / "unet" / "config.json").is_file()
+    dtype = torch.bfloat16 if "mixed_precision" in options else torch.float32
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
+    for kind, folder in (("weight", "unet"), ("ema", "unet_ema")):
+        expected = published_order(unet, checkpoint_tensors(last, kind))
+        ours = opened(last, folder)
+        assert ours.keys() == expected.keys()
+        assert all(torch.equal(ours[name], expected[name].to(dtype).float()) for name in expected)
+    assert layout.read_state(last, whole=True)["step"] == 4
+    flip_last_byte(last / "unet" / "diffusion_pytorch_model.safetensors")
+    assert layout.read_state(last)["step"] == 4, "a training reads nothing of it"
+    with pytest.raises(UserError, match="damaged: unet/diffusion_pytorch_model.safetensors"):
+        layout.read_state(last, whole=True)
+
+
+def test_checkpoints_hold_no_models_where_they_are_not_wanted(model, images, shards, tmp_path):
+    options = {"max_train_steps": 2, "checkpointing_steps": 2, "openable_checkpoints": False}
+    assert train(config(model, images, shards, tmp_path / "out", **options)) == 0
+    assert {path.name for path in (tmp_path / "out" / "checkpoint-2").iterdir()} == {
+        "manifest.json", "rank-0.safetensors", "state.json",
+    }  # fmt: skip
 
 
 class Keeper(Optimizer):

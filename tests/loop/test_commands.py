@@ -117,6 +117,8 @@ def test_two_processes_train_as_one(stage, one_process, model, images, shards, t
         theirs = published_order(unet, checkpoint_tensors(one_process / "checkpoint-12", kind))
         assert relative_distance(ours, theirs, start) < 1e-4 * SLACK
     assert relative_distance(exported(output), exported(one_process), start) < 1e-4 * SLACK
+    opened = UNet2DConditionModel.from_pretrained(output, subfolder="checkpoint-12/unet_ema").state_dict()
+    assert all(torch.equal(opened[name], value) for name, value in exported(output).items())
 
 
 @pytest.mark.two_processes

@@ -46,6 +46,9 @@ def test_a_resumed_run_is_the_same_run(family, published, photographs, tmp_path)
         assert all(torch.equal(first[name], second[name]) for name in first)
     trained = "prior_pipeline/prior" if family == "wuerstchen" else "unet" if family == "kandinsky-decoder" else "prior"
     exported = [load_file(output / trained / "diffusion_pytorch_model.safetensors") for output in (whole, resumed)]
+    part = trained.rpartition("/")[2]
+    opened = load_file(resumed / "checkpoint-6" / f"{part}_ema" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(opened[name], exported[0][name]) for name in exported[0] | opened)
     assert all(torch.equal(exported[0][name], exported[1][name]) for name in exported[0])
 
 

@@ -3,7 +3,8 @@
 A directory checkpoint-N holds, per process, rank-R.safetensors with the slices it keeps in fp32: tensors named
 `kind/parameter@start`, with kind `weight`, a moment of the optimizer or `ema`, flattened, `start` the first element within the
 parameter (parameters are those of the training form, `models/training_form.py`). state.json holds the step and what the run
-was; manifest.json the digest of every file. No pickle is written or opened.
+was; manifest.json the digest of every file. Folders hold the models for others to open (`models.py`), from which nothing is
+read here. No pickle is written or opened.
 """
 
 import json
@@ -49,8 +50,8 @@ def find(directory: Path, resume: str) -> Path | None:
     return complete[-1] if complete else None
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Checks every digest and returns state.json.
+def read_state(checkpoint: Path, whole: bool = False) -> dict[str, Any]:
+    """Checks the digests of what a training continues from, or of the `whole` checkpoint, and returns state.json.
 
     Raises:
         UserError: a file is missing or altered, or the format is another.
@@ -58,8 +59,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
         damaged = [
-            name for name, expected in manifest.items()
-            if not (checkpoint / name).is_file() or digest(checkpoint / name) != expected
+            name for name, expected in manifest.items() if (whole or "/" not in name)
+            and not ((checkpoint / name).is_file() and digest(checkpoint / name) == expected)
         ]  # fmt: skip
         state = json.loads((checkpoint / "state.json").read_text()) if not damaged else {}
     except (OSError, ValueError) as error:

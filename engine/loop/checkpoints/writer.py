@@ -9,7 +9,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +33,7 @@ class Writer:
 
     beside: copy the state to host memory and write in a thread; the next `save` and `wait` wait for it, and raise what it
         raised.
+    models: writes the models of a checkpoint into its directory, beside all slices, and returns their files; or None.
     token: tells this run's unfinished writing from that of a run that was killed; the same on all processes.
     """
 
@@ -42,6 +43,7 @@ class Writer:
     total_limit: int | None
     beside: bool
     token: str
+    models: Callable[[Path], list[Path]] | None = None
     copy_seconds: float = 0.0
     _thread: threading.Thread | None = None
     _error: BaseException | None = None
@@ -118,6 +120,8 @@ class Writer:
         write_json(aside / f"rank-{rank}.json", written)
         if self.processes.is_first:
             digests = self._digests(aside)
+            for path in self.models(aside) if self.models else ():
+                digests[path.relative_to(aside).as_posix()] = digest(path)
             write_json(aside / "state.json", snapshot.state)
             digests["state.json"] = digest(aside / "state.json")
             write_json(aside / "manifest.json", digests)

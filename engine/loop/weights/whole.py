@@ -1,14 +1,17 @@
 """The published model put together from a partition, to be saved or to draw with."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from engine.loop.weights.partition import Partition
 from engine.models.training_form import to_published_form
+from engine.tensors import write_one_by_one
 
 
 def whole_tensors(partition: Partition) -> Iterator[tuple[str, Tensor]]:
@@ -39,6 +42,19 @@ def assemble(partition: Partition, dtype: torch.dtype) -> Any:
         path, _, leaf = name.rpartition(".")
         model.get_submodule(path)._buffers[leaf] = state[name]
     return model.eval()
+
+
+def write_published(folder: Path, module: Any, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> None:
+    """Writes the published model of one in training form into a folder, as diffusers opens it.
+
+    Args:
+        tensors: parameters and buffers of the published model, written one after another.
+    """
+    model = empty_published_model(module)
+    model.save_config(folder)
+    layout = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
+    stored = ((name, tensor) for name, tensor in tensors if name in layout)
+    write_one_by_one(folder / SAFETENSORS_WEIGHTS_NAME, layout, stored, {"format": "pt"})
 
 
 def empty_published_model(module: Any) -> Any:

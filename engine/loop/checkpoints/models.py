@@ -1,0 +1,56 @@
+"""The models in a checkpoint, as diffusers opens them: made from the slices beside them, of however many processes."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.loop.checkpoints.layout import SliceFiles
+from engine.loop.weights.whole import write_published
+from engine.models.training_form import to_published_form
+
+FOLDERS = {"weight": "{}", "ema": "{}_ema"}  # of the weights and their moving average, as the diffusers scripts name them
+
+
+def whole_parameters(
+    files: SliceFiles, kind: str, shapes: Mapping[str, torch.Size], others: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Parameters of a model in training form, fp32 on the host and put together from slices one at a time, and then `others`.
+
+    Args:
+        shapes: of the trained parameters.
+        others: parameters that are not trained, and buffers.
+    """
+    for name, shape in shapes.items():
+        parameter = torch.empty(shape)
+        files.fill_parameter(kind, name, parameter)
+        yield name, parameter
+    yield from others.items()
+
+
+def write_models(
+    checkpoint: Path,
+    module: Any,
+    shapes: Mapping[str, torch.Size],
+    others: Mapping[str, Tensor],
+    part: str,
+    dtype: torch.dtype,
+) -> list[Path]:
+    """Writes the weights, and the moving average if there is one, into folders of a checkpoint; returns their files.
+
+    Needs no collective, and never holds more than a parameter.
+
+    Args:
+        module: the trained module, in training form.
+        shapes, others: as `whole_parameters` takes them.
+        part: what the pipeline calls the module.
+    """
+    files = SliceFiles(checkpoint)
+    folders = {kind: checkpoint / name.format(part) for kind, name in FOLDERS.items() if kind in files.kinds}
+    for kind, folder in folders.items():
+        folder.mkdir(exist_ok=True)
+        parameters = whole_parameters(files, kind, shapes, others)
+        write_published(folder, module, to_published_form(module, parameters), dtype)
+    return [path for folder in folders.values() for path in sorted(folder.iterdir())]
