@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,18 @@ def seed_of(config: TrainConfig, state: dict[str, Any] | None) -> int:
     return int(state["run"]["seed"]) if state else secrets.randbits(31)
 
 
-def open_run(config: TrainConfig, seed: int, shards: Shards, plan: BatchPlan) -> Run:
-    """The run over these shards; epochs give its number of steps, where that is not given."""
+def open_run(config: TrainConfig, seed: int, shards: Shards, plan: BatchPlan, state: dict[str, Any] | None) -> Run:
+    """The run over these shards; epochs give its number of steps, where that is not given.
+
+    Args:
+        state: state.json of the checkpoint to go on from. One beyond the last step is trained for one more, as by the scripts.
+    """
     steps = config.max_train_steps or -(-config.num_train_epochs * len(shards) // plan.global_batch)
+    done = state["step"] if state else 0
+    if done > steps:
+        if plan.rank == 0:
+            print(f"The checkpoint is of step {done}, beyond the {steps} asked for: training one step more", file=sys.stderr)
+        steps = done + 1
     return Run(seed, plan.global_batch, shards.index.fingerprint, len(shards), steps)
 
 

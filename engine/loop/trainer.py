@@ -80,7 +80,7 @@ def _train(config: TrainConfig, processes: Processes) -> int:
     seed = processes.from_first(seed_of(config, state))
     shards = prepare_shards(config, family, processes)
     plan = BatchPlan(config.train_batch_size, config.gradient_accumulation_steps, processes.rank, processes.world)
-    run = open_run(config, seed, shards, plan)
+    run = open_run(config, seed, shards, plan, state)
     config = config.model_copy(update={"seed": run.seed, "max_train_steps": run.steps})
     if state is not None:
         check_same_run(checkpoint, state["run"], run.identity)

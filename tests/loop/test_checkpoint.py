@@ -77,6 +77,18 @@ def test_a_resumed_run_is_bit_identical(step, uninterrupted, model, images, shar
     assert [ours[n]["loss"] for n in range(1, 10)] == [theirs[n]["loss"] for n in range(1, 10)]
 
 
+def test_a_checkpoint_beyond_the_last_step_is_trained_for_one_more(uninterrupted, model, images, shards, tmp_path, capsys):
+    options = {"max_train_steps": 3, "checkpointing_steps": 1}
+    copied = tmp_path / "out" / "checkpoint-6"
+    shutil.copytree(uninterrupted / "checkpoint-6", copied)
+    assert train(config(model, images, shards, tmp_path / "out", resume_from_checkpoint="checkpoint-6", **options)) == 0
+    output = capsys.readouterr()
+    assert "The checkpoint is of step 6, beyond the 3 asked for: training one step more\n" in output.err
+    assert "Trained 7 steps" in output.out
+    assert [path.name for path in layout.complete_checkpoints(tmp_path / "out")] == ["checkpoint-6", "checkpoint-7"]
+    assert metrics(tmp_path / "out")[7]["loss"] == metrics(uninterrupted)[7]["loss"]
+
+
 def test_losses_agree_when_a_checkpoint_falls_between_log_points(model, images, shards, tmp_path):
     options = {"log_every": 5, "checkpointing_steps": 3, "max_train_steps": 10}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
