@@ -5,14 +5,14 @@ import os
 
 def rank() -> int:
     """Which of all processes this one is."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK") or 0)
 
 
 def world() -> int:
     """How many processes there are."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def local_rank(otherwise: int = 0) -> int:
     """Which of its node's processes this one is; `otherwise`, if that is not negative, where no launcher says."""
-    return int(os.environ.get("LOCAL_RANK", max(otherwise, 0)))
+    return int(os.environ.get("LOCAL_RANK") or max(otherwise, 0))

@@ -63,15 +63,18 @@ def info_command(arguments: list[str]) -> int:
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     from engine.data.describe import contact_sheet, summary
     from engine.data.format.index import INDEX, Index
-    from engine.models.encoder import open_encoding
-    from engine.picture import save_png
 
     index = Index.read(options.directory)
     print(summary(options.directory, index))
     if index.records and options.records > 0:
-        quiet_libraries()
+        built = load(CacheConfig, index.config, str(options.directory / INDEX))
         models = {name: value for name in PIPELINES if (value := getattr(options, name)) is not None}
-        encoding = open_encoding(load(CacheConfig, index.config | models, str(options.directory / INDEX)))
+        config = load(CacheConfig, index.config | models) if models else built
+        from engine.models.encoder import open_encoding
+        from engine.picture import save_png
+
+        quiet_libraries()
+        encoding = open_encoding(config)
         output = options.output or options.directory / "contact-sheet.png"
         save_png(contact_sheet(options.directory, index, encoding, options.records), output)
         print(f"contact sheet  {output}")

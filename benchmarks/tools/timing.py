@@ -167,13 +167,6 @@ def summarize(times: dict[str, list[float]], notes: dict[str, str], moved: int) 
     }  # fmt: skip
 
 
-def copy_bytes_per_second(device: torch.device) -> float:
-    """Bytes read and written per second by a copy that no cache holds."""
-    moved = 2**32 if device.type == "cuda" else 2**28
-    times, _ = microseconds({"copy": [copying(moved, device)]}, device)
-    return moved / statistics.median(times["copy"]) * 1e6
-
-
 def spread(values: list[float]) -> tuple[float, float, float]:
     """Median, and the quartiles around it."""
     if len(values) == 1:

@@ -19,8 +19,6 @@ def check_options(config: CacheConfig) -> None:
     for name, by_family in options_by_family(type(config)).items():
         if by_family.get(config.family) is REQUIRED and getattr(config, name) is None:
             raise UserError(f"--{name} is required")
-    if not (config.data or config.shards_dir):
-        raise UserError("no data: give --train_data_dir, --dataset_name, or --shards_dir with shards built before")
     if isinstance(config, TrainConfig):
         _check_outputs(config)
         _check_sharding(config)
@@ -78,11 +76,13 @@ def _check_attention(config: TrainConfig) -> None:
 
 
 def check_machine(config: CacheConfig) -> None:
-    """Refuses what is not on this machine's disk or not installed, before anything is opened.
+    """Refuses work without data, or with what is not on this machine's disk or not installed, before anything is opened.
 
     Raises:
         UserError: which, and the remedy.
     """
+    if not (config.data or config.shards_dir):
+        raise UserError("no data: give --train_data_dir, --dataset_name, or --shards_dir with shards built before")
     if config.train_data_dir and not Path(config.train_data_dir).is_dir():
         raise UserError(f"--train_data_dir {config.train_data_dir}: no such directory")
     lacking = options_lacking(type(config), config.family)

@@ -77,6 +77,8 @@ def read_toml(model: type[BaseModel], path: Path, where: str) -> dict[str, Any]:
     for name in values:
         if name not in model.model_fields:
             raise UserError(f"{where}: unknown option {name}{_closest(name, list(model.model_fields))}")
+    if "global_batch_size" in values:
+        values.pop("gradient_accumulation_steps", None)  # runs once wrote down beside it what follows from it
     return values
 
 

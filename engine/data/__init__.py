@@ -1,1 +1,1 @@
-"""From source images to batches: source, transforms, shards, build, order, loader."""
+"""From source images to batches: sources, transforms, encode, format, samples."""

@@ -2,15 +2,18 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 
 from engine.data.format.index import Index
 from engine.data.format.shard import Shards
-from engine.models.encoder import Encoding
 from engine.picture import labelled_grid
 from engine.tensors import read_header
+
+if TYPE_CHECKING:  # the libraries of the models take seconds, and a summary needs none
+    from engine.models.encoder import Encoding
 
 
 def summary(directory: Path, index: Index) -> str:
@@ -33,7 +36,7 @@ def summary(directory: Path, index: Index) -> str:
     return "\n".join(lines)
 
 
-def contact_sheet(directory: Path, index: Index, encoding: Encoding, count: int) -> Image.Image:
+def contact_sheet(directory: Path, index: Index, encoding: "Encoding", count: int) -> Image.Image:
     """Records spread evenly over the shards, decoded, each under its caption."""
     shards = Shards(directory)
     count = min(count, len(shards))

@@ -1,1 +1,1 @@
-"""The training loop: trainer tells the story; step, optimizer, zero, ema, metrics, validation, checkpoint are its parts."""
+"""The training loop: trainer tells the story; the files and folders beside it are its parts."""

@@ -35,6 +35,13 @@ def test_the_stored_configuration_is_read_back_and_keeps_no_secret(data, tmp_pat
     assert again == config.model_copy(update={"hub_token": None})
 
 
+def test_a_file_that_also_holds_what_follows_from_the_whole_batch_is_read(data, tmp_path):
+    config = run(*data, "--global_batch_size", "64")
+    file = tmp_path / "config.toml"
+    file.write_text(f"{to_toml(config)}gradient_accumulation_steps = 4\n")
+    assert parse(TrainConfig, "engine.run", "", ["--config", str(file)]) == config
+
+
 STORED = {"family": "sd", "pretrained_model_name_or_path": "org/model", "shards_dir": "shards"}
 # A stored configuration that is wrong -> what is said of it.
 STORED_MISTAKES = [
