@@ -103,7 +103,7 @@ class Processes:
 
 
 class StopSignal:
-    """SIGTERM and SIGUSR1, turned into one step at which every process stops.
+    """SIGTERM, SIGUSR1 and the first Ctrl-C, turned into one step at which every process stops. A second Ctrl-C ends at once.
 
     A process may be told before the others. Each step starts a reduction of the flags on the host, and the next step reads
     its result, so that all processes see the same answer at the same step and none waits for it.
@@ -113,10 +113,18 @@ class StopSignal:
         self.processes = processes
         self.received = False
         self._pending: tuple[torch.Tensor, Any] | None = None
-        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        numbers = [signal.SIGTERM, signal.SIGUSR1]
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell leaves it for what runs in its background
+            numbers.append(signal.SIGINT)
+        self._previous = {number: signal.signal(number, self._receive) for number in numbers}
 
     def _receive(self, number: int, frame: Any) -> None:
         self.received = True
+        if number == signal.SIGINT:
+            signal.signal(number, self._previous[number])
+            if self.processes.is_first:
+                # Not through Python's stream, in the middle of whose work this may be.
+                os.write(2, b"\nLeaving after this step, with a checkpoint; Ctrl-C again ends at once\n")
 
     def agreed(self) -> bool:
         """Whether to stop after this step. To be called once a step by every process."""

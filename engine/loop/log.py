@@ -10,7 +10,9 @@ from PIL import Image
 from engine.config.command_line import to_toml
 from engine.config.options import TrainConfig
 from engine.config.schema import SECRETS
+from engine.errors import first_line
 from engine.files import write_text
+from engine.messages import warn
 from engine.picture import curves
 
 METRICS = "metrics.jsonl"
@@ -50,6 +52,13 @@ class Log:
             self.wandb.log(values, step=step)
 
     def picture(self, image: Image.Image, step: int) -> None:
+        """A tracker that does not take it costs a warning."""
+        try:
+            self._picture(image, step)
+        except Exception as error:  # the libraries raise many kinds
+            warn(f"validation images of step {step} in the tracker: {first_line(error)}; the training goes on")
+
+    def _picture(self, image: Image.Image, step: int) -> None:
         if self.tensorboard:
             import numpy as np
 
@@ -64,7 +73,10 @@ class Log:
         self.file.close()
         lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
         if lines:
-            curves(lines, ["loss", "grad_norm", "lr", "samples_per_second"], self.output / "curves.png")
+            try:
+                curves(lines, ["loss", "grad_norm", "lr", "samples_per_second"], self.output / "curves.png")
+            except Exception as error:  # a picture never costs a training
+                warn(f"curves.png: {first_line(error)}")
         if self.tensorboard:
             self.tensorboard.close()
         if self.wandb:

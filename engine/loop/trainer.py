@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from engine import messages
 from engine.backends import compile_model, configure
 from engine.catalogue import FAMILIES
 from engine.config.command_line import to_toml
@@ -60,6 +61,7 @@ def train(config: TrainConfig) -> int:
     Raises:
         UserError: a mistake in the options, the model or the data.
     """
+    messages.begin(quiet=False)
     configure(config)
     processes = Processes(config.local_rank)
     try:
@@ -108,19 +110,21 @@ def _train(config: TrainConfig, processes: Processes) -> int:
 
 
 def _run(training: "Training", shards: Shards, plan: BatchPlan) -> bool:
-    """Steps, validation and export; False when a signal asked to leave before the end."""
+    """Steps, the last checkpoint, export, and then pictures; False when a signal asked to leave before the end."""
     config, run, processes = training.config, training.run, training.processes
     log = Log(config, training.step) if processes.is_first else None
     try:
         schedule, device = training.family.schedule, processes.device
         with contextlib.closing(Loader(shards, plan, run.seed, schedule, device, training.step, run.steps)) as loader:
             finished = training.run_steps(iter(loader), log)
+        if training.saved != training.step:
+            training.save()
         training.checkpoints.wait()
         processes.barrier()
         if finished:
+            export(config, training.family, training.partition)
             if config.validation_prompts:
                 training.validate(log)
-            export(config, training.family, training.partition)
         return finished
     finally:
         if log:
@@ -150,7 +154,7 @@ class Training:
         models = self._writes_models() if config.openable_checkpoints and processes.is_first else None
         self.checkpoints = Writer(Path(config.output_dir), run, processes, limit, beside, token, models)
         self.watchdog: Watchdog | None = None
-        self.step = 0
+        self.step = self.saved = 0  # the last step, and the one whose checkpoint was loaded or saved last
 
     def _writes_models(self) -> Callable[[Path], list[Path]]:
         """What writes the models of a checkpoint, for others to open, once all slices of it are there."""
@@ -165,7 +169,7 @@ class Training:
         """Goes on from a checkpoint whose state was read and checked."""
         started = time.perf_counter()
         restore(checkpoint, state, self.partition, self.metrics)
-        self.step = int(state["step"])
+        self.step = self.saved = int(state["step"])
         if self.processes.is_first:
             print(f"Continuing from {checkpoint}, loaded in {time.perf_counter() - started:.2f} s", file=sys.stderr)
 
@@ -189,7 +193,7 @@ class Training:
                 self.step += 1
                 self.pace.given(self.step)
                 leave = stop.agreed() and self.step < self.run.steps
-                self._after_step(progress, log, leave)
+                self._after_step(progress, log)
                 if leave:
                     return False
             return True
@@ -199,7 +203,7 @@ class Training:
             if self.watchdog:
                 self.watchdog.close()
 
-    def _after_step(self, progress: tqdm, log: Log | None, leave: bool) -> None:
+    def _after_step(self, progress: tqdm, log: Log | None) -> None:
         """Metrics, checkpoint and validation, where they are due."""
         config = self.config
         if self.step % config.log_every == 0 or self.step == self.run.steps:
@@ -210,10 +214,14 @@ class Training:
             if log:
                 log.write(line)
             self._stop_when_skipping(int(line["skipped_steps"] or 0))
-        if leave or self.step % config.checkpointing_steps == 0:
-            self._beside_training(lambda: self.checkpoints.save(self.step, self.partition, self.metrics))
+        if self.step % config.checkpointing_steps == 0:
+            self._beside_training(self.save)
         if config.validation_prompts and self.step < self.run.steps and self._epoch_to_validate():
             self._beside_training(lambda: self.validate(log))
+
+    def save(self) -> None:
+        self.checkpoints.save(self.step, self.partition, self.metrics)
+        self.saved = self.step
 
     def _beside_training(self, work: Callable[[], Any]) -> None:
         """Runs work that is not a step, on nobody's clock, once the steps before it are finished."""

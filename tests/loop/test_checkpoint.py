@@ -139,6 +139,19 @@ def test_the_limit_keeps_the_newest(model, images, shards, tmp_path):
     assert (tmp_path / "out" / "latest").read_text().strip() == "checkpoint-8"
 
 
+def test_a_run_ends_with_a_checkpoint_of_its_last_step(model, images, shards, tmp_path, monkeypatch):
+    output, saved = tmp_path / "out", []
+    save = Writer.save
+    monkeypatch.setattr(Writer, "save", lambda self, step, *others: (saved.append(step), save(self, step, *others)))
+    options = {"checkpointing_steps": 3, "checkpoints_total_limit": 1}
+    assert train(config(model, images, shards, output, max_train_steps=5, **options)) == 0
+    assert [path.name for path in layout.complete_checkpoints(output)] == ["checkpoint-5"]
+    assert layout.find(output, "latest") == output / "checkpoint-5"
+    assert train(config(model, images, shards, output, max_train_steps=6, resume_from_checkpoint="latest", **options)) == 0
+    assert train(config(model, images, shards, output, max_train_steps=6, resume_from_checkpoint="latest", **options)) == 0
+    assert saved == [3, 5, 6], "none of a step that has one"
+
+
 def test_a_damaged_checkpoint_is_named_and_another_offered(uninterrupted, tmp_path):
     for step in (3, 6):
         shutil.copytree(uninterrupted / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
@@ -178,7 +191,7 @@ def test_the_seed_of_the_resumed_run_is_taken_over(uninterrupted, model, images,
 
 
 def test_no_pickle_is_written(uninterrupted):
-    suffixes = {path.suffix for path in (uninterrupted / "checkpoint-9").iterdir()}
+    suffixes = {path.suffix for path in (uninterrupted / "checkpoint-9").rglob("*") if path.is_file()}
     assert suffixes == {".safetensors", ".json"}
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from benchmarks.runs import faults
 from benchmarks.tools.place import Place
 from engine.loop.trainer import train
+from engine.processes import Processes, StopSignal
 from tests.commands import Command, run, run_two, start_two
 from tests.loop.runs import SLACK, checkpoint_tensors, command, config, published_order, relative_distance
 
@@ -70,7 +71,7 @@ def test_five_kills_change_nothing(model, images, tmp_path):
     assert not list(killed.rglob("*.partial"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_and_leaves(number, model, images, shards, tmp_path):
     output = tmp_path / "out"
     options = config(model, images, shards, output, max_train_steps=100_000, checkpointing_steps=100_000)
@@ -88,6 +89,16 @@ def test_a_signal_saves_and_leaves(number, model, images, shards, tmp_path):
     result = run(command(resumed))
     assert result.returncode == 0, result.errors
     assert len(losses(output)) == step + 3
+
+
+def test_a_second_interrupt_ends_at_once(capfd):
+    stop = StopSignal(Processes())
+    signal.raise_signal(signal.SIGINT)
+    assert stop.agreed()
+    assert "Ctrl-C again ends at once" in capfd.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    stop.close()
 
 
 @pytest.fixture(scope="module")

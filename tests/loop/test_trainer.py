@@ -13,7 +13,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine.errors import UserError
-from engine.loop import export
+from engine.loop import export, log, validation
 from engine.loop.log import _forget_after
 from engine.loop.trainer import train
 from tests.loop.runs import config
@@ -80,7 +80,7 @@ def test_only_the_promised_entries_are_left(trained):
     names = {path.name for path in trained.iterdir()}
     assert names == {
         "config.toml", "metrics.jsonl", "curves.png", "samples", "logs", "model_index.json", "scheduler", "text_encoder",
-        "tokenizer", "unet", "vae",
+        "tokenizer", "unet", "vae", "checkpoint-8", "latest",
     }  # fmt: skip
 
 
@@ -103,6 +103,38 @@ def test_validation_leaves_the_training_alone(model, images, shards, tmp_path):
         losses.append([json.loads(line)["loss"] for line in lines])
     assert len(list((tmp_path / "drawn" / "samples").iterdir())) == 3
     assert losses[0] == losses[1]
+
+
+def fail(*arguments, **named):
+    raise ZeroDivisionError("of a picture\nand more")
+
+
+@pytest.mark.parametrize("place", ["labelled_grid", "draw", "save_png"])
+def test_a_picture_that_fails_is_a_warning_and_costs_nothing(place, model, images, shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(validation, place, fail)
+    options = {"validation_prompts": ["a red square"], "validation_epochs": 1, "max_train_steps": 4}
+    assert train(config(model, images, shards, tmp_path / "out", **options)) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert warnings == [
+        f"warning: validation images of step {step}: ZeroDivisionError: of a picture; the training goes on" for step in (3, 4)
+    ]
+    UNet2DConditionModel.from_pretrained(tmp_path / "out", subfolder="unet")
+
+
+def test_curves_and_trackers_that_fail_are_warnings(model, images, shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(log, "curves", fail)
+    monkeypatch.setattr(log.Log, "_picture", fail)
+    options = {"validation_prompts": ["a red square"], "max_train_steps": 2}
+    assert train(config(model, images, shards, tmp_path / "out", **options)) == 0
+    assert capsys.readouterr().err.count("warning: ") == 2
+
+
+def test_checkpoint_and_pipeline_are_there_before_the_last_pictures(model, images, shards, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(validation, "draw", lambda *arguments, **named: seen.extend(path.name for path in out.iterdir()))
+    out = tmp_path / "out"
+    assert train(config(model, images, shards, out, validation_prompts=["a red square"], max_train_steps=2)) == 0
+    assert {"checkpoint-2", "latest", "model_index.json", "unet"} <= set(seen)
 
 
 def test_without_ema_the_weights_themselves_are_exported(model, images, shards, tmp_path):
