@@ -121,7 +121,7 @@ class StopSignal:
     def _receive(self, number: int, frame: Any) -> None:
         self.received = True
         if number == signal.SIGINT:
-            signal.signal(number, self._previous[number])
+            signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
             if self.processes.is_first:
                 # Not through Python's stream, in the middle of whose work this may be.
                 os.write(2, b"\nLeaving after this step, with a checkpoint; Ctrl-C again ends at once\n")
