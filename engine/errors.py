@@ -23,7 +23,7 @@ class UserError(Exception):
         self.alone = alone
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an exception of a library says, in one line."""
     return (str(error) or type(error).__name__).splitlines()[0]
 

@@ -8,7 +8,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     "engine.launcher", "engine.errors", "engine.messages", "engine.quiet", "engine.catalogue", "engine.files", "engine.tensors",
     "engine.picture", "engine.config", "engine.processes", "engine.backends", "cpp_ext", "engine.philox", "engine.diffusion",
-    "engine.kernels", "engine.data.format", "engine.data.samples", "engine.data.transforms", "engine.data.sources",
+    "engine.kernels", "engine.data.format", "engine.data.samples", "engine.data.transforms", "engine.data.report",
+    "engine.data.sources",
     "engine.models", "engine.data.encode", "engine.data.describe", "engine.data", "engine.loop", "engine.run", "engine.shards",
     "engine.cache", "engine.checkpoint", "engine.sample", "engine.export", "benchmarks.tools", "benchmarks",
 ]  # fmt: skip

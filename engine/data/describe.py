@@ -1,6 +1,5 @@
 """What shards hold, for a person: a summary in words, and a contact sheet of decoded records."""
 
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +8,7 @@ from PIL import Image
 
 from engine.data.format.index import Index
 from engine.data.format.shard import Shards
+from engine.data.report import by_reason
 from engine.picture import labelled_grid
 from engine.tensors import read_header
 
@@ -27,8 +27,7 @@ def summary(directory: Path, index: Index) -> str:
         f"captions       {sum(shard.caption_rows for shard in index.shards)} distinct",
         f"refused        {len(index.refused)}",
     ]
-    reasons = Counter(item["reason"] for item in index.refused)
-    lines += [f"  {count:6d}       {reason}" for reason, count in reasons.most_common(10)]
+    lines += [f"  {len(items):6d}       {reason}" for reason, items in by_reason(index.refused).items()]
     for name, field in index.fields.items():
         shape = " x ".join(map(str, field.shape))
         lines.append(f"field          {name}: {shape} {str(field.dtype).removeprefix('torch.')} per {field.per}")

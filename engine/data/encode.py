@@ -1,11 +1,14 @@
-"""Encoding a source into latent shards: on all processes, with decoding threads, resumable after any interruption."""
+"""Encoding a source into latent shards: on all processes, with decoding threads, resumable after any interruption.
+
+Whatever a sample raises while it is read, decoded, transformed or encoded refuses that sample and no other.
+"""
 
 import concurrent.futures
 import itertools
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,13 +18,17 @@ from tqdm import tqdm
 
 from engine.config.options import CacheConfig, options_of
 from engine.data.format.index import INDEX, Index, ShardEntry
-from engine.data.format.shard import shard_name, write_shard
-from engine.data.sources.interface import Refused, Source
+from engine.data.format.shard import read_tensors, shard_name, write_shard
+from engine.data.report import describe_refused, say, say_refused
+from engine.data.sources.interface import Refused, Source, refusing
 from engine.errors import UserError
 from engine.files import PARTIAL, digest, digest_of
 from engine.models.encoder import Encoder, Encoding
 from engine.processes import Processes
 from engine.tensors import read_header
+
+# So many samples refused by the encoder, before it encoded any, are the encoder's fault.
+_HOPELESS = 100
 
 
 @dataclass(frozen=True)
@@ -31,13 +38,13 @@ class Captions:
     numbers: per sample the numbers of its captions; none for a refused one.
     texts: the distinct captions in order of first appearance; a caption's number is its place here.
     first_of_shard: [shards + 1], the number of the first caption that each shard stores.
-    refused: sample -> reason.
+    refused: sample -> why it has none.
     """
 
     numbers: list[list[int]]
     texts: list[str]
     first_of_shard: list[int]
-    refused: dict[int, str]
+    refused: dict[int, Refused]
 
     @property
     def shards(self) -> int:
@@ -54,11 +61,12 @@ def number_captions(source: Source, shard_records: int, captioned: bool) -> Capt
     number_of: dict[str, int] = {}
     for sample in range(len(source)):
         try:
-            captions = source.captions(sample) if captioned else []
+            with refusing("unreadable caption"):
+                captions = source.captions(sample) if captioned else []
             numbers.append([number_of.setdefault(caption, len(number_of)) for caption in captions])
-        except Refused as reason:
+        except Refused as why:
             numbers.append([])
-            refused[sample] = str(reason)
+            refused[sample] = why
         if (sample + 1) % shard_records == 0 or sample + 1 == len(source):
             first_of_shard.append(len(number_of))
     return Captions(numbers, list(number_of), first_of_shard, refused)
@@ -81,29 +89,36 @@ def encode_source(config: CacheConfig, encoding: Encoding, source: Source, proce
     """Encodes what is missing of the shards and returns the index.
 
     Raises:
-        UserError: the directory holds shards of something else, or `--strict` met a sample that cannot be used.
+        UserError: the directory holds shards of something else, no sample can be used, or `--strict` met one that cannot.
     """
     directory = config.shards_path
     identity = identity_of(config, encoding, source)
     fingerprint = digest_of(identity)
     if (directory / INDEX).exists():
         return _existing_index(directory, identity, fingerprint)
-    directory.mkdir(parents=True, exist_ok=True)
     captions = number_captions(source, config.shard_records, encoding.captioned)
     if config.strict and captions.refused:
-        sample, reason = next(iter(captions.refused.items()))
-        raise UserError(f"--strict: {source.name(sample)}: {reason}")
+        raise _strict(source, *next(iter(captions.refused.items())))
+    if len(captions.refused) == len(source):
+        raise _all_refused([_listed(source, sample, why) for sample, why in captions.refused.items()])
+    directory.mkdir(parents=True, exist_ok=True)
 
-    mine = range(processes.rank, captions.shards, processes.world)
-    missing = [number for number in mine if not _is_complete(directory / shard_name(number), fingerprint)]
+    paths = {number: directory / shard_name(number) for number in range(processes.rank, captions.shards, processes.world)}
+    missing = [number for number, path in paths.items() if not _is_complete(path, fingerprint)]
     started = time.perf_counter()
     if missing:
         _encode_shards(config, encoding, source, captions, missing, fingerprint, processes)
     seconds = max(processes.gather_objects(time.perf_counter() - started))
+    _drop_unusable_captions(list(paths.values()), encoding, source, processes)
 
-    gathered = processes.gather_objects({number: _describe(directory / shard_name(number)) for number in mine})
+    gathered = processes.gather_objects({number: _describe(path) for number, path in paths.items()})
     by_number = {number: described for part in gathered for number, described in part.items()}
     described = [by_number[number] for number in range(captions.shards)]
+    refused = [item for _, items in described for item in items]
+    if len(refused) == len(source):
+        for path in paths.values():
+            path.unlink()
+        raise _all_refused(refused)
     index = Index(
         family=config.family,
         fingerprint=fingerprint,
@@ -111,7 +126,7 @@ def encode_source(config: CacheConfig, encoding: Encoding, source: Source, proce
         config={name: value for name, value in options_of(config).items() if name in CacheConfig.model_fields},
         fields=encoding.record_spec,
         shards=[entry for entry, _ in described],
-        refused=[item for _, refused in described for item in refused],
+        refused=refused,
         encode_seconds=seconds,
     )
     if processes.is_first:
@@ -119,7 +134,23 @@ def encode_source(config: CacheConfig, encoding: Encoding, source: Source, proce
         for leftover in directory.glob(f"*{PARTIAL}"):
             leftover.unlink()
     processes.barrier()
+    for noticed, count in sum(processes.gather_objects(source.noticed), Counter()).items():
+        say(f"{count} of {len(source)} images {noticed}")
+    say_refused(len(source), refused, directory / INDEX)
     return index
+
+
+def _listed(source: Source, sample: int, why: Refused) -> dict[str, str]:
+    """A refused sample as the index lists it."""
+    return {"source": source.name(sample), "reason": why.reason} | ({"detail": why.detail} if why.detail else {})
+
+
+def _strict(source: Source, sample: int, why: Refused) -> UserError:
+    return UserError(f"--strict: {source.name(sample)}: {why}", alone=True)
+
+
+def _all_refused(refused: list[dict[str, str]]) -> UserError:
+    return UserError(f"not one of {len(refused)} samples can be used: {describe_refused(refused)}")
 
 
 def _existing_index(directory: Path, identity: dict[str, Any], fingerprint: str) -> Index:
@@ -174,11 +205,32 @@ def _encode_shards(
             disable=None if processes.is_first else True,
         ) as progress,
     ):
+        encoded = 0
+        failed: list[tuple[int, Refused]] = []
         for number, samples in samples_of.items():
+            shard = Encoded()
             prepared = _prepare(config, encoding, source, captions, samples, pool)
-            tensors, metadata = _encode_shard(config, encoding, encoder, captions, number, prepared, progress)
-            refused = [{"source": source.name(sample), "reason": reason} for sample, reason in metadata["refused"]]
-            metadata |= {"refused": refused, "fingerprint": fingerprint}
+            failed += _encode_images(config, encoder, prepared, shard, progress)
+            _encode_captions(config, encoder, captions, number, shard)
+            encoded += len(shard.rows)
+            if config.strict and (refusals := [*shard.refused.items(), *shard.unusable.items()]):
+                raise _strict(source, *refusals[0])
+            if not encoded and len(failed) >= _HOPELESS:
+                raise _all_refused([_listed(source, sample, why) for sample, why in failed])
+            refused = [_listed(source, sample, shard.refused[sample]) for sample in samples if sample in shard.refused]
+            tensors = _shard_tensors(shard, captions, encoding)
+            metadata = {
+                "records": len(tensors["source"]),
+                "image_rows": int(tensors["image_offsets"][-1]),
+                "caption_rows": len(shard.caption_rows),
+                "captions": captions.texts_of(number),
+                "refused": refused,
+                "fingerprint": fingerprint,
+            }
+            if shard.unusable:
+                metadata["unusable_captions"] = {
+                    str(caption): [why.reason, why.detail] for caption, why in shard.unusable.items()
+                }
             write_shard(config.shards_path / shard_name(number), tensors, metadata)
 
 
@@ -187,7 +239,7 @@ def _samples_of_shard(number: int, shard_records: int, samples: int) -> range:
 
 
 # A sample with its decoded and transformed variants, or with the reason why there are none.
-Prepared = tuple[int, list[dict[str, Tensor]] | str]
+Prepared = tuple[int, list[dict[str, Tensor]] | Refused]
 
 
 def _prepare(
@@ -204,11 +256,14 @@ def _prepare(
         if sample in captions.refused:
             return sample, captions.refused[sample]
         try:
-            return sample, encoding.prepare(source.image(sample), sample)
-        except Refused as refused:
+            with refusing("unreadable image"):
+                image = source.image(sample)
+            with refusing("image cannot be transformed"):
+                return sample, encoding.prepare(image, sample)
+        except Refused as why:
             if config.strict:
-                raise UserError(f"--strict: {source.name(sample)}: {refused}", alone=True) from None
-            return sample, str(refused)
+                raise _strict(source, sample, why) from None
+            return sample, why
 
     if config.dataloader_num_workers == 0:
         yield from map(prepare, samples)
@@ -223,70 +278,138 @@ def _prepare(
         yield futures.popleft().result()
 
 
-def _encode_shard(
-    config: CacheConfig,
-    encoding: Encoding,
-    encoder: Encoder,
-    captions: Captions,
-    number: int,
-    prepared: Iterable[Prepared],
-    progress: tqdm,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors of one shard, and its metadata with `refused` as (sample, reason)."""
-    records: list[int] = []
-    variants: list[int] = []
-    refused: list[tuple[int, str]] = []
+Item = TypeVar("Item")
+Row = dict[str, Tensor]
 
-    def images() -> Iterator[dict[str, Tensor]]:
-        """The variants of all samples, one after another; notes what was seen."""
+
+@dataclass
+class Encoded:
+    """What became of one shard's samples and captions.
+
+    rows: the image rows of the samples that were encoded, (sample, row) for every variant, in order.
+    refused: sample -> why it was not.
+    caption_rows: one for every caption of the shard, empty for one that the encoder refused.
+    unusable: number -> why a caption was refused.
+    """
+
+    rows: list[tuple[int, Row]] = field(default_factory=list)
+    refused: dict[int, Refused] = field(default_factory=dict)
+    caption_rows: list[Row] = field(default_factory=list)
+    unusable: dict[int, Refused] = field(default_factory=dict)
+
+
+def _encode_images(
+    config: CacheConfig, encoder: Encoder, prepared: Iterable[Prepared], shard: Encoded, progress: tqdm
+) -> list[tuple[int, Refused]]:
+    """Encodes the samples of a shard; a sample of which one variant fails is refused as a whole.
+
+    Returns: those that the encoder refused.
+    """
+
+    def variants() -> Iterator[tuple[int, dict[str, Tensor]]]:
         for sample, result in prepared:
             progress.update()
-            if isinstance(result, str):
-                refused.append((sample, result))
-                continue
-            records.append(sample)
-            variants.append(len(result))
-            yield from result
+            if isinstance(result, Refused):
+                shard.refused[sample] = result
+            else:
+                yield from ((sample, variant) for variant in result)
 
-    def encode_images(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return encoder.encode_images({name: torch.stack([image[name] for image in batch]) for name in batch[0]})
+    def encode(batch: list[tuple[int, dict[str, Tensor]]]) -> dict[str, Tensor]:
+        return encoder.encode_images({name: torch.stack([image[name] for _, image in batch]) for name in batch[0][1]})
 
-    texts = captions.texts_of(number)
-    encoded = _encode_in_batches(images(), config.encode_batch_size, encode_images)
-    encoded |= _encode_in_batches(texts, config.encode_batch_size, encoder.encode_captions)
-    tensors = _record_tensors(records, variants, [captions.numbers[sample] for sample in records])
-    for name, field in encoding.record_spec.items():
-        tensors[name] = encoded[name] if name in encoded else torch.empty(0, *field.shape, dtype=field.dtype)
-    metadata = {
-        "records": len(records),
-        "image_rows": sum(variants),
-        "caption_rows": len(texts),
-        "captions": texts,
-        "refused": refused,
-    }
-    return tensors, metadata
+    rows: list[tuple[int, Row]] = []
+    failed: dict[int, Refused] = {}
+    for (sample, _), row in _encode_in_batches(variants(), config.encode_batch_size, encode, "image"):
+        if isinstance(row, Refused):
+            failed[sample] = row
+        else:
+            rows.append((sample, row))
+    shard.refused |= failed
+    shard.rows = [(sample, row) for sample, row in rows if sample not in failed]
+    return list(failed.items())
 
 
-Item = TypeVar("Item")
+def _encode_captions(config: CacheConfig, encoder: Encoder, captions: Captions, number: int, shard: Encoded) -> None:
+    encoded = _encode_in_batches(captions.texts_of(number), config.encode_batch_size, encoder.encode_captions, "caption")
+    for caption, (text, row) in enumerate(encoded, start=captions.first_of_shard[number]):
+        if isinstance(row, Refused):
+            shard.unusable[caption] = Refused(row.reason, f"{row.detail} (caption {text[:60]!r})")
+        shard.caption_rows.append({} if isinstance(row, Refused) else row)
 
 
 def _encode_in_batches(
-    items: Iterable[Item], size: int, encode: Callable[[list[Item]], dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """The fields of all items, on the host; no field where there are no items."""
-    parts: dict[str, list[Tensor]] = {}
+    items: Iterable[Item], size: int, encode: Callable[[list[Item]], dict[str, Tensor]], kind: str
+) -> Iterator[tuple[Item, Row | Refused]]:
+    """Every item with its row, on the host, or with the reason why it has none."""
     iterator = iter(items)
     while batch := list(itertools.islice(iterator, size)):
-        for name, tensor in encode(batch).items():
-            parts.setdefault(name, []).append(tensor.cpu())
-    return {name: torch.cat(tensors) for name, tensors in parts.items()}
+        yield from zip(batch, _encode_batch(batch, encode, kind), strict=True)
 
 
-def _record_tensors(records: list[int], variants: list[int], caption_numbers: Sequence[list[int]]) -> dict[str, Tensor]:
-    """The tensors that tie rows to records: of each its sample, its number of variants and the numbers of its captions."""
-    return {
-        "source": torch.tensor(records, dtype=torch.int64),
-        "image_offsets": torch.tensor([0, *itertools.accumulate(variants)]),
-        "caption_offsets": torch.tensor([0, *itertools.accumulate(map(len, caption_numbers))]),
-        "caption_numbers": torch.tensor([*itertools.chain(*caption_numbers)], dtype=torch.int64),
+def _encode_batch(batch: list[Item], encode: Callable[[list[Item]], dict[str, Tensor]], kind: str) -> list[Row | Refused]:
+    """The rows of a batch; one that fails is encoded item by item, so that the culprit is known."""
+    try:
+        with refusing(f"{kind} cannot be encoded"):
+            fields = {name: tensor.cpu() for name, tensor in encode(batch).items()}
+    except torch.OutOfMemoryError:
+        raise UserError(f"--encode_batch_size {len(batch)}: does not fit the device; try a smaller one", alone=True) from None
+    except Refused as why:
+        return [why] if len(batch) == 1 else [row for item in batch for row in _encode_batch([item], encode, kind)]
+    finite = torch.stack([tensor.isfinite().flatten(1).all(1) for tensor in fields.values()]).all(0).tolist()
+    overflow = any(tensor.dtype == torch.float16 for tensor in fields.values())
+    unfit = Refused(f"{kind} encodes to values that are not finite", "fp16 overflows; try bf16" if overflow else "")
+    return [{name: tensor[row] for name, tensor in fields.items()} if good else unfit for row, good in enumerate(finite)]
+
+
+def _shard_tensors(shard: Encoded, captions: Captions, encoding: Encoding) -> dict[str, Tensor]:
+    """All tensors of a shard: the fields, and those that tie their rows to records."""
+    variants = Counter(sample for sample, _ in shard.rows)  # in the order of the samples
+    numbers = [captions.numbers[sample] for sample in variants]
+    tensors = {
+        "source": torch.tensor(list(variants), dtype=torch.int64),
+        "image_offsets": _offsets(variants.values()),
+        "caption_offsets": _offsets(map(len, numbers)),
+        "caption_numbers": torch.tensor([*itertools.chain(*numbers)], dtype=torch.int64),
     }
+    for name, spec in encoding.record_spec.items():
+        rows = [row for _, row in shard.rows] if spec.per == "image" else shard.caption_rows
+        blank = torch.zeros(spec.shape, dtype=spec.dtype)
+        tensors[name] = torch.stack([row.get(name, blank) for row in rows] or [blank])[: len(rows)]
+    return tensors
+
+
+def _offsets(lengths: Iterable[int]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)])
+
+
+def _drop_unusable_captions(paths: list[Path], encoding: Encoding, source: Source, processes: Processes) -> None:
+    """Takes captions that the encoder refused from all records, which may lie in other shards than the captions.
+
+    Records that are left without one are refused. Doing it again changes nothing.
+    """
+    found = {key: why for path in paths for key, why in read_header(path)[1].get("unusable_captions", {}).items()}
+    unusable = {int(key): Refused(*why) for part in processes.gather_objects(found) for key, why in part.items()}
+    if not unusable:
+        return
+    for path in paths:
+        header, metadata, _ = read_header(path)
+        tensors = read_tensors(path, list(header))
+        numbers = [part.tolist() for part in tensors["caption_numbers"].tensor_split(tensors["caption_offsets"][1:-1])]
+        usable = [[number for number in record if number not in unusable] for record in numbers]
+        if usable == numbers:
+            continue
+        kept = torch.tensor([bool(record) for record in usable])
+        variants = tensors["image_offsets"].diff()
+        for name, spec in encoding.record_spec.items():
+            if spec.per == "image":
+                tensors[name] = tensors[name][kept.repeat_interleave(variants)]
+        for sample, before in zip(tensors["source"][~kept].tolist(), itertools.compress(numbers, ~kept), strict=True):
+            metadata["refused"].append(_listed(source, sample, unusable[before[0]]))
+        tensors |= {
+            "source": tensors["source"][kept],
+            "image_offsets": _offsets(variants[kept].tolist()),
+            "caption_offsets": _offsets(len(record) for record in usable if record),
+            "caption_numbers": torch.tensor([*itertools.chain(*usable)], dtype=torch.int64),
+        }
+        metadata |= {"records": len(tensors["source"]), "image_rows": int(tensors["image_offsets"][-1])}
+        write_shard(path, tensors, metadata)

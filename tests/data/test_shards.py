@@ -143,9 +143,9 @@ def test_strict_stops_at_a_bad_sample(damage, model, tmp_path):
 
 def test_nothing_usable_is_an_error(model, tmp_path):
     images = write_captions(tmp_path / "images", ["", ""])
-    build(model, images, tmp_path / "shards")
-    with pytest.raises(UserError, match="all 2 samples were refused"):
-        Shards(tmp_path / "shards")
+    with pytest.raises(UserError, match=r"not one of 2 samples can be used: 2 empty caption \(0.png, 1.png\)"):
+        build(model, images, tmp_path / "shards")
+    assert not (tmp_path / "shards" / "index.json").exists()
 
 
 def test_building_again_encodes_only_what_is_missing(model, images, tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ def decode(data: Path | io.BytesIO) -> Image.Image:
     except FileNotFoundError:
         raise Refused("no such image file") from None
     except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
-        raise Refused(f"unreadable image: {first_line(error)[:120]}") from None
+        raise Refused("unreadable image", first_line(error)[:120]) from None
 
 
 def clean_captions(value: Any) -> list[str]:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ class ImageFolder:
     """
 
     def __init__(self, folder: Path, image_column: str, caption_column: str | None) -> None:
+        self.noticed: Counter[str] = Counter()
         self.folder = folder.resolve()
         self.metadata_files = sorted(path for name in METADATA_NAMES for path in self.folder.rglob(name) if path.is_file())
         if not self.metadata_files and caption_column:

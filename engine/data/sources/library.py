@@ -2,6 +2,7 @@
 
 import io
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ class LibraryDataset:
     ) -> None:
         import datasets
 
+        self.noticed: Counter[str] = Counter()
         self.image_column, self.caption_column = image_column, caption_column
         rows = _training_rows(name, configuration, cache_dir, data_dir)
         for flag, column in (("image_column", image_column), ("caption_column", caption_column)):
