@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine.config.checks import check_writable
 from engine.config.command_line import Parser, choose, load, read_toml
 from engine.config.options import TrainConfig
 from engine.errors import UserError, exit_code
@@ -64,6 +65,7 @@ def export_command(arguments: list[str]) -> int:
         "--kind", choices=["ema", "weight"], help="which weights (default: the moving average, if there is one)"
     )
     options = parser.parse_args(arguments)
+    check_writable("--output_dir", options.output_dir)
     directory = _locate(options.directory)
     file = options.config or directory.parent / "config.toml"
     if not file.is_file():

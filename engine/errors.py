@@ -3,19 +3,24 @@
 import errno
 import os
 import re
+import select
 import sys
 from collections.abc import Callable
 
 from engine.launcher import local_rank, rank
 
 TRY_AGAIN = 75  # EX_TEMPFAIL: the same command may work when it is tried again
+_OF_THE_DISK = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG,
+)  # fmt: skip
+CLOSED_PIPE = 128 + 13  # as a program that SIGPIPE ends
 
 
 class UserError(Exception):
     """A mistake that the person running the engine can mend.
 
-    The message says what is wrong, where, and what to do, in one line. Command lines print it without a stack trace and
-    leave with exit code 2. `alone`: only this process of several met it, so that no other will say it.
+    The message says what is wrong, where, and what to do, in one line for each mistake. Command lines print it without a stack
+    trace and leave with exit code 2. `alone`: only this process of several met it, so that no other will say it.
     """
 
     def __init__(self, message: str, alone: bool = False) -> None:
@@ -36,14 +41,27 @@ def innermost(error: BaseException) -> BaseException:
 
 
 def disk_problem(error: BaseException) -> str | None:
-    """What the disk, not the program, did wrong: full, over quota or read-only; None for any other exception.
+    """What the disk, not the program, did wrong: full, over quota, not permitted, broken; None for any other exception.
 
     Some libraries hide the system's number in their own exceptions' text.
     """
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
         number = int(found[1])
-    return os.strerror(number) if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG) else None
+    return os.strerror(number) if number in _OF_THE_DISK else None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the host or of a GPU ran out, from what Python or torch raises."""
+    return isinstance(error, MemoryError) or bool(re.search(r"out of memory|can't allocate memory", str(error)))
+
+
+def _pipe_closed() -> bool:
+    """Whether nobody reads what this program prints any more, as after `| head`."""
+    poll = select.poll()
+    for number in (1, 2):
+        poll.register(number, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def lost_a_process(error: BaseException) -> bool:
@@ -52,34 +70,46 @@ def lost_a_process(error: BaseException) -> bool:
 
 
 def exit_code(program: str, main: Callable[[], int]) -> int:
-    """Runs a command line, turning a `UserError` into one line on standard error and exit code 2, Ctrl-C into 130.
+    """Runs a command line, turning a `UserError` into its lines on standard error and exit code 2, Ctrl-C into 130.
 
-    A process that lost another in a collective says so in one line and leaves with `TRY_AGAIN`: the cause is the other's.
+    A process that lost another in a collective says so in one line and leaves with `TRY_AGAIN`: the cause is the other's. One
+    whose output nobody reads any more leaves without a word.
 
     Under a launcher every process meets most mistakes; only the first process of each node says them.
     """
+
+    def say(message: str) -> None:
+        for line in message.splitlines():
+            print(f"{program}: error: {line}", file=sys.stderr)
+
     try:
-        return main()
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe can be handled, and not when Python ends
     except UserError as error:
         if error.alone or local_rank() == 0:
-            print(f"{program}: error: {error}", file=sys.stderr)
+            say(str(error))
         return 2
     except KeyboardInterrupt:
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _pipe_closed():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to be flushed goes there
+            return CLOSED_PIPE
         if lost_a_process(error):
-            print(
-                f"{program}: error: process {rank()}: another process is gone; its own message, or the "
-                f"launcher's, says why. Leaving with exit code {TRY_AGAIN}; a training continues with "
-                "--resume_from_checkpoint latest",
-                file=sys.stderr,
+            say(
+                f"process {rank()}: another process is gone; its own message, or the launcher's, says why. Leaving with exit "
+                f"code {TRY_AGAIN}; a training continues with --resume_from_checkpoint latest"
             )
             return TRY_AGAIN
+        if out_of_memory(error):
+            say(f"out of memory: {first_line(error)}; lower the batch size, the resolution or the number of images, or, in a "
+                "training, try --gradient_checkpointing or a higher --zero_stage")  # fmt: skip
+            return 2
         problem = disk_problem(error)
         if problem is None:
             raise
         where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-        print(
-            f"{program}: error: {where}{problem}; make room or permit writing there, and start the same again", file=sys.stderr
-        )
+        say(f"{where}{problem}; make room or permit access there, and start the same again")
         return 2

@@ -1,48 +1,115 @@
 """What people would rather look at than read: labelled grids of images, and curves of metrics."""
 
+import functools
+import itertools
+import math
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
 from engine.files import write_atomically
 
 _MARGIN = 4
 _MIN_CELL = 64
+_MIN_LABEL = 144  # pixels, enough for three words
+_IMAGES_BESIDE = 12  # of one row, before it wraps
+_LABEL_HEIGHT = 20
+_FONT_SIZE = 13
+_LONGEST_LABEL = 1000  # characters, of which no grid shows all
+_DEJAVU = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # Latin, Greek, Cyrillic, Arabic, Hebrew
 
 
 def labelled_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
-    """A grid with a caption over each row of images; small images are enlarged without smoothing."""
-    side = max(image.width for _, images in rows for image in images)
-    factor = max(1, -(-_MIN_CELL // side))
-    width = max(image.width * factor for _, images in rows for image in images)
-    height = max(image.height * factor for _, images in rows for image in images)
-    columns = max(len(images) for _, images in rows)
-    font = ImageFont.load_default(14)
-    label_height = 20
-    grid = Image.new(
-        "RGB",
-        (columns * (width + _MARGIN) + _MARGIN, len(rows) * (height + label_height + _MARGIN) + _MARGIN),
-        "white",
-    )
+    """A grid with a caption over each row of images; small images are enlarged without smoothing.
+
+    Many rows stand beside each other, and many images of a row below each other, so that the grid is no strip.
+    """
+    images = [image for _, row in rows for image in row]
+    factor = max(1, -(-_MIN_CELL // max(image.width for image in images)))
+    width = max(image.width for image in images) * factor + _MARGIN
+    height = max(image.height for image in images) * factor + _MARGIN
+    longest = max(len(row) for _, row in rows)
+    columns = min(longest, max(_IMAGES_BESIDE, math.isqrt(longest)))
+    block_width = max(columns * width, _MIN_LABEL)
+    block_height = -(-longest // columns) * height + _LABEL_HEIGHT
+    beside = min(len(rows), max(1, round(math.sqrt(len(rows) * block_height / block_width))))
+    size = (beside * block_width + _MARGIN, -(-len(rows) // beside) * block_height + _MARGIN)
+    grid = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(grid)
-    for number, (label, images) in enumerate(rows):
-        top = _MARGIN + number * (height + label_height + _MARGIN)
-        draw.text((_MARGIN, top), _fit(label, draw, font, grid.width - 2 * _MARGIN), fill="black", font=font)
-        for column, image in enumerate(images):
+    for number, (label, row) in enumerate(rows):
+        left, top = _MARGIN + number % beside * block_width, _MARGIN + number // beside * block_height
+        _write(label, draw, left, top, block_width - _MARGIN)
+        for place, image in enumerate(row):
             enlarged = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-            grid.paste(enlarged, (_MARGIN + column * (width + _MARGIN), top + label_height))
+            grid.paste(enlarged, (left + place % columns * width, top + _LABEL_HEIGHT + place // columns * height))
     return grid
 
 
-def _fit(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """`text`, cut with an ellipsis where it is wider than `width` pixels."""
-    if draw.textlength(text, font=font) <= width:
-        return text
-    while text and draw.textlength(text + "...", font=font) > width:
-        text = text[:-1]
-    return text + "..."
+def _write(text: str, draw: ImageDraw.ImageDraw, left: int, top: int, width: int) -> None:
+    """Writes `text` in one line, cut with an ellipsis where it is wider than `width` pixels."""
+    runs = _runs(text)
+    total = sum(font.getlength(run) for font, run in runs)
+    ellipsis = _font(_DEJAVU).getlength("…") if total > width else 0
+    end = left + width - ellipsis
+    x: float = left
+    for font, run in runs:
+        fitting = run
+        while fitting and x + font.getlength(fitting) > end:
+            fitting = fitting[:-1]
+        draw.text((x, top), fitting, fill="black", font=font)
+        x += font.getlength(fitting)
+        if fitting != run:
+            break
+    if ellipsis:
+        draw.text((x, top), "…", fill="black", font=_font(_DEJAVU))
+
+
+def _runs(text: str) -> list[tuple[ImageFont.FreeTypeFont, str]]:
+    """`text` on one line, in pieces that one font each can draw; characters that no font has are written as escapes."""
+    drawn = []
+    for character in " ".join(text[:_LONGEST_LABEL].split()):
+        path = _font_with(character) if character.isprintable() else None
+        if path is None and unicodedata.category(character) != "Cf":  # joiners and marks of direction, which are not seen
+            drawn.append((_DEJAVU, character.encode("unicode_escape").decode()))
+        elif path is not None:
+            drawn.append((path, character))
+    grouped = itertools.groupby(drawn, key=lambda piece: piece[0])
+    return [(_font(path), "".join(piece for _, piece in pieces)) for path, pieces in grouped]
+
+
+@functools.cache
+def _font(path: Path) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(path, _FONT_SIZE)
+
+
+@functools.cache
+def _font_with(character: str) -> Path | None:
+    """The font to draw a character with: DejaVu Sans, or one that is installed on this machine."""
+    return next((path for path in (_DEJAVU, *_installed_fonts()) if ord(character) in _characters(path)), None)
+
+
+@functools.cache
+def _installed_fonts() -> list[Path]:
+    """Regular fonts of the system; not those that matplotlib brings for formulas, or to show boxes for everything."""
+    own = Path(matplotlib.get_data_path())
+    fonts = [font for font in fontManager.ttflist if font.style == "normal" and not Path(font.fname).is_relative_to(own)]
+    return [Path(font.fname) for font in sorted(fonts, key=lambda font: (font.weight not in (400, "normal"), font.fname))]
+
+
+@functools.cache
+def _characters(path: Path) -> frozenset[int]:
+    """The code points that a font draws at our size; none for one that cannot be opened, as bitmaps of another size."""
+    try:
+        _font(path)
+        return frozenset(FT2Font(str(path)).get_charmap())
+    except (OSError, RuntimeError):
+        return frozenset()
 
 
 def curves(lines: Sequence[dict[str, float]], names: Sequence[str], path: Path) -> None:

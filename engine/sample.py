@@ -3,10 +3,32 @@
 import sys
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 from engine.catalogue import FAMILIES
-from engine.config.command_line import Parser
-from engine.errors import UserError, exit_code
+from engine.config.checks import check_picture
+from engine.config.command_line import Parser, number, prompt, whole
+from engine.errors import UserError, exit_code, first_line
+
+
+def _pixel_step(pipeline: Any) -> int:
+    """In steps of how many pixels a pipeline draws."""
+    if "vqgan" in pipeline.components:
+        return 128  # Wuerstchen's three stages have whole sizes together
+    if "movq" in pipeline.components:
+        return int(4 ** (len(pipeline.movq.config.block_out_channels) - 1))  # Kandinsky, which would round up
+    return 8
+
+
+def _check_sampling(pipeline: Any, resolution: int | None, steps: int | None) -> None:
+    """Refuses what a pipeline would refuse in a trace, or answer with an image of another size."""
+    step = _pixel_step(pipeline)
+    if resolution is not None and resolution % step:
+        nearest = max(round(resolution / step), 1) * step
+        raise UserError(f"--resolution {resolution}: this model draws images in steps of {step} px; the nearest is {nearest}")
+    most = pipeline.scheduler.config.get("num_train_timesteps")
+    if steps is not None and most is not None and steps > most:
+        raise UserError(f"--num_inference_steps {steps}: this model has {most} timesteps")
 
 
 def main() -> int:
@@ -16,19 +38,22 @@ def main() -> int:
         "--other_half",
         help="for Kandinsky and Wuerstchen, the decoder of a prior or the prior of a decoder (default: the published)",
     )
-    parser.add_argument("--prompts", nargs="+", required=True, help="one row of images each")
-    parser.add_argument("--images_per_prompt", type=int, default=4, help="default: 4")
-    parser.add_argument("--num_inference_steps", type=int, help="default: the pipeline's own")
-    parser.add_argument("--guidance_scale", type=float, help="default: the pipeline's own")
-    parser.add_argument("--resolution", type=int, help="height and width (default: the pipeline's own)")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--prompts", type=prompt, nargs="+", required=True, help="one row of images each")
+    parser.add_argument("--images_per_prompt", type=whole(1), default=4, help="default: 4")
+    parser.add_argument("--num_inference_steps", type=whole(1), help="default: the pipeline's own")
+    parser.add_argument("--guidance_scale", type=number(0), help="default: the pipeline's own")
+    parser.add_argument("--resolution", type=whole(8), help="height and width (default: the pipeline's own)")
+    parser.add_argument("--seed", type=whole(-(2**63), 2**63 - 1), default=0, help="default: 0")
     parser.add_argument("--compile", action="store_true", help="compile the denoising models with torch.compile")
     parser.add_argument("--output", type=Path, default=Path("samples.png"), help="the grid (default: samples.png)")
     options = parser.parse_args(sys.argv[1:])
+    check_picture("--output", options.output)
     results = [options.model / family.result for family in FAMILIES.values() if family.result]
     model = next(filter(Path.is_dir, results), options.model)
     if not (model / "model_index.json").is_file():
-        raise UserError(f"--model {options.model}: no model_index.json there; give the output directory of a training")
+        hint = "make one of its checkpoint with `python -m engine.checkpoint export`"
+        remedy = hint if (options.model / "latest").exists() else "give the output directory of a training that ended"
+        raise UserError(f"--model {options.model}: no model_index.json there; {remedy}")
 
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     import torch
@@ -40,7 +65,12 @@ def main() -> int:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    pipeline = open_pipeline(model, options.other_half, dtype).to(device)
+    try:
+        pipeline = open_pipeline(model, options.other_half, dtype)
+    except (OSError, ValueError, RuntimeError) as error:  # files that are missing, cut short or of another kind
+        raise UserError(f"--model {model}: cannot be loaded: {first_line(error)}") from None
+    _check_sampling(pipeline, options.resolution, options.num_inference_steps)
+    pipeline = pipeline.to(device)
     pipeline.set_progress_bar_config(disable=None)
     # Wuerstchen is guided in its prior alone.
     guided = "guidance_scale" if "guidance_scale" in signature(pipeline.__call__).parameters else "prior_guidance_scale"

@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 from engine.catalogue import PIPELINES
-from engine.config.command_line import Parser, choose, load, parse
+from engine.config.checks import check_picture
+from engine.config.command_line import Parser, choose, load, parse, whole
 from engine.config.options import CacheConfig
 from engine.errors import exit_code
 
@@ -55,7 +56,9 @@ def verify_command(arguments: list[str]) -> int:
 def info_command(arguments: list[str]) -> int:
     parser = Parser("engine.shards info", description="Describe shards, with a contact sheet of decoded records.")
     parser.add_argument("directory", type=Path, help="directory of the shards")
-    parser.add_argument("--records", type=int, default=24, help="records on the contact sheet (default: 24)")
+    parser.add_argument(
+        "--records", type=whole(0, 1024), default=24, help="records on the contact sheet, 0 for none (default: 24)"
+    )
     parser.add_argument("--output", type=Path, help="the contact sheet (default: contact-sheet.png beside the shards)")
     for name in PIPELINES:
         parser.add_argument(f"--{name}", help="to decode with (default: as the shards were built)")
@@ -65,8 +68,11 @@ def info_command(arguments: list[str]) -> int:
     from engine.data.format.index import INDEX, Index
 
     index = Index.read(options.directory)
+    output = options.output or options.directory / "contact-sheet.png"
+    if options.records:
+        check_picture("--output", output)
     print(summary(options.directory, index))
-    if index.records and options.records > 0:
+    if index.records and options.records:
         built = load(CacheConfig, index.config, str(options.directory / INDEX))
         models = {name: value for name in PIPELINES if (value := getattr(options, name)) is not None}
         config = load(CacheConfig, index.config | models) if models else built
@@ -75,7 +81,6 @@ def info_command(arguments: list[str]) -> int:
 
         quiet_libraries()
         encoding = open_encoding(config)
-        output = options.output or options.directory / "contact-sheet.png"
         save_png(contact_sheet(options.directory, index, encoding, options.records), output)
         print(f"contact sheet  {output}")
     return 0

@@ -1,6 +1,8 @@
 """What the disk did is told from what the program did."""
 
 import errno
+import subprocess
+import sys
 
 import pytest
 
@@ -12,6 +14,7 @@ from engine.errors import UserError, disk_problem, exit_code
     [
         (OSError(errno.ENOSPC, "x"), "No space left on device"),
         (OSError(errno.EROFS, "x"), "Read-only file system"),
+        (PermissionError(errno.EACCES, "x"), "Permission denied"),
         (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), "No space left on device"),
         (OSError(errno.ENOENT, "x"), None),
         (RuntimeError("something else"), None),
@@ -82,3 +85,48 @@ def test_an_error_of_one_process_alone_is_printed_by_it(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert exit_code("program", fail) == 2
     assert capsys.readouterr().err == "program: error: this disk\n"
+
+
+def test_each_mistake_has_its_line(capsys):
+    def fail() -> int:
+        raise UserError("one\ntwo")
+
+    assert exit_code("program", fail) == 2
+    assert capsys.readouterr().err == "program: error: one\nprogram: error: two\n"
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("Unable to allocate 15 GiB"), RuntimeError("CUDA out of memory. Tried to")], ids=str
+)
+def test_memory_that_runs_out_is_one_line(error, capsys):
+    def fail() -> int:
+        raise error
+
+    assert exit_code("program", fail) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"program: error: out of memory: {error}")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("ending", ["return 0", "raise SystemExit(0)"])
+def test_output_that_nobody_reads_ends_quietly(ending):
+    code = f"""
+import sys
+from engine.errors import exit_code
+def main():
+    print("x" * 100_000)
+    {ending}
+sys.exit(exit_code("program", main))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
+
+
+def test_a_pipe_to_another_process_keeps_its_trace():
+    def main() -> int:
+        raise BrokenPipeError(errno.EPIPE, "to a process of ours")
+
+    with pytest.raises(BrokenPipeError):
+        exit_code("program", main)

@@ -1,5 +1,6 @@
 """Drawing from trained pipelines, compiled and not."""
 
+import shutil
 import sys
 from collections import Counter
 
@@ -10,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from engine import sample
-from engine.errors import UserError
+from engine.errors import UserError, exit_code
 from engine.models import pipelines
 from engine.models.pipelines import draw, open_pipeline
 
@@ -81,4 +82,49 @@ def test_samples_are_drawn_into_a_labelled_grid(model, tmp_path, monkeypatch):
 def test_a_model_that_is_none_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sample", "--model", str(tmp_path), "--prompts", "x"])
     with pytest.raises(UserError, match="no model_index.json there"):
+        sample.main()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--resolution", "33"], "--resolution 33: this model draws images in steps of 8 px; the nearest is 32"),
+        (["--num_inference_steps", "1001"], "--num_inference_steps 1001: this model has 1000 timesteps"),
+        (["--num_inference_steps", "0"], "--num_inference_steps: must be at least 1, not 0"),
+        (["--images_per_prompt", "-1"], "--images_per_prompt: must be at least 1, not -1"),
+        (["--images_per_prompt", "two"], "--images_per_prompt: invalid"),
+        (["--guidance_scale", "nan"], "--guidance_scale: must be at least 0, not nan"),
+        (["--guidance_scale", "inf"], "--guidance_scale: must be at least 0, not inf"),
+        (["--seed", str(2**64)], "--seed: must be at least"),
+        (["--prompts", "a\udcff"], "is not UTF-8"),
+        (["--output", "samples.jpg"], "--output samples.jpg: pictures are written as PNG"),
+        (["--output", "/proc/no/x.png"], "--output /proc/no: cannot be written"),
+        (["--other_half", "x"], "has no other half; leave out --other_half"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_drawn_is_refused_in_one_line(arguments, named, model, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sample", "--model", str(model), "--prompts", "x", *arguments])
+    assert exit_code("engine.sample", sample.main) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("engine.sample: error: ")
+    assert named in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("family", "wrong", "nearest"), [("wuerstchen", 100, 128), ("kandinsky-prior", 33, 32)])
+def test_a_size_that_a_family_cannot_draw_is_not_drawn_as_another(family, wrong, nearest, published, monkeypatch):
+    options = published(family)
+    ours, other = (options[name] for name in HALVES[family])
+    arguments = ["--model", ours, "--other_half", other, "--prompts", "x", "--resolution", str(wrong)]
+    monkeypatch.setattr(sys, "argv", ["sample", *arguments])
+    with pytest.raises(UserError, match=f"--resolution {wrong}: this model draws .* the nearest is {nearest}"):
+        sample.main()
+
+
+def test_a_pipeline_with_a_damaged_part_is_named(model, tmp_path, monkeypatch):
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"short")
+    monkeypatch.setattr(sys, "argv", ["sample", "--model", str(tmp_path / "model"), "--prompts", "x"])
+    with pytest.raises(UserError, match="cannot be loaded"):
         sample.main()

@@ -46,6 +46,7 @@ def test_info_describes_and_draws(shards, tmp_path, capsys, monkeypatch):
     [
         (["mend"], "unknown command 'mend'"),
         (["verify", "/nowhere"], "/nowhere: no index.json there"),
+        (["info", "/nowhere", "--records", "-1"], "--records: must be at least 0"),
         (["info"], "the following arguments are required: directory"),
         (["build", "--family", "sd"], "--pretrained_model_name_or_path is required"),
     ],

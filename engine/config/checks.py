@@ -1,13 +1,15 @@
 """Mistakes that only a look at several options can find, and those that only a look at this machine can."""
 
 import importlib.util
-import os
+import tempfile
 from pathlib import Path
 
 from engine.catalogue import PIPELINES
 from engine.config.options import XFORMERS, CacheConfig, TrainConfig
 from engine.config.schema import REQUIRED, options_by_family, options_lacking
 from engine.errors import UserError
+
+LARGEST = 2**31 - 1  # of the integer options but --seed, so that sums and products of them are integers everywhere
 
 
 def check_options(config: CacheConfig) -> None:
@@ -19,6 +21,9 @@ def check_options(config: CacheConfig) -> None:
     for name, by_family in options_by_family(type(config)).items():
         if by_family.get(config.family) is REQUIRED and getattr(config, name) is None:
             raise UserError(f"--{name} is required")
+    for name, value in config:
+        if type(value) is int and value > LARGEST and name != "seed":
+            raise UserError(f"--{name} {value}: too large; {LARGEST} is the most")
     if isinstance(config, TrainConfig):
         _check_outputs(config)
         _check_sharding(config)
@@ -89,15 +94,15 @@ def check_machine(config: CacheConfig) -> None:
     for name in PIPELINES:
         if name not in lacking:
             _check_pipeline(name, Path(getattr(config, name)))
-    _check_writable("--output_dir", Path(config.output_dir))
-    _check_writable("--shards_dir", config.shards_path)
+    check_writable("--output_dir", Path(config.output_dir))
+    check_writable("--shards_dir", config.shards_path)
     if isinstance(config, TrainConfig):
         _check_training_machine(config)
 
 
 def _check_training_machine(config: TrainConfig) -> None:
     if config.compile_cache_dir:
-        _check_writable("--compile_cache_dir", Path(config.compile_cache_dir))
+        check_writable("--compile_cache_dir", Path(config.compile_cache_dir))
     for flag, wanted, package in (
         ("--report_to wandb", config.report_to == "wandb", "wandb"),
         ("--use_8bit_adam", config.use_8bit_adam, "bitsandbytes"),
@@ -112,12 +117,28 @@ def _check_training_machine(config: TrainConfig) -> None:
         raise UserError(f"--resume_from_checkpoint {resume}: no such directory; give one, or `latest`")
 
 
-def _check_writable(flag: str, path: Path) -> None:
-    existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
-    if not existing.is_dir():
-        raise UserError(f"{flag} {path}: {existing} is a file; name a directory")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {path}: no permission to write in {existing}")
+def check_writable(flag: str, path: Path) -> None:
+    """Refuses a directory that cannot be made, or not be written in, by trying in the nearest one that exists.
+
+    Raises:
+        UserError: why.
+    """
+    try:
+        existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+        if not existing.is_dir():
+            raise UserError(f"{flag} {path}: {existing} is a file; name a directory")
+        tempfile.TemporaryDirectory(prefix=".", dir=existing).cleanup()
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be written: {error.strerror}; name another directory") from None
+
+
+def check_picture(flag: str, path: Path) -> None:
+    """Refuses a path where no PNG can be written."""
+    if path.suffix.lower() != ".png":
+        raise UserError(f"{flag} {path}: pictures are written as PNG; give a name that ends in .png")
+    if path.is_dir():
+        raise UserError(f"{flag} {path}: is a directory; name a file")
+    check_writable(flag, path.parent)
 
 
 def _check_pipeline(option: str, path: Path) -> None:

@@ -13,7 +13,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from engine.catalogue import FAMILIES
-from engine.config.checks import check_machine, check_options
+from engine.config.checks import LARGEST, check_machine, check_options
 from engine.config.options import CacheConfig, options_of
 from engine.config.schema import REQUIRED, SECRETS, options_lacking
 from engine.errors import UserError
@@ -26,6 +26,41 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         raise UserError(message)
+
+
+def whole(low: int, high: int = LARGEST) -> Callable[[str], int]:
+    """What reads an integer from `low` to `high` for a `Parser`."""
+    return lambda text: _in_range(int(text), low, high)
+
+
+def number(low: float) -> Callable[[str], float]:
+    """What reads a finite number that is at least `low` for a `Parser`."""
+    return lambda text: _in_range(float(text), low, sys.float_info.max)
+
+
+def _in_range(value: Any, low: float, high: float) -> Any:
+    if not low <= value <= high:
+        most = "" if high in (LARGEST, sys.float_info.max) else f" and at most {high}"
+        raise argparse.ArgumentTypeError(f"must be at least {low}{most}, not {value}")
+    return value
+
+
+def prompt(text: str) -> str:
+    """What reads a text for models for a `Parser`."""
+    if problem := _no_text(text):
+        raise argparse.ArgumentTypeError(f"{text!r} {problem}")
+    return text
+
+
+def _no_text(value: str) -> str | None:
+    """Why a string is none that models, files and names of files can hold."""
+    if "\0" in value:
+        return "holds a NUL character"
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return "is not UTF-8"
+    return None
 
 
 def choose(commands: Mapping[str, Callable[[list[str]], int]], usage: str) -> int:

@@ -20,7 +20,7 @@ XFORMERS = [family for family, entry in FAMILIES.items() if entry.xformers]
 class CacheConfig(BaseModel):
     """What shapes the content of the latent shards."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     family: FamilyName = option(
         ...,

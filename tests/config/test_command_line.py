@@ -61,6 +61,10 @@ def test_a_file_may_hold_everything(data, tmp_path):
         (["--report_to", "wandb", "--hub_token", "t"], "--hub_token with --report_to wandb would expose the token"),
         (["--config", "/nowhere.toml"], "--config /nowhere.toml: No such file or directory"),
         (["--seed", str(2**63)], "--seed"),
+        (["--learning_rate", "inf"], "--learning_rate 'inf': input should be a finite number"),
+        (["--max_train_steps", str(10**30)], f"--max_train_steps {10**30}: too large"),
+        (["--output_dir", "/proc/x"], "--output_dir /proc/x: cannot be written: No such file or directory"),
+        (["--shards_dir", "x" * 300], "cannot be written: File name too long"),
     ],
 )
 def test_mistakes_are_named_with_a_remedy(arguments, named, data):
