@@ -84,6 +84,7 @@ def export_command(arguments: list[str]) -> int:
     if kind not in files.kinds:
         raise UserError(f"{directory}: holds no {kind}; it has {', '.join(files.kinds)}")
     family = open_family(config)
+    family.check_files()
     # The parameters as training lays them out, without the rest of what a training pass needs, a GPU of some kind perhaps.
     model = family.published_model()
     to_training_form(model, form_with(config))

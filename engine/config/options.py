@@ -48,7 +48,11 @@ class CacheConfig(BaseModel):
         "model",
     )
     revision: str | None = option(only(("sd",), None), "Revision of the pretrained model on the hub.", "model")
-    variant: str | None = option(only(("sd",), None), "Variant of the pretrained model's files, for example fp16.", "model")
+    variant: str | None = option(
+        None,
+        "Variant of the pretrained models' files, for example fp16; parts that have none of it are read as they are.",
+        "model",
+    )
     cache_dir: str | None = option(None, "Where downloaded models and data sets are kept.", "model")
 
     dataset_name: str | None = option(

@@ -73,6 +73,7 @@ def train(config: TrainConfig) -> int:
 def _train(config: TrainConfig, processes: Processes) -> int:
     config = divide_global_batch(config, processes.world)
     family = open_family(config)
+    family.check_files()
     if needs_deepspeed(config, processes.world):
         check_deepspeed(config, processes)
     repository = create_repository(config) if config.push_to_hub and processes.is_first else None

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from engine.errors import UserError, first_line
+from engine.models.check import refuse_pointer
 
 CHECKPOINT_FILE = "model_v2_stage_b.pt"
 CHECKPOINT_ENTRY = "effnet_state_dict"
@@ -113,6 +114,7 @@ def read_weights(name: str, cache_dir: str | None) -> dict[str, Tensor]:
             path = Path(hf_hub_download(name, CHECKPOINT_FILE, cache_dir=cache_dir))
         except Exception as error:  # a connection, a missing repository or file: the library raises many kinds
             raise UserError(f"{option}: neither a file nor on the hub: {first_line(error)}") from None
+    refuse_pointer(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

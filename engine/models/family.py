@@ -42,6 +42,14 @@ class Family(ABC):
         self.result = Path(family.result)
 
     @abstractmethod
+    def check_files(self) -> None:
+        """Opens everything that training, export and validation images will read, of weights the headers alone.
+
+        Raises:
+            UserError: something is missing, damaged, or does not fit its configuration, with the remedy.
+        """
+
+    @abstractmethod
     def published_model(self) -> Any:
         """The module that is trained, as diffusers loads it, in fp32 on the host."""
 

@@ -18,10 +18,11 @@ from engine.config.options import CacheConfig, TrainConfig
 from engine.data import transforms
 from engine.data.format.index import Field
 from engine.diffusion import DiscreteSchedule, weighting
+from engine.models.check import check_pipeline, load_model, read_part
 from engine.models.encoder import Encoder, Encoding
 from engine.models.family import PREVIEW_STEPS, Family
 from engine.models.pipelines import combine
-from engine.models.published import digest_folder, locate, read_image_parts, read_part, require_equal
+from engine.models.published import digest_parts, locate, read_image_parts, require_equal
 
 
 class KandinskyDecoderEncoding(Encoding):
@@ -56,9 +57,9 @@ class KandinskyDecoderEncoding(Encoding):
         }
 
     def encoder_identity(self) -> dict[str, str]:
-        return {"movq": digest_folder(self.path / "movq")} | {
-            part: digest_folder(self.prior_path / part) for part in ("image_encoder", "image_processor")
-        }
+        image_parts = {"image_encoder": CLIPVisionModelWithProjection, "image_processor": None}
+        variant = self.config.variant
+        return digest_parts(self.path, {"movq": VQModel}, variant) | digest_parts(self.prior_path, image_parts, variant)
 
     def preprocessing_identity(self) -> dict[str, Any]:
         return {"resolution": self.config.resolution}
@@ -71,13 +72,13 @@ class KandinskyDecoderEncoding(Encoding):
 
     @torch.inference_mode()
     def decode(self, rows: Tensor) -> list[Image.Image]:
-        movq = VQModel.from_pretrained(self.path / "movq", torch_dtype=torch.float32)
+        movq = load_model(self.path / "movq", VQModel, self.config.variant, torch.float32)
         return transforms.to_images(movq.decode(rows.float(), force_not_quantize=True).sample)
 
     def load_encoder(self, device: torch.device) -> "KandinskyDecoderEncoder":
-        movq = VQModel.from_pretrained(self.path / "movq", torch_dtype=self.dtype)
-        folder = self.prior_path / "image_encoder"
-        image_encoder: Any = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=self.dtype)
+        variant, dtype = self.config.variant, self.dtype
+        movq = load_model(self.path / "movq", VQModel, variant, dtype)
+        image_encoder = load_model(self.prior_path / "image_encoder", CLIPVisionModelWithProjection, variant, dtype)
         return KandinskyDecoderEncoder(self, movq.to(device).eval(), image_encoder.to(device).eval())
 
 
@@ -106,9 +107,13 @@ class KandinskyDecoder(Family):
         scheduler = read_part(self.encoding.path, "scheduler", DDPMScheduler.from_pretrained)
         self.schedule = DiscreteSchedule(scheduler.alphas_cumprod, scheduler.config.prediction_type, weighting(config))
 
+    def check_files(self) -> None:
+        check_pipeline(self.encoding.path, KandinskyV22Pipeline, self.config.variant)
+        if self.config.validation_prompts:
+            check_pipeline(locate(self.config, PRIOR), KandinskyV22PriorPipeline, self.config.variant)
+
     def published_model(self) -> UNet2DConditionModel:
-        load = UNet2DConditionModel.from_pretrained
-        return read_part(self.encoding.path, "unet", lambda path: load(path, torch_dtype=torch.float32))
+        return load_model(self.encoding.path / "unet", UNet2DConditionModel, self.config.variant, torch.float32)
 
     @staticmethod
     def predict(model: Callable[..., Any], noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
@@ -117,10 +122,11 @@ class KandinskyDecoder(Family):
         return model(noisy, timesteps, None, added_cond_kwargs=condition, return_dict=False)[0]
 
     def pipeline(self, model: nn.Module) -> KandinskyV22Pipeline:
-        return KandinskyV22Pipeline.from_pretrained(self.encoding.path, unet=model)
+        return KandinskyV22Pipeline.from_pretrained(self.encoding.path, unet=model, variant=self.config.variant)
 
     def preview(self, model: nn.Module) -> tuple[Any, dict[str, Any]]:
         encoding, size = self.encoding, self.config.resolution
-        prior = KandinskyV22PriorPipeline.from_pretrained(locate(self.config, PRIOR), torch_dtype=encoding.dtype)
-        decoder = KandinskyV22Pipeline.from_pretrained(encoding.path, unet=model, torch_dtype=encoding.dtype)
+        options = {"torch_dtype": encoding.dtype, "variant": self.config.variant}
+        prior = KandinskyV22PriorPipeline.from_pretrained(locate(self.config, PRIOR), **options)
+        decoder = KandinskyV22Pipeline.from_pretrained(encoding.path, unet=model, **options)
         return combine(prior, decoder), {"num_inference_steps": PREVIEW_STEPS, "height": size, "width": size}

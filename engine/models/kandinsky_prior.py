@@ -19,15 +19,15 @@ from engine.catalogue import DECODER
 from engine.config.options import CacheConfig, TrainConfig
 from engine.data.format.index import Field
 from engine.diffusion import DiscreteSchedule, weighting
+from engine.models.check import check_pipeline, check_weights, load_model, present_variant, read_part
 from engine.models.encoder import Encoder, Encoding
 from engine.models.family import PREVIEW_STEPS, Family
 from engine.models.pipelines import combine
 from engine.models.published import (
-    digest_folder,
+    digest_parts,
     digest_tensors,
     locate,
     read_image_parts,
-    read_part,
     read_text_parts,
     require_equal,
     tokenize,
@@ -85,10 +85,16 @@ class KandinskyPriorEncoding(Encoding):
         }
 
     def encoder_identity(self) -> dict[str, str]:
-        parts = ("image_encoder", "image_processor", "text_encoder", "tokenizer")
-        return {part: digest_folder(self.path / part) for part in parts} | {
-            "clip_statistics": digest_tensors(self.clip_statistics())
+        models = {
+            "image_encoder": CLIPVisionModelWithProjection,
+            "image_processor": None,
+            "text_encoder": CLIPTextModelWithProjection,
+            "tokenizer": None,
         }
+        variant = self.config.variant
+        parts = digest_parts(self.path, models, variant)
+        check_weights(self.path / "prior", PriorTransformer, present_variant(self.path / "prior", variant))
+        return parts | {"clip_statistics": digest_tensors(self.clip_statistics())}
 
     def clip_statistics(self) -> dict[str, Tensor]:
         """The prior's `clip_mean` and `clip_std`, fp32 [1, width], without loading the rest of it where that is possible."""
@@ -99,7 +105,7 @@ class KandinskyPriorEncoding(Encoding):
                 found |= {name: tensors.get_tensor(name).float() for name in names if name in tensors.keys()}  # noqa: SIM118
             if len(found) == len(names):
                 return found
-        prior = PriorTransformer.from_pretrained(self.path / "prior", torch_dtype=torch.float32)
+        prior = load_model(self.path / "prior", PriorTransformer, self.config.variant, torch.float32)
         return {name: getattr(prior, name).detach() for name in names}
 
     def preprocessing_identity(self) -> dict[str, Any]:
@@ -111,7 +117,7 @@ class KandinskyPriorEncoding(Encoding):
     @torch.inference_mode()
     def decode(self, rows: Tensor) -> list[Image.Image]:
         """What the decoder draws from the embeddings."""
-        pipeline = KandinskyV22Pipeline.from_pretrained(self.locate_decoder())
+        pipeline = KandinskyV22Pipeline.from_pretrained(self.locate_decoder(), variant=self.config.variant)
         pipeline.set_progress_bar_config(disable=True)
         statistics = self.clip_statistics()
         embeddings = rows.float() * statistics["clip_std"] + statistics["clip_mean"]
@@ -125,8 +131,9 @@ class KandinskyPriorEncoding(Encoding):
         ).images
 
     def load_encoder(self, device: torch.device) -> "KandinskyPriorEncoder":
-        image_encoder: Any = CLIPVisionModelWithProjection.from_pretrained(self.path / "image_encoder", dtype=self.dtype)
-        text_encoder: Any = CLIPTextModelWithProjection.from_pretrained(self.path / "text_encoder", dtype=self.dtype)
+        variant, dtype = self.config.variant, self.dtype
+        image_encoder = load_model(self.path / "image_encoder", CLIPVisionModelWithProjection, variant, dtype)
+        text_encoder = load_model(self.path / "text_encoder", CLIPTextModelWithProjection, variant, dtype)
         statistics = {name: tensor.to(device) for name, tensor in self.clip_statistics().items()}
         return KandinskyPriorEncoder(self, image_encoder.to(device).eval(), text_encoder.to(device).eval(), statistics)
 
@@ -168,9 +175,13 @@ class KandinskyPrior(Family):
         scheduler: Any = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
         self.schedule = DiscreteSchedule(scheduler.alphas_cumprod, "sample", weighting(config))
 
+    def check_files(self) -> None:
+        check_pipeline(self.encoding.path, KandinskyV22PriorPipeline, self.config.variant)
+        if self.config.validation_prompts:
+            check_pipeline(self.encoding.locate_decoder(), KandinskyV22Pipeline, self.config.variant)
+
     def published_model(self) -> PriorTransformer:
-        load = PriorTransformer.from_pretrained
-        prior = read_part(self.encoding.path, "prior", lambda path: load(path, torch_dtype=torch.float32))
+        prior = load_model(self.encoding.path / "prior", PriorTransformer, self.config.variant, torch.float32)
         prior.clip_mean.requires_grad_(False)
         prior.clip_std.requires_grad_(False)
         return prior
@@ -187,10 +198,11 @@ class KandinskyPrior(Family):
         )[0]
 
     def pipeline(self, model: nn.Module) -> KandinskyV22PriorPipeline:
-        return KandinskyV22PriorPipeline.from_pretrained(self.encoding.path, prior=model)
+        return KandinskyV22PriorPipeline.from_pretrained(self.encoding.path, prior=model, variant=self.config.variant)
 
     def preview(self, model: nn.Module) -> tuple[Any, dict[str, Any]]:
         encoding, size = self.encoding, self.config.resolution
-        prior = KandinskyV22PriorPipeline.from_pretrained(encoding.path, prior=model, torch_dtype=encoding.dtype)
-        decoder = KandinskyV22Pipeline.from_pretrained(encoding.locate_decoder(), torch_dtype=encoding.dtype)
+        options = {"torch_dtype": encoding.dtype, "variant": self.config.variant}
+        prior = KandinskyV22PriorPipeline.from_pretrained(encoding.path, prior=model, **options)
+        decoder = KandinskyV22Pipeline.from_pretrained(encoding.locate_decoder(), **options)
         return combine(prior, decoder), {"num_inference_steps": PREVIEW_STEPS, "height": size, "width": size}

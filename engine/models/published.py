@@ -1,7 +1,7 @@
 """Published pipelines on disk or on the hub: where they are, their parts, and whether the parts belong together."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPTokenizer, C
 from engine.config.options import CacheConfig
 from engine.errors import UserError, first_line
 from engine.files import digest
+from engine.models.check import check_weights, present_variant, read_part
 
 
 def locate(config: CacheConfig, option: str, skip: Sequence[str] = ()) -> Path:
@@ -41,21 +42,6 @@ def locate(config: CacheConfig, option: str, skip: Sequence[str] = ()) -> Path:
         raise UserError(f"--{option} {name}: neither a directory nor on the hub: {first_line(error)}") from None
 
 
-def read_part(pipeline: Path, part: str, load: Callable[[str], Any]) -> Any:
-    """What `load` makes of one part of a pipeline's directory.
-
-    Raises:
-        UserError: the part is missing or cannot be loaded.
-    """
-    folder = pipeline / part
-    if not folder.exists():
-        raise UserError(f"{pipeline}: no {part} there; give a complete diffusers pipeline")
-    try:
-        return load(str(folder))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder}: cannot be loaded: {first_line(error)}") from None
-
-
 def require_equal(where: str, left: tuple[str, Any], right: tuple[str, Any]) -> None:
     """Raises `UserError` unless two (name, value) pairs, which must agree for parts to fit each other, do."""
     if left[1] != right[1]:
@@ -67,6 +53,16 @@ def read_text_parts(pipeline: Path) -> tuple[Any, Any]:
     the encoder has."""
     config = read_part(pipeline, "text_encoder", CLIPTextConfig.from_pretrained)
     tokenizer = read_part(pipeline, "tokenizer", CLIPTokenizer.from_pretrained)
+    names = {file.name for file in (pipeline / "tokenizer").iterdir()}
+    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+        raise UserError(
+            f"{pipeline / 'tokenizer'}: neither tokenizer.json nor vocab.json and merges.txt there; download it again"
+        )
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"{pipeline}: the tokenizer has {len(tokenizer)} tokens, but the text encoder {config.vocab_size} (vocab_size); "
+            "these do not belong together"
+        )
     if tokenizer.model_max_length > config.max_position_embeddings:
         raise UserError(
             f"{pipeline}: tokenizer model_max_length is {tokenizer.model_max_length}, but the text encoder has "
@@ -89,6 +85,18 @@ def tokenize(tokenizer: Any, captions: list[str]) -> tuple[Tensor, Tensor]:
         captions, max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
     )
     return tokens.input_ids, tokens.attention_mask
+
+
+def digest_parts(pipeline: Path, models: dict[str, Any], variant: str | None = None) -> dict[str, str]:
+    """Digests of parts by name, once their weights are known to be whole.
+
+    Args:
+        models: the class of each part, None for those without weights.
+    """
+    for part, model in models.items():
+        if model:
+            check_weights(pipeline / part, model, present_variant(pipeline / part, variant))
+    return {part: digest_folder(pipeline / part) for part in models}
 
 
 def digest_folder(folder: Path) -> str:

@@ -4,6 +4,8 @@ Trained: `unet`. Frozen, and needed only while shards are built: `vae`, `text_en
 """
 
 from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,14 +14,24 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
+from engine.catalogue import MODEL
 from engine.config.options import CacheConfig, TrainConfig
 from engine.data import transforms
 from engine.data.format.index import Field
 from engine.diffusion import DiscreteSchedule, weighting
-from engine.errors import UserError, first_line
+from engine.errors import UserError
+from engine.models.check import (
+    absent_parts,
+    check_pipeline,
+    check_weights,
+    load_model,
+    present_variant,
+    read_part,
+    weight_files,
+)
 from engine.models.encoder import Encoder, Encoding
 from engine.models.family import PREVIEW_STEPS, Family
-from engine.models.published import digest_folder, read_part, read_text_parts, require_equal, tokenize
+from engine.models.published import digest_parts, locate, read_text_parts, require_equal, tokenize
 
 
 class StableDiffusionEncoding(Encoding):
@@ -55,7 +67,8 @@ class StableDiffusionEncoding(Encoding):
         }
 
     def encoder_identity(self) -> dict[str, str]:
-        return {part: digest_folder(self.path / part) for part in ("vae", "text_encoder", "tokenizer")}
+        parts = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel, "tokenizer": None}
+        return digest_parts(self.path, parts, self.config.variant)
 
     def preprocessing_identity(self) -> dict[str, Any]:
         config = self.config
@@ -81,13 +94,12 @@ class StableDiffusionEncoding(Encoding):
 
     @torch.inference_mode()
     def decode(self, rows: Tensor) -> list[Image.Image]:
-        vae = AutoencoderKL.from_pretrained(self.path / "vae", variant=self.config.variant)
+        vae = load_model(self.path / "vae", AutoencoderKL, self.config.variant, torch.float32)
         return transforms.to_images(vae.decode(rows.float() / vae.config.scaling_factor).sample)
 
     def load_encoder(self, device: torch.device) -> "StableDiffusionEncoder":
-        variant, dtype = self.config.variant, self.dtype
-        vae = AutoencoderKL.from_pretrained(self.path / "vae", variant=variant, torch_dtype=dtype)
-        text_encoder: Any = CLIPTextModel.from_pretrained(self.path / "text_encoder", variant=variant, dtype=dtype)
+        vae = load_model(self.path / "vae", AutoencoderKL, self.config.variant, self.dtype)
+        text_encoder = load_model(self.path / "text_encoder", CLIPTextModel, self.config.variant, self.dtype)
         return StableDiffusionEncoder(self, vae.to(device).eval(), text_encoder.to(device).eval())
 
 
@@ -121,16 +133,31 @@ class StableDiffusion(Family):
         if config.dream_training and self.prediction_type != "epsilon":
             raise UserError(f"--dream_training needs prediction type epsilon, not {self.prediction_type}")
 
-    def published_model(self) -> UNet2DConditionModel:
+    def check_files(self) -> None:
+        check_pipeline(self.encoding.path, StableDiffusionPipeline, self.config.variant)
+        check_weights(self.unet, UNet2DConditionModel, self._unet_variant())
+
+    @cached_property
+    def unet(self) -> Path:
+        """The folder of the trained weights: those without --variant, as in the script, where they are kept."""
         config = self.config
-        arguments = {"subfolder": "unet", "cache_dir": config.cache_dir}
-        name = config.pretrained_model_name_or_path
+        if not (config.variant or config.non_ema_revision):
+            return self.encoding.path / "unet"
+        revision = config.non_ema_revision or config.revision
+        others = ("vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor")
         try:
-            return UNet2DConditionModel.from_pretrained(name, revision=config.non_ema_revision or config.revision, **arguments)
-        except (OSError, ValueError) as error:
+            return locate(config.model_copy(update={"revision": revision, "variant": None}), MODEL, skip=others) / "unet"
+        except UserError:
             if config.variant is None:
-                raise UserError(f"{name}: the UNet cannot be loaded: {first_line(error)}") from None
-            return UNet2DConditionModel.from_pretrained(name, revision=config.revision, variant=config.variant, **arguments)
+                raise
+            return self.encoding.path / "unet"
+
+    def _unet_variant(self) -> str | None:
+        plain = weight_files(self.unet, UNet2DConditionModel, None)
+        return None if plain else present_variant(self.unet, self.config.variant)
+
+    def published_model(self) -> UNet2DConditionModel:
+        return load_model(self.unet, UNet2DConditionModel, self._unet_variant(), torch.float32)
 
     @staticmethod
     def predict(model: Callable[..., Any], noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
@@ -144,14 +171,10 @@ class StableDiffusion(Family):
         return pipeline, {"num_inference_steps": PREVIEW_STEPS}
 
     def _pipeline(self, model: nn.Module, **overrides: Any) -> StableDiffusionPipeline:
-        config = self.config
+        path = self.encoding.path
         pipeline = StableDiffusionPipeline.from_pretrained(
-            config.pretrained_model_name_or_path,
-            unet=model,
-            revision=config.revision,
-            variant=config.variant,
-            cache_dir=config.cache_dir,
-            **overrides,
+            path, unet=model, variant=self.config.variant, **(absent_parts(path, StableDiffusionPipeline) | overrides)
         )
+        pipeline.register_to_config(_name_or_path=self.base_model)  # which may be a name on the hub
         pipeline.scheduler.register_to_config(prediction_type=self.prediction_type)
         return pipeline

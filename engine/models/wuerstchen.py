@@ -21,10 +21,11 @@ from engine.data import transforms
 from engine.data.format.index import Field
 from engine.diffusion import CosineSchedule, weighting
 from engine.models import efficientnet
+from engine.models.check import check_pipeline, load_model, read_part
 from engine.models.encoder import Encoder, Encoding
 from engine.models.family import Family
 from engine.models.pipelines import combine
-from engine.models.published import digest_folder, digest_tensors, locate, read_part, read_text_parts, require_equal, tokenize
+from engine.models.published import digest_parts, digest_tensors, locate, read_text_parts, require_equal, tokenize
 
 PIXEL_STEP = 128  # stage C's latents, stage B's and the image have whole sizes together in these steps only
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -77,7 +78,7 @@ class WuerstchenEncoding(Encoding):
         return weights
 
     def encoder_identity(self) -> dict[str, str]:
-        parts = {part: digest_folder(self.path / part) for part in ("text_encoder", "tokenizer")}
+        parts = digest_parts(self.path, {"text_encoder": CLIPTextModel, "tokenizer": None}, self.config.variant)
         return parts | {"image_encoder": digest_tensors(self._image_encoder_weights())}
 
     def preprocessing_identity(self) -> dict[str, Any]:
@@ -95,7 +96,7 @@ class WuerstchenEncoding(Encoding):
         Stage B works on 10.67 times the side of the latents and halves it repeatedly, which comes out even for multiples of 3.
         Other sizes are stretched to the next of those: good enough to look at.
         """
-        pipeline = WuerstchenDecoderPipeline.from_pretrained(self.locate_decoder())
+        pipeline = WuerstchenDecoderPipeline.from_pretrained(self.locate_decoder(), variant=self.config.variant)
         pipeline.set_progress_bar_config(disable=True)
         side = -(-rows.shape[-1] // 3) * 3
         features = nn.functional.interpolate(rows.float() * 42 - 1, (side, side), mode="bilinear")
@@ -103,7 +104,7 @@ class WuerstchenEncoding(Encoding):
 
     def load_encoder(self, device: torch.device) -> "WuerstchenEncoder":
         image_encoder = efficientnet.load_encoder(self._image_encoder_weights()).to(device, self.dtype)
-        text_encoder: Any = CLIPTextModel.from_pretrained(self.path / "text_encoder", dtype=self.dtype)
+        text_encoder = load_model(self.path / "text_encoder", CLIPTextModel, self.config.variant, self.dtype)
         return WuerstchenEncoder(self, image_encoder, text_encoder.to(device).eval())
 
 
@@ -135,9 +136,13 @@ class Wuerstchen(Family):
             self.encoding.locate_decoder()
         self.schedule = CosineSchedule(weighting(config))
 
+    def check_files(self) -> None:
+        check_pipeline(self.encoding.path, WuerstchenPriorPipeline, self.config.variant)
+        if self.config.validation_prompts:
+            check_pipeline(self.encoding.locate_decoder(), WuerstchenDecoderPipeline, self.config.variant)
+
     def published_model(self) -> WuerstchenPrior:
-        load = WuerstchenPrior.from_pretrained
-        prior = read_part(self.encoding.path, "prior", lambda path: load(path, torch_dtype=torch.float32))
+        prior = load_model(self.encoding.path / "prior", WuerstchenPrior, self.config.variant, torch.float32)
         embed = prior.gen_r_embedding
         # The sines need timesteps in fp32; what they give must have the precision of the weights, whatever that is by then.
         prior.gen_r_embedding = lambda timesteps: embed(timesteps).to(prior.projection.weight.dtype)
@@ -148,10 +153,11 @@ class Wuerstchen(Family):
         return model(noisy, timesteps, record["encoder_hidden_states"])
 
     def pipeline(self, model: nn.Module) -> WuerstchenPriorPipeline:
-        return WuerstchenPriorPipeline.from_pretrained(self.encoding.path, prior=model)
+        return WuerstchenPriorPipeline.from_pretrained(self.encoding.path, prior=model, variant=self.config.variant)
 
     def preview(self, model: nn.Module) -> tuple[Any, dict[str, Any]]:
         encoding, size = self.encoding, self.config.resolution
-        prior = WuerstchenPriorPipeline.from_pretrained(encoding.path, prior=model, torch_dtype=encoding.dtype)
-        decoder = WuerstchenDecoderPipeline.from_pretrained(encoding.locate_decoder(), torch_dtype=encoding.dtype)
+        options = {"torch_dtype": encoding.dtype, "variant": self.config.variant}
+        prior = WuerstchenPriorPipeline.from_pretrained(encoding.path, prior=model, **options)
+        decoder = WuerstchenDecoderPipeline.from_pretrained(encoding.locate_decoder(), **options)
         return combine(prior, decoder), {"prior_timesteps": DEFAULT_STAGE_C_TIMESTEPS, "height": size, "width": size}

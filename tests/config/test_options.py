@@ -48,7 +48,7 @@ OTHER_SCRIPTS = {
     },
 }  # fmt: skip
 SD_ONLY = {
-    "pretrained_model_name_or_path": "x", "revision": "x", "variant": "x", "non_ema_revision": "x", "center_crop": None,
+    "pretrained_model_name_or_path": "x", "revision": "x", "non_ema_revision": "x", "center_crop": None,
     "random_flip": None, "random_crops": "2", "image_interpolation_mode": "box", "input_perturbation": "0.1",
     "noise_offset": "0.1", "prediction_type": "epsilon", "dream_training": None, "dream_detail_preservation": "1",
 }  # fmt: skip

@@ -70,8 +70,8 @@ def test_a_model_that_is_nowhere_is_named(monkeypatch):
 def test_weights_that_are_missing_are_named(model, tmp_path):
     shutil.copytree(model, tmp_path / "model")
     (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(UserError, match="the UNet cannot be loaded"):
-        open_family(config(tmp_path / "model")).load_model()
+    with pytest.raises(UserError, match="unet: no weights there, the download is incomplete"):
+        open_family(config(tmp_path / "model")).check_files()
 
 
 def test_a_variant_serves_where_there_are_no_other_weights(model, tmp_path):
