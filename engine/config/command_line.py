@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 import shutil
 import sys
 import tomllib
@@ -14,7 +15,8 @@ from pydantic import BaseModel, ValidationError
 
 from engine.catalogue import FAMILIES
 from engine.config.checks import LARGEST, check_machine, check_options
-from engine.config.options import CacheConfig, options_of
+from engine.config.elsewhere import answer
+from engine.config.options import CacheConfig, TrainConfig, options_of
 from engine.config.schema import REQUIRED, SECRETS, options_lacking
 from engine.errors import UserError
 
@@ -25,7 +27,8 @@ class Parser(argparse.ArgumentParser):
     """Reports mistakes as `UserError` instead of printing the usage."""
 
     def error(self, message: str) -> Any:
-        raise UserError(message)
+        switch = re.fullmatch(r"argument (.*): ignored explicit argument .*", message)
+        raise UserError(f"{switch[1]} takes no value" if switch else message)
 
 
 def whole(low: int, high: int = LARGEST) -> Callable[[str], int]:
@@ -80,18 +83,31 @@ def parse(model: type[Model], program: str, description: str, arguments: Sequenc
     Raises:
         UserError: an unknown option, a bad value or a missing one, named with the remedy.
     """
-    namespace, unknown = build_parser(model, program, description).parse_known_args(list(arguments))
-    if unknown:
-        name = unknown[0].split("=", 1)[0]
-        if not name.startswith("-"):
-            raise UserError(f"unexpected argument {name!r}; quote values that hold spaces")
-        raise UserError(f"unknown option {name}{_closest(name, [f'--{known}' for known in model.model_fields])}")
+    namespace, left = build_parser(model, program, description).parse_known_args(list(arguments))
+    mistakes = _unknown_arguments(left, model)
     given = vars(namespace)
     file = given.pop("config", None)
-    values = read_toml(model, Path(file), f"--config {file}") if file else {}
-    config = load(model, values | given)
+    try:
+        values = read_toml(model, Path(file), f"--config {file}") if file else {}
+        config = load(model, values | given)
+    except UserError as error:
+        mistakes.append(str(error))
+    if mistakes:
+        raise UserError("\n".join(mistakes))
     check_machine(config)
     return config
+
+
+def _unknown_arguments(left: Sequence[str], model: type[BaseModel]) -> list[str]:
+    """What is said of the arguments that the parser left: unknown options, whose values are passed over, and strays."""
+    mistakes: list[str] = []
+    for argument in left:
+        if re.match(r"-+[A-Za-z]", argument):
+            name = argument.split("=", 1)[0]
+            mistakes.append(f"unknown option {name}{_hint(name, model)}")
+        elif not mistakes:
+            mistakes.append(f"unexpected argument {argument!r}; quote values that hold spaces, and give switches none")
+    return list(dict.fromkeys(mistakes))
 
 
 def read_toml(model: type[BaseModel], path: Path, where: str) -> dict[str, Any]:
@@ -109,9 +125,9 @@ def read_toml(model: type[BaseModel], path: Path, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: {error.strerror}; give the path of a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{where}: not valid TOML: {error}") from None
-    for name in values:
-        if name not in model.model_fields:
-            raise UserError(f"{where}: unknown option {name}{_closest(name, list(model.model_fields))}")
+    unknown = [name for name in values if name not in model.model_fields]
+    if unknown:
+        raise UserError("\n".join(f"{where}: {_unknown_value(name, values[name], model)}" for name in unknown))
     if "global_batch_size" in values:
         values.pop("gradient_accumulation_steps", None)  # runs once wrote down beside it what follows from it
     return values
@@ -130,7 +146,7 @@ def load(model: type[Model], values: dict[str, Any], where: str = "") -> Model:
         config = _validate(model, values)
         check_options(config)
     except UserError as error:
-        raise UserError(f"{where}: {error}" if where else str(error)) from None
+        raise UserError("\n".join(f"{where}: {line}" if where else line for line in str(error).splitlines())) from None
     return config
 
 
@@ -141,29 +157,56 @@ def _validate(model: type[Model], values: dict[str, Any]) -> Model:
     refused = [f"--{name}" for name in lacking if name in values]
     if refused:
         raise UserError(f"{', '.join(refused)} is not used by {family}; leave it out")
+    mistakes = [f"--{name} {problem}" for name, value in values.items() if (problem := _problem(name, value))]
+    if mistakes:
+        raise UserError("\n".join(mistakes))
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise UserError(_explain(error, list(model.model_fields))) from None
+        raise UserError(_explain(error, model)) from None
 
 
-def _explain(error: ValidationError, names: Sequence[str]) -> str:
-    """One line that names every option pydantic refused."""
-    parts = []
+def _problem(name: str, value: Any) -> str | None:
+    """Why a text, or one of several, can be no value of any option."""
+    if value == "" and name.endswith(("_dir", "_path", "_name", "_checkpoint")):
+        return "is empty; a variable of the shell may not be set"
+    texts = value if isinstance(value, list) else [value]
+    return next((f"{text!r} {problem}" for text in texts if isinstance(text, str) and (problem := _no_text(text))), None)
+
+
+def _explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """A line for every option that pydantic refused."""
+    lines = []
     for item in error.errors():
         name = str(item["loc"][0]) if item["loc"] else ""
         if item["type"] == "missing":
-            parts.append(f"--{name} is required")
+            lines.append(f"--{name} is required")
         elif item["type"] == "extra_forbidden":
-            parts.append(f"unknown option {name}{_closest(name, names)}")
+            lines.append(_unknown_value(name, item["input"], model))
         else:
-            parts.append(f"--{name} {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
-    return "; ".join(dict.fromkeys(parts))
+            lines.append(f"--{name} {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
+    return "\n".join(dict.fromkeys(lines))
 
 
-def _closest(name: str, names: Sequence[str]) -> str:
-    matches = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {matches[0]}?" if matches else "; --help lists all options"
+def _unknown_value(name: str, value: Any, model: type[BaseModel]) -> str:
+    """What is said of a value in a file whose name is no option."""
+    if isinstance(value, dict):
+        return f"[{name}]: options stand at the top of the file, in no table"
+    return f"unknown option {name}{_hint(name, model)}"
+
+
+def _hint(name: str, model: type[BaseModel]) -> str:
+    """What may have been meant by an option that `model` lacks: another's name of it, or a name that is spelt alike."""
+    bare = name.lstrip("-")
+    dashes = name.removesuffix(bare) and "--"
+    plain = bare.replace("-", "_").lower()
+    if plain in TrainConfig.model_fields and plain not in model.model_fields:
+        return ": an option of engine.run; leave it out here"
+    if here := answer(plain):
+        return f": here it is {here}" if here.startswith(("-", "`")) else f": {here}"
+    names = [option for option in model.model_fields if option != "local_rank"]  # which nobody types
+    closest = difflib.get_close_matches(plain, names, n=1, cutoff=0.85)
+    return f"; did you mean {dashes}{closest[0]}?" if closest else "; --help lists all options"
 
 
 def build_parser(model: type[BaseModel], program: str, description: str) -> argparse.ArgumentParser:

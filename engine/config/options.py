@@ -262,6 +262,9 @@ class TrainConfig(CacheConfig):
         "output",
     )
     tracker_project_name: str = option("text2image-fine-tune", "Project name in the tracker.", "output")
+    tracker_run_name: str | None = option(
+        None, "Name of the run in Weights & Biases. Default: the output directory's name.", "output"
+    )
     log_every: int = option(10, "Steps between two lines of metrics; the device is not read in between.", "output", ge=1)
     validation_prompts: list[str] | None = option(None, "Prompts of the validation images.", "output")
     validation_epochs: int = option(5, "Epochs between two rounds of validation images.", "output", ge=1)

@@ -37,7 +37,10 @@ class Log:
             import wandb
 
             self.wandb = wandb.init(
-                project=config.tracker_project_name, dir=config.output_dir, config=config.model_dump(exclude=SECRETS)
+                project=config.tracker_project_name,
+                name=config.tracker_run_name or self.output.resolve().name,
+                dir=config.output_dir,
+                config=config.model_dump(exclude=SECRETS),
             )
 
     def write(self, line: dict[str, float | None]) -> None:

@@ -72,9 +72,11 @@ def test_mistakes_are_named_with_a_remedy(arguments, named, data):
 
 
 def test_several_mistakes_are_all_named(data):
-    message = refusal(*data, "--resolution", "x", "--seed", "-1")
-    assert "--resolution" in message
-    assert "--seed" in message
+    with pytest.raises(UserError) as error:
+        run(*data, "--resolution", "x", "--seed", "-1")
+    first, second = str(error.value).splitlines()
+    assert "--seed" in first + second
+    assert "--resolution" in first + second
 
 
 @pytest.mark.parametrize(

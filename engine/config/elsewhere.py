@@ -1,0 +1,173 @@
+"""What other trainers call their options, and what there is here instead; the README shows the same table."""
+
+from fnmatch import fnmatchcase
+
+# Names as kohya's scripts, OneTrainer, SimpleTuner, diffusion-pipe, the other diffusers scripts and accelerate have them, `*`
+# for any letters -> what to give here, or that there is none. The first row that has a name answers.
+ELSEWHERE = {
+    # What is trained.
+    "network_* lora_* rank dora_* use_dora use_lora use_peft lokr_* oft_* lycoris_* peft_type adapter adapter_* alpha "
+    "dim_from_weights base_weights* scale_weight_norms init_lora* save_lora* training_method fuse_adapters "
+    "merge_adapters layer_filter* freeze_model block_lr": "no LoRA or other adapter is trained, all weights of the model are",
+    "train_text_encoder* text_encoder_lr text_encoder_learning_rate text_encoder_lora* learning_rate_te* "
+    "stop_text_encoder_training text_encoder_use_attention_mask skip_save_text_encoder train_te* text_encoder_2* "
+    "text_encoder_3* clip_skip text_encoder_layer_skip": "the text encoders stay as they are, and give their last hidden state",
+    "model_type model_family v2 is_sdxl": "--family, which says what is trained",
+    "v_parameterization force_v_prediction": "--prediction_type v_prediction",
+    "force_epsilon_prediction": "--prediction_type epsilon",
+    "placeholder_token initializer_token num_vectors token_string init_word learnable_property embedding modifier_token "
+    "num_vectors_per_token": "no textual inversion",
+    "controlnet_* conditioning_image_column conditioning_data_dir original_image_column edited_image_column "
+    "edit_prompt_column control_path control_type": "models that take another image are not trained",
+    "teacher_revision pretrained_teacher_model num_ddim_timesteps w_min w_max": "no distillation",
+    "discrete_flow_shift timestep_sampling weighting_scheme logit_mean logit_std mode_scale flow_* shift "
+    "scheduled_sampling_* timestep_shift timestep_sample_method max_sequence_length t5* clip_l clip_g": (
+        "no model of flow matching is trained (SD 3, FLUX)"
+    ),
+    "base_model_name model model_name model_name_or_path ckpt ckpt_path diffusers_path pretrained_model checkpoint_path": (
+        "--pretrained_model_name_or_path"
+    ),
+    "vae vae_path pretrained_vae_* no_half_vae tokenizer_name text_encoder pretrained_text_encoder* unet": (
+        "put the part into the folder of the pipeline that --pretrained_model_name_or_path names"
+    ),
+    # Data.
+    "instance_data_dir image_dir image_folder data_dir data_path dataset_path dataset dataset_config data_backend_config "
+    "concept_file_name concepts concepts_list in_json train_data images": (
+        "--train_data_dir, a folder of images and their captions, or --dataset_name"
+    ),
+    "instance_prompt caption_extension caption_extention caption_prefix caption_suffix caption_strategy prompt_prefix "
+    "token_warmup* instanceprompt": "captions beside the images; --caption_column names their column",
+    "class_data_dir class_prompt with_prior_preservation prior_loss_weight num_class_images reg_data_dir "
+    "masked_prior_preservation_weight prior_generation_precision": "no prior preservation",
+    "caption_dropout* proportion_empty_prompts cond_dropout_prob conditioning_dropout_prob cfg_dropout_prob "
+    "shuffle_caption keep_tokens* caption_tag_dropout_rate cache_shuffle_* weighted_captions max_token_length "
+    "tokenizer_max_length caption_separator": "captions are encoded once, as they are; give several per image in a list",
+    "enable_bucket *_bucket_reso bucket_* *_ar enable_ar_bucket num_ar_buckets ar_buckets size_buckets frame_buckets "
+    "aspect_* use_aspect_ratio_buckets resolution_type minimum_image_size maximum_image_size": (
+        "every image is resized and cropped to a square of --resolution"
+    ),
+    "height width image_size resolutions size": "--resolution, one number: images are square",
+    "flip_aug hflip": "--random_flip",
+    "random_crop crop crop_aspect face_crop_aug_range": "--random_crops, without --center_crop",
+    "text_column caption_key": "--caption_column",
+    "image_key dataset_image_column_name": "--image_column",
+    "tokenizer_cache_dir huggingface_cache_dir": "--cache_dir",
+    "color_aug": "colours stay as they are",
+    "resize_interpolation": "--image_interpolation_mode",
+    "repeats dataset_repeats num_repeats": "an epoch sees every sample once; list a file twice to see it twice",
+    "masked_loss masked_training alpha_mask mask_path unmasked_*": "no masked loss",
+    "cache_latents* cache_text_encoder_outputs* latent_caching pre_compute_text_embeddings vae_cache* text_cache* "
+    "skip_cache_check text_embed*": "not needed: latents and captions are always encoded once, into --shards_dir",
+    "regenerate_cache clear_cache_before_training": "delete --shards_dir, and it is built again",
+    "cache_only only_cache": "`python -m engine.shards build`",
+    "cache_dir_vae cache_dir_text": "--shards_dir",
+    "vae_batch_size caching_batch_size vae_encode_batch_size text_encoder_batch_size write_batch_size": "--encode_batch_size",
+    "max_data_loader_n_workers dataloader_threads num_workers map_num_proc": "--dataloader_num_workers",
+    "persistent_data_loader_workers dataloader_prefetch* loader_prefetch* dataset_preprocess_batch_size": (
+        "not needed: the loader always reads ahead"
+    ),
+    # How long, and how much at a time.
+    "max_train_epochs epochs num_epochs": "--num_train_epochs",
+    "max_steps num_training_steps stop_training_after train_steps steps iterations": "--max_train_steps",
+    "batch_size micro_batch_size_per_gpu per_device_train_batch_size per_gpu_batch_size": "--train_batch_size",
+    "gradient_clipping clip_grad_norm gradient_clip": "--max_grad_norm",
+    "activation_checkpointing": "--gradient_checkpointing",
+    # Optimizer.
+    "learning_rate_scaler": "--scale_lr",
+    "lr unet_lr unet_learning_rate learning_rate_unet": "--learning_rate",
+    "warmup_steps learning_rate_warmup_steps": "--lr_warmup_steps",
+    "learning_rate_scheduler lr_scheduler_type": "--lr_scheduler",
+    "lr_num_cycles lr_power lr_scheduler_* learning_rate_cycles learning_rate_min_factor lr_end lr_decay_steps lr_decay": (
+        "--lr_scheduler has the schedules with one cycle and power 1, down to 0"
+    ),
+    "optimizer optimizer_* use_lion_optimizer use_adafactor prodigy_* use_8bit_ademamix fused_backward_pass "
+    "fused_back_pass": "the optimizer is AdamW (--adam_beta1 and so on), or in 8 bits with --use_8bit_adam",
+    "weight_decay": "--adam_weight_decay",
+    "beta1": "--adam_beta1",
+    "beta2": "--adam_beta2",
+    "eps": "--adam_epsilon",
+    "betas": "--adam_beta1 and --adam_beta2",
+    "ema": "--use_ema",
+    "ema_decay ema_max_decay ema_inv_gamma ema_power ema_min_decay ema_update_* ema_warmup_steps use_ema_warmup": (
+        "the average's decay grows to 0.9999, as in the script; --use_ema keeps one"
+    ),
+    "ema_device ema_cpu_only": "--offload_ema",
+    "ema_foreach_disable set_grads_to_none": "not needed: it is always so",
+    # Objective.
+    "min_snr_gamma": "--snr_gamma",
+    "offset_noise offset_noise_weight": "--noise_offset",
+    "ip_noise_gamma perturbation_noise_weight input_pertubation": "--input_perturbation",
+    "multires_noise_* adaptive_noise_scale *_random_strength perlin_noise": (
+        "--noise_offset and --input_perturbation are the changes of the noise"
+    ),
+    "loss_type huber_* loss_weight_* debiased_estimation_loss scale_v_pred_loss_like_noise_pred v_pred_like_loss "
+    "mse_strength mae_strength log_cosh_strength use_soft_min_snr pseudo_huber_c": (
+        "the loss is the mean square, with Min-SNR weights under --snr_gamma"
+    ),
+    "min_timestep max_timestep timestep_bias_* *_noising_strength noising_* timestep_distribution": (
+        "timesteps are drawn uniformly from all"
+    ),
+    "zero_terminal_snr rescale_noise_scheduler_to_zero_terminal_snr": (
+        "set rescale_betas_zero_snr in the scheduler's configuration, with --prediction_type v_prediction"
+    ),
+    # Precision, memory and speed.
+    "full_fp16 fp16": "--mixed_precision fp16",
+    "full_bf16 bf16": "--mixed_precision bf16",
+    "train_dtype weight_dtype dtype base_model_precision": "--mixed_precision",
+    "fp8_base* do_fp8_training quantization quantize_* quantized_model_path": (
+        "--matrix_precision fp8, for kandinsky-prior and wuerstchen"
+    ),
+    "xformers use_xformers diffusers_xformers": "--attention xformers",
+    "sdpa mem_eff_attn split_attn attention_mechanism attn_mode use_flash_attn enable_npu_flash_attention": "--attention",
+    "torch_compile dynamo_backend use_torch_compile": "--compile",
+    "lowram highvram blocks_to_swap *_blocks_to_swap offload_fraction block_swap* ramtorch* group_offload*": (
+        "--zero_stage 3 with --offload_parameters, or --offload_optimizer"
+    ),
+    "offload_optimizer_device": "--offload_optimizer",
+    "offload_optimizer_nvme_path": "--nvme_path",
+    "offload_param_device": "--offload_parameters",
+    "deepspeed use_deepspeed deepspeed_config_file": "--zero_stage, with --deepspeed_config for more",
+    "multi_gpu num_processes num_machines machine_rank main_process_* gpu_ids num_gpus device_indexes "
+    "num_cpu_threads_per_process pipeline_stages": "`torchrun --nproc-per-node N -m engine.run ...` starts several processes",
+    # Results.
+    "output_name output workspace_dir output_model_destination save_dir": "--output_dir",
+    "save_every_n_steps save_steps checkpoint_step_interval backup_after save_every save_after checkpointing_interval": (
+        "--checkpointing_steps"
+    ),
+    "save_every_n_epochs checkpoint_every_n_* checkpointing_epochs save_model_epochs checkpoint_epoch_interval "
+    "save_n_epoch_ratio": "--checkpointing_steps, counted in steps",
+    "save_last_n_* rolling_backup* save_total_limit": "--checkpoints_total_limit",
+    "save_state*": "not needed: a checkpoint always holds the whole state",
+    "resume continue_last_backup resume_from": "--resume_from_checkpoint latest",
+    "save_model_as save_precision save_dtype output_dtype output_model_format use_safetensors": (
+        "the result is a diffusers pipeline of safetensors in fp32"
+    ),
+    "huggingface_repo_id hub_repo": "--push_to_hub with --hub_model_id",
+    "huggingface_token": "--hub_token, or `hf auth login`",
+    # Reports.
+    "log_with logger tensorboard enable_wandb wandb_enable report_to_wandb": "--report_to",
+    "wandb_api_key wandb_key": "`wandb login`, or the variable WANDB_API_KEY",
+    "log_tracker_name wandb_project_name wandb_tracker_name tracker_name project wandb_project": "--tracker_project_name",
+    "logging_steps log_steps steps_per_print": "--log_every",
+    "sample_prompts validation_prompt sample_definition_file_name user_prompt_library final_validation_prompt": (
+        "--validation_prompts"
+    ),
+    "sample_every_* sample_after* validation_steps sample_at_first eval_* validation_step_interval "
+    "validation_epoch_interval save_images_epochs": "--validation_epochs, counted in epochs",
+    "sample_sampler validation_guidance* validation_num_inference_steps validation_resolution validation_negative_prompt "
+    "validation_scheduler validation_seed num_inference_steps guidance_scale": (
+        "validation images are drawn as the pipeline draws; `python -m engine.sample` has more choices"
+    ),
+    "num_validation_image validation_number_images": "--num_validation_images",
+    "wandb_run_name run_name tracker_run": "--tracker_run_name",
+    "validation_split validation_images validate_every_n_* validate_after*": (
+        "no validation loss; images are drawn of --validation_prompts every --validation_epochs"
+    ),
+    "metadata_* no_metadata training_comment modelspec_* webhook_config": "nothing of that kind is written",
+    "config_file": "--config, a TOML file of options without tables",
+}  # fmt: skip
+
+
+def answer(name: str) -> str | None:
+    """What there is here of an option that has this name elsewhere; None where nothing is known of it."""
+    return next((here for names, here in ELSEWHERE.items() if any(fnmatchcase(name, each) for each in names.split())), None)
