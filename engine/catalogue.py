@@ -17,6 +17,8 @@ class Entry:
     module: its file in `engine/models`.
     trained, frozen: the classes of its two sides there.
     pipeline: the option that names the pipeline with the trained model in it, and `part` what that calls the model.
+    trains: which architectures it trains, in words.
+    classes: the options that name its pipelines -> the classes of those in diffusers.
     published: the options that name its models -> where those were published, None for one that has to be named.
     captioned: whether its records hold captions.
     xformers: whether xFormers' attention serves it.
@@ -28,12 +30,15 @@ class Entry:
     frozen: str
     pipeline: str
     part: str
+    trains: str
+    classes: dict[str, str]
     published: dict[str, str | None]
     captioned: bool = True
     xformers: bool = False
     result: str = ""
 
 
+_KANDINSKY_CLASSES = {PRIOR: "KandinskyV22PriorPipeline", DECODER: "KandinskyV22Pipeline"}
 _KANDINSKY: dict[str, str | None] = {
     PRIOR: "kandinsky-community/kandinsky-2-2-prior",
     DECODER: "kandinsky-community/kandinsky-2-2-decoder",
@@ -41,15 +46,20 @@ _KANDINSKY: dict[str, str | None] = {
 
 FAMILIES = {
     "sd": Entry(
-        "stable_diffusion", "StableDiffusion", "StableDiffusionEncoding", MODEL, "unet", {MODEL: None}, xformers=True,
+        "stable_diffusion", "StableDiffusion", "StableDiffusionEncoding", MODEL, "unet",
+        "Stable Diffusion 1.x and 2.x, text to image", {MODEL: "StableDiffusionPipeline"}, {MODEL: None}, xformers=True,
     ),
-    "kandinsky-prior": Entry("kandinsky_prior", "KandinskyPrior", "KandinskyPriorEncoding", PRIOR, "prior", _KANDINSKY),
+    "kandinsky-prior": Entry(
+        "kandinsky_prior", "KandinskyPrior", "KandinskyPriorEncoding", PRIOR, "prior",
+        "the prior of Kandinsky 2.2", _KANDINSKY_CLASSES, _KANDINSKY,
+    ),
     "kandinsky-decoder": Entry(
-        "kandinsky_decoder", "KandinskyDecoder", "KandinskyDecoderEncoding", DECODER, "unet", _KANDINSKY,
-        captioned=False, xformers=True,
+        "kandinsky_decoder", "KandinskyDecoder", "KandinskyDecoderEncoding", DECODER, "unet",
+        "the decoder of Kandinsky 2.2", _KANDINSKY_CLASSES, _KANDINSKY, captioned=False, xformers=True,
     ),
     "wuerstchen": Entry(
         "wuerstchen", "Wuerstchen", "WuerstchenEncoding", PRIOR, "prior",
+        "the prior of Wuerstchen v2", {PRIOR: "WuerstchenPriorPipeline", DECODER: "WuerstchenDecoderPipeline"},
         {PRIOR: "warp-ai/wuerstchen-prior", DECODER: "warp-ai/wuerstchen", IMAGE_ENCODER: "dome272/wuerstchen"},
         result="prior_pipeline",
     ),

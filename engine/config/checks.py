@@ -146,4 +146,16 @@ def _check_pipeline(option: str, path: Path) -> None:
     if not path.exists() and (path.is_absolute() or len(path.parts) > 2 or str(path).startswith(".")):
         raise UserError(f"--{option} {path}: no such directory")
     if path.is_dir() and not (path / "model_index.json").is_file():
-        raise UserError(f"--{option} {path}: no model_index.json there; give a diffusers pipeline")
+        raise UserError(f"--{option} {path}: no model_index.json there; {_closest_pipeline(path)}")
+
+
+def _closest_pipeline(path: Path) -> str:
+    """What to give in the place of a directory that is no pipeline."""
+    below = next((index.parent for depth in ("*", "*/*") for index in sorted(path.glob(f"{depth}/model_index.json"))), None)
+    if below:
+        return f"give {below}"
+    if (path.parent / "model_index.json").is_file():
+        return f"this is a part; give the pipeline, {path.parent}"
+    if any((path / name).is_file() for name in ("adapter_config.json", "pytorch_lora_weights.safetensors")):
+        return "it holds an adapter (LoRA), no model; give the pipeline that it belongs to"
+    return "give a diffusers pipeline"

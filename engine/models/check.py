@@ -5,6 +5,7 @@ import re
 import sys
 import zipfile
 from collections import OrderedDict
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,19 @@ def read_part(pipeline: Path, part: str, load: Any) -> Any:
         return load(str(folder))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{folder}: cannot be loaded: {first_line(error)}") from None
+
+
+def read_config(pipeline: Path, part: str, model: Any) -> dict[str, Any]:
+    """The configuration of a part that diffusers loads as `model`, with the defaults of what it leaves out.
+
+    Raises:
+        UserError: the part is missing, or is another model.
+    """
+    config = read_part(pipeline, part, model.load_config)
+    found = config.get("_class_name", model.__name__)
+    if found != model.__name__:
+        raise UserError(f"{pipeline / part / 'config.json'}: of a {found}, not of a {model.__name__}; take the whole pipeline")
+    return {name: parameter.default for name, parameter in signature(model.__init__).parameters.items()} | config
 
 
 def present_variant(folder: Path, variant: str | None) -> str | None:

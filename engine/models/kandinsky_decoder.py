@@ -18,9 +18,10 @@ from engine.config.options import CacheConfig, TrainConfig
 from engine.data import transforms
 from engine.data.format.index import Field
 from engine.diffusion import DiscreteSchedule, weighting
-from engine.models.check import check_pipeline, load_model, read_part
+from engine.models.check import check_pipeline, load_model, read_config, read_part
 from engine.models.encoder import Encoder, Encoding
 from engine.models.family import PREVIEW_STEPS, Family
+from engine.models.kinds import require_text_to_image
 from engine.models.pipelines import combine
 from engine.models.published import digest_parts, locate, read_image_parts, require_equal
 
@@ -31,14 +32,10 @@ class KandinskyDecoderEncoding(Encoding):
     def __init__(self, config: CacheConfig) -> None:
         super().__init__(config)
         self.prior_path = locate(config, PRIOR, skip=("prior", "text_encoder", "tokenizer", "scheduler"))
-        self.unet_config = read_part(self.path, "unet", UNet2DConditionModel.load_config)
-        self.movq_config = read_part(self.path, "movq", VQModel.load_config)
+        self.unet_config = read_config(self.path, "unet", UNet2DConditionModel)
+        self.movq_config = read_config(self.path, "movq", VQModel)
         self.vision_config, self.image_processor = read_image_parts(self.prior_path)
-        require_equal(
-            str(self.path),
-            ("unet in_channels", self.unet_config["in_channels"]),
-            ("movq latent_channels", self.movq_config["latent_channels"]),
-        )
+        require_text_to_image(self.path, self.unet_config, self.movq_config["latent_channels"], "image_proj")
         require_equal(
             f"{self.path} and {self.prior_path}",
             ("the decoder's unet encoder_hid_dim", self.unet_config.get("encoder_hid_dim")),

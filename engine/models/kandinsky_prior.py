@@ -19,7 +19,7 @@ from engine.catalogue import DECODER
 from engine.config.options import CacheConfig, TrainConfig
 from engine.data.format.index import Field
 from engine.diffusion import DiscreteSchedule, weighting
-from engine.models.check import check_pipeline, check_weights, load_model, present_variant, read_part
+from engine.models.check import check_pipeline, check_weights, load_model, present_variant, read_config
 from engine.models.encoder import Encoder, Encoding
 from engine.models.family import PREVIEW_STEPS, Family
 from engine.models.pipelines import combine
@@ -39,7 +39,7 @@ class KandinskyPriorEncoding(Encoding):
 
     def __init__(self, config: CacheConfig) -> None:
         super().__init__(config)
-        self.prior_config = read_part(self.path, "prior", PriorTransformer.load_config)
+        self.prior_config = read_config(self.path, "prior", PriorTransformer)
         self.vision_config, self.image_processor = read_image_parts(self.path)
         self.text_config, self.tokenizer = read_text_parts(self.path)
         self._check()
@@ -66,7 +66,7 @@ class KandinskyPriorEncoding(Encoding):
     def locate_decoder(self) -> Path:
         """The decoder's directory, once its UNet is known to take this prior's embeddings."""
         decoder = locate(self.config, DECODER)
-        unet_config = read_part(decoder, "unet", UNet2DConditionModel.load_config)
+        unet_config = read_config(decoder, "unet", UNet2DConditionModel)
         require_equal(
             f"{self.path} and {decoder}",
             ("the prior's embedding_dim", self.prior_config["embedding_dim"]),

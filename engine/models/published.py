@@ -13,7 +13,8 @@ from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPTokenizer, C
 from engine.config.options import CacheConfig
 from engine.errors import UserError, first_line
 from engine.files import digest
-from engine.models.check import check_weights, present_variant, read_part
+from engine.models.check import INDEX, check_weights, present_variant, read_part
+from engine.models.kinds import require_kind
 
 
 def locate(config: CacheConfig, option: str, skip: Sequence[str] = ()) -> Path:
@@ -23,11 +24,17 @@ def locate(config: CacheConfig, option: str, skip: Sequence[str] = ()) -> Path:
         skip: parts that need not be downloaded.
 
     Raises:
-        UserError: neither a directory nor on the hub.
+        UserError: neither a directory nor on the hub, or another kind of pipeline.
     """
     name = getattr(config, option)
-    if Path(name).is_dir():
-        return Path(name)
+    path = Path(name) if Path(name).is_dir() else _download(config, option, skip)
+    if (path / INDEX).is_file():  # of a decoder's prior some parts are enough
+        require_kind(path, config.family, option)
+    return path
+
+
+def _download(config: CacheConfig, option: str, skip: Sequence[str]) -> Path:
+    name = getattr(config, option)
     try:
         return Path(
             DiffusionPipeline.download(

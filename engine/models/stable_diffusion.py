@@ -26,11 +26,13 @@ from engine.models.check import (
     check_weights,
     load_model,
     present_variant,
+    read_config,
     read_part,
     weight_files,
 )
 from engine.models.encoder import Encoder, Encoding
 from engine.models.family import PREVIEW_STEPS, Family
+from engine.models.kinds import require_text_to_image
 from engine.models.published import digest_parts, locate, read_text_parts, require_equal, tokenize
 
 
@@ -39,17 +41,13 @@ class StableDiffusionEncoding(Encoding):
 
     def __init__(self, config: CacheConfig) -> None:
         super().__init__(config)
-        self.unet_config = read_part(self.path, "unet", UNet2DConditionModel.load_config)
-        self.vae_config = read_part(self.path, "vae", AutoencoderKL.load_config)
+        self.unet_config = read_config(self.path, "unet", UNet2DConditionModel)
+        self.vae_config = read_config(self.path, "vae", AutoencoderKL)
         self.text_config, self.tokenizer = read_text_parts(self.path)
         factor = 2 ** (len(self.vae_config["block_out_channels"]) - 1)
         self._require_steps(factor, f"the VAE needs a multiple of {factor}")
         self.latent_size = config.resolution // factor
-        require_equal(
-            str(self.path),
-            ("unet in_channels", self.unet_config["in_channels"]),
-            ("vae latent_channels", self.vae_config["latent_channels"]),
-        )
+        require_text_to_image(self.path, self.unet_config, self.vae_config["latent_channels"])
         require_equal(
             str(self.path),
             ("unet cross_attention_dim", self.unet_config["cross_attention_dim"]),

@@ -21,7 +21,7 @@ from engine.data import transforms
 from engine.data.format.index import Field
 from engine.diffusion import CosineSchedule, weighting
 from engine.models import efficientnet
-from engine.models.check import check_pipeline, load_model, read_part
+from engine.models.check import check_pipeline, load_model, read_config
 from engine.models.encoder import Encoder, Encoding
 from engine.models.family import Family
 from engine.models.pipelines import combine
@@ -37,7 +37,7 @@ class WuerstchenEncoding(Encoding):
 
     def __init__(self, config: CacheConfig) -> None:
         super().__init__(config)
-        self.prior_config = read_part(self.path, "prior", WuerstchenPrior.load_config)
+        self.prior_config = read_config(self.path, "prior", WuerstchenPrior)
         self.text_config, self.tokenizer = read_text_parts(self.path)
         self._require_steps(PIXEL_STEP, f"Wuerstchen draws images in steps of {PIXEL_STEP} px")
         require_equal(
@@ -49,7 +49,7 @@ class WuerstchenEncoding(Encoding):
     def locate_decoder(self) -> Path:
         """The directory of stages B and A, once stage B is known to take this prior's latents."""
         decoder = locate(self.config, DECODER)
-        stage_b = read_part(decoder, "decoder", WuerstchenDiffNeXt.load_config)
+        stage_b = read_config(decoder, "decoder", WuerstchenDiffNeXt)
         require_equal(
             f"{self.path} and {decoder}",
             ("the prior's c_in", self.prior_config["c_in"]),

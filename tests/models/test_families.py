@@ -48,7 +48,7 @@ def changed(models: dict[str, str], option: str, part: str, file: str, changes: 
         ("kandinsky-prior", PRIOR, "text_encoder", {"hidden_size": 32}, "text_encoder hidden_size is 32"),
         ("kandinsky-prior", PRIOR, "prior", {"num_embeddings": 77}, "num_embeddings is 77, but tokenizer"),
         ("kandinsky-prior", PRIOR, "text_encoder", {"max_position_embeddings": 8}, "the text encoder has 8 positions"),
-        ("kandinsky-decoder", DECODER, "unet", {"in_channels": 9}, "unet in_channels is 9, but movq latent_channels is 4"),
+        ("kandinsky-decoder", DECODER, "unet", {"in_channels": 9}, "unet in_channels is 9, but its latents have 4 channels"),
         ("kandinsky-decoder", DECODER, "unet", {"encoder_hid_dim": 48}, "encoder_hid_dim is 48, but the prior"),
         ("kandinsky-decoder", PRIOR, "image_encoder", {"projection_dim": 32}, "image_encoder projection_dim is 32"),
         ("wuerstchen", PRIOR, "prior", {"c_cond": 32}, "prior c_cond is 32, but text_encoder hidden_size is 24"),

@@ -39,7 +39,7 @@ def test_the_record_follows_the_configurations(model):
     ("part", "changes", "named"),
     [
         ("unet", {"cross_attention_dim": 32}, "unet cross_attention_dim is 32, but text_encoder hidden_size is 24"),
-        ("unet", {"in_channels": 9}, "unet in_channels is 9, but vae latent_channels is 4"),
+        ("unet", {"in_channels": 9}, "unet in_channels is 9, but its latents have 4 channels; this is a model for inpainting"),
         ("text_encoder", {"hidden_size": 48}, "is 24, but text_encoder hidden_size is 48"),
     ],
 )
