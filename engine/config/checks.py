@@ -34,6 +34,8 @@ def check_options(config: CacheConfig) -> None:
 def _check_outputs(config: TrainConfig) -> None:
     if config.report_to in ("wandb", "all") and config.hub_token:
         raise UserError("--hub_token with --report_to wandb would expose the token; log in with `hf auth login` instead")
+    if config.overwrite and config.resume_from_checkpoint == "latest":
+        raise UserError("--overwrite removes what --resume_from_checkpoint latest goes on with; leave one out")
     for name in ("compile_cache_dir", "compile_mode"):
         if not config.compile and getattr(config, name) not in (None, "default"):
             raise UserError(f"--{name} needs --compile")

@@ -296,6 +296,12 @@ class TrainConfig(CacheConfig):
     resume_from_checkpoint: str | None = option(
         None, "A checkpoint directory, or `latest` for the newest in the output directory.", "checkpoints"
     )
+    overwrite: bool = option(
+        False,
+        "Remove what an earlier run left in the output directory (checkpoints, metrics, pictures, pipeline; not shards), which "
+        "is refused otherwise.",
+        "output",
+    )
     local_rank: int = option(-1, "Set by launchers; the environment variable LOCAL_RANK wins.", "training")
 
     @property
@@ -312,6 +318,16 @@ class TrainConfig(CacheConfig):
     def accumulation_precision(self) -> str:
         """In which micro-batches add up: fp32 unless told otherwise, and with `--zero_stage 1` always as the weights."""
         return self.gradient_accumulation_dtype or (self.weights_precision if self.zero_stage == 1 else "fp32")
+
+
+# What changes the result of a run that is resumed, beside what is refused then: another seed, global batch or other shards, and
+# what the checkpoint has no state for. Checkpoints hold these, and what has changed is said.
+ALTER_THE_RESULT = (
+    "max_train_steps", "gradient_accumulation_dtype", "matrix_precision",
+    "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps",
+    "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm",
+    "prediction_type", "snr_gamma", "noise_offset", "input_perturbation", "dream_training", "dream_detail_preservation",
+)  # fmt: skip
 
 
 def options_of(config: CacheConfig) -> dict[str, Any]:

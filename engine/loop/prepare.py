@@ -1,16 +1,10 @@
-"""What comes before the first step: the division of the batch, the shards, the seed, and whether a checkpoint fits."""
+"""What comes before the first step: the division of the batch, the shards, and the numbers of the run."""
 
-import contextlib
-import os
-import secrets
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from engine.config.options import TrainConfig
+from engine.config.options import ALTER_THE_RESULT, TrainConfig, options_of
 from engine.data.encode import encode_source
 from engine.data.format.index import INDEX, Index
 from engine.data.format.shard import Shards
@@ -18,9 +12,8 @@ from engine.data.format.verify import verify
 from engine.data.samples.batch import BatchPlan
 from engine.data.sources import open_source
 from engine.errors import UserError
-from engine.files import lock
-from engine.loop.checkpoints.layout import find
 from engine.loop.run import Run
+from engine.messages import say
 from engine.models.family import Family
 from engine.processes import Processes
 
@@ -70,24 +63,6 @@ def prepare_shards(config: TrainConfig, family: Family, processes: Processes) ->
     return Shards(directory)
 
 
-def find_checkpoint(config: TrainConfig) -> Path | None:
-    """The checkpoint to go on from, if that is asked for and there is one."""
-    if not config.resume_from_checkpoint:
-        return None
-    return find(Path(config.output_dir), config.resume_from_checkpoint)
-
-
-def seed_of(config: TrainConfig, state: dict[str, Any] | None) -> int:
-    """The seed of the run: as given, else the resumed run's, else drawn.
-
-    Args:
-        state: state.json of the checkpoint to go on from.
-    """
-    if config.seed is not None:
-        return config.seed
-    return int(state["run"]["seed"]) if state else secrets.randbits(31)
-
-
 def open_run(config: TrainConfig, seed: int, shards: Shards, plan: BatchPlan, state: dict[str, Any] | None) -> Run:
     """The run over these shards; epochs give its number of steps, where that is not given.
 
@@ -97,39 +72,7 @@ def open_run(config: TrainConfig, seed: int, shards: Shards, plan: BatchPlan, st
     steps = config.max_train_steps or -(-config.num_train_epochs * len(shards) // plan.global_batch)
     done = state["step"] if state else 0
     if done > steps:
-        if plan.rank == 0:
-            print(f"The checkpoint is of step {done}, beyond the {steps} asked for: training one step more", file=sys.stderr)
+        say(f"The checkpoint is of step {done}, beyond the {steps} asked for: training one step more")
         steps = done + 1
-    return Run(seed, plan.global_batch, shards.index.fingerprint, len(shards), steps)
-
-
-def check_same_run(checkpoint: Path | None, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Compares what `Run.identity` was when a checkpoint was written with what it is.
-
-    Raises:
-        UserError: they differ.
-    """
-    remedies = {
-        "seed": "leave out --seed, or give the same",
-        "global_batch": "choose processes, --train_batch_size and --gradient_accumulation_steps with the same product",
-        "fingerprint": "give the same data and preprocessing options",
-    }
-    for name, remedy in remedies.items():
-        if before[name] != now[name]:
-            raise UserError(f"{checkpoint}: was written with {name} {before[name]}, this run has {now[name]}; {remedy}")
-
-
-@contextlib.contextmanager
-def only_run(output: Path, processes: Processes) -> Iterator[None]:
-    """Holds the output directory, so that no second run writes there."""
-    held = None
-    if processes.is_first:
-        output.mkdir(parents=True, exist_ok=True)
-        held = lock(output)
-    try:
-        if not processes.from_first(held is not None):
-            raise UserError(f"{output}: another run is writing there; wait for its end, or name another --output_dir")
-        yield
-    finally:
-        if held is not None:
-            os.close(held)
+    options = {name: value for name, value in options_of(config).items() if name in ALTER_THE_RESULT}
+    return Run(seed, plan.global_batch, shards.index.fingerprint, len(shards), steps, options | {"max_train_steps": steps})

@@ -1,6 +1,6 @@
 """What a run is, once its data, its processes and its options are known."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -12,6 +12,7 @@ class Run:
     fingerprint: of the latent shards.
     records: how many the shards hold.
     steps: optimizer steps in all.
+    options: those that alter the result and may change when the run is resumed.
     """
 
     seed: int
@@ -19,6 +20,7 @@ class Run:
     fingerprint: str
     records: int
     steps: int
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def identity(self) -> dict[str, Any]:

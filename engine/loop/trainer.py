@@ -26,7 +26,6 @@ from engine.errors import UserError
 from engine.files import write_text
 from engine.loop import attention
 from engine.loop.capture import wanted
-from engine.loop.checkpoints.layout import discard_unfinished, read_state
 from engine.loop.checkpoints.models import write_models
 from engine.loop.checkpoints.snapshot import restore
 from engine.loop.checkpoints.writer import Writer
@@ -36,15 +35,8 @@ from engine.loop.log import Log
 from engine.loop.metrics import Metrics
 from engine.loop.overlap import overlap_pays
 from engine.loop.pace import Pace
-from engine.loop.prepare import (
-    check_same_run,
-    divide_global_batch,
-    find_checkpoint,
-    only_run,
-    open_run,
-    prepare_shards,
-    seed_of,
-)
+from engine.loop.prepare import divide_global_batch, open_run, prepare_shards
+from engine.loop.resume import announce, check_same_run, find_checkpoint, only_run, open_checkpoint, seed_of, take_over
 from engine.loop.run import Run
 from engine.loop.step import Step
 from engine.loop.validation import validate
@@ -72,30 +64,32 @@ def train(config: TrainConfig) -> int:
 
 def _train(config: TrainConfig, processes: Processes) -> int:
     config = divide_global_batch(config, processes.world)
+    checkpoint = find_checkpoint(config)
     family = open_family(config)
     family.check_files()
     if needs_deepspeed(config, processes.world):
         check_deepspeed(config, processes)
     repository = create_repository(config) if config.push_to_hub and processes.is_first else None
-    checkpoint = find_checkpoint(config)
     processes.connect()
-    state = read_state(checkpoint) if checkpoint else None
-    seed = processes.from_first(seed_of(config, state))
-    shards = prepare_shards(config, family, processes)
-    plan = BatchPlan(config.train_batch_size, config.gradient_accumulation_steps, processes.rank, processes.world)
-    run = open_run(config, seed, shards, plan, state)
-    config = config.model_copy(update={"seed": run.seed, "max_train_steps": run.steps})
-    if state is not None:
-        check_same_run(checkpoint, state["run"], run.identity)
-
-    # Dropout draws from torch's generator; each process its own numbers.
-    torch.manual_seed(seed + processes.rank)
     output = Path(config.output_dir)
     with only_run(output, processes):
+        state = open_checkpoint(checkpoint, config, processes.world) if checkpoint else None
+        seed = processes.from_first(seed_of(config, state))
+        shards = prepare_shards(config, family, processes)
+        plan = BatchPlan(config.train_batch_size, config.gradient_accumulation_steps, processes.rank, processes.world)
+        run = open_run(config, seed, shards, plan, state)
+        config = config.model_copy(update={"seed": run.seed, "max_train_steps": run.steps})
+        if state is not None and checkpoint is not None:
+            check_same_run(checkpoint, state["run"], run.identity)
+            announce(checkpoint, state, config, run, processes.world)
+
+        # Dropout draws from torch's generator; each process its own numbers.
+        torch.manual_seed(seed + processes.rank)
+        model = family.load_model()
         if processes.is_first:
-            discard_unfinished(output)
-            write_text(output / "config.toml", to_toml(config))
-        training = Training(config, run, family, family.load_model(), processes)
+            take_over(config, checkpoint)
+            write_text(output / "config.toml", to_toml(config.model_copy(update={"overwrite": False})))
+        training = Training(config, run, family, model, processes)
         if state is not None and checkpoint is not None:
             training.resume(checkpoint, state)
         finished = _run(training, shards, plan)
@@ -194,7 +188,7 @@ class Training:
                 self.step += 1
                 self.pace.given(self.step)
                 leave = stop.agreed() and self.step < self.run.steps
-                self._after_step(progress, log)
+                self._after_step(progress, log, leave)
                 if leave:
                     return False
             return True
@@ -204,7 +198,7 @@ class Training:
             if self.watchdog:
                 self.watchdog.close()
 
-    def _after_step(self, progress: tqdm, log: Log | None) -> None:
+    def _after_step(self, progress: tqdm, log: Log | None, leave: bool) -> None:
         """Metrics, checkpoint and validation, where they are due."""
         config = self.config
         if self.step % config.log_every == 0 or self.step == self.run.steps:
@@ -215,7 +209,7 @@ class Training:
             if log:
                 log.write(line)
             self._stop_when_skipping(int(line["skipped_steps"] or 0))
-        if self.step % config.checkpointing_steps == 0:
+        if leave or self.step % config.checkpointing_steps == 0:
             self._beside_training(self.save)
         if config.validation_prompts and self.step < self.run.steps and self._epoch_to_validate():
             self._beside_training(lambda: self.validate(log))

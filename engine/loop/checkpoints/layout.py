@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.files import PARTIAL, digest, discard
+from engine.files import digest
 from engine.loop.weights.partition import Slice
 from engine.tensors import TensorFile
 
@@ -22,16 +22,15 @@ FORMAT_VERSION = 2
 LATEST = "latest"
 
 
-def discard_unfinished(directory: Path) -> None:
-    """Removes what runs left that were killed while they wrote."""
-    for path in directory.glob(f"checkpoint-*{PARTIAL}"):
-        discard(path)
-
-
 def complete_checkpoints(directory: Path) -> list[Path]:
     """The checkpoints in a directory, oldest first."""
-    found = [path for path in directory.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    return sorted((path for path in directory.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name; -1 for what is none."""
+    number = checkpoint.name.removeprefix("checkpoint-")
+    return int(number) if number.isdigit() else -1
 
 
 def find(directory: Path, resume: str) -> Path | None:

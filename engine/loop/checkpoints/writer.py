@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from engine.errors import UserError, disk_problem
 from engine.files import PARTIAL, digest, discard, publish_directory, write_json, write_text
-from engine.loop.checkpoints.layout import LATEST, complete_checkpoints, find
+from engine.loop.checkpoints.layout import LATEST, complete_checkpoints, find, step_of
 from engine.loop.checkpoints.snapshot import Snapshot, take
 from engine.loop.metrics import Metrics
 from engine.loop.run import Run
@@ -148,6 +148,7 @@ class Writer:
         write_text(self.directory / LATEST, final.name + "\n")
         discard(replaced)
         if self.total_limit is not None:
-            others = [path for path in complete_checkpoints(self.directory) if path != final]
-            for old in others[: -self.total_limit + 1 or None]:
+            # Of later steps are those of a run that went further before this one went on from an earlier checkpoint.
+            older = [path for path in complete_checkpoints(self.directory) if step_of(path) < step_of(final)]
+            for old in older[: -self.total_limit + 1 or None]:
                 discard(old)

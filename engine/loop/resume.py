@@ -1,0 +1,180 @@
+"""The output directory of a run: what an earlier one left there, and whether this one goes on with it."""
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from engine.catalogue import FAMILIES, PIPELINES
+from engine.config.options import TrainConfig
+from engine.errors import UserError
+from engine.files import PARTIAL, discard, lock, write_text
+from engine.loop.checkpoints.layout import LATEST, SliceFiles, complete_checkpoints, find, read_state, step_of
+from engine.loop.log import METRICS
+from engine.loop.optimizers.rates import peak_rate, rate_factors
+from engine.loop.run import Run
+from engine.messages import say
+from engine.processes import Processes
+
+
+def find_checkpoint(config: TrainConfig) -> Path | None:
+    """The checkpoint to go on from, if that is asked for and there is one.
+
+    Raises:
+        UserError: an earlier run left something in the output directory, and it was not said what becomes of that.
+    """
+    output, resume = Path(config.output_dir), config.resume_from_checkpoint
+    checkpoint = find(output, resume) if resume else None
+    within = checkpoint is not None and checkpoint.resolve().parent == output.resolve()
+    if config.overwrite:
+        if within:
+            raise UserError(f"--overwrite would remove {checkpoint}, which --resume_from_checkpoint names; leave one out")
+        for name in PIPELINES:
+            if (value := getattr(config, name)) and Path(value).resolve() == output.resolve():
+                raise UserError(f"--overwrite would remove the pipeline of --{name}; name another --output_dir")
+    elif not within and (left := left_by_a_run(output)):
+        # A run that was killed before its first checkpoint left metrics alone, and the same command begins it again.
+        if resume == LATEST and not _index_of_the_pipeline(config).exists():
+            say(f"{output}: no checkpoint there; starting from the beginning, without the {left} there")
+            return None
+        raise UserError(
+            f"{output}: an earlier run left {left} there; --resume_from_checkpoint latest goes on with it, --overwrite removes "
+            "what it left, or name another --output_dir"
+        )
+    return checkpoint
+
+
+def left_by_a_run(output: Path) -> str:
+    """What a run left in its output directory, in words; empty where there was none."""
+    checkpoints, metrics = complete_checkpoints(output), output / METRICS
+    left = [f"{len(checkpoints)} checkpoints (the last is {checkpoints[-1].name})"] if checkpoints else []
+    if metrics.is_file() and metrics.stat().st_size:
+        left.append(METRICS)
+    return " and ".join(left)
+
+
+def _index_of_the_pipeline(config: TrainConfig) -> Path:
+    return Path(config.output_dir) / FAMILIES[config.family].result / "model_index.json"
+
+
+def remove_run(config: TrainConfig) -> None:
+    """Removes what an earlier run left in the output directory and nothing else: shards stay, and what others put there."""
+    output, index = Path(config.output_dir), _index_of_the_pipeline(config)
+    left = left_by_a_run(output)
+    if not left:
+        return
+    parts = [name for name in json.loads(index.read_text()) if name == Path(name).name] if index.is_file() else []
+    folders = [output / "samples", output / config.logging_dir]
+    for path in (
+        index,
+        *(index.parent / name for name in parts),
+        *folders[0].glob("step-*.png"),
+        *folders[1].glob("events.out.tfevents.*"),
+        *output.glob(f"checkpoint-*{PARTIAL}"),
+        *complete_checkpoints(output),
+        *(output / name for name in ("wandb", "curves.png", "config.toml", LATEST, METRICS)),
+    ):
+        discard(path)
+    for folder in folders:
+        with contextlib.suppress(OSError):  # absent, or something else is in it
+            folder.rmdir()
+    say(f"{output}: removed what an earlier run left: {left}")
+
+
+def seed_of(config: TrainConfig, state: dict[str, Any] | None) -> int:
+    """The seed of the run: as given, else the resumed run's, else drawn."""
+    if config.seed is not None:
+        return config.seed
+    return int(state["run"]["seed"]) if state else secrets.randbits(31)
+
+
+def open_checkpoint(checkpoint: Path, config: TrainConfig, world: int) -> dict[str, Any]:
+    """state.json of a checkpoint, once all of it was checked that can be before there are shards and a model.
+
+    Raises:
+        UserError: it is damaged, or was written by another run or with other state.
+    """
+    state = read_state(checkpoint)
+    batch = config.train_batch_size * config.gradient_accumulation_steps * world
+    check_same_run(checkpoint, state["run"], {"seed": seed_of(config, state), "global_batch": batch})
+    kinds = SliceFiles(checkpoint).kinds
+    if config.use_ema and "ema" not in kinds:
+        raise UserError(
+            f"{checkpoint}: was written without --use_ema, so there is no moving average to go on with; leave the option out, "
+            "or train from the beginning in another --output_dir"
+        )
+    if config.use_8bit_adam == ("exp_avg" in kinds):
+        one, other = ("without", "leave it out") if config.use_8bit_adam else ("with", "give it")
+        raise UserError(f"{checkpoint}: was written {one} --use_8bit_adam; {other}")
+    return state
+
+
+def check_same_run(checkpoint: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Compares what `Run.identity`, or a part of it, was when a checkpoint was written with what it is.
+
+    Raises:
+        UserError: they differ.
+    """
+    remedies = {
+        "seed": "leave out --seed, or give the same",
+        "global_batch": "choose processes, --train_batch_size and --gradient_accumulation_steps with the same product",
+        "fingerprint": "give the same data and preprocessing options",
+    }
+    for name, value in now.items():
+        if before[name] != value:
+            raise UserError(f"{checkpoint}: was written with {name} {before[name]}, this run has {value}; {remedies[name]}")
+
+
+def announce(checkpoint: Path, state: dict[str, Any], config: TrainConfig, run: Run, world: int) -> None:
+    """Says what will be different from here on from what the run was when the checkpoint was written."""
+    before, step = state.get("options", {}), state["step"]  # checkpoints of older versions do not hold them
+    changed = [
+        f"--{name} {value} (was {before[name]})" for name, value in run.options.items() if before.get(name, value) != value
+    ]
+    if changed:
+        say(f"Changed since {checkpoint.name}: {', '.join(changed)}")
+        rates = [_rate(config.model_copy(update=options), world, step) for options in (before, run.options)]
+        if rates[0] != rates[1]:
+            say(f"The learning rate after step {step} is {rates[1]:.3g}; as {checkpoint.name} was trained, {rates[0]:.3g}")
+    if not config.use_ema and "ema" in SliceFiles(checkpoint).kinds:
+        say(f"The moving average of {checkpoint.name} ends here: --use_ema is not given")
+    output = Path(config.output_dir)
+    later = [path.name for path in complete_checkpoints(output) if step_of(path) > step]
+    if later:
+        say(f"{output}: {', '.join(later)} of later steps stay there until this run writes its own")
+
+
+def _rate(config: TrainConfig, world: int, step: int) -> float:
+    """The learning rate of the step after `step`."""
+    peak = peak_rate(config, world)
+    return peak * rate_factors(config, peak, config.max_train_steps or 1)(step)
+
+
+def take_over(config: TrainConfig, checkpoint: Path | None) -> None:
+    """Makes the output directory this run's: without another's remains, and with `latest` where this one goes on."""
+    output = Path(config.output_dir)
+    if config.overwrite:
+        remove_run(config)
+    for path in output.glob(f"checkpoint-*{PARTIAL}"):  # of runs that were killed while they wrote
+        discard(path)
+    if checkpoint and checkpoint.resolve().parent == output.resolve():
+        write_text(output / LATEST, checkpoint.name + "\n")
+
+
+@contextlib.contextmanager
+def only_run(output: Path, processes: Processes) -> Iterator[None]:
+    """Holds the output directory, so that no second run writes there."""
+    held = None
+    if processes.is_first:
+        output.mkdir(parents=True, exist_ok=True)
+        held = lock(output)
+    try:
+        if not processes.from_first(held is not None):
+            raise UserError(f"{output}: another run is writing there; wait for its end, or name another --output_dir")
+        yield
+    finally:
+        if held is not None:
+            os.close(held)

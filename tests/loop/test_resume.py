@@ -1,0 +1,179 @@
+"""The output directory: an earlier run's results stay unless it is said what becomes of them; what a resume changes is said."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from engine.config.checks import check_options
+from engine.config.options import ALTER_THE_RESULT, TrainConfig
+from engine.errors import UserError
+from engine.files import digest, write_json
+from engine.loop.checkpoints.layout import complete_checkpoints
+from engine.loop.trainer import train
+from tests.loop.runs import config
+
+
+@pytest.fixture(scope="module")
+def finished(model, images, shards, tmp_path_factory):
+    """A run of eight steps along a cosine, with what a run leaves."""
+    output = tmp_path_factory.mktemp("runs") / "finished"
+    options = {"checkpointing_steps": 2, "validation_prompts": ["a red square"], "report_to": "tensorboard"}
+    assert train(config(model, images, shards, output, **SCHEDULE | options)) == 0
+    return output
+
+
+SCHEDULE = {"lr_scheduler": "cosine", "lr_warmup_steps": 0, "use_ema": False}
+
+
+@pytest.fixture
+def output(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "out"))
+
+
+@pytest.fixture
+def run(model, images, shards, output):
+    plain = config(model, images, shards, output, max_train_steps=2, **SCHEDULE)
+    return lambda **options: train(plain.model_copy(update=options))
+
+
+def content(directory: Path) -> dict[str, str]:
+    return {path.relative_to(directory).as_posix(): digest(path) for path in directory.rglob("*") if path.is_file()}
+
+
+def steps(output: Path) -> list[int]:
+    return [step for step in range(20) if (output / f"checkpoint-{step}").exists()]
+
+
+def logged(output: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("gone", "options", "named"),
+    [
+        ("", {}, r"4 checkpoints \(the last is checkpoint-8\) and metrics.jsonl"),
+        ("metrics.jsonl", {}, r"4 checkpoints \(the last is checkpoint-8\)"),
+        ("checkpoint-*", {}, "metrics.jsonl"),
+        ("checkpoint-*", {"resume_from_checkpoint": "latest"}, "metrics.jsonl"),
+        ("", {"resume_from_checkpoint": "elsewhere/checkpoint-4"}, "4 checkpoints"),
+    ],
+)
+def test_an_earlier_run_is_refused_and_nothing_is_touched(gone, options, named, output, run, tmp_path, monkeypatch):
+    for path in output.glob(gone) if gone else ():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(output, tmp_path / "elsewhere")
+    before = content(output)
+    with pytest.raises(
+        UserError, match=rf"an earlier run left {named}.* there; --resume_from_checkpoint latest .* --overwrite"
+    ):
+        run(**options)
+    assert content(output) == before
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(output, run, capsys):
+    for path in (*output.glob("checkpoint-*"), output / "model_index.json"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert run(resume_from_checkpoint="latest") == 0
+    assert "no checkpoint there; starting from the beginning, without the metrics.jsonl there" in capsys.readouterr().err
+    assert logged(output) == [1, 2]
+
+
+def test_overwrite_removes_what_the_run_left_and_nothing_else(output, run, capsys):
+    theirs = ["mine.txt", "samples/mine.png", "logs/mine", "checkpoint-of-mine/x", "shards/index.json", "unet.py"]
+    for name in theirs:
+        (output / name).parent.mkdir(exist_ok=True)
+        (output / name).write_text("mine")
+    assert run(overwrite=True) == 0
+    assert all((output / name).read_text() == "mine" for name in theirs)
+    assert "removed what an earlier run left: 4 checkpoints (the last is checkpoint-8)" in capsys.readouterr().err
+    assert steps(output) == [2]
+    assert logged(output) == [1, 2]
+    assert not (output / "samples" / "step-8.png").exists()
+    assert not list((output / "logs").glob("events*"))
+    assert "overwrite = false" in (output / "config.toml").read_text()
+
+
+def test_overwrite_never_removes_before_everything_is_known(output, run):
+    before = content(output)
+    with pytest.raises(UserError, match="were built from something else"):
+        run(overwrite=True, resolution=32)
+    assert content(output) == before
+
+
+def test_overwrite_does_not_remove_what_the_run_needs(output, run):
+    with pytest.raises(UserError, match="--overwrite would remove .*checkpoint-4, which --resume_from_checkpoint names"):
+        run(overwrite=True, resume_from_checkpoint="checkpoint-4")
+    with pytest.raises(UserError, match="--overwrite would remove the pipeline of --pretrained_model_name_or_path"):
+        run(overwrite=True, pretrained_model_name_or_path=str(output))
+    with pytest.raises(UserError, match="--overwrite removes what --resume_from_checkpoint latest goes on with"):
+        check_options(config(output, output, output, output, overwrite=True, resume_from_checkpoint="latest"))
+
+
+def test_a_longer_run_in_the_directory_does_not_displace_what_an_earlier_step_goes_on_to(output, run, capsys):
+    options = {"resume_from_checkpoint": "checkpoint-2", "max_train_steps": 5, "checkpointing_steps": 1}
+    assert run(checkpoints_total_limit=2, **options) == 0
+    assert steps(output) == [4, 5, 6, 8]
+    assert "checkpoint-4, checkpoint-6, checkpoint-8 of later steps stay there" in capsys.readouterr().err
+    assert (output / "latest").read_text() == "checkpoint-5\n"
+    assert logged(output) == [1, 2, 3, 4, 5]
+
+
+def test_latest_follows_the_run_and_not_the_highest_number(output, run, monkeypatch):
+    monkeypatch.setattr("engine.loop.trainer.Training.run_steps", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(resume_from_checkpoint="checkpoint-4", max_train_steps=8)
+    assert (output / "latest").read_text() == "checkpoint-4\n"
+
+
+def test_a_longer_schedule_and_changed_options_are_said(output, run, capsys):
+    assert run(resume_from_checkpoint="latest", max_train_steps=16, adam_beta2=0.99, snr_gamma=5.0) == 0
+    said = capsys.readouterr().err
+    assert (
+        "Changed since checkpoint-8: --max_train_steps 16 (was 8), --adam_beta2 0.99 (was 0.999), --snr_gamma 5.0 (was None)\n"
+    ) in said
+    assert "The learning rate after step 8 is 0.0005; as checkpoint-8 was trained, 0\n" in said
+    assert run(resume_from_checkpoint="latest", max_train_steps=16, adam_beta2=0.99, snr_gamma=5.0) == 0
+    assert "Changed" not in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_options_is_read_as_before(output, run, capsys):
+    checkpoint = output / "checkpoint-8"
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["options"]
+    write_json(checkpoint / "state.json", state)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    write_json(checkpoint / "manifest.json", manifest | {"state.json": digest(checkpoint / "state.json")})
+    assert run(resume_from_checkpoint="latest", max_train_steps=9) == 0
+    assert "Changed" not in capsys.readouterr().err
+    assert complete_checkpoints(output)[-1].name == "checkpoint-9"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"use_ema": True}, "checkpoint-8: was written without --use_ema, so there is no moving average to go on with"),
+        ({"use_8bit_adam": True}, "checkpoint-8: was written without --use_8bit_adam; leave it out"),
+        ({"seed": 12}, "checkpoint-8: was written with seed 11, this run has 12"),
+        ({"train_batch_size": 2}, "checkpoint-8: was written with global_batch 4, this run has 2"),
+    ],
+)
+def test_what_a_checkpoint_cannot_give_is_known_before_anything_is_encoded(options, said, output, run, tmp_path):
+    with pytest.raises(UserError, match=said):
+        run(resume_from_checkpoint="latest", shards_dir=str(tmp_path / "new"), **options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_average_that_ends_is_said(model, images, shards, tmp_path, capsys):
+    for options in ({"max_train_steps": 1}, {"max_train_steps": 2, "use_ema": False, "resume_from_checkpoint": "latest"}):
+        assert train(config(model, images, shards, tmp_path / "out", **options)) == 0
+    assert "The moving average of checkpoint-1 ends here: --use_ema is not given" in capsys.readouterr().err
+
+
+def test_every_option_of_optimizer_and_objective_is_compared_or_known_not_to_matter():
+    groups = {name: field.json_schema_extra["group"] for name, field in TrainConfig.model_fields.items()}
+    known = {"use_ema", "use_8bit_adam", "max_skipped_steps", "offload_ema", "foreach_ema"}
+    shaping = {name for name, group in groups.items() if group in ("optimizer", "objective")}
+    assert shaping - known <= set(ALTER_THE_RESULT) <= groups.keys()
