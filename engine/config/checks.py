@@ -9,7 +9,7 @@ from engine.config.options import XFORMERS, CacheConfig, TrainConfig
 from engine.config.schema import REQUIRED, options_by_family, options_lacking
 from engine.errors import UserError
 
-LARGEST = 2**31 - 1  # of the integer options but --seed, so that sums and products of them are integers everywhere
+LARGEST = 2**31 - 1  # of the integer options but seeds, so that sums and products of them are integers everywhere
 
 
 def check_options(config: CacheConfig) -> None:
@@ -22,7 +22,7 @@ def check_options(config: CacheConfig) -> None:
         if by_family.get(config.family) is REQUIRED and getattr(config, name) is None:
             raise UserError(f"--{name} is required")
     for name, value in config:
-        if type(value) is int and value > LARGEST and name != "seed":
+        if type(value) is int and value > LARGEST and name not in ("seed", "subset_seed"):
             raise UserError(f"--{name} {value}: too large; {LARGEST} is the most")
     if isinstance(config, TrainConfig):
         _check_outputs(config)

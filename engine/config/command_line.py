@@ -17,7 +17,7 @@ from engine.catalogue import FAMILIES
 from engine.config.checks import LARGEST, check_machine, check_options
 from engine.config.elsewhere import answer
 from engine.config.options import CacheConfig, TrainConfig, options_of
-from engine.config.schema import REQUIRED, SECRETS, options_lacking
+from engine.config.schema import DIRECTORIES, PLACES, REQUIRED, UNSTORED, options_lacking
 from engine.errors import UserError
 
 Model = TypeVar("Model", bound=CacheConfig)
@@ -142,8 +142,10 @@ def load(model: type[Model], values: dict[str, Any], where: str = "") -> Model:
     Raises:
         UserError: an unknown option, a bad value or a missing one, or options that contradict each other.
     """
+    home = {name: str(Path(value).expanduser()) for name, value in values.items()
+            if name in PLACES and isinstance(value, str) and value.startswith("~")}  # fmt: skip
     try:
-        config = _validate(model, values)
+        config = _validate(model, values | home)
         check_options(config)
     except UserError as error:
         raise UserError("\n".join(f"{where}: {line}" if where else line for line in str(error).splitlines())) from None
@@ -263,8 +265,15 @@ def _describe_default(required: bool, default: Any, by_family: Any) -> str:
 
 
 def to_toml(config: CacheConfig) -> str:
-    """The resolved configuration as TOML, without secrets; options that are not set, or not the family's, are left out."""
-    values = {name: value for name, value in options_of(config).items() if value is not None and name not in SECRETS}
+    """The resolved configuration as TOML that says the same in any directory, without secrets; options that are not set, or not
+    the family's, are left out."""
+    values = {name: value for name, value in options_of(config).items() if value is not None and name not in UNSTORED}
+    values |= {name: str(Path(values[name]).absolute()) for name in PLACES & values.keys() if _is_here(name, values[name])}
     if "global_batch_size" in values:
         del values["gradient_accumulation_steps"]  # which follows from it, and from how many processes there are
     return tomli_w.dumps(values)
+
+
+def _is_here(name: str, place: str) -> bool:
+    """Whether an option's value is a path from the working directory, and not a name on the hub or elsewhere."""
+    return name in DIRECTORIES or Path(place).exists()

@@ -67,7 +67,12 @@ class CacheConfig(BaseModel):
     )
     image_column: str = option("image", "Column that holds the image.", "data")
     caption_column: str = option(only(CAPTIONED, "text"), "Column that holds a caption or a list of captions.", "data")
-    max_train_samples: int | None = option(None, "Train on this many samples, drawn with --seed, instead of all.", "data", ge=1)
+    max_train_samples: int | None = option(
+        None, "Train on this many samples, drawn by --subset_seed, instead of all.", "data", ge=1
+    )
+    subset_seed: int | None = option(
+        None, "Seed by which --max_train_samples draws. Default: --seed, 0 where that is not given.", "data", ge=0, lt=2**63
+    )
     resolution: int = option(
         512,
         "Images are resized and cropped to this many pixels on both sides (kandinsky-prior: the image encoder decides, and "
@@ -121,6 +126,11 @@ class CacheConfig(BaseModel):
     def data(self) -> str | None:
         """What names the images and captions, None where there are only shards."""
         return self.dataset_name or self.train_data_dir
+
+    @property
+    def sample_seed(self) -> int:
+        """By which `--max_train_samples` draws: the same for a command given twice, also without a seed."""
+        return self.subset_seed if self.subset_seed is not None else self.seed or 0
 
     @property
     def shards_path(self) -> Path:

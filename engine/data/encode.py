@@ -19,6 +19,7 @@ from tqdm import tqdm
 from engine.config.options import CacheConfig, options_of
 from engine.data.format.index import INDEX, Index, ShardEntry
 from engine.data.format.shard import read_tensors, shard_name, write_shard
+from engine.data.identity import differences, identity_of
 from engine.data.report import describe_refused, say, say_refused
 from engine.data.sources.interface import Refused, Source, refusing
 from engine.errors import UserError
@@ -70,19 +71,6 @@ def number_captions(source: Source, shard_records: int, captioned: bool) -> Capt
         if (sample + 1) % shard_records == 0 or sample + 1 == len(source):
             first_of_shard.append(len(number_of))
     return Captions(numbers, list(number_of), first_of_shard, refused)
-
-
-def identity_of(config: CacheConfig, encoding: Encoding, source: Source) -> dict[str, Any]:
-    """Everything that shapes the content of the shards."""
-    return {
-        "family": config.family,
-        "source": source.identity(),
-        "models": encoding.encoder_identity(),
-        "preprocessing": encoding.preprocessing_identity(),
-        "precision": config.mixed_precision,
-        "caption_column": config.caption_column if encoding.captioned else None,
-        "shard_records": config.shard_records,
-    }
 
 
 def encode_source(config: CacheConfig, encoding: Encoding, source: Source, processes: Processes) -> Index:
@@ -156,10 +144,10 @@ def _all_refused(refused: list[dict[str, str]]) -> UserError:
 def _existing_index(directory: Path, identity: dict[str, Any], fingerprint: str) -> Index:
     index = Index.read(directory)
     if index.fingerprint != fingerprint:
-        changed = ", ".join(key for key in identity if identity[key] != index.identity.get(key)) or "format"
+        changed = differences(index.identity, identity) or "another format"
         raise UserError(
-            f"{directory}: the shards there were built from something else (different: {changed}); "
-            "name another --shards_dir, or delete that directory to build again"
+            f"{directory}: the shards there were built otherwise ({changed}); give the same options, name another "
+            f"--shards_dir, or delete {directory / INDEX} to build them again"
         )
     return index
 

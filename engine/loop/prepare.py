@@ -9,6 +9,7 @@ from engine.data.encode import encode_source
 from engine.data.format.index import INDEX, Index
 from engine.data.format.shard import Shards
 from engine.data.format.verify import verify
+from engine.data.identity import differences
 from engine.data.samples.batch import BatchPlan
 from engine.data.sources import open_source
 from engine.errors import UserError
@@ -49,9 +50,11 @@ def prepare_shards(config: TrainConfig, family: Family, processes: Processes) ->
     else:
         index = Index.read(directory)
     if index.family != config.family or index.fields != family.encoding.record_spec:
+        built = {name: index.config.get(name) for name in ("family", "resolution", "mixed_precision")}
+        changed = differences(built, {name: getattr(config, name) for name in built}) or "other models"
         raise UserError(
-            f"{directory / INDEX}: the shards hold other records than --family {config.family} at --resolution "
-            f"{config.resolution} and --mixed_precision {config.mixed_precision} reads; name another --shards_dir"
+            f"{directory / INDEX}: the shards hold other records than this run reads ({changed}); give the options that they "
+            "were built with, or name another --shards_dir"
         )
     mine = index.shards[processes.rank :: processes.world]
     with tqdm(total=len(mine), desc="Verifying shards", disable=None if processes.is_first else True, leave=False) as bar:
@@ -59,7 +62,8 @@ def prepare_shards(config: TrainConfig, family: Family, processes: Processes) ->
     problems = {file: problem for part in processes.gather_objects(problems) for file, problem in part.items()}
     if problems:
         listed = "; ".join(f"{file}: {problem}" for file, problem in sorted(problems.items()))
-        raise UserError(f"{directory}: damaged shards: {listed}; delete them and {INDEX}, and they are built again")
+        remedy = f"delete them and {INDEX}, and they are built again" if config.data else "copy or build them again"
+        raise UserError(f"{directory}: damaged shards: {listed}; {remedy}")
     return Shards(directory)
 
 

@@ -78,7 +78,8 @@ def _train(config: TrainConfig, processes: Processes) -> int:
         shards = prepare_shards(config, family, processes)
         plan = BatchPlan(config.train_batch_size, config.gradient_accumulation_steps, processes.rank, processes.world)
         run = open_run(config, seed, shards, plan, state)
-        config = config.model_copy(update={"seed": run.seed, "max_train_steps": run.steps})
+        subset_seed = config.sample_seed if config.max_train_samples else None
+        config = config.model_copy(update={"seed": run.seed, "max_train_steps": run.steps, "subset_seed": subset_seed})
         if state is not None and checkpoint is not None:
             check_same_run(checkpoint, state["run"], run.identity)
             announce(checkpoint, state, config, run, processes.world)

@@ -94,7 +94,7 @@ def test_flags_that_a_family_lacks_are_refused_by_name(family, name, data, tmp_p
 
 @pytest.mark.parametrize("family", ["kandinsky-prior", "kandinsky-decoder", "wuerstchen"])
 def test_the_stored_configuration_holds_only_what_the_family_has(family, data, tmp_path):
-    config = parse(TrainConfig, "engine.run", "", ["--family", family, *data, "--seed", "3"])
+    config = parse(TrainConfig, "engine.run", "", ["--family", family, *data, "--seed", "3", "--output_dir", str(tmp_path)])
     file = tmp_path / "config.toml"
     file.write_text(to_toml(config))
     assert not LACKING[family].keys() & tomllib.loads(file.read_text()).keys()

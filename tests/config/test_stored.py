@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import shutil
+import tomllib
+from pathlib import Path
 
 import pytest
 import tomli_w
@@ -10,7 +12,7 @@ import tomli_w
 from engine import checkpoint
 from engine.config.command_line import load, parse, to_toml
 from engine.config.options import TrainConfig
-from engine.config.schema import SECRETS
+from engine.config.schema import PLACES, SECRETS
 from engine.errors import UserError, exit_code
 from engine.shards import info_command
 from tests.config.arguments import run
@@ -18,14 +20,24 @@ from tests.config.arguments import run
 
 def test_the_stored_configuration_of_a_divided_batch_is_read_back(data, tmp_path):
     """The run has set the accumulation, which cannot be given beside the whole batch."""
-    config = run(*data, "--global_batch_size", "64")
+    config = run(*data, "--global_batch_size", "64", "--output_dir", str(tmp_path))
     file = tmp_path / "config.toml"
     file.write_text(to_toml(config.model_copy(update={"gradient_accumulation_steps": 2})))
     assert parse(TrainConfig, "engine.run", "", ["--config", str(file)]) == config
 
 
 def test_the_stored_configuration_is_read_back_and_keeps_no_secret(data, tmp_path):
-    config = run(*data, "--hub_token", "very-secret", "--validation_prompts", 'quo"te', "--seed", "9")
+    config = run(
+        *data,
+        "--hub_token",
+        "very-secret",
+        "--validation_prompts",
+        'quo"te\nof two lines',
+        "--seed",
+        "9",
+        "--output_dir",
+        str(tmp_path),
+    )
     text = to_toml(config)
     assert "very-secret" not in text
     assert {"hub_token"} == SECRETS
@@ -36,7 +48,7 @@ def test_the_stored_configuration_is_read_back_and_keeps_no_secret(data, tmp_pat
 
 
 def test_a_file_that_also_holds_what_follows_from_the_whole_batch_is_read(data, tmp_path):
-    config = run(*data, "--global_batch_size", "64")
+    config = run(*data, "--global_batch_size", "64", "--output_dir", str(tmp_path))
     file = tmp_path / "config.toml"
     file.write_text(f"{to_toml(config)}gradient_accumulation_steps = 4\n")
     assert parse(TrainConfig, "engine.run", "", ["--config", str(file)]) == config
@@ -103,3 +115,42 @@ def test_a_configuration_is_read_where_its_data_and_packages_are_not(tmp_path, m
     (tmp_path / "run.toml").write_text(tomli_w.dumps(values))
     with pytest.raises(UserError, match="--train_data_dir /nowhere: no such directory"):
         parse(TrainConfig, "engine.run", "", ["--config", str(tmp_path / "run.toml")])
+
+
+def test_the_stored_configuration_means_the_same_in_another_directory(tmp_path, monkeypatch):
+    for name in ("here/images", "here/model", "there"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "here" / "model" / "model_index.json").write_text("{}")
+    monkeypatch.chdir(tmp_path / "here")
+    config = parse(TrainConfig, "", "", [
+        "--family", "sd", "--pretrained_model_name_or_path", "model", "--train_data_dir", "images", "--output_dir", "../out",
+        "--cache_dir", "cache", "--logging_dir", "logs",
+    ])  # fmt: skip
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    monkeypatch.chdir(tmp_path / "there")
+    again = parse(TrainConfig, "", "", ["--config", str(tmp_path / "config.toml")])
+    assert Path(again.pretrained_model_name_or_path) == tmp_path / "here" / "model"
+    assert Path(again.train_data_dir) == tmp_path / "here" / "images"
+    assert Path(again.output_dir).resolve() == tmp_path / "out"
+    assert Path(again.cache_dir) == tmp_path / "here" / "cache"
+    assert again.logging_dir == "logs"
+
+
+def test_names_on_the_hub_are_stored_as_they_are(data, tmp_path):
+    config = run("--dataset_name", "org/data", "--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest")
+    values = tomllib.loads(to_toml(config))
+    assert values["pretrained_model_name_or_path"] == "org/model"
+    assert values["dataset_name"] == "org/data"
+    assert values["resume_from_checkpoint"] == "latest"
+
+
+def test_a_place_in_the_home_directory_is_found(data, monkeypatch):
+    monkeypatch.setenv("HOME", data[1])
+    assert run(*data, "--output_dir=~/out").output_dir == f"{data[1]}/out"
+
+
+def test_every_option_that_names_a_place_is_known():
+    inside = {"logging_dir"}  # the output directory
+    names = {name for name in TrainConfig.model_fields if name.endswith(("_dir", "_path", "_config"))}
+    assert names - PLACES == inside
+    assert TrainConfig.model_fields.keys() >= PLACES

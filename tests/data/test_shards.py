@@ -177,11 +177,19 @@ def test_shards_of_something_else_are_replaced_or_refused(model, images, tmp_pat
     (shards / "index.json").unlink()
     plain = build(model, images, shards)
     assert sum(shard.image_rows for shard in plain.shards) == 12
-    with pytest.raises(UserError, match=r"built from something else \(different: preprocessing\); name another --shards_dir"):
+    with pytest.raises(
+        UserError, match=r"built otherwise \(--random_flip False, now True\); give the same options, name another"
+    ):
         build(model, images, shards, "--random_flip")
-    with pytest.raises(UserError, match=r"\(different: source\)"):
+    with pytest.raises(UserError, match=r"\(--resolution 16, now 32; --mixed_precision no, now bf16\)"):
+        build(model, images, shards, "--resolution", "32", "--mixed_precision", "bf16")
+    with pytest.raises(UserError, match=r"\(--random_crops 4, now --center_crop\)"):
+        build(model, images, shards, "--center_crop")
+    with pytest.raises(UserError, match=r"\(--max_train_samples None, now 3; --subset_seed None, now 5\)"):
+        build(model, images, shards, "--max_train_samples", "3", "--seed", "5")
+    with pytest.raises(UserError, match=r"\(another metadata.jsonl; other files or rows of data\)"):
         build(model, tiny.write_images(tmp_path / "others", count=3), shards)
-    with pytest.raises(UserError, match=r"\(different: models\)"):
+    with pytest.raises(UserError, match=r"\(another vae; another text_encoder\)"):
         build(tiny.write_pipeline(tmp_path / "model", seed=1), images, shards)
 
 

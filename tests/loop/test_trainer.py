@@ -12,6 +12,9 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from engine.config.command_line import load, read_toml
+from engine.config.options import TrainConfig
+from engine.data.format.index import Index
 from engine.errors import UserError
 from engine.loop import export, log, validation
 from engine.loop.log import _forget_after
@@ -159,8 +162,12 @@ def test_a_shard_that_was_altered_is_named_before_training(model, images, tmp_pa
     content = bytearray(file.read_bytes())
     content[-3] ^= 4
     file.write_bytes(content)
-    with pytest.raises(UserError, match="shard-00001.safetensors: altered"):
+    with pytest.raises(
+        UserError, match="shard-00001.safetensors: altered.*delete them and index.json, and they are built again"
+    ):
         train(run.model_copy(update={"overwrite": True}))
+    with pytest.raises(UserError, match="altered: .*; copy or build them again"):
+        train(run.model_copy(update={"train_data_dir": None, "overwrite": True}))
 
 
 def test_training_needs_only_the_shards(model, shards, tmp_path):
@@ -171,8 +178,24 @@ def test_training_needs_only_the_shards(model, shards, tmp_path):
 
 def test_shards_of_another_resolution_are_refused(model, shards, tmp_path):
     run = config(model, shards, shards, tmp_path / "out").model_copy(update={"train_data_dir": None, "resolution": 32})
-    with pytest.raises(UserError, match="other records than --family sd at --resolution 32"):
+    with pytest.raises(UserError, match=r"other records than this run reads \(--resolution 16, now 32\); give the options"):
         train(run)
+
+
+def test_the_stored_configuration_draws_the_same_samples(model, images, tmp_path):
+    first = TrainConfig(
+        family="sd", pretrained_model_name_or_path=str(model), train_data_dir=str(images), output_dir=str(tmp_path / "first"),
+        resolution=16, center_crop=True, max_train_samples=5, max_train_steps=1, train_batch_size=2, report_to="none",
+    )  # fmt: skip
+    assert train(first) == 0
+    stored = read_toml(TrainConfig, tmp_path / "first" / "config.toml", "")
+    assert train(load(TrainConfig, stored | {"output_dir": str(tmp_path / "second")})) == 0
+    assert train(first.model_copy(update={"output_dir": str(tmp_path / "third")})) == 0
+    one, two, three = (Index.read(tmp_path / name / "shards") for name in ("first", "second", "third"))
+    assert one.fingerprint == two.fingerprint == three.fingerprint
+    assert tomllib.loads((tmp_path / "second" / "config.toml").read_text())["seed"] == stored["seed"]
+    weights = [(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() for name in ("first", "second")]
+    assert weights[0] == weights[1]
 
 
 def test_dream_needs_epsilon(model, images, shards, tmp_path):

@@ -93,10 +93,10 @@ class Index:
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
             version = value["format_version"]
-            if not isinstance(value["config"], dict):
-                raise ValueError("config is not an object")
             if version != FORMAT_VERSION:
                 raise UserError(f"{path}: format version {version}, this engine reads {FORMAT_VERSION}; build the shards again")
+            if not isinstance(value["config"], dict):
+                raise ValueError("config is not an object")
             return cls(
                 value["family"],
                 value["fingerprint"],

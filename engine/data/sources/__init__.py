@@ -37,5 +37,5 @@ def open_source(config: CacheConfig, captioned: bool = True) -> Source:
     if len(source) == 0:
         raise UserError(f"{config.data}: no samples found")
     if config.max_train_samples is not None and config.max_train_samples < len(source):
-        return Subset(source, config.max_train_samples, config.seed or 0)
+        return Subset(source, config.max_train_samples, config.sample_seed)
     return source

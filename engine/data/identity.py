@@ -1,0 +1,50 @@
+"""What shapes the content of shards, and in which words two such differ."""
+
+from typing import Any
+
+from engine.config.options import CacheConfig
+from engine.data.sources.interface import Source
+from engine.models.encoder import Encoding
+
+# What an identity calls an option -> the option.
+_OPTIONS = {
+    "interpolation": "image_interpolation_mode",
+    "precision": "mixed_precision",
+    "samples": "max_train_samples",
+    "sample_seed": "subset_seed",
+}
+
+
+def identity_of(config: CacheConfig, encoding: Encoding, source: Source) -> dict[str, Any]:
+    """Everything that shapes the content of the shards."""
+    return {
+        "family": config.family,
+        "source": source.identity(),
+        "models": encoding.encoder_identity(),
+        "preprocessing": encoding.preprocessing_identity(),
+        "precision": config.mixed_precision,
+        "caption_column": config.caption_column if encoding.captioned else None,
+        "shard_records": config.shard_records,
+    }
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """In what an identity, or a part of one, differs from an earlier one: `--resolution 32, now 64; another vae`."""
+    return "; ".join(said for key in before | now if (said := _difference(key, before.get(key), now.get(key))))
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    if before == now:
+        return ""
+    if isinstance(before, dict) and isinstance(now, dict):
+        if before.get("kind") != now.get("kind"):
+            return f"{before.get('kind')}, now {now.get('kind')}"
+        return differences(before, now)
+    if key in ("files", "fingerprint"):
+        return "other files or rows of data"
+    if key == "random_crops" and None in (before, now):
+        return f"--random_crops {before}, now --center_crop" if now is None else f"--center_crop, now --random_crops {now}"
+    if any(isinstance(value, str) and len(value) == 64 for value in (before, now)):
+        return f"another {key}"
+    option = _OPTIONS.get(key, key)
+    return f"--{option} {before}, now {now}" if option in CacheConfig.model_fields else f"{option} {before}, now {now}"
