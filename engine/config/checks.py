@@ -1,5 +1,6 @@
 """Mistakes that only a look at several options can find, and those that only a look at this machine can."""
 
+import codecs
 import importlib.util
 import tempfile
 from pathlib import Path
@@ -24,11 +25,25 @@ def check_options(config: CacheConfig) -> None:
     for name, value in config:
         if type(value) is int and value > LARGEST and name not in ("seed", "subset_seed"):
             raise UserError(f"--{name} {value}: too large; {LARGEST} is the most")
+    _check_data(config)
     if isinstance(config, TrainConfig):
         _check_outputs(config)
         _check_sharding(config)
         _check_precision(config)
         _check_attention(config)
+
+
+def _check_data(config: CacheConfig) -> None:
+    try:
+        _ = config.background_color
+    except ValueError:
+        raise UserError(f"--background {config.background}: give none, white, black or R,G,B, each of 0 to 255") from None
+    try:
+        codecs.lookup(config.metadata_encoding)
+    except LookupError:
+        raise UserError(
+            f"--metadata_encoding {config.metadata_encoding}: unknown; give for example utf-8, cp1252, shift_jis or gb18030"
+        ) from None
 
 
 def _check_outputs(config: TrainConfig) -> None:
@@ -90,8 +105,11 @@ def check_machine(config: CacheConfig) -> None:
     """
     if not (config.data or config.shards_dir):
         raise UserError("no data: give --train_data_dir, --dataset_name, or --shards_dir with shards built before")
-    if config.train_data_dir and not Path(config.train_data_dir).is_dir():
+    if config.train_data_dir and not config.dataset_name and not Path(config.train_data_dir).exists():
         raise UserError(f"--train_data_dir {config.train_data_dir}: no such directory")
+    name = config.dataset_name
+    if name and not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"--dataset_name {name}: no such directory or file")
     lacking = options_lacking(type(config), config.family)
     for name in PIPELINES:
         if name not in lacking:

@@ -56,13 +56,13 @@ class CacheConfig(BaseModel):
     cache_dir: str | None = option(None, "Where downloaded models and data sets are kept.", "model")
 
     dataset_name: str | None = option(
-        None, "Data set on the hub, or a local path that `datasets.load_dataset` opens (parquet files too).", "data"
+        None, "Data set on the hub, or a local folder or file: as --train_data_dir, or parquet, or a table of images.", "data"
     )
     dataset_config_name: str | None = option(None, "Configuration of the data set, if it has several.", "data")
     train_data_dir: str | None = option(
         None,
-        "Folder of images with `metadata.jsonl` or `metadata.csv` (columns `file_name` and the caption column). "
-        "With --dataset_name: its data directory.",
+        "Folder of images with `metadata.jsonl` or `metadata.csv` (columns `file_name` and the caption column), or with a .txt "
+        "file beside each image; archives (.zip, .tar) of the same. With --dataset_name: its data directory.",
         "data",
     )
     image_column: str = option("image", "Column that holds the image.", "data")
@@ -91,6 +91,20 @@ class CacheConfig(BaseModel):
     image_interpolation_mode: Literal["nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"] = option(
         only(("sd",), "lanczos"), "How images are resized.", "data"
     )
+    image_mode: Literal["script", "scaled"] = option(
+        "script",
+        "Images of more than 8 bits per pixel: as the scripts read them, above 255 white; or scaled to 8 bits.",
+        "data",
+    )
+    background: str = option(
+        "none",
+        "What transparent images are laid on: white, black or R,G,B. Default: nothing, so that the colours hidden there show, "
+        "as in the scripts.",
+        "data",
+    )
+    max_upscale: float = option(64.0, "Refuse images that would have to be enlarged more than so many times.", "data", gt=0)
+    metadata_encoding: str = option("utf-8", "Encoding of tables and caption files, for example cp1252.", "data")
+    follow_links: bool = option(False, "Follow links that lead out of the data set's folder.", "data")
     strict: bool = option(False, "Stop at the first image or caption that cannot be used, instead of skipping it.", "data")
 
     shards_dir: str | None = option(
@@ -131,6 +145,21 @@ class CacheConfig(BaseModel):
     def sample_seed(self) -> int:
         """By which `--max_train_samples` draws: the same for a command given twice, also without a seed."""
         return self.subset_seed if self.subset_seed is not None else self.seed or 0
+
+    @property
+    def background_color(self) -> tuple[int, int, int] | None:
+        """What `background` means; None for nothing.
+
+        Raises:
+            ValueError: it means nothing that is known.
+        """
+        known = {"none": None, "white": (255, 255, 255), "black": (0, 0, 0)}
+        if self.background in known:
+            return known[self.background]
+        red, green, blue = (int(part) for part in self.background.split(","))
+        if not all(0 <= value <= 255 for value in (red, green, blue)):
+            raise ValueError(self.background)
+        return red, green, blue
 
     @property
     def shards_path(self) -> Path:

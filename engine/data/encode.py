@@ -20,10 +20,12 @@ from engine.config.options import CacheConfig, options_of
 from engine.data.format.index import INDEX, Index, ShardEntry
 from engine.data.format.shard import read_tensors, shard_name, write_shard
 from engine.data.identity import differences, identity_of
-from engine.data.report import describe_refused, say, say_refused
+from engine.data.report import describe_refused, say_refused
+from engine.data.sources.decode import refuse_extreme
 from engine.data.sources.interface import Refused, Source, refusing
 from engine.errors import UserError
 from engine.files import PARTIAL, digest, digest_of
+from engine.messages import say
 from engine.models.encoder import Encoder, Encoding
 from engine.processes import Processes
 from engine.tensors import read_header
@@ -246,6 +248,7 @@ def _prepare(
         try:
             with refusing("unreadable image"):
                 image = source.image(sample)
+                refuse_extreme(image.size, encoding.image_side, config.max_upscale)
             with refusing("image cannot be transformed"):
                 return sample, encoding.prepare(image, sample)
         except Refused as why:

@@ -13,6 +13,8 @@ _OPTIONS = {
     "samples": "max_train_samples",
     "sample_seed": "subset_seed",
 }
+# Options of the data that are part of the identity where they are not left at their defaults.
+_SHAPING = ("image_mode", "background", "max_upscale", "metadata_encoding", "follow_links")
 
 
 def identity_of(config: CacheConfig, encoding: Encoding, source: Source) -> dict[str, Any]:
@@ -25,6 +27,7 @@ def identity_of(config: CacheConfig, encoding: Encoding, source: Source) -> dict
         "precision": config.mixed_precision,
         "caption_column": config.caption_column if encoding.captioned else None,
         "shard_records": config.shard_records,
+        **{name: value for name in _SHAPING if (value := getattr(config, name)) != CacheConfig.model_fields[name].default},
     }
 
 

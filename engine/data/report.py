@@ -1,18 +1,11 @@
 """What is said of samples that were refused or changed."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.launcher import rank
+from engine.messages import say, warn
 
 _NAMES, _REASONS = 3, 6
-
-
-def say(line: str) -> None:
-    """One line on standard error, from the first of all processes."""
-    if rank() == 0:
-        print(line, file=sys.stderr, flush=True)
 
 
 def by_reason(refused: Sequence[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
@@ -38,6 +31,10 @@ def describe_refused(refused: Sequence[dict[str, str]]) -> str:
 
 def say_refused(samples: int, refused: Sequence[dict[str, str]], index: Path) -> None:
     """How many samples were refused and why; more than half asks for attention."""
-    if refused:
-        attention = "warning: more than half of the samples are refused: " if 2 * len(refused) > samples else "refused "
-        say(f"{attention}{len(refused)} of {samples} samples: {describe_refused(refused)}; the list is in {index}")
+    if not refused:
+        return
+    counted = f"{len(refused)} of {samples} samples: {describe_refused(refused)}; the list is in {index}"
+    if 2 * len(refused) > samples:
+        warn(f"more than half of the samples are refused, {counted}")
+    else:
+        say(f"refused {counted}")

@@ -57,6 +57,11 @@ class Encoding(ABC):
     def record_spec(self) -> dict[str, Field]:
         """Names, shapes, dtypes and kinds of the tensors of a record."""
 
+    @property
+    def image_side(self) -> int:
+        """To how many pixels the shorter side of an image is brought."""
+        return self.config.resolution
+
     @abstractmethod
     def encoder_identity(self) -> dict[str, str]:
         """Digests of the frozen models' files by name, for the fingerprint of the shards."""

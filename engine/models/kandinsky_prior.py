@@ -111,6 +111,10 @@ class KandinskyPriorEncoding(Encoding):
     def preprocessing_identity(self) -> dict[str, Any]:
         return {}  # the image processor's own configuration is one of the encoder's files
 
+    @property
+    def image_side(self) -> int:
+        return int(self.image_processor.size["shortest_edge"])
+
     def prepare(self, image: Image.Image, record: int) -> list[dict[str, Tensor]]:
         return [{"pixels": self.image_processor(image, return_tensors="pt").pixel_values[0]}]
 

@@ -77,6 +77,7 @@ class Chain(Encoding, Encoder):
     def identity(self):
         return {}
 
+    image_side = 1
     encoder_identity = preprocessing_identity = identity
 
     def decode(self, rows):

@@ -1,13 +1,20 @@
 """Source samples, read one at a time, with a reason for each one that cannot be used."""
 
+import os
 from pathlib import Path
 
 from engine.config.options import CacheConfig
-from engine.data.sources.image_folder import ImageFolder
+from engine.data.sources.decode import Decoding, looks_like_image
+from engine.data.sources.files import ARCHIVES, is_hidden, suffix_of
+from engine.data.sources.image_folder import METADATA_NAMES, ImageFolder
 from engine.data.sources.interface import Source
-from engine.data.sources.library import LibraryDataset
+from engine.data.sources.library import LibraryDataset, is_saved
 from engine.data.sources.subset import Subset
+from engine.data.sources.tables import TABLES
 from engine.errors import UserError
+
+_OF_THE_LIBRARY = (".parquet", ".arrow")
+_COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 
 def open_source(config: CacheConfig, captioned: bool = True) -> Source:
@@ -19,19 +26,29 @@ def open_source(config: CacheConfig, captioned: bool = True) -> Source:
     Raises:
         UserError: nothing there, or not readable.
     """
-    source: Source
     caption_column = config.caption_column if captioned else None
-    if config.dataset_name:
+    decoding = Decoding(config.image_mode, config.background_color)
+    place = _local_place(config)
+    source: Source
+    if place is not None and not _is_for_the_library(place):
+        source = ImageFolder(
+            place,
+            config.image_column,
+            caption_column,
+            encoding=config.metadata_encoding,
+            follow_links=config.follow_links,
+            decoding=decoding,
+        )
+    elif config.data:
         source = LibraryDataset(
-            config.dataset_name,
+            config.data,
             config.image_column,
             caption_column,
             configuration=config.dataset_config_name,
             cache_dir=config.cache_dir,
-            data_dir=config.train_data_dir,
+            data_dir=config.train_data_dir if config.dataset_name else None,
+            decoding=decoding,
         )
-    elif config.train_data_dir:
-        source = ImageFolder(Path(config.train_data_dir), config.image_column, caption_column)
     else:
         raise UserError("no data to build shards from: give --train_data_dir or --dataset_name")
     if len(source) == 0:
@@ -39,3 +56,39 @@ def open_source(config: CacheConfig, captioned: bool = True) -> Source:
     if config.max_train_samples is not None and config.max_train_samples < len(source):
         return Subset(source, config.max_train_samples, config.sample_seed)
     return source
+
+
+def _local_place(config: CacheConfig) -> Path | None:
+    """The folder or file that holds the data set, by whichever option; None where it is the hub's."""
+    name, folder = config.dataset_name, config.train_data_dir
+    if name is None or (name == "imagefolder" and folder and not Path(name).exists()):
+        return Path(folder) if folder else None
+    if not Path(name).exists():
+        return None
+    return Path(name, folder) if folder else Path(name)
+
+
+def _is_for_the_library(place: Path) -> bool:
+    """Whether `datasets` reads this folder or file, which is not images with captions beside them.
+
+    Raises:
+        UserError: neither of them can.
+    """
+    kinds = {place.suffix.lower()} if place.is_file() else set()
+    if is_saved(place):
+        return True
+    for _, folders, files in os.walk(place):
+        if any(name in files for name in METADATA_NAMES):
+            return False
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        kinds |= {suffix_of(name) for name in files if not is_hidden(name)}
+    if kinds & {*_OF_THE_LIBRARY}:
+        return True
+    if kinds & {*ARCHIVES, *TABLES} or (place.is_dir() and any(looks_like_image(f"image{suffix}") for suffix in kinds)):
+        return False
+    if kinds & {*_COMPRESSED}:
+        raise UserError(f"{place}: compressed archives are not read in any order; unpack them, or make .zip or .tar of them")
+    raise UserError(
+        f"{place}: no images, no tables ({', '.join(TABLES)}) and no archives ({', '.join(ARCHIVES)}) there; "
+        f"it holds {', '.join(sorted(kinds - {''})) or 'nothing'}"
+    )

@@ -1,38 +1,242 @@
 """Images and captions as a source holds them, made what the families take, or refused with a reason."""
 
+import functools
+import importlib
+import importlib.util
 import io
+import stat
+import struct
+import threading
 import warnings
-from pathlib import Path
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-from engine.data.sources.interface import Refused
-from engine.errors import first_line
+from engine.data.sources.interface import Refused, refusing
+
+PLUGINS = {"pillow_heif": "pillow-heif", "pillow_jxl": "pillow-jxl-plugin"}  # module -> package
+# What Pillow has a name for and no decoder, or what is not a picture.
+_NO_PICTURES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "PCD", "WMF"}
+# Pictures that need a plug-in or another program: counted, and refused by name.
+_OTHER_PICTURES = {
+    ".heic", ".heif", ".hif", ".jxl", ".svg", ".exr", ".hdr", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".raf", ".rw2",
+}  # fmt: skip
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 
 
-def decode(data: Path | io.BytesIO) -> Image.Image:
-    """Reads an image whole, upright and in RGB, as `datasets` and the scripts do together.
+@dataclass
+class Decoding:
+    """How images become RGB.
+
+    image_mode: `script` takes values of more than 8 bits as they are, above 255 as white; `scaled` scales them.
+    background: what shows through where an image is transparent; None shows the colours that are hidden there.
+    noticed: what was decided, and for how many images.
+    """
+
+    image_mode: str = "script"
+    background: tuple[int, int, int] | None = None
+    noticed: Counter[str] = field(default_factory=Counter)
+    lock: Any = field(default_factory=threading.Lock)
+
+    def notice(self, what: str) -> None:
+        with self.lock:
+            self.noticed[what] += 1
+
+
+def decode(data: Path | io.BytesIO, decoding: Decoding | None = None) -> Image.Image:
+    """Reads an image whole, upright and in RGB; by default as `datasets` and the scripts do together.
+
+    Of several frames the first is taken. Metadata that cannot be read do not cost the image.
 
     Raises:
-        Refused: not an image, truncated, or so large that decoding it could exhaust memory (PIL's limit).
+        Refused: no file, not an image, truncated, or so large that decoding it could exhaust memory (PIL's limit).
     """
+    image_suffixes()  # so that the plug-ins are there
+    content = _content(data)
     try:
-        # PIL warns between one and two times its pixel limit, and refuses above; only the refusal matters here. The scripts
-        # drop a palette's transparency too.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            warnings.filterwarnings("ignore", "Palette images with Transparency")
-            with Image.open(data) as image:
-                image.load()
-                return ImageOps.exif_transpose(image).convert("RGB")
-    except Image.DecompressionBombError:
-        raise Refused("image too large to decode safely") from None
-    except FileNotFoundError:
-        raise Refused("no such image file") from None
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
-        raise Refused("unreadable image", first_line(error)[:120]) from None
+        with refusing("unreadable image"):
+            try:
+                return _decode(content, decoding or Decoding())
+            except Image.DecompressionBombError:
+                raise Refused("image too large to decode safely") from None
+            except Exception as error:
+                if (bare := _without_metadata(content)) is None:
+                    if isinstance(error, UnidentifiedImageError):
+                        raise Refused("unreadable image", "nothing that Pillow opens") from None
+                    raise
+                return _decode(bare, decoding or Decoding())
+    except Refused as why:
+        if why.reason == "unreadable image" and (better := _what_it_is(content)):
+            raise Refused(*better) from None
+        raise
+
+
+def _content(data: Path | io.BytesIO) -> bytes:
+    if isinstance(data, io.BytesIO):
+        return data.getvalue()
+    try:
+        with refusing("unreadable image file"):
+            if not stat.S_ISREG(data.stat().st_mode):  # a pipe would never end
+                raise Refused("not a regular file")
+            return data.read_bytes()
+    except Refused as why:
+        if isinstance(why.__cause__, (FileNotFoundError, NotADirectoryError)):
+            raise Refused("no such image file") from None
+        raise
+
+
+def _decode(content: bytes, decoding: Decoding) -> Image.Image:
+    # PIL warns between one and two times its pixel limit, and refuses above; only the refusal matters here. The scripts drop
+    # a palette's transparency too.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+            upright = image.transpose(_UPRIGHT[turned]) if (turned := _orientation(image)) in _UPRIGHT else image
+            rgb = _to_rgb(upright, decoding)
+            if image.format != "MPO" and _has_frames(image):
+                decoding.notice("have several frames or pages: the first is taken")
+            return rgb
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # whatever libraries raise at tags of the wrong kind
+        return 1
+
+
+def _has_frames(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:
+        return False
+
+
+def _to_rgb(image: Image.Image, decoding: Decoding) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        if decoding.image_mode == "scaled":
+            decoding.notice("have more than 8 bits per pixel: scaled to 8")
+            image = _scaled(image)
+        else:
+            decoding.notice("have more than 8 bits per pixel: values above 255 are white (--image_mode scaled scales them)")
+    if image.mode == "CMYK":
+        decoding.notice("are CMYK: converted without a colour profile")
+    if image.mode in ("RGBA", "LA", "La", "PA", "P", "RGBa", "L", "RGB", "1") and image.has_transparency_data:
+        layered = image.convert("RGBA")
+        if layered.getchannel("A").getextrema()[0] < 255:  # type: ignore[operator]
+            if decoding.background is not None:
+                decoding.notice("are transparent: laid on --background")
+                return Image.alpha_composite(Image.new("RGBA", image.size, (*decoding.background, 255)), layered).convert("RGB")
+            decoding.notice("are transparent: the colours hidden there are shown (--background lays them on one)")
+    return image.convert("RGB")
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    """A grey image of more than 8 bits with its whole range in 0 .. 255: 16 bits by their range, others by what they hold."""
+    values = np.asarray(image).astype(np.float64)
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite([low, high]).all():
+        raise Refused("pixels that are not finite")
+    if image.mode != "F" and low >= 0 and high <= 65535:
+        low, high = 0.0, 65535.0
+    elif image.mode == "F" and low >= 0 and high <= 1:
+        low, high = 0.0, 1.0
+    return Image.fromarray(np.round((values - low) * (255 / max(high - low, 1e-300))).astype(np.uint8))
+
+
+def _without_metadata(content: bytes) -> bytes | None:
+    """A PNG without the chunks, or a JPEG without the segments, that no pixel needs; None for other formats."""
+    if content.startswith(b"\x89PNG\r\n\x1a\n"):
+        return content[:8] + b"".join(_png_chunks(content))
+    if content.startswith(b"\xff\xd8"):
+        return b"\xff\xd8" + b"".join(_jpeg_segments(content))
+    return None
+
+
+def _png_chunks(content: bytes) -> list[bytes]:
+    chunks, start = [], 8
+    while start + 8 <= len(content):
+        length, kind = struct.unpack_from(">I4s", content, start)
+        chunk = content[start : start + length + 12]
+        whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+        if kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND") or (kind in (b"tRNS", b"eXIf") and whole):
+            chunks.append(chunk)
+        start += length + 12
+    return chunks
+
+
+def _jpeg_segments(content: bytes) -> list[bytes]:
+    """All segments but comments and those of applications, of which the orientation and Adobe's colours are kept."""
+    segments: list[bytes] = []
+    start = 2
+    while start + 4 <= len(content):
+        marker, length = content[start + 1], int.from_bytes(content[start + 2 : start + 4], "big")
+        segment = content[start : start + length + 2]
+        if content[start] != 0xFF or marker == 0xDA:  # the pixels
+            return [*segments, content[start:]]
+        kept = marker == 0xEE or (marker == 0xE1 and segment[4:8] == b"Exif")
+        if kept or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
+            segments.append(segment)
+        start += length + 2
+    return segments
+
+
+def _what_it_is(content: bytes) -> tuple[str, str] | None:
+    """What a file that is no readable image is, where its first bytes say so."""
+    begin = content[:64].lstrip().lower()
+    heif = content[4:8] == b"ftyp" and content[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+    for is_it, module in ((heif, "pillow_heif"), (content.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")), "pillow_jxl")):
+        if is_it and importlib.util.find_spec(module) is None:
+            return f"unreadable image without {PLUGINS[module]}; install the extra `images`", ""
+    if not content:
+        return "unreadable image", "an empty file"
+    if begin.startswith(b"version https://git-lfs"):
+        return "unreadable image", "a Git LFS pointer; run `git lfs pull`"
+    if begin.startswith((b"<!doctype", b"<html")):
+        return "unreadable image", "a web page, perhaps of a download that failed"
+    if begin.startswith((b"<svg", b"<?xml")):
+        return "unreadable image", "a drawing (SVG or XML); convert it to pixels"
+    return None
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """Suffixes of what Pillow opens, with its plug-ins where they are installed."""
+    if importlib.util.find_spec("pillow_heif"):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    if importlib.util.find_spec("pillow_jxl"):
+        importlib.import_module("pillow_jxl")
+    Image.init()
+    formats = Image.registered_extensions().items()
+    return frozenset(suffix for suffix, kind in formats if kind in Image.OPEN and kind not in _NO_PICTURES)
+
+
+def looks_like_image(name: str) -> bool:
+    suffix = PurePosixPath(name).suffix.lower()
+    return suffix in image_suffixes() or suffix in _OTHER_PICTURES
+
+
+def refuse_extreme(size: tuple[int, int], side: int, max_upscale: float) -> None:
+    """Refuses an image that would be enlarged beyond reason to bring its shorter side to `side` pixels.
+
+    Raises:
+        Refused: which limit it exceeds.
+    """
+    scale = side / min(size)
+    if scale > max_upscale:
+        raise Refused("image too small (--max_upscale)", f"{size[0]} x {size[1]} would be enlarged {scale:.0f} times")
+    if scale * scale * size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or float("inf")):
+        long = round(max(size) * scale)
+        raise Refused("image too long and narrow", f"{size[0]} x {size[1]} would become {side} x {long}")
 
 
 def clean_captions(value: Any) -> list[str]:
@@ -49,4 +253,7 @@ def clean_captions(value: Any) -> list[str]:
     captions = [item for item in values if item.strip()]
     if not captions:
         raise Refused("empty caption")
+    for caption in captions:
+        with refusing("caption with broken characters"):
+            caption.encode()
     return captions

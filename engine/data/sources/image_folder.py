@@ -1,106 +1,226 @@
-"""Images in a folder, with captions in metadata files beside them."""
+"""Images in a folder or an archive, with captions in tables or in a text file beside each image."""
 
-import csv
+import hashlib
 import json
 import os
-from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image
 
-from engine.data.sources.decode import clean_captions, decode
-from engine.data.sources.interface import Refused
+from engine.data.sources.decode import Decoding, clean_captions, decode, looks_like_image
+from engine.data.sources.files import Files
+from engine.data.sources.interface import Refused, is_address
+from engine.data.sources.tables import TABLES, Row, read_table, undecoded
 from engine.errors import UserError
-from engine.files import digest, digest_of
+from engine.files import digest_of
+from engine.messages import say
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+_CAPTION_SUFFIXES = (".txt", ".caption", ".json")
+
+
+@dataclass(slots=True)
+class Sample:
+    """An image by its name, with its caption as it stands in the table, or with the reason why it is none."""
+
+    name: str
+    caption: Any = None
+    refused: Refused | None = None
 
 
 class ImageFolder:
-    """A folder of images with captions in `metadata.jsonl` or `metadata.csv`, in the folder itself or in subfolders.
+    """Images below a folder, or in archives (zip, and tar as WebDataset lays it out).
 
-    Each line names its image, relative to the metadata file, in `file_name` (or `<image column>_file_name`). Images that no
-    metadata names are listed as refused. Without a caption column no metadata are needed, and every image counts.
+    Captions stand in `metadata.jsonl` or `metadata.csv`, in the folder itself or in subfolders: each row names its image,
+    relative to the file, in `file_name` (or `<image column>_file_name`, or the image column). Where there is none, they stand
+    in a `.txt` file beside each image, a caption on every line, or in the one other table of the folder. Images without a
+    caption are listed as refused. Without a caption column every image counts.
+
+    Args:
+        folder: of the images, or an archive, or a table: then its rows are all samples.
+        encoding: of text.
+
+    Raises:
+        UserError: no captions, none that can be read, or no image where they say.
     """
 
-    def __init__(self, folder: Path, image_column: str, caption_column: str | None) -> None:
-        self.noticed: Counter[str] = Counter()
-        self.folder = folder.resolve()
-        self.metadata_files = sorted(path for name in METADATA_NAMES for path in self.folder.rglob(name) if path.is_file())
-        if not self.metadata_files and caption_column:
+    def __init__(
+        self,
+        folder: Path,
+        image_column: str,
+        caption_column: str | None,
+        *,
+        encoding: str = "utf-8",
+        follow_links: bool = False,
+        decoding: Decoding | None = None,
+    ) -> None:
+        self.place, self.encoding = folder, encoding
+        self.image_column, self.caption_column = image_column, caption_column
+        self.decoding = decoding or Decoding()
+        self.noticed = self.decoding.noticed
+        table = folder.name if folder.suffix.lower() in TABLES and folder.is_file() else None
+        self.files = Files(folder.parent if table else folder, follow_links)
+        self.tables = [table] if table else self._metadata()
+        self.beside = caption_column is not None and not self.tables
+        self.samples = [sample for name in self.tables for sample in self._samples_of(name)]
+        if not table:
+            self.samples += [self._beside(name) if self.beside else Sample(name) for name in self._unnamed()]
+        self._check()
+        for remark in self.files.remarks:
+            say(f"{folder}: {remark}")
+
+    def _metadata(self) -> list[str]:
+        """The tables of captions."""
+        named = [name for name in self.files.names if name.rpartition("/")[2] in METADATA_NAMES]
+        if named or self.caption_column is None:
+            return named
+        if not any(looks_like_image(name) for name in self.files.names):
+            self.files.look_into_archives()
+        if self._captions_beside():
+            return []
+        others = [name for name in self.files.names if name.lower().endswith(TABLES) and name.count("/") == 0]
+        others = [name for name in others if "train" in name.lower()] or others
+        if len(others) > 1:
+            raise UserError(f"{self.place}: several tables there ({', '.join(others[:5])}); name one with --dataset_name FILE")
+        if not others:
             raise UserError(
-                f"--train_data_dir {folder}: no metadata.jsonl or metadata.csv there; "
-                'write one with a line {"file_name": "image.png", "text": "a caption"} per image'
+                f"{self.place}: no metadata.jsonl or metadata.csv there; "
+                'write one with a line {"file_name": "image.png", "text": "a caption"} per image, '
+                "or a .txt file of the same name beside each image"
             )
-        self.samples: list[tuple[Path, Any]] = []
-        for metadata in self.metadata_files:
-            self.samples.extend(_samples_of(metadata, image_column, caption_column))
+        say(f"{self.place}: images and captions are those of {others[0]}")
+        return others
+
+    def _samples_of(self, table: str) -> list[Sample]:
+        """The images that a table names, and their captions as they stand there."""
+        plain = ["file_name"] if self.image_column == "image" else [f"{self.image_column}_file_name", "file_name"]
+        columns = [*plain, self.image_column]
+        rows, remarks = read_table(table, self.files.read(table), self.encoding, columns)
+        self.files.remarks += remarks
+        for row in rows:
+            row.problem = row.problem or self._problem(row, columns)
+        problems = [row for row in rows if row.problem]
+        if problems and len(problems) == len(rows):
+            row = problems[0]
+            raise UserError(f"{self.files.folder / table}: line {row.line} {row.problem}")
+        return [self._sample(table, row, columns) for row in rows]
+
+    def _problem(self, row: Row, columns: list[str]) -> Refused | None:
+        column = next((column for column in columns if column in row.values), None)
+        if column is None:
+            found = ", ".join(map(str, row.values)) or "none"
+            return Refused(f"has no {columns[0]}; name the image in that column", f"its columns: {found}")
+        if self.caption_column and self.caption_column not in row.values:
+            found = ", ".join(sorted(map(str, set(row.values) - {column}))) or "none"
+            return Refused(f"has no column {self.caption_column!r} (others: {found}); set --caption_column")
+        written = row.values[column]
+        if isinstance(written, dict):  # as `datasets` keeps images
+            written = written.get("path")
+        row.values[column] = str(written) if isinstance(written, (str, int)) else ""
+        if not row.values[column].strip():
+            return Refused("has no file name")
+        return undecoded(written, self.encoding) or undecoded(row.values.get(self.caption_column or ""), self.encoding)
+
+    def _sample(self, table: str, row: Row, columns: list[str]) -> Sample:
+        if row.problem:
+            return Sample(f"{table} line {row.line}", refused=Refused(f"row {row.problem.reason}", row.problem.detail))
+        written = next(row.values[column] for column in columns if column in row.values)
+        caption = row.values[self.caption_column] if self.caption_column else None
+        if is_address(written):
+            return Sample(written[:80], caption, Refused("an address, not a file; download the images first"))
+        name = os.path.relpath(os.path.join(self.files.folder, os.path.dirname(table), written), self.files.folder)  # noqa: PTH118, PTH120
+        found = self.files.find(name) or self.files.within_archive(name)
+        return Sample(found, caption) if found else Sample(name, caption, self._missing(name))
+
+    def _missing(self, name: str) -> Refused:
+        close = self.files.like(name)
+        return Refused("no such image file", f"{name!r} was looked for" + (f"; {close!r} is there" if close else ""))
+
+    def _unnamed(self) -> list[str]:
+        """The images that no table names."""
         # Compared as written, without resolving links: a link that leaves the folder is refused when it is read.
-        named = {os.path.normpath(path) for path, _ in self.samples}
-        for path in sorted(self.folder.rglob("*")):
-            if path.suffix.lower() in IMAGE_SUFFIXES and os.path.normpath(path) not in named:
-                self.samples.append((path, None))
+        named = {os.path.normpath(sample.name) for sample in self.samples}
+        if not self.tables and not any(looks_like_image(name) for name in self.files.names):
+            self.files.look_into_archives()
+        return [name for name in self.files.names if looks_like_image(name) and os.path.normpath(name) not in named]
+
+    def _captions_beside(self) -> bool:
+        known = set(self.files.names)
+        return any(not known.isdisjoint(self._names_beside(name)) for name in self.files.names if looks_like_image(name))
+
+    def _names_beside(self, name: str) -> list[str]:
+        stem = name.removesuffix(PurePosixPath(name).suffix)
+        return [stem + suffix for suffix in (f".{self.caption_column}", *_CAPTION_SUFFIXES)]
+
+    def _beside(self, name: str) -> Sample:
+        """An image with the captions of the file beside it: one on each line, or in the caption column of JSON."""
+        beside = next((other for other in self._names_beside(name) if self.files.find(other) == other), None)
+        if beside is None:
+            return Sample(name)
+        try:
+            text = self.files.read(beside).decode("utf-8-sig" if self.encoding == "utf-8" else self.encoding, "surrogateescape")
+            if beside.endswith(".json"):
+                values = json.loads(text)
+                return Sample(name, next((values[key] for key in (self.caption_column, "caption") if key in values), None))
+        except (OSError, ValueError, TypeError, Refused) as error:
+            return Sample(name, refused=Refused("unreadable caption file", f"{beside}: {error}"))
+        lines = [line for line in text.splitlines() if line.strip()]
+        if problem := undecoded(lines, self.encoding):
+            return Sample(name, refused=Refused(f"caption file {problem.reason}", f"{beside}: {problem.detail}"))
+        return Sample(name, lines or "")
+
+    def _check(self) -> None:
+        """Refuses a folder of which nothing can be used, and notes what a person may not expect."""
+        missing = [sample for sample in self.samples if sample.refused and sample.refused.reason == "no such image file"]
+        if missing and len(missing) == len(self.samples):
+            raise UserError(f"{self.place}: not one of {len(missing)} images is there: {missing[0].refused}")
+        names = [sample.name for sample in self.samples if not sample.refused]
+        if twice := len(names) - len(set(names)):
+            self.files.remarks.append(
+                f"{twice} rows name an image that another row names too ({', '.join(self.tables)}); each counts as a sample"
+            )
+        if self.tables and self.caption_column and self._captions_beside():
+            self.files.remarks.append(f"text files beside images are not read, because {self.tables[0]} is there")
+        folders = {name.split("/")[0] for name in names if "/" in name}
+        if "train" in folders and (others := folders & {"test", "val", "valid", "validation", "eval", "dev"}):
+            self.files.remarks.append(f"{', '.join(sorted(others))} is trained on too; give the folder train to leave it out")
+        if repeated := sorted(folder for folder in folders if re.match(r"\d+_", folder)):
+            self.files.remarks.append(f"numbers of repeats in names of folders are not applied ({repeated[0]}, ...)")
+        if self.beside and (
+            many := sum(isinstance(sample.caption, list) and len(sample.caption) > 1 for sample in self.samples)
+        ):
+            self.files.remarks.append(f"{many} caption files have several lines, of which each is a caption")
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def name(self, index: int) -> str:
-        return os.path.relpath(self.samples[index][0], self.folder)
+        return self.samples[index].name
 
     def captions(self, index: int) -> list[str]:
-        return clean_captions(self.samples[index][1])
+        sample = self.samples[index]
+        # A row without an image has a caption all the same, so that captions keep their numbers when the image comes back.
+        if sample.refused and sample.caption is None:
+            raise sample.refused
+        return clean_captions(sample.caption)
 
     def image(self, index: int) -> Image.Image:
-        path = self.samples[index][0].resolve()
-        if not path.is_relative_to(self.folder):
-            raise Refused("path leaves the folder")
-        return decode(path)
+        sample = self.samples[index]
+        if sample.refused:
+            raise sample.refused
+        return decode(self.files.open(sample.name), self.decoding)
 
     def identity(self) -> dict[str, Any]:
-        files = []
-        for path, _ in self.samples:
-            try:
-                stat = path.stat()
-                files.append([os.path.relpath(path, self.folder), stat.st_size, stat.st_mtime_ns])
-            except OSError:
-                files.append([os.path.relpath(path, self.folder), None, None])
-        metadata = {str(path.relative_to(self.folder)): digest(path) for path in self.metadata_files}
-        return {"kind": "image folder", "metadata": metadata, "files": digest_of(files)}
+        files = [[sample.name, *self._stat(sample.name)] for sample in self.samples]
+        tables = {name: hashlib.sha256(self.files.read(name)).hexdigest() for name in self.tables}
+        beside = {"captions": digest_of([sample.caption for sample in self.samples])} if self.beside else {}
+        return {"kind": "image folder", "metadata": tables, "files": digest_of(files)} | beside
 
-
-def _samples_of(metadata: Path, image_column: str, caption_column: str | None) -> Iterator[tuple[Path, Any]]:
-    """The images that a metadata file names, and their captions as they stand there."""
-    file_columns = ["file_name"] if image_column == "image" else [f"{image_column}_file_name", "file_name"]
-    for number, row in _read_metadata(metadata):
-        file_column = next((column for column in file_columns if column in row), None)
-        if file_column is None:
-            raise UserError(f"{metadata}: line {number} has no {file_columns[0]}; name the image in that column")
-        if caption_column and caption_column not in row:
-            found = ", ".join(sorted(set(row) - {file_column})) or "none"
-            raise UserError(
-                f"{metadata}: line {number} has no column {caption_column!r} (others: {found}); set --caption_column"
-            )
-        yield metadata.parent / str(row[file_column]), row[caption_column] if caption_column else None
-
-
-def _read_metadata(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a metadata file with their line numbers."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                for row in (reader := csv.DictReader(file)):
-                    yield reader.line_num, dict(row)
-                return
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise UserError(f"{path}: line {number} is not a JSON object")
-                    yield number, row
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {number} is not valid JSON: {error.msg}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text") from None
+    def _stat(self, name: str) -> tuple[int | None, int | None]:
+        try:
+            return self.files.stat(name)
+        except (OSError, ValueError):
+            return None, None

@@ -1,6 +1,8 @@
 """What a source of samples is, and how a sample is refused."""
 
 import contextlib
+import errno
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -8,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
-from engine.errors import UserError, disk_problem, first_line
+from engine.errors import UserError, first_line
 
 
 class Refused(Exception):
@@ -38,9 +40,15 @@ def refusing(reason: str) -> Iterator[None]:
     except (Refused, UserError, *_OF_THE_DEVICE):
         raise
     except BaseException as error:
-        if not (isinstance(error, Exception) or type(error).__name__ == "PanicException") or disk_problem(error):
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
             raise
         raise Refused(reason, f"{type(error).__name__}: {first_line(error)[:200]}") from error
+
+
+def is_address(path: str) -> bool:
+    """Whether what stands where a path should be is a URL."""
+    return re.match(r"[a-z][a-z0-9+.-]+://|data:", path, re.IGNORECASE) is not None
 
 
 class Source(Protocol):

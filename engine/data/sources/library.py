@@ -1,20 +1,29 @@
-"""Data sets that the `datasets` library opens."""
+"""Data sets that the `datasets` library opens: of the hub, parquet and arrow files, and what `save_to_disk` wrote."""
 
 import io
 import threading
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from engine.data.sources.decode import clean_captions, decode
-from engine.data.sources.interface import Refused
+from engine.data.sources.decode import Decoding, clean_captions, decode
+from engine.data.sources.interface import Refused, is_address
 from engine.errors import UserError, first_line
 
 
+def is_saved(path: Path) -> bool:
+    """Whether `save_to_disk` wrote this folder."""
+    return (path / "dataset_dict.json").is_file() or (
+        (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+    )
+
+
 class LibraryDataset:
-    """The `train` split of anything that `datasets.load_dataset` opens, hub or local; images stay encoded until asked for."""
+    """The `train` split of what the library opens, hub or local; images stay encoded until asked for.
+
+    Paths in a local data set are relative to its folder, and stay within it.
+    """
 
     def __init__(
         self,
@@ -24,10 +33,12 @@ class LibraryDataset:
         configuration: str | None = None,
         cache_dir: str | None = None,
         data_dir: str | None = None,
+        decoding: Decoding | None = None,
     ) -> None:
         import datasets
 
-        self.noticed: Counter[str] = Counter()
+        self.decoding = decoding or Decoding()
+        self.noticed = self.decoding.noticed
         self.image_column, self.caption_column = image_column, caption_column
         rows = _training_rows(name, configuration, cache_dir, data_dir)
         for flag, column in (("image_column", image_column), ("caption_column", caption_column)):
@@ -43,10 +54,11 @@ class LibraryDataset:
             "rows": len(rows),
             "fingerprint": rows._fingerprint,
         }
+        self.folder = Path(name) if Path(name).is_dir() else Path(name).resolve().parent
         # Where the library may have put its files, and where a local data set keeps its own.
         roots = [Path(cache_dir or datasets.config.HF_DATASETS_CACHE), Path(datasets.config.HF_CACHE_HOME)]
         if Path(name).exists():
-            roots.append(Path(name) if Path(name).is_dir() else Path(name).resolve().parent)
+            roots.append(self.folder)
         if data_dir:
             roots.append(Path(data_dir))
         self.roots = [root.resolve() for root in roots]
@@ -68,14 +80,18 @@ class LibraryDataset:
         if isinstance(value, dict) and value.get("bytes") is not None:
             value = value["bytes"]
         if isinstance(value, bytes):
-            return decode(io.BytesIO(value))
+            return decode(io.BytesIO(value), self.decoding)
         path = value.get("path") if isinstance(value, dict) else value
         if not isinstance(path, str):
             raise Refused("no image")
-        resolved = Path(path).resolve()
+        if is_address(path):
+            raise Refused("an address, not a file; download the images first", path[:80])
+        resolved = next((found for found in (Path(path).resolve(), (self.folder / path).resolve()) if found.exists()), None)
+        if resolved is None:
+            raise Refused("no such image file", f"{path!r} was looked for")
         if not any(resolved.is_relative_to(root) for root in self.roots):
             raise Refused("path leaves the data set")
-        return decode(resolved)
+        return decode(resolved, self.decoding)
 
     def identity(self) -> dict[str, Any]:
         return self.fingerprint
@@ -88,11 +104,16 @@ def _training_rows(name: str, configuration: str | None, cache_dir: str | None, 
     arguments: dict[str, Any] = {"path": name}
     file = Path(name).resolve()
     if file.is_file():
-        arguments = {"path": file.suffix.lstrip(".").replace("jsonl", "json"), "data_files": str(file)}
+        arguments = {"path": file.suffix.lstrip("."), "data_files": str(file)}
     try:
-        loaded = datasets.load_dataset(**arguments, name=configuration, cache_dir=cache_dir, data_dir=data_dir)
+        if is_saved(Path(name)):
+            loaded = datasets.load_from_disk(name)
+        else:
+            loaded = datasets.load_dataset(**arguments, name=configuration, cache_dir=cache_dir, data_dir=data_dir)
     except Exception as error:  # the library raises whatever a builder, a file system or a connection does
         raise UserError(f"--dataset_name {name}: cannot be loaded: {first_line(error)}") from None
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
     if "train" not in loaded:
         raise UserError(f"--dataset_name {name}: has no split `train` (it has {', '.join(loaded)})")
     return loaded["train"]

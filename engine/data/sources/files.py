@@ -1,0 +1,195 @@
+"""Files below a folder, those inside of its archives included, by their path relative to the folder."""
+
+import io
+import os
+import tarfile
+import unicodedata
+import zipfile
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
+
+from engine.data.sources.interface import Refused
+from engine.errors import UserError, first_line
+
+ARCHIVES = (".zip", ".tar")
+_NOT_DATA = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}  # what systems leave among people's files
+_MEMBER_LIMIT = 2**30  # bytes of one unpacked file
+
+
+def is_hidden(name: str) -> bool:
+    return any(part.startswith(".") or part in _NOT_DATA for part in name.split("/"))
+
+
+def suffix_of(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
+
+
+class Files:
+    """The files of a folder or an archive; hidden ones are left out.
+
+    names: relative paths with slashes, in the order of a sorted listing.
+    remarks: what was left out, for a person.
+    """
+
+    def __init__(self, root: Path, follow_links: bool = False) -> None:
+        self.root = root.resolve()
+        self.follow_links = follow_links
+        self.remarks: list[str] = []
+        self._members: dict[str, tuple[Callable[[], bytes], int, int]] = {}  # name -> its content, size and date or checksum
+        self._looked_into: set[str] = set()
+        self._alike: dict[str, str] = {}
+        if self.root.is_file():
+            self.folder = self.root.parent
+            self.names = self._open_archive(self.root, "")
+        else:
+            self.folder = self.root
+            self.names = sorted(self._walk(), key=lambda name: name.split("/"))
+        self._known = set(self.names)
+
+    def _walk(self) -> list[str]:
+        names, links, seen = [], [], {str(self.folder)}
+        for folder, folders, files in os.walk(self.folder, followlinks=self.follow_links):
+            inside = os.path.relpath(folder, self.folder)
+            prefix = "" if inside == "." else f"{inside}/"
+            if self.follow_links:
+                real = {name: os.path.realpath(f"{folder}/{name}") for name in folders}
+                folders[:] = [name for name in folders if real[name] not in seen]
+                seen |= set(real.values())
+            else:
+                links += [prefix + name for name in folders if Path(folder, name).is_symlink()]
+            folders[:] = [name for name in folders if not is_hidden(name)]
+            names += [prefix + name for name in files if not is_hidden(name)]
+        if links:
+            self.remarks.append(f"links to folders are not followed without --follow_links: {_some(links)}")
+        return names
+
+    def look_into_archives(self) -> list[str]:
+        """Opens the archives of the folder; the names of what is in them, behind those of the archives."""
+        found = []
+        for name in [name for name in self.names if name.lower().endswith(ARCHIVES) and name not in self._looked_into]:
+            self._looked_into.add(name)
+            found += self._open_archive(self.folder / name, f"{name}/")
+        self.names += found
+        self._known |= set(found)
+        self._alike.clear()
+        return found
+
+    def _open_archive(self, path: Path, prefix: str) -> list[str]:
+        read = self._read_zip if path.suffix.lower() == ".zip" else self._read_tar
+        try:
+            names = read(path, prefix)
+        except (OSError, tarfile.TarError, zipfile.BadZipFile, ValueError) as error:
+            raise UserError(f"{path}: not a readable archive: {first_line(error)}") from None
+        return [name for name in names if not is_hidden(name.removeprefix(prefix))]
+
+    def _read_zip(self, path: Path, prefix: str) -> list[str]:
+        archive = zipfile.ZipFile(path)  # stays open; may be read from several threads
+        members = [member for member in archive.infolist() if not member.is_dir()]
+        for member in members:
+            name = prefix + member.filename
+            self._members[name] = (lambda member=member: archive.read(member), member.file_size, member.CRC)  # type: ignore[misc]
+        return [prefix + member.filename for member in members]
+
+    def _read_tar(self, path: Path, prefix: str) -> list[str]:
+        names = []
+        with tarfile.open(path, "r:") as archive:
+            try:
+                for member in archive:
+                    if member.isfile():
+                        names.append(prefix + member.name.removeprefix("./"))
+                        content = _piece_of(path, member.offset_data, member.size)
+                        self._members[names[-1]] = (content, member.size, int(member.mtime))
+            except tarfile.TarError as error:
+                self.remarks.append(f"{path}: ends early ({first_line(error)}): the {len(names)} files before that are read")
+        return names
+
+    def find(self, name: str) -> str | None:
+        """The name under which there is what a person calls `name`; None where there is nothing of that name.
+
+        Backslashes and the composition of accents depend on who wrote the name, not on what it means.
+        """
+        if name in self._known or (not self.root.is_file() and os.path.lexists(self.folder / name)):
+            return name
+        match = self.like(name)
+        return match if match is not None and _composed(match) == _composed(name) else None
+
+    def like(self, name: str) -> str | None:
+        """A file whose name nearly is `name`: in other letters' case, percent-encoded, of another kind or in another folder."""
+        if not self._alike:
+            for known in reversed(self.names):
+                for key in _keys(known):
+                    self._alike[key] = known
+        return next((self._alike[key] for key in _keys(name) if key in self._alike), None)
+
+    def within_archive(self, name: str) -> str | None:
+        """The name of a file that an archive of the same folder, or of the name of its folder, holds."""
+        self.look_into_archives()
+        folder, _, file = name.rpartition("/")
+        archives = [archive for archive in self._looked_into if archive.rpartition("/")[0] == folder or archive[:-4] == folder]
+        tried = (f"{archive}/{inside}" for archive in sorted(archives) for inside in (file, name, f"{_stem(archive)}/{file}"))
+        return next((found for found in tried if found in self._members), None)
+
+    def stat(self, name: str) -> tuple[int, int]:
+        """Size and what else tells a file's content from another's.
+
+        Raises:
+            OSError: no such file.
+        """
+        if name in self._members:
+            return self._members[name][1:]
+        stat = (self.folder / name).stat()
+        return stat.st_size, stat.st_mtime_ns
+
+    def open(self, name: str) -> Path | io.BytesIO:
+        """Where a file lies, or its content.
+
+        Raises:
+            Refused: it lies elsewhere.
+        """
+        if name in self._members:
+            read, size, _ = self._members[name]
+            if size > _MEMBER_LIMIT:
+                raise Refused("file in an archive larger than 1 GiB")
+            return io.BytesIO(read())
+        path = self.folder / name
+        resolved = Path(os.path.realpath(path))
+        if resolved.is_relative_to(self.folder):
+            return resolved
+        if os.path.relpath(path, self.folder).startswith(".."):
+            raise Refused("path leaves the folder", f"{resolved}; give a folder above both")
+        if not self.follow_links:
+            raise Refused("path leaves the folder", f"a link to {resolved}; --follow_links follows links")
+        return resolved
+
+    def read(self, name: str) -> bytes:
+        content = self.open(name)
+        return content.read_bytes() if isinstance(content, Path) else content.getvalue()
+
+
+def _stem(name: str) -> str:
+    return PurePosixPath(name).stem
+
+
+def _piece_of(path: Path, offset: int, size: int) -> Callable[[], bytes]:
+    def read() -> bytes:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    return read
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", os.path.normpath(name.replace("\\", "/").strip()))
+
+
+def _keys(name: str) -> list[str]:
+    """What names that mean the same file have in common, from the strictest on."""
+    whole = _composed(unquote(name)).casefold()
+    file = whole.rpartition("/")[2]
+    return [_composed(name), whole, whole.rpartition(".")[0] or whole, f"/{file}", f"/{file.rpartition('.')[0] or file}"]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

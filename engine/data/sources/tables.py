@@ -1,0 +1,151 @@
+"""Tables as people write them: CSV, JSON and JSON lines (and parquet), with a reason for every row that cannot be read."""
+
+import codecs
+import csv
+import io
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+from engine.data.sources.interface import Refused
+from engine.errors import UserError, first_line
+
+TABLES = (".jsonl", ".ndjson", ".csv", ".tsv", ".json", ".parquet")
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
+_SEPARATORS = ",;\t|"
+
+
+@dataclass
+class Row:
+    """A row by column, and the line where it ends; or what is wrong with it, said of that line."""
+
+    line: int
+    values: dict[str, Any] = field(default_factory=dict)
+    problem: Refused | None = None
+
+
+def read_table(name: str, data: bytes, encoding: str, key_columns: list[str]) -> tuple[list[Row], list[str]]:
+    """The rows of a table file, and remarks on how it was read.
+
+    Args:
+        encoding: that of text which begins with no byte order mark.
+        key_columns: columns of which one must be there, by which the separator of a CSV file is recognised.
+    """
+    suffix = PurePosixPath(name).suffix.lower()
+    if suffix == ".parquet":
+        return _read_parquet(name, data), []
+    encoding = next((marked for mark, marked in _MARKS.items() if data.startswith(mark)), encoding)
+    # Bytes that are not of this encoding become lone surrogates: only a row that needs them is refused.
+    text = data.decode(encoding, "replace" if encoding.startswith(("utf-16", "utf-32")) else "surrogateescape")
+    remarks: list[str] = []
+    rows = list(_read_csv(text, suffix, key_columns, remarks) if suffix in (".csv", ".tsv") else _read_json(text))
+    return rows, [f"{name}: {remark}" for remark in remarks]
+
+
+def undecoded(value: Any, encoding: str) -> Refused | None:
+    """What is wrong with a value whose bytes are not text in this encoding."""
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and (found := re.search("[\udc80-\udcff]", text)):
+            byte = ord(found[0]) - 0xDC00
+            place = len(text[: found.start()].encode(errors="surrogateescape")) + 1
+            around = text[max(found.start() - 12, 0) : found.end() + 12].encode("ascii", "replace").decode()
+            return Refused(
+                f"is not {encoding} text",
+                f"byte 0x{byte:02x}, number {place} of {around!r}; name the file's encoding, as in --metadata_encoding cp1252",
+            )
+    return None
+
+
+def _read_parquet(name: str, data: bytes) -> list[Row]:
+    import pyarrow.parquet
+
+    try:
+        values = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: not a readable parquet file: {first_line(error)}") from None
+    return [Row(number, row) for number, row in enumerate(values, start=1)]
+
+
+def _read_json(text: str) -> Iterator[Row]:
+    """Objects one after another, on a line each or on several; lists of them; or one object of objects by file name."""
+    decoder, blank = json.JSONDecoder(), re.compile(r"[\s,]*")
+    position, line, counted = 0, 1, 0
+    while (position := blank.match(text, position).end()) < len(text):  # type: ignore[union-attr]
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except (json.JSONDecodeError, RecursionError) as error:
+            said = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+            yield Row(line, problem=Refused("is not valid JSON", said))
+            position = text.find("\n", position) + 1 or len(text)
+            continue
+        for item in value if isinstance(value, list) and any(isinstance(item, dict) for item in value) else [value]:
+            if not isinstance(item, dict):
+                yield Row(line, problem=Refused("is not a JSON object"))
+            elif len(item) > 0 and all(isinstance(inner, dict) for inner in item.values()) and "bytes" not in item:
+                yield from (Row(line, {"file_name": name} | inner) for name, inner in item.items())
+            else:
+                yield Row(line, item)
+
+
+def _read_csv(text: str, suffix: str, key_columns: list[str], remarks: list[str]) -> Iterator[Row]:
+    lines = list(io.StringIO(text, newline=""))
+    start = 1 if lines and re.match(r"sep=.\s*$", lines[0]) else 0  # how spreadsheets note their separator
+    separator, header = _header(lines[start] if start < len(lines) else "", "\t" if suffix == ".tsv" else ",", key_columns)
+    if separator != "," and suffix != ".tsv":
+        remarks.append(f"its columns are separated by {separator!r}")
+    padded = any(name != name.lstrip() for name in header)
+    header = [name.strip().strip('"') for name in header]
+    longer: list[int] = []
+    for line, cells in _csv_records(lines, start + 1, separator, padded):
+        if isinstance(cells, Refused):
+            yield Row(line, problem=cells)
+        elif cells:
+            values = dict.fromkeys(header) | dict(zip(header, cells, strict=False))
+            if any(cell.strip() for cell in cells[len(header) :]):
+                longer.append(line)
+            yield Row(line, values)
+    if longer:
+        remarks.append(
+            f"{len(longer)} rows have more cells than the header, and lose what is in them (first: line {longer[0]}); "
+            f"put texts that hold {separator!r} in double quotes"
+        )
+
+
+def _header(line: str, separator: str, key_columns: list[str]) -> tuple[str, list[str]]:
+    """The separator under which a key column appears, and the header's cells; the usual separator where none does."""
+    headers = {tried: next(csv.reader([line], delimiter=tried), []) for tried in dict.fromkeys(separator + _SEPARATORS)}
+    for tried, cells in headers.items():
+        if {cell.strip() for cell in cells} & set(key_columns):
+            return tried, cells
+    return separator, headers[separator]
+
+
+def _csv_records(lines: list[str], start: int, separator: str, padded: bool) -> Iterator[tuple[int, list[str] | Refused]]:
+    """Records with the number of the line where each ends.
+
+    A quote that is opened and not closed swallows the lines after it: the line is refused, and the next one read anew. Stray
+    quotes within one line are taken as they are.
+    """
+    csv.field_size_limit(2**31 - 1)
+    options: dict[str, Any] = {"delimiter": separator, "skipinitialspace": padded}
+    while start < len(lines):
+        reader = csv.reader(itertools.islice(lines, start, None), strict=True, **options)
+        read = 0
+        try:
+            for cells in reader:
+                read = reader.line_num
+                yield start + read, cells
+            return
+        except csv.Error:
+            start += read + 1
+        # An open quote takes the line break into its cell.
+        cells, *others = csv.reader([lines[start - 1].rstrip("\r\n") + "\n", "\n"], **options)
+        yield start, cells if others else Refused("has an open quote")
