@@ -59,6 +59,7 @@ def info_command(arguments: list[str]) -> int:
     parser.add_argument(
         "--records", type=whole(0, 1024), default=24, help="records on the contact sheet, 0 for none (default: 24)"
     )
+    parser.add_argument("--record", type=whole(0, 2**40), help="only say which file and captions this record came from")
     parser.add_argument("--output", type=Path, help="the contact sheet (default: contact-sheet.png beside the shards)")
     for name in PIPELINES:
         parser.add_argument(f"--{name}", help="to decode with (default: as the shards were built)")
@@ -68,6 +69,11 @@ def info_command(arguments: list[str]) -> int:
     from engine.data.format.index import INDEX, Index
 
     index = Index.read(options.directory)
+    if options.record is not None:
+        from engine.data.describe import describe_record
+
+        print(describe_record(options.directory, index, options.record))
+        return 0
     output = options.output or options.directory / "contact-sheet.png"
     if options.records:
         check_picture("--output", output)

@@ -1,5 +1,6 @@
 """python -m engine.shards: shards verified and shown, and its former name."""
 
+import json
 import runpy
 import shutil
 import sys
@@ -39,6 +40,17 @@ def test_info_describes_and_draws(shards, tmp_path, capsys, monkeypatch):
     for line in ("records        12", "image rows     24", "captions       4 distinct", "refused        0", f"{sheet}"):
         assert line in output
     assert np.asarray(Image.open(sheet)).std() > 10
+
+
+def test_info_maps_a_record_to_its_file(shards, images, capsys, monkeypatch):
+    rows = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()]
+    for record in (0, 4, 5, 11):
+        assert main(monkeypatch, "info", str(shards), "--record", str(record)) == 0
+        output = capsys.readouterr().out
+        assert f"file           {rows[record]['file_name']} of {images}\n" in output
+        assert output.endswith(f"caption        {rows[record]['text']!r}\n")
+    assert main(monkeypatch, "info", str(shards), "--record", "12") == 2
+    assert "no record 12; the last is 11" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,8 @@ ELSEWHERE = {
     "validation_split validation_images validate_every_n_* validate_after*": (
         "no validation loss; images are drawn of --validation_prompts every --validation_epochs"
     ),
-    "metadata_* no_metadata training_comment modelspec_* webhook_config": "nothing of that kind is written",
+    "metadata_title metadata_author metadata_description metadata_license metadata_tags no_metadata training_comment "
+    "modelspec_* webhook_config": "nothing of that kind is written",
     "config_file": "--config, a TOML file of options without tables",
 }  # fmt: skip
 

@@ -1,14 +1,21 @@
 """What shards hold, for a person: a summary in words, and a contact sheet of decoded records."""
 
+import bisect
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 
-from engine.data.format.index import Index
-from engine.data.format.shard import Shards
+from engine.catalogue import FAMILIES
+from engine.config.command_line import load
+from engine.config.options import CacheConfig
+from engine.data.format.index import INDEX, Index
+from engine.data.format.shard import Shards, read_tensors
 from engine.data.report import by_reason
+from engine.data.sources import open_source
+from engine.errors import UserError
 from engine.picture import labelled_grid
 from engine.tensors import read_header
 
@@ -33,6 +40,55 @@ def summary(directory: Path, index: Index) -> str:
         lines.append(f"field          {name}: {shape} {str(field.dtype).removeprefix('torch.')} per {field.per}")
     lines.append(f"fingerprint    {index.fingerprint}")
     return "\n".join(lines)
+
+
+def describe_record(directory: Path, index: Index, record: int) -> str:
+    """Where a record lies, and what it came from; the data set is opened again for the name of its file.
+
+    Raises:
+        UserError: there is no such record.
+    """
+    if record >= index.records:
+        raise UserError(f"{directory}: no record {record}; the last is {index.records - 1}")
+    ends = list(itertools.accumulate(shard.records for shard in index.shards))
+    number = bisect.bisect_right(ends, record)
+    entry = index.shards[number]
+    row = record - (ends[number] - entry.records)
+    tensors = read_tensors(directory / entry.file, ("source", "image_offsets", "caption_offsets", "caption_numbers"))
+    sample = int(tensors["source"][row])
+    first, end = tensors["caption_offsets"][row : row + 2].tolist()
+    first_image, end_image = tensors["image_offsets"][row : row + 2].tolist()
+    lines = [
+        f"record         {record}",
+        f"shard          {entry.file}, image rows {first_image} to {end_image - 1}",
+        f"sample         {sample} of the data set",
+        f"file           {_file_of(directory, index, sample)}",
+    ]
+    texts = _captions(directory, index, tensors["caption_numbers"][first:end].tolist())
+    return "\n".join(lines + [f"caption        {text!r}" for text in texts])
+
+
+def _file_of(directory: Path, index: Index, sample: int) -> str:
+    try:
+        config = load(CacheConfig, index.config, str(directory / INDEX))
+        source = open_source(config, FAMILIES[index.family].captioned)
+    except UserError as error:
+        return f"unknown: {error}"
+    changed = "" if source.identity() == index.identity["source"] else " (of a data set that has changed since)"
+    return (
+        f"{source.name(sample)} of {config.data}{changed}"
+        if sample < len(source)
+        else "unknown: the data set has changed since"
+    )
+
+
+def _captions(directory: Path, index: Index, numbers: list[int]) -> list[str]:
+    ends = list(itertools.accumulate(shard.caption_rows for shard in index.shards))
+    places = [(bisect.bisect_right(ends, number), number) for number in numbers]
+    texts = {
+        shard: read_header(directory / index.shards[shard].file)[1]["captions"] for shard in {shard for shard, _ in places}
+    }
+    return [texts[shard][number - ends[shard]] for shard, number in places]  # counted from the shard's end
 
 
 def contact_sheet(directory: Path, index: Index, encoding: "Encoding", count: int) -> Image.Image:
