@@ -128,13 +128,19 @@ def _check_training_machine(config: TrainConfig) -> None:
         ("--use_8bit_adam", config.use_8bit_adam, "bitsandbytes"),
         ("--matrix_precision fp8", config.matrix_precision == "fp8", "torchao"),
     ):
-        if wanted and importlib.util.find_spec(package) is None:
+        if wanted and not installed(package):
             raise UserError(f"{flag} needs {package}, which is not installed: install the extra `{package}`")
     if config.deepspeed_config and not Path(config.deepspeed_config).is_file():
         raise UserError(f"--deepspeed_config {config.deepspeed_config}: no such file")
     resume = config.resume_from_checkpoint
     if resume and resume != "latest" and not (Path(resume).is_dir() or (Path(config.output_dir) / Path(resume).name).is_dir()):
         raise UserError(f"--resume_from_checkpoint {resume}: no such directory; give one, or `latest`")
+
+
+def installed(package: str) -> bool:
+    """Whether a package can be imported; a folder of its name in the working directory, as wandb leaves one, is none."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def check_writable(flag: str, path: Path) -> None:

@@ -297,7 +297,7 @@ class TrainConfig(CacheConfig):
     logging_dir: str = option("logs", "TensorBoard directory, inside the output directory.", "output")
     report_to: Literal["tensorboard", "wandb", "all", "none"] = option(
         "tensorboard",
-        "Where metrics are reported beside metrics.jsonl; all: TensorBoard, and wandb if it is installed.",
+        "Where metrics are reported beside metrics.jsonl; all: TensorBoard, and wandb where it can be used.",
         "output",
     )
     tracker_project_name: str = option("text2image-fine-tune", "Project name in the tracker.", "output")

@@ -1,21 +1,69 @@
 """Where metrics are written: metrics.jsonl, the trackers, and curves.png at the end."""
 
-import importlib.util
+import datetime
 import json
+import re
+import secrets
+import sys
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from engine.config.checks import installed
 from engine.config.command_line import to_toml
 from engine.config.options import TrainConfig
 from engine.config.schema import SECRETS
-from engine.errors import first_line
+from engine.errors import UserError, first_line
 from engine.files import write_text
 from engine.messages import warn
 from engine.picture import curves
 
 METRICS = "metrics.jsonl"
+
+
+_WANDB_NEEDED = (0, 19)  # as the extra `wandb` asks
+_WANDB_RUN = Path("wandb", "run-id")  # in the output directory: which run of Weights & Biases a resumed run goes on with
+
+
+def check_trackers(config: TrainConfig) -> TrainConfig:
+    """Tries the trackers of `--report_to`, before anything is encoded; `all` is left only where all of them can be used.
+
+    Raises:
+        UserError: one that was asked for by name is not installed, too old, not logged in or not reachable.
+    """
+    if config.report_to in ("tensorboard", "all"):
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError as error:
+            raise UserError(f"--report_to tensorboard: {first_line(error)}; install tensorboard, or give another") from None
+    if config.report_to in ("wandb", "all") and (problem := _wandb_problem()):
+        if config.report_to == "wandb":
+            raise UserError(f"--report_to wandb: {problem}")
+        warn(f"--report_to all: {problem}; without it metrics go to TensorBoard alone")
+        return config.model_copy(update={"report_to": "tensorboard"})
+    return config
+
+
+def _wandb_problem() -> str | None:
+    """Why Weights & Biases cannot be used, and what to do."""
+    if not installed("wandb"):
+        return "wandb is not installed: install the extra `wandb`"
+    try:
+        import wandb
+
+        if tuple(map(int, re.findall(r"\d+", wandb.__version__)[:2])) < _WANDB_NEEDED:
+            return f"wandb {wandb.__version__} is too old: install the extra `wandb` again"
+    except Exception as error:  # a version that does not fit the other packages raises anything
+        return f"wandb cannot be imported ({first_line(error)}): install the extra `wandb` again"
+    try:
+        wandb.login(timeout=30, verify=True)
+    except Exception as error:  # no key, a wrong one, no connection: many kinds over its versions
+        said = first_line(error).rstrip(".")
+        return (
+            f"{said}; `wandb login` or the variable WANDB_API_KEY gives a key, WANDB_MODE=offline keeps the run on this machine"
+        )
+    return None
 
 
 class Log:
@@ -33,26 +81,23 @@ class Log:
 
             self.tensorboard = SummaryWriter(str(self.output / config.logging_dir), purge_step=first_step + 1)
             self.tensorboard.add_text("config", f"```toml\n{to_toml(config)}```", first_step)
-        if config.report_to == "wandb" or (config.report_to == "all" and importlib.util.find_spec("wandb")):
-            import wandb
-
-            self.wandb = wandb.init(
-                project=config.tracker_project_name,
-                name=config.tracker_run_name or self.output.resolve().name,
-                dir=config.output_dir,
-                config=config.model_dump(exclude=SECRETS),
-            )
+        if config.report_to in ("wandb", "all"):
+            self.wandb = _open_wandb(config, first_step)
 
     def write(self, line: dict[str, float | None]) -> None:
-        self.file.write(json.dumps(line) + "\n")
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.file.write(json.dumps(line | {"time": now}) + "\n")
         self.file.flush()
         values = {name: value for name, value in line.items() if name != "step" and value is not None}
         step = int(line["step"] or 0)
-        if self.tensorboard:
-            for name, value in values.items():
-                self.tensorboard.add_scalar(f"train/{name}", value, step)
-        if self.wandb:
-            self.wandb.log(values, step=step)
+        try:
+            if self.tensorboard:
+                for name, value in values.items():
+                    self.tensorboard.add_scalar(f"train/{name}", value, step)
+            if self.wandb:
+                self.wandb.log(values, step=step)
+        except Exception as error:  # the libraries raise many kinds
+            warn(f"the tracker: {first_line(error)}; the training goes on, and its metrics are in {self.path}")
 
     def picture(self, image: Image.Image, step: int) -> None:
         """A tracker that does not take it costs a warning."""
@@ -83,7 +128,34 @@ class Log:
         if self.tensorboard:
             self.tensorboard.close()
         if self.wandb:
-            self.wandb.finish()
+            self.wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
+
+
+def _open_wandb(config: TrainConfig, first_step: int) -> Any:
+    """The run of Weights & Biases: a new one, or, where training goes on from a step, the one that it had."""
+    import wandb
+
+    output = Path(config.output_dir)
+    file = output / _WANDB_RUN
+    goes_on = first_step > 0 and file.exists()
+    if not goes_on:
+        file.parent.mkdir(exist_ok=True)
+        write_text(file, secrets.token_hex(4))
+    try:
+        return wandb.init(
+            project=config.tracker_project_name,
+            # Not again: the run may have been named otherwise since.
+            name=None if goes_on else config.tracker_run_name or output.resolve().name,
+            id=file.read_text(encoding="utf-8"),
+            resume="allow",
+            allow_val_change=True,
+            dir=config.output_dir,
+            config=config.model_dump(exclude=SECRETS),
+        )
+    except Exception as error:
+        raise UserError(
+            f"--report_to {config.report_to}: {first_line(error)}; WANDB_MODE=offline keeps the run on this machine"
+        ) from None
 
 
 def _forget_after(path: Path, step: int) -> None:

@@ -31,7 +31,7 @@ from engine.loop.checkpoints.snapshot import restore
 from engine.loop.checkpoints.writer import Writer
 from engine.loop.export import create_repository, export, push_to_hub
 from engine.loop.flops import count_flops
-from engine.loop.log import Log
+from engine.loop.log import Log, check_trackers
 from engine.loop.metrics import Metrics
 from engine.loop.overlap import overlap_pays
 from engine.loop.pace import Pace
@@ -69,6 +69,8 @@ def _train(config: TrainConfig, processes: Processes) -> int:
     family.check_files()
     if needs_deepspeed(config, processes.world):
         check_deepspeed(config, processes)
+    if processes.is_first:
+        config = check_trackers(config)
     repository = create_repository(config) if config.push_to_hub and processes.is_first else None
     processes.connect()
     output = Path(config.output_dir)
