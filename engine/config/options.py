@@ -305,6 +305,7 @@ class TrainConfig(CacheConfig):
         None, "Name of the run in Weights & Biases. Default: the output directory's name.", "output"
     )
     log_every: int = option(10, "Steps between two lines of metrics; the device is not read in between.", "output", ge=1)
+    quiet: bool = option(False, "Say nothing but warnings and mistakes.", "output")
     validation_prompts: list[str] | None = option(None, "Prompts of the validation images.", "output")
     validation_epochs: int = option(5, "Epochs between two rounds of validation images.", "output", ge=1)
     num_validation_images: int = option(1, "Images per validation prompt.", "output", ge=1)

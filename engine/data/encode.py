@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from engine.config.options import CacheConfig, options_of
 from engine.data.format.index import INDEX, Index, ShardEntry
@@ -25,7 +24,7 @@ from engine.data.sources.decode import refuse_extreme
 from engine.data.sources.interface import Refused, Source, refusing
 from engine.errors import UserError
 from engine.files import PARTIAL, digest, digest_of
-from engine.messages import say
+from engine.messages import Progress, busy, say
 from engine.models.encoder import Encoder, Encoding
 from engine.processes import Processes
 from engine.tensors import read_header
@@ -82,7 +81,8 @@ def encode_source(config: CacheConfig, encoding: Encoding, source: Source, proce
         UserError: the directory holds shards of something else, no sample can be used, or `--strict` met one that cannot.
     """
     directory = config.shards_path
-    identity = identity_of(config, encoding, source)
+    with busy("Hashing the frozen models and listing the data set"):
+        identity = identity_of(config, encoding, source)
     fingerprint = digest_of(identity)
     if (directory / INDEX).exists():
         return _existing_index(directory, identity, fingerprint)
@@ -188,12 +188,7 @@ def _encode_shards(
     with (
         encoding.encoder(processes.device) as encoder,
         concurrent.futures.ThreadPoolExecutor(max(config.dataloader_num_workers, 1)) as pool,
-        tqdm(
-            total=sum(map(len, samples_of.values())),
-            desc="Encoding",
-            unit="image",
-            disable=None if processes.is_first else True,
-        ) as progress,
+        Progress(sum(map(len, samples_of.values())), "Encoding", "image") as progress,
     ):
         encoded = 0
         failed: list[tuple[int, Refused]] = []
@@ -290,7 +285,7 @@ class Encoded:
 
 
 def _encode_images(
-    config: CacheConfig, encoder: Encoder, prepared: Iterable[Prepared], shard: Encoded, progress: tqdm
+    config: CacheConfig, encoder: Encoder, prepared: Iterable[Prepared], shard: Encoded, progress: Progress
 ) -> list[tuple[int, Refused]]:
     """Encodes the samples of a shard; a sample of which one variant fails is refused as a whole.
 

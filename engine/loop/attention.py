@@ -6,7 +6,6 @@ blocks and captured graphs agree; shapes that are not trained (a VAE's heads of 
 kernel that takes them.
 """
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from engine.config.options import TrainConfig
 from engine.errors import UserError, first_line
 from engine.loop.flops import forward_on_meta
+from engine.messages import say
 from engine.models.family import Family
 
 KERNELS = {
@@ -157,7 +157,7 @@ def prepare(config: TrainConfig, family: Family, model: Any, device: torch.devic
     if loud:
         # Calls of one shape may differ in their strides.
         for line in dict.fromkeys(f"Attention of {call}: {kernel}" for call, kernel in kernels.items()):
-            print(line, file=sys.stderr)
+            say(line)
 
 
 def set_order(order: list[str]) -> None:

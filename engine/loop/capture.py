@@ -1,6 +1,5 @@
 """CUDA graphs: work of fixed shapes is launched once instead of kernel by kernel, so that the GPU never waits for the host."""
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from torch import nn
 from engine.config.options import TrainConfig
 from engine.data.samples.batch import Batch
 from engine.errors import UserError, first_line, innermost
+from engine.messages import busy
 from engine.models.family import has_dropout
 from engine.processes import Processes
 
@@ -41,8 +41,6 @@ def wanted(config: TrainConfig, device: torch.device, model: nn.Module) -> bool:
     reason = reason_against(config, device, model)
     if reason and config.cuda_graphs == "on":
         raise UserError(f"--cuda_graphs on: {reason}; leave the option out")
-    if reason and device.type == "cuda":
-        print(f"Training without CUDA graphs: {reason}", file=sys.stderr)
     return reason is None
 
 
@@ -130,8 +128,9 @@ class Captured:
         graphs: dict[tuple[bool, ...], tuple[Callable[[], None], Any]] = {}
         problem = None
         try:
-            for kind in self.kinds:
-                graphs[kind] = capture(partial(self.function, batch, *kind), self.stream, self.pool)
+            with busy("Capturing the step as CUDA graphs"):
+                for kind in self.kinds:
+                    graphs[kind] = capture(partial(self.function, batch, *kind), self.stream, self.pool)
         except Exception as error:  # whatever it is, the other processes wait to hear of it
             cause = innermost(error)
             if isinstance(cause, UserError) or not isinstance(cause, Exception):

@@ -5,7 +5,6 @@ backward pass fills the next; but then the GPU may wait for the host. docs/scali
 """
 
 import statistics
-import sys
 import time
 
 import torch
@@ -15,6 +14,7 @@ from torch import nn
 from engine.config.options import TrainConfig
 from engine.loop.flops import Flops
 from engine.loop.weights.zero_options import OVERLAPPED_BUCKET, machinery_stage
+from engine.messages import say
 from engine.models.encoder import PRECISIONS
 from engine.processes import Processes
 
@@ -76,7 +76,7 @@ def overlap_pays(config: TrainConfig, model: nn.Module, flops: Flops | None, pro
     if processes.is_first:
         with_graphs, with_overlap = "from CUDA graphs", "with reductions that overlap the backward pass"
         chosen, other = (with_overlap, with_graphs) if gain > 0 else (with_graphs, with_overlap)
-        print(f"Training {chosen}: by estimate {abs(gain) * 1e3:.1f} ms a step faster than {other}", file=sys.stderr)
+        say(f"Training {chosen}: by estimate {abs(gain) * 1e3:.1f} ms a step faster than {other}")
     return gain > 0
 
 

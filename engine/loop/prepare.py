@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from tqdm import tqdm
-
 from engine.config.options import ALTER_THE_RESULT, TrainConfig, options_of
 from engine.data.encode import encode_source
 from engine.data.format.index import INDEX, Index
@@ -14,7 +12,7 @@ from engine.data.samples.batch import BatchPlan
 from engine.data.sources import open_source
 from engine.errors import UserError
 from engine.loop.run import Run
-from engine.messages import say
+from engine.messages import Progress, busy, say
 from engine.models.family import Family
 from engine.processes import Processes
 
@@ -46,7 +44,9 @@ def prepare_shards(config: TrainConfig, family: Family, processes: Processes) ->
     """
     directory = config.shards_path
     if config.data:
-        index = encode_source(config, family.encoding, open_source(config, family.encoding.captioned), processes)
+        with busy("Opening the data set"):
+            source = open_source(config, family.encoding.captioned)
+        index = encode_source(config, family.encoding, source, processes)
     else:
         index = Index.read(directory)
     if index.family != config.family or index.fields != family.encoding.record_spec:
@@ -57,7 +57,7 @@ def prepare_shards(config: TrainConfig, family: Family, processes: Processes) ->
             "were built with, or name another --shards_dir"
         )
     mine = index.shards[processes.rank :: processes.world]
-    with tqdm(total=len(mine), desc="Verifying shards", disable=None if processes.is_first else True, leave=False) as bar:
+    with Progress(len(mine), "Verifying shards", "shard") as bar:
         problems = verify(directory, mine, progress=bar.update)
     problems = {file: problem for part in processes.gather_objects(problems) for file, problem in part.items()}
     if problems:

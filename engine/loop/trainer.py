@@ -2,7 +2,6 @@
 
 import contextlib
 import secrets
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -36,6 +35,7 @@ from engine.loop.metrics import Metrics
 from engine.loop.overlap import overlap_pays
 from engine.loop.pace import Pace
 from engine.loop.prepare import divide_global_batch, open_run, prepare_shards
+from engine.loop.report import log_line, opening, warn_of_a_full_disk
 from engine.loop.resume import announce, check_same_run, find_checkpoint, only_run, open_checkpoint, seed_of, take_over
 from engine.loop.run import Run
 from engine.loop.step import Step
@@ -43,6 +43,7 @@ from engine.loop.validation import validate
 from engine.loop.watchdog import Watchdog
 from engine.loop.weights import needs_deepspeed, open_partition
 from engine.loop.weights.zero import check_deepspeed
+from engine.messages import busy, say, shows_bars
 from engine.models.family import Family, open_family
 from engine.processes import Processes, StopSignal
 
@@ -53,7 +54,7 @@ def train(config: TrainConfig) -> int:
     Raises:
         UserError: a mistake in the options, the model or the data.
     """
-    messages.begin(quiet=False)
+    messages.begin(config.quiet)
     configure(config)
     processes = Processes(config.local_rank)
     try:
@@ -65,17 +66,22 @@ def train(config: TrainConfig) -> int:
 def _train(config: TrainConfig, processes: Processes) -> int:
     config = divide_global_batch(config, processes.world)
     checkpoint = find_checkpoint(config)
-    family = open_family(config)
-    family.check_files()
+    with busy("Opening the models, downloads included"):
+        family = open_family(config)
+    with busy("Checking the files of the models"):
+        family.check_files()
     if needs_deepspeed(config, processes.world):
-        check_deepspeed(config, processes)
+        with busy("Importing DeepSpeed"):
+            check_deepspeed(config, processes)
     if processes.is_first:
         config = check_trackers(config)
     repository = create_repository(config) if config.push_to_hub and processes.is_first else None
-    processes.connect()
+    with busy("Waiting for the other processes"):
+        processes.connect()
     output = Path(config.output_dir)
     with only_run(output, processes):
-        state = open_checkpoint(checkpoint, config, processes.world) if checkpoint else None
+        with busy(f"Comparing {checkpoint} with its digests"):
+            state = open_checkpoint(checkpoint, config, processes.world) if checkpoint else None
         seed = processes.from_first(seed_of(config, state))
         shards = prepare_shards(config, family, processes)
         plan = BatchPlan(config.train_batch_size, config.gradient_accumulation_steps, processes.rank, processes.world)
@@ -88,17 +94,22 @@ def _train(config: TrainConfig, processes: Processes) -> int:
 
         # Dropout draws from torch's generator; each process its own numbers.
         torch.manual_seed(seed + processes.rank)
-        model = family.load_model()
+        with busy("Loading the model"):
+            model = family.load_model()
         if processes.is_first:
             take_over(config, checkpoint)
-            write_text(output / "config.toml", to_toml(config.model_copy(update={"overwrite": False})))
-        training = Training(config, run, family, model, processes)
+            write_text(output / "config.toml", to_toml(config))
+        with busy("Laying out weights and optimizer"):
+            training = Training(config, run, family, model, processes)
         if state is not None and checkpoint is not None:
             training.resume(checkpoint, state)
+        say(opening(config, run, family, training.partition, shards.index, training.captures, training.step))
+        warn_of_a_full_disk(config, run, training.partition, training.step)
         finished = _run(training, shards, plan)
         if finished and repository:
-            push_to_hub(config, family, repository)
-    if processes.is_first:
+            with busy(f"Uploading to {repository}"):
+                push_to_hub(config, family, repository)
+    if processes.is_first and not config.quiet:
         if finished:
             print(f"Trained {run.steps} steps; the pipeline is in {output / family.result}")
         else:
@@ -120,7 +131,8 @@ def _run(training: "Training", shards: Shards, plan: BatchPlan) -> bool:
         training.checkpoints.wait()
         processes.barrier()
         if finished:
-            export(config, training.family, training.partition)
+            with busy("Writing the pipeline"):
+                export(config, training.family, training.partition)
             if config.validation_prompts:
                 training.validate(log)
         return finished
@@ -142,7 +154,7 @@ class Training:
         attention.prepare(config, family, model, device, loud=processes.is_first)
         flops = count_flops(family, model, device)
         self.metrics = Metrics(run, processes, flops)
-        captures = wanted(config, device, model) and not overlap_pays(config, model, flops, processes)
+        self.captures = captures = wanted(config, device, model) and not overlap_pays(config, model, flops, processes)
         self.partition = open_partition(model, config, processes, captures)
         if config.compile:
             compile_model(model, config)
@@ -168,15 +180,14 @@ class Training:
         started = time.perf_counter()
         restore(checkpoint, state, self.partition, self.metrics)
         self.step = self.saved = int(state["step"])
-        if self.processes.is_first:
-            print(f"Continuing from {checkpoint}, loaded in {time.perf_counter() - started:.2f} s", file=sys.stderr)
+        say(f"Continuing from {checkpoint}, loaded in {time.perf_counter() - started:.2f} s")
 
     def run_steps(self, batches: Iterator[Batch], log: Log | None) -> bool:
         """Trains to the last step; False when a signal asked to leave before."""
         stop = StopSignal(self.processes)
         self.watchdog = Watchdog(self.processes, self.config.step_timeout) if self.config.step_timeout else None
-        shown = None if self.processes.is_first else True
-        progress = tqdm(total=self.run.steps, initial=self.step, desc="Training", unit="step", disable=shown)
+        bar = {"desc": "Training", "unit": "step", "disable": not shows_bars()}
+        progress = tqdm(total=self.run.steps, initial=self.step, **bar)
 
         def finished(step: int) -> None:
             progress.update()
@@ -185,9 +196,13 @@ class Training:
 
         self.pace = Pace(self.processes.device, finished)
         self.metrics.start()
+        compiles = ", which compiles the model" if self.config.compile else ""
+        first: contextlib.AbstractContextManager[None] = busy(f"The first step{compiles}")
         try:
             while self.step < self.run.steps:
-                self.train_step(batches, self.step + 1)
+                with first:
+                    self.train_step(batches, self.step + 1)
+                first = contextlib.nullcontext()
                 self.step += 1
                 self.pace.given(self.step)
                 leave = stop.agreed() and self.step < self.run.steps
@@ -209,6 +224,8 @@ class Training:
             optimizer = self.partition.optimizer
             line = self.metrics.read(self.step, optimizer.rate, optimizer.norm_and_skips())
             progress.set_postfix(loss=f"{line['loss']:.4f}", lr=f"{line['lr']:.2e}")
+            if progress.disable:
+                say(log_line(line, self.run))
             if log:
                 log.write(line)
             self._stop_when_skipping(int(line["skipped_steps"] or 0))
@@ -248,6 +265,7 @@ class Training:
 
     def validate(self, log: Log | None) -> None:
         self.train_step.release()  # the pipeline's activations then have the memory of the graphs
-        grid = validate(self.config, self.family, self.partition, self.run.seed, self.step)
+        with busy("Drawing the validation images"):
+            grid = validate(self.config, self.family, self.partition, self.run.seed, self.step)
         if grid is not None and log is not None:
             log.picture(grid, self.step)

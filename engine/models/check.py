@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 import zipfile
 from collections import OrderedDict
 from inspect import signature
@@ -17,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from engine.errors import UserError, first_line
-from engine.launcher import rank
+from engine.messages import say
 
 INDEX = "model_index.json"
 _POINTER = b"version https://git-lfs"
@@ -60,9 +59,8 @@ def check_pipeline(pipeline: Path, expected: Any, variant: str | None = None) ->
         raise UserError(f"{pipeline / INDEX}: lists no {', '.join(missing)}; give a complete diffusers pipeline")
     for name in sorted(listed.keys() & set(names) - absent.keys()):
         check_part(pipeline, name, variant)
-    if absent and rank() == 0:
-        said = f"{pipeline}: {INDEX} lists {' and '.join(sorted(absent))}, not there; the trained pipeline will have none"
-        print(said, file=sys.stderr)
+    if absent:
+        say(f"{pipeline}: {INDEX} lists {' and '.join(sorted(absent))}, not there; the trained pipeline will have none")
 
 
 def absent_parts(pipeline: Path, expected: Any) -> dict[str, None]:

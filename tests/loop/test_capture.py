@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from engine.errors import UserError
 from engine.loop import capture, trainer
+from engine.loop.report import how_steps_run
 from engine.loop.step import Step
 from engine.loop.trainer import train
 from tests.commands import ON_GPU, start_two
@@ -220,16 +221,17 @@ def test_no_segment_of_the_graphs_pool_is_left_for_validation(options, recorded,
     assert after == 0
 
 
-def test_what_cannot_be_captured_is_said_in_one_line(capsys):
+def test_what_cannot_be_captured_is_said():
     gpu = torch.device("cuda")
     drops = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.1))
     checkpointed = config("model", "images", "shards", "out", gradient_checkpointing=True)
     assert not capture.wanted(checkpointed, gpu, drops)
-    assert capsys.readouterr().err.startswith("Training without CUDA graphs: --gradient_checkpointing keeps")
+    assert how_steps_run(checkpointed, drops, gpu, False).startswith("not captured (--gradient_checkpointing keeps")
     assert capture.wanted(checkpointed.model_copy(update={"compile": True}), gpu, drops)
     assert capture.wanted(checkpointed, gpu, torch.nn.Linear(2, 2))
-    assert not capture.wanted(checkpointed.model_copy(update={"cuda_graphs": "off"}), gpu, torch.nn.Linear(2, 2))
-    assert capsys.readouterr().err == ""
+    off = checkpointed.model_copy(update={"cuda_graphs": "off"})
+    assert not capture.wanted(off, gpu, torch.nn.Linear(2, 2))
+    assert how_steps_run(off, drops, gpu, False).startswith("not captured (--cuda_graphs off)")
 
 
 @pytest.mark.skipif(ON_GPU, reason="there is a GPU")
@@ -237,7 +239,7 @@ def test_graphs_without_a_gpu_are_refused_only_when_asked_for(model, images, sha
     with pytest.raises(UserError, match="--cuda_graphs on: there is no GPU; leave the option out"):
         train(config(model, images, shards, tmp_path / "out", cuda_graphs="on"))
     assert train(config(model, images, shards, tmp_path / "out", max_train_steps=1)) == 0
-    assert "CUDA graphs" not in capsys.readouterr().err
+    assert "not captured (there is no GPU), not compiled" in capsys.readouterr().err
 
 
 @pytest.mark.gpu

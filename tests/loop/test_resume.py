@@ -93,12 +93,12 @@ def test_overwrite_removes_what_the_run_left_and_nothing_else(output, run, capsy
     assert logged(output) == [1, 2]
     assert not (output / "samples" / "step-8.png").exists()
     assert not list((output / "logs").glob("events*"))
-    assert "overwrite = false" in (output / "config.toml").read_text()
+    assert "overwrite" not in (output / "config.toml").read_text()
 
 
 def test_overwrite_never_removes_before_everything_is_known(output, run):
     before = content(output)
-    with pytest.raises(UserError, match="were built from something else"):
+    with pytest.raises(UserError, match="were built otherwise"):
         run(overwrite=True, resolution=32)
     assert content(output) == before
 

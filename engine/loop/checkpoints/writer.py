@@ -6,7 +6,6 @@ memory first. Writing needs no other process but the first, which waits until ev
 
 import contextlib
 import json
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -14,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
 from engine.errors import UserError, disk_problem
 from engine.files import PARTIAL, digest, discard, publish_directory, write_json, write_text
@@ -23,6 +21,7 @@ from engine.loop.checkpoints.snapshot import Snapshot, take
 from engine.loop.metrics import Metrics
 from engine.loop.run import Run
 from engine.loop.weights.partition import Partition
+from engine.messages import say
 from engine.processes import Processes
 from engine.tensors import PIECE, host_buffer, pieces_of, staged, write_pieces
 
@@ -107,7 +106,7 @@ class Writer:
             if self.processes.is_first:
                 written = time.perf_counter() - started
                 copied = f"copied in {self.copy_seconds:.2f} s, " if self.beside else ""
-                tqdm.write(f"Saved checkpoint-{snapshot.step}: {copied}written in {written:.2f} s", file=sys.stderr)
+                say(f"Saved checkpoint-{snapshot.step}: {copied}written in {written:.2f} s")
 
     def _aside(self, step: int) -> Path:
         return self.directory / f"checkpoint-{step}-{self.token}{PARTIAL}"

@@ -1,0 +1,147 @@
+"""What a training says of itself: a block at the start, and in log files a line at every log point."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from engine.config.options import TrainConfig
+from engine.data.format.index import INDEX, Index
+from engine.loop.capture import reason_against
+from engine.loop.run import Run
+from engine.loop.weights import needs_deepspeed
+from engine.loop.weights.partition import Partition
+from engine.loop.weights.zero_options import machinery_stage
+from engine.messages import duration, warn
+from engine.models.family import Family
+from engine.processes import Processes
+
+
+def opening(
+    config: TrainConfig, run: Run, family: Family, partition: Partition, index: Index, captures: bool, done: int
+) -> str:
+    """What is trained, on what, and how.
+
+    Args:
+        captures: whether the step is captured as CUDA graphs.
+        done: the step that the run goes on from.
+    """
+    processes = partition.processes
+    trained = sum(shape.numel() for shape in partition.shapes.values())
+    frozen = sum(parameter.numel() for parameter in partition.frozen.values())
+    size, number = checkpoint_bytes(config, trained), checkpoints_to_come(config, run, done)
+    refused = f"{len(index.refused):,} refused, listed in {config.shards_path / INDEX}" if index.refused else "none refused"
+    every = f"every {config.checkpointing_steps:,} steps and at the end"
+    rows = {
+        "family": f"{config.family}, from {family.base_model}",
+        "output": config.output_dir,
+        "parameters": f"{count(trained)} trained, {count(frozen)} frozen; the encoders are not loaded",
+        "samples": f"{run.records:,} ({refused})",
+        "resolution": f"{config.resolution} px",
+        "global batch": f"{run.global_batch:,} = {config.train_batch_size} per micro-batch x "
+        f"{config.gradient_accumulation_steps} accumulated x {processes.world} process{'es' if processes.world > 1 else ''}",
+        "steps": f"{run.steps:,}, {run.steps * run.global_batch / run.records:.1f} epochs"
+        + (f"; going on after step {done:,}" if done else ""),
+        "optimizer": optimizer(config),
+        "precision": precision(config),
+        "device": f"{device_name(processes)}, ZeRO stage {config.zero_stage}",
+        "step runs": how_steps_run(config, partition.module, processes.device, captures),
+        "memory": f"{gigabytes(state_bytes(config, trained, processes.world))} a process, by estimate, for weights, gradients, "
+        "optimizer and average; activations come on top",
+        "checkpoints": f"{every}, {gigabytes(size)} each, {'all' if config.checkpoints_total_limit is None else 'the last '}"
+        f"{config.checkpoints_total_limit or ''} kept: {gigabytes(number * size)} in the end",
+    }
+    width = max(map(len, rows))
+    return "\n".join(["Training", *(f"  {name:{width}}  {value}" for name, value in rows.items())])
+
+
+def warn_of_a_full_disk(config: TrainConfig, run: Run, partition: Partition, done: int) -> None:
+    """Warns where the checkpoints of the run will not find room."""
+    size = checkpoint_bytes(config, sum(shape.numel() for shape in partition.shapes.values()))
+    needed, free = size * checkpoints_to_come(config, run, done), shutil.disk_usage(Path(config.output_dir)).free
+    if needed > free:
+        warn(
+            f"{config.output_dir}: the checkpoints of this run take {gigabytes(needed)}, of which {gigabytes(free)} are free; "
+            "--checkpoints_total_limit keeps fewer, --checkpointing_steps writes fewer"
+        )
+
+
+def log_line(line: Mapping[str, float | None], run: Run) -> str:
+    """A line of metrics for a person."""
+    step, rate = int(line["step"] or 0), line["samples_per_second"] or 0.0
+    parts = [f"step {step:,}/{run.steps:,}", f"loss {line['loss']:.4f}", f"lr {line['lr']:.2e}", f"{rate:.4g} samples/s"]
+    if line.get("mfu") is not None:
+        parts.append(f"MFU {line['mfu']:.1%}")
+    if line.get("memory_gib") is not None:
+        parts.append(f"{line['memory_gib']:.1f} GiB")
+    if line["skipped_steps"]:
+        parts.append(f"{line['skipped_steps']} skipped")
+    return "  ".join([*parts, f"{duration((run.steps - step) * run.global_batch / rate)} left"])
+
+
+def optimizer(config: TrainConfig) -> str:
+    schedule = config.lr_scheduler.replace("_", " ")
+    warm_up = f", warm-up {config.lr_warmup_steps:,} steps" if config.lr_scheduler != "constant" else ""
+    name = "8-bit AdamW" if config.use_8bit_adam else "AdamW"
+    return f"{name}, learning rate {config.learning_rate:g} {schedule}{warm_up}{', moving average' if config.use_ema else ''}"
+
+
+def precision(config: TrainConfig) -> str:
+    masters = "" if config.weights_precision == "fp32" else " with fp32 masters"
+    products = f", {config.matrix_precision} products" if config.matrix_precision else ""
+    return f"{config.weights_precision}{masters}{products}"
+
+
+def device_name(processes: Processes) -> str:
+    gpu = processes.device.type == "cuda"
+    name = torch.cuda.get_device_name(processes.device) if gpu else f"CPU ({torch.get_num_threads()} of its threads)"
+    return f"{processes.world} x {name}" if processes.world > 1 else name
+
+
+def how_steps_run(config: TrainConfig, model: nn.Module, device: torch.device, captures: bool) -> str:
+    """Whether steps are captured and compiled, and if not, why."""
+    compiled = f"compiled ({config.compile_mode})" if config.compile else "not compiled (no --compile)"
+    if captures:
+        return f"captured as CUDA graphs, {compiled}"
+    asked = "--cuda_graphs off" if config.cuda_graphs == "off" else None
+    why = asked or reason_against(config, device, model) or "reductions overlap the backward pass instead"
+    return f"not captured ({why}), {compiled}"
+
+
+def state_bytes(config: TrainConfig, trained: int, world: int) -> float:
+    """Bytes that a process keeps beside activations, by the counts of docs/families.md."""
+    weight = 4 if config.weights_precision == "fp32" else 2
+    sharded = needs_deepspeed(config, world)
+    stage = machinery_stage(config) if sharded else 0
+    gradient = 4 if config.gradient_accumulation_steps > 1 and config.accumulation_precision == "fp32" else weight
+    masters = 4 if sharded or weight == 2 else 0
+    state = masters + (2 if config.use_8bit_adam else 8) + (4 if config.use_ema else 0)
+    kept = state / (world if sharded else 1) + gradient / (world if stage >= 2 else 1) + weight / (world if stage == 3 else 1)
+    return trained * (kept + weight)  # and the gradients as the backward pass leaves them
+
+
+def checkpoint_bytes(config: TrainConfig, trained: int) -> int:
+    weight, kinds = (4 if config.weights_precision == "fp32" else 2), 2 if config.use_ema else 1
+    opened = weight * kinds if config.openable_checkpoints else 0
+    return trained * (4 * kinds + (2 if config.use_8bit_adam else 8) + opened)
+
+
+def checkpoints_to_come(config: TrainConfig, run: Run, done: int) -> int:
+    """How many this run leaves."""
+    every = config.checkpointing_steps
+    number = run.steps // every - done // every + (run.steps % every != 0 and run.steps > done)
+    return min(number, config.checkpoints_total_limit or number)
+
+
+def count(number: float) -> str:
+    """A number of parameters for a person."""
+    for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if number >= size:
+            return f"{number / size:.4g}{unit}"
+    return f"{number:.0f}"
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
