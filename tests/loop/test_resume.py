@@ -93,7 +93,7 @@ def test_overwrite_removes_what_the_run_left_and_nothing_else(output, run, capsy
     assert logged(output) == [1, 2]
     assert not (output / "samples" / "step-8.png").exists()
     assert not list((output / "logs").glob("events*"))
-    assert "overwrite" not in (output / "config.toml").read_text()
+    assert "\noverwrite" not in (output / "config.toml").read_text()
 
 
 def test_overwrite_never_removes_before_everything_is_known(output, run):
