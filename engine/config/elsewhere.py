@@ -36,7 +36,9 @@ ELSEWHERE = {
         "--train_data_dir, a folder of images and their captions, or --dataset_name"
     ),
     "instance_prompt caption_extension caption_extention caption_prefix caption_suffix caption_strategy prompt_prefix "
-    "token_warmup* instanceprompt": "captions beside the images; --caption_column names their column",
+    "token_warmup* instanceprompt": (
+        "captions beside the images, in a `.txt` each, or in the column of a table that --caption_column names"
+    ),
     "class_data_dir class_prompt with_prior_preservation prior_loss_weight num_class_images reg_data_dir "
     "masked_prior_preservation_weight prior_generation_precision": "no prior preservation",
     "caption_dropout* proportion_empty_prompts cond_dropout_prob conditioning_dropout_prob cfg_dropout_prob "
@@ -54,7 +56,7 @@ ELSEWHERE = {
     "tokenizer_cache_dir huggingface_cache_dir": "--cache_dir",
     "color_aug": "colours stay as they are",
     "resize_interpolation": "--image_interpolation_mode",
-    "repeats dataset_repeats num_repeats": "an epoch sees every sample once; list a file twice to see it twice",
+    "repeats dataset_repeats num_repeats": "an epoch sees every sample once",
     "masked_loss masked_training alpha_mask mask_path unmasked_*": "no masked loss",
     "cache_latents* cache_text_encoder_outputs* latent_caching pre_compute_text_embeddings vae_cache* text_cache* "
     "skip_cache_check text_embed*": "not needed: latents and captions are always encoded once, into --shards_dir",
@@ -78,7 +80,7 @@ ELSEWHERE = {
     "warmup_steps learning_rate_warmup_steps": "--lr_warmup_steps",
     "learning_rate_scheduler lr_scheduler_type": "--lr_scheduler",
     "lr_num_cycles lr_power lr_scheduler_* learning_rate_cycles learning_rate_min_factor lr_end lr_decay_steps lr_decay": (
-        "--lr_scheduler has the schedules with one cycle and power 1, down to 0"
+        "--lr_scheduler has the schedules with one cycle and power 1"
     ),
     "optimizer optimizer_* use_lion_optimizer use_adafactor prodigy_* use_8bit_ademamix fused_backward_pass "
     "fused_back_pass": "the optimizer is AdamW (--adam_beta1 and so on), or in 8 bits with --use_8bit_adam",
@@ -137,6 +139,7 @@ ELSEWHERE = {
     "save_every_n_epochs checkpoint_every_n_* checkpointing_epochs save_model_epochs checkpoint_epoch_interval "
     "save_n_epoch_ratio": "--checkpointing_steps, counted in steps",
     "save_last_n_* rolling_backup* save_total_limit": "--checkpoints_total_limit",
+    "overwrite_output_dir": "--overwrite",
     "save_state*": "not needed: a checkpoint always holds the whole state",
     "resume continue_last_backup resume_from": "--resume_from_checkpoint latest",
     "save_model_as save_precision save_dtype output_dtype output_model_format use_safetensors": (
