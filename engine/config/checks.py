@@ -5,12 +5,14 @@ import importlib.util
 import tempfile
 from pathlib import Path
 
-from engine.catalogue import PIPELINES
+from engine.catalogue import MODEL, PIPELINES
 from engine.config.options import XFORMERS, CacheConfig, TrainConfig
 from engine.config.schema import REQUIRED, options_by_family, options_lacking
 from engine.errors import UserError
 
 LARGEST = 2**31 - 1  # of the integer options but seeds, so that sums and products of them are integers everywhere
+
+SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth")
 
 
 def check_options(config: CacheConfig) -> None:
@@ -169,8 +171,12 @@ def check_picture(flag: str, path: Path) -> None:
 
 def _check_pipeline(option: str, path: Path) -> None:
     """Refuses what is clearly meant to be a directory but holds no pipeline; anything else may be a name on the hub."""
+    if not path.exists() and path.suffix in SINGLE_FILES:
+        raise UserError(f"--{option} {path}: no such file")
     if not path.exists() and (path.is_absolute() or len(path.parts) > 2 or str(path).startswith(".")):
         raise UserError(f"--{option} {path}: no such directory")
+    if path.is_file() and option != MODEL:
+        raise UserError(f"--{option} {path}: a file; give a diffusers pipeline (single files: --family sd only)")
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise UserError(f"--{option} {path}: no model_index.json there; {_closest_pipeline(path)}")
 
@@ -184,4 +190,5 @@ def _closest_pipeline(path: Path) -> str:
         return f"this is a part; give the pipeline, {path.parent}"
     if any((path / name).is_file() for name in ("adapter_config.json", "pytorch_lora_weights.safetensors")):
         return "it holds an adapter (LoRA), no model; give the pipeline that it belongs to"
-    return "give a diffusers pipeline"
+    files = sorted(file for file in path.iterdir() if file.suffix in SINGLE_FILES)
+    return f"give a diffusers pipeline, or a single file: {files[0]}" if files else "give a diffusers pipeline"

@@ -27,7 +27,7 @@ ELSEWHERE = {
     "base_model_name model model_name model_name_or_path ckpt ckpt_path diffusers_path pretrained_model checkpoint_path": (
         "--pretrained_model_name_or_path"
     ),
-    "vae vae_path pretrained_vae_* no_half_vae tokenizer_name text_encoder pretrained_text_encoder* unet": (
+    "vae vae_path pretrained_vae_* no_half_vae text_encoder pretrained_text_encoder* unet": (
         "put the part into the folder of the pipeline that --pretrained_model_name_or_path names"
     ),
     # Data.
@@ -143,7 +143,7 @@ ELSEWHERE = {
     "save_state*": "not needed: a checkpoint always holds the whole state",
     "resume continue_last_backup resume_from": "--resume_from_checkpoint latest",
     "save_model_as save_precision save_dtype output_dtype output_model_format use_safetensors": (
-        "the result is a diffusers pipeline of safetensors in fp32"
+        "the result is a diffusers pipeline of safetensors in fp32; `python -m engine.export` makes a single file of it"
     ),
     "huggingface_repo_id hub_repo": "--push_to_hub with --hub_model_id",
     "huggingface_token": "--hub_token, or `hf auth login`",

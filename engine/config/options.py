@@ -29,7 +29,10 @@ class CacheConfig(BaseModel):
         "model",
     )
     pretrained_model_name_or_path: str = option(
-        published(MODEL), "Directory of a diffusers pipeline, or its name on the Hugging Face hub.", "model"
+        published(MODEL),
+        "Directory of a diffusers pipeline, its name on the Hugging Face hub, or a single file (.safetensors, .ckpt) of Stable "
+        "Diffusion 1.x or 2.x.",
+        "model",
     )
     pretrained_prior_model_name_or_path: str = option(
         published(PRIOR),
@@ -51,6 +54,16 @@ class CacheConfig(BaseModel):
     variant: str | None = option(
         None,
         "Variant of the pretrained models' files, for example fp16; parts that have none of it are read as they are.",
+        "model",
+    )
+    original_config: str | None = option(
+        only(("sd",), None),
+        "For a single file: the YAML of the original training program. Default: recognised from the file as SD 1.x or 2.x.",
+        "model",
+    )
+    tokenizer_name: str | None = option(
+        only(("sd",), None),
+        "For a single file, which holds no tokenizer: its directory, or its name on the hub. Default: CLIP's, from the hub.",
         "model",
     )
     cache_dir: str | None = option(None, "Where downloaded models and data sets are kept.", "model")

@@ -1,6 +1,7 @@
 """What can be known of a pipeline's folder before it is loaded: its parts by its index, its weights by their headers."""
 
 import json
+import pickle
 import re
 import zipfile
 from collections import OrderedDict
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from engine.errors import UserError, first_line
 from engine.messages import say
+from engine.tensors import DTYPES
 
 INDEX = "model_index.json"
 _POINTER = b"version https://git-lfs"
@@ -190,10 +192,20 @@ def stored_tensors(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as opened:
-                shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
-            return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+                slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+                return {
+                    name: torch.empty(part.get_shape(), dtype=DTYPES.get(part.get_dtype()), device="meta")
+                    for name, part in slices.items()
+                }
         mapped = zipfile.is_zipfile(file)  # what torch wrote before 1.6 is not
-        return torch.load(file, map_location="meta", weights_only=True, mmap=mapped)
+        stored = torch.load(file, map_location="meta", weights_only=True, mmap=mapped)
+        if not isinstance(stored, dict):
+            raise ValueError(f"a {type(stored).__name__}, no tensors by name")
+        return stored
+    except pickle.UnpicklingError as error:
+        if "Weights only load failed" not in str(error):
+            raise UserError(f"{file}: truncated or damaged, download it again: {first_line(error)}") from None
+        raise UserError(f"{file}: holds programs beside tensors, and is not run; give it as .safetensors") from None
     except Exception as error:  # whatever a damaged file makes the two readers raise
         raise UserError(f"{file}: truncated or damaged, download it again: {first_line(error)}") from None
 

@@ -1,4 +1,4 @@
-"""What a checkpoint is, in words: by the class and parts of a pipeline's index."""
+"""What a checkpoint is, in words: by the class and parts of a pipeline's index, and by the tensors of a single file."""
 
 import re
 from pathlib import Path
@@ -45,6 +45,45 @@ _CHANNELS = {
     9: "for inpainting",
 }
 
+# What a single file is by the first expression that is found in the name of one of its tensors.
+_TENSORS = {
+    r"lora_(up|down|A|B|a|b)\b|lora_unet|lora_te|hada_w|lokr_w|\.lora\.": "an adapter (LoRA), not a model",
+    r"^control_model\.|input_hint_block|controlnet_cond_embedding": "a ControlNet",
+    r"double_blocks\.": "FLUX",
+    r"joint_blocks\.": "Stable Diffusion 3",
+    r"^conditioner\.embedders\.1\.": "Stable Diffusion XL",
+    r"^conditioner\.": "the refiner of Stable Diffusion XL",
+    r"clip_txt_mapper|clip_txt_pooled_mapper": "Stable Cascade",
+    r"motion_modules\.": "a motion module of AnimateDiff",
+    r"emb_params|string_to_param": "a textual inversion",
+    r"effnet|^backbone\.": "an image encoder of Wuerstchen",
+}
+# And what it is where nothing begins like a whole Stable Diffusion.
+_PARTS = {
+    r"^(down_blocks|mid_block)\.": "the UNet of a diffusers pipeline, which is one part of it",
+    r"text_model\.|token_embedding|^cond_stage_model\.": "a text encoder, which is one part of a model",
+    r"^(first_stage_model\.)?(encoder|decoder)\.": "a VAE, which is one part of a model",
+}
+
+
+def kind_of_tensors(tensors: dict[str, Any]) -> str | None:
+    """What a single file is, by the names and shapes of its tensors; None for Stable Diffusion 1.x and 2.x.
+
+    Args:
+        tensors: by name; only shapes are looked at.
+    """
+    for names, kind in _TENSORS.items():
+        if any(re.search(names, name) for name in tensors):
+            return kind
+    first = tensors.get("model.diffusion_model.input_blocks.0.0.weight")
+    if first is None:
+        found = (kind for names, kind in _PARTS.items() if any(re.search(names, name) for name in tensors))
+        return next(found, "none of the models that are known here")
+    if "model.diffusion_model.label_emb.0.0.weight" in tensors:
+        return "Stable Diffusion XL or Stable unCLIP"
+    beside = _CHANNELS.get(first.shape[1])
+    return beside and f"Stable Diffusion {beside}"
+
 
 def require_kind(pipeline: Path, family: str, option: str) -> None:
     """Compares a pipeline with what an option of a family takes.
@@ -75,15 +114,15 @@ def require_text_to_image(pipeline: Path, unet: dict[str, Any], latent_channels:
     """
     channels = unet["in_channels"]
     if channels != latent_channels:
-        kind = _CHANNELS.get(channels)
-        why = f"this is a model {kind}; what can be trained: {trained()}" if kind else "these do not belong together"
+        beside = _CHANNELS.get(channels)
+        why = f"this is a model {beside}; what can be trained: {trained()}" if beside else "these do not belong together"
         raise UserError(f"{pipeline}: unet in_channels is {channels}, but its latents have {latent_channels} channels; {why}")
-    beside = {
+    others = {
         "encoder_hid_dim_type": (embeds, "conditions of another model"),
         "addition_embed_type": ("image" if embeds else None, "embeddings beside the prompt's, as Stable Diffusion XL does"),
         "class_embed_type": (None, "class embeddings, as Stable unCLIP does"),
     }
-    for name, (wanted, what) in beside.items():
+    for name, (wanted, what) in others.items():
         if unet.get(name) != wanted:
             raise UserError(f"{pipeline}: unet {name} is {unet[name]}: it takes {what}; what can be trained: {trained()}")
 

@@ -15,19 +15,26 @@ from engine.errors import UserError, first_line
 from engine.files import digest
 from engine.models.check import INDEX, check_weights, present_variant, read_part
 from engine.models.kinds import require_kind
+from engine.models.single_file import open_single_file
 
 
 def locate(config: CacheConfig, option: str, skip: Sequence[str] = ()) -> Path:
-    """The directory of the pipeline that an option names; a name on the hub is downloaded first.
+    """The directory of the pipeline that an option names; a name on the hub is downloaded first, a single file opened.
 
     Args:
         skip: parts that need not be downloaded.
 
     Raises:
-        UserError: neither a directory nor on the hub, or another kind of pipeline.
+        UserError: neither a directory nor a file nor on the hub, or another kind of pipeline.
     """
     name = getattr(config, option)
-    path = Path(name) if Path(name).is_dir() else _download(config, option, skip)
+    path = Path(name)
+    if path.is_file():
+        path = open_single_file(path, config)
+    elif config.original_config or config.tokenizer_name:
+        raise UserError(f"--{option} {name}: not a single file, so leave out --original_config and --tokenizer_name")
+    elif not path.is_dir():
+        path = _download(config, option, skip)
     if (path / INDEX).is_file():  # of a decoder's prior some parts are enough
         require_kind(path, config.family, option)
     return path

@@ -162,7 +162,7 @@ class StableDiffusion(Family):
         return model(noisy, timesteps, record["encoder_hidden_states"], return_dict=False)[0]
 
     def pipeline(self, model: nn.Module) -> StableDiffusionPipeline:
-        return self._pipeline(model)
+        return self._pipeline(model, torch_dtype=torch.float32)
 
     def preview(self, model: nn.Module) -> tuple[StableDiffusionPipeline, dict[str, Any]]:
         pipeline = self._pipeline(model, safety_checker=None, torch_dtype=self.encoding.dtype)
