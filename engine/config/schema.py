@@ -14,7 +14,8 @@ UNSTORED = SECRETS | {"overwrite"}  # not in a run's config.toml: the same again
 DIRECTORIES = {"output_dir", "shards_dir", "cache_dir", "compile_cache_dir", "nvme_path"}
 PLACES = DIRECTORIES | {
     "pretrained_model_name_or_path", "pretrained_prior_model_name_or_path", "pretrained_decoder_model_name_or_path",
-    "pretrained_image_encoder_name_or_path", "dataset_name", "train_data_dir", "deepspeed_config",
+    "pretrained_image_encoder_name_or_path", "original_config", "tokenizer_name", "dataset_name", "train_data_dir",
+    "deepspeed_config",
 }  # fmt: skip
 
 
