@@ -87,10 +87,11 @@ def encode_source(config: CacheConfig, encoding: Encoding, source: Source, proce
     if (directory / INDEX).exists():
         return _existing_index(directory, identity, fingerprint)
     captions = number_captions(source, config.shard_records, encoding.captioned)
-    if config.strict and captions.refused:
-        raise _strict(source, *next(iter(captions.refused.items())))
-    if len(captions.refused) == len(source):
-        raise _all_refused([_listed(source, sample, why) for sample, why in captions.refused.items()])
+    known = {sample: why for sample in range(len(source)) if (why := captions.refused.get(sample) or source.refusal(sample))}
+    if config.strict and known:
+        raise _strict(source, *next(iter(known.items())))
+    if len(known) == len(source):
+        raise _all_refused([_listed(source, sample, why) for sample, why in known.items()])
     directory.mkdir(parents=True, exist_ok=True)
 
     paths = {number: directory / shard_name(number) for number in range(processes.rank, captions.shards, processes.world)}
@@ -125,14 +126,16 @@ def encode_source(config: CacheConfig, encoding: Encoding, source: Source, proce
             leftover.unlink()
     processes.barrier()
     for noticed, count in sum(processes.gather_objects(source.noticed), Counter()).items():
-        say(f"{count} of {len(source)} images {noticed}")
+        say(f"{count} of {len(source)} images: {noticed}")
     say_refused(len(source), refused, directory / INDEX)
     return index
 
 
 def _listed(source: Source, sample: int, why: Refused) -> dict[str, str]:
     """A refused sample as the index lists it."""
-    return {"source": source.name(sample), "reason": why.reason} | ({"detail": why.detail} if why.detail else {})
+    listed = {"source": source.name(sample), "reason": why.reason} | ({"detail": why.detail} if why.detail else {})
+    # Names of files are bytes, not text.
+    return {key: value.encode(errors="backslashreplace").decode() for key, value in listed.items()}
 
 
 def _strict(source: Source, sample: int, why: Refused) -> UserError:

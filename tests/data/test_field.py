@@ -224,8 +224,8 @@ def test_deep_greys_are_white_as_in_the_script_or_scaled(tmp_path):
         assert np.asarray(decode(tmp_path / kind, script))[0, 1].tolist() == [255] * 3
         assert np.abs(np.asarray(decode(tmp_path / kind, scaled))[..., 0] - values / 257).max() <= 0.5
         assert [*script.noticed, *scaled.noticed] == [
-            "have more than 8 bits per pixel: values above 255 are white (--image_mode scaled scales them)",
-            "have more than 8 bits per pixel: scaled to 8",
+            "more than 8 bits per pixel, white above 255 as in the scripts (--image_mode scaled scales them)",
+            "more than 8 bits per pixel, scaled to 8",
         ]
     assert np.abs(np.asarray(decode(tmp_path / "c.tif", Decoding("scaled")))[..., 0] - values / 257).max() <= 0.51
 
@@ -240,8 +240,10 @@ def test_transparency_shows_hidden_colours_or_a_background(mode):
     assert decode(buffer, hidden).getpixel((1, 0)) == (50, 50, 50)
     assert decode(buffer, laid).getpixel((0, 0)) == (255, 0, 0)
     assert abs(decode(buffer, laid).getpixel((1, 0))[0] - 50) < 3
-    assert list(hidden.noticed) == ["are transparent: the colours hidden there are shown (--background lays them on one)"]
-    assert laid.noticed["are transparent: laid on --background"] == 2
+    assert list(hidden.noticed) == [
+        "transparent, with the colours hidden there showing as in the scripts (--background lays them on one)"
+    ]
+    assert laid.noticed["transparent, laid on --background"] == 2
 
 
 def test_what_is_decided_is_noticed_and_what_is_plain_is_not(tmp_path):
@@ -255,7 +257,7 @@ def test_what_is_decided_is_noticed_and_what_is_plain_is_not(tmp_path):
     found = samples_of(source, captioned=False)
     assert [found[f"a.{kind}"][0] for kind in ("gif", "webp", "png", "tif")] == [255] * 4
     assert source.noticed == {
-        "have several frames or pages: the first is taken": 4, "are CMYK: converted without a colour profile": 1
+        "several frames or pages, of which the first is taken": 4, "CMYK, converted without a colour profile": 1
     }  # fmt: skip
 
 
@@ -298,19 +300,19 @@ def test_tables_are_read_as_people_write_them(name, text, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "text", "named", "reason"),
     [
-        ("csv", b"file_name,text\n0.png,a\n1.png,caf\xe9\n", "line 3", "byte 0xe9, number 4"),
-        ("csv", b"file_name,text\n0.png,a\n1.png,\xff\xfex\n", "line 3", "--metadata_encoding cp1252"),
+        ("csv", b"file_name,text\n0.png,a\n1.png,caf\xe9\n", "1.png", "metadata.csv line 3: byte 0xe9, number 4"),
+        ("csv", b"file_name,text\n0.png,a\n1.png,\xff\xfex\n", "1.png", "--metadata_encoding cp1252"),
         ("csv", b'file_name,text\n1.png,"open\n0.png,a\n', "line 2", "has an open quote"),
         ("csv", b'file_name,text\n1.png,"open\n0.png,"a"\n', "line 2", "has an open quote"),
         ("csv", b"file_name,text\n,x\n0.png,a\n", "line 2", "has no file name"),
         ("csv", b"file_name,text\n1.png\n0.png,a\n", "1.png", "no caption"),
         ("jsonl", b'{"file_name": "1.png", "text": "x"\n{"file_name": "0.png", "text": "a"}', "line 1", "not valid JSON"),
         ("jsonl", b"{'file_name': '1.png'}\n{\"file_name\": \"0.png\", \"text\": \"a\"}", "line 1", "not valid JSON"),
-        ("jsonl", b'{"file_name": "1.png", "text": "\xe9"}\n{"file_name": "0.png", "text": "a"}', "line 1", "byte 0xe9"),
+        ("jsonl", b'{"file_name": "1.png", "text": "\xe9"}\n{"file_name": "0.png", "text": "a"}', "1.png", "line 1: byte 0xe9"),
         ("jsonl", b'{"file_name": "0.png", "text": "a"}\n{"file_name": "1.png", "text": "\\ud83d"}', "1.png", "broken char"),
         ("jsonl", b'{"file_name": "0.png", "text": "a"}\n7\n', "line 2", "not a JSON object"),
         ("jsonl", b'{"file_name": "0.png", "text": "a"}\n{"text": "b"}\n', "line 2", "has no file_name"),
-        ("jsonl", b'{"file_name": "0.png", "text": "a"}\n{"file_name": "1.png"}\n', "line 2", "has no column 'text'"),
+        ("jsonl", b'{"file_name": "0.png", "text": "a"}\n{"file_name": "1.png"}\n', "1.png", "has no column 'text'"),
         ("jsonl", b'{"file_name": "0.png", "text": "a"}\n{"file_name": "1.png", "text": NaN}\n', "1.png", "neither text"),
     ],
 )  # fmt: skip
@@ -381,10 +383,21 @@ def test_names_written_elsewhere_are_found_or_their_like_is_named(tmp_path):
         assert reason == f"no such image file: {wanted!r} was looked for" + (f"; {match!r} is there" if match else "")
 
 
-def test_not_one_image_where_the_table_says_is_known_before_encoding(tmp_path):
-    write(tmp_path, {"metadata.jsonl": jsonl(row("img/0.png"), row("img/1.png")), "images/notes.md": b""})
-    with pytest.raises(UserError, match="not one of 2 images is there: no such image file: 'img/0.png' was looked for"):
-        opened(tmp_path)
+def test_what_is_missing_is_known_without_reading(tmp_path):
+    write(tmp_path / "other", TWO)
+    rows = [row("img/0.png"), row("link/1.png"), row("https://x/1.png"), row("0.png"), row("x" * 5000)]
+    write(tmp_path / "data", {"metadata.jsonl": jsonl(*rows), "0.png": encoded()})
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "other")
+    source = opened(tmp_path / "data")
+    known = [str(source.refusal(index)) for index in range(len(source))]
+    for said, expected in zip(known, ["no such image", "path leaves", "an address", "None", "not a path"], strict=True):
+        assert said.startswith(expected)
+
+
+def test_names_that_are_no_text_are_listed(tmp_path):
+    (tmp_path / "data").mkdir()
+    Path(os.fsdecode(os.fsencode(tmp_path / "data") + b"/caf\xe9.png")).write_bytes(b"x")
+    assert "unreadable" in samples_of(opened(tmp_path / "data", captioned=False), captioned=False)["caf\udce9.png"]
 
 
 def test_links_are_followed_when_that_is_asked_for(tmp_path, capsys):
@@ -470,8 +483,10 @@ def test_text_files_beside_images_are_their_captions(tmp_path, capsys):
         "10_cat/1.txt": "b\n\nc\n",
     }
     files |= {"2.png": encoded(2), "3.png": encoded(3), "3.txt": " \n", "4.png": encoded(4), "4.txt": b"\xe9"}
+    files |= {"5.png": encoded(5), "5.txt": "é\r\n".encode("utf-16")}
     found = samples_of(opened(write(tmp_path, files)))
     assert {name: found[name] for name in ("0.png", "10_cat/1.webp")} == {"0.png": (0, ["a"]), "10_cat/1.webp": (1, ["b", "c"])}
+    assert found["5.png"] == (5, ["é"])
     assert (found["2.png"], found["3.png"]) == ("no caption", "empty caption")
     assert "caption file is not utf-8 text: 4.txt: byte 0xe9" in found["4.png"]
     said = capsys.readouterr().err

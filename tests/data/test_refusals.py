@@ -54,6 +54,9 @@ class Chain(Encoding, Encoder):
     def name(self, index: int) -> str:
         return f"{index}.png"
 
+    def refusal(self, index: int) -> Refused | None:
+        return None
+
     def captions(self, index: int) -> list[str]:
         self.meet("captions", [index])
         return [str(index)]
@@ -193,6 +196,36 @@ def test_more_than_half_refused_asks_for_attention(count, said, tmp_path, capsys
     line = capsys.readouterr().err
     assert said in line
     assert f"the list is in {tmp_path / 'index.json'}" in line
+
+
+class Lost(Chain):
+    """What cannot be used is known without reading it."""
+
+    def refusal(self, index: int) -> Refused | None:
+        return Refused("no such file \udce9")
+
+    def load_encoder(self, device):
+        raise AssertionError("nothing is encoded")
+
+
+def test_what_is_known_before_is_found_before_encoding(tmp_path):
+    with pytest.raises(UserError, match="not one of 9 samples can be used: 9 no such file"):
+        build(Lost(), tmp_path / "all")
+    with pytest.raises(UserError, match="--strict: 0.png: no such file"):
+        build(Lost(), tmp_path / "strict", strict=True)
+
+
+class Strange(Chain):
+    """Names and messages that are no text."""
+
+    def name(self, index: int) -> str:
+        return f"\udce9{index}"
+
+
+def test_names_that_are_no_text_reach_the_index(tmp_path):
+    build(Strange("image", ValueError("\udce9")), tmp_path)
+    (refused,) = Index.read(tmp_path).refused
+    assert refused == {"source": "\\udce93", "reason": "unreadable image", "detail": "ValueError: \\udce9"}
 
 
 def test_all_refused_is_an_error_with_the_reasons_and_leaves_no_shards(tmp_path):

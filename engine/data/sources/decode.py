@@ -18,6 +18,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from engine.data.sources.interface import Refused, refusing
+from engine.errors import first_line
 
 PLUGINS = {"pillow_heif": "pillow-heif", "pillow_jxl": "pillow-jxl-plugin"}  # module -> package
 # What Pillow has a name for and no decoder, or what is not a picture.
@@ -65,8 +66,8 @@ def decode(data: Path | io.BytesIO, decoding: Decoding | None = None) -> Image.I
         with refusing("unreadable image"):
             try:
                 return _decode(content, decoding or Decoding())
-            except Image.DecompressionBombError:
-                raise Refused("image too large to decode safely") from None
+            except Image.DecompressionBombError as error:
+                raise Refused("image too large to decode safely", first_line(error)) from None
             except Exception as error:
                 if (bare := _without_metadata(content)) is None:
                     if isinstance(error, UnidentifiedImageError):
@@ -103,7 +104,7 @@ def _decode(content: bytes, decoding: Decoding) -> Image.Image:
             upright = image.transpose(_UPRIGHT[turned]) if (turned := _orientation(image)) in _UPRIGHT else image
             rgb = _to_rgb(upright, decoding)
             if image.format != "MPO" and _has_frames(image):
-                decoding.notice("have several frames or pages: the first is taken")
+                decoding.notice("several frames or pages, of which the first is taken")
             return rgb
 
 
@@ -124,19 +125,21 @@ def _has_frames(image: Image.Image) -> bool:
 def _to_rgb(image: Image.Image, decoding: Decoding) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         if decoding.image_mode == "scaled":
-            decoding.notice("have more than 8 bits per pixel: scaled to 8")
+            decoding.notice("more than 8 bits per pixel, scaled to 8")
             image = _scaled(image)
         else:
-            decoding.notice("have more than 8 bits per pixel: values above 255 are white (--image_mode scaled scales them)")
+            decoding.notice("more than 8 bits per pixel, white above 255 as in the scripts (--image_mode scaled scales them)")
     if image.mode == "CMYK":
-        decoding.notice("are CMYK: converted without a colour profile")
+        decoding.notice("CMYK, converted without a colour profile")
     if image.mode in ("RGBA", "LA", "La", "PA", "P", "RGBa", "L", "RGB", "1") and image.has_transparency_data:
         layered = image.convert("RGBA")
         if layered.getchannel("A").getextrema()[0] < 255:  # type: ignore[operator]
             if decoding.background is not None:
-                decoding.notice("are transparent: laid on --background")
+                decoding.notice("transparent, laid on --background")
                 return Image.alpha_composite(Image.new("RGBA", image.size, (*decoding.background, 255)), layered).convert("RGB")
-            decoding.notice("are transparent: the colours hidden there are shown (--background lays them on one)")
+            decoding.notice(
+                "transparent, with the colours hidden there showing as in the scripts (--background lays them on one)"
+            )
     return image.convert("RGB")
 
 

@@ -37,6 +37,7 @@ class Files:
         self.follow_links = follow_links
         self.remarks: list[str] = []
         self._members: dict[str, tuple[Callable[[], bytes], int, int]] = {}  # name -> its content, size and date or checksum
+        self._links: list[str] = []  # to folders, not followed
         self._looked_into: set[str] = set()
         self._alike: dict[str, str] = {}
         if self.root.is_file():
@@ -48,8 +49,10 @@ class Files:
         self._known = set(self.names)
 
     def _walk(self) -> list[str]:
-        names, links, seen = [], [], {str(self.folder)}
-        for folder, folders, files in os.walk(self.folder, followlinks=self.follow_links):
+        names, seen = [], {str(self.folder)}
+        unreadable: list[str] = []
+        walk = os.walk(self.folder, followlinks=self.follow_links, onerror=lambda error: unreadable.append(str(error.filename)))
+        for folder, folders, files in walk:
             inside = os.path.relpath(folder, self.folder)
             prefix = "" if inside == "." else f"{inside}/"
             if self.follow_links:
@@ -57,11 +60,13 @@ class Files:
                 folders[:] = [name for name in folders if real[name] not in seen]
                 seen |= set(real.values())
             else:
-                links += [prefix + name for name in folders if Path(folder, name).is_symlink()]
+                self._links += [prefix + name for name in folders if Path(folder, name).is_symlink()]
             folders[:] = [name for name in folders if not is_hidden(name)]
             names += [prefix + name for name in files if not is_hidden(name)]
-        if links:
-            self.remarks.append(f"links to folders are not followed without --follow_links: {_some(links)}")
+        if self._links:
+            self.remarks.append(f"links to folders are not followed without --follow_links: {_some(self._links)}")
+        if unreadable:
+            self.remarks.append(f"folders that cannot be read are left out: {_some(unreadable)}")
         return names
 
     def look_into_archives(self) -> list[str]:
@@ -141,6 +146,15 @@ class Files:
         stat = (self.folder / name).stat()
         return stat.st_size, stat.st_mtime_ns
 
+    def is_elsewhere(self, name: str) -> Refused | None:
+        """Why what lies behind a link to a folder cannot be used; nothing for other names, which are looked at when read."""
+        if any(name.startswith(f"{link}/") for link in self._links):
+            try:
+                self.open(name)
+            except Refused as why:
+                return why
+        return None
+
     def open(self, name: str) -> Path | io.BytesIO:
         """Where a file lies, or its content.
 
@@ -163,8 +177,12 @@ class Files:
         return resolved
 
     def read(self, name: str) -> bytes:
-        content = self.open(name)
-        return content.read_bytes() if isinstance(content, Path) else content.getvalue()
+        """The content of a table or a caption file, also behind a link.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        return self._members[name][0]() if name in self._members else (self.folder / name).read_bytes()
 
 
 def _stem(name: str) -> str:

@@ -13,12 +13,13 @@ from PIL import Image
 from engine.data.sources.decode import Decoding, clean_captions, decode, looks_like_image
 from engine.data.sources.files import Files
 from engine.data.sources.interface import Refused, is_address
-from engine.data.sources.tables import TABLES, Row, read_table, undecoded
-from engine.errors import UserError
+from engine.data.sources.tables import TABLES, Row, decode_text, read_table, undecoded
+from engine.errors import UserError, first_line
 from engine.files import digest_of
 from engine.messages import say
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+_LONGEST = 4096  # characters of a path
 _CAPTION_SUFFIXES = (".txt", ".caption", ".json")
 
 
@@ -44,7 +45,7 @@ class ImageFolder:
         encoding: of text.
 
     Raises:
-        UserError: no captions, none that can be read, or no image where they say.
+        UserError: no captions, or none that can be read.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class ImageFolder:
         self.samples = [sample for name in self.tables for sample in self._samples_of(name)]
         if not table:
             self.samples += [self._beside(name) if self.beside else Sample(name) for name in self._unnamed()]
-        self._check()
+        self._note()
         for remark in self.files.remarks:
             say(f"{folder}: {remark}")
 
@@ -98,7 +99,11 @@ class ImageFolder:
         """The images that a table names, and their captions as they stand there."""
         plain = ["file_name"] if self.image_column == "image" else [f"{self.image_column}_file_name", "file_name"]
         columns = [*plain, self.image_column]
-        rows, remarks = read_table(table, self.files.read(table), self.encoding, columns)
+        try:
+            content = self.files.read(table)
+        except OSError as error:
+            raise UserError(f"{self.files.folder / table}: {error.strerror}") from None
+        rows, remarks = read_table(table, content, self.encoding, columns)
         self.files.remarks += remarks
         for row in rows:
             row.problem = row.problem or self._problem(row, columns)
@@ -125,15 +130,20 @@ class ImageFolder:
         return undecoded(written, self.encoding) or undecoded(row.values.get(self.caption_column or ""), self.encoding)
 
     def _sample(self, table: str, row: Row, columns: list[str]) -> Sample:
-        if row.problem:
+        written = next((row.values[column] for column in columns if column in row.values), "")
+        if row.problem and (not written or undecoded(written, self.encoding)):
             return Sample(f"{table} line {row.line}", refused=Refused(f"row {row.problem.reason}", row.problem.detail))
-        written = next(row.values[column] for column in columns if column in row.values)
-        caption = row.values[self.caption_column] if self.caption_column else None
+        if len(written) > _LONGEST:
+            return Sample(f"{table} line {row.line}", refused=Refused("not a path: too long", f"{written[:40]}..."))
+        caption = row.values.get(self.caption_column) if self.caption_column else None
         if is_address(written):
             return Sample(written[:80], caption, Refused("an address, not a file; download the images first"))
         name = os.path.relpath(os.path.join(self.files.folder, os.path.dirname(table), written), self.files.folder)  # noqa: PTH118, PTH120
         found = self.files.find(name) or self.files.within_archive(name)
-        return Sample(found, caption) if found else Sample(name, caption, self._missing(name))
+        if row.problem:
+            where = f"{table} line {row.line}" + (f": {row.problem.detail}" if row.problem.detail else "")
+            return Sample(found or name, refused=Refused(f"row {row.problem.reason}", where))
+        return Sample(found, caption, self.files.is_elsewhere(found)) if found else Sample(name, caption, self._missing(name))
 
     def _missing(self, name: str) -> Refused:
         close = self.files.like(name)
@@ -161,22 +171,19 @@ class ImageFolder:
         if beside is None:
             return Sample(name)
         try:
-            text = self.files.read(beside).decode("utf-8-sig" if self.encoding == "utf-8" else self.encoding, "surrogateescape")
+            text = decode_text(self.files.read(beside), self.encoding)
             if beside.endswith(".json"):
                 values = json.loads(text)
                 return Sample(name, next((values[key] for key in (self.caption_column, "caption") if key in values), None))
-        except (OSError, ValueError, TypeError, Refused) as error:
-            return Sample(name, refused=Refused("unreadable caption file", f"{beside}: {error}"))
-        lines = [line for line in text.splitlines() if line.strip()]
+        except Exception as error:  # as in `refusing`: whatever is wrong with it
+            return Sample(name, refused=Refused("unreadable caption file", f"{beside}: {first_line(error)}"))
+        lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
         if problem := undecoded(lines, self.encoding):
             return Sample(name, refused=Refused(f"caption file {problem.reason}", f"{beside}: {problem.detail}"))
         return Sample(name, lines or "")
 
-    def _check(self) -> None:
-        """Refuses a folder of which nothing can be used, and notes what a person may not expect."""
-        missing = [sample for sample in self.samples if sample.refused and sample.refused.reason == "no such image file"]
-        if missing and len(missing) == len(self.samples):
-            raise UserError(f"{self.place}: not one of {len(missing)} images is there: {missing[0].refused}")
+    def _note(self) -> None:
+        """Notes what a person may not expect."""
         names = [sample.name for sample in self.samples if not sample.refused]
         if twice := len(names) - len(set(names)):
             self.files.remarks.append(
@@ -199,6 +206,9 @@ class ImageFolder:
 
     def name(self, index: int) -> str:
         return self.samples[index].name
+
+    def refusal(self, index: int) -> Refused | None:
+        return self.samples[index].refused
 
     def captions(self, index: int) -> list[str]:
         sample = self.samples[index]

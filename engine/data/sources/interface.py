@@ -65,6 +65,10 @@ class Source(Protocol):
         """What to call a sample in a report."""
         ...
 
+    def refusal(self, index: int) -> Refused | None:
+        """Why a sample cannot be used, as far as that is known without reading it."""
+        ...
+
     def captions(self, index: int) -> list[str]: ...
 
     def image(self, index: int) -> Image.Image:

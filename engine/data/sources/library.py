@@ -1,6 +1,7 @@
 """Data sets that the `datasets` library opens: of the hub, parquet and arrow files, and what `save_to_disk` wrote."""
 
 import io
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,9 @@ class LibraryDataset:
     def name(self, index: int) -> str:
         return f"row {index}"
 
+    def refusal(self, index: int) -> Refused | None:
+        return None
+
     def captions(self, index: int) -> list[str]:
         return clean_captions(self.texts[index][self.caption_column] if self.texts else None)
 
@@ -86,9 +90,10 @@ class LibraryDataset:
             raise Refused("no image")
         if is_address(path):
             raise Refused("an address, not a file; download the images first", path[:80])
-        resolved = next((found for found in (Path(path).resolve(), (self.folder / path).resolve()) if found.exists()), None)
+        tried = (Path(os.path.realpath(place)) for place in (path, self.folder / path))
+        resolved = next((place for place in tried if place.exists()), None)
         if resolved is None:
-            raise Refused("no such image file", f"{path!r} was looked for")
+            raise Refused("no such image file", f"{path[:200]!r} was looked for")
         if not any(resolved.is_relative_to(root) for root in self.roots):
             raise Refused("path leaves the data set")
         return decode(resolved, self.decoding)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from engine.data.sources.interface import Source
+from engine.data.sources.interface import Refused, Source
 
 
 class Subset:
@@ -21,6 +21,9 @@ class Subset:
 
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))
+
+    def refusal(self, index: int) -> Refused | None:
+        return self.source.refusal(int(self.indices[index]))
 
     def captions(self, index: int) -> list[str]:
         return self.source.captions(int(self.indices[index]))

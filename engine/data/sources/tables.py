@@ -41,12 +41,18 @@ def read_table(name: str, data: bytes, encoding: str, key_columns: list[str]) ->
     suffix = PurePosixPath(name).suffix.lower()
     if suffix == ".parquet":
         return _read_parquet(name, data), []
-    encoding = next((marked for mark, marked in _MARKS.items() if data.startswith(mark)), encoding)
-    # Bytes that are not of this encoding become lone surrogates: only a row that needs them is refused.
-    text = data.decode(encoding, "replace" if encoding.startswith(("utf-16", "utf-32")) else "surrogateescape")
+    text = decode_text(data, encoding)
     remarks: list[str] = []
     rows = list(_read_csv(text, suffix, key_columns, remarks) if suffix in (".csv", ".tsv") else _read_json(text))
     return rows, [f"{name}: {remark}" for remark in remarks]
+
+
+def decode_text(data: bytes, encoding: str) -> str:
+    """Text in this encoding, or that of its byte order mark. Bytes that are not of it become lone surrogates."""
+    encoding = next((marked for mark, marked in _MARKS.items() if data.startswith(mark)), encoding)
+    return data.decode(
+        encoding, "replace" if encoding.lower().startswith(("utf-16", "utf-32", "utf_16", "utf_32")) else "surrogateescape"
+    )
 
 
 def undecoded(value: Any, encoding: str) -> Refused | None:
