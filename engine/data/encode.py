@@ -4,7 +4,9 @@ Whatever a sample raises while it is read, decoded, transformed or encoded refus
 """
 
 import concurrent.futures
+import contextlib
 import itertools
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +25,7 @@ from engine.data.report import describe_refused, say_refused
 from engine.data.sources.decode import refuse_extreme
 from engine.data.sources.interface import Refused, Source, refusing
 from engine.errors import UserError
-from engine.files import PARTIAL, digest, digest_of
+from engine.files import PARTIAL, digest, digest_of, lock
 from engine.messages import Progress, busy, say
 from engine.models.encoder import Encoder, Encoding
 from engine.processes import Processes
@@ -75,7 +77,7 @@ def number_captions(source: Source, shard_records: int, captioned: bool) -> Capt
 
 
 def encode_source(config: CacheConfig, encoding: Encoding, source: Source, processes: Processes) -> Index:
-    """Encodes what is missing of the shards and returns the index.
+    """Encodes what is missing of the shards and returns the index. Of two runs one builds, and the other waits.
 
     Raises:
         UserError: the directory holds shards of something else, no sample can be used, or `--strict` met one that cannot.
@@ -84,7 +86,7 @@ def encode_source(config: CacheConfig, encoding: Encoding, source: Source, proce
     with busy("Hashing the frozen models and listing the data set"):
         identity = identity_of(config, encoding, source)
     fingerprint = digest_of(identity)
-    if (directory / INDEX).exists():
+    if processes.from_first((directory / INDEX).exists()):
         return _existing_index(directory, identity, fingerprint)
     captions = number_captions(source, config.shard_records, encoding.captioned)
     known = {sample: why for sample in range(len(source)) if (why := captions.refused.get(sample) or source.refusal(sample))}
@@ -93,7 +95,43 @@ def encode_source(config: CacheConfig, encoding: Encoding, source: Source, proce
     if len(known) == len(source):
         raise _all_refused([_listed(source, sample, why) for sample, why in known.items()])
     directory.mkdir(parents=True, exist_ok=True)
+    with _only_builder(config, processes):
+        if processes.from_first((directory / INDEX).exists()):  # built by the run that was waited for
+            return _existing_index(directory, identity, fingerprint)
+        return _build(config, encoding, source, captions, identity, processes)
 
+
+@contextlib.contextmanager
+def _only_builder(config: CacheConfig, processes: Processes) -> Iterator[None]:
+    """Holds the directory of the shards, once no other run does."""
+    directory, held = config.shards_path, None
+    # A training holds its output directory already.
+    waits = directory.resolve() != Path(config.output_dir).resolve()
+    said = False
+    try:
+        while waits:
+            held = lock(directory) if processes.is_first else None
+            waits = processes.from_first(held is None)
+            if waits and not said:
+                said = True
+                say(f"{directory}: another run is building these shards; waiting for its end")
+            if waits:
+                time.sleep(1)
+        yield
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+def _build(
+    config: CacheConfig,
+    encoding: Encoding,
+    source: Source,
+    captions: Captions,
+    identity: dict[str, Any],
+    processes: Processes,
+) -> Index:
+    directory, fingerprint = config.shards_path, digest_of(identity)
     paths = {number: directory / shard_name(number) for number in range(processes.rank, captions.shards, processes.world)}
     missing = [number for number, path in paths.items() if not _is_complete(path, fingerprint)]
     started = time.perf_counter()
