@@ -318,6 +318,9 @@ class TrainConfig(CacheConfig):
         None, "Name of the run in Weights & Biases. Default: the output directory's name.", "output"
     )
     log_every: int = option(10, "Steps between two lines of metrics; the device is not read in between.", "output", ge=1)
+    trust_shards: bool = option(
+        False, "With --shards_dir alone, train on shards that other encoders built than those at hand.", "data"
+    )
     quiet: bool = option(False, "Say nothing but warnings and mistakes.", "output")
     validation_prompts: list[str] | None = option(None, "Prompts of the validation images.", "output")
     validation_epochs: int = option(5, "Epochs between two rounds of validation images.", "output", ge=1)

@@ -1,5 +1,6 @@
 """What comes before the first step: the division of the batch, the shards, and the numbers of the run."""
 
+import contextlib
 from typing import Any
 
 from engine.config.options import ALTER_THE_RESULT, TrainConfig, options_of
@@ -49,6 +50,11 @@ def prepare_shards(config: TrainConfig, family: Family, processes: Processes) ->
         index = encode_source(config, family.encoding, source, processes)
     else:
         index = Index.read(directory)
+        if not config.trust_shards and (other := processes.from_first(_other_models(index, family, processes))):
+            raise UserError(
+                f"{directory}: the shards were built with other models than this run is given ({other}); give those, or train "
+                "on them all the same with --trust_shards"
+            )
     if index.family != config.family or index.fields != family.encoding.record_spec:
         built = {name: index.config.get(name) for name in ("family", "resolution", "mixed_precision")}
         changed = differences(built, {name: getattr(config, name) for name in built}) or "other models"
@@ -65,6 +71,19 @@ def prepare_shards(config: TrainConfig, family: Family, processes: Processes) ->
         remedy = f"delete them and {INDEX}, and they are built again" if config.data else "copy or build them again"
         raise UserError(f"{directory}: damaged shards: {listed}; {remedy}")
     return Shards(directory)
+
+
+def _other_models(index: Index, family: Family, processes: Processes) -> str:
+    """Which of the frozen models that are at hand did not build the shards; the first process looks."""
+    if not processes.is_first or index.family != family.config.family:
+        return ""
+    now: dict[str, str] = {}
+    with busy("Comparing the frozen models with those that built the shards"):
+        for name, digest in family.encoding.encoder_digests().items():
+            with contextlib.suppress(UserError):  # not here, which training from shards allows
+                now[name] = digest()
+    before = index.identity.get("models", {})
+    return differences({name: before.get(name) for name in now}, now)
 
 
 def open_run(config: TrainConfig, seed: int, shards: Shards, plan: BatchPlan, state: dict[str, Any] | None) -> Run:

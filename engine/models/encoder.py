@@ -3,7 +3,7 @@
 import contextlib
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -63,8 +63,12 @@ class Encoding(ABC):
         return self.config.resolution
 
     @abstractmethod
+    def encoder_digests(self) -> dict[str, Callable[[], str]]:
+        """What computes the digest of each frozen model's files, by name; it raises `UserError` where they are not whole."""
+
     def encoder_identity(self) -> dict[str, str]:
         """Digests of the frozen models' files by name, for the fingerprint of the shards."""
+        return {name: digest() for name, digest in self.encoder_digests().items()}
 
     @abstractmethod
     def preprocessing_identity(self) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class KandinskyDecoderEncoding(Encoding):
             "image_embedding": Field((self.vision_config.projection_dim,), self.dtype, "image"),
         }
 
-    def encoder_identity(self) -> dict[str, str]:
+    def encoder_digests(self) -> dict[str, Callable[[], str]]:
         image_parts = {"image_encoder": CLIPVisionModelWithProjection, "image_processor": None}
         variant = self.config.variant
         return digest_parts(self.path, {"movq": VQModel}, variant) | digest_parts(self.prior_path, image_parts, variant)

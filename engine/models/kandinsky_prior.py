@@ -84,7 +84,7 @@ class KandinskyPriorEncoding(Encoding):
             "attention_mask": Field((length,), torch.bool, "caption"),
         }
 
-    def encoder_identity(self) -> dict[str, str]:
+    def encoder_digests(self) -> dict[str, Callable[[], str]]:
         models = {
             "image_encoder": CLIPVisionModelWithProjection,
             "image_processor": None,
@@ -93,8 +93,12 @@ class KandinskyPriorEncoding(Encoding):
         }
         variant = self.config.variant
         parts = digest_parts(self.path, models, variant)
-        check_weights(self.path / "prior", PriorTransformer, present_variant(self.path / "prior", variant))
-        return parts | {"clip_statistics": digest_tensors(self.clip_statistics())}
+
+        def digest_statistics() -> str:
+            check_weights(self.path / "prior", PriorTransformer, present_variant(self.path / "prior", variant))
+            return digest_tensors(self.clip_statistics())
+
+        return parts | {"clip_statistics": digest_statistics}
 
     def clip_statistics(self) -> dict[str, Tensor]:
         """The prior's `clip_mean` and `clip_std`, fp32 [1, width], without loading the rest of it where that is possible."""

@@ -1,7 +1,8 @@
 """Published pipelines on disk or on the hub: where they are, their parts, and whether the parts belong together."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,16 +102,19 @@ def tokenize(tokenizer: Any, captions: list[str]) -> tuple[Tensor, Tensor]:
     return tokens.input_ids, tokens.attention_mask
 
 
-def digest_parts(pipeline: Path, models: dict[str, Any], variant: str | None = None) -> dict[str, str]:
-    """Digests of parts by name, once their weights are known to be whole.
+def digest_parts(pipeline: Path, models: dict[str, Any], variant: str | None = None) -> dict[str, Callable[[], str]]:
+    """What computes the digests of parts, by name, and raises `UserError` unless their weights are whole.
 
     Args:
         models: the class of each part, None for those without weights.
     """
-    for part, model in models.items():
+
+    def digest_part(folder: Path, model: Any) -> str:
         if model:
-            check_weights(pipeline / part, model, present_variant(pipeline / part, variant))
-    return {part: digest_folder(pipeline / part) for part in models}
+            check_weights(folder, model, present_variant(folder, variant))
+        return digest_folder(folder)
+
+    return {part: partial(digest_part, pipeline / part, model) for part, model in models.items()}
 
 
 def digest_folder(folder: Path) -> str:

@@ -64,7 +64,7 @@ class StableDiffusionEncoding(Encoding):
             "encoder_hidden_states": Field(states, self.dtype, "caption"),
         }
 
-    def encoder_identity(self) -> dict[str, str]:
+    def encoder_digests(self) -> dict[str, Callable[[], str]]:
         parts = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel, "tokenizer": None}
         return digest_parts(self.path, parts, self.config.variant)
 

@@ -77,9 +77,9 @@ class WuerstchenEncoding(Encoding):
         )
         return weights
 
-    def encoder_identity(self) -> dict[str, str]:
+    def encoder_digests(self) -> dict[str, Callable[[], str]]:
         parts = digest_parts(self.path, {"text_encoder": CLIPTextModel, "tokenizer": None}, self.config.variant)
-        return parts | {"image_encoder": digest_tensors(self._image_encoder_weights())}
+        return parts | {"image_encoder": lambda: digest_tensors(self._image_encoder_weights())}
 
     def preprocessing_identity(self) -> dict[str, Any]:
         return {"resolution": self.config.resolution}

@@ -81,7 +81,7 @@ class Chain(Encoding, Encoder):
         return {}
 
     image_side = 1
-    encoder_identity = preprocessing_identity = identity
+    encoder_digests = preprocessing_identity = identity
 
     def decode(self, rows):
         raise NotImplementedError

@@ -1,0 +1,106 @@
+"""Shards that more than one run uses: one builds them while others wait, and nobody trains on another model's unawares."""
+
+import os
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from engine.data import encode
+from engine.data.format.index import INDEX
+from engine.errors import UserError
+from engine.files import lock
+from engine.loop.prepare import _other_models
+from engine.loop.trainer import train
+from engine.processes import Processes
+from tests.loop.runs import config
+
+
+@pytest.fixture
+def run(model, images, tmp_path):
+    """A training of one step over shards in the test's own directory."""
+    plain = config(model, images, tmp_path / "shards", tmp_path / "out", max_train_steps=1)
+    return lambda **options: train(plain.model_copy(update=options))
+
+
+def meanwhile(monkeypatch, held: int, work) -> list[float]:
+    """Lets another run, which holds a lock, do its work and end while this one waits for the second time."""
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 2:
+            work()
+            os.close(held)
+
+    monkeypatch.setattr(encode.time, "sleep", sleep)
+    return waited
+
+
+def test_a_run_waits_for_another_that_builds_and_takes_its_shards(run, shards, tmp_path, monkeypatch, capsys):
+    (tmp_path / "shards").mkdir()
+    held = lock(tmp_path / "shards")
+    waited = meanwhile(monkeypatch, held, lambda: shutil.copytree(shards, tmp_path / "shards", dirs_exist_ok=True))
+    monkeypatch.setattr(encode, "_build", lambda *arguments: pytest.fail("both built"))
+    assert run() == 0
+    assert waited == [1, 1]
+    assert capsys.readouterr().err.count("another run is building these shards; waiting for its end") == 1
+
+
+def test_a_run_builds_where_the_other_one_gave_up(run, shards, tmp_path, monkeypatch):
+    (tmp_path / "shards").mkdir()
+    meanwhile(monkeypatch, lock(tmp_path / "shards"), lambda: None)
+    assert run() == 0
+    for file in shards.glob("*.safetensors"):
+        assert (tmp_path / "shards" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_shards_in_the_output_directory_itself_do_not_wait_for_their_own_run(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(encode.time, "sleep", lambda seconds: pytest.fail("waits for itself"))
+    assert run(shards_dir=str(tmp_path / "out")) == 0
+
+
+def with_another(part: str, model, directory):
+    """A copy of a pipeline in which one number of a part's weights differs."""
+    shutil.copytree(model, directory)
+    file = next((directory / part).glob("*.safetensors"))
+    tensors = load_file(file)
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, file, {"format": "pt"})
+    return str(directory)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae"])
+def test_shards_of_another_encoder_are_refused_by_name_unless_they_are_trusted(part, run, model, shards, tmp_path):
+    options = {
+        "shards_dir": str(shards), "train_data_dir": None,
+        "pretrained_model_name_or_path": with_another(part, model, tmp_path / "model"),
+    }  # fmt: skip
+    with pytest.raises(UserError, match=rf"were built with other models than .* \(another {part}\); .* --trust_shards"):
+        run(**options)
+    assert run(trust_shards=True, **options) == 0
+
+
+def test_another_unet_is_no_other_encoder(run, model, shards, tmp_path):
+    changed = with_another("unet", model, tmp_path / "model")
+    assert run(shards_dir=str(shards), train_data_dir=None, pretrained_model_name_or_path=changed) == 0
+
+
+def test_models_that_are_not_at_hand_are_not_compared():
+    def absent() -> str:
+        raise UserError("no weights there")
+
+    index = SimpleNamespace(family="sd", identity={"models": {"movq": "a" * 64, "image_encoder": "b" * 64}})
+    for now, said in (("c" * 64, "another movq"), ("a" * 64, "")):
+        digests = {"movq": lambda now=now: now, "image_encoder": absent}
+        encoding = SimpleNamespace(encoder_digests=lambda digests=digests: digests)
+        family = SimpleNamespace(config=SimpleNamespace(family="sd"), encoding=encoding)
+        assert _other_models(index, family, Processes()) == said
+
+
+def test_an_index_is_written_once(run, tmp_path):
+    assert run() == 0
+    before = (tmp_path / "shards" / INDEX).stat().st_mtime_ns
+    assert run(overwrite=True) == 0
+    assert (tmp_path / "shards" / INDEX).stat().st_mtime_ns == before
