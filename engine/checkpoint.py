@@ -17,6 +17,7 @@ USAGE = "python -m engine.checkpoint info|verify|export DIR; DIR is a checkpoint
 
 def _locate(directory: Path) -> Path:
     """A checkpoint: the directory itself, or the latest within an output directory."""
+    import engine.quiet  # noqa: F401  # isort: skip (before the libraries that it quiets)
     from engine.loop.checkpoints.layout import LATEST, find
 
     if (directory / "manifest.json").is_file():

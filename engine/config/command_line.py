@@ -157,15 +157,15 @@ def _validate(model: type[Model], values: dict[str, Any]) -> Model:
     # An unknown family, whatever it is, is pydantic's to refuse.
     lacking = options_lacking(model, family) if isinstance(family, str) and family in FAMILIES else []
     refused = [f"--{name}" for name in lacking if name in values]
-    if refused:
-        raise UserError(f"{', '.join(refused)} is not used by {family}; leave it out")
-    mistakes = [f"--{name} {problem}" for name, value in values.items() if (problem := _problem(name, value))]
+    mistakes = [f"{', '.join(refused)} is not used by {family}; leave it out"] if refused else []
+    mistakes += [f"--{name} {problem}" for name, value in values.items() if (problem := _problem(name, value))]
+    try:
+        config = model.model_validate(values)
+    except ValidationError as error:
+        mistakes.append(_explain(error, model))
     if mistakes:
         raise UserError("\n".join(mistakes))
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise UserError(_explain(error, model)) from None
+    return config
 
 
 def _problem(name: str, value: Any) -> str | None:

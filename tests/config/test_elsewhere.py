@@ -66,11 +66,22 @@ def test_a_name_of_another_trainer_is_answered(arguments, said, data):
 
 def test_all_mistakes_are_told_at_once_a_line_each(data):
     lines = refusals(
-        *data, "--network_dim", "32", "--network_args", "a=1", "b=-1", "--zzz", "-0.5", "--resolution", "512,512", "--seed=x"
+        *data,
+        "--network_dim",
+        "32",
+        "--network_args",
+        "a=1",
+        "b=-1",
+        "--zzz",
+        "-0.5",
+        "--resolution",
+        "512,512",
+        "--seed=x",
+        "--cache_dir=",
     )
     assert [line.split(":")[0].split(";")[0] for line in lines] == [
-        "unknown option --network_dim", "unknown option --network_args", "unknown option --zzz", "--resolution '512,512'",
-        "--seed 'x'",
+        "unknown option --network_dim", "unknown option --network_args", "unknown option --zzz", "--cache_dir is empty",
+        "--resolution '512,512'", "--seed 'x'",
     ]  # fmt: skip
 
 
