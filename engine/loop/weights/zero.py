@@ -18,7 +18,8 @@ from engine.config.options import TrainConfig
 from engine.errors import UserError
 from engine.loop.optimizers import create_optimizer
 from engine.loop.weights.partition import Partition, Slice
-from engine.loop.weights.zero_options import deepspeed_config, machinery_stage
+from engine.loop.weights.zero_options import deepspeed_config, machinery_stage, read_file
+from engine.messages import say
 from engine.models.training_form import ResnetBlock
 from engine.processes import Processes
 
@@ -150,6 +151,8 @@ def check_deepspeed(config: TrainConfig, processes: Processes) -> None:
     """Raises `UserError` for a precision that DeepSpeed does not run on this device, or a file of options that contradicts."""
     _import_deepspeed(processes)
     deepspeed_config(config, elements=1, overlap=False)
+    if "scheduler" in read_file(config):
+        say(f"--deepspeed_config {config.deepspeed_config}: in place of its scheduler is --lr_scheduler {config.lr_scheduler}")
     from deepspeed.accelerator import get_accelerator
 
     supported = {

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from engine import launcher
 from engine.config.options import TrainConfig
 from engine.errors import UserError
 
@@ -64,32 +65,50 @@ def deepspeed_config(config: TrainConfig, elements: int, overlap: bool) -> dict[
         ours["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 2000}
     if low_precision and stage > 1:
         ours["data_types"] = {"grad_accum_dtype": config.accumulation_precision}
-    if config.deepspeed_config is None:
-        return ours
-    return _merge(ours, _read_json(config.deepspeed_config), config, "")
+    return _merge(ours, read_file(config), config, "")
 
 
-# What decides the numbers, or how the loop works with DeepSpeed: the user's file may repeat it and not change it.
-_DECIDED = {
-    "train_micro_batch_size_per_gpu": "--train_batch_size",
-    "gradient_accumulation_steps": "--gradient_accumulation_steps",
-    "zero_optimization.stage": "--zero_stage",
-    "gradient_clipping": "--max_grad_norm, which is 0 for DeepSpeed because the engine clips",
-    "bf16.enabled": "--mixed_precision",
-    "fp16.enabled": "--mixed_precision",
-    "data_types.grad_accum_dtype": "--gradient_accumulation_dtype",
-    "zero_optimization.offload_optimizer.device": "--offload_optimizer",
-    "zero_optimization.offload_param.device": "--offload_parameters",
-    "zero_optimization.compute_grad_norm": "the engine's own norm",
-    "zero_allow_untested_optimizer": "the engine's own optimizer",
-    "zero_force_ds_cpu_optimizer": "the engine's own optimizer",
-}
-_OURS_ALONE = {
-    "optimizer": "--learning_rate and --adam_*", "scheduler": "--lr_scheduler", "train_batch_size": "--train_batch_size",
-}  # fmt: skip
+def _decided(config: TrainConfig) -> dict[str, tuple[str, Any]]:
+    """What the options decide of DeepSpeed's: dotted name -> option, and its value. The user's file may repeat it."""
+    whole = config.train_batch_size * config.gradient_accumulation_steps * launcher.world()
+    ours, precision, rate = "the engine's own optimizer", "--mixed_precision", config.learning_rate
+    return {
+        "train_batch_size": ("--train_batch_size x accumulation x processes", whole),
+        "train_micro_batch_size_per_gpu": ("--train_batch_size", config.train_batch_size),
+        "gradient_accumulation_steps": ("--gradient_accumulation_steps", config.gradient_accumulation_steps),
+        "gradient_clipping": ("--max_grad_norm", config.max_grad_norm),
+        "bf16.enabled": (precision, config.mixed_precision == "bf16"),
+        "fp16.enabled": (precision, config.mixed_precision == "fp16"),
+        "amp.enabled": (precision, False),
+        "data_types.grad_accum_dtype": ("--gradient_accumulation_dtype", config.accumulation_precision),
+        "zero_optimization.stage": ("--zero_stage", config.zero_stage),
+        "zero_optimization.offload_optimizer.device": ("--offload_optimizer", config.offload_optimizer),
+        "zero_optimization.offload_param.device": ("--offload_parameters", "cpu" if config.offload_parameters else "none"),
+        "zero_optimization.compute_grad_norm": ("the engine's own norm", False),
+        "zero_allow_untested_optimizer": (ours, True),
+        "zero_force_ds_cpu_optimizer": (ours, False),
+        "optimizer.type": (ours, "AdamW"),
+        "optimizer.params.adam_w_mode": (ours, True),
+        "optimizer.params.lr": ("--learning_rate", rate),
+        "optimizer.params.betas": ("--adam_beta1 and --adam_beta2", [config.adam_beta1, config.adam_beta2]),
+        "optimizer.params.eps": ("--adam_epsilon", config.adam_epsilon),
+        "optimizer.params.weight_decay": ("--adam_weight_decay", config.adam_weight_decay),
+        "scheduler.params.warmup_min_lr": ("--lr_scheduler", 0),
+        "scheduler.params.warmup_max_lr": ("--learning_rate", rate),
+        "scheduler.params.warmup_num_steps": ("--lr_warmup_steps", config.lr_warmup_steps),
+        "scheduler.params.total_num_steps": ("--max_train_steps", config.max_train_steps),
+    }
 
 
-def _read_json(path: str) -> dict[str, Any]:
+# Sections that DeepSpeed is not given -> what stands in their place.
+_NOT_GIVEN = {"optimizer": "the engine's own optimizer", "scheduler": "--lr_scheduler"}
+
+
+def read_file(config: TrainConfig) -> dict[str, Any]:
+    """The user's own options of DeepSpeed."""
+    path = config.deepspeed_config
+    if path is None:
+        return {}
     try:
         content = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
@@ -105,20 +124,26 @@ def _merge(ours: dict[str, Any], theirs: dict[str, Any], config: TrainConfig, pa
     Raises:
         UserError: `theirs` contradicts an option.
     """
-    merged, file = dict(ours), f"--deepspeed_config {config.deepspeed_config}"
+    merged, decided, file = dict(ours), _decided(config), f"--deepspeed_config {config.deepspeed_config}"
     for key, value in theirs.items():
         name = f"{path}{key}"
-        if name in _OURS_ALONE:
-            raise UserError(f"{file}: {name} is given by {_OURS_ALONE[name]}; leave it out")
+        section = name.split(".")[0]
         if isinstance(value, dict):
-            merged[key] = _merge(ours.get(key, {}), value, config, f"{name}.")
-        elif value != "auto":
-            absent = False if name.endswith(".enabled") else "none" if name.endswith(".device") else None
-            decided = ours.get(key, absent)
-            if name in _DECIDED and value != decided:
+            inner = _merge(ours.get(key, {}), value, config, f"{name}.")
+            if inner and section not in _NOT_GIVEN:
+                merged[key] = inner
+        elif value == "auto" or name == "scheduler.type" or (name, value) == ("optimizer.type", "Adam"):
+            continue  # DeepSpeed's Adam is AdamW, unless its adam_w_mode is false
+        elif name in decided:
+            option, wanted = decided[name]
+            # What DeepSpeed is given may be another value, where the engine does its part; that too may be repeated.
+            if value not in (wanted, ours.get(key, wanted)):
                 raise UserError(
-                    f"{file}: {name} is {json.dumps(value)}, but {json.dumps(decided)} by {_DECIDED[name]}; "
+                    f"{file}: {name} is {json.dumps(value)}, but {json.dumps(wanted)} by {option}; "
                     "leave it out of the file, or change the option"
                 )
+        elif section in _NOT_GIVEN:
+            raise UserError(f'{file}: {name} is not known to {_NOT_GIVEN[section]}; leave it out, or make it "auto"')
+        else:
             merged[key] = value
     return merged
