@@ -1,5 +1,6 @@
 """Files that are complete or absent: written aside, synced, renamed."""
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -24,10 +25,37 @@ def sync(path: Path) -> None:
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Calls `write` with a temporary path beside `path`, syncs what it wrote and renames it to `path`."""
     temporary = path.with_name(path.name + PARTIAL)
+    mode = _usual_mode(temporary)
     write(temporary)
+    _permit(temporary, mode)
     sync(temporary)
     temporary.replace(path)
     sync(path.parent)
+
+
+def sync_files(directory: Path) -> None:
+    """Syncs everything under a directory, and opens to others what a library wrote for its owner alone."""
+    mode = _usual_mode(directory / PARTIAL)
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            _permit(path, mode)
+        sync(path)
+    sync(directory)
+
+
+def _usual_mode(path: Path) -> int:
+    """The mode that the umask gives a new file at `path`, where there is none afterwards."""
+    path.unlink(missing_ok=True)
+    path.touch()
+    mode = path.stat().st_mode
+    path.unlink()
+    return mode
+
+
+def _permit(path: Path, mode: int) -> None:
+    if path.stat().st_mode != mode:
+        with contextlib.suppress(OSError):  # a file system without modes
+            path.chmod(mode)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -53,9 +81,7 @@ def lock(directory: Path) -> int | None:
 
 def publish_directory(temporary: Path, final: Path) -> None:
     """Syncs every file under `temporary` and renames it to `final`, which must not exist."""
-    for path in sorted(temporary.rglob("*")):
-        sync(path)
-    sync(temporary)
+    sync_files(temporary)
     temporary.rename(final)
     sync(final.parent)
 

@@ -70,3 +70,7 @@ def test_no_module_imports_itself_by_way_of_others():
         for name in leaves:
             del left[name]
     assert not left
+
+
+def test_the_libraries_are_quieted_before_they_are_imported():
+    assert "engine.quiet" in GRAPH["engine.models"] & GRAPH["engine.loop"]  # which run before any module within

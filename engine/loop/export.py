@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.config.options import TrainConfig
 from engine.errors import UserError, first_line
-from engine.files import PARTIAL, discard, sync
+from engine.files import PARTIAL, discard, sync, sync_files
 from engine.loop.weights.partition import Partition
 from engine.loop.weights.whole import empty_published_model, whole_tensors, write_published
 from engine.models.family import Family
@@ -52,8 +52,7 @@ def save_pipeline(directory: Path, family: Family, module: Any, tensors: Iterabl
     if (aside / "tokenizer").is_dir():
         # transformers 5 saves tokenizer.json alone; older releases read the vocabulary and the merges beside it.
         shutil.copytree(family.encoding.path / "tokenizer", aside / "tokenizer", dirs_exist_ok=True)
-    for path in sorted(aside.rglob("*")):
-        sync(path)
+    sync_files(aside)
     for path in sorted(aside.iterdir(), key=lambda path: path.name == "model_index.json"):
         discard(output / path.name)
         shutil.move(path, output / path.name)
