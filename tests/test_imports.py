@@ -9,10 +9,9 @@ LAYERS = [
     "engine.launcher", "engine.errors", "engine.messages", "engine.quiet", "engine.catalogue", "engine.files", "engine.tensors",
     "engine.picture", "engine.config", "engine.processes", "engine.backends", "cpp_ext", "engine.philox", "engine.diffusion",
     "engine.kernels", "engine.data.format", "engine.data.samples", "engine.data.transforms", "engine.data.report",
-    "engine.data.sources",
-    "engine.models", "engine.data.identity", "engine.data.encode", "engine.data.describe", "engine.data", "engine.loop",
-    "engine.run", "engine.shards",
-    "engine.cache", "engine.checkpoint", "engine.sample", "engine.export", "benchmarks.tools", "benchmarks",
+    "engine.data.sources", "engine.models", "engine.data.identity", "engine.data.captions", "engine.data.encode",
+    "engine.data.describe", "engine.data", "engine.loop", "engine.run", "engine.shards", "engine.cache", "engine.checkpoint",
+    "engine.sample", "engine.export", "benchmarks.tools", "benchmarks",
 ]  # fmt: skip
 # Folders -> what their files import of the project at the most; questions import tools and never each other.
 QUESTION = ("benchmarks.tools", "engine", "cpp_ext")

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from engine.config.options import CacheConfig, options_of
+from engine.data.captions import Captions, drop_unusable_captions, listed, number_captions, offsets_of
 from engine.data.format.index import INDEX, Index, ShardEntry
-from engine.data.format.shard import read_tensors, shard_name, write_shard
+from engine.data.format.shard import shard_name, write_shard
 from engine.data.identity import differences, identity_of
 from engine.data.report import describe_refused, say_refused
 from engine.data.sources.decode import refuse_extreme
@@ -33,47 +34,6 @@ from engine.tensors import read_header
 
 # So many samples refused by the encoder, before it encoded any, are the encoder's fault.
 _HOPELESS = 100
-
-
-@dataclass(frozen=True)
-class Captions:
-    """Which captions every sample has, known before any image is read.
-
-    numbers: per sample the numbers of its captions; none for a refused one.
-    texts: the distinct captions in order of first appearance; a caption's number is its place here.
-    first_of_shard: [shards + 1], the number of the first caption that each shard stores.
-    refused: sample -> why it has none.
-    """
-
-    numbers: list[list[int]]
-    texts: list[str]
-    first_of_shard: list[int]
-    refused: dict[int, Refused]
-
-    @property
-    def shards(self) -> int:
-        return len(self.first_of_shard) - 1
-
-    def texts_of(self, shard: int) -> list[str]:
-        return self.texts[self.first_of_shard[shard] : self.first_of_shard[shard + 1]]
-
-
-def number_captions(source: Source, shard_records: int, captioned: bool) -> Captions:
-    """Every process comes to the same numbers on its own."""
-    numbers: list[list[int]] = []
-    first_of_shard, refused = [0], {}
-    number_of: dict[str, int] = {}
-    for sample in range(len(source)):
-        try:
-            with refusing("unreadable caption"):
-                captions = source.captions(sample) if captioned else []
-            numbers.append([number_of.setdefault(caption, len(number_of)) for caption in captions])
-        except Refused as why:
-            numbers.append([])
-            refused[sample] = why
-        if (sample + 1) % shard_records == 0 or sample + 1 == len(source):
-            first_of_shard.append(len(number_of))
-    return Captions(numbers, list(number_of), first_of_shard, refused)
 
 
 def encode_source(config: CacheConfig, encoding: Encoding, source: Source, processes: Processes) -> Index:
@@ -93,7 +53,7 @@ def encode_source(config: CacheConfig, encoding: Encoding, source: Source, proce
     if config.strict and known:
         raise _strict(source, *next(iter(known.items())))
     if len(known) == len(source):
-        raise _all_refused([_listed(source, sample, why) for sample, why in known.items()])
+        raise _all_refused([listed(source, sample, why) for sample, why in known.items()])
     directory.mkdir(parents=True, exist_ok=True)
     with _only_builder(config, processes):
         if processes.from_first((directory / INDEX).exists()):  # built by the run that was waited for
@@ -138,7 +98,7 @@ def _build(
     if missing:
         _encode_shards(config, encoding, source, captions, missing, fingerprint, processes)
     seconds = max(processes.gather_objects(time.perf_counter() - started))
-    _drop_unusable_captions(list(paths.values()), encoding, source, processes)
+    drop_unusable_captions(list(paths.values()), encoding, source, processes)
 
     gathered = processes.gather_objects({number: _describe(path) for number, path in paths.items()})
     by_number = {number: described for part in gathered for number, described in part.items()}
@@ -167,13 +127,6 @@ def _build(
         say(f"{count} of {len(source)} images: {noticed}")
     say_refused(len(source), refused, directory / INDEX)
     return index
-
-
-def _listed(source: Source, sample: int, why: Refused) -> dict[str, str]:
-    """A refused sample as the index lists it."""
-    listed = {"source": source.name(sample), "reason": why.reason} | ({"detail": why.detail} if why.detail else {})
-    # Names of files are bytes, not text.
-    return {key: value.encode(errors="backslashreplace").decode() for key, value in listed.items()}
 
 
 def _strict(source: Source, sample: int, why: Refused) -> UserError:
@@ -242,8 +195,8 @@ def _encode_shards(
             if config.strict and (refusals := [*shard.refused.items(), *shard.unusable.items()]):
                 raise _strict(source, *refusals[0])
             if not encoded and len(failed) >= _HOPELESS:
-                raise _all_refused([_listed(source, sample, why) for sample, why in failed])
-            refused = [_listed(source, sample, shard.refused[sample]) for sample in samples if sample in shard.refused]
+                raise _all_refused([listed(source, sample, why) for sample, why in failed])
+            refused = [listed(source, sample, shard.refused[sample]) for sample in samples if sample in shard.refused]
             tensors = _shard_tensors(shard, captions, encoding)
             metadata = {
                 "records": len(tensors["source"]),
@@ -394,8 +347,8 @@ def _shard_tensors(shard: Encoded, captions: Captions, encoding: Encoding) -> di
     numbers = [captions.numbers[sample] for sample in variants]
     tensors = {
         "source": torch.tensor(list(variants), dtype=torch.int64),
-        "image_offsets": _offsets(variants.values()),
-        "caption_offsets": _offsets(map(len, numbers)),
+        "image_offsets": offsets_of(variants.values()),
+        "caption_offsets": offsets_of(map(len, numbers)),
         "caption_numbers": torch.tensor([*itertools.chain(*numbers)], dtype=torch.int64),
     }
     for name, spec in encoding.record_spec.items():
@@ -403,40 +356,3 @@ def _shard_tensors(shard: Encoded, captions: Captions, encoding: Encoding) -> di
         blank = torch.zeros(spec.shape, dtype=spec.dtype)
         tensors[name] = torch.stack([row.get(name, blank) for row in rows] or [blank])[: len(rows)]
     return tensors
-
-
-def _offsets(lengths: Iterable[int]) -> Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)])
-
-
-def _drop_unusable_captions(paths: list[Path], encoding: Encoding, source: Source, processes: Processes) -> None:
-    """Takes captions that the encoder refused from all records, which may lie in other shards than the captions.
-
-    Records that are left without one are refused. Doing it again changes nothing.
-    """
-    found = {key: why for path in paths for key, why in read_header(path)[1].get("unusable_captions", {}).items()}
-    unusable = {int(key): Refused(*why) for part in processes.gather_objects(found) for key, why in part.items()}
-    if not unusable:
-        return
-    for path in paths:
-        header, metadata, _ = read_header(path)
-        tensors = read_tensors(path, list(header))
-        numbers = [part.tolist() for part in tensors["caption_numbers"].tensor_split(tensors["caption_offsets"][1:-1])]
-        usable = [[number for number in record if number not in unusable] for record in numbers]
-        if usable == numbers:
-            continue
-        kept = torch.tensor([bool(record) for record in usable])
-        variants = tensors["image_offsets"].diff()
-        for name, spec in encoding.record_spec.items():
-            if spec.per == "image":
-                tensors[name] = tensors[name][kept.repeat_interleave(variants)]
-        for sample, before in zip(tensors["source"][~kept].tolist(), itertools.compress(numbers, ~kept), strict=True):
-            metadata["refused"].append(_listed(source, sample, unusable[before[0]]))
-        tensors |= {
-            "source": tensors["source"][kept],
-            "image_offsets": _offsets(variants[kept].tolist()),
-            "caption_offsets": _offsets(len(record) for record in usable if record),
-            "caption_numbers": torch.tensor([*itertools.chain(*usable)], dtype=torch.int64),
-        }
-        metadata |= {"records": len(tensors["source"]), "image_rows": int(tensors["image_offsets"][-1])}
-        write_shard(path, tensors, metadata)

@@ -325,6 +325,10 @@ def test_a_bad_row_is_one_refusal(kind, text, named, reason, tmp_path):
 def test_other_encodings_are_read_when_they_are_named(tmp_path):
     write(tmp_path, TWO | {"metadata.csv": "file_name,text\n0.png,café\n1.png,“b”\n".encode("cp1252")})
     assert samples_of(opened(tmp_path, metadata_encoding="cp1252")) == {"0.png": (0, ["café"]), "1.png": (1, ["“b”"])}
+    (tmp_path / "metadata.csv").write_bytes("file_name,text\n0.png,café\n1.png,“b”\n".encode("utf-16-le"))
+    assert samples_of(opened(tmp_path, metadata_encoding="utf-16-le"))["0.png"] == (0, ["café"])
+    with pytest.raises(UserError, match="metadata.csv: not utf-8 text; give --metadata_encoding utf-16-le"):
+        opened(tmp_path)
     with pytest.raises(UserError, match="--metadata_encoding klingon: unknown"):
         opened(tmp_path, metadata_encoding="klingon")
 
@@ -484,13 +488,15 @@ def test_text_files_beside_images_are_their_captions(tmp_path, capsys):
     }
     files |= {"2.png": encoded(2), "3.png": encoded(3), "3.txt": " \n", "4.png": encoded(4), "4.txt": b"\xe9"}
     files |= {"5.png": encoded(5), "5.txt": "é\r\n".encode("utf-16")}
+    files |= {"6.png": encoded(6), "6.png.txt": "six", "7.txt": "alone"}
     found = samples_of(opened(write(tmp_path, files)))
     assert {name: found[name] for name in ("0.png", "10_cat/1.webp")} == {"0.png": (0, ["a"]), "10_cat/1.webp": (1, ["b", "c"])}
-    assert found["5.png"] == (5, ["é"])
+    assert (found["5.png"], found["6.png"]) == ((5, ["é"]), (6, ["six"]))
     assert (found["2.png"], found["3.png"]) == ("no caption", "empty caption")
     assert "caption file is not utf-8 text: 4.txt: byte 0xe9" in found["4.png"]
     said = capsys.readouterr().err
     assert "1 caption files have several lines" in said
+    assert "caption files without an image are left out: 7.txt" in said
     assert "numbers of repeats in names of folders are not applied (10_cat" in said
     before = opened(tmp_path).identity()
     (tmp_path / "0.txt").write_text("other")

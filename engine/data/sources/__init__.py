@@ -4,10 +4,11 @@ import os
 from pathlib import Path
 
 from engine.config.options import CacheConfig
-from engine.data.sources.decode import Decoding, looks_like_image
+from engine.data.sources.decode import Decoding
 from engine.data.sources.files import ARCHIVES, is_hidden, suffix_of
 from engine.data.sources.image_folder import METADATA_NAMES, ImageFolder
 from engine.data.sources.interface import Source
+from engine.data.sources.kinds import looks_like_image
 from engine.data.sources.library import LibraryDataset, is_saved
 from engine.data.sources.subset import Subset
 from engine.data.sources.tables import TABLES

@@ -1,8 +1,5 @@
 """Images and captions as a source holds them, made what the families take, or refused with a reason."""
 
-import functools
-import importlib
-import importlib.util
 import io
 import stat
 import struct
@@ -11,22 +8,16 @@ import warnings
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from engine.data.sources.interface import Refused, refusing
+from engine.data.sources.kinds import image_suffixes, what_it_is
 from engine.errors import first_line
 
-PLUGINS = {"pillow_heif": "pillow-heif", "pillow_jxl": "pillow-jxl-plugin"}  # module -> package
-# What Pillow has a name for and no decoder, or what is not a picture.
-_NO_PICTURES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "PCD", "WMF"}
-# Pictures that need a plug-in or another program: counted, and refused by name.
-_OTHER_PICTURES = {
-    ".heic", ".heif", ".hif", ".jxl", ".svg", ".exr", ".hdr", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".raf", ".rw2",
-}  # fmt: skip
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
@@ -75,7 +66,7 @@ def decode(data: Path | io.BytesIO, decoding: Decoding | None = None) -> Image.I
                     raise
                 return _decode(bare, decoding or Decoding())
     except Refused as why:
-        if why.reason == "unreadable image" and (better := _what_it_is(content)):
+        if why.reason == "unreadable image" and (better := what_it_is(content)):
             raise Refused(*better) from None
         raise
 
@@ -191,41 +182,6 @@ def _jpeg_segments(content: bytes) -> list[bytes]:
             segments.append(segment)
         start += length + 2
     return segments
-
-
-def _what_it_is(content: bytes) -> tuple[str, str] | None:
-    """What a file that is no readable image is, where its first bytes say so."""
-    begin = content[:64].lstrip().lower()
-    heif = content[4:8] == b"ftyp" and content[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
-    for is_it, module in ((heif, "pillow_heif"), (content.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")), "pillow_jxl")):
-        if is_it and importlib.util.find_spec(module) is None:
-            return f"unreadable image without {PLUGINS[module]}; install the extra `images`", ""
-    if not content:
-        return "unreadable image", "an empty file"
-    if begin.startswith(b"version https://git-lfs"):
-        return "unreadable image", "a Git LFS pointer; run `git lfs pull`"
-    if begin.startswith((b"<!doctype", b"<html")):
-        return "unreadable image", "a web page, perhaps of a download that failed"
-    if begin.startswith((b"<svg", b"<?xml")):
-        return "unreadable image", "a drawing (SVG or XML); convert it to pixels"
-    return None
-
-
-@functools.cache
-def image_suffixes() -> frozenset[str]:
-    """Suffixes of what Pillow opens, with its plug-ins where they are installed."""
-    if importlib.util.find_spec("pillow_heif"):
-        importlib.import_module("pillow_heif").register_heif_opener()
-    if importlib.util.find_spec("pillow_jxl"):
-        importlib.import_module("pillow_jxl")
-    Image.init()
-    formats = Image.registered_extensions().items()
-    return frozenset(suffix for suffix, kind in formats if kind in Image.OPEN and kind not in _NO_PICTURES)
-
-
-def looks_like_image(name: str) -> bool:
-    suffix = PurePosixPath(name).suffix.lower()
-    return suffix in image_suffixes() or suffix in _OTHER_PICTURES
 
 
 def refuse_extreme(size: tuple[int, int], side: int, max_upscale: float) -> None:

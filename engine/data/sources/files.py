@@ -64,9 +64,9 @@ class Files:
             folders[:] = [name for name in folders if not is_hidden(name)]
             names += [prefix + name for name in files if not is_hidden(name)]
         if self._links:
-            self.remarks.append(f"links to folders are not followed without --follow_links: {_some(self._links)}")
+            self.remarks.append(f"links to folders are not followed without --follow_links: {some(self._links)}")
         if unreadable:
-            self.remarks.append(f"folders that cannot be read are left out: {_some(unreadable)}")
+            self.remarks.append(f"folders that cannot be read are left out: {some(unreadable)}")
         return names
 
     def look_into_archives(self) -> list[str]:
@@ -209,5 +209,6 @@ def _keys(name: str) -> list[str]:
     return [_composed(name), whole, whole.rpartition(".")[0] or whole, f"/{file}", f"/{file.rpartition('.')[0] or file}"]
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """Up to three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

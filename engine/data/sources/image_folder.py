@@ -10,9 +10,10 @@ from typing import Any
 
 from PIL import Image
 
-from engine.data.sources.decode import Decoding, clean_captions, decode, looks_like_image
-from engine.data.sources.files import Files
+from engine.data.sources.decode import Decoding, clean_captions, decode
+from engine.data.sources.files import Files, some
 from engine.data.sources.interface import Refused, is_address
+from engine.data.sources.kinds import looks_like_image
 from engine.data.sources.tables import TABLES, Row, decode_text, read_table, undecoded
 from engine.errors import UserError, first_line
 from engine.files import digest_of
@@ -20,7 +21,7 @@ from engine.messages import say
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 _LONGEST = 4096  # characters of a path
-_CAPTION_SUFFIXES = (".txt", ".caption", ".json")
+_CAPTION_SUFFIXES = (".txt", ".TXT", ".caption", ".json")
 
 
 @dataclass(slots=True)
@@ -117,7 +118,7 @@ class ImageFolder:
         column = next((column for column in columns if column in row.values), None)
         if column is None:
             found = ", ".join(map(str, row.values)) or "none"
-            return Refused(f"has no {columns[0]}; name the image in that column", f"its columns: {found}")
+            return Refused(f"has no {columns[0]} (columns: {found}); name the image in that column")
         if self.caption_column and self.caption_column not in row.values:
             found = ", ".join(sorted(map(str, set(row.values) - {column}))) or "none"
             return Refused(f"has no column {self.caption_column!r} (others: {found}); set --caption_column")
@@ -158,12 +159,18 @@ class ImageFolder:
         return [name for name in self.files.names if looks_like_image(name) and os.path.normpath(name) not in named]
 
     def _captions_beside(self) -> bool:
-        known = set(self.files.names)
-        return any(not known.isdisjoint(self._names_beside(name)) for name in self.files.names if looks_like_image(name))
+        known = {name for name in self.files.names if name.endswith((f".{self.caption_column}", *_CAPTION_SUFFIXES))}
+        images = (name for name in self.files.names if known and looks_like_image(name))
+        return any(not known.isdisjoint(self._names_beside(name)) for name in images)
 
     def _names_beside(self, name: str) -> list[str]:
         stem = name.removesuffix(PurePosixPath(name).suffix)
-        return [stem + suffix for suffix in (f".{self.caption_column}", *_CAPTION_SUFFIXES)]
+        return [start + suffix for suffix in (f".{self.caption_column}", *_CAPTION_SUFFIXES) for start in (stem, name)]
+
+    def _captions_alone(self) -> list[str]:
+        """Caption files that have no image."""
+        used = {other for name in self.files.names if looks_like_image(name) for other in self._names_beside(name)}
+        return [name for name in self.files.names if name.endswith(_CAPTION_SUFFIXES[:3]) and name not in used]
 
     def _beside(self, name: str) -> Sample:
         """An image with the captions of the file beside it: one on each line, or in the caption column of JSON."""
@@ -194,12 +201,16 @@ class ImageFolder:
         folders = {name.split("/")[0] for name in names if "/" in name}
         if "train" in folders and (others := folders & {"test", "val", "valid", "validation", "eval", "dev"}):
             self.files.remarks.append(f"{', '.join(sorted(others))} is trained on too; give the folder train to leave it out")
-        if repeated := sorted(folder for folder in folders if re.match(r"\d+_", folder)):
+        if self.beside:
+            self._note_beside(folders)
+
+    def _note_beside(self, folders: set[str]) -> None:
+        if repeated := sorted(folder for folder in folders if re.match(r"\d{1,3}_", folder)):
             self.files.remarks.append(f"numbers of repeats in names of folders are not applied ({repeated[0]}, ...)")
-        if self.beside and (
-            many := sum(isinstance(sample.caption, list) and len(sample.caption) > 1 for sample in self.samples)
-        ):
+        if many := sum(isinstance(sample.caption, list) and len(sample.caption) > 1 for sample in self.samples):
             self.files.remarks.append(f"{many} caption files have several lines, of which each is a caption")
+        if alone := self._captions_alone():
+            self.files.remarks.append(f"caption files without an image are left out: {some(alone)}")
 
     def __len__(self) -> int:
         return len(self.samples)

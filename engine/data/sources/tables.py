@@ -41,6 +41,8 @@ def read_table(name: str, data: bytes, encoding: str, key_columns: list[str]) ->
     suffix = PurePosixPath(name).suffix.lower()
     if suffix == ".parquet":
         return _read_parquet(name, data), []
+    if encoding == "utf-8" and (wide := _wide(data)):
+        raise UserError(f"{name}: not utf-8 text; give --metadata_encoding {wide}")
     text = decode_text(data, encoding)
     remarks: list[str] = []
     rows = list(_read_csv(text, suffix, key_columns, remarks) if suffix in (".csv", ".tsv") else _read_json(text))
@@ -53,6 +55,12 @@ def decode_text(data: bytes, encoding: str) -> str:
     return data.decode(
         encoding, "replace" if encoding.lower().startswith(("utf-16", "utf-32", "utf_16", "utf_32")) else "surrogateescape"
     )
+
+
+def _wide(data: bytes) -> str | None:
+    """UTF-16 without a byte order mark: every second byte of Latin letters is zero."""
+    begin = b"" if data.startswith(tuple(_MARKS)) else data[:200]
+    return next((name for name, zeros in (("utf-16-le", begin[1::2]), ("utf-16-be", begin[::2])) if zeros.count(0) > 20), None)
 
 
 def undecoded(value: Any, encoding: str) -> Refused | None:
