@@ -39,7 +39,7 @@ def main() -> int:
         help="for Kandinsky and Wuerstchen, the decoder of a prior or the prior of a decoder (default: the published)",
     )
     parser.add_argument("--prompts", type=prompt, nargs="+", required=True, help="one row of images each")
-    parser.add_argument("--images_per_prompt", type=whole(1), default=4, help="default: 4")
+    parser.add_argument("--images_per_prompt", type=whole(1, 1024), default=4, help="default: 4")
     parser.add_argument("--num_inference_steps", type=whole(1), help="default: the pipeline's own")
     parser.add_argument("--guidance_scale", type=number(0), help="default: the pipeline's own")
     parser.add_argument("--resolution", type=whole(8), help="height and width (default: the pipeline's own)")
@@ -51,9 +51,11 @@ def main() -> int:
     results = [options.model / family.result for family in FAMILIES.values() if family.result]
     model = next(filter(Path.is_dir, results), options.model)
     if not (model / "model_index.json").is_file():
-        hint = "make one of its checkpoint with `python -m engine.checkpoint export`"
-        remedy = hint if (options.model / "latest").exists() else "give the output directory of a training that ended"
-        raise UserError(f"--model {options.model}: no model_index.json there; {remedy}")
+        remedy = "give the output directory of a training that ended"
+        if any((options.model / name).exists() for name in ("latest", "manifest.json")):
+            remedy = "make a pipeline of the checkpoint with `python -m engine.checkpoint export`"
+        problem = "no model_index.json there" if options.model.is_dir() else "no such directory"
+        raise UserError(f"--model {options.model}: {problem}; {remedy}")
 
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     import torch

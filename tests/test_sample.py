@@ -79,9 +79,22 @@ def test_samples_are_drawn_into_a_labelled_grid(model, tmp_path, monkeypatch):
     assert Image.open(grid).width > 2 * 64
 
 
-def test_a_model_that_is_none_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["sample", "--model", str(tmp_path), "--prompts", "x"])
-    with pytest.raises(UserError, match="no model_index.json there"):
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ([], "no model_index.json there; give the output directory of a training that ended"),
+        (["latest"], "no model_index.json there; make a pipeline of the checkpoint with `python -m engine.checkpoint export`"),
+        (["manifest.json"], "no model_index.json there; make a pipeline of the checkpoint"),
+        (None, "no such directory; give the output directory"),
+    ],
+    ids=str,
+)
+def test_a_model_that_is_none_is_named(entries, said, tmp_path, monkeypatch):
+    for entry in entries or ():
+        (tmp_path / entry).touch()
+    model = tmp_path / "none" if entries is None else tmp_path
+    monkeypatch.setattr(sys, "argv", ["sample", "--model", str(model), "--prompts", "x"])
+    with pytest.raises(UserError, match=f"^--model {model}: {said}"):
         sample.main()
 
 
@@ -91,7 +104,8 @@ def test_a_model_that_is_none_is_named(tmp_path, monkeypatch):
         (["--resolution", "33"], "--resolution 33: this model draws images in steps of 8 px; the nearest is 32"),
         (["--num_inference_steps", "1001"], "--num_inference_steps 1001: this model has 1000 timesteps"),
         (["--num_inference_steps", "0"], "--num_inference_steps: must be at least 1, not 0"),
-        (["--images_per_prompt", "-1"], "--images_per_prompt: must be at least 1, not -1"),
+        (["--images_per_prompt", "-1"], "--images_per_prompt: must be at least 1 and at most 1024, not -1"),
+        (["--images_per_prompt", "1000000"], "--images_per_prompt: must be at least 1 and at most 1024"),
         (["--images_per_prompt", "two"], "--images_per_prompt: invalid"),
         (["--guidance_scale", "nan"], "--guidance_scale: must be at least 0, not nan"),
         (["--guidance_scale", "inf"], "--guidance_scale: must be at least 0, not inf"),

@@ -123,8 +123,11 @@ def check_machine(config: CacheConfig) -> None:
 
 
 def _check_training_machine(config: TrainConfig) -> None:
-    if config.compile_cache_dir:
-        check_writable("--compile_cache_dir", Path(config.compile_cache_dir))
+    for flag, place in (("--compile_cache_dir", config.compile_cache_dir), ("--nvme_path", config.nvme_path)):
+        if place:
+            check_writable(flag, Path(place))
+    if config.report_to in ("tensorboard", "all"):
+        check_writable("--logging_dir", Path(config.output_dir) / config.logging_dir)
     for flag, wanted, package in (
         ("--report_to wandb", config.report_to == "wandb", "wandb"),
         ("--use_8bit_adam", config.use_8bit_adam, "bitsandbytes"),

@@ -124,7 +124,7 @@ def read_toml(model: type[BaseModel], path: Path, where: str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{where}: {error.strerror}; give the path of a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: not valid TOML: {error}") from None
+        raise UserError(f"{where}: not valid TOML: {error}; write lines such as `resolution = 512`") from None
     unknown = [name for name in values if name not in model.model_fields]
     if unknown:
         raise UserError("\n".join(f"{where}: {_unknown_value(name, values[name], model)}" for name in unknown))
@@ -192,7 +192,7 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 def _unknown_value(name: str, value: Any, model: type[BaseModel]) -> str:
     """What is said of a value in a file whose name is no option."""
-    if isinstance(value, dict):
+    if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
         return f"[{name}]: options stand at the top of the file, in no table"
     return f"unknown option {name}{_hint(name, model)}"
 

@@ -87,11 +87,12 @@ def test_all_mistakes_are_told_at_once_a_line_each(data):
 
 def test_all_mistakes_of_a_file_are_told_at_once(data, tmp_path):
     file = tmp_path / "run.toml"
-    file.write_text('epochs = 3\nzzz = 1\n[optimizer]\ntype = "adamw"\n')
+    file.write_text('epochs = 3\nzzz = 1\n[optimizer]\ntype = "adamw"\n[[directory]]\npath = "x"\n')
     assert refusals(*data, "--config", str(file)) == [
         f"--config {file}: unknown option epochs: here it is --num_train_epochs",
         f"--config {file}: unknown option zzz; --help lists all options",
         f"--config {file}: [optimizer]: options stand at the top of the file, in no table",
+        f"--config {file}: [directory]: options stand at the top of the file, in no table",
     ]
 
 
