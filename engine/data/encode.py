@@ -133,8 +133,8 @@ def _strict(source: Source, sample: int, why: Refused) -> UserError:
     return UserError(f"--strict: {source.name(sample)}: {why}", alone=True)
 
 
-def _all_refused(refused: list[dict[str, str]]) -> UserError:
-    return UserError(f"not one of {len(refused)} samples can be used: {describe_refused(refused)}")
+def _all_refused(refused: list[dict[str, str]], alone: bool = False) -> UserError:
+    return UserError(f"not one of {len(refused)} samples can be used: {describe_refused(refused)}", alone)
 
 
 def _existing_index(directory: Path, identity: dict[str, Any], fingerprint: str) -> Index:
@@ -143,7 +143,7 @@ def _existing_index(directory: Path, identity: dict[str, Any], fingerprint: str)
         changed = differences(index.identity, identity) or "another format"
         raise UserError(
             f"{directory}: the shards there were built otherwise ({changed}); give the same options, name another "
-            f"--shards_dir, or delete {directory / INDEX} to build them again"
+            f"--shards_dir, leave the options of the data out to train on these, or delete {directory / INDEX} to build them again"
         )
     return index
 
@@ -195,7 +195,7 @@ def _encode_shards(
             if config.strict and (refusals := [*shard.refused.items(), *shard.unusable.items()]):
                 raise _strict(source, *refusals[0])
             if not encoded and len(failed) >= _HOPELESS:
-                raise _all_refused([listed(source, sample, why) for sample, why in failed])
+                raise _all_refused([listed(source, sample, why) for sample, why in failed], alone=True)
             refused = [listed(source, sample, shard.refused[sample]) for sample in samples if sample in shard.refused]
             tensors = _shard_tensors(shard, captions, encoding)
             metadata = {

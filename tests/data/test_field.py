@@ -310,6 +310,7 @@ def test_tables_are_read_as_people_write_them(name, text, tmp_path):
         ("jsonl", b"{'file_name': '1.png'}\n{\"file_name\": \"0.png\", \"text\": \"a\"}", "line 1", "not valid JSON"),
         ("jsonl", b'{"file_name": "1.png", "text": "\xe9"}\n{"file_name": "0.png", "text": "a"}', "1.png", "line 1: byte 0xe9"),
         ("jsonl", b'{"file_name": "0.png", "text": "a"}\n{"file_name": "1.png", "text": "\\ud83d"}', "1.png", "broken char"),
+        ("jsonl", b'{"file_name": "0.png", "text": "a"}\n{"file_name": 5}\n{"file_name": {}}\n', "5", "has no column 'text'"),
         ("jsonl", b'{"file_name": "0.png", "text": "a"}\n7\n', "line 2", "not a JSON object"),
         ("jsonl", b'{"file_name": "0.png", "text": "a"}\n{"text": "b"}\n', "line 2", "has no file_name"),
         ("jsonl", b'{"file_name": "0.png", "text": "a"}\n{"file_name": "1.png"}\n', "1.png", "has no column 'text'"),
@@ -464,6 +465,16 @@ def test_a_zip_beside_the_metadata_holds_its_images(named, inside, tmp_path):
     zipped(tmp_path / "images.zip", {inside.format(number): encoded(number) for number in (0, 1)})
     write(tmp_path, {"metadata.jsonl": jsonl(row(named.format(0)), row(named.format(1), "b"))})
     assert list(samples_of(opened(tmp_path)).values()) == list(BOTH.values())
+
+
+def test_an_archive_that_is_not_needed_changes_nothing(tmp_path, capsys):
+    write(tmp_path, TWO | {"metadata.jsonl": jsonl(row("0.png"), row("1.png", "b"), row("2.png"))})
+    before = opened(tmp_path).identity()
+    zipped(tmp_path / "copy.zip", {f"x/{name}": content for name, content in TWO.items()})
+    write(tmp_path, {"broken.zip": b"PK"})
+    assert opened(tmp_path).identity() == before
+    assert list(samples_of(opened(tmp_path))) == ["0.png", "1.png", "2.png"]
+    assert "left out: " in capsys.readouterr().err
 
 
 def test_broken_archives_are_read_as_far_as_they_go_or_named(tmp_path, capsys):

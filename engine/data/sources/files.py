@@ -30,6 +30,7 @@ class Files:
 
     names: relative paths with slashes, in the order of a sorted listing.
     remarks: what was left out, for a person.
+    looked_into: the archives of the folder whose files are among the names.
     """
 
     def __init__(self, root: Path, follow_links: bool = False) -> None:
@@ -38,7 +39,7 @@ class Files:
         self.remarks: list[str] = []
         self._members: dict[str, tuple[Callable[[], bytes], int, int]] = {}  # name -> its content, size and date or checksum
         self._links: list[str] = []  # to folders, not followed
-        self._looked_into: set[str] = set()
+        self.looked_into: set[str] = set()
         self._alike: dict[str, str] = {}
         if self.root.is_file():
             self.folder = self.root.parent
@@ -72,9 +73,12 @@ class Files:
     def look_into_archives(self) -> list[str]:
         """Opens the archives of the folder; the names of what is in them, behind those of the archives."""
         found = []
-        for name in [name for name in self.names if name.lower().endswith(ARCHIVES) and name not in self._looked_into]:
-            self._looked_into.add(name)
-            found += self._open_archive(self.folder / name, f"{name}/")
+        for name in [name for name in self.names if name.lower().endswith(ARCHIVES) and name not in self.looked_into]:
+            self.looked_into.add(name)
+            try:
+                found += self._open_archive(self.folder / name, f"{name}/")
+            except UserError as error:
+                self.remarks.append(f"left out: {error}")
         self.names += found
         self._known |= set(found)
         self._alike.clear()
@@ -131,7 +135,7 @@ class Files:
         """The name of a file that an archive of the same folder, or of the name of its folder, holds."""
         self.look_into_archives()
         folder, _, file = name.rpartition("/")
-        archives = [archive for archive in self._looked_into if archive.rpartition("/")[0] == folder or archive[:-4] == folder]
+        archives = [archive for archive in self.looked_into if archive.rpartition("/")[0] == folder or archive[:-4] == folder]
         tried = (f"{archive}/{inside}" for archive in sorted(archives) for inside in (file, name, f"{_stem(archive)}/{file}"))
         return next((found for found in tried if found in self._members), None)
 

@@ -119,13 +119,13 @@ class ImageFolder:
         if column is None:
             found = ", ".join(map(str, row.values)) or "none"
             return Refused(f"has no {columns[0]} (columns: {found}); name the image in that column")
-        if self.caption_column and self.caption_column not in row.values:
-            found = ", ".join(sorted(map(str, set(row.values) - {column}))) or "none"
-            return Refused(f"has no column {self.caption_column!r} (others: {found}); set --caption_column")
         written = row.values[column]
         if isinstance(written, dict):  # as `datasets` keeps images
             written = written.get("path")
         row.values[column] = str(written) if isinstance(written, (str, int)) else ""
+        if self.caption_column and self.caption_column not in row.values:
+            found = ", ".join(sorted(map(str, set(row.values) - {column}))) or "none"
+            return Refused(f"has no column {self.caption_column!r} (others: {found}); set --caption_column")
         if not row.values[column].strip():
             return Refused("has no file name")
         return undecoded(written, self.encoding) or undecoded(row.values.get(self.caption_column or ""), self.encoding)
@@ -156,7 +156,11 @@ class ImageFolder:
         named = {os.path.normpath(sample.name) for sample in self.samples}
         if not self.tables and not any(looks_like_image(name) for name in self.files.names):
             self.files.look_into_archives()
-        return [name for name in self.files.names if looks_like_image(name) and os.path.normpath(name) not in named]
+        # An archive that no table needs may be a copy of what lies unpacked beside it.
+        archives = [f"{archive}/" for archive in self.files.looked_into] if self.tables else []
+        needless = tuple(archive for archive in archives if not any(name.startswith(archive) for name in named))
+        images = (name for name in self.files.names if looks_like_image(name) and not name.startswith(needless))
+        return [name for name in images if os.path.normpath(name) not in named]
 
     def _captions_beside(self) -> bool:
         known = {name for name in self.files.names if name.endswith((f".{self.caption_column}", *_CAPTION_SUFFIXES))}
