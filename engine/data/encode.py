@@ -143,7 +143,7 @@ def _existing_index(directory: Path, identity: dict[str, Any], fingerprint: str)
         changed = differences(index.identity, identity) or "another format"
         raise UserError(
             f"{directory}: the shards there were built otherwise ({changed}); give the same options, name another "
-            f"--shards_dir, leave the options of the data out to train on these, or delete {directory / INDEX} to build them again"
+            f"--shards_dir, give no data options to train on these, or delete {directory / INDEX} to build them again"
         )
     return index
 

@@ -4,6 +4,7 @@ import io
 import json
 import struct
 import zlib
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -13,12 +14,14 @@ import pytest
 from PIL import Image
 
 from engine.config.options import CacheConfig
+from engine.data.identity import identity_of
 from engine.data.sources import open_source
 from engine.data.sources.decode import clean_captions
 from engine.data.sources.image_folder import ImageFolder
 from engine.data.sources.interface import Refused
 from engine.data.sources.subset import Subset
 from engine.errors import UserError
+from engine.files import digest, digest_of
 
 
 def png(color=(10, 200, 30), size=(6, 4), mode="RGB") -> bytes:
@@ -155,6 +158,28 @@ def test_the_identity_follows_the_content(tmp_path):
     assert ImageFolder(directory, "image", "text").identity() == before
     (directory / "a.png").write_bytes(png((0, 0, 0), size=(9, 9)))
     assert ImageFolder(directory, "image", "text").identity() != before
+
+
+def test_shards_of_a_folder_built_before_are_those_of_it_now(tmp_path):
+    rows = [{"file_name": name, "text": "a"} for name in ("a-b/x.png", "a/y.png", "gone.png")]
+    directory = folder(
+        tmp_path / "f", rows, {name: png() for name in ("a/y.png", "a-b/x.png", "a/z.png", "a-b/w.jpg", "b.gif")}
+    )
+    names = ["a-b/x.png", "a/y.png", "gone.png", "a/z.png", "a-b/w.jpg", "b.gif"]
+    stats = [(directory / name).stat() if name != "gone.png" else None for name in names]
+    files = [[name, stat and stat.st_size, stat and stat.st_mtime_ns] for name, stat in zip(names, stats, strict=True)]
+    identity = {"kind": "image folder", "metadata": {"metadata.jsonl": digest(directory / "metadata.jsonl")}}
+    assert ImageFolder(directory, "image", "text").identity() == identity | {"files": digest_of(files)}
+    config = options(train_data_dir=str(directory))
+    assert set(identity_of(config, encoding_of_nothing(), open_source(config))) == {
+        "family", "source", "models", "preprocessing", "precision", "caption_column", "shard_records"
+    }  # fmt: skip
+    changed = options(train_data_dir=str(directory), background="white", max_upscale=2)
+    assert identity_of(changed, encoding_of_nothing(), open_source(changed))["background"] == "white"
+
+
+def encoding_of_nothing() -> SimpleNamespace:
+    return SimpleNamespace(encoder_identity=dict, preprocessing_identity=dict, captioned=True)
 
 
 def options(**values) -> CacheConfig:
