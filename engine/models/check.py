@@ -62,7 +62,7 @@ def check_pipeline(pipeline: Path, expected: Any, variant: str | None = None) ->
     for name in sorted(listed.keys() & set(names) - absent.keys()):
         check_part(pipeline, name, variant)
     if absent:
-        say(f"{pipeline}: {INDEX} lists {' and '.join(sorted(absent))}, not there; the trained pipeline will have none")
+        say(f"{pipeline}: {INDEX} lists {' and '.join(sorted(absent))}, not there: left out")
 
 
 def absent_parts(pipeline: Path, expected: Any) -> dict[str, None]:

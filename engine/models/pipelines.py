@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
     DiffusionPipeline,
@@ -17,6 +18,7 @@ from diffusers import (
 
 from engine.catalogue import DECODER, FAMILIES, PRIOR
 from engine.errors import UserError, first_line
+from engine.models.check import absent_parts, check_pipeline, read_index
 
 DENOISERS = ("unet", "prior_prior", "decoder")  # the parts of pipelines that are called once or twice per sampling step
 
@@ -68,9 +70,9 @@ def open_pipeline(path: Path, other_half: str | None, dtype: torch.dtype) -> Any
     prior or a decoder.
 
     Raises:
-        UserError: the other half is not there, does not fit, or is not needed.
+        UserError: a part is missing or damaged, or the other half is not there, does not fit, or is not needed.
     """
-    pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype)
+    pipeline = _load(Path(path), dtype)
     published = _published_half(pipeline)
     if published is None:
         if other_half:
@@ -78,10 +80,20 @@ def open_pipeline(path: Path, other_half: str | None, dtype: torch.dtype) -> Any
         return pipeline
     name = other_half or published
     try:
-        other = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
+        other = _load(Path(name), dtype) if Path(name).is_dir() else DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
+    except UserError:
+        raise
     except Exception as error:  # a connection, a missing repository, an incomplete directory: the library raises many kinds
         raise UserError(f"--other_half {name}: cannot be loaded: {first_line(error)}") from None
     return combine(pipeline, other)
+
+
+def _load(path: Path, dtype: torch.dtype) -> Any:
+    kind = getattr(diffusers, str(read_index(path).get("_class_name")), None)
+    if kind is None:  # a class of its own, which diffusers may find elsewhere
+        return DiffusionPipeline.from_pretrained(path, torch_dtype=dtype)
+    check_pipeline(path, kind)
+    return DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, **absent_parts(path, kind))
 
 
 def draw(pipeline: Any, prompts: list[str], count: int, seed: int, **arguments: Any) -> Iterator[tuple[str, list[Any]]]:

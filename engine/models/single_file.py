@@ -258,10 +258,10 @@ def _read_tokenizer(file: Path, config: CacheConfig, pad_token: str, positions: 
         if len(tokenizer) < 100:
             raise ValueError("no vocabulary there")  # the library makes one of two tokens
     except Exception as error:  # a connection, a missing or damaged file: the library raises many kinds
-        option = f"--tokenizer_name {name}: " if config.tokenizer_name else f"{TOKENIZER} is not at hand: "
+        given = f"--tokenizer_name {name}: {first_line(error)}" if config.tokenizer_name else f"{name} cannot be downloaded"
         raise UserError(
-            f"{file}: a single file holds no tokenizer, and {option}{first_line(error)}; give --tokenizer_name DIR, the folder "
-            "`tokenizer` of any Stable Diffusion pipeline"
+            f"{file}: a single file holds no tokenizer, and {given}; give --tokenizer_name DIR, the folder `tokenizer` of any "
+            "Stable Diffusion pipeline"
         ) from None
     tokenizer.pad_token = pad_token
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)

@@ -146,7 +146,7 @@ class StableDiffusion(Family):
         try:
             return locate(config.model_copy(update={"revision": revision, "variant": None}), MODEL, skip=others) / "unet"
         except UserError:
-            if config.variant is None:
+            if config.non_ema_revision:
                 raise
             return self.encoding.path / "unet"
 

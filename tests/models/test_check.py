@@ -194,7 +194,7 @@ def test_a_safety_checker_that_is_listed_and_not_there_is_left_out_and_said(copi
     config, pipeline = copied("sd", MODEL, train_data_dir=str(images), max_train_steps=1)
     list_safety_checker(pipeline)
     assert train(config) == 0
-    said = "model_index.json lists feature_extractor and safety_checker, not there; the trained pipeline will have none"
+    said = "model_index.json lists feature_extractor and safety_checker, not there: left out"
     assert capsys.readouterr().err.count(said) == 1
     index = json.loads((Path(config.output_dir) / "model_index.json").read_text())
     assert index["safety_checker"] == [None, None]
@@ -246,3 +246,42 @@ def test_a_pointer_in_the_place_of_the_image_encoder_is_named(copied, tmp_path):
     (tmp_path / "encoder.pt").write_text(POINTER)
     with pytest.raises(UserError, match=r"encoder.pt: a Git LFS pointer"):
         open_family(config).encoding.encoder_identity()
+
+
+def test_published_names_that_the_libraries_translate_are_no_damage(copied):
+    """Old attention of VAEs, position numbers in CLIP, and the doubled prefix of the safety checker."""
+    config, pipeline = copied("sd", MODEL)
+    write_safety_checker(pipeline)
+    positions = {"embeddings.position_ids": torch.arange(16)[None]}
+    for part, prefix, more in (("text_encoder", "text_model.", positions), ("safety_checker", "vision_model.", {})):
+        (file,) = (pipeline / part).glob("*.safetensors")
+        stored = load_file(file) | more
+        outer = prefix if part == "text_encoder" else ""
+        save_file({outer + name.replace(prefix, prefix * 2): tensor for name, tensor in stored.items()}, file)
+    vae = pipeline / "vae" / "diffusion_pytorch_model.safetensors"
+    for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        save_file({name.replace(f"attentions.0.{new}", f"attentions.0.{old}"): t for name, t in load_file(vae).items()}, vae)
+    assert any("proj_attn" in name for name in load_file(vae))
+    open_family(config).check_files()
+
+
+def test_names_on_the_hub_are_looked_at_alike(model, tmp_path):
+    cache = tmp_path / "models--org--model"
+    for revision, parts in (("main", ("unet", "vae", "text_encoder")), ("non-ema", ())):
+        snapshot = cache / "snapshots" / revision.ljust(40, "0")
+        shutil.copytree(model, snapshot)
+        rename(snapshot, *parts)
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs" / revision).write_text(snapshot.name)
+    values = {"family": "sd", MODEL: "org/model", "cache_dir": str(tmp_path), "resolution": 16, "shards_dir": "unused"}
+    config = TrainConfig.model_validate(values | {"variant": "fp16", "non_ema_revision": "non-ema"})
+    family = open_family(config)
+    family.check_files()
+    assert family.unet.parent.name.startswith("non-ema")
+    assert family.pipeline(family.published_model()).config["_name_or_path"] == "org/model"
+    (snapshot / UNET).write_text(POINTER)
+    with pytest.raises(UserError, match=f"{snapshot / UNET}: a Git LFS pointer"):
+        open_family(config).check_files()
+    for changes, named in (({"non_ema_revision": "nope"}, "neither a directory"), ({"variant": None}, "give --variant fp16")):
+        with pytest.raises(UserError, match=named):
+            open_family(TrainConfig.model_validate(values | {"variant": "fp16"} | changes)).check_files()
