@@ -50,4 +50,7 @@ def _difference(key: str, before: Any, now: Any) -> str:
     if any(isinstance(value, str) and len(value) == 64 for value in (before, now)):
         return f"another {key}"
     option = _OPTIONS.get(key, key)
+    if option in _SHAPING:  # which are left out at their defaults
+        default = CacheConfig.model_fields[option].default
+        before, now = (default if value is None else value for value in (before, now))
     return f"--{option} {before}, now {now}" if option in CacheConfig.model_fields else f"{option} {before}, now {now}"
