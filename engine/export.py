@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from engine.config.checks import check_writable
 from engine.config.command_line import Parser
 from engine.errors import UserError, exit_code
 
@@ -22,6 +23,7 @@ def main() -> int:
         raise UserError(f"--model {model}: no model_index.json there; give the output directory of a training")
     if file.suffix != ".safetensors" or not file.parent.is_dir():
         raise UserError(f"--single_file {file}: give a name that ends in .safetensors, in a directory that exists")
+    check_writable("--single_file", file.parent)
 
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     import torch

@@ -61,6 +61,11 @@ ELSEWHERE = {
     "cache_latents* cache_text_encoder_outputs* latent_caching pre_compute_text_embeddings vae_cache* text_cache* "
     "skip_cache_check text_embed*": "not needed: latents and captions are always encoded once, into --shards_dir",
     "regenerate_cache clear_cache_before_training": "delete --shards_dir, and it is built again",
+    "trust_cache override_dataset_config": "--trust_shards",
+    "dataset_split_name split": "the split `train` is read",
+    "streaming webdataset use_webdataset train_shards_path_or_url": (
+        "data are encoded first, from a folder, a table, tars or the hub"
+    ),
     "cache_only only_cache": "`python -m engine.shards build`",
     "cache_dir_vae cache_dir_text": "--shards_dir",
     "vae_batch_size caching_batch_size vae_encode_batch_size text_encoder_batch_size write_batch_size": "--encode_batch_size",
@@ -73,7 +78,10 @@ ELSEWHERE = {
     "max_steps num_training_steps stop_training_after train_steps steps iterations": "--max_train_steps",
     "batch_size micro_batch_size_per_gpu per_device_train_batch_size per_gpu_batch_size": "--train_batch_size",
     "gradient_clipping clip_grad_norm gradient_clip": "--max_grad_norm",
-    "activation_checkpointing": "--gradient_checkpointing",
+    "frames num_frames max_num_frames video_* fps": "no video",
+    "gradient_checkpointing_* activation_offloading cpu_offload_checkpointing activation_checkpointing": (
+        "--gradient_checkpointing"
+    ),
     # Optimizer.
     "learning_rate_scaler": "--scale_lr",
     "lr unet_lr unet_learning_rate learning_rate_unet": "--learning_rate",
@@ -129,6 +137,7 @@ ELSEWHERE = {
     "offload_optimizer_nvme_path": "--nvme_path",
     "offload_param_device": "--offload_parameters",
     "deepspeed use_deepspeed deepspeed_config_file": "--zero_stage, with --deepspeed_config for more",
+    "ddp_* zero3_* fsdp_* use_fsdp": "not needed: --zero_stage says how the state is divided",
     "multi_gpu num_processes num_machines machine_rank main_process_* gpu_ids num_gpus device_indexes "
     "num_cpu_threads_per_process pipeline_stages": "`torchrun --nproc-per-node N -m engine.run ...` starts several processes",
     # Results.
@@ -146,10 +155,12 @@ ELSEWHERE = {
         "the result is a diffusers pipeline of safetensors in fp32; `python -m engine.export` makes a single file of it"
     ),
     "huggingface_repo_id hub_repo": "--push_to_hub with --hub_model_id",
+    "hub_private_repo huggingface_repo_visibility huggingface_repo_type": "create the repository first, as it is to be",
     "huggingface_token": "--hub_token, or `hf auth login`",
     # Reports.
     "log_with logger tensorboard enable_wandb wandb_enable report_to_wandb": "--report_to",
     "wandb_api_key wandb_key": "`wandb login`, or the variable WANDB_API_KEY",
+    "wandb_entity": "the variable WANDB_ENTITY",
     "log_tracker_name wandb_project_name wandb_tracker_name tracker_name project wandb_project": "--tracker_project_name",
     "logging_steps log_steps steps_per_print": "--log_every",
     "sample_prompts validation_prompt sample_definition_file_name user_prompt_library final_validation_prompt": (
@@ -158,7 +169,7 @@ ELSEWHERE = {
     "sample_every_* sample_after* validation_steps sample_at_first eval_* validation_step_interval "
     "validation_epoch_interval save_images_epochs": "--validation_epochs, counted in epochs",
     "sample_sampler validation_guidance* validation_num_inference_steps validation_resolution validation_negative_prompt "
-    "validation_scheduler validation_seed num_inference_steps guidance_scale": (
+    "validation_scheduler validation_seed num_inference_steps validation_inference_steps guidance_scale": (
         "validation images are drawn as the pipeline draws; `python -m engine.sample` has more choices"
     ),
     "num_validation_image validation_number_images": "--num_validation_images",
