@@ -36,8 +36,17 @@ from engine.tensors import read_header
 _HOPELESS = 100
 
 
-def encode_source(config: CacheConfig, encoding: Encoding, source: Source, processes: Processes) -> Index:
+def encode_source(
+    config: CacheConfig,
+    encoding: Encoding,
+    source: Source,
+    processes: Processes,
+    check: Callable[[dict[str, Any]], None] = lambda identity: None,
+) -> Index:
     """Encodes what is missing of the shards and returns the index. Of two runs one builds, and the other waits.
+
+    Args:
+        check: is given the identity of the shards before anything is encoded, to raise what is against it.
 
     Raises:
         UserError: the directory holds shards of something else, no sample can be used, or `--strict` met one that cannot.
@@ -45,6 +54,7 @@ def encode_source(config: CacheConfig, encoding: Encoding, source: Source, proce
     directory = config.shards_path
     with busy("Hashing the frozen models and listing the data set"):
         identity = identity_of(config, encoding, source)
+    check(identity)
     fingerprint = digest_of(identity)
     if processes.from_first((directory / INDEX).exists()):
         return _existing_index(directory, identity, fingerprint)

@@ -1,6 +1,7 @@
 """What comes before the first step: the division of the batch, the shards, and the numbers of the run."""
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 from engine.config.options import ALTER_THE_RESULT, TrainConfig, options_of
@@ -37,8 +38,13 @@ def divide_global_batch(config: TrainConfig, world: int) -> TrainConfig:
     return config.model_copy(update={"gradient_accumulation_steps": whole // part})
 
 
-def prepare_shards(config: TrainConfig, family: Family, processes: Processes) -> Shards:
+def prepare_shards(
+    config: TrainConfig, family: Family, processes: Processes, check: Callable[[dict[str, Any]], None]
+) -> Shards:
     """Builds the shards where they are missing, verifies every one, and opens them.
+
+    Args:
+        check: is given the identity of the shards before anything is encoded, to raise what is against it.
 
     Raises:
         UserError: shards of another family or shape, or damaged ones, by name.
@@ -47,9 +53,10 @@ def prepare_shards(config: TrainConfig, family: Family, processes: Processes) ->
     if config.data:
         with busy("Opening the data set"):
             source = open_source(config, family.encoding.captioned)
-        index = encode_source(config, family.encoding, source, processes)
+        index = encode_source(config, family.encoding, source, processes, check)
     else:
         index = Index.read(directory)
+        check(index.identity)
         if not config.trust_shards and (other := processes.from_first(_other_models(index, family, processes))):
             raise UserError(
                 f"{directory}: the shards were built with other models than this run is given ({other}); give those, or train "
@@ -98,4 +105,5 @@ def open_run(config: TrainConfig, seed: int, shards: Shards, plan: BatchPlan, st
         say(f"The checkpoint is of step {done}, beyond the {steps} asked for: training one step more")
         steps = done + 1
     options = {name: value for name, value in options_of(config).items() if name in ALTER_THE_RESULT}
-    return Run(seed, plan.global_batch, shards.index.fingerprint, len(shards), steps, options | {"max_train_steps": steps})
+    options["max_train_steps"] = steps
+    return Run(seed, plan.global_batch, shards.index.fingerprint, len(shards), steps, options, shards.index.identity)

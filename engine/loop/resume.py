@@ -10,8 +10,9 @@ from typing import Any
 
 from engine.catalogue import FAMILIES, PIPELINES
 from engine.config.options import TrainConfig
+from engine.data.identity import differences
 from engine.errors import UserError
-from engine.files import PARTIAL, discard, lock, write_text
+from engine.files import PARTIAL, digest_of, discard, lock, write_text
 from engine.loop.checkpoints.layout import LATEST, SliceFiles, complete_checkpoints, find, read_state, step_of
 from engine.loop.log import METRICS
 from engine.loop.optimizers.rates import peak_rate, rate_factors
@@ -98,8 +99,15 @@ def open_checkpoint(checkpoint: Path, config: TrainConfig, world: int) -> dict[s
         UserError: it is damaged, or was written by another run or with other state.
     """
     state = read_state(checkpoint)
-    batch = config.train_batch_size * config.gradient_accumulation_steps * world
-    check_same_run(checkpoint, state["run"], {"seed": seed_of(config, state), "global_batch": batch})
+    before, batch = state["run"], config.train_batch_size * config.gradient_accumulation_steps * world
+    if config.seed not in (None, before["seed"]):
+        seeds = f"seed {before['seed']}, this run has {config.seed}"
+        raise UserError(f"{checkpoint}: was written with {seeds}; leave out --seed, or give the same")
+    if before["global_batch"] != batch:
+        raise UserError(
+            f"{checkpoint}: was written with global_batch {before['global_batch']}, this run has {batch}; choose processes, "
+            "--train_batch_size and --gradient_accumulation_steps with the same product"
+        )
     kinds = SliceFiles(checkpoint).kinds
     if config.use_ema and "ema" not in kinds:
         raise UserError(
@@ -112,20 +120,15 @@ def open_checkpoint(checkpoint: Path, config: TrainConfig, world: int) -> dict[s
     return state
 
 
-def check_same_run(checkpoint: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Compares what `Run.identity`, or a part of it, was when a checkpoint was written with what it is.
+def check_same_shards(checkpoint: Path | None, state: dict[str, Any] | None, identity: dict[str, Any]) -> None:
+    """Compares the shards of a checkpoint, if there is one, with those of this run, by what shapes them.
 
     Raises:
         UserError: they differ.
     """
-    remedies = {
-        "seed": "leave out --seed, or give the same",
-        "global_batch": "choose processes, --train_batch_size and --gradient_accumulation_steps with the same product",
-        "fingerprint": "give the same data and preprocessing options",
-    }
-    for name, value in now.items():
-        if before[name] != value:
-            raise UserError(f"{checkpoint}: was written with {name} {before[name]}, this run has {value}; {remedies[name]}")
+    if state is not None and state["run"]["fingerprint"] != digest_of(identity):
+        changed = differences(state["data"], identity) if "data" in state else "data, preprocessing or encoders"
+        raise UserError(f"{checkpoint}: was trained on other shards ({changed}); give the same data and options of the data")
 
 
 def announce(checkpoint: Path, state: dict[str, Any], config: TrainConfig, run: Run, world: int) -> None:

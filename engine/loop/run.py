@@ -13,6 +13,7 @@ class Run:
     records: how many the shards hold.
     steps: optimizer steps in all.
     options: those that alter the result and may change when the run is resumed.
+    data: what shaped the shards.
     """
 
     seed: int
@@ -21,6 +22,7 @@ class Run:
     records: int
     steps: int
     options: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
 
     @property
     def identity(self) -> dict[str, Any]:

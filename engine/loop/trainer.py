@@ -36,7 +36,7 @@ from engine.loop.overlap import overlap_pays
 from engine.loop.pace import Pace
 from engine.loop.prepare import divide_global_batch, open_run, prepare_shards
 from engine.loop.report import log_line, opening, warn_of_a_full_disk
-from engine.loop.resume import announce, check_same_run, find_checkpoint, only_run, open_checkpoint, seed_of, take_over
+from engine.loop.resume import announce, check_same_shards, find_checkpoint, only_run, open_checkpoint, seed_of, take_over
 from engine.loop.run import Run
 from engine.loop.step import Step
 from engine.loop.validation import validate
@@ -83,13 +83,12 @@ def _train(config: TrainConfig, processes: Processes) -> int:
         with busy(f"Comparing {checkpoint} with its digests"):
             state = open_checkpoint(checkpoint, config, processes.world) if checkpoint else None
         seed = processes.from_first(seed_of(config, state))
-        shards = prepare_shards(config, family, processes)
+        shards = prepare_shards(config, family, processes, partial(check_same_shards, checkpoint, state))
         plan = BatchPlan(config.train_batch_size, config.gradient_accumulation_steps, processes.rank, processes.world)
         run = open_run(config, seed, shards, plan, state)
         subset_seed = config.sample_seed if config.max_train_samples else None
         config = config.model_copy(update={"seed": run.seed, "max_train_steps": run.steps, "subset_seed": subset_seed})
         if state is not None and checkpoint is not None:
-            check_same_run(checkpoint, state["run"], run.identity)
             announce(checkpoint, state, config, run, processes.world)
 
         # Dropout draws from torch's generator; each process its own numbers.

@@ -158,6 +158,8 @@ def test_a_checkpoint_without_options_is_read_as_before(output, run, capsys):
         ({"use_8bit_adam": True}, "checkpoint-8: was written without --use_8bit_adam; leave it out"),
         ({"seed": 12}, "checkpoint-8: was written with seed 11, this run has 12"),
         ({"train_batch_size": 2}, "checkpoint-8: was written with global_batch 4, this run has 2"),
+        ({"resolution": 32}, r"checkpoint-8: was trained on other shards \(--resolution 16, now 32\)"),
+        ({"center_crop": True}, r"other shards \(--random_crops 4, now --center_crop\)"),
     ],
 )
 def test_what_a_checkpoint_cannot_give_is_known_before_anything_is_encoded(options, said, output, run, tmp_path):

@@ -88,6 +88,7 @@ def take(step: int, run: Run, partition: Partition, metrics: Metrics) -> Snapsho
         "world": processes.world,
         "run": run.identity,
         "options": run.options,
+        "data": run.data,
         "optimizer_counters": host_counters(partition),
         "loss_steps": metrics.steps,
         "loss_scaler": {k: v for k, v in vars(scaler).items() if isinstance(v, (int, float))} if scaler else None,
