@@ -174,10 +174,14 @@ def check_picture(flag: str, path: Path) -> None:
 
 def _check_pipeline(option: str, path: Path) -> None:
     """Refuses what is clearly meant to be a directory but holds no pipeline; anything else may be a name on the hub."""
+    if str(path).startswith(("http:", "https:")):
+        raise UserError(f"--{option}: an address; download the file and give its path, or name a repository on the hub")
     if not path.exists() and path.suffix in SINGLE_FILES:
         raise UserError(f"--{option} {path}: no such file")
     if not path.exists() and (path.is_absolute() or len(path.parts) > 2 or str(path).startswith(".")):
         raise UserError(f"--{option} {path}: no such directory")
+    if path.is_file() and path.suffix not in SINGLE_FILES:
+        raise UserError(f"--{option} {path}: no file of weights; single files are {', '.join(SINGLE_FILES)}")
     if path.is_file() and option != MODEL:
         raise UserError(f"--{option} {path}: a file; give a diffusers pipeline (single files: --family sd only)")
     if path.is_dir() and not (path / "model_index.json").is_file():

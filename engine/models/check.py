@@ -101,7 +101,9 @@ def read_part(pipeline: Path, part: str, load: Any) -> Any:
             refuse_pointer(file)
     try:
         return load(str(folder))
-    except (OSError, ValueError, TypeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise many kinds
         raise UserError(f"{folder}: cannot be loaded: {first_line(error)}") from None
 
 
@@ -260,10 +262,15 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def refuse_pointer(file: Path) -> None:
     """Raises `UserError` for what Git LFS leaves in the place of a file that was not downloaded."""
-    if file.is_file():
+    if not file.is_file():
+        return
+    try:
         with file.open("rb") as opened:
-            if opened.read(len(_POINTER)) == _POINTER:
-                raise UserError(f"{file}: a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
+            start = opened.read(len(_POINTER))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    if start == _POINTER:
+        raise UserError(f"{file}: a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
 
 
 def _has_files(folder: Path) -> bool:

@@ -47,7 +47,7 @@ _CHANNELS = {
 
 # What a single file is by the first expression that is found in the name of one of its tensors.
 _TENSORS = {
-    r"lora_(up|down|A|B|a|b)\b|lora_unet|lora_te|hada_w|lokr_w|\.lora\.": "an adapter (LoRA), not a model",
+    r"lora_(up|down|A|B|a|b)\b|lora_unet|lora_te|hada_w|lokr_w|\.lora\.": "an adapter (LoRA), no model",
     r"^control_model\.|input_hint_block|controlnet_cond_embedding": "a ControlNet",
     r"double_blocks\.": "FLUX",
     r"joint_blocks\.": "Stable Diffusion 3",
@@ -60,7 +60,7 @@ _TENSORS = {
 }
 # And what it is where nothing begins like a whole Stable Diffusion.
 _PARTS = {
-    r"^(down_blocks|mid_block)\.": "the UNet of a diffusers pipeline, which is one part of it",
+    r"^(down_blocks|mid_block)\.": "the UNet of a diffusers pipeline, whose directory is to be given",
     r"text_model\.|token_embedding|^cond_stage_model\.": "a text encoder, which is one part of a model",
     r"^(first_stage_model\.)?(encoder|decoder)\.": "a VAE, which is one part of a model",
 }

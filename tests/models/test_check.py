@@ -129,6 +129,20 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(copied):
         open_family(config)
 
 
+def test_a_file_that_may_not_be_read_is_named(copied, monkeypatch):
+    config, pipeline = copied("sd", MODEL)
+    opened = Path.open
+
+    def forbid(path, *arguments, **options):
+        if path == pipeline / UNET:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", forbid)
+    with pytest.raises(UserError, match=f"{pipeline / UNET}: cannot be read: Permission denied"):
+        open_family(config).check_files()
+
+
 def test_quantised_weights_are_refused(copied):
     config, pipeline = copied("sd", MODEL)
     change(pipeline / "unet" / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})

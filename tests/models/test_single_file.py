@@ -217,7 +217,7 @@ def test_the_published_sizes_are_recognised():
 @pytest.mark.parametrize(
     ("names", "shape", "kind"),
     [
-        (["lora_unet_down_blocks_0_attentions_0.lora_down.weight"], (4, 4), r"an adapter \(LoRA\), not a model"),
+        (["lora_unet_down_blocks_0_attentions_0.lora_down.weight"], (4, 4), r"an adapter \(LoRA\), no model"),
         (["unet.down_blocks.0.attn1.to_q.lora_A.weight"], (4, 4), r"an adapter \(LoRA\)"),
         (["conditioner.embedders.1.model.ln_final.weight", f"{UNET}input_blocks.0.0.weight"], (320, 4, 3, 3), "Diffusion XL"),
         (["conditioner.embedders.0.model.ln_final.weight", f"{UNET}input_blocks.0.0.weight"], (384, 4, 3, 3), "the refiner"),
@@ -280,6 +280,11 @@ def test_other_families_and_missing_files_are_told(published, tmp_path):
     )
     with pytest.raises(UserError, match="a file; give a diffusers pipeline"):
         check_machine(config)
+    (tmp_path / "model.gguf").touch()
+    for name, named in (("https://huggingface.co/a/b/blob/main/model.safetensors", "an address; download the file"),
+                        (tmp_path / "model.gguf", "no file of weights; single files are .safetensors")):  # fmt: skip
+        with pytest.raises(UserError, match=named):
+            check_machine(configuration(name, tmp_path, tmp_path))
     with pytest.raises(UserError, match=r"missing.ckpt: no such file"):
         check_machine(configuration(tmp_path / "missing.ckpt", tmp_path, tmp_path))
     with pytest.raises(UserError, match="not a single file, so leave out --original_config and --tokenizer_name"):
