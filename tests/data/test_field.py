@@ -128,6 +128,32 @@ def test_broken_metadata_do_not_cost_the_image(data):
     assert np.abs(np.asarray(image).astype(int) - [7, 90, 200]).max() < 4
 
 
+def tiff_with(tag: int, kind: int, count: int, value: bytes) -> bytes:
+    """A TIFF of 6 x 4 pixels that lies on its side, with one more tag."""
+    fields = {
+        256: (3, 1, b"\6\0\0\0"), 257: (3, 1, b"\4\0\0\0"), 258: (3, 3, struct.pack("<I", 8)), 262: (3, 1, b"\2\0\0\0"),
+        273: (4, 1, struct.pack("<I", 14)), 274: (3, 1, b"\6\0\0\0"), 277: (3, 1, b"\3\0\0\0"), 278: (3, 1, b"\4\0\0\0"),
+        279: (4, 1, struct.pack("<I", 72)), tag: (kind, count, value),
+    }  # fmt: skip
+    entries = b"".join(struct.pack("<HHI", name, *field[:2]) + field[2] for name, field in sorted(fields.items()))
+    data = b"\x08\0" * 3 + bytes([7, 90, 200]) * 24
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(fields)) + entries + b"\0\0\0\0"
+
+
+@pytest.mark.parametrize("tag", [270, 271, 282, 700, 34665, 34675])
+@pytest.mark.parametrize(("kind", "count", "value"), [(3, 1, b"\3\0\0\0"), (9, 1, b"\xff" * 4), (2, 100_000, b"\x10\0\0\0")])
+def test_tags_of_a_tiff_do_not_cost_it(tag, kind, count, value):
+    image = decode(io.BytesIO(tiff_with(tag, kind, count, value)))
+    assert (image.size, image.getpixel((0, 0))) == ((4, 6), (7, 90, 200))
+
+
+@pytest.mark.parametrize("broken", [b"\xff\xff\xff\xff", b"\0\0\0\x7f"])
+def test_a_broken_chunk_does_not_cost_a_webp(broken):
+    data = encoded(7, "WEBP", lossless=True, exif=b"Exif\0\0II*\0\x08\0\0\0\0\0", xmp=b"<x/>")
+    place = data.index(b"EXIF") + 4
+    assert decode(io.BytesIO(data[:place] + broken + data[place + 4 :])).getpixel((0, 0)) == (7, 90, 200)
+
+
 @pytest.mark.parametrize("tag", [0x010E, 0x0131, 0x8769, 0x9286, 0xA005])
 @pytest.mark.parametrize("value", [b"\3\0\1\0\0\0\7\0\0\0", b"\2\0\xff\xff\xff\xff\xff\xff\xff\xff", b"\x0c\0\1\0\0\0\1\0\0\0"])
 def test_tags_of_the_wrong_kind_leave_the_orientation(tag, value):

@@ -2,10 +2,8 @@
 
 import io
 import stat
-import struct
 import threading
 import warnings
-import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from engine.data.sources.bare import without_metadata
 from engine.data.sources.interface import Refused, refusing
 from engine.data.sources.kinds import image_suffixes, what_it_is
 from engine.errors import first_line
@@ -53,21 +52,24 @@ def decode(data: Path | io.BytesIO, decoding: Decoding | None = None) -> Image.I
     """
     image_suffixes()  # so that the plug-ins are there
     content = _content(data)
+    decoding = decoding or Decoding()
     try:
         with refusing("unreadable image"):
             try:
-                return _decode(content, decoding or Decoding())
-            except Image.DecompressionBombError as error:
-                raise Refused("image too large to decode safely", first_line(error)) from None
-            except Exception as error:
-                if (bare := _without_metadata(content)) is None:
-                    if isinstance(error, UnidentifiedImageError):
-                        raise Refused("unreadable image", "nothing that Pillow opens") from None
+                return _decode(content, decoding)
+            except (Image.DecompressionBombError, Refused):
+                raise
+            except Exception:
+                if (bare := without_metadata(content)) is None:
                     raise
-                return _decode(bare, decoding or Decoding())
+                return _decode(bare, decoding)
     except Refused as why:
-        if why.reason == "unreadable image" and (better := what_it_is(content)):
+        if isinstance(why.__cause__, Image.DecompressionBombError):
+            raise Refused("image too large to decode safely", first_line(why.__cause__)) from None
+        if better := what_it_is(content):
             raise Refused(*better) from None
+        if isinstance(why.__cause__, UnidentifiedImageError):
+            raise Refused("unreadable image", "nothing that Pillow opens") from None
         raise
 
 
@@ -145,43 +147,6 @@ def _scaled(image: Image.Image) -> Image.Image:
     elif image.mode == "F" and low >= 0 and high <= 1:
         low, high = 0.0, 1.0
     return Image.fromarray(np.round((values - low) * (255 / max(high - low, 1e-300))).astype(np.uint8))
-
-
-def _without_metadata(content: bytes) -> bytes | None:
-    """A PNG without the chunks, or a JPEG without the segments, that no pixel needs; None for other formats."""
-    if content.startswith(b"\x89PNG\r\n\x1a\n"):
-        return content[:8] + b"".join(_png_chunks(content))
-    if content.startswith(b"\xff\xd8"):
-        return b"\xff\xd8" + b"".join(_jpeg_segments(content))
-    return None
-
-
-def _png_chunks(content: bytes) -> list[bytes]:
-    chunks, start = [], 8
-    while start + 8 <= len(content):
-        length, kind = struct.unpack_from(">I4s", content, start)
-        chunk = content[start : start + length + 12]
-        whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
-        if kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND") or (kind in (b"tRNS", b"eXIf") and whole):
-            chunks.append(chunk)
-        start += length + 12
-    return chunks
-
-
-def _jpeg_segments(content: bytes) -> list[bytes]:
-    """All segments but comments and those of applications, of which the orientation and Adobe's colours are kept."""
-    segments: list[bytes] = []
-    start = 2
-    while start + 4 <= len(content):
-        marker, length = content[start + 1], int.from_bytes(content[start + 2 : start + 4], "big")
-        segment = content[start : start + length + 2]
-        if content[start] != 0xFF or marker == 0xDA:  # the pixels
-            return [*segments, content[start:]]
-        kept = marker == 0xEE or (marker == 0xE1 and segment[4:8] == b"Exif")
-        if kept or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
-            segments.append(segment)
-        start += length + 2
-    return segments
 
 
 def refuse_extreme(size: tuple[int, int], side: int, max_upscale: float) -> None:
