@@ -51,7 +51,8 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
 def left_by_a_run(output: Path) -> str:
     """What a run left in its output directory, in words; empty where there was none."""
     checkpoints, metrics = complete_checkpoints(output), output / METRICS
-    left = [f"{len(checkpoints)} checkpoints (the last is {checkpoints[-1].name})"] if checkpoints else []
+    many = f"{len(checkpoints)} checkpoints, the last " if len(checkpoints) > 1 else ""
+    left = [f"{many}{checkpoints[-1].name}"] if checkpoints else []
     if metrics.is_file() and metrics.stat().st_size:
         left.append(METRICS)
     return " and ".join(left)

@@ -53,8 +53,8 @@ def logged(output: Path) -> list[int]:
 @pytest.mark.parametrize(
     ("gone", "options", "named"),
     [
-        ("", {}, r"4 checkpoints \(the last is checkpoint-8\) and metrics.jsonl"),
-        ("metrics.jsonl", {}, r"4 checkpoints \(the last is checkpoint-8\)"),
+        ("", {}, r"4 checkpoints, the last checkpoint-8 and metrics.jsonl"),
+        ("metrics.jsonl", {}, r"4 checkpoints, the last checkpoint-8"),
         ("checkpoint-*", {}, "metrics.jsonl"),
         ("checkpoint-*", {"resume_from_checkpoint": "latest"}, "metrics.jsonl"),
         ("", {"resume_from_checkpoint": "elsewhere/checkpoint-4"}, "4 checkpoints"),
@@ -88,7 +88,7 @@ def test_overwrite_removes_what_the_run_left_and_nothing_else(output, run, capsy
         (output / name).write_text("mine")
     assert run(overwrite=True) == 0
     assert all((output / name).read_text() == "mine" for name in theirs)
-    assert "removed what an earlier run left: 4 checkpoints (the last is checkpoint-8)" in capsys.readouterr().err
+    assert "removed what an earlier run left: 4 checkpoints, the last checkpoint-8" in capsys.readouterr().err
     assert steps(output) == [2]
     assert logged(output) == [1, 2]
     assert not (output / "samples" / "step-8.png").exists()
