@@ -18,7 +18,7 @@ def run(command: list[str], **unused: Any) -> subprocess.CompletedProcess[str]:
 
     def main() -> int:
         if kind == "-m":
-            return importlib.import_module(what).main()
+            return exit_code(what, importlib.import_module(what).main)
         exec(what, {"__name__": "__main__"})
         return 0
 
@@ -29,7 +29,7 @@ def run(command: list[str], **unused: Any) -> subprocess.CompletedProcess[str]:
         contextlib.redirect_stderr(errors),
     ):
         try:
-            code = exit_code(what, main)
+            code = main()
         except Exception:
             traceback.print_exc()
             code = 1

@@ -6,7 +6,7 @@ import torch
 
 from engine.data.format.index import Field, Index, ShardEntry
 from engine.data.format.shard import shard_name, write_shard
-from engine.files import digest
+from engine.files import digest, digest_of
 
 SHARD = 8192  # records of a shard
 
@@ -27,4 +27,4 @@ def write_shards(directory: Path, records: int, family: str, fields: dict[str, F
         path = directory / shard_name(len(entries))
         write_shard(path, rows | described, {})
         entries.append(ShardEntry(path.name, count, count, count * captioned, path.stat().st_size, digest(path)))
-    Index(family, "", {}, {}, fields, entries, []).write(directory)
+    Index(family, digest_of({}), {}, {}, fields, entries, []).write(directory)

@@ -168,9 +168,8 @@ class Training:
     def _writes_models(self) -> Callable[[Path], list[Path]]:
         """What writes the models of a checkpoint, for others to open, once all slices of it are there."""
         partition = self.partition
-        buffers = {name: buffer.detach().cpu() for name, buffer in partition.module.named_buffers()}
         return partial(
-            write_models, module=partition.module, shapes=partition.shapes, others={**partition.frozen, **buffers},
+            write_models, module=partition.module, shapes=partition.shapes, frozen=partition.frozen,
             part=FAMILIES[self.config.family].part, dtype=self.family.encoding.dtype,
         )  # fmt: skip
 

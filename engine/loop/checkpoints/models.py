@@ -34,7 +34,7 @@ def write_models(
     checkpoint: Path,
     module: Any,
     shapes: Mapping[str, torch.Size],
-    others: Mapping[str, Tensor],
+    frozen: Mapping[str, Tensor],
     part: str,
     dtype: torch.dtype,
 ) -> list[Path]:
@@ -44,10 +44,12 @@ def write_models(
 
     Args:
         module: the trained module, in training form.
-        shapes, others: as `whole_parameters` takes them.
+        shapes: of the trained parameters.
+        frozen: the parameters that are not trained.
         part: what the pipeline calls the module.
     """
     files = SliceFiles(checkpoint)
+    others = {**frozen, **dict(module.named_buffers())}
     folders = {kind: checkpoint / name.format(part) for kind, name in FOLDERS.items() if kind in files.kinds}
     for kind, folder in folders.items():
         folder.mkdir(exist_ok=True)
