@@ -140,6 +140,26 @@ def _run(training: "Training", shards: Shards, plan: BatchPlan) -> bool:
             log.close()
 
 
+def cause_of_skips(slots: list[int], records: list[int]) -> str:
+    """What made losses or gradients other than finite, and what to do about it.
+
+    Args:
+        slots: the latest whose losses were not finite, in order; `records` are those that they read.
+    """
+    if not slots:
+        return "every loss was, so the gradients overflowed: lower --learning_rate"
+    if len(set(records)) > 1 and slots == list(range(slots[0], slots[-1] + 1)):
+        return (
+            f"no loss was in the last {len(slots)} samples, whatever they hold: the weights have diverged. Go on from an "
+            "earlier checkpoint, with a lower --learning_rate"
+        )
+    named = ", ".join(f"slot {slot} (record {record})" for slot, record in zip(slots, records, strict=True))
+    return (
+        f"losses of these samples were not, and those of others were: {named}. `python -m engine.shards info DIR --record "
+        f"{records[-1]}` says which image that is; look at it"
+    )
+
+
 class Training:
     """The model under training, and the steps of the run.
 
@@ -243,16 +263,14 @@ class Training:
             self.metrics.exclude(work)
 
     def _stop_when_skipping(self, skipped: int) -> None:
-        """Gives up a run that skips steps again and again, and names the samples; slots, and so records, are known."""
+        """Gives up a run that skips steps again and again, and says what is to blame."""
         if skipped <= self.config.max_skipped_steps:
             return
         slots = self.metrics.offending_slots()
         records = records_of(self.run.seed, torch.tensor(slots, dtype=torch.int64), self.run.records).tolist()
-        named = ", ".join(f"slot {slot} (record {record})" for slot, record in zip(slots, records, strict=True))
-        cause = f"losses of these samples were not: {named}" if named else "every loss was, so the gradients overflowed"
         raise UserError(
-            f"{skipped} steps were skipped because a loss or gradient was not finite; {cause}; no weight was touched. "
-            f"Look at the data, lower --learning_rate, or raise --max_skipped_steps {self.config.max_skipped_steps}"
+            f"{skipped} steps were skipped because a loss or gradient was not finite; {cause_of_skips(slots, records)}; these "
+            f"steps touched no weight. Or raise --max_skipped_steps {self.config.max_skipped_steps}"
         )
 
     def _epoch_to_validate(self) -> bool:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from engine.data.samples.order import records_of
 from engine.errors import UserError
 from engine.files import digest, write_json
-from engine.loop.trainer import train
+from engine.loop.trainer import cause_of_skips, train
 from tests.loop.runs import checkpoint_tensors, config
 
 RECORD = 7
@@ -63,6 +63,17 @@ def test_a_planted_nan_skips_its_steps_and_nothing_else(stage, model, poisoned, 
 
 
 def test_too_many_stop_the_run_and_the_samples_are_named(model, poisoned, tmp_path):
-    expected = rf"1 steps were skipped .* slot {BAD_SLOTS[0]} \(record {RECORD}\); no weight was touched"
+    expected = rf"1 steps were skipped .* slot {BAD_SLOTS[0]} \(record {RECORD}\)\. .* --record {RECORD}` .* touched no weight"
     with pytest.raises(UserError, match=expected):
         run(model, poisoned, tmp_path / "out", max_skipped_steps=0)
+
+
+def test_weights_that_diverged_are_not_blamed_on_samples():
+    slots = list(range(40, 56))
+    said = cause_of_skips(slots, [slot % 12 for slot in slots])
+    assert said.startswith("no loss was in the last 16 samples, whatever they hold: the weights have diverged")
+    assert "record" not in said
+    assert cause_of_skips([], []).startswith("every loss was, so the gradients overflowed")
+    assert "slot 7 (record 7), slot 19 (record 7)" in cause_of_skips([7, 19], [7, 7])
+    # One bad record that comes twice in a row is still a bad record.
+    assert "(record 7)" in cause_of_skips([7, 8], [7, 7])
