@@ -87,8 +87,8 @@ def publish_directory(temporary: Path, final: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Removes a file or a directory tree, if it is there."""
-    if path.is_dir():
+    """Removes a file or a directory tree, if it is there; of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -13,6 +13,11 @@ def world() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
+def restarted() -> bool:
+    """Whether torchrun has started this command anew, after a process of it failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+
+
 def local_rank(otherwise: int = 0) -> int:
     """Which of its node's processes this one is; `otherwise`, if that is not negative, where no launcher says."""
     return int(os.environ.get("LOCAL_RANK") or max(otherwise, 0))

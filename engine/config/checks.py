@@ -117,7 +117,8 @@ def check_machine(config: CacheConfig) -> None:
         if name not in lacking:
             _check_pipeline(name, Path(getattr(config, name)))
     check_writable("--output_dir", Path(config.output_dir))
-    check_writable("--shards_dir", config.shards_path)
+    if not _has_index(config.shards_path):  # nothing is written beside shards that are there
+        check_writable("--shards_dir", config.shards_path)
     if isinstance(config, TrainConfig):
         _check_training_machine(config)
 
@@ -146,6 +147,13 @@ def installed(package: str) -> bool:
     """Whether a package can be imported; a folder of its name in the working directory, as wandb leaves one, is none."""
     spec = importlib.util.find_spec(package)
     return spec is not None and spec.origin is not None
+
+
+def _has_index(directory: Path) -> bool:
+    try:
+        return (directory / "index.json").is_file()
+    except OSError:  # a name that is too long, say
+        return False
 
 
 def check_writable(flag: str, path: Path) -> None:

@@ -58,7 +58,9 @@ def opening(
 
 
 def warn_of_a_full_disk(config: TrainConfig, run: Run, partition: Partition, done: int) -> None:
-    """Warns where the checkpoints of the run will not find room."""
+    """Warns where the checkpoints of the run will not find room; the first process looks."""
+    if not partition.processes.is_first:
+        return
     size = checkpoint_bytes(config, sum(shape.numel() for shape in partition.shapes.values()))
     needed, free = size * checkpoints_to_come(config, run, done), shutil.disk_usage(Path(config.output_dir)).free
     if needed > free:

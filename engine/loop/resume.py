@@ -13,6 +13,7 @@ from engine.config.options import TrainConfig
 from engine.data.identity import differences
 from engine.errors import UserError
 from engine.files import PARTIAL, digest_of, discard, lock, write_text
+from engine.launcher import restarted
 from engine.loop.checkpoints.layout import LATEST, SliceFiles, complete_checkpoints, find, read_state, step_of
 from engine.loop.log import METRICS
 from engine.loop.optimizers.rates import peak_rate, rate_factors
@@ -22,23 +23,29 @@ from engine.processes import Processes
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:
-    """The checkpoint to go on from, if that is asked for and there is one.
+    """The checkpoint to go on from, if that is asked for and there is one. A command that a launcher starts again goes on.
 
     Raises:
         UserError: an earlier run left something in the output directory, and it was not said what becomes of that.
     """
-    output, resume = Path(config.output_dir), config.resume_from_checkpoint
+    output, resume = Path(config.output_dir), config.resume_from_checkpoint or (LATEST if restarted() else None)
     checkpoint = find(output, resume) if resume else None
-    within = checkpoint is not None and checkpoint.resolve().parent == output.resolve()
-    if config.overwrite:
+    within = checkpoint is not None and _lies_in(checkpoint, output)
+    if config.overwrite and not restarted():
         if within:
             raise UserError(f"--overwrite would remove {checkpoint}, which --resume_from_checkpoint names; leave one out")
         for name in PIPELINES:
-            if (value := getattr(config, name)) and Path(value).resolve() == output.resolve():
+            result = output / FAMILIES[config.family].result
+            if (value := getattr(config, name)) and Path(value).resolve() in (output.resolve(), result.resolve()):
                 raise UserError(f"--overwrite would remove the pipeline of --{name}; name another --output_dir")
     elif not within and (left := left_by_a_run(output)):
         # A run that was killed before its first checkpoint left metrics alone, and the same command begins it again.
-        if resume == LATEST and not _index_of_the_pipeline(config).exists():
+        if resume == LATEST and checkpoint is None:
+            if _index_of_the_pipeline(config).exists():
+                raise UserError(
+                    f"{output}: an earlier run left {left} there; --resume_from_checkpoint latest finds no checkpoint of it, "
+                    "--overwrite removes what it left, or name another --output_dir"
+                )
             say(f"{output}: no checkpoint there; starting from the beginning, without the {left} there")
             return None
         raise UserError(
@@ -46,6 +53,11 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
             "what it left, or name another --output_dir"
         )
     return checkpoint
+
+
+def _lies_in(checkpoint: Path, output: Path) -> bool:
+    """Whether a checkpoint, or a link to one that was moved elsewhere, is an entry of the output directory."""
+    return checkpoint.absolute().parent.resolve() == output.resolve()
 
 
 def left_by_a_run(output: Path) -> str:
@@ -68,13 +80,15 @@ def remove_run(config: TrainConfig) -> None:
     left = left_by_a_run(output)
     if not left:
         return
-    parts = [name for name in json.loads(index.read_text()) if name == Path(name).name] if index.is_file() else []
+    named = json.loads(index.read_text()) if index.is_file() else []
+    parts = [name for name in named if name == Path(name).name and name not in ("", ".", "..")]
     folders = [output / "samples", output / config.logging_dir]
+    if output.resolve() not in folders[1].resolve().parents:
+        folders.pop()  # others may keep theirs there
     for path in (
         index,
         *(index.parent / name for name in parts),
-        *folders[0].glob("step-*.png"),
-        *folders[1].glob("events.out.tfevents.*"),
+        *(path for folder in folders for kind in ("step-*.png", "events.out.tfevents.*") for path in folder.glob(kind)),
         *output.glob(f"checkpoint-*{PARTIAL}"),
         *complete_checkpoints(output),
         *(output / name for name in ("wandb", "curves.png", "config.toml", LATEST, METRICS)),
@@ -160,11 +174,11 @@ def _rate(config: TrainConfig, world: int, step: int) -> float:
 def take_over(config: TrainConfig, checkpoint: Path | None) -> None:
     """Makes the output directory this run's: without another's remains, and with `latest` where this one goes on."""
     output = Path(config.output_dir)
-    if config.overwrite:
+    if config.overwrite and not restarted():
         remove_run(config)
     for path in output.glob(f"checkpoint-*{PARTIAL}"):  # of runs that were killed while they wrote
         discard(path)
-    if checkpoint and checkpoint.resolve().parent == output.resolve():
+    if checkpoint and _lies_in(checkpoint, output):
         write_text(output / LATEST, checkpoint.name + "\n")
 
 

@@ -22,13 +22,15 @@ def validate(config: TrainConfig, family: Family, partition: Partition, seed: in
     Pictures never cost a training: what keeps them from being drawn is a warning.
     """
     grid = None
-    model = assemble(partition, family.encoding.dtype)
-    if model is not None:
-        try:
+    try:
+        model = assemble(partition, family.encoding.dtype)
+        if model is not None:
             grid = _grid(config, family, model, partition.processes.device, seed)
             save_png(grid, Path(config.output_dir) / "samples" / f"step-{step}.png")
-        except Exception as error:  # of diffusers, of the disk, of memory: any
-            warn(f"validation images of step {step}: {type(error).__name__}: {first_line(error)}; the training goes on")
+    except Exception as error:  # of diffusers, of the disk, of memory: any
+        if not partition.processes.is_first:
+            raise  # a collective failed
+        warn(f"validation images of step {step}: {type(error).__name__}: {first_line(error)}; the training goes on")
     partition.processes.barrier()
     return grid
 

@@ -10,6 +10,7 @@ from engine.config.checks import check_options
 from engine.config.options import ALTER_THE_RESULT, TrainConfig
 from engine.errors import UserError
 from engine.files import digest, write_json
+from engine.loop import trainer
 from engine.loop.checkpoints.layout import complete_checkpoints
 from engine.loop.trainer import train
 from tests.loop.runs import config
@@ -179,3 +180,63 @@ def test_every_option_of_optimizer_and_objective_is_compared_or_known_not_to_mat
     known = {"use_ema", "use_8bit_adam", "max_skipped_steps", "offload_ema", "foreach_ema"}
     shaping = {name for name, group in groups.items() if group in ("optimizer", "objective")}
     assert shaping - known <= set(ALTER_THE_RESULT) <= groups.keys()
+
+
+def test_a_checkpoint_that_was_moved_away_and_linked_is_gone_on_from(model, images, shards, tmp_path):
+    output = tmp_path / "out"
+    assert train(config(model, images, shards, output, max_train_steps=2)) == 0
+    (tmp_path / "disk").mkdir()
+    (output / "checkpoint-2").rename(tmp_path / "disk" / "checkpoint-2")
+    (output / "checkpoint-2").symlink_to(tmp_path / "disk" / "checkpoint-2")
+    options = {"max_train_steps": 4, "resume_from_checkpoint": "latest", "checkpoints_total_limit": 1}
+    assert train(config(model, images, shards, output, **options)) == 0
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert (tmp_path / "disk" / "checkpoint-2" / "state.json").is_file(), "only the link goes with the rotation"
+
+
+def test_overwrite_spares_the_model_that_is_trained_and_other_peoples_logs(model, images, shards, tmp_path):
+    output = tmp_path / "out"
+    assert train(config(model, images, shards, output, max_train_steps=1)) == 0
+    with pytest.raises(UserError, match="--overwrite would remove the pipeline of --pretrained_model_name_or_path"):
+        train(config(output, images, shards, output, max_train_steps=1, overwrite=True))
+    shared = tmp_path / "logs"
+    shared.mkdir()
+    (shared / "events.out.tfevents.1.other").touch()
+    index = json.loads((output / "model_index.json").read_text())
+    (output / "model_index.json").write_text(json.dumps(index | {"..": ["diffusers", "X"], "": ["diffusers", "X"]}))
+    assert train(config(model, images, shards, output, max_train_steps=1, overwrite=True, logging_dir=str(shared))) == 0
+    assert (shared / "events.out.tfevents.1.other").is_file()
+    assert (output / "model_index.json").is_file()
+
+
+def test_what_a_launcher_starts_again_goes_on(model, images, shards, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    run = config(model, images, shards, output, max_train_steps=4, overwrite=True)
+    assert train(run.model_copy(update={"max_train_steps": 2})) == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train(run) == 0
+    assert "Continuing from" in capsys.readouterr().err
+    assert [path.name for path in sorted(output.glob("checkpoint-*"))] == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_run_that_left_no_checkpoint_is_not_said_to_go_on(model, images, shards, tmp_path):
+    output = tmp_path / "out"
+    assert train(config(model, images, shards, output, max_train_steps=1)) == 0
+    shutil.rmtree(output / "checkpoint-1")
+    with pytest.raises(
+        UserError, match="--resume_from_checkpoint latest finds no checkpoint of it, --overwrite removes what it left"
+    ):
+        train(config(model, images, shards, output, max_train_steps=2, resume_from_checkpoint="latest"))
+
+
+def test_a_checkpoint_needs_none_of_its_models(model, images, shards, tmp_path, monkeypatch, capsys):
+    def full(checkpoint, **unused):
+        (checkpoint / "unet").mkdir()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer, "write_models", full)
+    assert train(config(model, images, shards, tmp_path / "out", max_train_steps=2)) == 0
+    assert "without models for diffusers to open" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "out" / "checkpoint-2").iterdir()} == {
+        "manifest.json", "rank-0.safetensors", "state.json",
+    }  # fmt: skip

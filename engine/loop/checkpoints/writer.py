@@ -14,14 +14,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from engine.errors import UserError, disk_problem
+from engine.errors import UserError, disk_problem, first_line
 from engine.files import PARTIAL, digest, discard, publish_directory, write_json, write_text
 from engine.loop.checkpoints.layout import LATEST, complete_checkpoints, find, step_of
 from engine.loop.checkpoints.snapshot import Snapshot, take
 from engine.loop.metrics import Metrics
 from engine.loop.run import Run
 from engine.loop.weights.partition import Partition
-from engine.messages import say
+from engine.messages import say, warn
 from engine.processes import Processes
 from engine.tensors import PIECE, host_buffer, pieces_of, staged, write_pieces
 
@@ -119,8 +119,7 @@ class Writer:
         write_json(aside / f"rank-{rank}.json", written)
         if self.processes.is_first:
             digests = self._digests(aside)
-            for path in self.models(aside) if self.models else ():
-                digests[path.relative_to(aside).as_posix()] = digest(path)
+            digests |= self._models(aside)
             write_json(aside / "state.json", snapshot.state)
             digests["state.json"] = digest(aside / "state.json")
             write_json(aside / "manifest.json", digests)
@@ -137,6 +136,18 @@ class Writer:
         for note in notes:
             note.unlink()
         return digests
+
+    def _models(self, aside: Path) -> dict[str, str]:
+        """File -> digest of the models for others to open. The training needs none of it: what keeps them away is a warning."""
+        if self.models is None:
+            return {}
+        try:
+            return {path.relative_to(aside).as_posix(): digest(path) for path in self.models(aside)}
+        except Exception as error:  # a full disk, say
+            for folder in (path for path in aside.iterdir() if path.is_dir()):
+                discard(folder)
+            warn(f"{aside.name.removesuffix(PARTIAL)}: without models for diffusers to open: {first_line(error)}")
+            return {}
 
     def _publish(self, aside: Path, final: Path) -> None:
         replaced = final.with_name(f"{final.name}.replaced")

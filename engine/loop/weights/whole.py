@@ -30,9 +30,16 @@ def assemble(partition: Partition, dtype: torch.dtype) -> Any:
     Where the exported weights have this dtype, their memory is the model's.
     """
     state: dict[str, Tensor] = {}
+    failed: Exception | None = None
     for name, tensor in whole_tensors(partition):
-        if partition.processes.is_first:
-            state[name] = tensor.to(partition.processes.device, dtype if tensor.is_floating_point() else None)
+        if partition.processes.is_first and failed is None:
+            try:
+                state[name] = tensor.to(partition.processes.device, dtype if tensor.is_floating_point() else None)
+            except Exception as error:  # of memory, say: the others still go through all tensors
+                failed = error
+                state.clear()
+    if failed is not None:
+        raise failed
     if not state:
         return None
     model = empty_published_model(partition.module)
