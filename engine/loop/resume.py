@@ -34,9 +34,9 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     if config.overwrite and not restarted():
         if within:
             raise UserError(f"--overwrite would remove {checkpoint}, which --resume_from_checkpoint names; leave one out")
+        removed = output.resolve(), _index_of_the_pipeline(config).parent.resolve()
         for name in PIPELINES:
-            result = output / FAMILIES[config.family].result
-            if (value := getattr(config, name)) and Path(value).resolve() in (output.resolve(), result.resolve()):
+            if (value := getattr(config, name)) and Path(value).resolve() in removed:
                 raise UserError(f"--overwrite would remove the pipeline of --{name}; name another --output_dir")
     elif not within and (left := left_by_a_run(output)):
         # A run that was killed before its first checkpoint left metrics alone, and the same command begins it again.
