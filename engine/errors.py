@@ -5,6 +5,7 @@ import os
 import re
 import select
 import sys
+import unicodedata
 from collections.abc import Callable
 
 from engine.launcher import local_rank, rank
@@ -14,23 +15,46 @@ _OF_THE_DISK = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG,
 )  # fmt: skip
 CLOSED_PIPE = 128 + 13  # as a program that SIGPIPE ends
+LONGEST = 1000  # characters of a line that is printed; names and values in files of others may have any length
+# Categories of Unicode that move the cursor, end a line, colour or reverse what follows, or cannot be written at all.
+_UNPRINTABLE = ("Cc", "Cf", "Zl", "Zp", "Cs")
+
+
+def printable(text: str) -> str:
+    """Text of others in one line that does nothing to a terminal: what would is shown as an escape, a long middle left out."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST * 3 // 4]} ... {text[-LONGEST // 4 :]}"
+    return "".join(
+        character.encode("unicode_escape").decode() if unicodedata.category(character) in _UNPRINTABLE else character
+        for character in text
+    )
 
 
 class UserError(Exception):
     """A mistake that the person running the engine can mend.
 
-    The message says what is wrong, where, and what to do, in one line for each mistake. Command lines print it without a stack
-    trace and leave with exit code 2. `alone`: only this process of several met it, so that no other will say it.
+    Each line says what is wrong, where, and what to do; what it quotes can neither break it nor reach the terminal. Command
+    lines print them without a stack trace and leave with exit code 2.
+
+    lines: what is said, made `printable`; one for each mistake.
+    alone: only this process of several met it, so that no other will say it.
     """
 
-    def __init__(self, message: str, alone: bool = False) -> None:
-        super().__init__(message)
+    def __init__(self, *lines: str, alone: bool = False) -> None:
+        self.lines = [printable(line) for line in lines]
         self.alone = alone
+        super().__init__("\n".join(self.lines))
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception of a library says, in one line."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    """What an exception says, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if isinstance(error, KeyError):
+        return f"there is no {error} in it"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return printable(str(error).strip().split("\n")[0] or type(error).__name__)
 
 
 def innermost(error: BaseException) -> BaseException:
@@ -78,9 +102,9 @@ def exit_code(program: str, main: Callable[[], int]) -> int:
     Under a launcher every process meets most mistakes; only the first process of each node says them.
     """
 
-    def say(message: str) -> None:
-        for line in message.splitlines():
-            print(f"{program}: error: {line}", file=sys.stderr)
+    def say(*lines: str) -> None:
+        for line in lines:
+            print(f"{program}: error: {printable(line)}", file=sys.stderr)
 
     try:
         try:
@@ -89,7 +113,7 @@ def exit_code(program: str, main: Callable[[], int]) -> int:
             sys.stdout.flush()  # here, where a closed pipe can be handled, and not when Python ends
     except UserError as error:
         if error.alone or local_rank() == 0:
-            say(str(error))
+            say(*error.lines)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -1,16 +1,82 @@
 """Files that are complete or absent: written aside, synced, renamed."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from engine.errors import UserError, first_line
+
 PARTIAL = ".partial"
+LARGEST_TEXT = 2**30  # bytes of a file that is read as text
+
+
+@contextlib.contextmanager
+def reading(path: Path, remedy: str) -> Iterator[None]:
+    """The boundary around the reading of a file of others: whatever it makes the code inside raise is one line.
+
+    Raises:
+        UserError: with the file, what is wrong with it, and the remedy.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # files that are damaged, or made to be, raise anything
+        why = first_line(error).removesuffix(f": {path}")
+        raise UserError(f"{path}: cannot be read: {why}; {remedy}") from None
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """Opens a file for reading, and nothing else: a pipe would wait for ever, a device never end.
+
+    Raises:
+        OSError: there is none, or it is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_text(path: Path) -> str:
+    """A regular file of UTF-8.
+
+    Raises:
+        OSError, ValueError: it is not there, is not one, or is larger than any that is meant to be read whole.
+    """
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > LARGEST_TEXT:
+            raise ValueError(f"larger than {LARGEST_TEXT >> 20} MiB")
+        return file.read().decode("utf-8")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON as its standard has it: no NaN, no Infinity, and no key twice.
+
+    Raises:
+        ValueError, RecursionError: it is none, or is nested too deeply.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(values := dict(pairs)) != len(pairs):
+            raise ValueError("a key stands there twice")
+        return values
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is no value of JSON")
+
+    return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
 
 
 def sync(path: Path) -> None:
@@ -24,12 +90,17 @@ def sync(path: Path) -> None:
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Calls `write` with a temporary path beside `path`, syncs what it wrote and renames it to `path`."""
-    temporary = path.with_name(path.name + PARTIAL)
-    mode = _usual_mode(temporary)
-    write(temporary)
-    _permit(temporary, mode)
-    sync(temporary)
-    temporary.replace(path)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")  # another process may write the same
+    try:
+        mode = _usual_mode(temporary)
+        write(temporary)
+        _permit(temporary, mode)
+        sync(temporary)
+        temporary.replace(path)
+    except BaseException:  # half a file would keep a full disk full
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
     sync(path.parent)
 
 
@@ -95,8 +166,8 @@ def discard(path: Path) -> None:
 
 
 def digest(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
+    """The SHA-256 of a regular file, in hexadecimal."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
+from engine.errors import printable
 from engine.launcher import rank
 
 PATIENCE = 2.0  # seconds after which work that is under way is named
@@ -24,9 +25,9 @@ def begin(quiet: bool) -> None:
     _warned.clear()
 
 
-def say(line: str) -> None:
+def say(*lines: str) -> None:
     if not _quiet:
-        _write(line)
+        _write(*lines)
 
 
 def warn(line: str) -> None:
@@ -36,9 +37,9 @@ def warn(line: str) -> None:
         _write(f"warning: {line}")
 
 
-def _write(line: str) -> None:
+def _write(*lines: str) -> None:
     if rank() == 0:
-        tqdm.write(line, file=sys.stderr)  # which leaves the bar of a terminal whole
+        tqdm.write("\n".join(map(printable, lines)), file=sys.stderr)  # which leaves the bar of a terminal whole
         sys.stderr.flush()
 
 

@@ -8,6 +8,7 @@ import concurrent.futures
 import hashlib
 import itertools
 import json
+import math
 import os
 import struct
 import weakref
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from engine.files import open_regular, parse_json
 
 PIECE = 64 * 2**20  # bytes; a power of two, because torch's allocator of pinned memory rounds up to one
 DTYPES = {
@@ -30,24 +33,44 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
     """The header of a safetensors file: its tensors' descriptions, the engine's metadata and where the data begin.
 
+    What it says of the tensors is true of the file: each has a dtype and a shape that fit its bytes, and these follow one
+    another from the first byte of the data to the last of the file.
+
     Raises:
-        ValueError: not a whole safetensors file of ours.
+        OSError, ValueError, RecursionError: not a whole safetensors file of ours.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
-        if len(prefix) < 8:
-            raise ValueError("truncated")
-        (length,) = struct.unpack("<Q", prefix)
-        size = path.stat().st_size
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
         if length > size - 8:
             raise ValueError("truncated")
-        header = json.loads(file.read(length))
-    metadata = json.loads(header.pop("__metadata__", {}).get("engine", "{}"))
+        header = parse_json(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
+    said = header.pop("__metadata__", {})
+    metadata = parse_json(said.get("engine", "{}")) if isinstance(said, dict) else None
+    if not isinstance(metadata, dict):
+        raise ValueError("its metadata are not the engine's")
+    end = 0
+    for start, stop, name in sorted((*_bytes_of(name, tensor), name) for name, tensor in header.items()):
+        if start != end:
+            raise ValueError(f"the bytes of {name} do not begin where those before them end")
+        end = stop
     data_start = 8 + length
-    end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
     if size != data_start + end:
         raise ValueError("truncated" if size < data_start + end else "longer than its header says")
     return header, metadata, data_start
+
+
+def _bytes_of(name: str, described: Any) -> tuple[int, int]:
+    """Where the bytes of a tensor begin and end within the data, by its entry in a header."""
+    match described:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)]} if dtype in DTYPES:
+            size = math.prod(shape) * DTYPES[dtype].itemsize if all(type(n) is int and n >= 0 for n in shape) else -1
+            if start >= 0 and stop - start == size:
+                return start, stop
+    raise ValueError(f"{name} is not described as a tensor is")
 
 
 def in_file_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -182,7 +205,8 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.header, _, self.data_start = read_header(path)
-        self.descriptor = os.open(path, os.O_RDONLY)
+        with open_regular(path) as file:
+            self.descriptor = os.dup(file.fileno())
         self.staging: Tensor | None = None
         weakref.finalize(self, os.close, self.descriptor)
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from engine.errors import UserError, disk_problem, exit_code
+from engine.errors import UserError, disk_problem, exit_code, first_line
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_an_error_of_one_process_alone_is_printed_by_it(monkeypatch, capsys):
 
 def test_each_mistake_has_its_line(capsys):
     def fail() -> int:
-        raise UserError("one\ntwo")
+        raise UserError("one", "two")
 
     assert exit_code("program", fail) == 2
     assert capsys.readouterr().err == "program: error: one\nprogram: error: two\n"
@@ -130,3 +130,30 @@ def test_a_pipe_to_another_process_keeps_its_trace():
 
     with pytest.raises(BrokenPipeError):
         exit_code("program", main)
+
+
+def test_what_is_quoted_neither_breaks_a_line_nor_reaches_the_terminal(capsys):
+    def fail() -> int:
+        raise UserError("a\nb\x1b[2J\u202ec \u2028", f"{'x' * 5000}: no")
+
+    assert exit_code("program", fail) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == r"program: error: a\nb\x1b[2J\u202ec \u2028"
+    assert len(second) < 1100
+    assert second.endswith("xxx: no")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FileNotFoundError(errno.ENOENT, "No such file", "a"), "No such file: a"),
+        (KeyError("step"), "there is no 'step' in it"),
+        (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
+        (ValueError("one\ntwo"), "one"),
+        (ValueError("\n"), "ValueError"),
+        (ValueError(), "ValueError"),
+    ],
+    ids=str,
+)
+def test_an_exception_says_one_line(error, said):
+    assert first_line(error) == said

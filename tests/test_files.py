@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from torch import ones
 
 from engine.config.options import TrainConfig
-from engine.files import publish_directory, write_atomically
+from engine.errors import UserError
+from engine.files import open_regular, parse_json, publish_directory, reading, write_atomically
 from engine.loop.trainer import train
 from engine.models.original_layout import write_single_file
 
@@ -25,7 +26,6 @@ def modes(directory: Path) -> set[int]:
 
 
 def test_files_follow_the_umask(umask, tmp_path):
-    (tmp_path / "file.partial").touch(0o600)  # left by a run that was killed
     write_atomically(tmp_path / "file", lambda path: save_file({"ones": ones(2)}, path))
     (tmp_path / "aside").mkdir()
     save_file({"ones": ones(2)}, tmp_path / "aside" / "file")
@@ -41,3 +41,35 @@ def test_shards_checkpoints_and_exports_follow_it(umask, model, images, tmp_path
     assert train(TrainConfig.model_validate(values)) == 0
     write_single_file(tmp_path / "out", tmp_path / "out" / "single.safetensors")
     assert modes(tmp_path / "out") == {0o664}
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(OSError, match="not a regular file"):
+            open_regular(path)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a": NaN}', "[Infinity]", '{"a": 1, "a": 2}', "[" * 100_000, '{"a":' * 100_000, "", "1" * 10_000, "\xff"]
+)
+def test_what_is_no_json_is_one_line(text, tmp_path):
+    remedy = "write it again"
+    with (
+        pytest.raises(UserError, match=rf"state.json: cannot be read: .*; {remedy}$") as raised,
+        reading(tmp_path / "state.json", remedy),
+    ):
+        parse_json(text)
+    assert len(raised.value.lines) == 1
+
+
+def test_a_file_that_cannot_be_written_leaves_no_half(tmp_path):
+    (tmp_path / "file").write_text("before")
+
+    def write(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        write_atomically(tmp_path / "file", write)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]

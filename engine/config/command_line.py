@@ -91,9 +91,9 @@ def parse(model: type[Model], program: str, description: str, arguments: Sequenc
         values = read_toml(model, Path(file), f"--config {file}") if file else {}
         config = load(model, values | given)
     except UserError as error:
-        mistakes.append(str(error))
+        mistakes += error.lines
     if mistakes:
-        raise UserError("\n".join(mistakes))
+        raise UserError(*mistakes)
     check_machine(config)
     return config
 
@@ -127,7 +127,7 @@ def read_toml(model: type[BaseModel], path: Path, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: not valid TOML: {error}; write lines such as `resolution = 512`") from None
     unknown = [name for name in values if name not in model.model_fields]
     if unknown:
-        raise UserError("\n".join(f"{where}: {_unknown_value(name, values[name], model)}" for name in unknown))
+        raise UserError(*(f"{where}: {_unknown_value(name, values[name], model)}" for name in unknown))
     if "global_batch_size" in values:
         values.pop("gradient_accumulation_steps", None)  # runs once wrote down beside it what follows from it
     return values
@@ -148,7 +148,7 @@ def load(model: type[Model], values: dict[str, Any], where: str = "") -> Model:
         config = _validate(model, values | home)
         check_options(config)
     except UserError as error:
-        raise UserError("\n".join(f"{where}: {line}" if where else line for line in str(error).splitlines())) from None
+        raise UserError(*(f"{where}: {line}" if where else line for line in error.lines)) from None
     return config
 
 
@@ -162,9 +162,9 @@ def _validate(model: type[Model], values: dict[str, Any]) -> Model:
     try:
         config = model.model_validate(values)
     except ValidationError as error:
-        mistakes.append(_explain(error, model))
+        mistakes += _explain(error, model)
     if mistakes:
-        raise UserError("\n".join(mistakes))
+        raise UserError(*mistakes)
     return config
 
 
@@ -176,7 +176,7 @@ def _problem(name: str, value: Any) -> str | None:
     return next((f"{text!r} {problem}" for text in texts if isinstance(text, str) and (problem := _no_text(text))), None)
 
 
-def _explain(error: ValidationError, model: type[BaseModel]) -> str:
+def _explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """A line for every option that pydantic refused."""
     lines = []
     for item in error.errors():
@@ -187,7 +187,7 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
             lines.append(_unknown_value(name, item["input"], model))
         else:
             lines.append(f"--{name} {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
-    return "\n".join(dict.fromkeys(lines))
+    return list(dict.fromkeys(lines))
 
 
 def _unknown_value(name: str, value: Any, model: type[BaseModel]) -> str:

@@ -144,7 +144,7 @@ def _strict(source: Source, sample: int, why: Refused) -> UserError:
 
 
 def _all_refused(refused: list[dict[str, str]], alone: bool = False) -> UserError:
-    return UserError(f"not one of {len(refused)} samples can be used: {describe_refused(refused)}", alone)
+    return UserError(f"not one of {len(refused)} samples can be used: {describe_refused(refused)}", alone=alone)
 
 
 def _existing_index(directory: Path, identity: dict[str, Any], fingerprint: str) -> Index:

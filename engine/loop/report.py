@@ -21,8 +21,8 @@ from engine.processes import Processes
 
 def opening(
     config: TrainConfig, run: Run, family: Family, partition: Partition, index: Index, captures: bool, done: int
-) -> str:
-    """What is trained, on what, and how.
+) -> list[str]:
+    """What is trained, on what, and how, in lines.
 
     Args:
         captures: whether the step is captured as CUDA graphs.
@@ -54,7 +54,7 @@ def opening(
         f"{config.checkpoints_total_limit or ''} kept: {gigabytes(number * size)} in the end",
     }
     width = max(map(len, rows))
-    return "\n".join(["Training", *(f"  {name:{width}}  {value}" for name, value in rows.items())])
+    return ["Training", *(f"  {name:{width}}  {value}" for name, value in rows.items())]
 
 
 def warn_of_a_full_disk(config: TrainConfig, run: Run, partition: Partition, done: int) -> None:

@@ -102,7 +102,7 @@ def _train(config: TrainConfig, processes: Processes) -> int:
             training = Training(config, run, family, model, processes)
         if state is not None and checkpoint is not None:
             training.resume(checkpoint, state)
-        say(opening(config, run, family, training.partition, shards.index, training.captures, training.step))
+        say(*opening(config, run, family, training.partition, shards.index, training.captures, training.step))
         warn_of_a_full_disk(config, run, training.partition, training.step)
         finished = _run(training, shards, plan)
         if finished and repository:
