@@ -8,6 +8,8 @@ import sys
 import unicodedata
 from collections.abc import Callable
 
+from pydantic_core import ValidationError
+
 from engine.launcher import local_rank, rank
 
 TRY_AGAIN = 75  # EX_TEMPFAIL: the same command may work when it is tried again
@@ -54,6 +56,10 @@ def first_line(error: BaseException) -> str:
         return f"there is no {error} in it"
     if isinstance(error, RecursionError):
         return "nested too deeply"
+    if isinstance(error, ValidationError):
+        wrong = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(map(str, wrong["loc"]))
+        return printable(f"{where}: " * bool(where) + wrong["msg"].removeprefix("Value error, "))
     return printable(str(error).strip().split("\n")[0] or type(error).__name__)
 
 

@@ -1,14 +1,17 @@
 """Builds, verifies and describes latent shards: `python -m engine.shards build|verify|info ...`."""
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-from engine.catalogue import PIPELINES
+from engine.catalogue import DECODER, FAMILIES, IMAGE_ENCODER, MODEL, PRIOR
 from engine.config.checks import check_picture
 from engine.config.command_line import Parser, choose, load, parse, whole
 from engine.config.options import CacheConfig
-from engine.errors import exit_code
+from engine.errors import exit_code, printable
 
+_DATA = ("dataset_name", "dataset_config_name", "train_data_dir")
+_MODELS = [MODEL, PRIOR, DECODER, IMAGE_ENCODER, "revision", "variant", "original_config", "tokenizer_name", "cache_dir"]
 USAGE = "python -m engine.shards build|verify|info ...; each has --help"
 
 
@@ -42,13 +45,16 @@ def verify_command(arguments: list[str]) -> int:
     from tqdm import tqdm
 
     from engine.data.format.index import Index
+    from engine.data.format.shard import Shards
     from engine.data.format.verify import verify
 
     index = Index.read(directory)
     with tqdm(total=len(index.shards), desc="Verifying", unit="shard", disable=None) as progress:
         problems = verify(directory, index.shards, progress=progress.update)
     for file, problem in problems.items():
-        print(f"{directory / file}: {problem}")
+        print(printable(f"{directory / file}: {problem}"))
+    if not problems and index.records:
+        Shards(directory)  # which looks at what the records point to
     print(f"{len(index.shards) - len(problems)} of {len(index.shards)} shards are whole")
     return 1 if problems else 0
 
@@ -61,27 +67,36 @@ def info_command(arguments: list[str]) -> int:
     )
     parser.add_argument("--record", type=whole(0, 2**40), help="only say which file and captions this record came from")
     parser.add_argument("--output", type=Path, help="the contact sheet (default: contact-sheet.png beside the shards)")
-    for name in PIPELINES:
-        parser.add_argument(f"--{name}", help="to decode with (default: as the shards were built)")
+    for name in _DATA:
+        parser.add_argument(f"--{name}", help="with --record: the data set, where it lies elsewhere now or is the hub's")
+    for name in _MODELS:
+        parser.add_argument(f"--{name}", help="to decode with, as for build; without any there is no contact sheet")
     options = parser.parse_args(arguments)
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     from engine.data.describe import contact_sheet, summary
     from engine.data.format.index import INDEX, Index
 
+    def given(names: Iterable[str]) -> dict[str, str]:
+        return {name: value for name in names if (value := getattr(options, name)) is not None}
+
     index = Index.read(options.directory)
     if options.record is not None:
         from engine.data.describe import describe_record
 
-        print(describe_record(options.directory, index, options.record))
+        print(describe_record(options.directory, index, options.record, given([*_DATA, "cache_dir"])))
         return 0
     output = options.output or options.directory / "contact-sheet.png"
-    if options.records:
+    models = given(_MODELS)
+    if options.records and models:
         check_picture("--output", output)
     print(summary(options.directory, index))
-    if index.records and options.records:
-        built = load(CacheConfig, index.config, str(options.directory / INDEX))
-        models = {name: value for name in PIPELINES if (value := getattr(options, name)) is not None}
-        config = load(CacheConfig, index.config | models) if models else built
+    if index.records and options.records and not models:
+        # Whoever wrote the index may have named any.
+        named = FAMILIES[index.family].classes if index.family in FAMILIES else _MODELS[:1]
+        print(f"contact sheet  give the models to draw it with: {', '.join(f'--{name}' for name in named)}")
+    elif index.records and options.records:
+        built = {name: value for name, value in index.config.items() if name not in _MODELS} | {"family": index.family}
+        config = load(CacheConfig, built | models, str(options.directory / INDEX))
         from engine.models.encoder import open_encoding
         from engine.picture import save_png
 

@@ -204,7 +204,7 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.header, _, self.data_start = read_header(path)
+        self.header, self.metadata, self.data_start = read_header(path)
         with open_regular(path) as file:
             self.descriptor = os.dup(file.fileno())
         self.staging: Tensor | None = None

@@ -33,9 +33,10 @@ def test_verify_names_a_damaged_shard_and_leaves_with_1(shards, tmp_path, capsys
     assert "2 of 3 shards are whole" in output
 
 
-def test_info_describes_and_draws(shards, tmp_path, capsys, monkeypatch):
+def test_info_describes_and_draws(shards, model, tmp_path, capsys, monkeypatch):
     sheet = tmp_path / "sheet.png"
-    assert main(monkeypatch, "info", str(shards), "--output", str(sheet), "--records", "6") == 0
+    options = ["--output", str(sheet), "--records", "6", "--pretrained_model_name_or_path", str(model)]
+    assert main(monkeypatch, "info", str(shards), *options) == 0
     output = capsys.readouterr().out
     for line in ("records        12", "image rows     24", "captions       4 distinct", "refused        0", f"{sheet}"):
         assert line in output

@@ -25,6 +25,8 @@ def write_shards(directory: Path, records: int, family: str, fields: dict[str, F
             "caption_numbers": numbers.clone() if captioned else numbers[:0].clone(),
         }  # fmt: skip
         path = directory / shard_name(len(entries))
-        write_shard(path, rows | described, {})
-        entries.append(ShardEntry(path.name, count, count, count * captioned, path.stat().st_size, digest(path)))
+        counts = {"records": count, "image_rows": count, "caption_rows": count * captioned}
+        said = {"captions": [""] * count * captioned, "refused": [], "fingerprint": digest_of({})}
+        write_shard(path, rows | described, counts | said)
+        entries.append(ShardEntry(file=path.name, bytes=path.stat().st_size, sha256=digest(path), **counts))
     Index(family, digest_of({}), {}, {}, fields, entries, []).write(directory)

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.data.format.shard import read_tensors, write_shard
+from engine.data.format.shard import write_shard
 from engine.data.sources.interface import Refused, Source, refusing
 from engine.models.encoder import Encoding
 from engine.processes import Processes
-from engine.tensors import read_header
+from engine.tensors import TensorFile, read_header
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def drop_unusable_captions(paths: list[Path], encoding: Encoding, source: Source
     if not unusable:
         return
     for path in paths:
-        header, metadata, _ = read_header(path)
-        tensors = read_tensors(path, list(header))
+        file = TensorFile(path)
+        metadata, tensors = file.metadata, {name: file.tensor(name) for name in file.header}
         numbers = [part.tolist() for part in tensors["caption_numbers"].tensor_split(tensors["caption_offsets"][1:-1])]
         usable = [[number for number in record if number not in unusable] for record in numbers]
         if usable == numbers:

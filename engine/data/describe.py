@@ -12,12 +12,12 @@ from engine.catalogue import FAMILIES
 from engine.config.command_line import load
 from engine.config.options import CacheConfig
 from engine.data.format.index import INDEX, Index
-from engine.data.format.shard import Shards, read_tensors
+from engine.data.format.shard import Shards, open_shard
 from engine.data.report import by_reason
 from engine.data.sources import open_source
-from engine.errors import UserError
+from engine.errors import UserError, printable
+from engine.files import reading
 from engine.picture import labelled_grid
-from engine.tensors import read_header
 
 if TYPE_CHECKING:  # the libraries of the models take seconds, and a summary needs none
     from engine.models.encoder import Encoding
@@ -39,11 +39,14 @@ def summary(directory: Path, index: Index) -> str:
         shape = " x ".join(map(str, field.shape))
         lines.append(f"field          {name}: {shape} {str(field.dtype).removeprefix('torch.')} per {field.per}")
     lines.append(f"fingerprint    {index.fingerprint}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
-def describe_record(directory: Path, index: Index, record: int) -> str:
+def describe_record(directory: Path, index: Index, record: int, given: dict[str, str]) -> str:
     """Where a record lies, and what it came from; the data set is opened again for the name of its file.
+
+    Args:
+        given: options that name the data set, instead of those that the shards were built with.
 
     Raises:
         UserError: there is no such record.
@@ -54,27 +57,31 @@ def describe_record(directory: Path, index: Index, record: int) -> str:
     number = bisect.bisect_right(ends, record)
     entry = index.shards[number]
     row = record - (ends[number] - entry.records)
-    tensors = read_tensors(directory / entry.file, ("source", "image_offsets", "caption_offsets", "caption_numbers"))
-    sample = int(tensors["source"][row])
-    first, end = tensors["caption_offsets"][row : row + 2].tolist()
-    first_image, end_image = tensors["image_offsets"][row : row + 2].tolist()
+    shard = open_shard(directory, index, number)
+    sample = int(shard.source[row])
+    first, end = shard.caption_offsets[row : row + 2].tolist()
+    first_image, end_image = shard.image_offsets[row : row + 2].tolist()
     lines = [
         f"record         {record}",
         f"shard          {entry.file}, image rows {first_image} to {end_image - 1}",
         f"sample         {sample} of the data set",
-        f"file           {_file_of(directory, index, sample)}",
+        f"file           {_file_of(directory, index, sample, given)}",
     ]
-    texts = _captions(directory, index, tensors["caption_numbers"][first:end].tolist())
-    return "\n".join(lines + [f"caption        {text!r}" for text in texts])
+    texts = _captions(directory, index, shard.caption_numbers[first:end].tolist())
+    return "\n".join(map(printable, [*lines, *(f"caption        {text!r}" for text in texts)]))
 
 
-def _file_of(directory: Path, index: Index, sample: int) -> str:
+def _file_of(directory: Path, index: Index, sample: int, given: dict[str, str]) -> str:
+    """The file of a sample. What an index names is not fetched from the hub, and nothing is written where it says."""
     try:
-        config = load(CacheConfig, index.config, str(directory / INDEX))
-        source = open_source(config, FAMILIES[index.family].captioned)
+        with reading(directory / INDEX, "give --train_data_dir or --dataset_name"):
+            config = load(CacheConfig, index.config | {"cache_dir": None} | given, str(directory / INDEX))
+            if not given and config.dataset_name and not Path(config.dataset_name).exists():
+                return f"unknown: --dataset_name {config.dataset_name} opens the data set that the shards name"
+            source = open_source(config, FAMILIES[config.family].captioned)
     except UserError as error:
         return f"unknown: {error}"
-    changed = "" if source.identity() == index.identity["source"] else " (of a data set that has changed since)"
+    changed = "" if source.identity() == index.identity.get("source") else " (of a data set that has changed since)"
     return (
         f"{source.name(sample)} of {config.data}{changed}"
         if sample < len(source)
@@ -83,23 +90,25 @@ def _file_of(directory: Path, index: Index, sample: int) -> str:
 
 
 def _captions(directory: Path, index: Index, numbers: list[int]) -> list[str]:
-    ends = list(itertools.accumulate(shard.caption_rows for shard in index.shards))
+    ends = index.caption_ends
     places = [(bisect.bisect_right(ends, number), number) for number in numbers]
-    texts = {
-        shard: read_header(directory / index.shards[shard].file)[1]["captions"] for shard in {shard for shard, _ in places}
-    }
+    texts = {shard: open_shard(directory, index, shard).said.captions for shard in {shard for shard, _ in places}}
     return [texts[shard][number - ends[shard]] for shard, number in places]  # counted from the shard's end
 
 
 def contact_sheet(directory: Path, index: Index, encoding: "Encoding", count: int) -> Image.Image:
     """Records spread evenly over the shards, decoded, each under its caption."""
+    if index.fields != encoding.record_spec:
+        raise UserError(
+            f"{directory / INDEX}: the shards hold other records than these models make; give those that built them"
+        )
     shards = Shards(directory)
     count = min(count, len(shards))
     records = torch.linspace(0, len(shards) - 1, count).round().long()
     rows = shards.rows_of(records)
     latents = torch.empty(count, *index.fields[encoding.mean].shape, dtype=index.fields[encoding.mean].dtype)
     shards.gather(encoding.mean, rows["image"], latents)
-    texts = [text for shard in index.shards for text in read_header(directory / shard.file)[1]["captions"]]
+    texts = [text for shard in range(len(index.shards)) for text in open_shard(directory, index, shard).said.captions]
     labels = [texts[number] for number in rows["caption"].tolist()] if "caption" in rows else [f"{r}" for r in records]
     images = encoding.decode(latents)
     by_label: dict[str, list] = {}

@@ -20,7 +20,7 @@ from torch import Tensor
 from engine.config.options import CacheConfig, options_of
 from engine.data.captions import Captions, drop_unusable_captions, listed, number_captions, offsets_of
 from engine.data.format.index import INDEX, Index, ShardEntry
-from engine.data.format.shard import shard_name, write_shard
+from engine.data.format.shard import Shard, shard_name, write_shard
 from engine.data.identity import differences, identity_of
 from engine.data.report import describe_refused, say_refused
 from engine.data.sources.decode import refuse_extreme
@@ -103,7 +103,17 @@ def _build(
 ) -> Index:
     directory, fingerprint = config.shards_path, digest_of(identity)
     paths = {number: directory / shard_name(number) for number in range(processes.rank, captions.shards, processes.world)}
-    missing = [number for number, path in paths.items() if not _is_complete(path, fingerprint)]
+    samples = len(source)
+
+    def is_complete(number: int, path: Path) -> bool:
+        """Whether a shard is there that an earlier build left, of the same samples and captions."""
+        try:
+            said = Shard(path, encoding.record_spec, captions.first_of_shard[number + 1], samples).said
+        except UserError:
+            return False
+        return said.fingerprint == fingerprint and said.captions == captions.texts_of(number)
+
+    missing = [number for number, path in paths.items() if not is_complete(number, path)]
     started = time.perf_counter()
     if missing:
         _encode_shards(config, encoding, source, captions, missing, fingerprint, processes)
@@ -158,23 +168,10 @@ def _existing_index(directory: Path, identity: dict[str, Any], fingerprint: str)
     return index
 
 
-def _is_complete(path: Path, fingerprint: str) -> bool:
-    try:
-        return read_header(path)[1].get("fingerprint") == fingerprint
-    except (OSError, ValueError):
-        return False
-
-
 def _describe(path: Path) -> tuple[ShardEntry, list[dict[str, str]]]:
     _, metadata, _ = read_header(path)
-    entry = ShardEntry(
-        path.name,
-        metadata["records"],
-        metadata["image_rows"],
-        metadata["caption_rows"],
-        path.stat().st_size,
-        digest(path),
-    )
+    counts = {name: metadata[name] for name in ("records", "image_rows", "caption_rows")}
+    entry = ShardEntry(file=path.name, bytes=path.stat().st_size, sha256=digest(path), **counts)
     return entry, metadata["refused"]
 
 

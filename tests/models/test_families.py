@@ -181,7 +181,8 @@ def test_timesteps_of_wuerstchen_keep_fp32_under_bf16(published):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shards_are_built_described_and_drawn(family, published, photographs, tmp_path, capsys):
-    arguments = ["--family", family, *(f"--{name}={value}" for name, value in published(family).items()),
+    models = [f"--{name}={value}" for name, value in published(family).items()]
+    arguments = ["--family", family, *models,
                  "--train_data_dir", str(photographs), "--resolution", str(RESOLUTION[family]), "--max_train_samples", "6",
                  "--shards_dir", str(tmp_path / "shards"), "--dataloader_num_workers", "2"]  # fmt: skip
     assert build_command(arguments) == 0
@@ -191,7 +192,7 @@ def test_shards_are_built_described_and_drawn(family, published, photographs, tm
     assert captions == (0 if family == "kandinsky-decoder" else 6)
     rows = draw_rows(Shards(tmp_path / "shards"), 1, torch.arange(12))
     assert ("caption" in rows) == (family != "kandinsky-decoder")
-    assert info_command([str(tmp_path / "shards"), "--records", "2"]) == 0
+    assert info_command([str(tmp_path / "shards"), "--records", "2", *models]) == 0
     assert (tmp_path / "shards" / "contact-sheet.png").stat().st_size > 1000
     assert f"family         {family}" in capsys.readouterr().out
     # The same shards serve another run of the same family, whatever its decoder.

@@ -1,6 +1,8 @@
 """Gathering rows of files into a batch with positioned reads: in C++ where it can be built, else in Python."""
 
+import contextlib
 import ctypes
+import errno
 import os
 from collections.abc import Callable
 
@@ -34,15 +36,21 @@ def gather_in_cpp(files: np.ndarray, offsets: np.ndarray, row_bytes: int, target
 def gather_in_python(files: np.ndarray, offsets: np.ndarray, row_bytes: int, target: Tensor) -> None:
     """As `gather_in_cpp`, on one thread."""
     for file, offset in zip(files.tolist(), offsets.tolist(), strict=True):
-        os.posix_fadvise(file, offset, row_bytes, os.POSIX_FADV_WILLNEED)
+        with contextlib.suppress(OSError):  # only advice
+            os.posix_fadvise(file, offset, row_bytes, os.POSIX_FADV_WILLNEED)
     buffer = (ctypes.c_char * (len(files) * row_bytes)).from_address(target.data_ptr())
     rows = memoryview(buffer)
     for number, (file, offset) in enumerate(zip(files.tolist(), offsets.tolist(), strict=True)):
         start, end = number * row_bytes, (number + 1) * row_bytes
+        if offset < 0:  # which preadv takes for the place where the file was last read
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), number)
         while start < end:
-            count = os.preadv(file, [rows[start:end]], offset)
+            try:
+                count = os.preadv(file, [rows[start:end]], offset)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, number) from None
             if count == 0:
-                raise OSError(5, os.strerror(5), number)
+                raise OSError(errno.EIO, os.strerror(errno.EIO), number)
             start, offset = start + count, offset + count
 
 

@@ -12,12 +12,15 @@ from engine.files import digest
 def check_shard(directory: Path, entry: ShardEntry) -> str | None:
     """What is wrong with a shard on disk, or None."""
     path = directory / entry.file
-    if not path.is_file():
+    try:
+        size = path.stat().st_size
+        if size != entry.bytes:
+            return f"{size} bytes instead of {entry.bytes}: {'truncated' if size < entry.bytes else 'altered'}"
+        return None if digest(path) == entry.sha256 else "altered: its digest does not match the index"
+    except FileNotFoundError:
         return "missing"
-    size = path.stat().st_size
-    if size != entry.bytes:
-        return f"{size} bytes instead of {entry.bytes}: {'truncated' if size < entry.bytes else 'altered'}"
-    return None if digest(path) == entry.sha256 else "altered: its digest does not match the index"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
 
 
 def verify(
