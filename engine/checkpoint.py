@@ -2,15 +2,11 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from engine.config.checks import check_writable
-from engine.config.command_line import Parser, choose, load, read_toml
+from engine.config.command_line import CONFIG, Parser, choose, load, read_toml
 from engine.config.options import TrainConfig
-from engine.errors import UserError, exit_code
-
-if TYPE_CHECKING:
-    pass
+from engine.errors import UserError, exit_code, printable
 
 USAGE = "python -m engine.checkpoint info|verify|export DIR; DIR is a checkpoint, or an output directory for its latest"
 
@@ -18,9 +14,10 @@ USAGE = "python -m engine.checkpoint info|verify|export DIR; DIR is a checkpoint
 def _locate(directory: Path) -> Path:
     """A checkpoint: the directory itself, or the latest within an output directory."""
     import engine.quiet  # noqa: F401  # isort: skip (before the libraries that it quiets)
-    from engine.loop.checkpoints.layout import LATEST, find
+    from engine.loop.checkpoints.layout import find
+    from engine.loop.checkpoints.names import LATEST, MANIFEST
 
-    if (directory / "manifest.json").is_file():
+    if (directory / MANIFEST).is_file():
         return directory
     found = find(directory, LATEST) if directory.is_dir() else None
     if found is None:
@@ -32,22 +29,26 @@ def info_command(arguments: list[str]) -> int:
     parser = Parser("engine.checkpoint info", description="Describe a checkpoint.")
     parser.add_argument("directory", type=Path)
     directory = _locate(parser.parse_args(arguments).directory)
-    from engine.loop.checkpoints.layout import SliceFiles, read_state
+    from engine.loop.checkpoints.layout import read_state
+    from engine.loop.checkpoints.slices import SliceFiles
 
-    state, files = read_state(directory), SliceFiles(directory)
+    state = read_state(directory)
+    files = SliceFiles(directory, state.world)
     size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     print(f"checkpoint     {directory} ({size / 2**20:.1f} MiB)")
-    print(f"step           {state['step']}")
-    print(f"processes      {state['world']}")
-    for name, value in state["run"].items():
-        print(f"{name.replace('_', ' '):14} {value}")
+    print(f"step           {state.step}")
+    print(f"processes      {state.world}")
+    for name, value in state.run:
+        print(f"{name.replace('_', ' '):14} {printable(str(value))}")
     for kind in files.kinds:
         print(f"{kind:14} {files.elements(kind)} numbers")
     return 0
 
 
 def verify_command(arguments: list[str]) -> int:
-    parser = Parser("engine.checkpoint verify", description="Compare every file of a checkpoint with its digest.")
+    parser = Parser(
+        "engine.checkpoint verify", description="Compare every file of a checkpoint with its digest, and look at every value."
+    )
     parser.add_argument("directory", type=Path)
     directory = _locate(parser.parse_args(arguments).directory)
     from engine.loop.checkpoints.layout import read_state
@@ -68,19 +69,21 @@ def export_command(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     check_writable("--output_dir", options.output_dir)
     directory = _locate(options.directory)
-    file = options.config or directory.parent / "config.toml"
+    file = options.config or directory.parent / CONFIG
     if not file.is_file():
         raise UserError(f"{file}: no such file; name the run's config.toml with --config")
     config = load(TrainConfig, read_toml(TrainConfig, file, str(file)), str(file))
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
-    from engine.loop.checkpoints.layout import SliceFiles, read_state
+    from engine.loop.checkpoints.layout import or_another, read_state
     from engine.loop.checkpoints.models import whole_parameters
+    from engine.loop.checkpoints.slices import SliceFiles
     from engine.loop.export import save_pipeline
     from engine.models.family import form_with, open_family
     from engine.models.training_form import to_published_form, to_training_form
 
     quiet_libraries()
-    state, files = read_state(directory), SliceFiles(directory)
+    state = read_state(directory)
+    files = SliceFiles(directory, state.world)
     kind = options.kind or ("ema" if "ema" in files.kinds else "weight")
     if kind not in files.kinds:
         raise UserError(f"{directory}: holds no {kind}; it has {', '.join(files.kinds)}")
@@ -93,8 +96,10 @@ def export_command(arguments: list[str]) -> int:
     shapes = {name: parameter.shape for name, parameter in parameters if parameter.requires_grad}
     frozen = {name: parameter.detach() for name, parameter in parameters if not parameter.requires_grad}
     whole = whole_parameters(files, kind, shapes, {**frozen, **dict(model.named_buffers())})
-    save_pipeline(options.output_dir, family, model, to_published_form(model, whole))
-    print(f"{kind} of step {state['step']} in {options.output_dir / family.result}")
+    with or_another(directory):
+        files.check_model(shapes)
+        save_pipeline(options.output_dir, family, model, to_published_form(model, whole))
+    print(f"{kind} of step {state.step} in {options.output_dir / family.result}")
     return 0
 
 

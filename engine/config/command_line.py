@@ -20,6 +20,8 @@ from engine.config.options import CacheConfig, TrainConfig, options_of
 from engine.config.schema import DIRECTORIES, PLACES, REQUIRED, UNSTORED, options_lacking
 from engine.errors import UserError
 
+CONFIG = "config.toml"  # the configuration of a run, in its output directory
+
 Model = TypeVar("Model", bound=CacheConfig)
 
 

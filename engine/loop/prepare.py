@@ -13,6 +13,7 @@ from engine.data.identity import differences
 from engine.data.samples.batch import BatchPlan
 from engine.data.sources import open_source
 from engine.errors import UserError
+from engine.loop.checkpoints.state import State
 from engine.loop.run import Run
 from engine.messages import Progress, busy, say
 from engine.models.family import Family
@@ -93,14 +94,14 @@ def _other_models(index: Index, family: Family, processes: Processes) -> str:
     return differences({name: before.get(name) for name in now}, now)
 
 
-def open_run(config: TrainConfig, seed: int, shards: Shards, plan: BatchPlan, state: dict[str, Any] | None) -> Run:
+def open_run(config: TrainConfig, seed: int, shards: Shards, plan: BatchPlan, state: State | None) -> Run:
     """The run over these shards; epochs give its number of steps, where that is not given.
 
     Args:
-        state: state.json of the checkpoint to go on from. One beyond the last step is trained for one more, as by the scripts.
+        state: of the checkpoint to go on from. One beyond the last step is trained for one more, as by the scripts.
     """
     steps = config.max_train_steps or -(-config.num_train_epochs * len(shards) // plan.global_batch)
-    done = state["step"] if state else 0
+    done = state.step if state else 0
     if done > steps:
         say(f"The checkpoint is of step {done}, beyond the {steps} asked for: training one step more")
         steps = done + 1

@@ -3,18 +3,23 @@
 import contextlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from engine.catalogue import FAMILIES, PIPELINES
+from engine.config.command_line import CONFIG
 from engine.config.options import TrainConfig
 from engine.data.identity import differences
 from engine.errors import UserError
 from engine.files import PARTIAL, digest_of, discard, lock, write_text
 from engine.launcher import restarted
-from engine.loop.checkpoints.layout import LATEST, SliceFiles, complete_checkpoints, find, read_state, step_of
+from engine.loop.checkpoints.layout import find, read_state
+from engine.loop.checkpoints.names import CHECKPOINT, LATEST, REPLACED, complete_checkpoints, step_of
+from engine.loop.checkpoints.slices import SliceFiles
+from engine.loop.checkpoints.state import State
 from engine.loop.log import METRICS
 from engine.loop.optimizers.rates import peak_rate, rate_factors
 from engine.loop.run import Run
@@ -89,9 +94,9 @@ def remove_run(config: TrainConfig) -> None:
         index,
         *(index.parent / name for name in parts),
         *(path for folder in folders for kind in ("step-*.png", "events.out.tfevents.*") for path in folder.glob(kind)),
-        *output.glob(f"checkpoint-*{PARTIAL}"),
+        *unfinished(output),
         *complete_checkpoints(output),
-        *(output / name for name in ("wandb", "curves.png", "config.toml", LATEST, METRICS)),
+        *(output / name for name in ("wandb", "curves.png", CONFIG, LATEST, METRICS)),
     ):
         discard(path)
     for folder in folders:
@@ -100,30 +105,30 @@ def remove_run(config: TrainConfig) -> None:
     say(f"{output}: removed what an earlier run left: {left}")
 
 
-def seed_of(config: TrainConfig, state: dict[str, Any] | None) -> int:
+def seed_of(config: TrainConfig, state: State | None) -> int:
     """The seed of the run: as given, else the resumed run's, else drawn."""
     if config.seed is not None:
         return config.seed
-    return int(state["run"]["seed"]) if state else secrets.randbits(31)
+    return state.run.seed if state else secrets.randbits(31)
 
 
-def open_checkpoint(checkpoint: Path, config: TrainConfig, world: int) -> dict[str, Any]:
-    """state.json of a checkpoint, once all of it was checked that can be before there are shards and a model.
+def open_checkpoint(checkpoint: Path, config: TrainConfig, world: int) -> State:
+    """The state of a checkpoint, once all of it was checked that can be before there are shards and a model.
 
     Raises:
         UserError: it is damaged, or was written by another run or with other state.
     """
     state = read_state(checkpoint)
-    before, batch = state["run"], config.train_batch_size * config.gradient_accumulation_steps * world
-    if config.seed not in (None, before["seed"]):
-        seeds = f"seed {before['seed']}, this run has {config.seed}"
+    before, batch = state.run, config.train_batch_size * config.gradient_accumulation_steps * world
+    if config.seed not in (None, before.seed):
+        seeds = f"seed {before.seed}, this run has {config.seed}"
         raise UserError(f"{checkpoint}: was written with {seeds}; leave out --seed, or give the same")
-    if before["global_batch"] != batch:
+    if before.global_batch != batch:
         raise UserError(
-            f"{checkpoint}: was written with global_batch {before['global_batch']}, this run has {batch}; choose processes, "
+            f"{checkpoint}: was written with global_batch {before.global_batch}, this run has {batch}; choose processes, "
             "--train_batch_size and --gradient_accumulation_steps with the same product"
         )
-    kinds = SliceFiles(checkpoint).kinds
+    kinds = SliceFiles(checkpoint, state.world).kinds
     if config.use_ema and "ema" not in kinds:
         raise UserError(
             f"{checkpoint}: was written without --use_ema, so there is no moving average to go on with; leave the option out, "
@@ -135,20 +140,20 @@ def open_checkpoint(checkpoint: Path, config: TrainConfig, world: int) -> dict[s
     return state
 
 
-def check_same_shards(checkpoint: Path | None, state: dict[str, Any] | None, identity: dict[str, Any]) -> None:
+def check_same_shards(checkpoint: Path | None, state: State | None, identity: dict[str, Any]) -> None:
     """Compares the shards of a checkpoint, if there is one, with those of this run, by what shapes them.
 
     Raises:
         UserError: they differ.
     """
-    if state is not None and state["run"]["fingerprint"] != digest_of(identity):
-        changed = differences(state["data"], identity) if "data" in state else "data, preprocessing or encoders"
+    if state is not None and state.run.fingerprint != digest_of(identity):
+        changed = differences(state.data, identity) if state.data is not None else "data, preprocessing or encoders"
         raise UserError(f"{checkpoint}: was trained on other shards ({changed}); give the same data and options of the data")
 
 
-def announce(checkpoint: Path, state: dict[str, Any], config: TrainConfig, run: Run, world: int) -> None:
+def announce(checkpoint: Path, state: State, config: TrainConfig, run: Run, world: int) -> None:
     """Says what will be different from here on from what the run was when the checkpoint was written."""
-    before, step = state.get("options", {}), state["step"]  # checkpoints of older versions do not hold them
+    before, step = state.options, state.step
     changed = [
         f"--{name} {value} (was {before[name]})" for name, value in run.options.items() if before.get(name, value) != value
     ]
@@ -157,7 +162,7 @@ def announce(checkpoint: Path, state: dict[str, Any], config: TrainConfig, run: 
         rates = [_rate(config.model_copy(update=options), world, step) for options in (before, run.options)]
         if rates[0] != rates[1]:
             say(f"The learning rate after step {step} is {rates[1]:.3g}; as {checkpoint.name} was trained, {rates[0]:.3g}")
-    if not config.use_ema and "ema" in SliceFiles(checkpoint).kinds:
+    if not config.use_ema and "ema" in SliceFiles(checkpoint, state.world).kinds:
         say(f"The moving average of {checkpoint.name} ends here: --use_ema is not given")
     output = Path(config.output_dir)
     later = [path.name for path in complete_checkpoints(output) if step_of(path) > step]
@@ -171,14 +176,24 @@ def _rate(config: TrainConfig, world: int, step: int) -> float:
     return peak * rate_factors(config, peak, config.max_train_steps or 1)(step)
 
 
+def unfinished(output: Path) -> list[Path]:
+    """What runs that were killed while they wrote have left half done in their output directory."""
+    written = rf"{CHECKPOINT}\d+(-[0-9a-f]{{8}})?|pipeline|latest|config\.toml|.+\.[0-9a-f]{{8}}"
+    half = [
+        path for folder in (output, output / "samples", output / "wandb") for path in folder.glob(f"*{PARTIAL}")
+        if re.fullmatch(written, path.name.removesuffix(PARTIAL))
+    ]  # fmt: skip
+    return half + [path for path in output.glob(f"{CHECKPOINT}*{REPLACED}") if step_of(path.with_suffix("")) >= 0]
+
+
 def take_over(config: TrainConfig, checkpoint: Path | None) -> None:
     """Makes the output directory this run's: without another's remains, and with `latest` where this one goes on."""
     output = Path(config.output_dir)
     if config.overwrite and not restarted():
         remove_run(config)
-    for path in output.glob(f"checkpoint-*{PARTIAL}"):  # of runs that were killed while they wrote
+    for path in unfinished(output):
         discard(path)
-    if checkpoint and _lies_in(checkpoint, output):
+    if checkpoint and _lies_in(checkpoint, output) and step_of(checkpoint) >= 0:
         write_text(output / LATEST, checkpoint.name + "\n")
 
 

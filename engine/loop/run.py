@@ -23,8 +23,3 @@ class Run:
     steps: int
     options: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What must be the same when the run is resumed."""
-        return {"seed": self.seed, "global_batch": self.global_batch, "fingerprint": self.fingerprint}

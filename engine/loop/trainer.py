@@ -15,7 +15,7 @@ from tqdm import tqdm
 from engine import messages
 from engine.backends import compile_model, configure
 from engine.catalogue import FAMILIES
-from engine.config.command_line import to_toml
+from engine.config.command_line import CONFIG, to_toml
 from engine.config.options import TrainConfig
 from engine.data.format.shard import Shards
 from engine.data.samples.batch import Batch, BatchPlan
@@ -26,7 +26,9 @@ from engine.files import write_text
 from engine.loop import attention
 from engine.loop.capture import wanted
 from engine.loop.checkpoints.models import write_models
+from engine.loop.checkpoints.names import checkpoint_name
 from engine.loop.checkpoints.snapshot import restore
+from engine.loop.checkpoints.state import State
 from engine.loop.checkpoints.writer import Writer
 from engine.loop.export import create_repository, export, push_to_hub
 from engine.loop.flops import count_flops
@@ -97,7 +99,7 @@ def _train(config: TrainConfig, processes: Processes) -> int:
             model = family.load_model()
         if processes.is_first:
             take_over(config, checkpoint)
-            write_text(output / "config.toml", to_toml(config))
+            write_text(output / CONFIG, to_toml(config))
         with busy("Laying out weights and optimizer"):
             training = Training(config, run, family, model, processes)
         if state is not None and checkpoint is not None:
@@ -112,7 +114,7 @@ def _train(config: TrainConfig, processes: Processes) -> int:
         if finished:
             print(f"Trained {run.steps} steps; the pipeline is in {output / family.result}")
         else:
-            saved = output / f"checkpoint-{training.step}"
+            saved = output / checkpoint_name(training.step)
             print(f"Stopped after step {training.step}, saved in {saved}; continue with --resume_from_checkpoint latest")
     return 0
 
@@ -190,14 +192,14 @@ class Training:
         partition = self.partition
         return partial(
             write_models, module=partition.module, shapes=partition.shapes, frozen=partition.frozen,
-            part=FAMILIES[self.config.family].part, dtype=self.family.encoding.dtype,
+            part=FAMILIES[self.config.family].part, dtype=self.family.encoding.dtype, world=self.processes.world,
         )  # fmt: skip
 
-    def resume(self, checkpoint: Path, state: dict[str, Any]) -> None:
+    def resume(self, checkpoint: Path, state: State) -> None:
         """Goes on from a checkpoint whose state was read and checked."""
         started = time.perf_counter()
         restore(checkpoint, state, self.partition, self.metrics)
-        self.step = self.saved = int(state["step"])
+        self.step = self.saved = state.step
         say(f"Continuing from {checkpoint}, loaded in {time.perf_counter() - started:.2f} s")
 
     def run_steps(self, batches: Iterator[Batch], log: Log | None) -> bool:

@@ -1,36 +1,25 @@
-"""Checkpoints on disk: which directories are complete, which files are whole, and where a parameter's elements lie.
+"""Checkpoints on disk: which directories are complete, and which files are whole.
 
 A directory checkpoint-N holds, per process, rank-R.safetensors with the slices it keeps in fp32: tensors named
 `kind/parameter@start`, with kind `weight`, a moment of the optimizer or `ema`, flattened, `start` the first element within the
 parameter (parameters are those of the training form, `models/training_form.py`). state.json holds the step and what the run
-was; manifest.json the digest of every file. Folders hold the models for others to open (`models.py`), from which nothing is
-read here. No pickle is written or opened.
+was; manifest.json the digest of every file, and no file is read that it does not name. Folders hold the models for others to
+open (`models.py`), from which nothing is read here. No pickle is written or opened.
 """
 
-import json
+import contextlib
+import os
+import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
-
-from engine.errors import UserError
-from engine.files import digest
-from engine.loop.weights.partition import Slice
-from engine.tensors import TensorFile
-
-FORMAT_VERSION = 2
-LATEST = "latest"
-
-
-def complete_checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints in a directory, oldest first."""
-    return sorted((path for path in directory.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name; -1 for what is none."""
-    number = checkpoint.name.removeprefix("checkpoint-")
-    return int(number) if number.isdigit() else -1
+from engine.errors import UserError, first_line
+from engine.files import digest, open_regular, parse_json, read_text
+from engine.loop.checkpoints.names import LATEST, MANIFEST, STATE, complete_checkpoints, rank_file, step_of
+from engine.loop.checkpoints.slices import Damaged, SliceFiles, damage
+from engine.loop.checkpoints.state import State, parse_state
+from engine.messages import busy, say
 
 
 def find(directory: Path, resume: str) -> Path | None:
@@ -42,74 +31,155 @@ def find(directory: Path, resume: str) -> Path | None:
         path = Path(resume)
         return path if path.is_dir() else directory / path.name
     pointer = directory / LATEST
-    if pointer.is_file() and (directory / pointer.read_text().strip()).is_dir():
-        return directory / pointer.read_text().strip()
+    named = _named_in(pointer)
+    if named is not None and _has_manifest(named):
+        return named
     # A crash between renaming the checkpoint and moving the pointer leaves a complete one unnamed.
-    complete = complete_checkpoints(directory)
-    return complete[-1] if complete else None
+    found = _newest_whole(complete_checkpoints(directory))
+    if os.path.lexists(pointer):
+        instead = f"taking the newest that is whole, {found.name}" if found else "and there is none that is whole"
+        say(f"{pointer}: names no checkpoint there; {instead}")
+    return found
 
 
-def read_state(checkpoint: Path, whole: bool = False) -> dict[str, Any]:
-    """Checks the digests of what a training continues from, or of the `whole` checkpoint, and returns state.json.
+def _named_in(pointer: Path) -> Path | None:
+    """The checkpoint beside a pointer that this holds the name of."""
+    try:
+        with open_regular(pointer) as file:
+            named = pointer.parent / file.read(100).decode("ascii").strip()
+    except (OSError, ValueError):
+        return None
+    return named if named.parent == pointer.parent and step_of(named) >= 0 else None
+
+
+def _has_manifest(checkpoint: Path) -> bool:
+    try:
+        return bool(_manifest(checkpoint))
+    except Damaged:
+        return False
+
+
+def read_state(checkpoint: Path, whole: bool = False) -> State:
+    """Checks what a training continues from, or with every value in it the `whole` checkpoint, and returns its state.
 
     Raises:
-        UserError: a file is missing or altered, or the format is another.
+        UserError: a file is missing, altered or not named, the slices do not fit together, or the format is another.
+    """
+    with or_another(checkpoint):
+        return _checked(checkpoint, whole, values=whole)
+
+
+@contextlib.contextmanager
+def or_another(checkpoint: Path) -> Iterator[None]:
+    """What is found damaged inside is said with the newest other checkpoint that is whole.
+
+    Raises:
+        UserError: in the place of `Damaged`.
     """
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
-        damaged = [
-            name for name, expected in manifest.items() if (whole or "/" not in name)
-            and not ((checkpoint / name).is_file() and digest(checkpoint / name) == expected)
-        ]  # fmt: skip
-        state = json.loads((checkpoint / "state.json").read_text()) if not damaged else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{checkpoint}: not a complete checkpoint ({error}); {_others(checkpoint)}") from None
-    if damaged:
-        raise UserError(f"{checkpoint}: damaged: {', '.join(damaged)} missing or altered; {_others(checkpoint)}")
-    if state["format_version"] != FORMAT_VERSION:
-        raise UserError(f"{checkpoint}: format version {state['format_version']}, this engine reads {FORMAT_VERSION}")
+        yield
+    except Damaged as error:
+        with busy(f"Looking for another checkpoint beside {checkpoint}"):
+            other = _newest_whole([path for path in complete_checkpoints(checkpoint.parent) if path.name != checkpoint.name])
+        remedy = (
+            f"resume from {other} instead: --resume_from_checkpoint {shlex.quote(str(other))}" if other
+            else "there is no other that is whole; start again in an empty directory"
+        )  # fmt: skip
+        raise UserError(f"{checkpoint}: {error}; {remedy}") from None
+
+
+def _newest_whole(checkpoints: list[Path]) -> Path | None:
+    """The newest of checkpoints from which a training can continue."""
+    for checkpoint in reversed(checkpoints):
+        with contextlib.suppress(Damaged):
+            _checked(checkpoint, whole=False, values=True)
+            return checkpoint
+    return None
+
+
+def _checked(checkpoint: Path, whole: bool, values: bool) -> State:
+    """The state of a checkpoint that holds what it should.
+
+    Args:
+        whole: compare the digests of the models for others to open, too.
+        values: read all slices, and look for values that are not finite.
+
+    Raises:
+        Damaged: what is wrong.
+    """
+    manifest, present = _manifest(checkpoint), _files(checkpoint)
+    faults = [f"{name} is not named in {MANIFEST}" for name in sorted(present - manifest.keys())]
+    for name, expected in manifest.items():
+        problem = "missing" if name not in present else _problem(checkpoint, name, expected, whole or "/" not in name)
+        if problem:
+            faults.append(f"{name} {problem}")
+    if faults:
+        raise Damaged(f"damaged: {', '.join(faults)}")
+    with damage(STATE):
+        state = parse_state(parse_json(read_text(checkpoint / STATE)))
+    named = sorted(name for name in manifest if "/" not in name)
+    if len(named) != state.world + 1 or named != sorted([STATE, *map(rank_file, range(state.world))]):
+        raise Damaged(
+            f"{STATE}: of {state.world} processes, and there are {', '.join(name for name in named if name != STATE)}"
+        )
+    if step_of(checkpoint) not in (-1, state.step):
+        raise Damaged(f"{STATE}: of step {state.step}")
+    if state.loss_steps > state.step or any(count > state.step for count in state.optimizer_counters.values()):
+        raise Damaged(f"{STATE}: counts more steps than the {state.step} that were taken")
+    files = SliceFiles(checkpoint, state.world)
+    if values:
+        files.check_values()
     return state
 
 
-def _others(checkpoint: Path) -> str:
-    others = [path for path in complete_checkpoints(checkpoint.parent) if path != checkpoint]
-    return f"resume from {others[-1]} instead" if others else "there is no other; start again in an empty directory"
+def _manifest(checkpoint: Path) -> dict[str, str]:
+    """The digests of a checkpoint's files by name.
+
+    Raises:
+        Damaged: there is none, or it is not what it should be.
+    """
+    try:
+        manifest = parse_json(read_text(checkpoint / MANIFEST))
+        if not isinstance(manifest, dict):
+            raise ValueError(f"{MANIFEST} is no JSON object")
+        for name, value in manifest.items():
+            if not (isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)):
+                raise ValueError(f"{MANIFEST} has no digest of {name}")
+            if name == MANIFEST or "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
+                raise ValueError(f"{MANIFEST} names {name!r}, which is no file of a checkpoint")
+        if missing := [name for name in (STATE, rank_file(0)) if name not in manifest]:
+            raise ValueError(f"{MANIFEST} does not name {', '.join(missing)}")
+    except Exception as error:  # files of others raise anything
+        raise Damaged(f"not a complete checkpoint ({first_line(error)})") from None
+    return manifest
 
 
-class SliceFiles:
-    """The slices of a checkpoint's files, found by kind and parameter."""
+def _files(checkpoint: Path) -> set[str]:
+    """The names of all that is in a checkpoint and is no folder, its manifest apart."""
+    found = set()
+    for folder, folders, names in os.walk(checkpoint):
+        paths = [Path(folder) / name for name in names] + [
+            path for name in folders if (path := Path(folder) / name).is_symlink()
+        ]
+        found |= {path.relative_to(checkpoint).as_posix() for path in paths}
+    return found - {MANIFEST}
 
-    def __init__(self, checkpoint: Path) -> None:
-        self.files = [TensorFile(path) for path in sorted(checkpoint.glob("rank-*.safetensors"))]
-        self.places: dict[str, list[tuple[int, TensorFile, str]]] = {}
-        for file in self.files:
-            for name in file.header:
-                if "@" in name:
-                    whole, start = name.rsplit("@", 1)
-                    self.places.setdefault(whole, []).append((int(start), file, name))
 
-    @property
-    def kinds(self) -> list[str]:
-        return sorted({whole.split("/", 1)[0] for whole in self.places})
+def _problem(checkpoint: Path, name: str, expected: str, compared: bool) -> str | None:
+    """What is wrong with a file that is there."""
+    path = checkpoint / name
+    try:
+        if not _lies_within(path, checkpoint.resolve()):
+            return "is a link that leads out of the checkpoint"
+        if not compared:
+            return None
+        return None if digest(path) == expected else "missing or altered"
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        return f"cannot be read ({first_line(error)})"
 
-    def elements(self, kind: str) -> int:
-        """How many numbers of a kind the files hold."""
-        return sum(file.elements(name) for whole, places in self.places.items() if whole.startswith(f"{kind}/")
-                   for _, file, name in places)  # fmt: skip
 
-    def fill_parameter(self, kind: str, name: str, parameter: Tensor) -> None:
-        """Copies a whole parameter from whichever files hold its pieces; it must be contiguous."""
-        self.fill(kind, Slice(name, parameter.shape, 0, parameter.numel(), 0, 0), parameter.detach().view(-1))
-
-    def fill(self, kind: str, piece: Slice, target: Tensor) -> None:
-        """Copies the elements of a slice from whichever files hold them."""
-        filled = 0
-        for start, file, name in self.places.get(f"{kind}/{piece.name}", []):
-            first = max(start, piece.start)
-            last = min(start + file.elements(name), piece.start + piece.length)
-            if first < last:
-                file.read(name, first - start, target[first - piece.start : last - piece.start])
-                filled += last - first
-        if filled != piece.length:
-            raise UserError(f"the checkpoint holds {filled} of {piece.length} elements of {kind}/{piece.name}; was it trained "
-                            "with the same model and options?")  # fmt: skip
+def _lies_within(path: Path, directory: Path) -> bool:
+    """Whether a file lies in a directory, or is a link from there to the hub's cache beside it, as downloads are."""
+    target = path.resolve()
+    blobs = [parent.parent / "blobs" for parent in directory.parents if parent.name == "snapshots"]
+    return directory in target.parents or target.parent in blobs

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.loop.checkpoints.layout import SliceFiles
+from engine.loop.checkpoints.slices import SliceFiles
 from engine.loop.weights.whole import write_published
 from engine.models.training_form import to_published_form
 
@@ -37,6 +37,7 @@ def write_models(
     frozen: Mapping[str, Tensor],
     part: str,
     dtype: torch.dtype,
+    world: int,
 ) -> list[Path]:
     """Writes the weights, and the moving average if there is one, into folders of a checkpoint; returns their files.
 
@@ -47,8 +48,9 @@ def write_models(
         shapes: of the trained parameters.
         frozen: the parameters that are not trained.
         part: what the pipeline calls the module.
+        world: how many processes wrote slices.
     """
-    files = SliceFiles(checkpoint)
+    files = SliceFiles(checkpoint, world)
     others = {**frozen, **dict(module.named_buffers())}
     folders = {kind: checkpoint / name.format(part) for kind, name in FOLDERS.items() if kind in files.kinds}
     for kind, folder in folders.items():

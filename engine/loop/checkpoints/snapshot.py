@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.errors import UserError
-from engine.loop.checkpoints.layout import FORMAT_VERSION, SliceFiles
+from engine.loop.checkpoints.layout import or_another
+from engine.loop.checkpoints.names import STATE, rank_file
+from engine.loop.checkpoints.slices import Damaged, SliceFiles, damage, generator_state
+from engine.loop.checkpoints.state import Identity, State
 from engine.loop.metrics import Metrics
 from engine.loop.run import Run
 from engine.loop.weights.partition import Partition
-from engine.tensors import header_of, in_file_order
+from engine.tensors import DTYPES, TensorFile, header_of, in_file_order
 
 
 def sliced_tensors(partition: Partition) -> dict[str, list[Tensor]]:
@@ -67,7 +69,7 @@ class Snapshot:
     step: int
     header: bytes
     tensors: list[Tensor]
-    state: dict[str, Any]
+    state: State
 
 
 def take(step: int, run: Run, partition: Partition, metrics: Metrics) -> Snapshot:
@@ -82,42 +84,76 @@ def take(step: int, run: Run, partition: Partition, metrics: Metrics) -> Snapsho
     tensors = in_file_order(tensors)
     header, _ = header_of(tensors)
     scaler = partition.loss_scaler
-    state = {
-        "format_version": FORMAT_VERSION,
-        "step": step,
-        "world": processes.world,
-        "run": run.identity,
-        "options": run.options,
-        "data": run.data,
-        "optimizer_counters": host_counters(partition),
-        "loss_steps": metrics.steps,
-        "loss_scaler": {k: v for k, v in vars(scaler).items() if isinstance(v, (int, float))} if scaler else None,
-    }
+    state = State(
+        step=step,
+        world=processes.world,
+        run=Identity(seed=run.seed, global_batch=run.global_batch, fingerprint=run.fingerprint),
+        options=run.options,
+        data=run.data,
+        optimizer_counters=host_counters(partition),
+        loss_steps=metrics.steps,
+        loss_scaler={k: v for k, v in vars(scaler).items() if isinstance(v, (int, float))} if scaler else None,
+    )
     return Snapshot(step, header, list(tensors.values()), state)
 
 
-def restore(checkpoint: Path, state: dict[str, Any], partition: Partition, metrics: Metrics) -> None:
-    """Brings weights, optimizer, averages, loss scale and generators back; `state` as `layout.read_state` returned it."""
-    processes, kinds = partition.processes, sliced_tensors(partition)
-    files = SliceFiles(checkpoint)
-    with torch.no_grad():
-        for piece in partition.slices:
-            for kind, holders in kinds.items():
-                files.fill(kind, piece, partition.view(piece, holders))
-    same_world = state["world"] == processes.world
-    own = files.files[processes.rank if same_world else 0]
-    for name, values in other_state(partition).items():
-        if name not in own.header or own.header[name]["shape"] != list(values[0].shape):
-            raise UserError(f"{checkpoint}: holds no {name} for this optimizer and number of processes")
-        for value in values:
-            value.copy_(own.tensor(name))
-    partition.optimizer.resume(partition.masters, state["optimizer_counters"])
-    if same_world:
-        torch.set_rng_state(own.tensor("random/cpu"))
-        if "random/cuda" in own.header and processes.device.type == "cuda":
-            torch.cuda.set_rng_state(own.tensor("random/cuda"), processes.device)
-    if partition.loss_scaler and state["loss_scaler"]:
-        vars(partition.loss_scaler).update(state["loss_scaler"])
-    sums = [file.tensor("metrics/loss_sum") for file in ([own] if same_world else files.files)]
-    metrics.resume(float(torch.cat(sums).mean()), state["loss_steps"])
+def restore(checkpoint: Path, state: State, partition: Partition, metrics: Metrics) -> None:
+    """Brings weights, optimizer, averages, loss scale and generators back; `state` as `layout.read_state` returned it.
+
+    Raises:
+        UserError: the checkpoint does not hold what this training needs, or values that are not finite.
+    """
+    with or_another(checkpoint), torch.no_grad():
+        _restore(SliceFiles(checkpoint, state.world), state, partition, metrics)
     partition.refresh_weights()
+
+
+def _restore(files: SliceFiles, state: State, partition: Partition, metrics: Metrics) -> None:
+    processes = partition.processes
+    files.check_model(partition.shapes)
+    for kind, holders in sliced_tensors(partition).items():
+        for piece in partition.slices:
+            files.fill(kind, piece, partition.view(piece, holders))
+    same_world = state.world == processes.world
+    rank = processes.rank if same_world else 0
+    own = files.files[rank]
+    for name, values in other_state(partition).items():
+        stored = _stored(own, name, values[0])
+        if name.removeprefix("optimizer/") in partition.optimizer.counters and not (
+            0 <= float(stored) <= state.step and float(stored).is_integer()
+        ):
+            raise Damaged(f"{own.path.name}: {name} is {float(stored)}, after {state.step} steps")
+        for value in values:
+            value.copy_(stored)
+    if host_counters(partition).keys() != state.optimizer_counters.keys():
+        raise Damaged(f"holds no {', '.join(host_counters(partition))} for this optimizer")
+    partition.optimizer.resume(partition.masters, state.optimizer_counters)
+    if same_world:
+        torch.set_rng_state(generator_state(own, rank))
+        if "random/cuda" in own.header and processes.device.type == "cuda":
+            with damage(rank_file(rank)):
+                torch.cuda.set_rng_state(own.tensor("random/cuda"), processes.device)
+    if partition.loss_scaler and state.loss_scaler:
+        _set_loss_scaler(vars(partition.loss_scaler), state.loss_scaler)
+    sums = [_stored(file, "metrics/loss_sum", torch.empty(1)) for file in ([own] if same_world else files.files)]
+    metrics.resume(float(torch.cat(sums).mean()), state.loss_steps)
+
+
+def _stored(file: TensorFile, name: str, like: Tensor) -> Tensor:
+    """A small tensor of a file, which must be as another is, and finite."""
+    described = file.header.get(name)
+    if described is None or described["shape"] != list(like.shape) or DTYPES[described["dtype"]] != like.dtype:
+        raise Damaged(f"{file.path.name}: holds no {name} for this optimizer and number of processes")
+    with damage(file.path.name):
+        stored = file.tensor(name)
+    if not stored.isfinite().all():
+        raise Damaged(f"{file.path.name}: {name} is not finite")
+    return stored
+
+
+def _set_loss_scaler(scaler: dict[str, Any], stored: dict[str, Any]) -> None:
+    """Changes the numbers of a loss scaler to the stored ones."""
+    for name, value in stored.items():
+        if not isinstance(value, type(scaler.get(name))) and not {type(value), type(scaler.get(name))} <= {int, float}:
+            raise Damaged(f"{STATE}: loss_scaler.{name} is {value!r}")
+    scaler.update(stored)

@@ -6,6 +6,7 @@ memory first. Writing needs no other process but the first, which waits until ev
 
 import contextlib
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -15,8 +16,18 @@ from pathlib import Path
 from torch import Tensor
 
 from engine.errors import UserError, disk_problem, first_line
-from engine.files import PARTIAL, digest, discard, publish_directory, write_json, write_text
-from engine.loop.checkpoints.layout import LATEST, complete_checkpoints, find, step_of
+from engine.files import PARTIAL, digest, discard, publish_directory, sync_files, write_json, write_text
+from engine.loop.checkpoints.layout import find
+from engine.loop.checkpoints.names import (
+    LATEST,
+    MANIFEST,
+    REPLACED,
+    STATE,
+    checkpoint_name,
+    complete_checkpoints,
+    rank_file,
+    step_of,
+)
 from engine.loop.checkpoints.snapshot import Snapshot, take
 from engine.loop.metrics import Metrics
 from engine.loop.run import Run
@@ -24,6 +35,8 @@ from engine.loop.weights.partition import Partition
 from engine.messages import say, warn
 from engine.processes import Processes
 from engine.tensors import PIECE, host_buffer, pieces_of, staged, write_pieces
+
+LONGEST_WAIT = 60.0  # seconds that what is left of a failed checkpoint waits for the processes that still write theirs
 
 
 @dataclass
@@ -90,15 +103,14 @@ class Writer:
             self._write(snapshot, pieces)
         except Exception as error:
             problem = disk_problem(error) or (error.strerror or str(error) if isinstance(error, OSError) else None)
-            with contextlib.suppress(OSError):
-                (self._aside(snapshot.step) / f"rank-{self.processes.rank}.failed").touch()
+            self._remove_half(self._aside(snapshot.step))
             if problem is None:
                 self._error = error
                 return
             last = find(self.directory, LATEST)
             kept = f"the last complete one is {last}" if last else "there is no complete one"
             self._error = UserError(
-                f"{self.directory / f'checkpoint-{snapshot.step}'} cannot be written: {problem}; {kept}. Make "
+                f"{self.directory / checkpoint_name(snapshot.step)} cannot be written: {problem}; {kept}. Make "
                 "room or permit writing there, and continue with --resume_from_checkpoint latest",
                 alone=True,
             )
@@ -106,36 +118,55 @@ class Writer:
             if self.processes.is_first:
                 written = time.perf_counter() - started
                 copied = f"copied in {self.copy_seconds:.2f} s, " if self.beside else ""
-                say(f"Saved checkpoint-{snapshot.step}: {copied}written in {written:.2f} s")
+                say(f"Saved {checkpoint_name(snapshot.step)}: {copied}written in {written:.2f} s")
 
     def _aside(self, step: int) -> Path:
-        return self.directory / f"checkpoint-{step}-{self.token}{PARTIAL}"
+        return self.directory / f"{checkpoint_name(step)}-{self.token}{PARTIAL}"
 
     def _write(self, snapshot: Snapshot, pieces: Iterable[Tensor]) -> None:
         rank = self.processes.rank
         aside = self._aside(snapshot.step)
         aside.mkdir(parents=True, exist_ok=True)
-        written = write_pieces(aside / f"rank-{rank}.safetensors", snapshot.header, pieces)
-        write_json(aside / f"rank-{rank}.json", written)
+        written = write_pieces(aside / rank_file(rank), snapshot.header, pieces)
+        write_json(_note(aside, rank), written)
         if self.processes.is_first:
             digests = self._digests(aside)
             digests |= self._models(aside)
-            write_json(aside / "state.json", snapshot.state)
-            digests["state.json"] = digest(aside / "state.json")
-            write_json(aside / "manifest.json", digests)
-            self._publish(aside, self.directory / f"checkpoint-{snapshot.step}")
+            write_json(aside / STATE, snapshot.state.model_dump())
+            digests[STATE] = digest(aside / STATE)
+            write_json(aside / MANIFEST, digests)
+            self._publish(aside, self.directory / checkpoint_name(snapshot.step))
 
     def _digests(self, aside: Path) -> dict[str, str]:
         """File -> digest, once every process has written its part; their notes of it are taken away."""
-        notes = [aside / f"rank-{rank}.json" for rank in range(self.processes.world)]
-        while not all(note.exists() for note in notes):
-            for failed in aside.glob("rank-*.failed"):
-                raise OSError(f"process {failed.stem.removeprefix('rank-')} could not write its part")
+        ranks = range(self.processes.world)
+        while not all(_note(aside, rank).exists() for rank in ranks):
+            for rank in ranks:
+                if _failed(aside, rank).exists():
+                    raise OSError(f"process {rank} could not write its part")
             time.sleep(0.01)
-        digests = {note.with_suffix(".safetensors").name: json.loads(note.read_text()) for note in notes}
-        for note in notes:
-            note.unlink()
+        digests = {rank_file(rank): json.loads(_note(aside, rank).read_text()) for rank in ranks}
+        for rank in ranks:
+            _note(aside, rank).unlink()
         return digests
+
+    def _remove_half(self, aside: Path) -> None:
+        """Frees what a checkpoint that failed has taken of the disk: each process its part, the first also what is left."""
+        rank = self.processes.rank
+        with contextlib.suppress(OSError):
+            discard(aside / rank_file(rank))
+        with contextlib.suppress(OSError):
+            _failed(aside, rank).touch()  # the first process must not wait for this one
+        if not self.processes.is_first:
+            return
+        given_up = time.monotonic() + LONGEST_WAIT
+        others = range(1, self.processes.world)
+        while time.monotonic() < given_up and not all(
+            _note(aside, other).exists() or _failed(aside, other).exists() for other in others
+        ):
+            time.sleep(0.01)
+        with contextlib.suppress(OSError):
+            discard(aside)
 
     def _models(self, aside: Path) -> dict[str, str]:
         """File -> digest of the models for others to open. The training needs none of it: what keeps them away is a warning."""
@@ -150,15 +181,34 @@ class Writer:
             return {}
 
     def _publish(self, aside: Path, final: Path) -> None:
-        replaced = final.with_name(f"{final.name}.replaced")
+        replaced = final.with_name(f"{final.name}{REPLACED}")
         discard(replaced)
-        if final.exists():
+        sync_files(aside)  # before the one of the same step is out of the way
+        if os.path.lexists(final):
             final.rename(replaced)
         publish_directory(aside, final)
         write_text(self.directory / LATEST, final.name + "\n")
-        discard(replaced)
+        _remove_old(replaced)
         if self.total_limit is not None:
             # Of later steps are those of a run that went further before this one went on from an earlier checkpoint.
             older = [path for path in complete_checkpoints(self.directory) if step_of(path) < step_of(final)]
             for old in older[: -self.total_limit + 1 or None]:
-                discard(old)
+                _remove_old(old)
+
+
+def _note(aside: Path, rank: int) -> Path:
+    """Where a process leaves the digest of its part, once this is written."""
+    return aside / f"rank-{rank}.json"
+
+
+def _failed(aside: Path, rank: int) -> Path:
+    """What a process leaves that could not write its part."""
+    return aside / f"rank-{rank}.failed"
+
+
+def _remove_old(checkpoint: Path) -> None:
+    """One that stays after all costs room, and no training."""
+    try:
+        discard(checkpoint)
+    except OSError as error:
+        warn(f"{checkpoint}: cannot be removed: {first_line(error)}")

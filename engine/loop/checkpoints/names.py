@@ -1,0 +1,30 @@
+"""What checkpoints and their files are called."""
+
+import re
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+LATEST = "latest"  # in the output directory: the name of the checkpoint to go on from
+CHECKPOINT = "checkpoint-"
+REPLACED = ".replaced"  # what a checkpoint of a step is called while another of it takes its place
+
+
+def checkpoint_name(step: int) -> str:
+    return f"{CHECKPOINT}{step}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name; -1 for what is none."""
+    match = re.fullmatch(rf"{CHECKPOINT}(0|[1-9][0-9]{{0,17}})", checkpoint.name)
+    return int(match[1]) if match else -1
+
+
+def rank_file(rank: int) -> str:
+    """The file of a process."""
+    return f"rank-{rank}.safetensors"
+
+
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints in a directory, oldest first."""
+    return sorted((path for path in directory.glob(f"{CHECKPOINT}*") if step_of(path) >= 0 and path.is_dir()), key=step_of)

@@ -1,0 +1,88 @@
+"""What state.json holds."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+
+from engine.config.checks import LARGEST
+from engine.config.options import ALTER_THE_RESULT, TrainConfig
+
+FORMAT_VERSION = 2
+
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Number = bool | int | float
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Identity(_Strict):
+    """What must be the same when a run is resumed.
+
+    global_batch: samples per optimizer step, over all processes.
+    fingerprint: of the latent shards.
+    """
+
+    seed: int = Field(ge=0, lt=2**63)
+    global_batch: int = Field(ge=1)
+    fingerprint: str
+
+
+class State(_Strict):
+    """What a run was after a step.
+
+    world: how many processes there were, and so files of slices.
+    options: those that alter the result; `data`: what shaped the shards. Earlier versions wrote neither.
+    optimizer_counters: what an optimizer keeps as plain numbers.
+    loss_steps: how many steps the sum of losses holds.
+    loss_scaler: the numbers of DeepSpeed's, under fp16.
+    """
+
+    format_version: Literal[2] = 2
+    step: Count
+    world: int = Field(ge=1, le=LARGEST)
+    run: Identity
+    options: dict[str, str | Number | None] = {}
+    data: dict[str, Any] | None = None
+    optimizer_counters: dict[str, Count] = {}
+    loss_steps: Count
+    loss_scaler: dict[str, Number] | None = None
+
+    @field_validator("options")
+    @classmethod
+    def _as_they_are_known(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Those that this version knows, each with a value that it can have."""
+        known = {name: value for name, value in options.items() if name in ALTER_THE_RESULT}
+        for name, value in known.items():
+            field = TrainConfig.model_fields[name]
+            kind: Any = Annotated[field.annotation, field]
+            try:
+                TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False)).validate_python(value, strict=True)
+            except ValidationError as error:
+                raise ValueError(f"{name}: {error.errors()[0]['msg']}") from None
+        return known
+
+    @field_validator("loss_scaler")
+    @classmethod
+    def _scales(cls, scaler: dict[str, Any] | None) -> dict[str, Any] | None:
+        for name in ("cur_scale", "scale_factor", "scale_window", "min_scale"):
+            if scaler and name in scaler and not scaler[name] > 0:
+                raise ValueError(f"{name}: not positive")
+        return scaler
+
+
+def parse_state(value: Any) -> State:
+    """What was read from a state.json, judged.
+
+    Raises:
+        ValueError: it is none of this version.
+    """
+    version = value.get("format_version") if isinstance(value, dict) else None
+    if isinstance(version, int) and version != FORMAT_VERSION:
+        raise ValueError(f"format version {version}, this engine reads {FORMAT_VERSION}")
+    try:
+        return State.model_validate(value)
+    except ValidationError as error:
+        mistakes = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:3]]
+        raise ValueError("; ".join(mistakes)) from None
