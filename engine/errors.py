@@ -13,8 +13,10 @@ from pydantic_core import ValidationError
 from engine.launcher import local_rank, rank
 
 TRY_AGAIN = 75  # EX_TEMPFAIL: the same command may work when it is tried again
+# What files alone are the cause of; other numbers are, where a file is named.
 _OF_THE_DISK = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG,
+    errno.ESTALE, errno.EREMOTEIO, errno.ENOLCK, errno.ENODEV, errno.ENXIO, errno.EMFILE, errno.ENFILE,
 )  # fmt: skip
 CLOSED_PIPE = 128 + 13  # as a program that SIGPIPE ends
 LONGEST = 1000  # characters of a line that is printed; names and values in files of others may have any length
@@ -71,14 +73,15 @@ def innermost(error: BaseException) -> BaseException:
 
 
 def disk_problem(error: BaseException) -> str | None:
-    """What the disk, not the program, did wrong: full, over quota, not permitted, broken; None for any other exception.
+    """What the disk, not the program, did wrong: full, not permitted, broken, its files gone; None for any other exception.
 
     Some libraries hide the system's number in their own exceptions' text.
     """
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
         number = int(found[1])
-    return os.strerror(number) if number in _OF_THE_DISK else None
+    of_a_file = isinstance(error, OSError) and error.filename is not None
+    return os.strerror(number) if number is not None and (of_a_file or number in _OF_THE_DISK) else None
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -141,5 +144,5 @@ def exit_code(program: str, main: Callable[[], int]) -> int:
         if problem is None:
             raise
         where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-        say(f"{where}{problem}; make room or permit access there, and start the same again")
+        say(f"{where}{problem}; mend what is wrong with that place (room, permissions, the mount), and start the same again")
         return 2

@@ -16,6 +16,8 @@ from engine.errors import UserError, disk_problem, exit_code, first_line
         (OSError(errno.EROFS, "x"), "Read-only file system"),
         (PermissionError(errno.EACCES, "x"), "Permission denied"),
         (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), "No space left on device"),
+        (OSError(errno.ESTALE, "x"), "Stale file handle"),
+        (OSError(errno.ENOENT, "x", "out/latest"), "No such file or directory"),
         (OSError(errno.ENOENT, "x"), None),
         (RuntimeError("something else"), None),
     ],
@@ -31,7 +33,7 @@ def test_a_full_disk_is_one_line_and_exit_code_2(capsys):
 
     assert exit_code("engine.run", main) == 2
     said = capsys.readouterr().err
-    assert said.startswith("engine.run: error: out/metrics.jsonl: No space left on device; make room")
+    assert said.startswith("engine.run: error: out/metrics.jsonl: No space left on device; mend what")
     assert len(said.splitlines()) == 1
 
 
