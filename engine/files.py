@@ -150,6 +150,15 @@ def lock(directory: Path) -> int | None:
     return descriptor
 
 
+def excludes_others(descriptor: int) -> bool:
+    """Whether what `lock` gave is held against others; not so on a file system without locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # once more changes nothing
+    except OSError:
+        return False
+    return True
+
+
 def publish_directory(temporary: Path, final: Path) -> None:
     """Syncs every file under `temporary` and renames it to `final`, which must not exist."""
     sync_files(temporary)

@@ -17,16 +17,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from engine.config.options import CacheConfig, options_of
+from engine.config.options import CacheConfig, TrainConfig, options_of
 from engine.data.captions import Captions, drop_unusable_captions, listed, number_captions, offsets_of
 from engine.data.format.index import INDEX, Index, ShardEntry
-from engine.data.format.shard import Shard, shard_name, write_shard
+from engine.data.format.shard import SHARD_NAME, Shard, shard_name, write_shard
 from engine.data.identity import differences, identity_of
 from engine.data.report import describe_refused, say_refused
 from engine.data.sources.decode import refuse_extreme
 from engine.data.sources.interface import Refused, Source, refusing
 from engine.errors import UserError
-from engine.files import PARTIAL, digest, digest_of, lock
+from engine.files import PARTIAL, digest, digest_of, excludes_others, lock
 from engine.messages import Progress, busy, say
 from engine.models.encoder import Encoder, Encoding
 from engine.processes import Processes
@@ -73,14 +73,17 @@ def encode_source(
 
 @contextlib.contextmanager
 def _only_builder(config: CacheConfig, processes: Processes) -> Iterator[None]:
-    """Holds the directory of the shards, once no other run does."""
+    """Holds the directory of the shards, once no other run does, without what runs that were killed left half written."""
     directory, held = config.shards_path, None
     # A training holds its output directory already.
-    waits = directory.resolve() != Path(config.output_dir).resolve()
+    waits = not isinstance(config, TrainConfig) or directory.resolve() != Path(config.output_dir).resolve()
     said = False
     try:
         while waits:
             held = lock(directory) if processes.is_first else None
+            if held is not None and excludes_others(held):
+                for leftover in itertools.chain(*(directory.glob(f"{name}*{PARTIAL}") for name in (INDEX, SHARD_NAME))):
+                    leftover.unlink()
             waits = processes.from_first(held is None)
             if waits and not said:
                 said = True
@@ -126,7 +129,7 @@ def _build(
     refused = [item for _, items in described for item in items]
     if len(refused) == len(source):
         for path in paths.values():
-            path.unlink()
+            path.unlink(missing_ok=True)
         raise _all_refused(refused)
     index = Index(
         family=config.family,
@@ -140,8 +143,6 @@ def _build(
     )
     if processes.is_first:
         index.write(directory)
-        for leftover in directory.glob(f"*{PARTIAL}"):
-            leftover.unlink()
     processes.barrier()
     for noticed, count in sum(processes.gather_objects(source.noticed), Counter()).items():
         say(f"{count} of {len(source)} images: {noticed}")

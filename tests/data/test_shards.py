@@ -154,7 +154,7 @@ def test_building_again_encodes_only_what_is_missing(model, images, tmp_path, mo
     shutil.copytree(whole, parts)
     (parts / "index.json").unlink()
     (parts / shard_name(1)).unlink()
-    (parts / (shard_name(2) + ".partial")).write_bytes(b"left by a crash")
+    (parts / (shard_name(2) + ".0.partial")).write_bytes(b"left by a crash")
     encoded = []
     encode = StableDiffusionEncoder.encode_images
 

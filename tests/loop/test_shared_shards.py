@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -9,11 +10,14 @@ from safetensors.torch import load_file, save_file
 
 from engine.data import encode
 from engine.data.format.index import INDEX
+from engine.data.format.shard import Shards
+from engine.data.format.verify import verify
 from engine.errors import UserError
 from engine.files import lock
 from engine.loop.prepare import _other_models
 from engine.loop.trainer import train
 from engine.processes import Processes
+from tests.commands import Command
 from tests.loop.runs import config
 
 
@@ -104,3 +108,36 @@ def test_an_index_is_written_once(run, tmp_path):
     before = (tmp_path / "shards" / INDEX).stat().st_mtime_ns
     assert run(overwrite=True) == 0
     assert (tmp_path / "shards" / INDEX).stat().st_mtime_ns == before
+
+
+WITHOUT_LOCKS = """
+import fcntl, errno
+def flock(*arguments):
+    raise OSError(errno.ENOLCK, "No locks available")
+fcntl.flock = flock
+"""
+BUILD = """
+import sys
+from engine.errors import exit_code
+from engine.shards import build_command
+sys.exit(exit_code("program", lambda: build_command(sys.argv[1:])))
+"""
+
+
+@pytest.mark.parametrize("preparation", ["", WITHOUT_LOCKS], ids=["locks", "no locks"])
+def test_two_builders_at_once_arrive_at_the_same_shards(preparation, model, images, tmp_path):
+    directory = tmp_path / "shards"
+    directory.mkdir()
+    leftovers = [directory / f"{name}.0123abcd.partial" for name in ("shard-00001.safetensors", "index.json")]
+    for leftover in leftovers:
+        leftover.write_bytes(b"of a run that was killed")
+    (directory / "other.partial").touch()
+    options = {"family": "sd", "pretrained_model_name_or_path": model, "train_data_dir": images, "resolution": 16,
+               "shard_records": 5, "shards_dir": directory, "encode_batch_size": 1}  # fmt: skip
+    arguments = [f"--{name}={value}" for name, value in options.items()] + ["--random_flip"]
+    both = [Command([sys.executable, "-c", preparation + BUILD, *arguments]) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0], [process.errors for process in both]
+    assert len(Shards(directory)) == 12
+    assert verify(directory, Shards(directory).index.shards) == {}
+    assert [leftover.exists() for leftover in leftovers] == [bool(preparation)] * 2, "swept by who holds the lock alone"
+    assert sum(file.suffix == ".partial" for file in directory.iterdir()) == (3 if preparation else 1)

@@ -31,9 +31,11 @@ from engine.errors import UserError
 from engine.files import reading, write_atomically
 from engine.tensors import DTYPES, TensorFile
 
+SHARD_NAME = "shard-"  # what the names of all begin with
+
 
 def shard_name(number: int) -> str:
-    return f"shard-{number:05d}.safetensors"
+    return f"{SHARD_NAME}{number:05d}.safetensors"
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
