@@ -1,0 +1,296 @@
+"""Data as strangers send it: images, captions in tables and beside images, archives, and shards."""
+
+import csv
+import functools
+import io
+import json
+import tarfile
+import warnings
+import zipfile
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from engine import shards
+from engine.config.options import CacheConfig
+from engine.data.format.shard import Shards
+from engine.data.sources import open_source
+from engine.data.sources.decode import decode
+from engine.data.sources.interface import Refused
+from engine.data.sources.kinds import image_suffixes
+from engine.errors import UserError
+from engine.files import digest
+from tests.fuzz.judge import Broken, Kind, Place
+from tests.fuzz.mutations import (
+    mutate_content,
+    mutate_file,
+    mutate_folder,
+    mutated_bytes,
+    mutated_json,
+    mutated_value,
+    rewrite,
+    text_of,
+)
+from tests.tiny import write_images, write_pipeline
+
+ODD_NAMES = (
+    "../../outside/x.png",
+    "/x.png",
+    "a/../b.png",
+    "\x1b[31m.png",
+    "x" * 300 + ".png",
+    "\u202e.png",
+    "000.png/",
+    "b//c.png",
+)
+MOST_ROWS = 10_000  # of the tiny shards, however their numbers are altered
+
+
+def make_images(whole: Path) -> None:
+    """One image in every format, and every mode of it, that Pillow writes and the engine opens."""
+    suffixes = {suffix for suffix in image_suffixes() if Image.registered_extensions()[suffix] in Image.SAVE}
+    kinds = {Image.registered_extensions()[suffix]: suffix for suffix in sorted(suffixes)}
+    noise = np.random.default_rng(0).integers(0, 256, (12, 16, 4), dtype=np.uint8)
+    for kind, suffix in kinds.items():
+        for mode in ("RGB", "RGBA", "P", "L", "1", "I;16", "CMYK"):
+            image = Image.fromarray(noise).convert("RGB").convert(mode) if mode != "RGBA" else Image.fromarray(noise)
+            target = whole / f"{kind.lower()}-{mode.replace(';', '')}{suffix}"
+            try:
+                image.save(target, kind, **({"exif": Image.Exif()} if kind in ("JPEG", "PNG", "WEBP") else {}))
+                decode(target)
+            except Exception:  # a mode that the format does not have
+                target.unlink(missing_ok=True)
+
+
+def read_image(place: Place) -> Any:
+    image = decode(place.given)
+    if image.mode != "RGB" or min(image.size) < 1:
+        raise Broken(f"an image of mode {image.mode}, {image.size}")
+    return image.size
+
+
+CAPTIONS = {f"{number}.png": f"a caption, number {number}" for number in range(3)}
+
+
+def make_tables(whole: Path) -> None:
+    """The same three images with their captions in each kind of file."""
+    rows = [{"file_name": name, "text": text, "width": 16} for name, text in CAPTIONS.items()]
+    for kind in ("jsonl", "csv", "tsv", "json", "txt", "beside"):
+        folder = whole / kind
+        write_images(folder, 0)
+        (folder / "metadata.jsonl").unlink()
+        for name in CAPTIONS:
+            Image.new("RGB", (16, 16), (200, 40, 10)).save(folder / name)
+            if kind in ("txt", "beside"):
+                text = CAPTIONS[name] if kind == "txt" else json.dumps({"text": CAPTIONS[name]})
+                (folder / name).with_suffix(".txt" if kind == "txt" else ".json").write_text(text)
+        if kind == "jsonl":
+            (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        elif kind == "json":
+            (folder / "captions.json").write_text(json.dumps(rows))
+        elif kind in ("csv", "tsv"):
+            text = io.StringIO()
+            writer = csv.DictWriter(text, list(rows[0]), delimiter="," if kind == "csv" else "\t")
+            writer.writeheader()
+            writer.writerows(rows)
+            (folder / ("metadata.csv" if kind == "csv" else "captions.tsv")).write_text(text.getvalue())
+
+
+def mutate_table(folder: Path, random: Random) -> str:
+    if random.random() < 0.15:
+        return mutate_folder(folder, random)
+    path = random.choice(sorted(path for path in folder.iterdir() if path.suffix != ".png"))
+    if path.suffix == ".jsonl":
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        altered = mutated_value(lines, random)
+        lines = altered if isinstance(altered, list) else [altered]
+        rewrite(path, b"\n".join(text_of(line, json.dumps, random) for line in lines))
+    else:
+        rewrite(path, (mutated_json if path.suffix == ".json" else mutated_bytes)(path.read_bytes(), random))
+    return f"{path.name} altered"
+
+
+def make_archives(whole: Path) -> None:
+    write_images(whole.parent / "images", 3)
+    members = {path.name: path.read_bytes() for path in sorted((whole.parent / "images").iterdir())}
+    for name in ("data.zip", "data.tar"):
+        write_archive(whole / name, members)
+
+
+def write_archive(path: Path, members: dict[str, bytes], links: dict[str, str] | None = None) -> None:
+    """links: names -> targets, in tar alone."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in members.items():
+                archive.writestr(name, content)
+        return
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            described = tarfile.TarInfo(name)
+            described.size = len(content)
+            tar.addfile(described, io.BytesIO(content))
+        for name, target in (links or {}).items():
+            described = tarfile.TarInfo(name)
+            described.type, described.linkname = tarfile.SYMTYPE, target
+            tar.addfile(described)
+
+
+def mutate_archive(archive: Path, random: Random) -> str:
+    """Alters the bytes of an archive, or packs other members: of strange names, links out of it, altered ones."""
+    if random.random() < 0.5:
+        return mutate_content(archive, random)
+    members = {path.name: path.read_bytes() for path in sorted((archive.parents[2] / "archives" / "images").iterdir())}
+    name = random.choice(list(members))
+    if random.random() < 0.5:
+        members[random.choice(ODD_NAMES)] = members.pop(name)
+    else:
+        members[name] = mutated_bytes(members[name], random)
+    archive.unlink()
+    links = {random.choice(("link.png", "000.txt")): "../outside/canary.txt"} if random.random() < 0.3 else {}
+    with warnings.catch_warnings(action="ignore"):
+        write_archive(archive, members, links)
+    return "members altered"
+
+
+def make_parquet(whole: Path) -> None:
+    import datasets
+
+    write_images(whole.parent / "images", 3)
+    rows = {"image": [str(path) for path in sorted((whole.parent / "images").glob("*.png"))], "text": ["one", "two", "three"]}
+    table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    table.to_parquet(whole / "train.parquet")
+
+
+def read_source(place: Place) -> Any:
+    """Everything that a build of shards asks a source for."""
+    config = CacheConfig(
+        family="sd", pretrained_model_name_or_path="unused", train_data_dir=str(place.given), output_dir=str(place.output),
+        cache_dir=str(place.output), resolution=16,
+    )  # fmt: skip
+    source = open_source(config)
+    source.identity()
+    return [
+        (source.name(sample), _attempt(source.captions, sample), _attempt(source.image, sample))
+        for sample in range(len(source))
+    ]
+
+
+def _attempt(read: Any, sample: int) -> Any:
+    """What a source gives, or how it refuses; the size of an image."""
+    try:
+        value = read(sample)
+    except Refused as why:
+        UserError(str(why))  # as it is said of the shards
+        return why.reason
+    return getattr(value, "size", value)
+
+
+def make_shards(whole: Path) -> None:
+    write_images(whole.parent / "images", 5)
+    arguments = [
+        "--family", "sd", "--pretrained_model_name_or_path", str(write_pipeline(whole.parent / "model")),
+        "--train_data_dir", str(whole.parent / "images"), "--resolution", "16", "--random_flip", "--shard_records", "3",
+        "--shards_dir", str(whole / "shards"), "--output_dir", str(whole.parent),
+    ]  # fmt: skip
+    assert shards.build_command(arguments) == 0
+    index = json.loads((whole / "shards" / "index.json").read_text()) | {"encode_seconds": 0.5}
+    (whole / "shards" / "index.json").write_text(json.dumps(index))
+
+
+def mutate_shard(folder: Path, random: Random) -> str:
+    """Alters a shard, and not the index with its digest."""
+    if random.random() < 0.2:
+        return mutate_folder(folder, random)
+    return mutate_file(random.choice(sorted(folder.glob("*.safetensors"))), random)
+
+
+def mutate_index(folder: Path, random: Random) -> str:
+    return mutate_file(folder / "index.json", random)
+
+
+def mutate_shard_and_index(folder: Path, random: Random) -> str:
+    """Alters shards, and has the index say their new sizes and digests."""
+    what = mutate_file(random.choice(sorted(folder.glob("*.safetensors"))), random)
+    index = json.loads((folder / "index.json").read_text())
+    if random.random() < 0.3:
+        entry, name = random.choice(index["shards"]), random.choice(("records", "image_rows", "caption_rows"))
+        entry[name] += random.choice((1, -1, 2, 10**6, -entry[name]))
+        what += f", {name} of {entry['file']} too"
+    for entry in index["shards"]:
+        entry |= {"bytes": (folder / entry["file"]).stat().st_size, "sha256": digest(folder / entry["file"])}
+    rewrite(folder / "index.json", json.dumps(index).encode())
+    return what
+
+
+def read_shards(place: Place) -> Any:
+    """Verifies shards, describes them, and draws every variant of every record with every caption."""
+    directory = place.given
+    if shards.verify_command([str(directory)]):
+        raise UserError(f"{directory}: not whole")
+    shards.info_command([str(directory), "--records", "0"])
+    opened = Shards(directory)
+    if len(opened) != len(opened.image_counts) or len(opened) != len(opened.caption_counts):
+        raise Broken("the index counts other records than the shards hold")
+    shards.info_command([str(directory), "--record", str(len(opened) - 1)])
+    drawn = [(record, variant, caption) for record in range(len(opened)) for variant in _numbers(opened.image_counts, record)
+             for caption in _numbers(opened.caption_counts, record)]  # fmt: skip
+    records, variants, captions = torch.tensor(drawn, dtype=torch.int64).reshape(-1, 3).unbind(1)
+    rows = opened.rows_of(records, variants, captions)
+    expected = _reference(directory, drawn)
+    for name, field in opened.fields.items():
+        out = torch.empty(len(drawn), *field.shape, dtype=field.dtype)
+        opened.gather(name, rows[field.per], out)
+        if not torch.equal(out.view(torch.uint8), expected[name].view(torch.uint8)):
+            raise Broken(f"rows of {name} are not those that the shards describe")
+    return {name: hash(tensor.numpy().tobytes()) for name, tensor in expected.items()}
+
+
+def _numbers(counts: torch.Tensor, record: int) -> range:
+    count = int(counts[record])
+    if not 0 < count < MOST_ROWS:
+        raise Broken(f"record {record} has {count} variants or captions")
+    return range(count)
+
+
+def _reference(directory: Path, drawn: list[tuple[int, int, int]]) -> dict[str, torch.Tensor]:
+    """The rows of records by docs/shards.md, read by another library."""
+    index = json.loads((directory / "index.json").read_text())
+    files = [load_file(directory / shard["file"]) for shard in index["shards"]]
+    places = [(shard, row) for shard, entry in enumerate(index["shards"]) for row in range(entry["records"])]
+    of_caption = [(shard, row) for shard, entry in enumerate(index["shards"]) for row in range(entry["caption_rows"])]
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in index["fields"]}
+    for record, variant, caption in drawn:
+        shard, row = places[record]
+        image = shard, _at(files[shard]["image_offsets"], row) + variant
+        number = _at(files[shard]["caption_numbers"], _at(files[shard]["caption_offsets"], row) + caption)
+        for name, field in index["fields"].items():
+            file, place = image if field["per"] == "image" else of_caption[_within(number, len(of_caption))]
+            found[name].append(files[file][name][_within(place, len(files[file][name]))])
+    return {name: torch.stack(rows) for name, rows in found.items()}
+
+
+def _at(tensor: torch.Tensor, place: int) -> int:
+    return int(tensor[_within(place, len(tensor))])
+
+
+def _within(place: int, count: int) -> int:
+    if not 0 <= place < count:
+        raise Broken(f"a record points to {place} of {count}")
+    return place
+
+
+shard_kind = functools.partial(Kind, make_shards, read=read_shards)
+KINDS = {
+    "images": Kind(make_images, mutate_content, read_image),
+    "tables": Kind(make_tables, mutate_table, read_source),
+    "archives": Kind(make_archives, mutate_archive, read_source),
+    "parquet": Kind(make_parquet, mutate_content, read_source),
+    "shards": shard_kind(mutate=mutate_shard, guarded=True),
+    "shards-index": shard_kind(mutate=mutate_index),
+    "shards-consistent": shard_kind(mutate=mutate_shard_and_index),
+}

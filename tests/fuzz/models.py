@@ -1,0 +1,168 @@
+"""Models as strangers send them: folders of pipelines of every family, and single files."""
+
+import functools
+import json
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine.config.options import TrainConfig
+from engine.data.sources.interface import refusing
+from engine.loop.export import save_pipeline
+from engine.models.family import open_family
+from engine.models.original_layout import write_single_file
+from engine.models.pipelines import open_pipeline
+from examples.tiny_models import WRITERS
+from tests.fuzz.judge import Broken, Kind, Place
+from tests.fuzz.mutations import OUTSIDE, mutate_file, mutate_folder, plant, rewrite
+from tests.models.test_single_file import write_pipeline as write_regular_pipeline
+
+RESOLUTION = {"sd": 16, "kandinsky-prior": 32, "kandinsky-decoder": 32, "wuerstchen": 128}
+# The options that name a family's pipelines -> their folders within a base.
+FOLDERS = {
+    "pretrained_model_name_or_path": "pipeline",
+    "pretrained_prior_model_name_or_path": "prior",
+    "pretrained_decoder_model_name_or_path": "decoder",
+}
+
+
+def make_pipelines(family: str, whole: Path) -> None:
+    WRITERS[family](whole / "models")
+
+
+def mutate_pipeline(folder: Path, random: Random) -> str:
+    """Alters a file of a pipeline or which there are, or has its files name programs beside them."""
+    pipelines = sorted(path.parent for path in folder.glob("*/model_index.json"))
+    pipeline = random.choice(pipelines)
+    chance = random.random()
+    if chance < 0.2:
+        return mutate_folder(pipeline, random)
+    if chance < 0.35:
+        return plant_program(pipeline, random)
+    files = [path for path in sorted(pipeline.rglob("*")) if path.is_file()]
+    small = [path for path in files if path.suffix != ".safetensors"]
+    return mutate_file(random.choice(files if chance < 0.5 else small), random)
+
+
+def plant_program(pipeline: Path, random: Random) -> str:
+    """Puts programs into a part, or beside all, and names them where libraries look for names of classes."""
+    parts = [path for path in sorted(pipeline.iterdir()) if path.is_dir()]
+    part = random.choice(parts)
+    outside = next(parent / OUTSIDE for parent in pipeline.parents if (parent / OUTSIDE).is_dir())
+    for folder in (part, pipeline):
+        plant(folder, outside)
+    edits: list[tuple[Path, dict[str, Any]]] = [
+        (pipeline / "model_index.json", {part.name: ["evil", "Evil"]}),
+        (pipeline / "model_index.json", {part.name: [part.name, "Evil"]}),
+        (pipeline / "model_index.json", {"_class_name": ["evil", "Evil"]}),
+        (pipeline / "model_index.json", {"_class_name": "Evil"}),
+        (pipeline / "model_index.json", {"evil": ["evil", "Evil"]}),
+        (pipeline / "model_index.json", {part.name: ["subprocess", "Popen"]}),
+    ]
+    maps = dict.fromkeys(("AutoModel", "AutoConfig", "AutoImageProcessor", "AutoProcessor"), "evil.Evil")
+    for file in sorted(part.glob("*.json")):
+        if isinstance(json.loads(file.read_text()), dict):
+            edits.append((file, {"auto_map": maps | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "trust_remote_code": True}))
+            edits.append((file, {"_class_name": "Evil", "model_type": "evil", "tokenizer_class": "Evil"}))
+    file, values = random.choice(edits)
+    rewrite(file, json.dumps(json.loads(file.read_text()) | values).encode())
+    return f"a program in {part.name}, named in {file.name}: {', '.join(values)}"
+
+
+def configuration(family: str, place: Place, **paths: str) -> TrainConfig:
+    return TrainConfig.model_validate({
+        "family": family, "train_data_dir": "unused", "output_dir": str(place.output), "resolution": RESOLUTION[family],
+        "cache_dir": str(place.output / "cache"), "report_to": "none", **paths,
+    })  # fmt: skip
+
+
+def read_pipelines(family: str, place: Place) -> Any:
+    """Opens a family by folders as a training does, loads all its parts, encodes a caption, and now and then exports."""
+    models = place.given
+    options = {option: str(models / name) for option, name in FOLDERS.items() if (models / name).exists()}
+    if family == "wuerstchen":
+        options["pretrained_image_encoder_name_or_path"] = str(models / "efficientnet.safetensors")
+    return use(family, place, options)
+
+
+def use(family: str, place: Place, options: dict[str, str]) -> Any:
+    opened = open_family(configuration(family, place, **options))
+    opened.check_files()
+    opened.encoding.encoder_identity()
+    model = opened.published_model()
+    if family == "sd" and opened.encoding.path.is_relative_to(place.given):
+        _require_stored(model, opened.encoding.path / "unet")
+    if family != "wuerstchen":  # whose image encoder has its full size
+        with opened.encoding.encoder(torch.device("cpu")) as encoder, refusing("caption cannot be encoded"):
+            if opened.encoding.captioned:
+                encoder.encode_captions(["a red square"])
+    if place.thorough:
+        save_pipeline(place.output, opened, model, model.state_dict().items())
+    return None
+
+
+def _require_stored(model: Any, folder: Path) -> None:
+    """A loaded model holds what its file does."""
+    stored = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    for name, tensor in model.state_dict().items():
+        if name not in stored or not torch.equal(stored[name].float(), tensor):
+            if name in stored and not stored[name].float().isfinite().all():
+                continue
+            raise Broken(f"{name} is loaded as something else than its file holds")
+
+
+def read_sampled(place: Place) -> Any:
+    """Opens a pipeline as `engine.sample` does."""
+    open_pipeline(place.given / "pipeline", None, torch.float32)
+    return None
+
+
+def make_single_files(whole: Path) -> None:
+    """With the configurations of the engine in it, and as others write it, which is recognised."""
+    pipeline = write_regular_pipeline(whole.parent)
+    write_single_file(pipeline, whole / "own.safetensors")
+    tensors = load_file(whole / "own.safetensors")
+    save_file(tensors, whole / "other.safetensors")
+    torch.save({"state_dict": tensors}, whole / "model.ckpt")
+
+
+def mutate_single_file(path: Path, random: Random) -> str:
+    if path.suffix == ".ckpt" and random.random() < 0.2:
+        path.unlink()
+        torch.save({"state_dict": Evil(next(parent / OUTSIDE for parent in path.parents if (parent / OUTSIDE).is_dir()))}, path)
+        return "a program in a pickle"
+    return mutate_file(path, random)
+
+
+class Evil:
+    """Opened without care, this pickle leaves a mark."""
+
+    def __init__(self, outside: Path) -> None:
+        self.mark = outside / "ran"
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.mark), "w")
+
+
+def read_single_file(place: Place) -> Any:
+    tokenizer = place.support / "pipeline" / "tokenizer"
+    paths = {"pretrained_model_name_or_path": str(place.given), "tokenizer_name": str(tokenizer)}
+    config = configuration("sd", place, **paths)
+    opened = open_family(config)
+    opened.check_files()
+    opened.published_model()
+    return None
+
+
+KINDS = {
+    f"models-{family}": Kind(
+        functools.partial(make_pipelines, family), mutate_pipeline, functools.partial(read_pipelines, family)
+    )
+    for family in WRITERS
+} | {
+    "models-sampled": Kind(functools.partial(make_pipelines, "sd"), mutate_pipeline, read_sampled),
+    "single-files": Kind(make_single_files, mutate_single_file, read_single_file),
+}
