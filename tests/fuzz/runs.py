@@ -17,8 +17,9 @@ from engine.config.options import TrainConfig
 from engine.data.format.shard import Shards
 from engine.data.samples.batch import BatchPlan
 from engine.files import digest
-from engine.loop.checkpoints.layout import SliceFiles, read_state
+from engine.loop.checkpoints.layout import or_another, read_state
 from engine.loop.checkpoints.models import whole_parameters
+from engine.loop.checkpoints.slices import SliceFiles
 from engine.loop.prepare import open_run
 from engine.loop.resume import find_checkpoint, open_checkpoint
 from engine.loop.trainer import Training, train
@@ -103,8 +104,11 @@ def read_checkpoint(place: Place) -> Any:
     config, training = training_beside(place.support)
     state = open_checkpoint(place.given, config, 1)
     training.resume(place.given, state)
-    files = SliceFiles(place.given)
-    exported = {kind: dict(whole_parameters(files, kind, training.partition.shapes, {})) for kind in ("weight", "ema")}
+    shapes = training.partition.shapes
+    with or_another(place.given):
+        files = SliceFiles(place.given, state.world)
+        files.check_model(shapes)
+        exported = {kind: dict(whole_parameters(files, kind, shapes, {})) for kind in ("weight", "ema")}
     _require_whole(place.given, training)
     tensors = [tensor for kind in exported.values() for tensor in kind.values()]
     partition = training.partition
@@ -192,7 +196,7 @@ def read_output(place: Place) -> Any:
         return None
     if found.resolve().parent != place.given.resolve():
         raise Broken(f"goes on from {found}")
-    return read_state(found, whole=True)["step"]
+    return read_state(found, whole=True).step
 
 
 @functools.cache

@@ -80,13 +80,13 @@ def _work(pipe: connection.Connection, root: Path) -> None:
     os.chdir(root)
     watch()
     fuzzer = Fuzzer(root)
-    while True:
-        case = pipe.recv()
-        try:
-            pipe.send(fuzzer.run(*case))
-        except Exception as error:  # of the fuzzer itself: the base is not read, or a mutation fails
-            error.add_note(f"case {case}")
-            pipe.send(error)
+    with contextlib.suppress(EOFError):
+        while case := pipe.recv():
+            try:
+                pipe.send(fuzzer.run(*case))
+            except Exception as error:  # of the fuzzer itself: the base is not read, or a mutation fails
+                error.add_note(f"case {case}")
+                pipe.send(error)
 
 
 class Worker:
@@ -108,9 +108,10 @@ class Worker:
         self.pipe.send(case)
 
     def end(self) -> None:
+        self.pipe.close()
+        self.process.join(1)
         self.process.kill()
         self.process.join()
-        self.pipe.close()
 
     def outcome(self) -> Outcome | None:
         """How the case ended, once it has."""
