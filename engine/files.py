@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from engine.errors import UserError, first_line
 
 PARTIAL = ".partial"
+_PASSING = (errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EAGAIN)  # may be over in a second
 LARGEST_TEXT = 2**30  # bytes of a file that is read as text
 
 
@@ -47,6 +49,24 @@ def open_regular(path: Path) -> io.BufferedReader:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: Path) -> bytes:
+    """A regular file, whole. A network's file system that fails is asked again, so that no sample is lost by one bad moment.
+
+    Raises:
+        OSError: there is none, it is no regular file, or it cannot be read.
+    """
+    for pause in (0.1, 1.0):
+        try:
+            with open_regular(path) as file:
+                return file.read()
+        except OSError as error:
+            if error.errno not in _PASSING:
+                raise
+        time.sleep(pause)
+    with open_regular(path) as file:
+        return file.read()
 
 
 def read_text(path: Path) -> str:

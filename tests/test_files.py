@@ -1,5 +1,6 @@
 """Files are shared as the umask says, whoever writes them."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -7,9 +8,10 @@ import pytest
 from safetensors.torch import save_file
 from torch import ones
 
+from engine import files
 from engine.config.options import TrainConfig
 from engine.errors import UserError
-from engine.files import open_regular, parse_json, publish_directory, reading, write_atomically
+from engine.files import open_regular, parse_json, publish_directory, read_bytes, reading, write_atomically
 from engine.loop.trainer import train
 from engine.models.original_layout import write_single_file
 
@@ -73,3 +75,24 @@ def test_a_file_that_cannot_be_written_leaves_no_half(tmp_path):
     with pytest.raises(OSError, match="full"):
         write_atomically(tmp_path / "file", write)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
+
+
+@pytest.mark.parametrize(
+    ("failures", "number", "read"), [(2, errno.ESTALE, True), (3, errno.EIO, False), (1, errno.EACCES, False)]
+)
+def test_a_file_system_that_fails_for_a_moment_costs_no_sample(failures, number, read, tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"content")
+    answers = [OSError(number, os.strerror(number))] * failures
+
+    def open_in_vain(path):
+        if answers:
+            raise answers.pop()
+        return open_regular(path)
+
+    monkeypatch.setattr(files, "open_regular", open_in_vain)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    if read:
+        assert read_bytes(tmp_path / "file") == b"content"
+    else:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            read_bytes(tmp_path / "file")

@@ -1,7 +1,7 @@
 """Images and captions as a source holds them, made what the families take, or refused with a reason."""
 
+import errno
 import io
-import stat
 import threading
 import warnings
 from collections import Counter
@@ -16,6 +16,7 @@ from engine.data.sources.bare import without_metadata
 from engine.data.sources.interface import Refused, refusing
 from engine.data.sources.kinds import image_suffixes, what_it_is
 from engine.errors import first_line
+from engine.files import read_bytes
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -78,12 +79,12 @@ def _content(data: Path | io.BytesIO) -> bytes:
         return data.getvalue()
     try:
         with refusing("unreadable image file"):
-            if not stat.S_ISREG(data.stat().st_mode):  # a pipe would never end
-                raise Refused("not a regular file")
-            return data.read_bytes()
+            return read_bytes(data)
     except Refused as why:
         if isinstance(why.__cause__, (FileNotFoundError, NotADirectoryError)):
             raise Refused("no such image file") from None
+        if isinstance(why.__cause__, OSError) and why.__cause__.errno == errno.EINVAL:
+            raise Refused("not a regular file") from None
         raise
 
 
