@@ -5,7 +5,7 @@ from pathlib import Path
 
 from engine.config.checks import check_writable
 from engine.config.command_line import Parser
-from engine.errors import UserError, exit_code
+from engine.errors import UserError, exit_code, printable
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -29,16 +29,17 @@ def main() -> int:
     import torch
     from diffusers import StableDiffusionPipeline
 
-    from engine.models.check import check_pipeline, read_index
+    from engine.models.check import check_pipeline
+    from engine.models.index import read_index
     from engine.models.original_layout import write_single_file
 
     quiet_libraries()
-    found = read_index(model).get("_class_name")
+    found = read_index(model)["_class_name"]
     if found != "StableDiffusionPipeline":
         raise UserError(f"--model {model}: a {found}; only Stable Diffusion 1.x and 2.x are read from single files")
     check_pipeline(model, StableDiffusionPipeline)
     write_single_file(model, file, getattr(torch, DTYPES[options.dtype]) if options.dtype else None)
-    print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB")
+    print(f"{printable(str(file))}: {file.stat().st_size / 2**20:.1f} MiB")
     return 0
 
 

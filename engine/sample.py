@@ -8,7 +8,7 @@ from typing import Any
 from engine.catalogue import FAMILIES
 from engine.config.checks import check_picture
 from engine.config.command_line import Parser, number, prompt, whole
-from engine.errors import UserError, exit_code, first_line
+from engine.errors import UserError, exit_code, first_line, out_of_memory, printable
 
 
 def _pixel_step(pipeline: Any) -> int:
@@ -27,7 +27,7 @@ def _check_sampling(pipeline: Any, resolution: int | None, steps: int | None) ->
         nearest = max(round(resolution / step), 1) * step
         raise UserError(f"--resolution {resolution}: this model draws images in steps of {step} px; the nearest is {nearest}")
     most = pipeline.scheduler.config.get("num_train_timesteps")
-    if steps is not None and most is not None and steps > most:
+    if steps is not None and type(most) is int and steps > most:
         raise UserError(f"--num_inference_steps {steps}: this model has {most} timesteps")
 
 
@@ -67,10 +67,7 @@ def main() -> int:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    try:
-        pipeline = open_pipeline(model, options.other_half, dtype)
-    except (OSError, ValueError, RuntimeError) as error:  # files that are missing, cut short or of another kind
-        raise UserError(f"--model {model}: cannot be loaded: {first_line(error)}") from None
+    pipeline = open_pipeline(model, options.other_half, dtype)
     _check_sampling(pipeline, options.resolution, options.num_inference_steps)
     pipeline = pipeline.to(device)
     pipeline.set_progress_bar_config(disable=None)
@@ -85,9 +82,14 @@ def main() -> int:
     given = {name: value for name, value in arguments.items() if value is not None}
     if options.compile:
         compile_denoisers(pipeline)
-    rows = list(draw(pipeline, options.prompts, options.images_per_prompt, options.seed, **given))
+    try:
+        rows = list(draw(pipeline, options.prompts, options.images_per_prompt, options.seed, **given))
+    except Exception as error:  # numbers in a model's configurations that no other check knows
+        if out_of_memory(error):
+            raise
+        raise UserError(f"--model {model}: cannot be drawn with: {type(error).__name__}: {first_line(error)}") from None
     save_png(labelled_grid(rows), options.output)
-    print(f"samples in {options.output}")
+    print(f"samples in {printable(str(options.output))}")
     return 0
 
 

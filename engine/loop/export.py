@@ -1,5 +1,6 @@
 """The trained pipeline: saved where the diffusers scripts leave it, and uploaded."""
 
+import glob
 import shutil
 from collections import deque
 from collections.abc import Iterable
@@ -15,14 +16,18 @@ from engine.errors import UserError, first_line
 from engine.files import PARTIAL, discard, sync, sync_files
 from engine.loop.weights.partition import Partition
 from engine.loop.weights.whole import empty_published_model, whole_tensors, write_published
+from engine.messages import say
+from engine.models.check import TOKENIZER_FILES
 from engine.models.family import Family
+from engine.models.index import INDEX, lies_inside
 from engine.models.pipelines import use_portable_names
 
 
 def export(config: TrainConfig, family: Family, partition: Partition) -> None:
     """Saves the pipeline with fp32 trained weights where the scripts leave it; every process must call it.
 
-    Each component is written aside and renamed into place; model_index.json, without which nothing loads, comes last.
+    Each component is written aside and renamed into place; model_index.json, without which nothing loads, goes first and comes
+    back last.
     """
     whole = whole_tensors(partition)
     if partition.processes.is_first:
@@ -50,14 +55,30 @@ def save_pipeline(directory: Path, family: Family, module: Any, tensors: Iterabl
     use_portable_names(pipeline)
     pipeline.save_pretrained(aside, safe_serialization=True)
     if (aside / "tokenizer").is_dir():
-        # transformers 5 saves tokenizer.json alone; older releases read the vocabulary and the merges beside it.
-        shutil.copytree(family.encoding.path / "tokenizer", aside / "tokenizer", dirs_exist_ok=True)
+        _copy_tokenizer(family.encoding.path, aside / "tokenizer")
     sync_files(aside)
-    for path in sorted(aside.iterdir(), key=lambda path: path.name == "model_index.json"):
+    discard(output / INDEX)
+    sync(output)
+    for path in sorted(aside.iterdir(), key=lambda path: path.name == INDEX):
         discard(output / path.name)
         shutil.move(path, output / path.name)
     sync(output)
     aside.rmdir()
+
+
+def _copy_tokenizer(pipeline: Path, folder: Path) -> None:
+    """Copies what is known of a pipeline's tokenizer and lies in it: links of others could lead to any file.
+
+    transformers 5 saves tokenizer.json alone; older releases read the vocabulary and the merges beside it.
+    """
+    left = []
+    for file in sorted((pipeline / "tokenizer").iterdir()):
+        if file.name in TOKENIZER_FILES and file.is_file() and lies_inside(file, pipeline):
+            shutil.copyfile(file, folder / file.name)
+        elif file.name in TOKENIZER_FILES or file.is_symlink() or not file.name.startswith("."):
+            left.append(file.name)
+    if left:
+        say(f"{pipeline / 'tokenizer'}: left out of the result: {', '.join(left)}")
 
 
 def create_repository(config: TrainConfig) -> str:
@@ -87,10 +108,15 @@ def push_to_hub(config: TrainConfig, family: Family, repository: str) -> None:
         f"Fine-tuned from `{family.base_model}` on `{data}`: {config.max_train_steps} steps at learning "
         f"rate {config.learning_rate}, {config.resolution} px, precision {config.mixed_precision}.\n"
     )
+    discard(output / "README.md")  # which may be a link
     card.save(output / "README.md")
+    links = [path.relative_to(output) for path in output.rglob("*") if path.is_symlink() and not lies_inside(path, output)]
+    if links:
+        say(f"{output}: not published, because these links lead elsewhere: {', '.join(map(str, links))}")
+    others = [f"{glob.escape(str(link))}{within}" for link in links for within in ("", "/*")]
     HfApi(token=config.hub_token).upload_folder(
         repo_id=repository,
         folder_path=output,
         commit_message="End of training",
-        ignore_patterns=["checkpoint-*", "shards/*", "logs/*", "wandb/*", "latest"],
+        ignore_patterns=["checkpoint-*", "shards/*", "logs/*", "wandb/*", "latest", *others],
     )

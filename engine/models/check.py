@@ -1,10 +1,13 @@
 """What can be known of a pipeline's folder before it is loaded: its parts by its index, its weights by their headers."""
 
-import json
+import contextlib
+import dataclasses
+import itertools
 import pickle
 import re
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -12,55 +15,65 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
-from engine.errors import UserError, first_line
+from engine.errors import UserError, first_line, out_of_memory
+from engine.files import reading
 from engine.messages import say
+from engine.models.index import (
+    INDEX,
+    classes_of,
+    has_class,
+    parts_of,
+    read_index,
+    read_json,
+    refuse_pointer,
+    require_inside,
+)
 from engine.tensors import DTYPES
 
-INDEX = "model_index.json"
-_POINTER = b"version https://git-lfs"
 _VARIANT = re.compile(r"(?:diffusion_pytorch_model|pytorch_model|model)\.([\w-]+?)(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)")
 # By the class that reads them, the first names of files with weights.
 _NAMES = {
     diffusers.ModelMixin: {"safetensors": "diffusion_pytorch_model", "bin": "diffusion_pytorch_model"},
     transformers.PreTrainedModel: {"safetensors": "model", "bin": "pytorch_model"},
 }
-
-
-def read_index(pipeline: Path) -> dict[str, Any]:
-    """A pipeline's model_index.json.
-
-    Raises:
-        UserError: there is none, or it cannot be read.
-    """
-    return _read_json(pipeline / INDEX)
-
-
-def parts_of(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """The parts that an index lists, with library and class; those that are null in it are none."""
-    return {
-        name: (str(value[0]), str(value[1]))
-        for name, value in index.items()
-        if isinstance(value, list) and len(value) == 2 and value[1] is not None
-    }
+# What the libraries read of a part beside its weights: configurations, and the rest of a tokenizer.
+_CONFIGURATIONS = (
+    "config.json", "scheduler_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json",
+)  # fmt: skip
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+_READ = {*_CONFIGURATIONS, *TOKENIZER_FILES, "chat_template.jinja", "chat_template.json"}
+# Entries by which a library would run, fetch or read something else, wherever they stand in a configuration.
+_PROGRAMS = ("auto_map", "custom_pipeline", "custom_pipelines", "gguf_file", "tokenizer_object", "transformers_weights")
+_ATTENTION = (None, "eager", "sdpa")  # others may be kernels that are downloaded
+_PIECE = re.compile(r"[\w.-]{1,200}\.(?:safetensors|bin)")
+_LEVELS = 3  # within each other, that training programs keep tensors in
+MOST_LAYERS = 20_000  # of a model; the largest of the published ones have some 3,000 layers and weights
+MOST_TIMESTEPS = 100_000
 
 
 def check_pipeline(pipeline: Path, expected: Any, variant: str | None = None) -> None:
-    """Opens the parts that a pipeline of the class `expected` is loaded from, without their weights.
+    """Opens the parts that a pipeline of the class `expected` is loaded from, and joins them, without their weights.
 
     Raises:
         UserError: a part that is missing, damaged, or does not fit its configuration, with the remedy.
     """
-    listed = parts_of(read_index(pipeline))
+    classes = classes_of(pipeline, expected)
     absent = absent_parts(pipeline, expected)
     names, _ = expected._get_signature_keys(expected)
-    if missing := sorted(name for name in names if name not in listed and name not in expected._optional_components):
+    if missing := sorted(name for name in names if name not in classes and name not in expected._optional_components):
         raise UserError(f"{pipeline / INDEX}: lists no {', '.join(missing)}; give a complete diffusers pipeline")
-    for name in sorted(listed.keys() & set(names) - absent.keys()):
-        check_part(pipeline, name, variant)
+    there = {name: part for name, part in classes.items() if name not in absent}
+    join_parts(pipeline, expected, {name: check_part(pipeline / name, part, variant) for name, part in there.items()})
     if absent:
         say(f"{pipeline}: {INDEX} lists {' and '.join(sorted(absent))}, not there: left out")
 
@@ -74,21 +87,42 @@ def absent_parts(pipeline: Path, expected: Any) -> dict[str, None]:
     return dict.fromkeys(absent)
 
 
-def check_part(pipeline: Path, name: str, variant: str | None = None) -> None:
-    """Opens a part that the index lists, a model without its weights.
+def join_parts(pipeline: Path, expected: Any, parts: dict[str, Any]) -> Any:
+    """The pipeline of the class `expected` that parts make, with the numbers and switches that the index gives it.
+
+    Raises:
+        UserError: they do not go together.
+    """
+    index, kinds = read_index(pipeline), expected._get_signature_types()
+    names, options = expected._get_signature_keys(expected)
+    given = {name: index[name] for name in options if name in index}
+    for name, value in given.items():
+        if not isinstance(value, (int, float) if float in kinds[name] else kinds[name]):
+            raise UserError(f"{pipeline / INDEX}: {name} is {value}, not a {kinds[name][0].__name__}; download it again")
+    with reading(pipeline, "give a pipeline whose parts belong together"):
+        return expected(**(dict.fromkeys(names) | parts), **given)
+
+
+def check_part(folder: Path, part: Any, variant: str | None = None) -> Any:
+    """A part of the class `part`, a model with weights that hold nothing.
 
     Raises:
         UserError: it is missing, damaged, or does not fit its configuration, with the remedy.
     """
-    part, folder = _class_of(pipeline, name), pipeline / name
     if issubclass(part, torch.nn.Module):
-        check_weights(folder, part, present_variant(folder, variant))
-    else:
-        read_part(pipeline, name, part.from_pretrained)
+        return check_weights(folder, part, present_variant(folder, variant))
+    return read_part(folder.parent, folder.name, part.from_pretrained)
+
+
+def load_part(folder: Path, part: Any, variant: str | None, dtype: torch.dtype | None) -> Any:
+    """A part of the class `part`, on the host."""
+    if issubclass(part, torch.nn.Module):
+        return load_model(folder, part, variant, dtype)
+    return read_part(folder.parent, folder.name, part.from_pretrained)
 
 
 def read_part(pipeline: Path, part: str, load: Any) -> Any:
-    """What `load` makes of one part of a pipeline's directory.
+    """What `load` makes of one part of a pipeline's directory, whose files run nothing and lead nowhere else.
 
     Raises:
         UserError: the part is missing or cannot be loaded.
@@ -96,15 +130,41 @@ def read_part(pipeline: Path, part: str, load: Any) -> Any:
     folder = pipeline / part
     if not _has_files(folder):
         raise UserError(f"{pipeline}: no {part} there; give a complete diffusers pipeline")
-    for file in sorted(folder.iterdir()):
-        if file.suffix in (".json", ".txt"):
+    for file in sorted((*folder.iterdir(), *folder.glob("additional_chat_templates/*"))):
+        if file.name in _READ or file.suffix == ".jinja":
+            require_inside(file, pipeline)
             refuse_pointer(file)
+        if file.name in _CONFIGURATIONS and file.exists():
+            _refuse_programs(file, read_json(file))
     try:
         return load(str(folder))
-    except UserError:
+    except (UserError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # the libraries raise many kinds
-        raise UserError(f"{folder}: cannot be loaded: {first_line(error)}") from None
+    except BaseException as error:  # the libraries raise many kinds, and what is written in Rust one that is no Exception
+        raise UserError(f"{folder}: cannot be loaded: {first_line(error)}; download it again") from None
+
+
+def _refuse_programs(file: Path, config: dict[str, Any]) -> None:
+    """Refuses a configuration that names programs of its own, or classes that the libraries do not have."""
+    nested: list[Any] = [config]
+    while nested:
+        value = nested.pop()
+        nested += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+        for name in _PROGRAMS if isinstance(value, dict) else ():
+            if value.get(name):
+                raise UserError(
+                    f"{file}: its {name} is {value[name]}; nothing of a model's folder is run: give the model without"
+                )
+        for name in ("attn_implementation", "_attn_implementation") if isinstance(value, dict) else ():
+            if value.get(name) not in _ATTENTION:
+                raise UserError(f"{file}: its {name} is {value[name]}, which may be downloaded and run; leave the entry out")
+    for key, libraries in (("_class_name", (diffusers, diffusers.pipelines.wuerstchen)), ("tokenizer_class", (transformers,))):
+        found = config.get(key)
+        if found is not None and not any(has_class(library, found) for library in libraries):
+            raise UserError(f"{file}: its {key} is {found}, which the installed libraries do not have")
+    steps = config.get("num_train_timesteps")
+    if steps is not None and not (type(steps) is int and 0 < steps <= MOST_TIMESTEPS):
+        raise UserError(f"{file}: its num_train_timesteps is {steps}, not 1 to {MOST_TIMESTEPS}; download it again")
 
 
 def read_config(pipeline: Path, part: str, model: Any) -> dict[str, Any]:
@@ -120,6 +180,35 @@ def read_config(pipeline: Path, part: str, model: Any) -> dict[str, Any]:
     return {name: parameter.default for name, parameter in signature(model.__init__).parameters.items()} | config
 
 
+def transformers_config(folder: Path, config_class: Any) -> Any:
+    """The configuration of a part as transformers describes it: of the file's entries those that the class declares.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+
+    def read(folder: str) -> Any:
+        given = read_json(Path(folder) / "config.json")
+        inner = given.get(config_class.base_config_key)
+        return configured(config_class, inner if isinstance(inner, dict) else given)
+
+    return read_part(folder.parent, folder.name, read)
+
+
+def configured(config_class: Any, given: dict[str, Any]) -> Any:
+    """What transformers makes of the declared entries of a configuration."""
+    known = {field.name for field in dataclasses.fields(config_class)} | {"torch_dtype"}
+    values = {name: value for name, value in given.items() if name in known}
+    for name, inner in config_class.sub_configs.items():
+        for key in (name, f"{name}_dict"):  # as older releases wrote it too
+            if isinstance(given.get(key), dict):
+                values[key] = configured(inner, given[key]).to_dict()
+    config = config_class(**values)
+    if not isinstance(config.dtype, torch.dtype | None):
+        raise ValueError(f"dtype {config.dtype}")
+    return config
+
+
 def present_variant(folder: Path, variant: str | None) -> str | None:
     """The variant to read a part with, as diffusers chooses in a folder where not every part has it."""
     return variant if variant in variants(folder) else None
@@ -130,21 +219,45 @@ def variants(folder: Path) -> list[str]:
     return sorted({match[1] for file in folder.glob("*") if (match := _VARIANT.fullmatch(file.name))})
 
 
-def load_model(folder: Path, model: Any, variant: str | None, dtype: torch.dtype) -> Any:
-    """A part with its weights, on the host."""
-    option = "dtype" if issubclass(model, transformers.PreTrainedModel) else "torch_dtype"
-    return model.from_pretrained(folder, variant=present_variant(folder, variant), **{option: dtype})
+def load_model(folder: Path, model: Any, variant: str | None, dtype: torch.dtype | None) -> Any:
+    """A part with its weights, on the host.
+
+    Args:
+        dtype: None as the library has it: for transformers' models the file's, else fp32.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    variant = present_variant(folder, variant)
+    try:
+        if not issubclass(model, transformers.PreTrainedModel):
+            read_config(folder.parent, folder.name, model)
+            return model.from_pretrained(folder, variant=variant, torch_dtype=dtype)
+        # Given both, transformers looks for nothing else in the folder: adapters, other names of weights, programs.
+        tensors = {name: tensor for file in weight_files(folder, model, variant) for name, tensor in read_tensors(file).items()}
+        config = transformers_config(folder, model.config_class)
+        return model.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+    except UserError:
+        raise
+    except Exception as error:  # of damaged files any
+        if out_of_memory(error):
+            raise
+        raise UserError(f"{folder}: cannot be loaded: {first_line(error)}; download it again") from None
 
 
-def check_weights(folder: Path, model: Any, variant: str | None = None) -> None:
-    """Compares a part's weights with its configuration, by names and shapes.
+def check_weights(folder: Path, model: Any, variant: str | None = None) -> Any:
+    """Compares a part's weights with its configuration, by names and shapes; returns the model, on the meta device.
 
     Raises:
         UserError: they are not there, unreadable, or do not fit.
     """
-    config = read_part(folder.parent, folder.name, lambda path: _read_json(Path(path) / "config.json"))
+    config = read_part(folder.parent, folder.name, lambda path: read_json(Path(path) / "config.json"))
     if config.get("quantization_config"):
         raise UserError(f"{folder}: holds quantised weights, which cannot be trained or encoded with; give the model without")
+    if (folder / "adapter_config.json").exists() and issubclass(model, transformers.PreTrainedModel):
+        raise UserError(
+            f"{folder}: holds an adapter beside its weights, which would be left out; merge it, or remove its files"
+        )
     files = weight_files(folder, model, variant)
     if not files:
         there = variants(folder)
@@ -153,8 +266,11 @@ def check_weights(folder: Path, model: Any, variant: str | None = None) -> None:
     stored = {name: tensor for file in files for name, tensor in stored_tensors(file).items()}
     compare = _transformers_differences if issubclass(model, transformers.PreTrainedModel) else _diffusers_differences
     try:
-        differences = compare(folder, model, stored)
-    except (OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        with bounded():
+            empty, differences = compare(folder, model, stored)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the values of a configuration lead to
         raise UserError(f"{folder / 'config.json'}: no {model.__name__} can be made of it: {first_line(error)}") from None
     if differences:
         more = f", and {len(differences) - 1} more" if len(differences) > 1 else ""
@@ -162,6 +278,24 @@ def check_weights(folder: Path, model: Any, variant: str | None = None) -> None:
             f"{folder}: the weights do not fit config.json: {differences[0]}{more}; take both from one model, or "
             "download it again"
         )
+    return empty
+
+
+@contextlib.contextmanager
+def bounded() -> Iterator[None]:
+    """Has models that are made meanwhile end at `MOST_LAYERS`: a number in a file could ask for any number of layers."""
+    made = itertools.count()
+
+    def count(*_: Any) -> None:
+        if next(made) > MOST_LAYERS:
+            raise ValueError(f"it asks for more than {MOST_LAYERS} layers and weights")
+
+    hooks = register_module_module_registration_hook(count), register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def weight_files(folder: Path, model: Any, variant: str | None) -> list[Path]:
@@ -175,7 +309,7 @@ def weight_files(folder: Path, model: Any, variant: str | None) -> list[Path]:
     for kind, first in first_names.items():
         for index in (f"{first}.{kind}.index{middle}.json", f"{first}{middle}.{kind}.index.json"):
             if (folder / index).is_file():
-                pieces = sorted({folder / piece for piece in _read_json(folder / index).get("weight_map", {}).values()})
+                pieces = _pieces(folder / index)
                 if missing := [piece.name for piece in pieces if not piece.is_file()]:
                     raise UserError(f"{folder / index}: names {', '.join(missing)}, not there; the download is incomplete")
                 return pieces
@@ -184,51 +318,99 @@ def weight_files(folder: Path, model: Any, variant: str | None) -> list[Path]:
     return []
 
 
+def _pieces(index: Path) -> list[Path]:
+    """The files that an index of divided weights names, all beside it."""
+    pieces = read_json(index).get("weight_map")
+    named = set(map(str, pieces.values())) if isinstance(pieces, dict) else set()
+    if other := sorted(name for name in named if not _PIECE.fullmatch(name)) or ([] if named else ["nothing"]):
+        raise UserError(f"{index}: its weight_map names {other[0]}, not a file of weights beside it; download it again")
+    return sorted(index.parent / name for name in named)
+
+
 def stored_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a file of weights by name, on the meta device.
 
     Raises:
         UserError: it is not the weights, or not all of them.
     """
+    if file.suffix != ".safetensors":
+        return read_tensors(file, "meta")
+    with _opened(file), safe_open(file, "pt") as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        return {
+            name: torch.empty(part.get_shape(), dtype=DTYPES.get(part.get_dtype()), device="meta")
+            for name, part in slices.items()
+        }
+
+
+def read_tensors(file: Path, device: str = "cpu") -> dict[str, Any]:
+    """The tensors of a file of weights by name; of a pickle nothing is run, and it may hold others by name, and numbers.
+
+    Raises:
+        UserError: it is not the weights, or not all of them.
+    """
+    with _opened(file):
+        if file.suffix == ".safetensors":
+            return load_file(file, device)
+        mapped = zipfile.is_zipfile(file)  # what torch wrote before 1.6 is not
+        stored = torch.load(file, map_location=device, weights_only=True, mmap=mapped)
+        _require_named(stored, file.stat().st_size)
+        return stored
+
+
+def _require_named(stored: Any, size: int) -> None:
+    """Refuses what is no tensors by name, and tensors that are larger than the file of `size` bytes that they come from."""
+    levels = 0
+    while isinstance(stored, Mapping):
+        if not all(isinstance(name, str) for name in stored):
+            raise ValueError("no tensors by name")
+        if any(isinstance(value, Tensor) and value.numel() * value.itemsize > size for value in stored.values()):
+            raise ValueError("a tensor is larger than the file")
+        if not isinstance(inner := stored.get("state_dict"), Mapping):
+            return
+        stored, levels = inner, levels + 1
+        if levels > _LEVELS:
+            raise ValueError("nested too deeply")
+    raise ValueError(f"a {type(stored).__name__}, no tensors by name")
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[None]:
+    """The boundary around the reading of a file of weights."""
     refuse_pointer(file)
     try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as opened:
-                slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-                return {
-                    name: torch.empty(part.get_shape(), dtype=DTYPES.get(part.get_dtype()), device="meta")
-                    for name, part in slices.items()
-                }
-        mapped = zipfile.is_zipfile(file)  # what torch wrote before 1.6 is not
-        stored = torch.load(file, map_location="meta", weights_only=True, mmap=mapped)
-        if not isinstance(stored, dict):
-            raise ValueError(f"a {type(stored).__name__}, no tensors by name")
-        return stored
+        yield
     except pickle.UnpicklingError as error:
-        if "Weights only load failed" not in str(error):
+        if "Weights only load failed" not in str(error) or "Unsupported operand" in str(error):
             raise UserError(f"{file}: truncated or damaged, download it again: {first_line(error)}") from None
         raise UserError(f"{file}: holds programs beside tensors, and is not run; give it as .safetensors") from None
     except Exception as error:  # whatever a damaged file makes the two readers raise
         raise UserError(f"{file}: truncated or damaged, download it again: {first_line(error)}") from None
 
 
-def _diffusers_differences(folder: Path, model: Any, stored: dict[str, Tensor]) -> list[str]:
-    with torch.device("meta"):
-        empty = model.from_config(model.load_config(folder))
+def empty_model(config: Mapping[str, Any], model: Any) -> Any:
+    """The model of diffusers that a configuration describes, on the meta device."""
+    with torch.device("meta"), bounded():
+        return model.from_config(dict(config))
+
+
+def _diffusers_differences(folder: Path, model: Any, stored: dict[str, Tensor]) -> tuple[Any, list[str]]:
+    read_config(folder.parent, folder.name, model)
+    empty = empty_model(model.load_config(folder), model)
     stored = OrderedDict(stored)
     empty._fix_state_dict_keys_on_load(stored)
     parameters = dict(empty.named_parameters())
     missing = [name for name in parameters if name not in stored]
     wanted = {name: tensor.shape for name, tensor in empty.state_dict().items() if name in stored}
-    return _described(missing, {name: (stored[name].shape, shape) for name, shape in wanted.items()})
+    return empty, _described(missing, {name: (stored[name].shape, shape) for name, shape in wanted.items()})
 
 
-def _transformers_differences(folder: Path, model: Any, stored: dict[str, Tensor]) -> list[str]:
+def _transformers_differences(folder: Path, model: Any, stored: dict[str, Tensor]) -> tuple[Any, list[str]]:
     """The library renames on the way, so it is asked, with tensors that hold nothing."""
-    config = model.config_class.from_pretrained(folder)
+    config = transformers_config(folder, model.config_class)
     options = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
-    _, found = model.from_pretrained(None, config=config, state_dict=stored, **options)
-    return _described(found["missing_keys"], {name: (left, right) for name, left, right in found["mismatched_keys"]})
+    empty, found = model.from_pretrained(None, config=config, state_dict=stored, **options)
+    return empty, _described(found["missing_keys"], {name: (left, right) for name, left, right in found["mismatched_keys"]})
 
 
 def _described(missing: Any, shapes: dict[str, tuple[Any, Any]]) -> list[str]:
@@ -237,40 +419,6 @@ def _described(missing: Any, shapes: dict[str, tuple[Any, Any]]) -> list[str]:
         f"{name} is {list(left)}, by the configuration {list(right)}" for name, (left, right) in shapes.items() if left != right
     ]
     return other + [f"{name} is missing" for name in sorted(missing)]
-
-
-def _class_of(pipeline: Path, part: str) -> Any:
-    library, name = parts_of(read_index(pipeline))[part]
-    try:
-        return simple_get_class_obj(library, name)
-    except (AttributeError, ImportError):
-        raise UserError(
-            f"{pipeline / INDEX}: {part} is a {library}.{name}, which the installed libraries do not have"
-        ) from None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    refuse_pointer(file)
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read: {first_line(error)}; download it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: holds no JSON object; download it again")
-    return value
-
-
-def refuse_pointer(file: Path) -> None:
-    """Raises `UserError` for what Git LFS leaves in the place of a file that was not downloaded."""
-    if not file.is_file():
-        return
-    try:
-        with file.open("rb") as opened:
-            start = opened.read(len(_POINTER))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-    if start == _POINTER:
-        raise UserError(f"{file}: a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
 
 
 def _has_files(folder: Path) -> bool:

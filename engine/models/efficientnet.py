@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from engine.errors import UserError, first_line
-from engine.models.check import refuse_pointer
+from engine.models.check import read_tensors
 
 CHECKPOINT_FILE = "model_v2_stage_b.pt"
 CHECKPOINT_ENTRY = "effnet_state_dict"
 STRIDE = 32
+MOST_CHANNELS = 1024  # of the latents; Wuerstchen has 16
 
 # Kind, expansion, stride, input channels, output channels, layers: table 4 of the paper, with the 24, 48, ... of variant S.
 _STAGES = (
@@ -114,16 +114,36 @@ def read_weights(name: str, cache_dir: str | None) -> dict[str, Tensor]:
             path = Path(hf_hub_download(name, CHECKPOINT_FILE, cache_dir=cache_dir))
         except Exception as error:  # a connection, a missing repository or file: the library raises many kinds
             raise UserError(f"{option}: neither a file nor on the hub: {first_line(error)}") from None
-    refuse_pointer(path)
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # whatever a damaged file makes the two readers raise
-        raise UserError(f"{option}: cannot be read: {first_line(error)}") from None
-    if not isinstance(checkpoint, dict) or CHECKPOINT_ENTRY not in checkpoint:
-        raise UserError(f"{option}: holds no {CHECKPOINT_ENTRY}; give Wuerstchen's {CHECKPOINT_FILE}")
-    return checkpoint[CHECKPOINT_ENTRY]
+    weights: Any = read_tensors(path)
+    if path.suffix != ".safetensors":
+        weights = weights.get(CHECKPOINT_ENTRY)
+        if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+            raise UserError(f"{option}: holds no {CHECKPOINT_ENTRY}; give Wuerstchen's {CHECKPOINT_FILE}")
+    _fitting(weights)
+    return weights
+
+
+def _fitting(weights: dict[str, Any]) -> EfficientNetEncoder:
+    """The encoder that weights are for, on the meta device.
+
+    Raises:
+        UserError: names, shapes or kinds are not this encoder's.
+    """
+    mapper = weights.get("mapper.0.weight")
+    channels = mapper.shape[0] if isinstance(mapper, Tensor) and mapper.dim() else 0
+    with torch.device("meta"):
+        encoder = EfficientNetEncoder(channels if 0 < channels <= MOST_CHANNELS else 16)
+    wanted = encoder.state_dict()
+    for name in sorted(wanted.keys() | weights.keys()):
+        found = weights.get(name)
+        if name not in wanted or not isinstance(found, Tensor) or found.shape != wanted[name].shape:
+            problem = f"not an EfficientNet-V2-S encoder: {name} is missing, not its own, or of another shape"
+        elif not found.is_floating_point() and wanted[name].is_floating_point():
+            problem = f"{name} holds {found.dtype}"
+        else:
+            continue
+        raise UserError(f"--pretrained_image_encoder_name_or_path: {problem}")
+    return encoder
 
 
 def load_encoder(weights: dict[str, Tensor]) -> EfficientNetEncoder:
@@ -132,11 +152,6 @@ def load_encoder(weights: dict[str, Tensor]) -> EfficientNetEncoder:
     Raises:
         UserError: names or shapes are not this encoder's.
     """
-    with torch.device("meta"):
-        encoder = EfficientNetEncoder(weights["mapper.0.weight"].shape[0] if "mapper.0.weight" in weights else 16)
-    try:
-        encoder.load_state_dict(weights, strict=True, assign=True)
-    except RuntimeError as error:
-        difference = str(error).splitlines()[1].strip()[:200]
-        raise UserError(f"--pretrained_image_encoder_name_or_path: not an EfficientNet-V2-S encoder: {difference}") from None
+    encoder = _fitting(weights)
+    encoder.load_state_dict(weights, strict=True, assign=True)
     return encoder.eval().requires_grad_(False).float()

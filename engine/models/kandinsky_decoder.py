@@ -22,7 +22,7 @@ from engine.models.check import check_pipeline, load_model, read_config, read_pa
 from engine.models.encoder import Encoder, Encoding
 from engine.models.family import PREVIEW_STEPS, Family
 from engine.models.kinds import require_text_to_image
-from engine.models.pipelines import combine
+from engine.models.pipelines import combine, load_pipeline
 from engine.models.published import digest_parts, locate, read_image_parts, require_equal
 
 
@@ -119,11 +119,11 @@ class KandinskyDecoder(Family):
         return model(noisy, timesteps, None, added_cond_kwargs=condition, return_dict=False)[0]
 
     def pipeline(self, model: nn.Module) -> KandinskyV22Pipeline:
-        return KandinskyV22Pipeline.from_pretrained(self.encoding.path, unet=model, variant=self.config.variant)
+        return load_pipeline(self.encoding.path, KandinskyV22Pipeline, self.config.variant, unet=model)
 
     def preview(self, model: nn.Module) -> tuple[Any, dict[str, Any]]:
         encoding, size = self.encoding, self.config.resolution
-        options = {"torch_dtype": encoding.dtype, "variant": self.config.variant}
-        prior = KandinskyV22PriorPipeline.from_pretrained(locate(self.config, PRIOR), **options)
-        decoder = KandinskyV22Pipeline.from_pretrained(encoding.path, unet=model, **options)
+        variant, dtype = self.config.variant, encoding.dtype
+        prior = load_pipeline(locate(self.config, PRIOR), KandinskyV22PriorPipeline, variant, dtype)
+        decoder = load_pipeline(encoding.path, KandinskyV22Pipeline, variant, dtype, unet=model)
         return combine(prior, decoder), {"num_inference_steps": PREVIEW_STEPS, "height": size, "width": size}

@@ -22,7 +22,7 @@ from engine.diffusion import DiscreteSchedule, weighting
 from engine.models.check import check_pipeline, check_weights, load_model, present_variant, read_config
 from engine.models.encoder import Encoder, Encoding
 from engine.models.family import PREVIEW_STEPS, Family
-from engine.models.pipelines import combine
+from engine.models.pipelines import combine, load_pipeline, open_to_draw
 from engine.models.published import (
     digest_parts,
     digest_tensors,
@@ -125,7 +125,7 @@ class KandinskyPriorEncoding(Encoding):
     @torch.inference_mode()
     def decode(self, rows: Tensor) -> list[Image.Image]:
         """What the decoder draws from the embeddings."""
-        pipeline = KandinskyV22Pipeline.from_pretrained(self.locate_decoder(), variant=self.config.variant)
+        pipeline = open_to_draw(self.locate_decoder(), KandinskyV22Pipeline, self.config.variant)
         pipeline.set_progress_bar_config(disable=True)
         statistics = self.clip_statistics()
         embeddings = rows.float() * statistics["clip_std"] + statistics["clip_mean"]
@@ -206,11 +206,11 @@ class KandinskyPrior(Family):
         )[0]
 
     def pipeline(self, model: nn.Module) -> KandinskyV22PriorPipeline:
-        return KandinskyV22PriorPipeline.from_pretrained(self.encoding.path, prior=model, variant=self.config.variant)
+        return load_pipeline(self.encoding.path, KandinskyV22PriorPipeline, self.config.variant, prior=model)
 
     def preview(self, model: nn.Module) -> tuple[Any, dict[str, Any]]:
         encoding, size = self.encoding, self.config.resolution
-        options = {"torch_dtype": encoding.dtype, "variant": self.config.variant}
-        prior = KandinskyV22PriorPipeline.from_pretrained(encoding.path, prior=model, **options)
-        decoder = KandinskyV22Pipeline.from_pretrained(encoding.locate_decoder(), **options)
+        variant, dtype = self.config.variant, encoding.dtype
+        prior = load_pipeline(encoding.path, KandinskyV22PriorPipeline, variant, dtype, prior=model)
+        decoder = load_pipeline(encoding.locate_decoder(), KandinskyV22Pipeline, variant, dtype)
         return combine(prior, decoder), {"num_inference_steps": PREVIEW_STEPS, "height": size, "width": size}

@@ -9,7 +9,7 @@ from torch import nn
 
 from engine.catalogue import FAMILIES
 from engine.errors import UserError
-from engine.models.check import INDEX, parts_of, read_index
+from engine.models.index import INDEX, parts_of, read_index
 
 # The first expression that the name of a pipeline's class begins with tells what it is; others are told by their parts.
 _CLASSES = {
@@ -92,7 +92,7 @@ def require_kind(pipeline: Path, family: str, option: str) -> None:
         UserError: it is another; what it is, and what to do with it.
     """
     index = read_index(pipeline)
-    name, wanted = str(index.get("_class_name")), FAMILIES[family].classes[option]
+    name, wanted = index["_class_name"], FAMILIES[family].classes[option]
     found, expected = _in_words(name), _in_words(wanted)
     if found == expected or found is None:
         other = _other_part(index, getattr(diffusers, wanted))

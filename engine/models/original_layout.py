@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel
 
 from engine.errors import UserError
-from engine.files import write_atomically
+from engine.files import reading, write_atomically
 from engine.models.check import load_model, read_part, stored_tensors, weight_files
+from engine.models.published import read_tokenizer
 from engine.models.single_file import CLIP, CONFIGURATIONS, OPEN_CLIP, UNET, VAE
 from engine.tensors import write_one_by_one
 
@@ -41,12 +42,19 @@ def write_single_file(pipeline: Path, file: Path, dtype: torch.dtype | None = No
     Raises:
         UserError: a part has no place in that layout.
     """
+    with reading(pipeline, "only what Stable Diffusion 1.x and 2.x were published as has a place in a single file"):
+        tensors, metadata = _laid_out(pipeline, file.stem, dtype)
+    write_atomically(file, lambda path: write_one_by_one(path, tensors, tensors.items(), metadata))
+
+
+def _laid_out(pipeline: Path, title: str, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a pipeline under their original names, and what is said of them."""
     unet, vae = (
         _load(pipeline / part, model, dtype) for part, model in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL))
     )
     text_encoder = _load(pipeline / "text_encoder", CLIPTextModel, dtype)
-    tokenizer = read_part(pipeline, "tokenizer", CLIPTokenizer.from_pretrained)
-    scheduler = json.loads((pipeline / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    tokenizer = read_tokenizer(pipeline)
+    scheduler = read_part(pipeline, "scheduler", DDPMScheduler.load_config)
     second = text_encoder.config.hidden_act != "quick_gelu"
     tensors = {UNET + name: tensor for name, tensor in _unet_tensors(unet)}
     tensors |= {VAE + name: tensor for name, tensor in _vae_tensors(vae)}
@@ -62,11 +70,11 @@ def write_single_file(pipeline: Path, file: Path, dtype: torch.dtype | None = No
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"stable-diffusion-v{2 if second else 1}",
         "modelspec.implementation": "https://github.com/CompVis/stable-diffusion",
-        "modelspec.title": file.stem,
+        "modelspec.title": title,
         "modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction,
         CONFIGURATIONS: json.dumps(configurations),
     }
-    write_atomically(file, lambda path: write_one_by_one(path, tensors, tensors.items(), metadata))
+    return tensors, metadata
 
 
 def _load(folder: Path, model: Any, dtype: torch.dtype | None) -> Any:

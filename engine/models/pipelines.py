@@ -4,13 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import (
-    DiffusionPipeline,
     KandinskyV22CombinedPipeline,
     KandinskyV22Pipeline,
     KandinskyV22PriorPipeline,
+    StableDiffusionPipeline,
     WuerstchenCombinedPipeline,
     WuerstchenDecoderPipeline,
     WuerstchenPriorPipeline,
@@ -18,7 +17,10 @@ from diffusers import (
 
 from engine.catalogue import DECODER, FAMILIES, PRIOR
 from engine.errors import UserError, first_line
-from engine.models.check import absent_parts, check_pipeline, read_index
+from engine.files import reading
+from engine.models.check import absent_parts, check_pipeline, join_parts, load_part
+from engine.models.index import classes_of, read_index
+from engine.models.published import download
 
 DENOISERS = ("unet", "prior_prior", "decoder")  # the parts of pipelines that are called once or twice per sampling step
 
@@ -27,6 +29,7 @@ _HALVES: dict[str, tuple[Any, Any, Any]] = {
     "kandinsky-prior": (KandinskyV22PriorPipeline, KandinskyV22Pipeline, KandinskyV22CombinedPipeline),
     "wuerstchen": (WuerstchenPriorPipeline, WuerstchenDecoderPipeline, WuerstchenCombinedPipeline),
 }
+_DRAWN: tuple[Any, ...] = (StableDiffusionPipeline, *(kind for halves in _HALVES.values() for kind in halves))
 
 
 def _published_half(pipeline: Any) -> str | None:
@@ -65,6 +68,22 @@ def use_portable_names(pipeline: Any) -> None:
             pipeline.register_to_config(**{part: (value[0], value[-1].removesuffix("Pil"))})
 
 
+def load_pipeline(path: Path, kind: Any, variant: str | None = None, dtype: torch.dtype | None = None, **given: Any) -> Any:
+    """A pipeline of the class `kind` out of a folder, whose classes are judged first and whose programs are never run.
+
+    Args:
+        given: parts to take instead of the folder's, None to go without.
+
+    Raises:
+        UserError: a part is of another kind, missing, or damaged.
+    """
+    listed = classes_of(path, kind)
+    parts = {name: load_part(path / name, part, variant, dtype) for name, part in listed.items() if name not in given}
+    pipeline = join_parts(path, kind, parts | given)
+    pipeline.register_to_config(_name_or_path=str(path))
+    return pipeline
+
+
 def open_pipeline(path: Path, other_half: str | None, dtype: torch.dtype) -> Any:
     """A pipeline from text to images: the one at `path`, joined with its other half (by default the published one) if it is a
     prior or a decoder.
@@ -72,7 +91,7 @@ def open_pipeline(path: Path, other_half: str | None, dtype: torch.dtype) -> Any
     Raises:
         UserError: a part is missing or damaged, or the other half is not there, does not fit, or is not needed.
     """
-    pipeline = _load(Path(path), dtype)
+    pipeline = _open(Path(path), dtype)
     published = _published_half(pipeline)
     if published is None:
         if other_half:
@@ -80,20 +99,32 @@ def open_pipeline(path: Path, other_half: str | None, dtype: torch.dtype) -> Any
         return pipeline
     name = other_half or published
     try:
-        other = _load(Path(name), dtype) if Path(name).is_dir() else DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
+        folder = Path(name) if Path(name).is_dir() else download(name)
     except UserError:
         raise
     except Exception as error:  # a connection, a missing repository, an incomplete directory: the library raises many kinds
         raise UserError(f"--other_half {name}: cannot be loaded: {first_line(error)}") from None
-    return combine(pipeline, other)
+    other = _open(folder, dtype)
+    with reading(folder, f"give the other half of {path}"):
+        return combine(pipeline, other)
 
 
-def _load(path: Path, dtype: torch.dtype) -> Any:
-    kind = getattr(diffusers, str(read_index(path).get("_class_name")), None)
-    if kind is None:  # a class of its own, which diffusers may find elsewhere
-        return DiffusionPipeline.from_pretrained(path, torch_dtype=dtype)
-    check_pipeline(path, kind)
-    return DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, **absent_parts(path, kind))
+def _open(path: Path, dtype: torch.dtype) -> Any:
+    name = read_index(path)["_class_name"]
+    kind = next((kind for kind in _DRAWN if kind.__name__ == name), None)
+    if kind is None:
+        raise UserError(f"{path}: a {name}; what can be drawn with: {', '.join(kind.__name__ for kind in _DRAWN)}")
+    return open_to_draw(path, kind, dtype=dtype)
+
+
+def open_to_draw(path: Path, kind: Any, variant: str | None = None, dtype: torch.dtype | None = None) -> Any:
+    """A pipeline of the class `kind` out of a folder, once all of it is known to be whole.
+
+    Raises:
+        UserError: a part is of another kind, missing, or damaged.
+    """
+    check_pipeline(path, kind, variant)
+    return load_pipeline(path, kind, variant, dtype, **absent_parts(path, kind))
 
 
 def draw(pipeline: Any, prompts: list[str], count: int, seed: int, **arguments: Any) -> Iterator[tuple[str, list[Any]]]:

@@ -1,6 +1,8 @@
 """Published pipelines on disk or on the hub: where they are, their parts, and whether the parts belong together."""
 
 import hashlib
+import os
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -8,15 +10,21 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import hf_hub_download
+from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from engine.config.options import CacheConfig
 from engine.errors import UserError, first_line
-from engine.files import digest
-from engine.models.check import INDEX, check_weights, present_variant, read_part
+from engine.files import digest, reading
+from engine.models.check import check_weights, present_variant, read_part, transformers_config
+from engine.models.index import INDEX, read_index
 from engine.models.kinds import require_kind
 from engine.models.single_file import open_single_file
+
+LONGEST_CAPTION = 8192  # tokens
+LARGEST_SIDE = 4096  # pixels that CLIP's image processor may bring an image to
 
 
 def locate(config: CacheConfig, option: str, skip: Sequence[str] = ()) -> Path:
@@ -44,17 +52,27 @@ def locate(config: CacheConfig, option: str, skip: Sequence[str] = ()) -> Path:
 def _download(config: CacheConfig, option: str, skip: Sequence[str]) -> Path:
     name = getattr(config, option)
     try:
-        return Path(
-            DiffusionPipeline.download(
-                name,
-                revision=config.revision,
-                variant=config.variant,
-                cache_dir=config.cache_dir,
-                **dict.fromkeys(skip),
-            )
-        )
+        return download(name, config.revision, config.variant, config.cache_dir, skip)
+    except UserError:
+        raise
     except Exception as error:  # a connection, a missing repository, a gated one: the library raises many kinds
         raise UserError(f"--{option} {name}: neither a directory nor on the hub: {first_line(error)}") from None
+
+
+def download(
+    name: str, revision: str | None = None, variant: str | None = None, cache_dir: str | None = None, skip: Sequence[str] = ()
+) -> Path:
+    """The directory of a pipeline on the hub, with the parts but those to skip.
+
+    The index comes first and is judged: by one that names classes of its own, diffusers would fetch and run programs. The rest
+    is of the same revision.
+    """
+    index = Path(hf_hub_download(name, INDEX, revision=revision, cache_dir=cache_dir))
+    read_index(index.parent)
+    if re.fullmatch("[0-9a-f]{40}", index.parent.name):
+        revision = index.parent.name
+    options = {"revision": revision, "variant": variant, "cache_dir": cache_dir}
+    return Path(DiffusionPipeline.download(name, **options, **dict.fromkeys(skip)))
 
 
 def require_equal(where: str, left: tuple[str, Any], right: tuple[str, Any]) -> None:
@@ -66,13 +84,12 @@ def require_equal(where: str, left: tuple[str, Any], right: tuple[str, Any]) -> 
 def read_text_parts(pipeline: Path) -> tuple[Any, Any]:
     """The configuration of a pipeline's text encoder and its tokenizer, which must not pad captions beyond the positions that
     the encoder has."""
-    config = read_part(pipeline, "text_encoder", CLIPTextConfig.from_pretrained)
-    tokenizer = read_part(pipeline, "tokenizer", CLIPTokenizer.from_pretrained)
-    names = {file.name for file in (pipeline / "tokenizer").iterdir()}
-    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
-        raise UserError(
-            f"{pipeline / 'tokenizer'}: neither tokenizer.json nor vocab.json and merges.txt there; download it again"
-        )
+    config = transformers_config(pipeline / "text_encoder", CLIPTextConfig)
+    tokenizer = read_tokenizer(pipeline)
+    numbers = {"vocab_size": config.vocab_size, "max_position_embeddings": config.max_position_embeddings}
+    for name, value in numbers.items():
+        if type(value) is not int:
+            raise UserError(f"{pipeline / 'text_encoder' / 'config.json'}: its {name} is {value}; download it again")
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"{pipeline}: the tokenizer has {len(tokenizer)} tokens, but the text encoder {config.vocab_size} (vocab_size); "
@@ -84,14 +101,49 @@ def read_text_parts(pipeline: Path) -> tuple[Any, Any]:
             f"{config.max_position_embeddings} positions (max_position_embeddings); set model_max_length in "
             "tokenizer_config.json"
         )
+    with reading(pipeline / "tokenizer", "download it again"):
+        if tokenizer.model_max_length > LONGEST_CAPTION:
+            raise ValueError(f"it makes {tokenizer.model_max_length} tokens of a caption")
+        tokens, mask = tokenize(tokenizer, ["a photograph of a cat", ""])
+        if tokens.shape != (2, tokenizer.model_max_length) or mask.shape != tokens.shape:
+            raise ValueError(f"it makes {list(tokens.shape)} tokens of 2 captions")
+        if int(tokens.min()) < 0 or int(tokens.max()) >= config.vocab_size:
+            raise ValueError(f"it makes a token {int(tokens.max())} of {config.vocab_size}")
     return config, tokenizer
 
 
+def read_tokenizer(pipeline: Path) -> Any:
+    """A pipeline's tokenizer.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    folder = pipeline / "tokenizer"
+    tokenizer = read_part(pipeline, "tokenizer", CLIPTokenizer.from_pretrained)
+    names = {file.name for file in folder.iterdir()}
+    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+        raise UserError(f"{folder}: neither tokenizer.json nor vocab.json and merges.txt there; download it again")
+    length = tokenizer.model_max_length
+    if type(length) is not int or length <= 0:
+        raise UserError(f"{folder / 'tokenizer_config.json'}: its model_max_length is {length}; download it again")
+    return tokenizer
+
+
 def read_image_parts(pipeline: Path) -> tuple[Any, Any]:
-    """The configuration of a pipeline's CLIP image encoder and its image processor."""
-    config = read_part(pipeline, "image_encoder", CLIPVisionConfig.from_pretrained)
+    """The configuration of a pipeline's CLIP image encoder and its image processor, which makes images of its size."""
+    config = transformers_config(pipeline / "image_encoder", CLIPVisionConfig)
     # PIL's resampling on every machine: with torchvision installed, transformers' default would be another.
-    return config, read_part(pipeline, "image_processor", CLIPImageProcessorPil.from_pretrained)
+    processor = read_part(pipeline, "image_processor", CLIPImageProcessorPil.from_pretrained)
+    with reading(pipeline / "image_processor", f"take it and image_encoder from one model, of {config.image_size} px"):
+        sizes = [
+            side for size in (processor.size, processor.crop_size) for side in dict(size or {}).values() if side is not None
+        ]
+        if not all(type(side) is int and 0 < side <= LARGEST_SIDE for side in sizes):
+            raise ValueError(f"it brings images to {sizes} px")
+        pixels = processor(Image.new("RGB", (48, 32), "grey"), return_tensors="pt").pixel_values
+        if pixels.shape != (1, 3, config.image_size, config.image_size) or not bool(pixels.isfinite().all()):
+            raise ValueError(f"it makes {list(pixels.shape)} numbers of an image, or some that are not finite")
+    return config, processor
 
 
 def tokenize(tokenizer: Any, captions: list[str]) -> tuple[Tensor, Tensor]:
@@ -122,7 +174,7 @@ def digest_folder(folder: Path) -> str:
     total = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            total.update(f"{path.relative_to(folder).as_posix()}\0{digest(path)}\0".encode())
+            total.update(os.fsencode(f"{path.relative_to(folder).as_posix()}\0{digest(path)}\0"))
     return total.hexdigest()
 
 

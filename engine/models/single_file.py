@@ -5,7 +5,6 @@ The file's parts are written once, as a pipeline's folder, where downloads are k
 
 import contextlib
 import itertools
-import json
 import os
 import re
 import time
@@ -15,21 +14,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 import yaml
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders import single_file_utils
+from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from engine.config.options import CacheConfig, TrainConfig
-from engine.errors import UserError, first_line
-from engine.files import PARTIAL, digest_of, discard, lock, publish_directory, write_json
+from engine.errors import UserError, disk_problem, first_line, out_of_memory
+from engine.files import PARTIAL, digest_of, discard, lock, parse_json, publish_directory, read_text, reading, write_json
 from engine.messages import busy, say
-from engine.models.check import INDEX, stored_tensors
+from engine.models.check import TOKENIZER_FILES, bounded, configured, empty_model, read_part, read_tensors, stored_tensors
+from engine.models.index import INDEX
 from engine.models.kinds import kind_of_tensors, trained
 
 TOKENIZER = "openai/clip-vit-large-patch14"
@@ -75,20 +74,25 @@ def open_single_file(file: Path, config: CacheConfig) -> Path:
         UserError: the file is damaged or something else, or what it does not hold (the tokenizer, sometimes what the model
             predicts) is nowhere.
     """
-    shapes = _unwrap(stored_tensors(file))
-    _require_stable_diffusion(file, shapes)
-    configurations = _configure(file, shapes, config.original_config)
+    with reading(file, "give --original_config with the YAML that it was trained with"):
+        shapes = _unwrap(stored_tensors(file))
+        _require_stable_diffusion(file, shapes)
+        configurations = _configure(file, shapes, config.original_config)
+        positions = int(configurations.text_encoder["max_position_embeddings"])
     if configurations.prediction is None and isinstance(config, TrainConfig) and config.prediction_type is None:
         raise UserError(
             f"{file}: a Stable Diffusion 2.x that does not say what it predicts; give --prediction_type v_prediction (trained "
             "at 768 px) or epsilon (the base, 512 px)"
         )
-    tokenizer = _read_tokenizer(file, config, configurations.pad_token, configurations.text_encoder["max_position_embeddings"])
+    tokenizer = _read_tokenizer(file, config)
     described = file.stat()
-    content = [str(file.resolve()), described.st_size, described.st_mtime_ns, vars(configurations), tokenizer.get_vocab()]
-    key = digest_of([_FORMAT, tokenizer.model_max_length, *content])
+    with reading(file, "give --original_config with the YAML that it was trained with"):
+        tokenizer.pad_token = configurations.pad_token
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+        content = [str(file.resolve()), described.st_size, described.st_mtime_ns, vars(configurations), tokenizer.get_vocab()]
+        key = digest_of([_FORMAT, tokenizer.model_max_length, *content])
     kept = Path(config.cache_dir or HF_HUB_CACHE) / "single-files"
-    folder = kept / f"{file.stem}-{key[:16]}"
+    folder = kept / f"{file.stem[:100]}-{key[:16]}"
     with _held(kept), busy(f"opening {file}"):
         if not folder.is_dir():
             _write_parts(file, configurations, tokenizer, folder)
@@ -122,7 +126,7 @@ def _is_second(shapes: dict[str, Any]) -> bool:
 def _configure(file: Path, shapes: dict[str, Any], original_config: str | None) -> Configurations:
     metadata = _metadata(file)
     if CONFIGURATIONS in metadata and original_config is None:
-        return Configurations(**json.loads(metadata[CONFIGURATIONS]))
+        return Configurations(**parse_json(metadata[CONFIGURATIONS]))
     recognised = _recognise(shapes, metadata)
     return recognised if original_config is None else _follow(recognised, shapes, Path(original_config))
 
@@ -234,13 +238,13 @@ def _text_config(shapes: dict[str, Any], second: bool) -> dict[str, Any]:
 def _follow(recognised: Configurations, shapes: dict[str, Any], file: Path) -> Configurations:
     """The configurations with what a YAML file of the original training says, read as diffusers reads it."""
     try:
-        original = yaml.safe_load(file.read_text(encoding="utf-8"))
+        original = yaml.safe_load(read_text(file))
         unet = single_file_utils.create_unet_diffusers_config_from_ldm(original, shapes)
         vae = single_file_utils.create_vae_diffusers_config_from_ldm(original, shapes)
         given = original["model"]["params"]
         betas = {"beta_start": "linear_start", "beta_end": "linear_end", "num_train_timesteps": "timesteps"}
         prediction = "v_prediction" if given.get("parameterization") == "v" else "epsilon"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except Exception as error:  # whatever stands there
         raise UserError(
             f"--original_config {file}: not the YAML of a Stable Diffusion: {type(error).__name__} {first_line(error)}"
         ) from None
@@ -249,12 +253,14 @@ def _follow(recognised: Configurations, shapes: dict[str, Any], file: Path) -> C
     return replace(recognised, unet=unet, vae=vae, scheduler=scheduler, prediction=prediction)
 
 
-def _read_tokenizer(file: Path, config: CacheConfig, pad_token: str, positions: int) -> Any:
+def _read_tokenizer(file: Path, config: CacheConfig) -> Any:
     """The tokenizer, which no single file holds."""
     name = config.tokenizer_name or TOKENIZER
-    path = Path(name) / "tokenizer" if (Path(name) / "tokenizer").is_dir() else Path(name)
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(path if path.is_dir() else name, cache_dir=config.cache_dir)
+        path = Path(name) / "tokenizer" if (Path(name) / "tokenizer").is_dir() else Path(name)
+        if not path.is_dir():
+            path = Path(snapshot_download(name, cache_dir=config.cache_dir, allow_patterns=list(TOKENIZER_FILES)))
+        tokenizer = read_part(path.parent, path.name, CLIPTokenizer.from_pretrained)
         if len(tokenizer) < 100:
             raise ValueError("no vocabulary there")  # the library makes one of two tokens
     except Exception as error:  # a connection, a missing or damaged file: the library raises many kinds
@@ -263,8 +269,6 @@ def _read_tokenizer(file: Path, config: CacheConfig, pad_token: str, positions: 
             f"{file}: a single file holds no tokenizer, and {given}; give --tokenizer_name DIR, the folder `tokenizer` of any "
             "Stable Diffusion pipeline"
         ) from None
-    tokenizer.pad_token = pad_token
-    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     return tokenizer
 
 
@@ -286,20 +290,22 @@ def _held(directory: Path) -> Iterator[None]:
 def _write_parts(file: Path, configurations: Configurations, tokenizer: Any, folder: Path) -> None:
     aside = folder.with_name(folder.name + PARTIAL)
     discard(aside)
-    tensors = _unwrap(load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True, mmap=True))
+    tensors = _unwrap(read_tensors(file))
     try:
         for part, model, convert in (
             ("unet", UNet2DConditionModel, single_file_utils.convert_ldm_unet_checkpoint),
             ("vae", AutoencoderKL, single_file_utils.convert_ldm_vae_checkpoint),
         ):
-            with torch.device("meta"):
-                opened: Any = model.from_config(getattr(configurations, part))
+            opened: Any = empty_model(getattr(configurations, part), model)
             state = convert(dict(tensors), opened.config)
             _require_whole(file, part, [name for name in opened.state_dict() if name not in state])
             opened.load_state_dict(state, assign=True)
             opened.save_pretrained(aside / part)
         _write_text_encoder(file, configurations.text_encoder, tensors, aside / "text_encoder")
-    except (ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # whatever its values lead to
+        discard(aside)
+        if isinstance(error, UserError) or out_of_memory(error) or disk_problem(error):
+            raise
         why = f"{file}: its tensors do not fit its configuration: {first_line(error)}"
         raise UserError(f"{why}; give --original_config with the YAML that it was trained with") from None
     tokenizer.save_pretrained(aside / "tokenizer")
@@ -310,13 +316,14 @@ def _write_parts(file: Path, configurations: Configurations, tokenizer: Any, fol
 
 
 def _write_text_encoder(file: Path, given: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
-    config = CLIPTextConfig(**given)
+    config = configured(CLIPTextConfig, given)
     if any(name.startswith(OPEN_CLIP) for name in tensors):
         state = single_file_utils.convert_open_clip_checkpoint(SimpleNamespace(config=config), tensors)
     else:
         state = single_file_utils.convert_ldm_clip_checkpoint(tensors)
     options: dict[str, Any] = {"state_dict": state, "output_loading_info": True, "dtype": "auto"}
-    loaded: Any = CLIPTextModel.from_pretrained(None, config=config, **options)
+    with bounded():
+        loaded: Any = CLIPTextModel.from_pretrained(None, config=config, **options)
     text_encoder, found = loaded
     _require_whole(file, "text_encoder", list(found["missing_keys"]))
     text_encoder.save_pretrained(folder)

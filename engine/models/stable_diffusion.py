@@ -33,6 +33,7 @@ from engine.models.check import (
 from engine.models.encoder import Encoder, Encoding
 from engine.models.family import PREVIEW_STEPS, Family
 from engine.models.kinds import require_text_to_image
+from engine.models.pipelines import load_pipeline
 from engine.models.published import digest_parts, locate, read_text_parts, require_equal, tokenize
 
 
@@ -162,17 +163,16 @@ class StableDiffusion(Family):
         return model(noisy, timesteps, record["encoder_hidden_states"], return_dict=False)[0]
 
     def pipeline(self, model: nn.Module) -> StableDiffusionPipeline:
-        return self._pipeline(model, torch_dtype=torch.float32)
+        return self._pipeline(model, torch.float32)
 
     def preview(self, model: nn.Module) -> tuple[StableDiffusionPipeline, dict[str, Any]]:
-        pipeline = self._pipeline(model, safety_checker=None, torch_dtype=self.encoding.dtype)
+        pipeline = self._pipeline(model, self.encoding.dtype, safety_checker=None)
         return pipeline, {"num_inference_steps": PREVIEW_STEPS}
 
-    def _pipeline(self, model: nn.Module, **overrides: Any) -> StableDiffusionPipeline:
+    def _pipeline(self, model: nn.Module, dtype: torch.dtype, **overrides: Any) -> StableDiffusionPipeline:
         path = self.encoding.path
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            path, unet=model, variant=self.config.variant, **(absent_parts(path, StableDiffusionPipeline) | overrides)
-        )
+        given = absent_parts(path, StableDiffusionPipeline) | {"unet": model} | overrides
+        pipeline = load_pipeline(path, StableDiffusionPipeline, self.config.variant, dtype, **given)
         pipeline.register_to_config(_name_or_path=self.base_model)  # which may be a name on the hub
         pipeline.scheduler.register_to_config(prediction_type=self.prediction_type)
         return pipeline

@@ -24,7 +24,7 @@ from engine.models import efficientnet
 from engine.models.check import check_pipeline, load_model, read_config
 from engine.models.encoder import Encoder, Encoding
 from engine.models.family import Family
-from engine.models.pipelines import combine
+from engine.models.pipelines import combine, load_pipeline, open_to_draw
 from engine.models.published import digest_parts, digest_tensors, locate, read_text_parts, require_equal, tokenize
 
 PIXEL_STEP = 128  # stage C's latents, stage B's and the image have whole sizes together in these steps only
@@ -96,7 +96,7 @@ class WuerstchenEncoding(Encoding):
         Stage B works on 10.67 times the side of the latents and halves it repeatedly, which comes out even for multiples of 3.
         Other sizes are stretched to the next of those: good enough to look at.
         """
-        pipeline = WuerstchenDecoderPipeline.from_pretrained(self.locate_decoder(), variant=self.config.variant)
+        pipeline = open_to_draw(self.locate_decoder(), WuerstchenDecoderPipeline, self.config.variant)
         pipeline.set_progress_bar_config(disable=True)
         side = -(-rows.shape[-1] // 3) * 3
         features = nn.functional.interpolate(rows.float() * 42 - 1, (side, side), mode="bilinear")
@@ -153,11 +153,11 @@ class Wuerstchen(Family):
         return model(noisy, timesteps, record["encoder_hidden_states"])
 
     def pipeline(self, model: nn.Module) -> WuerstchenPriorPipeline:
-        return WuerstchenPriorPipeline.from_pretrained(self.encoding.path, prior=model, variant=self.config.variant)
+        return load_pipeline(self.encoding.path, WuerstchenPriorPipeline, self.config.variant, prior=model)
 
     def preview(self, model: nn.Module) -> tuple[Any, dict[str, Any]]:
         encoding, size = self.encoding, self.config.resolution
-        options = {"torch_dtype": encoding.dtype, "variant": self.config.variant}
-        prior = WuerstchenPriorPipeline.from_pretrained(encoding.path, prior=model, **options)
-        decoder = WuerstchenDecoderPipeline.from_pretrained(encoding.locate_decoder(), **options)
+        variant, dtype = self.config.variant, encoding.dtype
+        prior = load_pipeline(encoding.path, WuerstchenPriorPipeline, variant, dtype, prior=model)
+        decoder = load_pipeline(encoding.locate_decoder(), WuerstchenDecoderPipeline, variant, dtype)
         return combine(prior, decoder), {"prior_timesteps": DEFAULT_STAGE_C_TIMESTEPS, "height": size, "width": size}

@@ -152,7 +152,7 @@ class Dangerous:
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path, capsys):
     torch.save({"effnet_state_dict": Dangerous()}, tmp_path / "model.pt")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="model.pt: holds programs beside tensors, and is not run"):
         read_weights(str(tmp_path / "model.pt"), None)
     assert "must not run" not in capsys.readouterr().out
 
@@ -174,8 +174,8 @@ def test_weights_of_something_else_are_refused(change, weights):
     ("name", "content", "named"),
     [
         ("absent.pt", None, "no such file"),
-        ("broken.safetensors", b"not a file", "cannot be read"),
-        ("broken.pt", b"not a file", "cannot be read"),
+        ("broken.safetensors", b"not a file", "truncated or damaged"),
+        ("broken.pt", b"not a file", "truncated or damaged"),
         ("other.pt", {"state_dict": {}}, "holds no effnet_state_dict"),
     ],
 )
