@@ -1,12 +1,14 @@
 """Describes, verifies and exports checkpoints, on any machine: `python -m engine.checkpoint info|verify|export DIR`."""
 
+import os
 import sys
 from pathlib import Path
 
 from engine.config.checks import check_writable
-from engine.config.command_line import CONFIG, Parser, choose, load, read_toml
+from engine.config.command_line import CONFIG, Parser, choose, load, open_any, read_toml
 from engine.config.options import TrainConfig
-from engine.errors import UserError, exit_code, printable
+from engine.errors import UserError, exit_code, first_line, printable
+from engine.files import open_regular
 
 USAGE = "python -m engine.checkpoint info|verify|export DIR; DIR is a checkpoint, or an output directory for its latest"
 
@@ -17,9 +19,12 @@ def _locate(directory: Path) -> Path:
     from engine.loop.checkpoints.layout import find
     from engine.loop.checkpoints.names import LATEST, MANIFEST
 
-    if (directory / MANIFEST).is_file():
-        return directory
-    found = find(directory, LATEST) if directory.is_dir() else None
+    try:
+        if (directory / MANIFEST).is_file():
+            return directory
+        found = find(directory, LATEST) if directory.is_dir() else None
+    except OSError as error:
+        raise UserError(f"{directory}: {first_line(error)}; give a checkpoint, or an output directory with one") from None
     if found is None:
         raise UserError(f"{directory}: neither a checkpoint nor an output directory with one")
     return found
@@ -69,10 +74,10 @@ def export_command(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     check_writable("--output_dir", options.output_dir)
     directory = _locate(options.directory)
-    file = options.config or directory.parent / CONFIG
-    if not file.is_file():
+    file, opened = (options.config, open_any) if options.config else (directory.parent / CONFIG, open_regular)
+    if not os.path.lexists(file):
         raise UserError(f"{file}: no such file; name the run's config.toml with --config")
-    config = load(TrainConfig, read_toml(TrainConfig, file, str(file)), str(file))
+    config = load(TrainConfig, read_toml(TrainConfig, file, str(file), opened), str(file))
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     from engine.loop.checkpoints.layout import or_another, read_state
     from engine.loop.checkpoints.models import whole_parameters

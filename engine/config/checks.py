@@ -41,8 +41,9 @@ def _check_data(config: CacheConfig) -> None:
     except ValueError:
         raise UserError(f"--background {config.background}: give none, white, black or R,G,B, each of 0 to 255") from None
     try:
-        codecs.lookup(config.metadata_encoding)
-    except LookupError:
+        b"".decode(config.metadata_encoding)
+        codecs.lookup(config.metadata_encoding)  # which the line before leaves out
+    except (LookupError, ValueError):
         raise UserError(
             f"--metadata_encoding {config.metadata_encoding}: unknown; give for example utf-8, cp1252, shift_jis or gb18030"
         ) from None
@@ -128,7 +129,10 @@ def _check_training_machine(config: TrainConfig) -> None:
         if place:
             check_writable(flag, Path(place))
     if config.report_to in ("tensorboard", "all"):
-        check_writable("--logging_dir", Path(config.output_dir) / config.logging_dir)
+        logs = Path(config.logging_dir)
+        if logs.is_absolute() or ".." in logs.parts:
+            raise UserError(f"--logging_dir {logs}: leads out of the output directory; name a folder in it, for example logs")
+        check_writable("--logging_dir", Path(config.output_dir) / logs)
     for flag, wanted, package in (
         ("--report_to wandb", config.report_to == "wandb", "wandb"),
         ("--use_8bit_adam", config.use_8bit_adam, "bitsandbytes"),

@@ -2,11 +2,12 @@
 
 import argparse
 import difflib
+import os
 import re
 import shutil
 import sys
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -17,10 +18,13 @@ from engine.catalogue import FAMILIES
 from engine.config.checks import LARGEST, check_machine, check_options
 from engine.config.elsewhere import answer
 from engine.config.options import CacheConfig, TrainConfig, options_of
-from engine.config.schema import DIRECTORIES, PLACES, REQUIRED, UNSTORED, options_lacking
-from engine.errors import UserError
+from engine.config.schema import DIRECTORIES, PLACES, REQUIRED, SECRETS, UNSTORED, options_lacking
+from engine.errors import UserError, first_line
+from engine.files import open_regular
+from engine.messages import say
 
 CONFIG = "config.toml"  # the configuration of a run, in its output directory
+_LARGEST_FILE = 2**24  # bytes
 
 Model = TypeVar("Model", bound=CacheConfig)
 
@@ -35,12 +39,20 @@ class Parser(argparse.ArgumentParser):
 
 def whole(low: int, high: int = LARGEST) -> Callable[[str], int]:
     """What reads an integer from `low` to `high` for a `Parser`."""
-    return lambda text: _in_range(int(text), low, high)
+
+    def integer(text: str) -> int:  # by whose name argparse calls it
+        return int(_in_range(int(text), low, high))
+
+    return integer
 
 
 def number(low: float) -> Callable[[str], float]:
     """What reads a finite number that is at least `low` for a `Parser`."""
-    return lambda text: _in_range(float(text), low, sys.float_info.max)
+
+    def number(text: str) -> float:
+        return float(_in_range(float(text), low, sys.float_info.max))
+
+    return number
 
 
 def _in_range(value: Any, low: float, high: float) -> Any:
@@ -90,7 +102,7 @@ def parse(model: type[Model], program: str, description: str, arguments: Sequenc
     given = vars(namespace)
     file = given.pop("config", None)
     try:
-        values = read_toml(model, Path(file), f"--config {file}") if file else {}
+        values = read_toml(model, Path(file), f"--config {file}", open_any) if file else {}
         config = load(model, values | given)
     except UserError as error:
         mistakes += error.lines
@@ -104,6 +116,7 @@ def _unknown_arguments(left: Sequence[str], model: type[BaseModel]) -> list[str]
     """What is said of the arguments that the parser left: unknown options, whose values are passed over, and strays."""
     mistakes: list[str] = []
     for argument in left:
+        argument = re.sub(r"hf_\w+", "hf_...", argument)  # a token, which is nobody's to read
         if re.match(r"-+[A-Za-z]", argument):
             name = argument.split("=", 1)[0]
             mistakes.append(f"unknown option {name}{_hint(name, model)}")
@@ -112,26 +125,32 @@ def _unknown_arguments(left: Sequence[str], model: type[BaseModel]) -> list[str]
     return list(dict.fromkeys(mistakes))
 
 
-def read_toml(model: type[BaseModel], path: Path, where: str) -> dict[str, Any]:
+def read_toml(model: type[BaseModel], path: Path, where: str, opened: Callable[[Path], Any] = open_regular) -> dict[str, Any]:
     """The values of a TOML file that holds options of `model`, not yet judged.
 
     Args:
         where: what mistakes begin with.
+        opened: opens the file; one that the user names may also be a pipe.
 
     Raises:
         UserError: no such file, not TOML, or an unknown option.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        with opened(path) as file:
+            content = file.read(_LARGEST_FILE + 1)
+        if len(content) > _LARGEST_FILE:
+            raise ValueError("too large for a configuration")
+        values = tomllib.loads(content.decode("utf-8"))
     except OSError as error:
         raise UserError(f"{where}: {error.strerror}; give the path of a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: not valid TOML: {error}; write lines such as `resolution = 512`") from None
+    except Exception as error:  # of what is no TOML, anything
+        raise UserError(f"{where}: not valid TOML: {first_line(error)}; write lines such as `resolution = 512`") from None
     unknown = [name for name in values if name not in model.model_fields]
     if unknown:
         raise UserError(*(f"{where}: {_unknown_value(name, values[name], model)}" for name in unknown))
-    if "global_batch_size" in values:
-        values.pop("gradient_accumulation_steps", None)  # runs once wrote down beside it what follows from it
+    if "global_batch_size" in values and values.pop("gradient_accumulation_steps", None) is not None:
+        # Runs once wrote down beside it what follows from it.
+        say(f"{where}: gradient_accumulation_steps is passed over; it follows from global_batch_size, which stands there too")
     return values
 
 
@@ -144,7 +163,7 @@ def load(model: type[Model], values: dict[str, Any], where: str = "") -> Model:
     Raises:
         UserError: an unknown option, a bad value or a missing one, or options that contradict each other.
     """
-    home = {name: str(Path(value).expanduser()) for name, value in values.items()
+    home = {name: os.path.expanduser(value) for name, value in values.items()  # noqa: PTH111 (which raises for strangers)
             if name in PLACES and isinstance(value, str) and value.startswith("~")}  # fmt: skip
     try:
         config = _validate(model, values | home)
@@ -160,35 +179,62 @@ def _validate(model: type[Model], values: dict[str, Any]) -> Model:
     lacking = options_lacking(model, family) if isinstance(family, str) and family in FAMILIES else []
     refused = [f"--{name}" for name in lacking if name in values]
     mistakes = [f"{', '.join(refused)} is not used by {family}; leave it out"] if refused else []
-    mistakes += [f"--{name} {problem}" for name, value in values.items() if (problem := _problem(name, value))]
+    problems = {name: problem for name, value in values.items() if (problem := _problem(model, name, value))}
+    mistakes += [f"--{name} {problem}" for name, problem in problems.items()]
     try:
         config = model.model_validate(values)
     except ValidationError as error:
-        mistakes += _explain(error, model)
+        mistakes += _explain(error, model, problems)
     if mistakes:
         raise UserError(*mistakes)
     return config
 
 
-def _problem(name: str, value: Any) -> str | None:
-    """Why a text, or one of several, can be no value of any option."""
+def _problem(model: type[BaseModel], name: str, value: Any) -> str | None:
+    """Why a value, or one of several texts, can be none of an option, whatever pydantic says."""
     if value == "" and name.endswith(("_dir", "_path", "_name", "_checkpoint")):
         return "is empty; a variable of the shell may not be set"
-    texts = value if isinstance(value, list) else [value]
-    return next((f"{text!r} {problem}" for text in texts if isinstance(text, str) and (problem := _no_text(text))), None)
+    if isinstance(value, bool) and name in model.model_fields and model.model_fields[name].annotation is not bool:
+        return f"{_shown(name, value)}: is no switch; give a value"
+    texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+    if name in PLACES - DIRECTORIES | {"resume_from_checkpoint"} and any(_too_long(text) for text in texts):
+        return f"{_shown(name, value)}: too long for the name of a file"
+    return next((f"{_shown(name, text)} {problem}" for text in texts if (problem := _no_text(text))), None)
 
 
-def _explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """A line for every option that pydantic refused."""
+def open_any(path: Path) -> Any:
+    return path.open("rb")
+
+
+def _too_long(path: str) -> bool:
+    """Whether no file can have a name."""
+    encoded = path.encode("utf-8", "replace")
+    return len(encoded) > 4095 or any(len(part) > 255 for part in encoded.split(b"/"))
+
+
+def _shown(name: str, value: Any) -> str:
+    """A value as messages quote it; of a secret nothing, whatever it is."""
+    if name in SECRETS:
+        return "(not shown)"
+    try:
+        return repr(value)
+    except Exception as error:  # nested too deeply, an integer too long
+        return f"({first_line(error)})"
+
+
+def _explain(error: ValidationError, model: type[BaseModel], known: Collection[str]) -> list[str]:
+    """A line for every option that pydantic refused, but those of which it is `known` what is wrong."""
     lines = []
     for item in error.errors():
         name = str(item["loc"][0]) if item["loc"] else ""
+        if name in known:
+            continue
         if item["type"] == "missing":
             lines.append(f"--{name} is required")
         elif item["type"] == "extra_forbidden":
             lines.append(_unknown_value(name, item["input"], model))
         else:
-            lines.append(f"--{name} {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
+            lines.append(f"--{name} {_shown(name, item['input'])}: {item['msg'][0].lower()}{item['msg'][1:]}")
     return list(dict.fromkeys(lines))
 
 

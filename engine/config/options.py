@@ -326,7 +326,7 @@ class TrainConfig(CacheConfig):
     validation_epochs: int = option(5, "Epochs between two rounds of validation images.", "output", ge=1)
     num_validation_images: int = option(1, "Images per validation prompt.", "output", ge=1)
     push_to_hub: bool = option(False, "Upload the trained pipeline to the hub.", "output")
-    hub_token: str | None = option(None, "Token for the upload; never logged or stored.", "output")
+    hub_token: str | None = option(None, "Token for the upload; never logged or stored.", "output", repr=False)
     hub_model_id: str | None = option(None, "Repository of the upload. Default: the output directory's name.", "output")
 
     checkpointing_steps: int = option(500, "Steps between two checkpoints.", "checkpoints", ge=1)

@@ -64,7 +64,7 @@ def test_a_file_may_hold_everything(data, tmp_path):
         (["--learning_rate", "inf"], "--learning_rate 'inf': input should be a finite number"),
         (["--max_train_steps", str(10**30)], f"--max_train_steps {10**30}: too large"),
         (["--output_dir", "/proc/x"], "--output_dir /proc/x: cannot be written: No such file or directory"),
-        (["--logging_dir", "/proc/x"], "--logging_dir /proc/x: cannot be written"),
+        (["--logging_dir", "/elsewhere"], "--logging_dir /elsewhere: leads out of the output directory; name a folder in it"),
         (["--offload_optimizer", "nvme", "--nvme_path", "/proc/x"], "--nvme_path /proc/x: cannot be written"),
         (["--shards_dir", "x" * 300], "cannot be written: File name too long"),
     ],

@@ -8,7 +8,8 @@ import torch
 
 from engine import launcher
 from engine.config.options import TrainConfig
-from engine.errors import UserError
+from engine.errors import UserError, first_line
+from engine.files import parse_json, read_text
 
 _BUCKET = 200_000_000  # elements that a collective moves at once
 # Where reductions overlap the backward pass the last bucket cannot: many, but each as large as any parameter, because DeepSpeed
@@ -110,9 +111,9 @@ def read_file(config: TrainConfig) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        content = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"--deepspeed_config {path}: {error}") from None
+        content = parse_json(read_text(Path(path)))
+    except Exception as error:  # of what is no JSON, anything
+        raise UserError(f"--deepspeed_config {path}: {first_line(error)}; give a JSON file of DeepSpeed's options") from None
     if not isinstance(content, dict):
         raise UserError(f"--deepspeed_config {path}: a JSON object is needed")
     return content
@@ -129,7 +130,10 @@ def _merge(ours: dict[str, Any], theirs: dict[str, Any], config: TrainConfig, pa
         name = f"{path}{key}"
         section = name.split(".")[0]
         if isinstance(value, dict):
-            inner = _merge(ours.get(key, {}), value, config, f"{name}.")
+            known = ours.get(key, {})
+            if not isinstance(known, dict) or name in decided:
+                raise UserError(f"{file}: {name} is one value, and no section; write it as DeepSpeed's documentation has it")
+            inner = _merge(known, value, config, f"{name}.")
             if inner and section not in _NOT_GIVEN:
                 merged[key] = inner
         elif value == "auto" or name == "scheduler.type" or (name, value) == ("optimizer.type", "Adam"):
