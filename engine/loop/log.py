@@ -1,5 +1,6 @@
 """Where metrics are written: metrics.jsonl, the trackers, and curves.png at the end."""
 
+import contextlib
 import datetime
 import json
 import re
@@ -15,11 +16,12 @@ from engine.config.command_line import to_toml
 from engine.config.options import TrainConfig
 from engine.config.schema import SECRETS
 from engine.errors import UserError, first_line
-from engine.files import write_text
+from engine.files import read_text, reading, write_text
 from engine.messages import warn
 from engine.picture import curves
 
 METRICS = "metrics.jsonl"
+CURVES = "curves.png"
 
 
 _WANDB_NEEDED = (0, 19)  # as the extra `wandb` asks
@@ -86,8 +88,11 @@ class Log:
 
     def write(self, line: dict[str, float | None]) -> None:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self.file.write(json.dumps(line | {"time": now}) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(line | {"time": now}) + "\n")
+            self.file.flush()
+        except OSError as error:  # what is not written now is written with the next line, where there is room then
+            warn(f"{self.path}: {first_line(error)}; the training goes on")
         values = {name: value for name, value in line.items() if name != "step" and value is not None}
         step = int(line["step"] or 0)
         try:
@@ -117,18 +122,23 @@ class Log:
             self.wandb.log({"validation": wandb.Image(image)}, step=step)
 
     def close(self) -> None:
-        """Closes the trackers and draws what was logged into curves.png."""
-        self.file.close()
+        """Closes the trackers and draws what was logged into curves.png; what goes wrong here is never the run's own error."""
+        ended_well = sys.exc_info()[0] is None
+        for what, work in (
+            (self.path, self.file.close),
+            (self.output / CURVES, self._draw_curves),
+            ("TensorBoard", lambda: self.tensorboard and self.tensorboard.close()),
+            ("Weights & Biases", lambda: self.wandb and self.wandb.finish(exit_code=int(not ended_well))),
+        ):
+            try:
+                work()
+            except Exception as error:  # a full disk, and whatever the libraries raise
+                warn(f"{what}: {first_line(error)}")
+
+    def _draw_curves(self) -> None:
         lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
         if lines:
-            try:
-                curves(lines, ["loss", "grad_norm", "lr", "samples_per_second"], self.output / "curves.png")
-            except Exception as error:  # a picture never costs a training
-                warn(f"curves.png: {first_line(error)}")
-        if self.tensorboard:
-            self.tensorboard.close()
-        if self.wandb:
-            self.wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
+            curves(lines, ["loss", "grad_norm", "lr", "samples_per_second"], self.output / CURVES)
 
 
 def _open_wandb(config: TrainConfig, first_step: int) -> Any:
@@ -163,10 +173,9 @@ def _forget_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            continue
+    with reading(path, "move it away, or give another --output_dir"):
+        for line in read_text(path).splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
     write_text(path, "".join(kept))

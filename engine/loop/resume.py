@@ -1,7 +1,6 @@
 """The output directory of a run: what an earlier one left there, and whether this one goes on with it."""
 
 import contextlib
-import json
 import os
 import re
 import secrets
@@ -14,13 +13,13 @@ from engine.config.command_line import CONFIG
 from engine.config.options import TrainConfig
 from engine.data.identity import differences
 from engine.errors import UserError
-from engine.files import PARTIAL, digest_of, discard, lock, write_text
+from engine.files import PARTIAL, digest_of, discard, lock, parse_json, read_text, reading, write_text
 from engine.launcher import restarted
 from engine.loop.checkpoints.layout import find, read_state
 from engine.loop.checkpoints.names import CHECKPOINT, LATEST, REPLACED, complete_checkpoints, step_of
 from engine.loop.checkpoints.slices import SliceFiles
 from engine.loop.checkpoints.state import State
-from engine.loop.log import METRICS
+from engine.loop.log import CURVES, METRICS
 from engine.loop.optimizers.rates import peak_rate, rate_factors
 from engine.loop.run import Run
 from engine.messages import say
@@ -34,6 +33,9 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
         UserError: an earlier run left something in the output directory, and it was not said what becomes of that.
     """
     output, resume = Path(config.output_dir), config.resume_from_checkpoint or (LATEST if restarted() else None)
+    for name in (LATEST, METRICS, CONFIG):
+        if (output / name).is_dir():
+            raise UserError(f"{output / name}: is a directory, where this run writes a file; move it away")
     checkpoint = find(output, resume) if resume else None
     within = checkpoint is not None and _lies_in(checkpoint, output)
     if config.overwrite and not restarted():
@@ -85,8 +87,11 @@ def remove_run(config: TrainConfig) -> None:
     left = left_by_a_run(output)
     if not left:
         return
-    named = json.loads(index.read_text()) if index.is_file() else []
-    parts = [name for name in named if name == Path(name).name and name not in ("", ".", "..")]
+    named: Any = []
+    if index.is_file():
+        with reading(index, "remove it by hand, or name another --output_dir"):
+            named = list(parse_json(read_text(index)))
+    parts = [name for name in map(str, named) if name == Path(name).name and name not in ("", ".", "..")]
     folders = [output / "samples", output / config.logging_dir]
     if output.resolve() not in folders[1].resolve().parents:
         folders.pop()  # others may keep theirs there
@@ -96,7 +101,7 @@ def remove_run(config: TrainConfig) -> None:
         *(path for folder in folders for kind in ("step-*.png", "events.out.tfevents.*") for path in folder.glob(kind)),
         *unfinished(output),
         *complete_checkpoints(output),
-        *(output / name for name in ("wandb", "curves.png", CONFIG, LATEST, METRICS)),
+        *(output / name for name in ("wandb", CURVES, CONFIG, LATEST, METRICS)),
     ):
         discard(path)
     for folder in folders:
