@@ -21,7 +21,7 @@ from engine.config.options import CacheConfig
 from engine.data.format.shard import Shards
 from engine.data.sources import open_source
 from engine.data.sources.decode import decode
-from engine.data.sources.interface import Refused
+from engine.data.sources.interface import Refused, refusing
 from engine.data.sources.kinds import image_suffixes
 from engine.errors import UserError
 from engine.files import digest
@@ -183,7 +183,8 @@ def read_source(place: Place) -> Any:
 def _attempt(read: Any, sample: int) -> Any:
     """What a source gives, or how it refuses; the size of an image."""
     try:
-        value = read(sample)
+        with refusing("unreadable"):  # as a build does
+            value = read(sample)
     except Refused as why:
         UserError(str(why))  # as it is said of the shards
         return why.reason
@@ -284,12 +285,12 @@ def _within(place: int, count: int) -> int:
     return place
 
 
-shard_kind = functools.partial(Kind, make_shards, read=read_shards)
+shard_kind = functools.partial(Kind, "shards", make_shards, read=read_shards)
 KINDS = {
-    "images": Kind(make_images, mutate_content, read_image),
-    "tables": Kind(make_tables, mutate_table, read_source),
-    "archives": Kind(make_archives, mutate_archive, read_source),
-    "parquet": Kind(make_parquet, mutate_content, read_source),
+    "images": Kind("images", make_images, mutate_content, read_image),
+    "tables": Kind("tables", make_tables, mutate_table, read_source),
+    "archives": Kind("archives", make_archives, mutate_archive, read_source),
+    "parquet": Kind("parquet", make_parquet, mutate_content, read_source),
     "shards": shard_kind(mutate=mutate_shard, guarded=True),
     "shards-index": shard_kind(mutate=mutate_index),
     "shards-consistent": shard_kind(mutate=mutate_shard_and_index),

@@ -38,13 +38,15 @@ class Hang(BaseException):
 class Kind:
     """Files of one kind.
 
-    make: writes the whole ones into an empty directory, once; each entry there is one. What they need lies beside it.
+    base: names the whole ones; kinds may share them.
+    make: writes those into an empty directory, once; each entry there is one. What they need lies beside it.
     mutate: alters a copy of one, and says how.
     read: does what the commands do with it, and returns what comes of it, to be compared; raises `UserError` or `Refused` where
         that is refused, and `Broken`.
     guarded: digests stand against the alteration, so that what is read must be what was.
     """
 
+    base: str
     make: Callable[[Path], None]
     mutate: Callable[[Path, Random], str]
     read: Callable[["Place"], Any]

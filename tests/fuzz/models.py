@@ -159,10 +159,10 @@ def read_single_file(place: Place) -> Any:
 
 KINDS = {
     f"models-{family}": Kind(
-        functools.partial(make_pipelines, family), mutate_pipeline, functools.partial(read_pipelines, family)
+        family, functools.partial(make_pipelines, family), mutate_pipeline, functools.partial(read_pipelines, family)
     )
     for family in WRITERS
 } | {
-    "models-sampled": Kind(functools.partial(make_pipelines, "sd"), mutate_pipeline, read_sampled),
-    "single-files": Kind(make_single_files, mutate_single_file, read_single_file),
+    "models-sampled": Kind("sd", functools.partial(make_pipelines, "sd"), mutate_pipeline, read_sampled),
+    "single-files": Kind("single-files", make_single_files, mutate_single_file, read_single_file),
 }

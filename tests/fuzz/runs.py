@@ -10,13 +10,14 @@ from typing import Any
 
 import tomli_w
 import torch
+from safetensors.torch import load_file, save_file
 
 from engine import checkpoint
 from engine.config.command_line import load, parse, read_toml
 from engine.config.options import TrainConfig
 from engine.data.format.shard import Shards
 from engine.data.samples.batch import BatchPlan
-from engine.files import digest
+from engine.files import digest, discard
 from engine.loop.checkpoints.layout import or_another, read_state
 from engine.loop.checkpoints.models import whole_parameters
 from engine.loop.checkpoints.slices import SliceFiles
@@ -40,27 +41,60 @@ from tests.tiny import write_images, write_pipeline
 
 
 def trained(support: Path) -> Path:
-    """An output directory with the checkpoints of two steps."""
-    model, images = write_pipeline(support / "model"), write_images(support / "images", 4)
-    output = support / "output"
-    config = TrainConfig(
-        family="sd", pretrained_model_name_or_path=str(model), train_data_dir=str(images), output_dir=str(output), quiet=True,
-        resolution=16, center_crop=True, train_batch_size=2, max_train_steps=2, checkpointing_steps=1, seed=1, use_ema=True,
-        report_to="none",
-    )  # fmt: skip
-    assert train(config) == 0
+    """An output directory with the checkpoints of two steps, the same for all kinds."""
+    root = support.parent / "trained"
+    output = root / "output"
+    if not (output / "model_index.json").exists():
+        discard(root)
+        model, images = write_pipeline(root / "model"), write_images(root / "images", 4)
+        config = TrainConfig(
+            family="sd", pretrained_model_name_or_path=str(model), train_data_dir=str(images), output_dir=str(output),
+            resolution=16, center_crop=True, train_batch_size=2, max_train_steps=2, checkpointing_steps=1, seed=1, use_ema=True,
+            report_to="none", quiet=True,
+        )  # fmt: skip
+        assert train(config) == 0
     return output
 
 
 def make_checkpoint(whole: Path) -> None:
-    shutil.copytree(trained(whole.parent) / "checkpoint-2", whole / "checkpoint-2")
+    """One of one process, and the same as two would have written it."""
+    one = Path(shutil.copytree(trained(whole.parent) / "checkpoint-2", whole / "checkpoint-2"))
+    two = Path(shutil.copytree(one, whole.parent / "two" / "checkpoint-2"))
+    tensors = load_file(one / "rank-0.safetensors")
+    for rank in range(2):
+        save_file(dict(_share(name, tensor, rank) for name, tensor in tensors.items()), two / f"rank-{rank}.safetensors")
+    state = json.loads((two / "state.json").read_text()) | {"world": 2}
+    (two / "state.json").write_text(json.dumps(state))
+    write_manifest(two)
+    two.rename(whole / "checkpoint-of-two")
+
+
+def _share(name: str, tensor: torch.Tensor, rank: int) -> tuple[str, torch.Tensor]:
+    """What one of two processes holds of a tensor; what is no slice they both hold."""
+    if "@" not in name:
+        return name, tensor
+    whole, _ = name.rsplit("@", 1)
+    half = len(tensor) // 2
+    return (f"{whole}@{half}", tensor[half:].clone()) if rank else (f"{whole}@0", tensor[:half].clone())
+
+
+def write_manifest(checkpoint: Path) -> None:
+    """Has the manifest say what is there."""
+    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != "manifest.json"]
+    manifest = {path.relative_to(checkpoint).as_posix(): digest(path) for path in files}
+    (checkpoint / "manifest.json").unlink()
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def _file_of_state(checkpoint: Path, random: Random) -> Path:
+    return random.choice([checkpoint / "state.json", *sorted(checkpoint.glob("rank-*")) * 2])
 
 
 def mutate_checkpoint(folder: Path, random: Random) -> str:
     """Alters a file that the manifest names, or which there are."""
     if random.random() < 0.3:
         return mutate_folder(folder, random)
-    return mutate_file(random.choice([folder / "state.json", folder / "rank-0.safetensors"]), random)
+    return mutate_file(_file_of_state(folder, random), random)
 
 
 def mutate_manifest(folder: Path, random: Random) -> str:
@@ -78,16 +112,15 @@ def mutate_manifest(folder: Path, random: Random) -> str:
 
 def mutate_checkpoint_and_manifest(folder: Path, random: Random) -> str:
     """Alters a file, and has the manifest say its new digest."""
-    what = mutate_file(random.choice([folder / "state.json", *[folder / "rank-0.safetensors"] * 2]), random)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    rewrite(folder / "manifest.json", json.dumps({name: digest(folder / name) for name in manifest}).encode())
+    what = mutate_file(_file_of_state(folder, random), random)
+    write_manifest(folder)
     return what
 
 
 @functools.cache
 def training_beside(support: Path) -> tuple[TrainConfig, Training]:
     """The run that the checkpoints of a base are of, before its first step."""
-    file = support / "output" / "config.toml"
+    file = trained(support) / "config.toml"
     config = load(TrainConfig, read_toml(TrainConfig, file, str(file)))
     processes = Processes().connect()
     shards, plan = Shards(config.shards_path), BatchPlan(config.train_batch_size, 1, 0, 1)
@@ -205,7 +238,7 @@ def _read_config(file: Path) -> TrainConfig:
 
 
 def _config_beside(place: Place) -> TrainConfig:
-    return _read_config(place.support / "output" / "config.toml")
+    return _read_config(trained(place.support) / "config.toml")
 
 
 def make_config(whole: Path) -> None:
@@ -249,15 +282,15 @@ def read_config(place: Place) -> Any:
     config = parse(TrainConfig, "engine.run", "", ["--config", file, "--output_dir", str(place.output / "run")])
     open_family(config)
     if place.thorough:
-        arguments = [str(place.support / "output" / "checkpoint-2"), "--config", file, "--output_dir", str(place.output)]
+        arguments = [str(trained(place.support) / "checkpoint-2"), "--config", file, "--output_dir", str(place.output)]
         checkpoint.export_command(arguments)
     return None
 
 
 KINDS = {
-    "checkpoints": Kind(make_checkpoint, mutate_checkpoint, read_checkpoint, guarded=True),
-    "checkpoints-manifest": Kind(make_checkpoint, mutate_manifest, read_checkpoint, guarded=True),
-    "checkpoints-consistent": Kind(make_checkpoint, mutate_checkpoint_and_manifest, read_checkpoint),
-    "latest": Kind(make_output, mutate_latest, read_output),
-    "config": Kind(make_config, mutate_config, read_config),
+    "checkpoints": Kind("checkpoints", make_checkpoint, mutate_checkpoint, read_checkpoint, guarded=True),
+    "checkpoints-manifest": Kind("checkpoints", make_checkpoint, mutate_manifest, read_checkpoint, guarded=True),
+    "checkpoints-consistent": Kind("checkpoints", make_checkpoint, mutate_checkpoint_and_manifest, read_checkpoint),
+    "latest": Kind("latest", make_output, mutate_latest, read_output),
+    "config": Kind("config", make_config, mutate_config, read_config),
 }

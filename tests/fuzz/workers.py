@@ -38,7 +38,7 @@ class Fuzzer:
         from tests.fuzz.kinds import KINDS
 
         kind, random = KINDS[name], generator_of(name, number, seed)
-        support = self.root / name
+        support = self.root / kind.base
         base = random.choice(self._bases(kind, support))
         if base not in self.expected:
             self.expected[base] = kind.read(
