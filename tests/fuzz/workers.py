@@ -20,6 +20,7 @@ from tests.fuzz.judge import LIMIT, Kind, Outcome, judge, prepared, watch
 THOROUGH = 10  # of so many cases one does what takes long
 MEMORY = 6 * 2**30  # bytes of addresses that a process may take beside what it begins with
 PATIENCE = 2.0 * LIMIT  # seconds after which a process that does not answer is replaced
+SAID = "said.txt"  # what a worker's libraries say past Python
 FIRST = 120.0  # as long where a base must be made first
 
 
@@ -62,7 +63,7 @@ class Fuzzer:
 
 def _work(pipe: connection.Connection, root: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
-    with (root / "said.txt").open("w") as file:  # by libraries, past Python
+    with (root / SAID).open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
@@ -125,6 +126,8 @@ class Worker:
                 return answer
         except (EOFError, ConnectionError):
             self.process.join()
+            if (self.process.exitcode or 0) >= 0:  # no signal: the fuzzer itself failed
+                raise RuntimeError((self.root / SAID).read_text()[-2000:]) from None
             return Outcome(name, number, "crash", said=f"exit code {self.process.exitcode}")
         return Outcome(name, number, "hang", said="no answer") if time.monotonic() > self.deadline else None
 
