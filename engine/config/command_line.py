@@ -177,14 +177,15 @@ def _validate(model: type[Model], values: dict[str, Any]) -> Model:
     family = values.get("family")
     # An unknown family, whatever it is, is pydantic's to refuse.
     lacking = options_lacking(model, family) if isinstance(family, str) and family in FAMILIES else []
-    refused = [f"--{name}" for name in lacking if name in values]
-    mistakes = [f"{', '.join(refused)} is not used by {family}; leave it out"] if refused else []
-    problems = {name: problem for name, value in values.items() if (problem := _problem(model, name, value))}
+    refused = [name for name in lacking if name in values]
+    mistakes = [f"{', '.join(f'--{name}' for name in refused)} is not used by {family}; leave it out"] if refused else []
+    judged = {name: value for name, value in values.items() if name not in refused}
+    problems = {name: problem for name, value in judged.items() if (problem := _problem(model, name, value))}
     mistakes += [f"--{name} {problem}" for name, problem in problems.items()]
     try:
         config = model.model_validate(values)
     except ValidationError as error:
-        mistakes += _explain(error, model, problems)
+        mistakes += _explain(error, model, [*refused, *problems])
     if mistakes:
         raise UserError(*mistakes)
     return config

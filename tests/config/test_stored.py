@@ -1,19 +1,28 @@
 """Configurations that were stored: config.toml of a run, and the index of shards."""
 
+import contextlib
 import importlib.util
+import itertools
 import json
+import math
+import os
+import random
+import re
 import shutil
+import threading
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import tomli_w
 
 from engine import checkpoint
-from engine.config.command_line import load, parse, to_toml
+from engine.config.command_line import Parser, load, number, parse, read_toml, to_toml
 from engine.config.options import TrainConfig
 from engine.config.schema import PLACES, SECRETS
 from engine.errors import UserError, exit_code
+from engine.loop.weights import zero_options
 from engine.shards import info_command
 from tests.config.arguments import run
 
@@ -93,19 +102,20 @@ def test_a_mistake_in_the_configuration_of_a_checkpoint_names_its_file(content, 
     assert f"engine: error: {file}: {named}" in said(checkpoint.export_command, arguments, capsys)
 
 
-@pytest.mark.parametrize(("values", "named"), STORED_MISTAKES)
-def test_a_mistake_in_the_configuration_of_shards_names_their_index(values, named, shards, tmp_path, capsys):
+@pytest.mark.parametrize(("values", "named"), STORED_MISTAKES[:2])
+def test_a_mistake_in_the_configuration_of_shards_names_their_index(values, named, shards, model, tmp_path, capsys):
     shutil.copytree(shards, tmp_path / "shards")
     index = tmp_path / "shards" / "index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"config": values}))
-    assert f"engine: error: {index}: {named}" in said(info_command, [tmp_path / "shards"], capsys)
+    arguments = [tmp_path / "shards", "--pretrained_model_name_or_path", model]
+    assert f"engine: error: {index}: {named}" in said(info_command, arguments, capsys)
 
 
 @pytest.mark.parametrize("content", [b'{"format_version": ', b"\xff", b"[1]"])
 def test_an_index_that_is_none_is_named(content, tmp_path, capsys):
     index = tmp_path / "index.json"
     index.write_bytes(content)
-    assert f"engine: error: {index}: not a readable index" in said(info_command, [tmp_path], capsys)
+    assert f"engine: error: {index}: cannot be read: " in said(info_command, [tmp_path], capsys)
 
 
 def test_a_configuration_is_read_where_its_data_and_packages_are_not(tmp_path, monkeypatch):
@@ -154,3 +164,123 @@ def test_every_option_that_names_a_place_is_known():
     names = {name for name in TrainConfig.model_fields if name.endswith(("_dir", "_path", "_config"))}
     assert names - PLACES == inside
     assert TrainConfig.model_fields.keys() >= PLACES
+
+
+ANYTHING = [
+    "true", "-1", "0.5", "9" * 400, "9" * 5000, "1e400", "nan", "-inf", '""', '"x"', '"\\u0000"', '"\\u001b[31m"', '"nan"',
+    f'"{"x" * 10_000}"', f'"{"x/" * 5_000}"', "[]", "[[]]", '["a", "\\u0000"]', "{}", "{ a = 1 }", "[{ a = [1] }]",
+    "2020-01-01", "2020-01-01T00:00:00Z", "10:00:00", "[" * 300 + "]" * 300, '"~nobody-here/x"',
+]  # fmt: skip
+
+
+def test_any_value_of_any_option_is_one_line_or_accepted(tmp_path):
+    """Whatever a configuration holds, one line for each option that it is wrong for; seeded, a third of all pairs."""
+    file, refused = tmp_path / "config.toml", 0
+    pairs = list(itertools.product(TrainConfig.model_fields, ANYTHING))
+    for name, value in random.Random(15).sample(pairs, len(pairs) // 3):
+        others = "".join(f"{other} = {json.dumps(text)}\n" for other, text in STORED.items() if other != name)
+        file.write_text(f"{others}{name} = {value}\n")
+        lines: list[str] = []
+        try:
+            config = load(TrainConfig, read_toml(TrainConfig, file, str(file)), str(file))
+        except UserError as error:
+            lines = error.lines
+        else:
+            assert not (isinstance(number := getattr(config, name), float) and not math.isfinite(number)), (name, value)
+        refused += len(lines)
+        assert len(lines) <= 1, lines
+        assert not re.search(r"[\x00-\x1f]", "".join(lines))
+        assert len("".join(lines)) < 1500
+    assert refused > len(pairs) // 5
+
+
+@pytest.mark.parametrize(
+    "content", ["x = " + "[" * 100_000, "a" + ".a" * 5000 + " = 1", "x = 1_" + "0" * 5000, "\0", "[a]\n[a]"]
+)
+def test_what_is_no_toml_is_a_line(content, tmp_path):
+    (tmp_path / "config.toml").write_text(content)
+    with pytest.raises(UserError) as error:
+        read_toml(TrainConfig, tmp_path / "config.toml", "here")
+    assert len(error.value.lines) == 1
+
+
+def test_a_configuration_may_come_from_a_pipe_and_one_within_a_folder_may_not(data, tmp_path):
+    pipe = tmp_path / "config.toml"
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match="here: not a regular file; give the path of a TOML file"):
+        read_toml(TrainConfig, pipe, "here")
+    writing = threading.Thread(target=pipe.write_text, args=('family = "sd"\npretrained_model_name_or_path = "org/model"\n',))
+    writing.start()
+    config = parse(TrainConfig, "", "", ["--config", str(pipe), *data[:2], "--output_dir", str(tmp_path / "out")])
+    writing.join()
+    assert config.pretrained_model_name_or_path == "org/model"
+    with pytest.raises(UserError, match="too large for a configuration"):
+        parse(TrainConfig, "", "", ["--config", "/dev/zero"])
+
+
+NUMBERS = [name for name, field in TrainConfig.model_fields.items() if float in (field.annotation, *get_args(field.annotation))]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", "Infinity"])
+def test_no_option_takes_what_is_no_number(value, data):
+    assert {"learning_rate", "adam_weight_decay", "step_timeout"} <= set(NUMBERS)
+    with pytest.raises(UserError) as error:
+        run(*data, *(f"--{name}={value}" for name in NUMBERS))
+    assert len(error.value.lines) == len(NUMBERS)
+    parser = Parser()
+    parser.add_argument("--x", type=number(0))
+    with pytest.raises(UserError, match="argument --x: must be at least 0, not"):
+        parser.parse_args([f"--x={value}"])
+
+
+@pytest.mark.parametrize(
+    "content", ["hub_token = ['{}']", "hub_token = {{ a = '{}' }}", "hub_token = [['{}']]", "hub_token = '{}\\u0000'",
+                "hub_tokn = '{}'", "hub_token = '{}"]
+)  # fmt: skip
+def test_a_token_is_never_said(content, data, tmp_path):
+    (tmp_path / "run.toml").write_text(content.replace("'", '"').format("hf_secret"))
+    with pytest.raises(UserError) as error:
+        run(*data, "--config", str(tmp_path / "run.toml"))
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("arguments", [["--hub-token", "hf_secret"], ["--hub_tokenhf_secret"], ["hf_secret"],
+                                       ["--push_to_hub", "hf_secret"], ["--push_to_hub=hf_secret"],
+                                       ["--hub_token", "a", "hf_secret"], ["--hub_token", "hf_secret\0"]], ids=str)  # fmt: skip
+def test_a_token_on_the_command_line_is_never_said(arguments, data):
+    with pytest.raises(UserError) as error:
+        run(*data, *arguments)
+    assert "secret" not in str(error.value)
+    assert "secret" not in repr(TrainConfig(family="sd", pretrained_model_name_or_path="x", hub_token="secret"))
+
+
+def test_what_is_passed_over_in_a_file_is_said(data, tmp_path, capsys):
+    (tmp_path / "run.toml").write_text("global_batch_size = 64\ngradient_accumulation_steps = 4\n")
+    assert run(*data, "--config", str(tmp_path / "run.toml")).gradient_accumulation_steps == 1
+    assert "run.toml: gradient_accumulation_steps is passed over; it follows from global_batch_size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["/elsewhere", "..", "logs/../../x"])
+def test_logs_stay_in_the_output_directory(place, data):
+    with pytest.raises(UserError, match=r"--logging_dir .* leads out of the output directory; name a folder in it, .* logs"):
+        run(*data, "--logging_dir", place)
+    stored = STORED | {"logging_dir": place}
+    assert load(TrainConfig, stored).logging_dir == place, "an export reads what earlier runs were given"
+
+
+def test_a_file_of_deepspeed_that_is_none_is_a_line(tmp_path):
+    generator, file = random.Random(15), tmp_path / "deepspeed.json"
+    values = [None, True, -1, 0.5, "x", [], [1], {}, {"a": {"b": 1}}, "auto"]
+    config = TrainConfig(family="sd", pretrained_model_name_or_path="x", deepspeed_config=str(file))
+    names = sorted({*zero_options._decided(config), "steps_per_print", "zero_optimization", "bf16", "timers.throughput", "x"})
+    for _ in range(300):
+        value: object = generator.choice(values)
+        for part in reversed(generator.choice(names).split(".")):
+            value = {part: value}
+        file.write_text(json.dumps(value))
+        with contextlib.suppress(UserError):
+            zero_options.deepspeed_config(config, elements=4, overlap=False)
+    for text in ("[" * 100_000, '{"a": 1, "a": 2}', '{"a": NaN}', "[]", "", "\0"):
+        file.write_text(text)
+        with pytest.raises(UserError, match="--deepspeed_config"):
+            zero_options.read_file(config)

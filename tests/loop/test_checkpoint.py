@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,9 @@ from torch import nn
 
 from engine.config.options import TrainConfig
 from engine.errors import UserError
-from engine.files import digest, lock, write_json
+from engine.files import digest, discard, lock, write_json
 from engine.loop.checkpoints import layout, writer
+from engine.loop.checkpoints.names import rank_file
 from engine.loop.checkpoints.snapshot import restore
 from engine.loop.checkpoints.writer import Writer
 from engine.loop.metrics import Metrics
@@ -402,3 +404,76 @@ def test_state_that_fits_one_partition_is_refused_by_another(tmp_path, monkeypat
     partition.optimizer.state[partition.masters[0]]["rows"] = torch.zeros(4)
     with pytest.raises(UserError, match="holds no optimizer/0/rows for this optimizer and number of processes"):
         restore(tmp_path / "checkpoint-9", layout.read_state(tmp_path / "checkpoint-9"), partition, metrics)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_checkpoint_that_fails_leaves_nothing_on_a_full_disk(beside, tmp_path, monkeypatch):
+    partition, metrics = keep(tmp_path, monkeypatch)
+    write_pieces = writer.write_pieces
+
+    def full(path, *others):
+        write_pieces(path, *others)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, "write_pieces", full)
+    failing = Writer(tmp_path, metrics.run, metrics.processes, None, beside, "token")
+    with pytest.raises(
+        UserError, match=r"checkpoint-10 cannot be written: No space left.*the last complete one is .*checkpoint-9"
+    ):
+        [failing.save(10, partition, metrics), failing.wait()]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-9", "latest"]
+
+
+def test_the_first_process_removes_a_checkpoint_once_the_others_have_stopped(tmp_path, monkeypatch):
+    """Whichever fails first; what is written into a directory that is gone would be a mistake of its own."""
+    processes = [Processes(), Processes()]
+    for rank, process in enumerate(processes):
+        process.rank, process.world = rank, 2
+    first, second = (Writer(tmp_path, None, process, None, False, "token") for process in processes)
+    aside = first._aside(3)
+    aside.mkdir()
+    for rank in range(2):
+        (aside / rank_file(rank)).write_bytes(b"half")
+    removing = threading.Thread(target=first._remove_half, args=(aside,))
+    removing.start()
+    time.sleep(0.1)
+    assert [path.name for path in sorted(aside.iterdir())] == ["rank-0.failed", rank_file(1)]
+    second._remove_half(aside)
+    removing.join()
+    assert not aside.exists()
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch, capsys):
+    partition, metrics = keep(tmp_path, monkeypatch)
+    (tmp_path / "checkpoint-9").rename(tmp_path / "elsewhere")
+    (tmp_path / "checkpoint-9").symlink_to(tmp_path / "elsewhere")
+    limited = Writer(tmp_path, metrics.run, metrics.processes, 1, False, "token")
+    limited.save(10, partition, metrics)
+    assert not os.path.lexists(tmp_path / "checkpoint-9")
+    assert (tmp_path / "elsewhere" / "state.json").is_file()
+    (tmp_path / "checkpoint-11").symlink_to("nowhere")  # in the place of the one to come
+
+    def refuse(path):
+        if path.name == "checkpoint-10":
+            raise PermissionError(13, "Permission denied", str(path))
+        discard(path)
+
+    monkeypatch.setattr(writer, "discard", refuse)
+    limited.save(11, partition, metrics)
+    assert "checkpoint-10: cannot be removed: Permission denied" in capsys.readouterr().err
+    assert layout.read_state(tmp_path / "checkpoint-11").step == 11
+
+
+def test_what_was_left_half_written_goes_when_a_run_takes_the_directory_over(model, images, shards, tmp_path):
+    output = tmp_path / "out"
+    (output / "samples").mkdir(parents=True)
+    left = [
+        "checkpoint-3-0123abcd.partial", "metrics.jsonl.0123abcd.partial", "pipeline.partial", "samples/a.png.0123abcd.partial",
+        "checkpoint-3.replaced",
+    ]  # fmt: skip
+    theirs = ["movie.partial", "checkpoint-of-mine.partial", "mine.replaced"]
+    for name in left + theirs:
+        (output / name).touch()
+    assert train(config(model, images, shards, output, max_train_steps=1)) == 0
+    assert not [name for name in left if (output / name).exists()]
+    assert all((output / name).exists() for name in theirs)

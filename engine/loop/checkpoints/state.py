@@ -84,5 +84,7 @@ def parse_state(value: Any) -> State:
     try:
         return State.model_validate(value)
     except ValidationError as error:
-        mistakes = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:3]]
+        mistakes = [
+            f"{'.'.join(map(str, item['loc']))}: {item['msg'].removeprefix('Value error, ')}" for item in error.errors()[:3]
+        ]
         raise ValueError("; ".join(mistakes)) from None
