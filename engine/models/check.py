@@ -162,6 +162,10 @@ def _refuse_programs(file: Path, config: dict[str, Any]) -> None:
         found = config.get(key)
         if found is not None and not any(has_class(library, found) for library in libraries):
             raise UserError(f"{file}: its {key} is {found}, which the installed libraries do not have")
+    if config.get("quantization_config") is not None:
+        raise UserError(
+            f"{file.parent}: holds quantised weights, which cannot be trained or encoded with; give the model without"
+        )
     steps = config.get("num_train_timesteps")
     if steps is not None and not (type(steps) is int and 0 < steps <= MOST_TIMESTEPS):
         raise UserError(f"{file}: its num_train_timesteps is {steps}, not 1 to {MOST_TIMESTEPS}; download it again")
@@ -251,9 +255,7 @@ def check_weights(folder: Path, model: Any, variant: str | None = None) -> Any:
     Raises:
         UserError: they are not there, unreadable, or do not fit.
     """
-    config = read_part(folder.parent, folder.name, lambda path: read_json(Path(path) / "config.json"))
-    if config.get("quantization_config"):
-        raise UserError(f"{folder}: holds quantised weights, which cannot be trained or encoded with; give the model without")
+    read_part(folder.parent, folder.name, lambda path: read_json(Path(path) / "config.json"))
     if (folder / "adapter_config.json").exists() and issubclass(model, transformers.PreTrainedModel):
         raise UserError(
             f"{folder}: holds an adapter beside its weights, which would be left out; merge it, or remove its files"

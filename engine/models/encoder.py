@@ -4,6 +4,7 @@ import contextlib
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from engine.catalogue import FAMILIES
 from engine.config.options import CacheConfig
 from engine.data.format.index import Field
 from engine.errors import UserError
+from engine.files import reading
 from engine.models.published import locate
 
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -110,4 +112,6 @@ def open_encoding(config: CacheConfig) -> Encoding:
         UserError: a pretrained model is missing, incomplete or does not fit the options.
     """
     family = FAMILIES[config.family]
-    return getattr(importlib.import_module(f"engine.models.{family.module}"), family.frozen)(config)
+    frozen = getattr(importlib.import_module(f"engine.models.{family.module}"), family.frozen)
+    with reading(Path(getattr(config, family.pipeline)), "its configurations do not hold what they should; download it again"):
+        return frozen(config)

@@ -15,6 +15,7 @@ from engine.catalogue import FAMILIES
 from engine.config.options import TrainConfig
 from engine.diffusion import Schedule
 from engine.errors import UserError, first_line
+from engine.files import reading
 from engine.models import float8
 from engine.models.encoder import Encoding, open_encoding
 from engine.models.training_form import SHIPPED, Form, to_training_form
@@ -118,4 +119,6 @@ def open_family(config: TrainConfig) -> Family:
         UserError: a pretrained model is missing, incomplete or does not fit the options.
     """
     family = FAMILIES[config.family]
-    return getattr(importlib.import_module(f"engine.models.{family.module}"), family.trained)(config)
+    trained = getattr(importlib.import_module(f"engine.models.{family.module}"), family.trained)
+    with reading(Path(getattr(config, family.pipeline)), "its configurations do not hold what they should; download it again"):
+        return trained(config)

@@ -4,6 +4,7 @@ A class is one of diffusers' or transformers' own, looked up inside these packag
 imported: diffusers' own reader would run Python files beside the weights.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,7 @@ def read_json(file: Path) -> dict[str, Any]:
     refuse_pointer(file)
     with reading(file, "download it again"):
         value = parse_json(read_text(file))
+        json.dumps(value, ensure_ascii=False).encode()  # halves of surrogate pairs could not be written again
         if not isinstance(value, dict):
             raise ValueError("no JSON object")
     return value

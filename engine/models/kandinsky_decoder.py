@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, KandinskyV22Pipeline, KandinskyV22PriorPipeline, UNet2DConditionModel, VQModel
+from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline, UNet2DConditionModel, VQModel
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
@@ -18,12 +18,12 @@ from engine.config.options import CacheConfig, TrainConfig
 from engine.data import transforms
 from engine.data.format.index import Field
 from engine.diffusion import DiscreteSchedule, weighting
-from engine.models.check import check_pipeline, load_model, read_config, read_part
+from engine.models.check import check_pipeline, load_model, read_config
 from engine.models.encoder import Encoder, Encoding
 from engine.models.family import PREVIEW_STEPS, Family
 from engine.models.kinds import require_text_to_image
 from engine.models.pipelines import combine, load_pipeline
-from engine.models.published import digest_parts, locate, read_image_parts, require_equal
+from engine.models.published import digest_parts, locate, read_image_parts, read_scheduler, require_equal
 
 
 class KandinskyDecoderEncoding(Encoding):
@@ -101,7 +101,7 @@ class KandinskyDecoder(Family):
         super().__init__(config)
         if config.validation_prompts:
             locate(config, PRIOR)  # the rest of it too, which draws the images
-        scheduler = read_part(self.encoding.path, "scheduler", DDPMScheduler.from_pretrained)
+        scheduler = read_scheduler(self.encoding.path)
         self.schedule = DiscreteSchedule(scheduler.alphas_cumprod, scheduler.config.prediction_type, weighting(config))
 
     def check_files(self) -> None:

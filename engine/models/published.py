@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from PIL import Image
 from torch import Tensor
@@ -127,6 +127,19 @@ def read_tokenizer(pipeline: Path) -> Any:
     if type(length) is not int or length <= 0:
         raise UserError(f"{folder / 'tokenizer_config.json'}: its model_max_length is {length}; download it again")
     return tokenizer
+
+
+def read_scheduler(pipeline: Path) -> Any:
+    """A pipeline's noise schedule.
+
+    Raises:
+        UserError: it is not there, damaged, or none that noise can be added by.
+    """
+    scheduler = read_part(pipeline, "scheduler", DDPMScheduler.from_pretrained)
+    signal, file = scheduler.alphas_cumprod, pipeline / "scheduler" / "scheduler_config.json"
+    if not bool(((signal >= 0) & (signal <= 1)).all()):
+        raise UserError(f"{file}: its betas leave more than all of the image, or less than nothing of it; download it again")
+    return scheduler
 
 
 def read_image_parts(pipeline: Path) -> tuple[Any, Any]:

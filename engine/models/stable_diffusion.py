@@ -3,13 +3,14 @@
 Trained: `unet`. Frozen, and needed only while shards are built: `vae`, `text_encoder`, `tokenizer`.
 """
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel
@@ -27,14 +28,13 @@ from engine.models.check import (
     load_model,
     present_variant,
     read_config,
-    read_part,
     weight_files,
 )
 from engine.models.encoder import Encoder, Encoding
 from engine.models.family import PREVIEW_STEPS, Family
 from engine.models.kinds import require_text_to_image
 from engine.models.pipelines import load_pipeline
-from engine.models.published import digest_parts, locate, read_text_parts, require_equal, tokenize
+from engine.models.published import digest_parts, locate, read_scheduler, read_text_parts, require_equal, tokenize
 
 
 class StableDiffusionEncoding(Encoding):
@@ -45,6 +45,8 @@ class StableDiffusionEncoding(Encoding):
         self.unet_config = read_config(self.path, "unet", UNet2DConditionModel)
         self.vae_config = read_config(self.path, "vae", AutoencoderKL)
         self.text_config, self.tokenizer = read_text_parts(self.path)
+        if not isinstance(scaling := self.vae_config["scaling_factor"], int | float) or not 0 < scaling < math.inf:
+            raise UserError(f"{self.path / 'vae' / 'config.json'}: its scaling_factor is {scaling}; download it again")
         factor = 2 ** (len(self.vae_config["block_out_channels"]) - 1)
         self._require_steps(factor, f"the VAE needs a multiple of {factor}")
         self.latent_size = config.resolution // factor
@@ -126,7 +128,7 @@ class StableDiffusion(Family):
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
-        scheduler = read_part(self.encoding.path, "scheduler", DDPMScheduler.from_pretrained)
+        scheduler = read_scheduler(self.encoding.path)
         self.prediction_type = config.prediction_type or scheduler.config.prediction_type
         self.schedule = DiscreteSchedule(scheduler.alphas_cumprod, self.prediction_type, weighting(config))
         if config.dream_training and self.prediction_type != "epsilon":
