@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ import torch.utils.tensorboard
 
 from engine.config import checks
 from engine.errors import UserError
+from engine.loop import export
 from engine.loop import log as log_module
 from engine.loop.log import Log, check_trackers
 from engine.loop.trainer import train
@@ -139,3 +141,86 @@ def test_a_tracker_that_fails_to_open_is_one_line_and_one_that_fails_later_a_war
     written = datetime.datetime.fromisoformat(line.pop("time"))
     assert abs(datetime.datetime.now(datetime.UTC) - written) < datetime.timedelta(minutes=5)
     assert line == {"step": 1, "loss": 2.0}
+
+
+SECRET = "hf_verySecretToken"
+
+
+def test_a_token_reaches_no_file_and_no_line_and_nothing_is_for_others_to_write(
+    model, images, shards, wandb, tmp_path, monkeypatch, capfd
+):
+    class Api:
+        def __init__(self, token):
+            assert token == SECRET
+
+        def create_repo(self, name, exist_ok):
+            return type("Repository", (), {"repo_id": f"someone/{name}"})
+
+        def upload_folder(self, **options):
+            pass
+
+    wandb()
+    monkeypatch.setattr(export, "HfApi", Api)
+    for name in ("HF_TOKEN", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, SECRET)
+    options = {
+        "hub_token": SECRET, "push_to_hub": True, "report_to": "all", "checkpointing_steps": 1, "max_train_steps": 2,
+        "checkpoint_async": True, "validation_prompts": ["a red square"],
+    }  # fmt: skip
+    before = os.umask(0o022)
+    try:
+        assert train(config(model, images, tmp_path / "out" / "shards", tmp_path / "out", **options)) == 0
+    finally:
+        os.umask(before)
+    said = "".join(capfd.readouterr())
+    assert "Trained 2 steps" in said
+    assert SECRET not in said
+    assert SECRET not in repr(sys.modules["wandb"].calls)
+    written = list((tmp_path / "out").rglob("*"))
+    assert {"README.md", "config.toml", "state.json", "index.json", "metrics.jsonl"} <= {path.name for path in written}
+    assert list((tmp_path / "out" / "logs").glob("events*"))
+    assert not [path for path in written if path.is_file() and SECRET.encode() in path.read_bytes()]
+    assert not [path for path in written if path.stat().st_mode & 0o022]
+    assert not [path for path in written if path.is_file() and not path.stat().st_mode & 0o044], "the umask, and no less"
+
+
+def test_what_fails_at_the_end_does_not_replace_the_error_of_the_run(tmp_path, monkeypatch, capsys):
+    (tmp_path / "out").mkdir()
+    log = Log(run(tmp_path, report_to="tensorboard"), 0)
+    log.write({"step": 1, "loss": 2.0, "grad_norm": 1.0, "lr": 1.0, "samples_per_second": 1.0})
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    class Full:
+        write = flush = close = full
+
+    log.file.close()
+    log.file = Full()
+    monkeypatch.setattr(log_module, "curves", full)
+    monkeypatch.setattr(log.tensorboard, "close", full)
+
+    def fail() -> None:
+        try:
+            log.write({"step": 2, "loss": 2.0})
+            raise UserError("the last complete one is checkpoint-3")
+        finally:
+            log.close()
+
+    with pytest.raises(UserError, match="the last complete one is checkpoint-3"):
+        fail()
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "No space left" in line]
+    assert [line.split(": ")[1].rpartition("/")[2] for line in warnings] == [
+        "metrics.jsonl", "metrics.jsonl", "curves.png", "TensorBoard",
+    ]  # fmt: skip
+
+
+def test_metrics_that_are_none_are_passed_over_and_a_pipe_is_refused(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 1}\n[]\n"x"\n{"step": "x"}\n{"step": 3}\n' + "[" * 100_000 + "\n{}\n")
+    log_module._forget_after(metrics, 2)
+    assert metrics.read_text() == '{"step": 1}\n'
+    metrics.unlink()
+    os.mkfifo(metrics)
+    with pytest.raises(UserError, match="metrics.jsonl: cannot be read: not a regular file; move it away"):
+        log_module._forget_after(metrics, 2)
