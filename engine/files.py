@@ -51,22 +51,25 @@ def open_regular(path: Path) -> io.BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path, check: Callable[[int], None] = lambda size: None) -> bytes:
     """A regular file, whole. A network's file system that fails is asked again, so that no sample is lost by one bad moment.
+
+    Args:
+        check: is given the size before anything is read, to raise or to wait.
 
     Raises:
         OSError: there is none, it is no regular file, or it cannot be read.
     """
-    for pause in (0.1, 1.0):
+    pauses = [0.1, 1.0]
+    while True:
         try:
             with open_regular(path) as file:
+                check(os.fstat(file.fileno()).st_size)
                 return file.read()
         except OSError as error:
-            if error.errno not in _PASSING:
+            if error.errno not in _PASSING or not pauses:
                 raise
-        time.sleep(pause)
-    with open_regular(path) as file:
-        return file.read()
+        time.sleep(pauses.pop(0))
 
 
 def read_text(path: Path) -> str:

@@ -25,6 +25,7 @@ from engine.data.identity import differences, identity_of
 from engine.data.report import describe_refused, say_refused
 from engine.data.sources.decode import refuse_extreme
 from engine.data.sources.interface import Refused, Source, refusing
+from engine.data.sources.room import room
 from engine.errors import UserError
 from engine.files import PARTIAL, digest, digest_of, excludes_others, lock
 from engine.messages import Progress, busy, say
@@ -242,16 +243,21 @@ def _prepare(
     def prepare(sample: int) -> Prepared:
         if sample in captions.refused:
             return sample, captions.refused[sample]
+        with room.turn():
+            made = make(sample)
+        if config.strict and isinstance(made, Refused):
+            raise _strict(source, sample, made)
+        return sample, made
+
+    def make(sample: int) -> list[dict[str, Tensor]] | Refused:
         try:
             with refusing("unreadable image"):
                 image = source.image(sample)
                 refuse_extreme(image.size, encoding.image_side, config.max_upscale)
             with refusing("image cannot be transformed"):
-                return sample, encoding.prepare(image, sample)
+                return encoding.prepare(image, sample)
         except Refused as why:
-            if config.strict:
-                raise _strict(source, sample, why) from None
-            return sample, why
+            return Refused(why.reason, why.detail)  # `why` itself holds the frames with the image
 
     if config.dataloader_num_workers == 0:
         yield from map(prepare, samples)

@@ -14,7 +14,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from engine.data.sources.bare import without_metadata
 from engine.data.sources.interface import Refused, refusing
-from engine.data.sources.kinds import image_suffixes, what_it_is
+from engine.data.sources.kinds import image_formats, what_it_is
+from engine.data.sources.room import LARGE, room
 from engine.errors import first_line
 from engine.files import read_bytes
 
@@ -22,6 +23,9 @@ _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
+_LARGEST_FILE = 2**31  # bytes
+_DECODED_ASIDE = ("AVIF", "HEIF", "JPEG2000", "JXL", "WEBP")  # by libraries that make a copy of their own
+_OF_OTHERS = ("BLP", "ICNS", "ICO")  # whose header need not be true of the JPEG, JPEG 2000 or PNG file inside
 
 
 @dataclass
@@ -48,12 +52,16 @@ def decode(data: Path | io.BytesIO, decoding: Decoding | None = None) -> Image.I
 
     Of several frames the first is taken. Metadata that cannot be read do not cost the image.
 
+    Waits where other threads decode so much that memory could run out.
+
     Raises:
         Refused: no file, not an image, truncated, or so large that decoding it could exhaust memory (PIL's limit).
     """
-    image_suffixes()  # so that the plug-ins are there
-    content = _content(data)
-    decoding = decoding or Decoding()
+    with room.turn():
+        return _decode_content(_content(data), decoding or Decoding())
+
+
+def _decode_content(content: bytes, decoding: Decoding) -> Image.Image:
     try:
         with refusing("unreadable image"):
             try:
@@ -74,12 +82,19 @@ def decode(data: Path | io.BytesIO, decoding: Decoding | None = None) -> Image.I
         raise
 
 
+def _make_room(size: int) -> None:
+    if size > _LARGEST_FILE:
+        raise Refused(f"image file larger than {_LARGEST_FILE >> 30} GiB")
+    if size > LARGE:
+        room.take(room.size)
+
+
 def _content(data: Path | io.BytesIO) -> bytes:
     if isinstance(data, io.BytesIO):
         return data.getvalue()
     try:
         with refusing("unreadable image file"):
-            return read_bytes(data)
+            return read_bytes(data, _make_room)
     except Refused as why:
         if isinstance(why.__cause__, (FileNotFoundError, NotADirectoryError)):
             raise Refused("no such image file") from None
@@ -93,13 +108,22 @@ def _decode(content: bytes, decoding: Decoding) -> Image.Image:
     # a palette's transparency too.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=image_formats()) as image:
+            room.take(len(content) + _most_bytes(image))
             image.load()
             upright = image.transpose(_UPRIGHT[turned]) if (turned := _orientation(image)) in _UPRIGHT else image
             rgb = _to_rgb(upright, decoding)
             if image.format != "MPO" and _has_frames(image):
                 decoding.notice("several frames or pages, of which the first is taken")
             return rgb
+
+
+def _most_bytes(image: Image.Image) -> int:
+    """Memory that an image takes at the most, from its loading until it is small: measured by format, and rounded up."""
+    if image.format in _OF_OTHERS:
+        return room.size
+    per_pixel = 24 if image.format in _DECODED_ASIDE else 12 if image.mode in ("RGB", "L", "1", "CMYK", "YCbCr") else 16
+    return image.width * image.height * per_pixel
 
 
 def _orientation(image: Image.Image) -> int:

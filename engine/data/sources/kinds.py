@@ -8,8 +8,12 @@ from pathlib import PurePosixPath
 from PIL import Image
 
 _PLUGINS = {"pillow_heif": "pillow-heif", "pillow_jxl": "pillow-jxl-plugin"}  # module -> package
-# What Pillow has a name for and no decoder, or what is not a picture.
-_NO_PICTURES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "PCD", "WMF"}
+# What is opened, whatever a file is called: no format that starts another program, holds a file of any other, or has a name in
+# Pillow and no decoder.
+_FORMATS = {
+    "AVIF", "BLP", "BMP", "CUR", "DCX", "DDS", "DIB", "FLI", "FTEX", "GBR", "GIF", "HEIF", "ICNS", "ICO", "IM", "JPEG",
+    "JPEG2000", "JXL", "MSP", "PCX", "PIXAR", "PNG", "PPM", "PSD", "QOI", "SGI", "SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM",
+}  # fmt: skip
 # Pictures that need a plug-in or another program: counted, and refused by name.
 _OTHER_PICTURES = {
     ".heic", ".heif", ".hif", ".jxl", ".svg", ".exr", ".hdr", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".raf", ".rw2",
@@ -31,19 +35,26 @@ def what_it_is(content: bytes) -> tuple[str, str] | None:
         return "unreadable image", "a web page, perhaps of a download that failed"
     if begin.startswith((b"<svg", b"<?xml")):
         return "unreadable image", "a drawing (SVG or XML); convert it to pixels"
+    if begin.startswith((b"%!ps", b"%pdf", b"\xc5\xd0\xd3\xc6")):
+        return "unreadable image", "a page (PostScript or PDF); convert it to pixels"
     return None
 
 
 @functools.cache
-def image_suffixes() -> frozenset[str]:
-    """Suffixes of what Pillow opens, with its plug-ins where they are installed."""
+def image_formats() -> list[str]:
+    """Pillow's names of what is opened, with its plug-ins where they are installed, in the order in which they are tried."""
     if importlib.util.find_spec("pillow_heif"):
         importlib.import_module("pillow_heif").register_heif_opener()
     if importlib.util.find_spec("pillow_jxl"):
         importlib.import_module("pillow_jxl")
     Image.init()
-    formats = Image.registered_extensions().items()
-    return frozenset(suffix for suffix, kind in formats if kind in Image.OPEN and kind not in _NO_PICTURES)
+    return [name for name in Image.ID if name in _FORMATS]
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    formats = image_formats()
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
 def looks_like_image(name: str) -> bool:
