@@ -4,9 +4,11 @@ import csv
 import functools
 import io
 import json
+import shutil
 import tarfile
 import warnings
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -157,13 +159,27 @@ def mutate_archive(archive: Path, random: Random) -> str:
     return "members altered"
 
 
-def make_parquet(whole: Path) -> None:
+def _data_set(whole: Path) -> Any:
     import datasets
 
     write_images(whole.parent / "images", 3)
     rows = {"image": [str(path) for path in sorted((whole.parent / "images").glob("*.png"))], "text": ["one", "two", "three"]}
-    table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
-    table.to_parquet(whole / "train.parquet")
+    return datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+
+
+def make_parquet(whole: Path) -> None:
+    _data_set(whole).to_parquet(whole / "train.parquet")
+
+
+def make_saved(whole: Path) -> None:
+    """As `datasets` saves a data set: arrow, and what JSON says of it."""
+    _data_set(whole).save_to_disk(whole / "saved")
+
+
+def mutate_saved(folder: Path, random: Random) -> str:
+    if random.random() < 0.2:
+        return mutate_folder(folder, random)
+    return mutate_file(random.choice(sorted(path for path in folder.iterdir() if path.is_file())), random)
 
 
 def read_source(place: Place) -> Any:
@@ -193,14 +209,18 @@ def _attempt(read: Any, sample: int) -> Any:
 
 def make_shards(whole: Path) -> None:
     write_images(whole.parent / "images", 5)
-    arguments = [
-        "--family", "sd", "--pretrained_model_name_or_path", str(write_pipeline(whole.parent / "model")),
-        "--train_data_dir", str(whole.parent / "images"), "--resolution", "16", "--random_flip", "--shard_records", "3",
-        "--shards_dir", str(whole / "shards"), "--output_dir", str(whole.parent),
-    ]  # fmt: skip
-    assert shards.build_command(arguments) == 0
+    write_pipeline(whole.parent / "model")
+    assert build(whole.parent, whole / "shards") == 0
     index = json.loads((whole / "shards" / "index.json").read_text()) | {"encode_seconds": 0.5}
     (whole / "shards" / "index.json").write_text(json.dumps(index))
+
+
+def build(support: Path, directory: Path) -> int:
+    return shards.build_command([
+        "--family", "sd", "--pretrained_model_name_or_path", str(support / "model" / "pipeline"), "--resolution", "16",
+        "--train_data_dir", str(support / "images"), "--random_flip", "--shard_records", "3", "--shards_dir", str(directory),
+        "--output_dir", str(directory.parent), "--dataloader_num_workers", "0",
+    ])  # fmt: skip
 
 
 def mutate_shard(folder: Path, random: Random) -> str:
@@ -226,6 +246,23 @@ def mutate_shard_and_index(folder: Path, random: Random) -> str:
         entry |= {"bytes": (folder / entry["file"]).stat().st_size, "sha256": digest(folder / entry["file"])}
     rewrite(folder / "index.json", json.dumps(index).encode())
     return what
+
+
+def mutate_unfinished(folder: Path, random: Random) -> str:
+    """Alters a shard that a build left before there was an index."""
+    (folder / "index.json").unlink()
+    return mutate_file(random.choice(sorted(folder.glob("*.safetensors"))), random)
+
+
+def read_unfinished(place: Place) -> Any:
+    """Goes on with a build, and reads what it makes of the shards that were there."""
+    directory = place.output / "shards"
+    shutil.copytree(place.given, directory)
+    build(place.support, directory)
+    try:
+        return read_shards(replace(place, given=directory))
+    except UserError as error:
+        raise Broken(f"built, and then refused: {error}") from None
 
 
 def read_shards(place: Place) -> Any:
@@ -291,7 +328,9 @@ KINDS = {
     "tables": Kind("tables", make_tables, mutate_table, read_source),
     "archives": Kind("archives", make_archives, mutate_archive, read_source),
     "parquet": Kind("parquet", make_parquet, mutate_content, read_source),
+    "saved": Kind("saved", make_saved, mutate_saved, read_source),
     "shards": shard_kind(mutate=mutate_shard, guarded=True),
     "shards-index": shard_kind(mutate=mutate_index),
     "shards-consistent": shard_kind(mutate=mutate_shard_and_index),
+    "shards-unfinished": Kind("shards", make_shards, mutate_unfinished, read_unfinished),
 }

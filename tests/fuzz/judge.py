@@ -163,7 +163,8 @@ def judge(kind: Kind, place: Place, expected: Any) -> tuple[str, str, str]:
     if strange := [line for line in text.split("\n") if not _fit_to_print(line)]:
         return "unclear", repr(strange[0][:200]), "not printable, or too long"
     # An option of a TOML file is named as such.
-    if nameless := [line for line in errors if str(place.given) not in line and " --" not in line.partition(";")[0]]:
+    named = (str(place.given), str(place.output), " --")
+    if nameless := [line for line in errors if not any(name in line.partition(";")[0] for name in named)]:
         return "unclear", nameless[0][:300], "does not name the file"
     if kind.guarded and results and results != [expected]:
         return "silent", "altered, and read all the same", ""

@@ -2,13 +2,16 @@
 
 import functools
 import json
+import sys
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine import export, sample
 from engine.config.options import TrainConfig
 from engine.data.sources.interface import refusing
 from engine.loop.export import save_pipeline
@@ -115,9 +118,23 @@ def _require_stored(model: Any, folder: Path) -> None:
 
 
 def read_sampled(place: Place) -> Any:
-    """Opens a pipeline as `engine.sample` does."""
-    open_pipeline(place.given / "pipeline", None, torch.float32)
-    return None
+    """Opens a pipeline as `engine.sample` does, and now and then draws with it."""
+    if not place.thorough:
+        open_pipeline(place.given / "pipeline", None, torch.float32)
+        return None
+    size = ["--resolution", "16", "--images_per_prompt", "1", "--num_inference_steps", "1"]
+    picture = ["--prompts", "a red square", "--output", str(place.output / "picture.png")]
+    return command(sample.main, "--model", str(place.given / "pipeline"), *size, *picture)
+
+
+def read_exported(place: Place) -> Any:
+    """Writes a pipeline into a single file."""
+    return command(export.main, "--model", str(place.given / "pipeline"), "--single_file", str(place.output / "x.safetensors"))
+
+
+def command(main: Any, *arguments: str) -> int:
+    with mock.patch.object(sys, "argv", ["command", *arguments]):
+        return main()
 
 
 def make_single_files(whole: Path) -> None:
@@ -164,5 +181,6 @@ KINDS = {
     for family in WRITERS
 } | {
     "models-sampled": Kind("sd", functools.partial(make_pipelines, "sd"), mutate_pipeline, read_sampled),
+    "models-exported": Kind("sd", functools.partial(make_pipelines, "sd"), mutate_pipeline, read_exported),
     "single-files": Kind("single-files", make_single_files, mutate_single_file, read_single_file),
 }
