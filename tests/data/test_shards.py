@@ -227,9 +227,7 @@ def test_verification_names_every_kind_of_damage(shards, tmp_path):
         read_header(directory / shard_name(1))
 
 
-@pytest.mark.parametrize(
-    ("content", "named"), [("{", "index.json: cannot be read: Expecting"), ('{"format_version": 99}', "format version 99")]
-)
+@pytest.mark.parametrize(("content", "named"), [("{", "not a readable index"), ('{"format_version": 99}', "format version 99")])
 def test_an_index_that_cannot_be_read_is_named(content, named, tmp_path):
     (tmp_path / "index.json").write_text(content)
     with pytest.raises(UserError, match=named):

@@ -11,8 +11,8 @@ import torch
 from annotated_types import Ge, Le, MaxLen
 from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, model_validator
 
-from engine.errors import UserError
-from engine.files import digest_of, parse_json, read_text, reading, write_json
+from engine.errors import UserError, first_line
+from engine.files import digest_of, parse_json, read_text, write_json
 from engine.tensors import DTYPES
 
 FORMAT_VERSION = 1
@@ -193,22 +193,25 @@ class Index:
             UserError: there is no index, or one that this version cannot read.
         """
         path = directory / INDEX
-        with reading(path, BUILD_AGAIN):
-            try:
-                value = parse_json(read_text(path))
-            except FileNotFoundError:
-                raise UserError(f"{directory}: no {INDEX} there; build shards with `python -m engine.shards build`") from None
+        try:
+            value = parse_json(read_text(path))
             version = value.get("format_version") if isinstance(value, dict) else None
             if type(version) is int and version != FORMAT_VERSION:
                 raise UserError(f"{path}: format version {version}, this engine reads {FORMAT_VERSION}; build the shards again")
             stored = _StoredIndex.model_validate(value)
-            return cls(
-                stored.family,
-                stored.fingerprint,
-                stored.identity,
-                stored.config,
-                {name: field.to_field() for name, field in stored.fields.items()},
-                stored.shards,
-                stored.refused,
-                stored.encode_seconds,
-            )
+        except FileNotFoundError:
+            raise UserError(f"{directory}: no {INDEX} there; build shards with `python -m engine.shards build`") from None
+        except UserError:
+            raise
+        except Exception as error:  # as in `reading`
+            raise UserError(f"{path}: not a readable index: {first_line(error)}; {BUILD_AGAIN}") from None
+        return cls(
+            stored.family,
+            stored.fingerprint,
+            stored.identity,
+            stored.config,
+            {name: field.to_field() for name, field in stored.fields.items()},
+            stored.shards,
+            stored.refused,
+            stored.encode_seconds,
+        )

@@ -77,6 +77,7 @@ def _is_for_the_library(place: Path) -> bool:
     """
     kinds = {place.suffix.lower()} if place.is_file() else set()
     if is_saved(place):
+        _refuse_others_than_files(place)
         return True
     for _, folders, files in os.walk(place):
         if any(name in files for name in METADATA_NAMES):
@@ -84,6 +85,7 @@ def _is_for_the_library(place: Path) -> bool:
         folders[:] = [name for name in folders if not is_hidden(name)]
         kinds |= {suffix_of(name) for name in files if not is_hidden(name)}
     if kinds & {*_OF_THE_LIBRARY}:
+        _refuse_others_than_files(place)
         return True
     if kinds & {*ARCHIVES, *TABLES} or (place.is_dir() and any(looks_like_image(f"image{suffix}") for suffix in kinds)):
         return False
@@ -93,3 +95,12 @@ def _is_for_the_library(place: Path) -> bool:
         f"{place}: no images, no tables ({', '.join(TABLES)}) and no archives ({', '.join(ARCHIVES)}) there; "
         f"it holds {', '.join(sorted(kinds - {''})) or 'nothing'}"
     )
+
+
+def _refuse_others_than_files(place: Path) -> None:
+    """Raises `UserError` for a pipe or a device, which the library would open and wait for."""
+    for folder, _, files in os.walk(place):
+        for file in files:
+            path = Path(folder, file)
+            if path.exists() and not path.is_file():
+                raise UserError(f"{path}: not a regular file; take it away")

@@ -24,6 +24,7 @@ _UPRIGHT = {
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 _LARGEST_FILE = 2**31  # bytes
+_LONGEST_CAPTION = 10**6  # characters
 _DECODED_ASIDE = ("AVIF", "HEIF", "JPEG2000", "JXL", "WEBP")  # by libraries that make a copy of their own
 _OF_OTHERS = ("BLP", "ICNS", "ICO")  # whose header need not be true of the JPEG, JPEG 2000 or PNG file inside
 
@@ -203,6 +204,8 @@ def clean_captions(value: Any) -> list[str]:
     if not captions:
         raise Refused("empty caption")
     for caption in captions:
+        if len(caption) > _LONGEST_CAPTION:
+            raise Refused("caption longer than a million characters")
         with refusing("caption with broken characters"):
             caption.encode()
     return captions

@@ -1,20 +1,25 @@
 """Files below a folder, those inside of its archives included, by their path relative to the folder."""
 
+import bz2
+import copy
+import functools
 import io
 import os
 import tarfile
 import unicodedata
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
-from engine.data.sources.interface import Refused
+from engine.data.sources.interface import Refused, refusing
 from engine.errors import UserError, first_line
+from engine.files import open_regular, read_bytes
 
 ARCHIVES = (".zip", ".tar")
 _NOT_DATA = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}  # what systems leave among people's files
-_MEMBER_LIMIT = 2**30  # bytes of one unpacked file
+_LARGEST = 2**30  # bytes of an unpacked file, a table or a file of captions
 
 
 def is_hidden(name: str) -> bool:
@@ -88,21 +93,21 @@ class Files:
         read = self._read_zip if path.suffix.lower() == ".zip" else self._read_tar
         try:
             names = read(path, prefix)
-        except (OSError, tarfile.TarError, zipfile.BadZipFile, ValueError) as error:
+        except Exception as error:  # archives that are damaged, or made to be, raise anything
             raise UserError(f"{path}: not a readable archive: {first_line(error)}") from None
         return [name for name in names if not is_hidden(name.removeprefix(prefix))]
 
     def _read_zip(self, path: Path, prefix: str) -> list[str]:
-        archive = zipfile.ZipFile(path)  # stays open; may be read from several threads
+        archive = zipfile.ZipFile(open_regular(path))  # stays open; may be read from several threads
         members = [member for member in archive.infolist() if not member.is_dir()]
         for member in members:
             name = prefix + member.filename
-            self._members[name] = (lambda member=member: archive.read(member), member.file_size, member.CRC)  # type: ignore[misc]
+            self._members[name] = (functools.partial(_unpacked, archive, member), member.file_size, member.CRC)
         return [prefix + member.filename for member in members]
 
     def _read_tar(self, path: Path, prefix: str) -> list[str]:
         names = []
-        with tarfile.open(path, "r:") as archive:
+        with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             try:
                 for member in archive:
                     if member.isfile():
@@ -154,7 +159,8 @@ class Files:
         """Why what lies behind a link to a folder cannot be used; nothing for other names, which are looked at when read."""
         if any(name.startswith(f"{link}/") for link in self._links):
             try:
-                self.open(name)
+                with refusing("not a path"):
+                    self.open(name)
             except Refused as why:
                 return why
         return None
@@ -166,10 +172,7 @@ class Files:
             Refused: it lies elsewhere.
         """
         if name in self._members:
-            read, size, _ = self._members[name]
-            if size > _MEMBER_LIMIT:
-                raise Refused("file in an archive larger than 1 GiB")
-            return io.BytesIO(read())
+            return io.BytesIO(self._member(name))
         path = self.folder / name
         resolved = Path(os.path.realpath(path))
         if resolved.is_relative_to(self.folder):
@@ -184,18 +187,43 @@ class Files:
         """The content of a table or a caption file, also behind a link.
 
         Raises:
-            OSError: it cannot be read.
+            OSError, ValueError and what archives raise: it cannot be read.
         """
-        return self._members[name][0]() if name in self._members else (self.folder / name).read_bytes()
+        return self._member(name) if name in self._members else read_bytes(self.folder / name, _check_size)
+
+    def _member(self, name: str) -> bytes:
+        read, size, _ = self._members[name]
+        if size > _LARGEST:
+            raise Refused("file in an archive larger than 1 GiB")
+        return read()
 
 
 def _stem(name: str) -> str:
     return PurePosixPath(name).stem
 
 
+def _check_size(size: int) -> None:
+    if size > _LARGEST:
+        raise ValueError("larger than 1 GiB")
+
+
+def _unpacked(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    """What a member holds, and never more of it than it says."""
+    if member.compress_type == zipfile.ZIP_BZIP2:  # which `zipfile` unpacks without bounds
+        packed = copy.copy(member)
+        packed.compress_type, packed.file_size, packed.CRC = zipfile.ZIP_STORED, member.compress_size, None  # type: ignore[assignment]
+        content = bz2.BZ2Decompressor().decompress(archive.read(packed), member.file_size)
+        if zlib.crc32(content) != member.CRC:
+            raise zipfile.BadZipFile(f"bad CRC-32 for {member.filename!r}")
+        return content
+    piece = 4096 if member.compress_type == zipfile.ZIP_LZMA else member.file_size  # LZMA: bounded by what goes in
+    with archive.open(member) as file:
+        return b"".join(iter(lambda: file.read(piece), b""))
+
+
 def _piece_of(path: Path, offset: int, size: int) -> Callable[[], bytes]:
     def read() -> bytes:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file.seek(offset)
             return file.read(size)
 

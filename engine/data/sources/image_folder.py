@@ -16,7 +16,7 @@ from engine.data.sources.interface import Refused, is_address
 from engine.data.sources.kinds import looks_like_image
 from engine.data.sources.tables import TABLES, Row, decode_text, read_table, undecoded
 from engine.errors import UserError, first_line
-from engine.files import digest_of
+from engine.files import digest_of, reading
 from engine.messages import say
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
@@ -65,6 +65,7 @@ class ImageFolder:
         self.noticed = self.decoding.noticed
         table = folder.name if folder.suffix.lower() in TABLES and folder.is_file() else None
         self.files = Files(folder.parent if table else folder, follow_links)
+        self.digests: dict[str, str] = {}  # of tables
         self.tables = [table] if table else self._metadata()
         self.beside = caption_column is not None and not self.tables
         self.samples = [sample for name in self.tables for sample in self._samples_of(name)]
@@ -100,11 +101,10 @@ class ImageFolder:
         """The images that a table names, and their captions as they stand there."""
         plain = ["file_name"] if self.image_column == "image" else [f"{self.image_column}_file_name", "file_name"]
         columns = [*plain, self.image_column]
-        try:
+        with reading(self.files.folder / table, "mend it, or take it away"):
             content = self.files.read(table)
-        except OSError as error:
-            raise UserError(f"{self.files.folder / table}: {error.strerror}") from None
-        rows, remarks = read_table(table, content, self.encoding, columns)
+            self.digests[table] = hashlib.sha256(content).hexdigest()
+            rows, remarks = read_table(table, content, self.encoding, columns)
         self.files.remarks += remarks
         for row in rows:
             row.problem = row.problem or self._problem(row, columns)
@@ -117,14 +117,14 @@ class ImageFolder:
     def _problem(self, row: Row, columns: list[str]) -> Refused | None:
         column = next((column for column in columns if column in row.values), None)
         if column is None:
-            found = ", ".join(map(str, row.values)) or "none"
+            found = ", ".join(map(str, row.values))[:_LONGEST] or "none"
             return Refused(f"has no {columns[0]} (columns: {found}); name the image in that column")
         written = row.values[column]
         if isinstance(written, dict):  # as `datasets` keeps images
             written = written.get("path")
         row.values[column] = str(written) if isinstance(written, (str, int)) else ""
         if self.caption_column and self.caption_column not in row.values:
-            found = ", ".join(sorted(map(str, set(row.values) - {column}))) or "none"
+            found = ", ".join(sorted(map(str, set(row.values) - {column})))[:_LONGEST] or "none"
             return Refused(f"has no column {self.caption_column!r} (others: {found}); set --caption_column")
         if not row.values[column].strip():
             return Refused("has no file name")
@@ -182,6 +182,7 @@ class ImageFolder:
         if beside is None:
             return Sample(name)
         try:
+            self.files.open(beside)  # as for images: what a link leads out to may be private
             text = decode_text(self.files.read(beside), self.encoding)
             if beside.endswith(".json"):
                 values = json.loads(text)
@@ -240,9 +241,8 @@ class ImageFolder:
 
     def identity(self) -> dict[str, Any]:
         files = [[sample.name, *self._stat(sample.name)] for sample in self.samples]
-        tables = {name: hashlib.sha256(self.files.read(name)).hexdigest() for name in self.tables}
         beside = {"captions": digest_of([sample.caption for sample in self.samples])} if self.beside else {}
-        return {"kind": "image folder", "metadata": tables, "files": digest_of(files)} | beside
+        return {"kind": "image folder", "metadata": self.digests, "files": digest_of(files)} | beside
 
     def _stat(self, name: str) -> tuple[int | None, int | None]:
         try:

@@ -3,7 +3,6 @@
 import codecs
 import csv
 import io
-import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -13,12 +12,14 @@ from typing import Any
 
 from engine.data.sources.interface import Refused
 from engine.errors import UserError, first_line
+from engine.files import LARGEST_TEXT
 
 TABLES = (".jsonl", ".ndjson", ".csv", ".tsv", ".json", ".parquet")
 _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
+_MOST_ROWS = 2**26
 _SEPARATORS = ",;\t|"
 
 
@@ -81,8 +82,12 @@ def _read_parquet(name: str, data: bytes) -> list[Row]:
     import pyarrow.parquet
 
     try:
-        values = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
-    except (OSError, ValueError) as error:
+        file = pyarrow.parquet.ParquetFile(io.BytesIO(data))
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        if file.metadata.num_rows > _MOST_ROWS or sum(group.total_byte_size for group in groups) > LARGEST_TEXT:
+            raise ValueError(f"{file.metadata.num_rows} rows are more than a table of captions has")
+        values = file.read().to_pylist()
+    except Exception as error:  # as of archives
         raise UserError(f"{name}: not a readable parquet file: {first_line(error)}") from None
     return [Row(number, row) for number, row in enumerate(values, start=1)]
 
@@ -91,13 +96,19 @@ def _read_json(text: str) -> Iterator[Row]:
     """Objects one after another, on a line each or on several; lists of them; or one object of objects by file name."""
     decoder, blank = json.JSONDecoder(), re.compile(r"[\s,]*")
     position, line, counted = 0, 1, 0
+    in_vain = 0  # characters read for values that are none, of which each line may begin another
     while (position := blank.match(text, position).end()) < len(text):  # type: ignore[union-attr]
         line, counted = line + text.count("\n", counted, position), position
         try:
             value, position = decoder.raw_decode(text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
-            said = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        except (ValueError, RecursionError) as error:
+            found, said = (
+                (error.pos, error.msg) if isinstance(error, json.JSONDecodeError) else (position + 1000, first_line(error))
+            )
             yield Row(line, problem=Refused("is not valid JSON", said))
+            in_vain += found - position
+            if in_vain > 10 * len(text) + 3_000_000:
+                raise ValueError("not JSON") from None
             position = text.find("\n", position) + 1 or len(text)
             continue
         for item in value if isinstance(value, list) and any(isinstance(item, dict) for item in value) else [value]:
@@ -110,6 +121,7 @@ def _read_json(text: str) -> Iterator[Row]:
 
 
 def _read_csv(text: str, suffix: str, key_columns: list[str], remarks: list[str]) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)
     lines = list(io.StringIO(text, newline=""))
     start = 1 if lines and re.match(r"sep=.\s*$", lines[0]) else 0  # how spreadsheets note their separator
     separator, header = _header(lines[start] if start < len(lines) else "", "\t" if suffix == ".tsv" else ",", key_columns)
@@ -148,10 +160,9 @@ def _csv_records(lines: list[str], start: int, separator: str, padded: bool) -> 
     A quote that is opened and not closed swallows the lines after it: the line is refused, and the next one read anew. Stray
     quotes within one line are taken as they are.
     """
-    csv.field_size_limit(2**31 - 1)
     options: dict[str, Any] = {"delimiter": separator, "skipinitialspace": padded}
     while start < len(lines):
-        reader = csv.reader(itertools.islice(lines, start, None), strict=True, **options)
+        reader = csv.reader(map(lines.__getitem__, range(start, len(lines))), strict=True, **options)
         read = 0
         try:
             for cells in reader:
@@ -161,5 +172,9 @@ def _csv_records(lines: list[str], start: int, separator: str, padded: bool) -> 
         except csv.Error:
             start += read + 1
         # An open quote takes the line break into its cell.
-        cells, *others = csv.reader([lines[start - 1].rstrip("\r\n") + "\n", "\n"], **options)
-        yield start, cells if others else Refused("has an open quote")
+        try:
+            cells, *others = csv.reader([lines[start - 1].rstrip("\r\n") + "\n", "\n"], **options)
+        except csv.Error as error:
+            yield start, Refused("is not valid CSV", first_line(error))
+        else:
+            yield start, cells if others else Refused("has an open quote")
