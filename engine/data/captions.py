@@ -14,6 +14,8 @@ from engine.models.encoder import Encoding
 from engine.processes import Processes
 from engine.tensors import TensorFile, read_header
 
+_LONGEST = 10_000  # characters of what is listed of a refused sample, which may quote it
+
 
 @dataclass(frozen=True)
 class Captions:
@@ -98,4 +100,4 @@ def listed(source: Source, sample: int, why: Refused) -> dict[str, str]:
     """A refused sample as the index lists it."""
     values = {"source": source.name(sample), "reason": why.reason} | ({"detail": why.detail} if why.detail else {})
     # Names of files are bytes, not text.
-    return {key: value.encode(errors="backslashreplace").decode() for key, value in values.items()}
+    return {key: value[:_LONGEST].encode(errors="backslashreplace").decode() for key, value in values.items()}

@@ -201,3 +201,53 @@ def test_a_shard_that_a_stranger_left_is_built_again(shards, copy, model, images
     ]  # fmt: skip
     assert command.build_command(arguments) == 0
     assert all((copy / shard_name(n)).read_bytes() == (shards / shard_name(n)).read_bytes() for n in range(3))
+
+
+def info(directory: Path, monkeypatch, *options: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["program", "info", str(directory), *options])
+    return exit_code("program", command.main)
+
+
+def test_info_opens_no_model_that_an_index_names(copy, tmp_path, monkeypatch, capsys):
+    named = {"pretrained_model_name_or_path": "/evil", "original_config": "/evil.yaml", "cache_dir": "/evil", "variant": "evil"}
+    edit(copy, lambda index: index["config"].update(named))
+    monkeypatch.setattr("engine.models.encoder.open_encoding", lambda config: pytest.fail("opened"))
+    assert info(copy, monkeypatch) == 0
+    assert "contact sheet  give the models to draw it with: --pretrained_model_name_or_path" in capsys.readouterr().out
+    given = []
+    monkeypatch.setattr("engine.models.encoder.open_encoding", lambda config: given.append(config) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        info(copy, monkeypatch, "--pretrained_model_name_or_path", str(tmp_path))
+    (config,) = given
+    assert config.pretrained_model_name_or_path == str(tmp_path)
+    assert (config.original_config, config.cache_dir, config.variant) == (None, None, None)
+    assert config.resolution == 16
+
+
+def test_models_that_did_not_build_the_shards_draw_none(copy, model, tmp_path, monkeypatch, capsys):
+    edit(copy, lambda index: index["config"].update(mixed_precision="bf16"))
+    assert info(copy, monkeypatch, "--pretrained_model_name_or_path", str(model)) == 2
+    assert "the shards hold other records than these models make" in capsys.readouterr().err
+
+
+def test_info_prints_no_escapes(copy, monkeypatch, capsys):
+    text = "\x1b[2Jred\u202e\n"
+    say_of(copy, shard_name(0), metadata={"captions": [text] * 4})
+    edit(copy, lambda index: index.update(refused=[{"source": text, "reason": text}], refused_count=1))
+    edit(copy, lambda index: index["config"].update(train_data_dir=text))
+    for options in (), ("--record", "1"):
+        assert info(copy, monkeypatch, *options) == 0
+        output = capsys.readouterr().out
+        assert "\\x1b[2Jred\\u202e\\n" in output
+        assert "\x1b" not in output
+        assert "\u202e" not in output
+
+
+def test_info_fetches_no_data_set_that_an_index_names(copy, images, monkeypatch, capsys):
+    edit(copy, lambda index: index["config"].update(train_data_dir=None, dataset_name="nobody/nothing", cache_dir="/evil"))
+    monkeypatch.setattr("engine.data.describe.open_source", lambda *arguments: pytest.fail("opened"))
+    assert info(copy, monkeypatch, "--record", "1") == 0
+    assert "unknown: --dataset_name nobody/nothing opens the data set that the shards name" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert info(copy, monkeypatch, "--record", "1", "--dataset_name", str(images)) == 0
+    assert f"file           001.png of {images}\n" in capsys.readouterr().out
