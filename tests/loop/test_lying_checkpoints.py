@@ -262,6 +262,7 @@ def slices(*entries: tuple[str, int]) -> tuple[dict, bytes]:
         ([("weight/weight@-1", 29)], "weight/weight@-1 is no name of a slice"),
         ([("random/weight@0", 29)], "random/weight@0 is no name of a slice"),
         ([("other", 29)], "other is no name of a slice"),
+        ([("weight/weight@0", 30)], "rank-0.safetensors: does not hold the state that every process has"),
         ([("ema/weight@0", 30)], "it holds no weights"),
         ([("weight/weight@0", 30), ("ema/weight@0", 29)], "weight has 29 elements in ema, and 30 in weight"),
         ([("weight/weight@0", 30), ("weight/bias@0", 5), ("ema/weight@0", 30)], "bias has 0 elements in ema, and 5 in weight"),
@@ -269,7 +270,8 @@ def slices(*entries: tuple[str, int]) -> tuple[dict, bytes]:
     ids=str,
 )
 def test_slices_that_do_not_fit_together_are_refused(entries, named, checkpoint):
-    write_parts(checkpoint / RANK, *slices(*entries))
+    always = [("metrics/loss_sum", 1), ("random/cpu", 1)] if "every process" not in named else []
+    write_parts(checkpoint / RANK, *slices(*entries, *always))
     agree(checkpoint)
     assert named in said(checkpoint, whole=False)
 
@@ -283,6 +285,8 @@ def test_parameters_of_another_model_are_named(trained, checkpoint):
     ):
         with pytest.raises(Exception, match=named):
             files.check_model({name: torch.Size(shape) for name, shape in shapes.items()})
+    with pytest.raises(Exception, match="holds exp_avg_sq, optimizer/step, which this optimizer has not"):
+        files.check_state(["weight", "exp_avg"], [])
 
 
 @pytest.mark.parametrize("kind", ["weight", "ema", "exp_avg", "exp_avg_sq"])

@@ -139,6 +139,8 @@ def _manifest(checkpoint: Path) -> dict[str, str]:
         Damaged: there is none, or it is not what it should be.
     """
     try:
+        if not _lies_within(checkpoint / MANIFEST, checkpoint.resolve()):
+            raise ValueError(f"{MANIFEST} is a link that leads out of it")
         manifest = parse_json(read_text(checkpoint / MANIFEST))
         if not isinstance(manifest, dict):
             raise ValueError(f"{MANIFEST} is no JSON object")

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from engine.tensors import DTYPES, PIECE, TensorFile
 
 _FP32 = ("weight", "ema")  # kinds that are never anything else
 _NOT_NEGATIVE = ("exp_avg_sq",)
+_OF_EVERY_PROCESS = {"metrics/loss_sum", "random/cpu"}
 _SLICE = re.compile(r"([A-Za-z0-9_]+)/([^/@]+)@(0|[1-9][0-9]{0,17})")
 _OTHER = re.compile(r"optimizer/([0-9]+/)?[A-Za-z0-9_]+|metrics/loss_sum|random/(cpu|cuda)")
 
@@ -64,6 +65,9 @@ class SliceFiles:
                 for name in file.header:
                     self._add(file, name)
                 self.files.append(file)
+        for file in self.files:
+            if file.header.keys() & _OF_EVERY_PROCESS != _OF_EVERY_PROCESS or self._others(file) != self._others(self.files[0]):
+                raise Damaged(f"{file.path.name}: does not hold the state that every process has")
         for kind, parameters in self.places.items():
             for parameter, places in parameters.items():
                 places.sort(key=lambda place: (place.start, place.stop))
@@ -84,6 +88,23 @@ class SliceFiles:
                 raise ValueError(f"{name} is {file.header[name]['dtype']} {shape}, and not a row of numbers in fp32")
             place = Place(int(start), int(start) + shape[0], file, name)
             self.places.setdefault(kind, {}).setdefault(parameter, []).append(place)
+
+    @staticmethod
+    def _others(file: TensorFile) -> set[str]:
+        """The names of the optimizer's state that has no place within a parameter."""
+        return {name for name in file.header if name.startswith("optimizer/")}
+
+    def check_state(self, kinds: Collection[str], others: Collection[str]) -> None:
+        """Refuses state of another optimizer; a moving average may end here.
+
+        Args:
+            kinds: of the state that is laid out as the weights; `others`: the names of what else there is of the optimizer.
+
+        Raises:
+            Damaged: there is state that this one has not.
+        """
+        if unknown := sorted({*self.places, *self._others(self.files[0])} - {*kinds, *others, "ema"}):
+            raise Damaged(f"holds {_some(unknown)}, which this optimizer has not; was it trained with the same options?")
 
     def _compare(self, sizes: Mapping[str, int], one: str, other: str) -> None:
         """Refuses parameters of another name or size than the weights have."""

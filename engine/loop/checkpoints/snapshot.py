@@ -111,13 +111,15 @@ def restore(checkpoint: Path, state: State, partition: Partition, metrics: Metri
 def _restore(files: SliceFiles, state: State, partition: Partition, metrics: Metrics) -> None:
     processes = partition.processes
     files.check_model(partition.shapes)
-    for kind, holders in sliced_tensors(partition).items():
+    kinds, others = sliced_tensors(partition), other_state(partition)
+    files.check_state(kinds, others)
+    for kind, holders in kinds.items():
         for piece in partition.slices:
             files.fill(kind, piece, partition.view(piece, holders))
     same_world = state.world == processes.world
     rank = processes.rank if same_world else 0
     own = files.files[rank]
-    for name, values in other_state(partition).items():
+    for name, values in others.items():
         stored = _stored(own, name, values[0])
         if name.removeprefix("optimizer/") in partition.optimizer.counters and not (
             0 <= float(stored) <= state.step and float(stored).is_integer()
