@@ -87,6 +87,16 @@ def test_the_formats_are_those_of_a_list():
     assert {".png", ".jpg", ".webp", ".tif", ".bmp", ".gif", ".avif", ".jp2", ".dds", ".psd"} <= image_suffixes()
 
 
+def test_a_jpeg_of_thousands_of_scans_is_not_decoded():
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8)).save(buffer, "JPEG", progressive=True)
+    content = buffer.getvalue()
+    scan = content[content.index(b"\xff\xda") : -2]
+    decode(io.BytesIO(content[:-2] + scan * 9 + content[-2:]))
+    with pytest.raises(Refused, match="more than 500 scans"):
+        decode(io.BytesIO(content[:-2] + scan * 5000 + content[-2:]))
+
+
 def test_only_regular_files_are_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "zero.png").symlink_to("/dev/zero")

@@ -24,8 +24,9 @@ _UPRIGHT = {
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 _LARGEST_FILE = 2**31  # bytes
+_MOST_SCANS = 500  # of a JPEG; each goes over all of it, and takes but some bytes
 _LONGEST_CAPTION = 10**6  # characters
-_DECODED_ASIDE = ("AVIF", "HEIF", "JPEG2000", "JXL", "WEBP")  # by libraries that make a copy of their own
+_DECODED_ASIDE = ("AVIF", "DDS", "HEIF", "JPEG2000", "JXL", "QOI", "WEBP", "XPM")  # into a copy, by a library or in Python
 _OF_OTHERS = ("BLP", "ICNS", "ICO")  # whose header need not be true of the JPEG, JPEG 2000 or PNG file inside
 
 
@@ -105,6 +106,8 @@ def _content(data: Path | io.BytesIO) -> bytes:
 
 
 def _decode(content: bytes, decoding: Decoding) -> Image.Image:
+    if content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > _MOST_SCANS:
+        raise Refused("unreadable image", f"a JPEG of more than {_MOST_SCANS} scans")
     # PIL warns between one and two times its pixel limit, and refuses above; only the refusal matters here. The scripts drop
     # a palette's transparency too.
     with warnings.catch_warnings():
