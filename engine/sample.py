@@ -9,6 +9,7 @@ from engine.catalogue import FAMILIES
 from engine.config.checks import check_picture
 from engine.config.command_line import Parser, number, prompt, whole
 from engine.errors import UserError, exit_code, first_line, out_of_memory, printable
+from engine.loop.checkpoints.names import LATEST, MANIFEST
 
 
 def _pixel_step(pipeline: Any) -> int:
@@ -52,7 +53,7 @@ def main() -> int:
     model = next(filter(Path.is_dir, results), options.model)
     if not (model / "model_index.json").is_file():
         remedy = "give the output directory of a training that ended"
-        if any((options.model / name).exists() for name in ("latest", "manifest.json")):
+        if any((options.model / name).exists() for name in (LATEST, MANIFEST)):
             remedy = "make a pipeline of the checkpoint with `python -m engine.checkpoint export`"
         problem = "no model_index.json there" if options.model.is_dir() else "no such directory"
         raise UserError(f"--model {options.model}: {problem}; {remedy}")

@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.config.options import TrainConfig
 from engine.errors import UserError, first_line
 from engine.files import PARTIAL, discard, sync, sync_files
+from engine.loop.checkpoints.names import CHECKPOINT, LATEST
 from engine.loop.weights.partition import Partition
 from engine.loop.weights.whole import empty_published_model, whole_tensors, write_published
 from engine.messages import say
@@ -91,7 +92,8 @@ def create_repository(config: TrainConfig) -> str:
     try:
         return HfApi(token=config.hub_token).create_repo(name, exist_ok=True).repo_id
     except Exception as error:  # the library raises many kinds
-        raise UserError(f"--push_to_hub: cannot create {name}: {first_line(error)}; log in with `hf auth login`") from None
+        said = first_line(error).replace(config.hub_token or "\0", "...")  # libraries quote a header that cannot be sent
+        raise UserError(f"--push_to_hub: cannot create {name}: {said}; log in with `hf auth login`") from None
 
 
 def push_to_hub(config: TrainConfig, family: Family, repository: str) -> None:
@@ -118,5 +120,5 @@ def push_to_hub(config: TrainConfig, family: Family, repository: str) -> None:
         repo_id=repository,
         folder_path=output,
         commit_message="End of training",
-        ignore_patterns=["checkpoint-*", "shards/*", "logs/*", "wandb/*", "latest", *others],
+        ignore_patterns=[f"{CHECKPOINT}*", "shards/*", "logs/*", "wandb/*", LATEST, *others],
     )

@@ -224,3 +224,12 @@ def test_metrics_that_are_none_are_passed_over_and_a_pipe_is_refused(tmp_path):
     os.mkfifo(metrics)
     with pytest.raises(UserError, match="metrics.jsonl: cannot be read: not a regular file; move it away"):
         log_module._forget_after(metrics, 2)
+
+
+def test_a_token_that_cannot_be_sent_is_not_quoted(model, images, tmp_path, monkeypatch):
+    def refuse(token):
+        raise ValueError(f"Illegal header value b'Bearer {token}'")
+
+    monkeypatch.setattr(export, "HfApi", refuse)
+    with pytest.raises(UserError, match=r"--push_to_hub: cannot create out: Illegal header value b'Bearer \.\.\.'; log in"):
+        train(config(model, images, tmp_path / "shards", tmp_path / "out", push_to_hub=True, hub_token=SECRET))

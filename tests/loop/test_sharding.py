@@ -8,7 +8,9 @@ from engine.config.command_line import parse
 from engine.config.options import TrainConfig
 from engine.errors import UserError
 from engine.loop.trainer import divide_global_batch, train
+from engine.loop.weights.zero import check_deepspeed
 from engine.loop.weights.zero_options import deepspeed_config
+from engine.processes import Processes
 from tests.loop.runs import SLACK, config
 
 
@@ -170,3 +172,14 @@ def test_options_that_do_not_fit_are_named(arguments, named, model, images):
     given = ["--family", "sd", "--pretrained_model_name_or_path", str(model), "--train_data_dir", str(images), *arguments]
     with pytest.raises(UserError, match=named):
         parse(TrainConfig, "engine.run", "", given)
+
+
+@pytest.mark.parametrize(
+    "content", [{"zero_optimization": {"reduce_bucket_size": "x"}}, {"activation_checkpointing": [1]}, {"data_types": 3}]
+)
+def test_options_that_deepspeed_refuses_are_a_line(content, tmp_path):
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="deepspeed.json: DeepSpeed refuses it: .*; mend the file") as error:
+        check_deepspeed(options(deepspeed_config=str(file), zero_stage=2), Processes())
+    assert len(error.value.lines) == 1

@@ -150,7 +150,17 @@ class ZeroPartition(Partition):
 def check_deepspeed(config: TrainConfig, processes: Processes) -> None:
     """Raises `UserError` for a precision that DeepSpeed does not run on this device, or a file of options that contradicts."""
     _import_deepspeed(processes)
-    deepspeed_config(config, elements=1, overlap=False)
+    options = deepspeed_config(config, elements=1, overlap=False)
+    if config.deepspeed_config:
+        from deepspeed.runtime.config import DeepSpeedConfig
+
+        try:
+            DeepSpeedConfig(options)
+        except Exception as error:  # what it raises of a value depends on the option
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"--deepspeed_config {config.deepspeed_config}: DeepSpeed refuses it: {said}; mend the file"
+            ) from None
     if "scheduler" in read_file(config):
         say(f"--deepspeed_config {config.deepspeed_config}: in place of its scheduler is --lr_scheduler {config.lr_scheduler}")
     from deepspeed.accelerator import get_accelerator
