@@ -15,11 +15,11 @@ from typing import Any
 
 from engine.files import discard
 from tests.commands import SERVER
-from tests.fuzz.judge import LIMIT, Kind, Outcome, judge, prepared, watch
+from tests.fuzz.judge import Kind, Outcome, judge, prepared, watch
 
 THOROUGH = 10  # of so many cases one does what takes long
 MEMORY = 6 * 2**30  # bytes of addresses that a process may take beside what it begins with
-PATIENCE = 2.0 * LIMIT  # seconds after which a process that does not answer is replaced
+PATIENCE = 60.0  # seconds after which a process that does not even stop at its limit is replaced
 SAID = "said.txt"  # what a worker's libraries say past Python
 FIRST = 120.0  # as long where a base must be made first
 
