@@ -16,6 +16,7 @@ from typing import Any
 from engine.files import discard
 from tests.commands import SERVER
 from tests.fuzz.judge import Kind, Outcome, judge, prepared, watch
+from tests.fuzz.kinds import KINDS
 
 THOROUGH = 10  # of so many cases one does what takes long
 MEMORY = 6 * 2**30  # bytes of addresses that a process may take beside what it begins with
@@ -29,22 +30,18 @@ def generator_of(kind: str, number: int, seed: int) -> Random:
 
 
 class Fuzzer:
-    """The cases of a process: bases made once, and what whole files are read as."""
+    """The cases of a process: bases made once, and what these are read as, which must not be refused."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.expected: dict[Path, Any] = {}
 
     def run(self, name: str, number: int, seed: int) -> Outcome:
-        from tests.fuzz.kinds import KINDS
-
         kind, random = KINDS[name], generator_of(name, number, seed)
         support = self.root / kind.base
         base = random.choice(self._bases(kind, support))
         if base not in self.expected:
-            self.expected[base] = kind.read(
-                prepared(self.root / "case", base, support)
-            )  # raises where the whole one is refused
+            self.expected[base] = kind.read(prepared(self.root / "case", base, support))
         started = time.monotonic()
         place = prepared(self.root / "case", base, support, thorough=number % THOROUGH == 0)
         what = kind.mutate(place.given, random)
