@@ -113,6 +113,8 @@ def _training_rows(name: str, configuration: str | None, cache_dir: str | None, 
     try:
         if is_saved(Path(name)):
             loaded = datasets.load_from_disk(name)
+            for rows in loaded.values() if isinstance(loaded, datasets.DatasetDict) else [loaded]:
+                rows.data.validate(full=True)  # whose offsets would be read past the file otherwise
         else:
             loaded = datasets.load_dataset(**arguments, name=configuration, cache_dir=cache_dir, data_dir=data_dir)
     except Exception as error:  # the library raises whatever a builder, a file system or a connection does
