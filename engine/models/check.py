@@ -59,10 +59,11 @@ _PIECE = re.compile(r"[\w.-]{1,200}\.(?:safetensors|bin)")
 _LEVELS = 3  # within each other, that training programs keep tensors in
 MOST_LAYERS = 20_000  # of a model; the largest of the published ones have some 3,000 layers and weights
 MOST_TIMESTEPS = 100_000
+MOST_TOKENS = 2**20
 
 
-def check_pipeline(pipeline: Path, expected: Any, variant: str | None = None) -> None:
-    """Opens the parts that a pipeline of the class `expected` is loaded from, and joins them, without their weights.
+def check_pipeline(pipeline: Path, expected: Any, variant: str | None = None) -> Any:
+    """Opens the parts that a pipeline of the class `expected` is loaded from, and joins them; the weights hold nothing.
 
     Raises:
         UserError: a part that is missing, damaged, or does not fit its configuration, with the remedy.
@@ -73,9 +74,10 @@ def check_pipeline(pipeline: Path, expected: Any, variant: str | None = None) ->
     if missing := sorted(name for name in names if name not in classes and name not in expected._optional_components):
         raise UserError(f"{pipeline / INDEX}: lists no {', '.join(missing)}; give a complete diffusers pipeline")
     there = {name: part for name, part in classes.items() if name not in absent}
-    join_parts(pipeline, expected, {name: check_part(pipeline / name, part, variant) for name, part in there.items()})
+    joined = join_parts(pipeline, expected, {name: check_part(pipeline / name, part, variant) for name, part in there.items()})
     if absent:
         say(f"{pipeline}: {INDEX} lists {' and '.join(sorted(absent))}, not there: left out")
+    return joined
 
 
 def absent_parts(pipeline: Path, expected: Any) -> dict[str, None]:
@@ -137,11 +139,19 @@ def read_part(pipeline: Path, part: str, load: Any) -> Any:
         if file.name in _CONFIGURATIONS and file.exists():
             _refuse_programs(file, read_json(file))
     try:
-        return load(str(folder))
+        loaded = load(str(folder))
+        if isinstance(loaded, transformers.PreTrainedTokenizerBase) and (last := last_token(loaded)) > MOST_TOKENS:
+            raise ValueError(f"it gives a token the number {last}")
+        return loaded
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the libraries raise many kinds, and what is written in Rust one that is no Exception
         raise UserError(f"{folder}: cannot be loaded: {first_line(error)}; download it again") from None
+
+
+def last_token(tokenizer: Any) -> int:
+    """The largest number of a tokenizer's tokens, up to which it counts when it is saved."""
+    return max(tokenizer.get_vocab().values(), default=0)
 
 
 def _refuse_programs(file: Path, config: dict[str, Any]) -> None:

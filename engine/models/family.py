@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -67,6 +68,26 @@ class Family(ABC):
     def preview(self, model: nn.Module) -> tuple[Any, dict[str, Any]]:
         """A pipeline from text to images in the run's precision with the trained module in place, and arguments to call it
         with beside the prompt."""
+
+    @torch.no_grad()
+    def try_step(self, model: Any) -> None:
+        """Has a model whose weights hold nothing predict for one record.
+
+        Raises:
+            UserError: what its configuration holds cannot be computed with.
+        """
+        part = self.encoding.path / FAMILIES[self.config.family].part / "config.json"
+        with reading(part, "its model cannot compute with what it holds; download it again"):
+            record = {
+                name: torch.empty(
+                    1, *field.shape, dtype=torch.float32 if field.dtype.is_floating_point else field.dtype, device="meta"
+                )
+                for name, field in self.encoding.record_spec.items()
+            }
+            noisy = record[self.encoding.mean]
+            prediction = self.predict(model, noisy, torch.zeros(1, device="meta"), record)
+            if prediction.shape[0] != 1 or prediction.shape[2:] != noisy.shape[2:]:
+                raise ValueError(f"it makes {list(prediction.shape)} of {list(noisy.shape)}")
 
     def load_model(self, form: Form | None = SHIPPED) -> nn.Module:
         """The module that is trained, in fp32 on the host, in training mode.

@@ -105,7 +105,7 @@ class KandinskyDecoder(Family):
         self.schedule = DiscreteSchedule(scheduler.alphas_cumprod, scheduler.config.prediction_type, weighting(config))
 
     def check_files(self) -> None:
-        check_pipeline(self.encoding.path, KandinskyV22Pipeline, self.config.variant)
+        self.try_step(check_pipeline(self.encoding.path, KandinskyV22Pipeline, self.config.variant).unet)
         if self.config.validation_prompts:
             check_pipeline(locate(self.config, PRIOR), KandinskyV22PriorPipeline, self.config.variant)
 

@@ -184,7 +184,7 @@ class KandinskyPrior(Family):
         self.schedule = DiscreteSchedule(scheduler.alphas_cumprod, "sample", weighting(config))
 
     def check_files(self) -> None:
-        check_pipeline(self.encoding.path, KandinskyV22PriorPipeline, self.config.variant)
+        self.try_step(check_pipeline(self.encoding.path, KandinskyV22PriorPipeline, self.config.variant).prior)
         if self.config.validation_prompts:
             check_pipeline(self.encoding.locate_decoder(), KandinskyV22Pipeline, self.config.variant)
 

@@ -18,7 +18,7 @@ from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPTokenizer, C
 from engine.config.options import CacheConfig
 from engine.errors import UserError, first_line
 from engine.files import digest, reading
-from engine.models.check import check_weights, present_variant, read_part, transformers_config
+from engine.models.check import check_weights, last_token, present_variant, read_part, transformers_config
 from engine.models.index import INDEX, read_index
 from engine.models.kinds import require_kind
 from engine.models.single_file import open_single_file
@@ -90,9 +90,9 @@ def read_text_parts(pipeline: Path) -> tuple[Any, Any]:
     for name, value in numbers.items():
         if type(value) is not int:
             raise UserError(f"{pipeline / 'text_encoder' / 'config.json'}: its {name} is {value}; download it again")
-    if len(tokenizer) > config.vocab_size:
+    if (count := max(len(tokenizer), last_token(tokenizer) + 1)) > config.vocab_size:
         raise UserError(
-            f"{pipeline}: the tokenizer has {len(tokenizer)} tokens, but the text encoder {config.vocab_size} (vocab_size); "
+            f"{pipeline}: the tokenizer has {count} tokens, but the text encoder {config.vocab_size} (vocab_size); "
             "these do not belong together"
         )
     if tokenizer.model_max_length > config.max_position_embeddings:

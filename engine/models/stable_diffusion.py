@@ -136,7 +136,7 @@ class StableDiffusion(Family):
 
     def check_files(self) -> None:
         check_pipeline(self.encoding.path, StableDiffusionPipeline, self.config.variant)
-        check_weights(self.unet, UNet2DConditionModel, self._unet_variant())
+        self.try_step(check_weights(self.unet, UNet2DConditionModel, self._unet_variant()))
 
     @cached_property
     def unet(self) -> Path:

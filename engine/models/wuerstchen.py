@@ -137,7 +137,7 @@ class Wuerstchen(Family):
         self.schedule = CosineSchedule(weighting(config))
 
     def check_files(self) -> None:
-        check_pipeline(self.encoding.path, WuerstchenPriorPipeline, self.config.variant)
+        self.try_step(check_pipeline(self.encoding.path, WuerstchenPriorPipeline, self.config.variant).prior)
         if self.config.validation_prompts:
             check_pipeline(self.encoding.locate_decoder(), WuerstchenDecoderPipeline, self.config.variant)
 
