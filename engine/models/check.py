@@ -57,7 +57,7 @@ _PROGRAMS = ("auto_map", "custom_pipeline", "custom_pipelines", "gguf_file", "to
 _ATTENTION = (None, "eager", "sdpa")  # others may be kernels that are downloaded
 _PIECE = re.compile(r"[\w.-]{1,200}\.(?:safetensors|bin)")
 _LEVELS = 3  # within each other, that training programs keep tensors in
-MOST_LAYERS = 20_000  # of a model; the largest of the published ones have some 3,000 layers and weights
+MOST_LAYERS = 10_000  # of a model; the largest of the published ones have some 3,000 layers and weights
 MOST_TIMESTEPS = 100_000
 MOST_TOKENS = 2**20
 

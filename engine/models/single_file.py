@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import yaml
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders import single_file_utils
@@ -28,7 +29,7 @@ from engine.errors import UserError, disk_problem, first_line, out_of_memory
 from engine.files import PARTIAL, digest_of, discard, lock, parse_json, publish_directory, read_text, reading, write_json
 from engine.messages import busy, say
 from engine.models.check import TOKENIZER_FILES, bounded, configured, empty_model, read_part, read_tensors, stored_tensors
-from engine.models.index import INDEX
+from engine.models.index import INDEX, has_class
 from engine.models.kinds import kind_of_tensors, trained
 
 TOKENIZER = "openai/clip-vit-large-patch14"
@@ -79,6 +80,8 @@ def open_single_file(file: Path, config: CacheConfig) -> Path:
         _require_stable_diffusion(file, shapes)
         configurations = _configure(file, shapes, config.original_config)
         positions = int(configurations.text_encoder["max_position_embeddings"])
+        if not has_class(diffusers, configurations.scheduler["_class_name"]):
+            raise ValueError(f"its scheduler is a {configurations.scheduler['_class_name']}, which diffusers does not have")
     if configurations.prediction is None and isinstance(config, TrainConfig) and config.prediction_type is None:
         raise UserError(
             f"{file}: a Stable Diffusion 2.x that does not say what it predicts; give --prediction_type v_prediction (trained "
@@ -302,16 +305,16 @@ def _write_parts(file: Path, configurations: Configurations, tokenizer: Any, fol
             opened.load_state_dict(state, assign=True)
             opened.save_pretrained(aside / part)
         _write_text_encoder(file, configurations.text_encoder, tensors, aside / "text_encoder")
+        tokenizer.save_pretrained(aside / "tokenizer")
+        (aside / "scheduler").mkdir()
+        write_json(aside / "scheduler" / "scheduler_config.json", configurations.scheduler)
+        write_json(aside / INDEX, _PIPELINE | {"scheduler": ["diffusers", configurations.scheduler["_class_name"]]})
     except Exception as error:  # whatever its values lead to
         discard(aside)
         if isinstance(error, UserError) or out_of_memory(error) or disk_problem(error):
             raise
         why = f"{file}: its tensors do not fit its configuration: {first_line(error)}"
         raise UserError(f"{why}; give --original_config with the YAML that it was trained with") from None
-    tokenizer.save_pretrained(aside / "tokenizer")
-    (aside / "scheduler").mkdir()
-    write_json(aside / "scheduler" / "scheduler_config.json", configurations.scheduler)
-    write_json(aside / INDEX, _PIPELINE | {"scheduler": ["diffusers", configurations.scheduler["_class_name"]]})
     publish_directory(aside, folder)
 
 
