@@ -101,17 +101,18 @@ class ImageFolder:
         """The images that a table names, and their captions as they stand there."""
         plain = ["file_name"] if self.image_column == "image" else [f"{self.image_column}_file_name", "file_name"]
         columns = [*plain, self.image_column]
-        with reading(self.files.folder / table, "mend it, or take it away"):
+        where = (self.files.root if self.files.root.is_file() else self.files.folder) / table  # which may be in an archive
+        with reading(where, "mend it, or take it away"):
             content = self.files.read(table)
             self.digests[table] = hashlib.sha256(content).hexdigest()
-            rows, remarks = read_table(table, content, self.encoding, columns)
-        self.files.remarks += remarks
+            rows, remarks = read_table(str(where), content, self.encoding, columns)
+        self.files.remarks += [f"{table}: {remark}" for remark in remarks]
         for row in rows:
             row.problem = row.problem or self._problem(row, columns)
         problems = [row for row in rows if row.problem]
         if problems and len(problems) == len(rows):
             row = problems[0]
-            raise UserError(f"{self.files.folder / table}: line {row.line} {row.problem}")
+            raise UserError(f"{where}: line {row.line} {row.problem}")
         return [self._sample(table, row, columns) for row in rows]
 
     def _problem(self, row: Row, columns: list[str]) -> Refused | None:

@@ -36,6 +36,7 @@ def read_table(name: str, data: bytes, encoding: str, key_columns: list[str]) ->
     """The rows of a table file, and remarks on how it was read.
 
     Args:
+        name: where it lies, for errors.
         encoding: that of text which begins with no byte order mark.
         key_columns: columns of which one must be there, by which the separator of a CSV file is recognised.
     """
@@ -47,7 +48,7 @@ def read_table(name: str, data: bytes, encoding: str, key_columns: list[str]) ->
     text = decode_text(data, encoding)
     remarks: list[str] = []
     rows = list(_read_csv(text, suffix, key_columns, remarks) if suffix in (".csv", ".tsv") else _read_json(text))
-    return rows, [f"{name}: {remark}" for remark in remarks]
+    return rows, remarks
 
 
 def decode_text(data: bytes, encoding: str) -> str:
