@@ -22,16 +22,10 @@ import torch
 import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 
 # isort: split
-from safetensors.torch import load_file
-
-from benchmarks.tools.place import STEPS, Place, run, start, wait_for
+from benchmarks.tools.place import STEPS, Place, run, start, wait_for, weights
 from benchmarks.tools.rows import write_result
 from engine.files import digest
 from engine.quiet import quiet_libraries
-
-
-def weights(output: Path) -> dict[str, torch.Tensor]:
-    return load_file(output / "unet" / "diffusion_pytorch_model.safetensors")
 
 
 def _corrupt(output: Path) -> list[str]:

@@ -19,8 +19,7 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 # isort: split
 import torch
 
-from benchmarks.runs.kills import weights
-from benchmarks.tools.place import Place
+from benchmarks.tools.place import Place, weights
 from benchmarks.tools.rows import write_result
 from benchmarks.tools.storage import NONE, Ended, Fault, FaultyRuns, instants, unsynced
 from engine.messages import Progress

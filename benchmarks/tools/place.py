@@ -8,6 +8,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors.torch import load_file
+from torch import Tensor
+
 from examples import tiny_models
 from examples.photographs import write_images
 
@@ -36,6 +39,11 @@ class Place:
             "--checkpointing_steps", "3", "--checkpoints_total_limit", "2", "--log_every", "1", "--report_to", "none",
             "--resume_from_checkpoint", "latest", *options,
         ]  # fmt: skip
+
+
+def weights(output: Path) -> dict[str, Tensor]:
+    """Those that a run has exported."""
+    return load_file(output / "unet" / "diffusion_pytorch_model.safetensors")
 
 
 def run(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
