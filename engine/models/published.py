@@ -86,9 +86,8 @@ def read_text_parts(pipeline: Path) -> tuple[Any, Any]:
     the encoder has."""
     config = transformers_config(pipeline / "text_encoder", CLIPTextConfig)
     tokenizer = read_tokenizer(pipeline)
-    numbers = {"vocab_size": config.vocab_size, "max_position_embeddings": config.max_position_embeddings}
-    for name, value in numbers.items():
-        if type(value) is not int:
+    for name in ("vocab_size", "max_position_embeddings", "eos_token_id"):
+        if type(value := getattr(config, name)) is not int:
             raise UserError(f"{pipeline / 'text_encoder' / 'config.json'}: its {name} is {value}; download it again")
     if (count := max(len(tokenizer), last_token(tokenizer) + 1)) > config.vocab_size:
         raise UserError(

@@ -91,7 +91,7 @@ def test_mutated_folders_are_one_line(family, published, tmp_path):
 
 @pytest.mark.parametrize(("file", "changes"), [
     ("text_encoder/config.json", {"num_hidden_layers": 10**9}), ("text_encoder/config.json", {"hidden_size": 10**9}),
-    ("text_encoder/config.json", {"max_position_embeddings": 10**12}),
+    ("text_encoder/config.json", {"max_position_embeddings": 10**12}), ("text_encoder/config.json", {"eos_token_id": [1, 2]}),
     ("unet/config.json", {"layers_per_block": 10**9}), ("unet/config.json", {"transformer_layers_per_block": 10**9}),
     ("unet/config.json", {"block_out_channels": [10**9, 10**9]}), ("vae/config.json", {"layers_per_block": 10**9}),
     ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}), ("unet/config.json", {"in_channels": [[]]}),
