@@ -63,7 +63,7 @@ def _work(pipe: connection.Connection, root: Path) -> None:
     with (root / SAID).open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the parent ends this process
     with contextlib.suppress(OSError), Path("/proc/self/statm").open() as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
@@ -135,6 +135,7 @@ def outcomes(cases: Iterator[tuple[str, int, int]], root: Path, processes: int =
     Args:
         root: a directory for the workers' own.
     """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the server of processes imports the library
     workers = [Worker(root / f"worker-{number}") for number in range(processes)]
     try:
         busy = [worker for worker in workers if _give_next(worker, cases)]
