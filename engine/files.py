@@ -38,6 +38,16 @@ def reading(path: Path, remedy: str) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read: {why}; {remedy}") from None
 
 
+def lies_inside(file: Path, folder: Path) -> bool:
+    """Whether what a file is a link to lies in the folder, or among the blobs of the hub's cache that the folder is from."""
+    try:
+        target, base = file.resolve(), folder.resolve()
+    except (OSError, RuntimeError):  # a circle of links
+        return False
+    blobs = (path.parent.parent / "blobs" for path in (base, *base.parents) if path.parent.name == "snapshots")
+    return any(target.is_relative_to(root) for root in (base, *blobs))
+
+
 def open_regular(path: Path) -> io.BufferedReader:
     """Opens a file for reading, and nothing else: a pipe would wait for ever, a device never end.
 

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from engine.config.options import TrainConfig
 from engine.errors import UserError, first_line
-from engine.files import PARTIAL, discard, sync, sync_files
+from engine.files import PARTIAL, discard, lies_inside, sync, sync_files
 from engine.loop.checkpoints.names import CHECKPOINT, LATEST
 from engine.loop.weights.partition import Partition
 from engine.loop.weights.whole import empty_published_model, whole_tensors, write_published
 from engine.messages import say
 from engine.models.check import TOKENIZER_FILES
 from engine.models.family import Family
-from engine.models.index import INDEX, lies_inside
+from engine.models.index import INDEX
 from engine.models.pipelines import use_portable_names
 
 

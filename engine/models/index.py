@@ -15,7 +15,7 @@ from diffusers.pipelines.pipeline_loading_utils import _maybe_remap_transformers
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from engine.errors import UserError
-from engine.files import parse_json, read_text, reading
+from engine.files import lies_inside, parse_json, read_text, reading
 
 INDEX = "model_index.json"
 _POINTER = b"version https://git-lfs"
@@ -128,16 +128,6 @@ def refuse_pointer(file: Path) -> None:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     if start == _POINTER:
         raise UserError(f"{file}: a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
-
-
-def lies_inside(file: Path, folder: Path) -> bool:
-    """Whether what a file is a link to lies in the folder, or among the blobs of the hub's cache that the folder is from."""
-    try:
-        target, base = file.resolve(), folder.resolve()
-    except (OSError, RuntimeError):  # a circle of links
-        return False
-    blobs = (path.parent.parent / "blobs" for path in (base, *base.parents) if path.parent.name == "snapshots")
-    return any(target.is_relative_to(root) for root in (base, *blobs))
 
 
 def require_inside(file: Path, pipeline: Path) -> None:

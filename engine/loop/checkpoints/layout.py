@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from engine.errors import UserError, first_line
-from engine.files import digest, open_regular, parse_json, read_text
+from engine.files import digest, lies_inside, open_regular, parse_json, read_text
 from engine.loop.checkpoints.names import LATEST, MANIFEST, STATE, complete_checkpoints, rank_file, step_of
 from engine.loop.checkpoints.slices import Damaged, SliceFiles, damage
 from engine.loop.checkpoints.state import State, parse_state
@@ -139,7 +139,7 @@ def _manifest(checkpoint: Path) -> dict[str, str]:
         Damaged: there is none, or it is not what it should be.
     """
     try:
-        if not _lies_within(checkpoint / MANIFEST, checkpoint.resolve()):
+        if not lies_inside(checkpoint / MANIFEST, checkpoint):
             raise ValueError(f"{MANIFEST} is a link that leads out of it")
         manifest = parse_json(read_text(checkpoint / MANIFEST))
         if not isinstance(manifest, dict):
@@ -157,31 +157,24 @@ def _manifest(checkpoint: Path) -> dict[str, str]:
 
 
 def _files(checkpoint: Path) -> set[str]:
-    """The names of all that is in a checkpoint and is no folder, its manifest apart."""
+    """The names of all that is in a checkpoint and is no folder, its manifest apart; what systems hide there is not ours."""
     found = set()
     for folder, folders, names in os.walk(checkpoint):
         paths = [Path(folder) / name for name in names] + [
             path for name in folders if (path := Path(folder) / name).is_symlink()
         ]
-        found |= {path.relative_to(checkpoint).as_posix() for path in paths}
+        found |= {path.relative_to(checkpoint).as_posix() for path in paths if not path.name.startswith(".")}
     return found - {MANIFEST}
 
 
 def _problem(checkpoint: Path, name: str, expected: str, compared: bool) -> str | None:
     """What is wrong with a file that is there."""
     path = checkpoint / name
+    if not lies_inside(path, checkpoint):
+        return "is a link that leads out of the checkpoint"
+    if not compared:
+        return None
     try:
-        if not _lies_within(path, checkpoint.resolve()):
-            return "is a link that leads out of the checkpoint"
-        if not compared:
-            return None
         return None if digest(path) == expected else "missing or altered"
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+    except OSError as error:
         return f"cannot be read ({first_line(error)})"
-
-
-def _lies_within(path: Path, directory: Path) -> bool:
-    """Whether a file lies in a directory, or is a link from there to the hub's cache beside it, as downloads are."""
-    target = path.resolve()
-    blobs = [parent.parent / "blobs" for parent in directory.parents if parent.name == "snapshots"]
-    return directory in target.parents or target.parent in blobs
