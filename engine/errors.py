@@ -7,6 +7,7 @@ import select
 import sys
 import unicodedata
 from collections.abc import Callable
+from pathlib import Path
 
 from pydantic_core import ValidationError
 
@@ -18,6 +19,9 @@ _OF_THE_DISK = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG,
     errno.ESTALE, errno.EREMOTEIO, errno.ENOLCK, errno.ENODEV, errno.ENXIO, errno.EMFILE, errno.ENFILE,
 )  # fmt: skip
+# What is wrong with a file, or with its name, where the disk is sound.
+_OF_THE_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.ENAMETOOLONG)
+MEND_THE_PLACE = "mend what is wrong with that place (room, permissions, the mount), and start the same again"
 CLOSED_PIPE = 128 + 13  # as a program that SIGPIPE ends
 LONGEST = 1000  # characters of a line that is printed; names and values in files of others may have any length
 # Categories of Unicode that move the cursor, end a line, colour or reverse what follows, or cannot be written at all.
@@ -84,9 +88,24 @@ def disk_problem(error: BaseException) -> str | None:
     return os.strerror(number) if number is not None and (of_a_file or number in _OF_THE_DISK) else None
 
 
+def blame_the_machine(path: Path, error: BaseException) -> None:
+    """Raises what is no fault of a file that was read: a lack of memory as it is, a failing disk as what to mend.
+
+    Raises:
+        UserError: the disk is broken, full, gone or not permitted.
+    """
+    if out_of_memory(error):
+        raise error
+    of_the_file = isinstance(error, OSError) and error.errno in _OF_THE_FILE
+    if not of_the_file and (problem := disk_problem(error)):
+        raise UserError(f"{path}: cannot be read: {problem}; {MEND_THE_PLACE}") from None
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether the memory of the host or of a GPU ran out, from what Python or torch raises."""
-    return isinstance(error, MemoryError) or bool(re.search(r"out of memory|can't allocate memory", str(error)))
+    return isinstance(error, MemoryError) or bool(
+        re.search(r"out of memory|can(?:'t|not) allocate memory", str(error), re.IGNORECASE)
+    )
 
 
 def _pipe_closed() -> bool:
@@ -144,5 +163,5 @@ def exit_code(program: str, main: Callable[[], int]) -> int:
         if problem is None:
             raise
         where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-        say(f"{where}{problem}; mend what is wrong with that place (room, permissions, the mount), and start the same again")
+        say(f"{where}{problem}; {MEND_THE_PLACE}")
         return 2

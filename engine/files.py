@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UserError, first_line
+from engine.errors import UserError, blame_the_machine, first_line
 
 PARTIAL = ".partial"
 _PASSING = (errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EAGAIN)  # may be over in a second
@@ -26,14 +26,17 @@ LARGEST_TEXT = 2**30  # bytes of a file that is read as text
 def reading(path: Path, remedy: str) -> Iterator[None]:
     """The boundary around the reading of a file of others: whatever it makes the code inside raise is one line.
 
+    A lack of memory passes: that is no fault of the file's.
+
     Raises:
-        UserError: with the file, what is wrong with it, and the remedy.
+        UserError: with the file, what is wrong with it, and the remedy; or what is wrong with the disk that it lies on.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # files that are damaged, or made to be, raise anything
+        blame_the_machine(path, error)
         why = first_line(error).removesuffix(f": {path}")
         raise UserError(f"{path}: cannot be read: {why}; {remedy}") from None
 
@@ -58,6 +61,7 @@ def open_regular(path: Path) -> io.BufferedReader:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
+    os.set_blocking(descriptor, True)  # a regular file that must first be fetched, from a tape say, is waited for
     return os.fdopen(descriptor, "rb")
 
 
@@ -125,9 +129,10 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Calls `write` with a temporary path beside `path`, syncs what it wrote and renames it to `path`."""
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")  # another process may write the same
     try:
-        mode = _usual_mode(temporary)
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
         write(temporary)
-        _permit(temporary, mode)
+        _permit(temporary, mode)  # a library may have put a file of its own there
         sync(temporary)
         temporary.replace(path)
     except BaseException:  # half a file would keep a full disk full
@@ -139,21 +144,16 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 def sync_files(directory: Path) -> None:
     """Syncs everything under a directory, and opens to others what a library wrote for its owner alone."""
-    mode = _usual_mode(directory / PARTIAL)
+    probe = directory / PARTIAL
+    probe.unlink(missing_ok=True)
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
     for path in sorted(directory.rglob("*")):
         if path.is_file():
             _permit(path, mode)
         sync(path)
     sync(directory)
-
-
-def _usual_mode(path: Path) -> int:
-    """The mode that the umask gives a new file at `path`, where there is none afterwards."""
-    path.unlink(missing_ok=True)
-    path.touch()
-    mode = path.stat().st_mode
-    path.unlink()
-    return mode
 
 
 def _permit(path: Path, mode: int) -> None:

@@ -6,6 +6,7 @@ as the header places them (https://github.com/huggingface/safetensors).
 
 import concurrent.futures
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -40,12 +41,16 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
         OSError, ValueError, RecursionError: not a whole safetensors file of ours.
     """
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length > size - 8:
-            raise ValueError("truncated")
-        header = parse_json(file.read(length))
+        return _read_header(file)
+
+
+def _read_header(file: io.BufferedReader) -> tuple[dict[str, Any], dict[str, Any], int]:
+    size = os.fstat(file.fileno()).st_size
+    prefix = file.read(8)
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+    if length > size - 8:
+        raise ValueError("truncated")
+    header = parse_json(file.read(length))
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
     said = header.pop("__metadata__", {})
@@ -204,8 +209,8 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.header, self.metadata, self.data_start = read_header(path)
         with open_regular(path) as file:
+            self.header, self.metadata, self.data_start = _read_header(file)
             self.descriptor = os.dup(file.fileno())
         self.staging: Tensor | None = None
         weakref.finalize(self, os.close, self.descriptor)

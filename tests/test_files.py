@@ -11,7 +11,7 @@ from torch import ones
 from engine import files
 from engine.config.options import TrainConfig
 from engine.errors import UserError
-from engine.files import open_regular, parse_json, publish_directory, read_bytes, reading, write_atomically
+from engine.files import open_regular, parse_json, publish_directory, read_bytes, reading, write_atomically, write_text
 from engine.loop.trainer import train
 from engine.models.original_layout import write_single_file
 
@@ -63,6 +63,38 @@ def test_what_is_no_json_is_one_line(text, tmp_path):
     ):
         parse_json(text)
     assert len(raised.value.lines) == 1
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.ESTALE, errno.EACCES])
+def test_a_disk_that_fails_is_not_the_fault_of_a_file(number, tmp_path):
+    file, words = tmp_path / "state.json", os.strerror(number)
+    for error in (OSError(number, words), OSError(number, words, "/elsewhere"), RuntimeError(f"{words} (os error {number})")):
+        with (
+            pytest.raises(UserError, match=rf"state.json: cannot be read: {words}; mend what is wrong with that place \(room"),
+            reading(file, "download it again"),
+        ):
+            raise error
+
+
+def test_a_lack_of_memory_is_not_the_fault_of_a_file(tmp_path):
+    for error in (MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory"), RuntimeError("can't allocate memory: you")):
+        with pytest.raises(type(error)), reading(tmp_path / "file", "download it again"):
+            raise error
+    with (
+        pytest.raises(UserError, match="No such file or directory: .*; download it again"),
+        reading(tmp_path, "download it again"),
+    ):
+        open_regular(tmp_path / "absent")
+
+
+def test_a_file_is_read_with_waiting_and_written_without_a_probe(tmp_path, monkeypatch):
+    made = []
+    touch = Path.touch
+    monkeypatch.setattr(Path, "touch", lambda path, *given, **named: (made.append(path.name), touch(path, *given, **named)))
+    write_text(tmp_path / "file", "content")
+    assert len(made) == 1, "the file itself"
+    with open_regular(tmp_path / "file") as file:
+        assert os.get_blocking(file.fileno())
 
 
 def test_a_file_that_cannot_be_written_leaves_no_half(tmp_path):

@@ -1,12 +1,14 @@
 """Safetensors files in pieces: the library reads what we write, we read what it writes, and neither holds two copies."""
 
 import hashlib
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
 from engine import tensors
+from engine.files import open_regular
 from engine.tensors import TensorFile, header_of, in_file_order, pieces_of, staged, write_one_by_one, write_pieces
 
 
@@ -69,6 +71,14 @@ def test_any_elements_are_read(dtype, tmp_path, monkeypatch):
     target = torch.zeros(300, dtype=dtype)
     file.read("weight/a.b@0", 500, target)
     assert torch.equal(target, examples()["weight/a.b@0"][500:800].to(dtype))
+
+
+def test_a_file_is_opened_once(tmp_path, monkeypatch):
+    safetensors.torch.save_file(examples(), tmp_path / "file")
+    opened: list[Path] = []
+    monkeypatch.setattr(tensors, "open_regular", lambda path: (opened.append(path), open_regular(path))[1])
+    TensorFile(tmp_path / "file").tensor("weight/a.b@0")
+    assert len(opened) == 1
 
 
 def test_tensors_come_one_by_one_in_any_order_and_layout(tmp_path):

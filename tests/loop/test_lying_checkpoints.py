@@ -1,5 +1,6 @@
 """Checkpoints whose digests agree and whose content lies: one line, or the same bits."""
 
+import errno
 import json
 import os
 import random
@@ -11,9 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+from engine import files, tensors
 from engine.config.options import TrainConfig
 from engine.errors import UserError
-from engine.files import digest, write_json
+from engine.files import digest, open_regular, write_json
 from engine.loop.checkpoints import layout
 from engine.loop.checkpoints.names import LATEST, MANIFEST, STATE, checkpoint_name, rank_file
 from engine.loop.checkpoints.slices import SliceFiles
@@ -53,8 +55,8 @@ class Trained:
 
     def resume(self, checkpoint: Path) -> bool:
         """Whether a checkpoint gives the same bits as the one that was written."""
-        for tensors in sliced_tensors(self.partition).values():
-            for tensor in tensors:
+        for kind in sliced_tensors(self.partition).values():
+            for tensor in kind:
                 tensor.zero_()
         restore(checkpoint, layout.read_state(checkpoint), self.partition, self.metrics)
         return all(torch.equal(ours, theirs) for ours, theirs in zip(self.state(), self.bits, strict=True))
@@ -369,3 +371,26 @@ def test_a_pointer_is_followed_and_what_it_names_is_never_passed_over_in_silence
     (output / "checkpoint-2" / MANIFEST).unlink()
     assert layout.find(output, LATEST) == output / checkpoint_name(4)
     assert "taking the newest that is whole" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOSPC])
+@pytest.mark.parametrize("name", [MANIFEST, STATE, RANK])
+def test_a_failing_disk_is_named_and_no_other_checkpoint_is_advised(name, number, checkpoint, monkeypatch):
+    def fail(path, *others):
+        if path == checkpoint / name:
+            raise OSError(number, os.strerror(number), str(path))
+        return open_regular(path)
+
+    for module in (files, tensors):
+        monkeypatch.setattr(module, "open_regular", fail)
+    line = said(checkpoint)
+    assert line.startswith(f"{checkpoint / name}: cannot be read: {os.strerror(number)}; mend what is wrong with that place")
+
+
+def test_a_lack_of_memory_is_no_damage(checkpoint, monkeypatch):
+    def fail(*others):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes")
+
+    monkeypatch.setattr(tensors.TensorFile, "read", fail)
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        layout.read_state(checkpoint, whole=True)

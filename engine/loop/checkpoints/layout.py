@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from engine.errors import UserError, first_line
+from engine.errors import UserError, blame_the_machine, first_line
 from engine.files import digest, lies_inside, open_regular, parse_json, read_text
 from engine.loop.checkpoints.names import LATEST, MANIFEST, STATE, complete_checkpoints, rank_file, step_of
 from engine.loop.checkpoints.slices import Damaged, SliceFiles, damage
@@ -80,7 +80,8 @@ def or_another(checkpoint: Path) -> Iterator[None]:
         yield
     except Damaged as error:
         with busy(f"Looking for another checkpoint beside {checkpoint}"):
-            other = _newest_whole([path for path in complete_checkpoints(checkpoint.parent) if path.name != checkpoint.name])
+            others = [path for path in complete_checkpoints(checkpoint.parent) if path.name != checkpoint.name]
+            other = _newest_whole(others, passed_over=(Damaged, UserError))
         remedy = (
             f"resume from {other} instead: --resume_from_checkpoint {shlex.quote(str(other))}" if other
             else "there is no other that is whole; start again in an empty directory"
@@ -88,10 +89,10 @@ def or_another(checkpoint: Path) -> Iterator[None]:
         raise UserError(f"{checkpoint}: {error}; {remedy}") from None
 
 
-def _newest_whole(checkpoints: list[Path]) -> Path | None:
+def _newest_whole(checkpoints: list[Path], passed_over: tuple[type[Exception], ...] = (Damaged,)) -> Path | None:
     """The newest of checkpoints from which a training can continue."""
     for checkpoint in reversed(checkpoints):
-        with contextlib.suppress(Damaged):
+        with contextlib.suppress(*passed_over):
             _checked(checkpoint, whole=False, values=True)
             return checkpoint
     return None
@@ -115,7 +116,7 @@ def _checked(checkpoint: Path, whole: bool, values: bool) -> State:
             faults.append(f"{name} {problem}")
     if faults:
         raise Damaged(f"damaged: {', '.join(faults)}")
-    with damage(STATE):
+    with damage(checkpoint / STATE):
         state = parse_state(parse_json(read_text(checkpoint / STATE)))
     named = sorted(name for name in manifest if "/" not in name)
     if len(named) != state.world + 1 or named != sorted([STATE, *map(rank_file, range(state.world))]):
@@ -152,6 +153,7 @@ def _manifest(checkpoint: Path) -> dict[str, str]:
         if missing := [name for name in (STATE, rank_file(0)) if name not in manifest]:
             raise ValueError(f"{MANIFEST} does not name {', '.join(missing)}")
     except Exception as error:  # files of others raise anything
+        blame_the_machine(checkpoint / MANIFEST, error)
         raise Damaged(f"not a complete checkpoint ({first_line(error)})") from None
     return manifest
 
@@ -177,4 +179,5 @@ def _problem(checkpoint: Path, name: str, expected: str, compared: bool) -> str 
     try:
         return None if digest(path) == expected else "missing or altered"
     except OSError as error:
+        blame_the_machine(path, error)
         return f"cannot be read ({first_line(error)})"

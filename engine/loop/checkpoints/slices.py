@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.errors import first_line
+from engine.errors import UserError, blame_the_machine, first_line
 from engine.loop.checkpoints.names import rank_file
 from engine.loop.weights.partition import Slice
 from engine.tensors import DTYPES, PIECE, TensorFile
@@ -26,14 +26,15 @@ class Damaged(Exception):
 
 
 @contextlib.contextmanager
-def damage(name: str) -> Iterator[None]:
-    """Whatever the reading of a file raises, the checkpoint is damaged there."""
+def damage(path: Path) -> Iterator[None]:
+    """Whatever the reading of a file raises, the checkpoint is damaged there; but for lack of memory and failing disks."""
     try:
         yield
-    except Damaged:
+    except (Damaged, UserError):
         raise
     except Exception as error:  # files that are made to do harm raise anything
-        raise Damaged(f"{name}: {first_line(error)}") from None
+        blame_the_machine(path, error)
+        raise Damaged(f"{path.name}: {first_line(error)}") from None
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,9 @@ class SliceFiles:
         self.files: list[TensorFile] = []
         self.places: dict[str, dict[str, list[Place]]] = {}
         for rank in range(world):
-            with damage(rank_file(rank)):
-                file = TensorFile(checkpoint / rank_file(rank))
+            path = checkpoint / rank_file(rank)
+            with damage(path):
+                file = TensorFile(path)
                 for name in file.header:
                     self._add(file, name)
                 self.files.append(file)
@@ -138,7 +140,7 @@ class SliceFiles:
             Damaged: a value is not finite.
         """
         buffers: dict[torch.dtype, Tensor] = {}
-        for rank, file in enumerate(self.files):
+        for file in self.files:
             for name, described in file.header.items():
                 dtype = DTYPES[described["dtype"]]
                 if not dtype.is_floating_point:
@@ -147,7 +149,7 @@ class SliceFiles:
                 size = file.elements(name)
                 for first in range(0, size, len(buffer)):
                     _read(file, name, first, buffer[: min(len(buffer), size - first)])
-            generator_state(file, rank)
+            generator_state(file)
 
     @property
     def kinds(self) -> list[str]:
@@ -183,13 +185,13 @@ class SliceFiles:
             )
 
 
-def generator_state(file: TensorFile, rank: int) -> Tensor:
+def generator_state(file: TensorFile) -> Tensor:
     """The state of torch's generator on the host.
 
     Raises:
         Damaged: it is none.
     """
-    with damage(rank_file(rank)):
+    with damage(file.path):
         state = file.tensor("random/cpu")
         torch.Generator().set_state(state)
     return state
@@ -209,7 +211,7 @@ def _read(file: TensorFile, name: str, first: int, target: Tensor) -> None:
     size = PIECE // target.element_size()
     for start in range(0, target.numel(), size):
         piece = target[start : start + size]
-        with damage(file.path.name):
+        with damage(file.path):
             file.read(name, first + start, piece)
         if piece.is_floating_point():
             least, most = (float(bound) for bound in torch.aminmax(piece))

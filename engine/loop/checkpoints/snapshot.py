@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.loop.checkpoints.layout import or_another
-from engine.loop.checkpoints.names import STATE, rank_file
+from engine.loop.checkpoints.names import STATE
 from engine.loop.checkpoints.slices import Damaged, SliceFiles, damage, generator_state
 from engine.loop.checkpoints.state import Identity, State
 from engine.loop.metrics import Metrics
@@ -131,9 +131,9 @@ def _restore(files: SliceFiles, state: State, partition: Partition, metrics: Met
         raise Damaged(f"holds no {', '.join(host_counters(partition))} for this optimizer")
     partition.optimizer.resume(partition.masters, state.optimizer_counters)
     if same_world:
-        torch.set_rng_state(generator_state(own, rank))
+        torch.set_rng_state(generator_state(own))
         if "random/cuda" in own.header and processes.device.type == "cuda":
-            with damage(rank_file(rank)):
+            with damage(own.path):
                 torch.cuda.set_rng_state(own.tensor("random/cuda"), processes.device)
     if partition.loss_scaler and state.loss_scaler:
         _set_loss_scaler(vars(partition.loss_scaler), state.loss_scaler)
@@ -146,7 +146,7 @@ def _stored(file: TensorFile, name: str, like: Tensor) -> Tensor:
     described = file.header.get(name)
     if described is None or described["shape"] != list(like.shape) or DTYPES[described["dtype"]] != like.dtype:
         raise Damaged(f"{file.path.name}: holds no {name} for this optimizer and number of processes")
-    with damage(file.path.name):
+    with damage(file.path):
         stored = file.tensor(name)
     if not stored.isfinite().all():
         raise Damaged(f"{file.path.name}: {name} is not finite")

@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from engine.errors import UserError, disk_problem, first_line
-from engine.files import PARTIAL, digest, discard, publish_directory, sync_files, write_json, write_text
+from engine.files import PARTIAL, digest, discard, sync, sync_files, write_json, write_text
 from engine.loop.checkpoints.layout import find
 from engine.loop.checkpoints.names import (
     LATEST,
@@ -182,11 +182,12 @@ class Writer:
 
     def _publish(self, aside: Path, final: Path) -> None:
         replaced = final.with_name(f"{final.name}{REPLACED}")
-        discard(replaced)
         sync_files(aside)  # before the one of the same step is out of the way
         if os.path.lexists(final):
+            discard(replaced)
             final.rename(replaced)
-        publish_directory(aside, final)
+        aside.rename(final)
+        sync(self.directory)
         write_text(self.directory / LATEST, final.name + "\n")
         _remove_old(replaced)
         if self.total_limit is not None:
