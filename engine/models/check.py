@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 import pickle
 import re
 import zipfile
@@ -97,7 +96,7 @@ def join_parts(pipeline: Path, expected: Any, parts: dict[str, Any]) -> Any:
     """
     index, kinds = read_index(pipeline), expected._get_signature_types()
     names, options = expected._get_signature_keys(expected)
-    given = {name: index[name] for name in options if name in index}
+    given = {name: index[name] for name in options if index.get(name) is not None}
     for name, value in given.items():
         if not isinstance(value, (int, float) if float in kinds[name] else kinds[name]):
             raise UserError(f"{pipeline / INDEX}: {name} is {value}, not a {kinds[name][0].__name__}; download it again")
@@ -250,7 +249,11 @@ def load_model(folder: Path, model: Any, variant: str | None, dtype: torch.dtype
         # Given both, transformers looks for nothing else in the folder: adapters, other names of weights, programs.
         tensors = {name: tensor for file in weight_files(folder, model, variant) for name, tensor in read_tensors(file).items()}
         config = transformers_config(folder, model.config_class)
-        return model.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+        options = {"dtype": dtype, "output_loading_info": True}
+        loaded, found = model.from_pretrained(None, config=config, state_dict=tensors, **options)
+        if found["missing_keys"]:  # which the library fills with random numbers
+            raise ValueError(f"{min(found['missing_keys'])} is missing")
+        return loaded
     except UserError:
         raise
     except Exception as error:  # of damaged files any
@@ -296,10 +299,11 @@ def check_weights(folder: Path, model: Any, variant: str | None = None) -> Any:
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
     """Has models that are made meanwhile end at `MOST_LAYERS`: a number in a file could ask for any number of layers."""
-    made = itertools.count()
+    made: dict[int, Any] = {}  # one that is put into another list of layers is the same one
 
-    def count(*_: Any) -> None:
-        if next(made) > MOST_LAYERS:
+    def count(_: Any, __: str, layer: Any) -> None:
+        made[id(layer)] = layer
+        if len(made) > MOST_LAYERS:
             raise ValueError(f"it asks for more than {MOST_LAYERS} layers and weights")
 
     hooks = register_module_module_registration_hook(count), register_module_parameter_registration_hook(count)
@@ -401,9 +405,13 @@ def _opened(file: Path) -> Iterator[None]:
 
 
 def empty_model(config: Mapping[str, Any], model: Any) -> Any:
-    """The model of diffusers that a configuration describes, on the meta device."""
+    """The model of diffusers that a configuration describes, on the meta device, where drawing its first weights is idle.
+
+    Wuerstchen's decoder draws all of them again for each of its modules: 12 s.
+    """
+    undrawn: Any = type(model.__name__, (model,), {"_init_weights": lambda *_: None})
     with torch.device("meta"), bounded():
-        return model.from_config(dict(config))
+        return undrawn.from_config(dict(config))
 
 
 def _diffusers_differences(folder: Path, model: Any, stored: dict[str, Tensor]) -> tuple[Any, list[str]]:

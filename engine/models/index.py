@@ -11,7 +11,6 @@ from typing import Any
 
 import diffusers
 import transformers
-from diffusers.pipelines.pipeline_loading_utils import _maybe_remap_transformers_class
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from engine.errors import UserError
@@ -21,6 +20,7 @@ INDEX = "model_index.json"
 _POINTER = b"version https://git-lfs"
 _PART = re.compile(r"[A-Za-z]\w{0,99}", re.ASCII)
 _NOT_RUN = "nothing of a model's folder is run; give a pipeline of diffusers' own classes"
+_RENAMED = {"CLIPFeatureExtractor": "CLIPImageProcessor"}  # in transformers, since these indexes were written
 
 
 def read_index(pipeline: Path) -> dict[str, Any]:
@@ -65,7 +65,10 @@ def classes_of(pipeline: Path, expected: Any) -> dict[str, Any]:
     for name, found in classes.items():
         if not _serves(name, found, kinds[name]):
             wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds[name])
-            raise UserError(f"{pipeline / INDEX}: {name} is a {'.'.join(listed[name])}, not a {wanted}; {_NOT_RUN}")
+            listed_as = ".".join(listed[name])
+            raise UserError(
+                f"{pipeline / INDEX}: {name} is a {listed_as}, and this pipeline takes a {wanted}; download it again"
+            )
     return classes
 
 
@@ -73,7 +76,7 @@ def _own_class(file: Path, part: str, library: str, name: str) -> Any:
     """A class of diffusers or transformers, by the names that diffusers writes: some of its own by a kind of pipeline."""
     home: Any
     if library == "transformers":
-        home, name = transformers, _maybe_remap_transformers_class(name) or name
+        home, name = transformers, _RENAMED.get(name, name)
     elif library == "diffusers":
         home = diffusers
     elif _PART.fullmatch(library) and library in dir(diffusers.pipelines):
@@ -97,6 +100,8 @@ def has_class(home: Any, name: Any) -> bool:
 def _serves(part: str, found: Any, kinds: tuple[Any, ...]) -> bool:
     if "scheduler" in part:
         return issubclass(found, SchedulerMixin)
+    if issubclass(found, transformers.PreTrainedTokenizerBase):  # of which one reads the files of another
+        return any(isinstance(kind, type) and issubclass(kind, transformers.PreTrainedTokenizerBase) for kind in kinds)
     if issubclass(found, transformers.BaseImageProcessor):  # of which a release has several
         return found.__name__.startswith("CLIPImageProcessor") and any("ImageProcessor" in str(kind) for kind in kinds)
     return any(isinstance(kind, type) and issubclass(found, kind) for kind in kinds)

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import PriorTransformer, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from diffusers.pipelines.wuerstchen import PaellaVQModel, WuerstchenDiffNeXt, WuerstchenPrior
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPImageProcessorPil
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPTextModel
 
 from engine import run
 from engine.config.options import TrainConfig
 from engine.errors import UserError
 from engine.loop.trainer import train
+from engine.models.check import empty_model, load_model
 from engine.models.family import open_family
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3438167540\n"
@@ -299,3 +301,36 @@ def test_names_on_the_hub_are_looked_at_alike(model, tmp_path):
     for changes, named in (({"non_ema_revision": "nope"}, "neither a directory"), ({"variant": None}, "give --variant fp16")):
         with pytest.raises(UserError, match=named):
             open_family(TrainConfig.model_validate(values | {"variant": "fp16"} | changes)).check_files()
+
+
+@pytest.mark.parametrize("model", [WuerstchenDiffNeXt, WuerstchenPrior, PaellaVQModel, UNet2DConditionModel, PriorTransformer])
+def test_models_of_the_published_sizes_are_made_to_be_compared(model):
+    """Their defaults are the sizes of the published ones, which a bound on layers must not refuse."""
+    made = empty_model({}, model)
+    assert isinstance(made, model)
+    assert all(parameter.is_meta for parameter in made.parameters())
+
+
+def test_a_tokenizer_under_another_name_of_its_library_is_taken(copied):
+    config, pipeline = copied("wuerstchen", PRIOR)
+    change(pipeline / "model_index.json", tokenizer=["transformers", "PreTrainedTokenizerFast"])
+    open_family(config).check_files()
+
+
+def test_a_pipeline_without_a_word_on_its_safety_checker_is_taken(copied):
+    config, pipeline = copied("sd", MODEL)
+    change(pipeline / "model_index.json", requires_safety_checker=None)
+    open_family(config).check_files()
+
+
+@pytest.mark.parametrize("remains", [0, 1])
+def test_weights_that_went_after_they_were_checked_are_not_drawn_at_random(remains, copied):
+    _, pipeline = copied("sd", MODEL)
+    file = pipeline / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    if remains:
+        save_file(dict(list(tensors.items())[:remains]), file)
+    else:
+        file.unlink()
+    with pytest.raises(UserError, match=r"text_encoder: cannot be loaded: .* is missing"):
+        load_model(file.parent, CLIPTextModel, None, torch.float32)
