@@ -87,6 +87,13 @@ def test_the_formats_are_those_of_a_list():
     assert {".png", ".jpg", ".webp", ".tif", ".bmp", ".gif", ".avif", ".jp2", ".dds", ".psd"} <= image_suffixes()
 
 
+def test_what_cameras_put_behind_a_jpeg_is_no_scan():
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(content, "JPEG")
+    film = io.BytesIO(content.getvalue() + b"\xff\xda\x00\x02" * 1000)
+    assert decode(film).size == (8, 8)
+
+
 def test_a_jpeg_of_thousands_of_scans_is_not_decoded():
     buffer = io.BytesIO()
     Image.new("L", (8, 8)).save(buffer, "JPEG", progressive=True)

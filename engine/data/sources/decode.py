@@ -2,6 +2,7 @@
 
 import errno
 import io
+import re
 import threading
 import warnings
 from collections import Counter
@@ -25,6 +26,7 @@ _UPRIGHT = {
 }  # fmt: skip
 _LARGEST_FILE = 2**31  # bytes
 _MOST_SCANS = 500  # of a JPEG; each goes over all of it, and takes but some bytes
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of a segment of a JPEG, or its end; what scans hold is skipped
 _LONGEST_CAPTION = 10**6  # characters
 _DECODED_ASIDE = ("AVIF", "DDS", "HEIF", "JPEG2000", "JXL", "QOI", "WEBP", "XPM")  # into a copy, by a library or in Python
 _OF_OTHERS = ("BLP", "ICNS", "ICO")  # whose header need not be true of the JPEG, JPEG 2000 or PNG file inside
@@ -106,7 +108,7 @@ def _content(data: Path | io.BytesIO) -> bytes:
 
 
 def _decode(content: bytes, decoding: Decoding) -> Image.Image:
-    if content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > _MOST_SCANS:
+    if content.startswith(b"\xff\xd8") and _scans(content) > _MOST_SCANS:
         raise Refused("unreadable image", f"a JPEG of more than {_MOST_SCANS} scans")
     # PIL warns between one and two times its pixel limit, and refuses above; only the refusal matters here. The scripts drop
     # a palette's transparency too.
@@ -120,6 +122,15 @@ def _decode(content: bytes, decoding: Decoding) -> Image.Image:
             if image.format != "MPO" and _has_frames(image):
                 decoding.notice("several frames or pages, of which the first is taken")
             return rgb
+
+
+def _scans(content: bytes) -> int:
+    """How many scans a JPEG has before its end, behind which cameras put other pictures and films."""
+    scans, position = 0, 2
+    while (marker := _MARKER.search(content, position)) and marker[0] != b"\xff\xd9":
+        scans += marker[0] == b"\xff\xda"
+        position = marker.end() + max(int.from_bytes(content[marker.end() : marker.end() + 2]), 2)  # its segment's length
+    return scans
 
 
 def _most_bytes(image: Image.Image) -> int:
