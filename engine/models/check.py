@@ -23,7 +23,7 @@ from torch.nn.modules.module import (
 )
 
 from engine.errors import UserError, first_line, out_of_memory
-from engine.files import reading
+from engine.files import lies_inside, reading
 from engine.messages import say
 from engine.models.index import (
     INDEX,
@@ -51,9 +51,13 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
 _READ = {*_CONFIGURATIONS, *TOKENIZER_FILES, "chat_template.jinja", "chat_template.json"}
+_JUDGED = (*_CONFIGURATIONS, "special_tokens_map.json")
 # Entries by which a library would run, fetch or read something else, wherever they stand in a configuration.
 _PROGRAMS = ("auto_map", "custom_pipeline", "custom_pipelines", "gguf_file", "tokenizer_object", "transformers_weights")
 _ATTENTION = (None, "eager", "sdpa")  # others may be kernels that are downloaded
+# Entries by which a tokenizer would read other files than the known ones; published ones have the last, which is not read.
+_FILES = re.compile(r"fast_tokenizer_files|vocab|merges|init_inputs|(?!special_tokens_map_file)\w+_file")
+_SPECIAL_TOKENS = re.compile(r"\w+_tokens?")
 _PIECE = re.compile(r"[\w.-]{1,200}\.(?:safetensors|bin)")
 _LEVELS = 3  # within each other, that training programs keep tensors in
 MOST_LAYERS = 10_000  # of a model; the largest of the published ones have some 3,000 layers and weights
@@ -111,32 +115,40 @@ def check_part(folder: Path, part: Any, variant: str | None = None) -> Any:
         UserError: it is missing, damaged, or does not fit its configuration, with the remedy.
     """
     if issubclass(part, torch.nn.Module):
-        return check_weights(folder, part, present_variant(folder, variant))
-    return read_part(folder.parent, folder.name, part.from_pretrained)
+        variant = present_variant(folder, variant)
+        model = check_weights(folder, part, variant)
+        for place in (folder, *weight_files(folder, part, variant)):
+            if not lies_inside(place, folder.parent):
+                say(f"{place}: a link, so its weights are taken from {place.resolve()}")
+                break
+        return model
+    return read_part(folder, part.from_pretrained, folder.parent)
 
 
 def load_part(folder: Path, part: Any, variant: str | None, dtype: torch.dtype | None) -> Any:
     """A part of the class `part`, on the host."""
     if issubclass(part, torch.nn.Module):
         return load_model(folder, part, variant, dtype)
-    return read_part(folder.parent, folder.name, part.from_pretrained)
+    return read_part(folder, part.from_pretrained, folder.parent)
 
 
-def read_part(pipeline: Path, part: str, load: Any) -> Any:
-    """What `load` makes of one part of a pipeline's directory, whose files run nothing and lead nowhere else.
+def read_part(folder: Path, load: Any, within: Path | None = None) -> Any:
+    """What `load` makes of the folder of one part of a pipeline, whose files run nothing and lead nowhere else.
+
+    Args:
+        within: the folder that all its files lie in; None for a model's own, which may be a link (`require_inside`).
 
     Raises:
         UserError: the part is missing or cannot be loaded.
     """
-    folder = pipeline / part
     if not _has_files(folder):
-        raise UserError(f"{pipeline}: no {part} there; give a complete diffusers pipeline")
+        raise UserError(f"{folder.parent}: no {folder.name} there; give a complete diffusers pipeline")
     for file in sorted((*folder.iterdir(), *folder.glob("additional_chat_templates/*"))):
+        require_inside(file, within or folder, weights=is_weights(file))
         if file.name in _READ or file.suffix == ".jinja":
-            require_inside(file, pipeline)
             refuse_pointer(file)
-        if file.name in _CONFIGURATIONS and file.exists():
-            _refuse_programs(file, read_json(file))
+        if file.name in _JUDGED and file.exists():
+            _judge(file, read_json(file))
     try:
         loaded = load(str(folder))
         if isinstance(loaded, transformers.PreTrainedTokenizerBase) and (last := last_token(loaded)) > MOST_TOKENS:
@@ -153,8 +165,18 @@ def last_token(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values(), default=0)
 
 
-def _refuse_programs(file: Path, config: dict[str, Any]) -> None:
-    """Refuses a configuration that names programs of its own, or classes that the libraries do not have."""
+def is_weights(file: Path) -> bool:
+    return file.suffix in (".safetensors", ".bin", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pt", ".ckpt")
+
+
+def _judge(file: Path, config: dict[str, Any]) -> None:
+    """Refuses a configuration that names programs or files of its own, or classes that the libraries do not have."""
+    if file.name in ("tokenizer_config.json", "special_tokens_map.json"):
+        for name, value in config.items():
+            if value and (_FILES.fullmatch(name) or not (file.name.startswith("t") or _SPECIAL_TOKENS.fullmatch(name))):
+                raise UserError(
+                    f"{file}: its {name} is {value}; a tokenizer is read from its own files alone: leave the entry out"
+                )
     nested: list[Any] = [config]
     while nested:
         value = nested.pop()
@@ -186,7 +208,7 @@ def read_config(pipeline: Path, part: str, model: Any) -> dict[str, Any]:
     Raises:
         UserError: the part is missing, or is another model.
     """
-    config = read_part(pipeline, part, model.load_config)
+    config = read_part(pipeline / part, model.load_config)
     found = config.get("_class_name", model.__name__)
     if found != model.__name__:
         raise UserError(f"{pipeline / part / 'config.json'}: of a {found}, not of a {model.__name__}; take the whole pipeline")
@@ -205,7 +227,7 @@ def transformers_config(folder: Path, config_class: Any) -> Any:
         inner = given.get(config_class.base_config_key)
         return configured(config_class, inner if isinstance(inner, dict) else given)
 
-    return read_part(folder.parent, folder.name, read)
+    return read_part(folder, read)
 
 
 def configured(config_class: Any, given: dict[str, Any]) -> Any:
@@ -268,7 +290,7 @@ def check_weights(folder: Path, model: Any, variant: str | None = None) -> Any:
     Raises:
         UserError: they are not there, unreadable, or do not fit.
     """
-    read_part(folder.parent, folder.name, lambda path: read_json(Path(path) / "config.json"))
+    read_part(folder, lambda path: read_json(Path(path) / "config.json"))
     if (folder / "adapter_config.json").exists() and issubclass(model, transformers.PreTrainedModel):
         raise UserError(
             f"{folder}: holds an adapter beside its weights, which would be left out; merge it, or remove its files"

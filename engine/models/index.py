@@ -135,11 +135,17 @@ def refuse_pointer(file: Path) -> None:
         raise UserError(f"{file}: a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
 
 
-def require_inside(file: Path, pipeline: Path) -> None:
-    """Refuses a link that leads elsewhere: what it leads to would be found again in what is exported.
+def require_inside(file: Path, folder: Path, weights: bool = False) -> None:
+    """Refuses links that lead elsewhere, and what is no file: what is read would be found again in what is exported.
+
+    The rule: whatever is read of a model lies in its folder, or among the blobs of the hub's cache that this is from. Only
+    models are shared between folders: the whole folder of a part with weights may be a link, whose target its files lie in,
+    and so may a file of weights; `check_part` says where these come from.
 
     Raises:
         UserError: which.
     """
-    if not (lies_inside(file, file.parent) or lies_inside(file, pipeline)):
+    if not (weights or lies_inside(file, folder)):
         raise UserError(f"{file}: a link that leads out of the model's folder; put a copy of the file there")
+    if file.exists() and not (file.is_file() or file.is_dir()):
+        raise UserError(f"{file}: not a regular file; download it again")

@@ -54,7 +54,7 @@ def _laid_out(pipeline: Path, title: str, dtype: torch.dtype | None) -> tuple[di
     )
     text_encoder = _load(pipeline / "text_encoder", CLIPTextModel, dtype)
     tokenizer = read_tokenizer(pipeline)
-    scheduler = read_part(pipeline, "scheduler", DDPMScheduler.load_config)
+    scheduler = read_part(pipeline / "scheduler", DDPMScheduler.load_config, pipeline)
     second = text_encoder.config.hidden_act != "quick_gelu"
     tensors = {UNET + name: tensor for name, tensor in _unet_tensors(unet)}
     tensors |= {VAE + name: tensor for name, tensor in _vae_tensors(vae)}

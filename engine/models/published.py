@@ -18,12 +18,13 @@ from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPTokenizer, C
 from engine.config.options import CacheConfig
 from engine.errors import UserError, first_line
 from engine.files import digest, reading
-from engine.models.check import check_weights, last_token, present_variant, read_part, transformers_config
-from engine.models.index import INDEX, read_index
+from engine.models.check import check_weights, is_weights, last_token, present_variant, read_part, transformers_config
+from engine.models.index import INDEX, read_index, require_inside
 from engine.models.kinds import require_kind
 from engine.models.single_file import open_single_file
 
 LONGEST_CAPTION = 8192  # tokens
+LARGEST_PART = 2**37  # bytes of the files of a frozen model, in all their formats; those published have up to some 10 GiB
 LARGEST_SIDE = 4096  # pixels that CLIP's image processor may bring an image to
 
 
@@ -118,7 +119,7 @@ def read_tokenizer(pipeline: Path) -> Any:
         UserError: it is not there, or damaged.
     """
     folder = pipeline / "tokenizer"
-    tokenizer = read_part(pipeline, "tokenizer", CLIPTokenizer.from_pretrained)
+    tokenizer = read_part(folder, CLIPTokenizer.from_pretrained, pipeline)
     names = {file.name for file in folder.iterdir()}
     if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
         raise UserError(f"{folder}: neither tokenizer.json nor vocab.json and merges.txt there; download it again")
@@ -134,7 +135,7 @@ def read_scheduler(pipeline: Path) -> Any:
     Raises:
         UserError: it is not there, damaged, or none that noise can be added by.
     """
-    scheduler = read_part(pipeline, "scheduler", DDPMScheduler.from_pretrained)
+    scheduler = read_part(pipeline / "scheduler", DDPMScheduler.from_pretrained, pipeline)
     signal, file = scheduler.alphas_cumprod, pipeline / "scheduler" / "scheduler_config.json"
     if not bool(((signal >= 0) & (signal <= 1)).all()):
         raise UserError(f"{file}: its betas leave more than all of the image, or less than nothing of it; download it again")
@@ -145,7 +146,7 @@ def read_image_parts(pipeline: Path) -> tuple[Any, Any]:
     """The configuration of a pipeline's CLIP image encoder and its image processor, which makes images of its size."""
     config = transformers_config(pipeline / "image_encoder", CLIPVisionConfig)
     # PIL's resampling on every machine: with torchvision installed, transformers' default would be another.
-    processor = read_part(pipeline, "image_processor", CLIPImageProcessorPil.from_pretrained)
+    processor = read_part(pipeline / "image_processor", CLIPImageProcessorPil.from_pretrained, pipeline)
     with reading(pipeline / "image_processor", f"take it and image_encoder from one model, of {config.image_size} px"):
         sizes = [
             side for size in (processor.size, processor.crop_size) for side in dict(size or {}).values() if side is not None
@@ -182,11 +183,19 @@ def digest_parts(pipeline: Path, models: dict[str, Any], variant: str | None = N
 
 
 def digest_folder(folder: Path) -> str:
-    """One digest over the names and contents of a folder's files."""
+    """One digest over the names and contents of a folder's files.
+
+    Raises:
+        UserError: a link leads out of it (`require_inside`), or it holds more than any part does.
+    """
     total = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            total.update(os.fsencode(f"{path.relative_to(folder).as_posix()}\0{digest(path)}\0"))
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    for path in files:
+        require_inside(path, folder, weights=is_weights(path))
+    if (size := sum(path.stat().st_size for path in files)) > LARGEST_PART:
+        raise UserError(f"{folder}: holds {size >> 30} GiB, more than any frozen model; leave its own files there alone")
+    for path in files:
+        total.update(os.fsencode(f"{path.relative_to(folder).as_posix()}\0{digest(path)}\0"))
     return total.hexdigest()
 
 

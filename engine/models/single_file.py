@@ -263,7 +263,7 @@ def _read_tokenizer(file: Path, config: CacheConfig) -> Any:
         path = Path(name) / "tokenizer" if (Path(name) / "tokenizer").is_dir() else Path(name)
         if not path.is_dir():
             path = Path(snapshot_download(name, cache_dir=config.cache_dir, allow_patterns=list(TOKENIZER_FILES)))
-        tokenizer = read_part(path.parent, path.name, CLIPTokenizer.from_pretrained)
+        tokenizer = read_part(path, CLIPTokenizer.from_pretrained)
         if len(tokenizer) < 100:
             raise ValueError("no vocabulary there")  # the library makes one of two tokens
     except Exception as error:  # a connection, a missing or damaged file: the library raises many kinds
