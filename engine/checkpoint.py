@@ -16,10 +16,11 @@ USAGE = "python -m engine.checkpoint info|verify|export DIR; DIR is a checkpoint
 def _locate(directory: Path) -> Path:
     """A checkpoint: the directory itself, or the latest within an output directory."""
     import engine.quiet  # noqa: F401  # isort: skip (before the libraries that it quiets)
-    from engine.loop.checkpoints.layout import find
-    from engine.loop.checkpoints.names import LATEST, MANIFEST
+    from engine.loop.checkpoints.layout import bring_back, find
+    from engine.loop.checkpoints.names import LATEST, MANIFEST, step_of
 
     try:
+        bring_back(directory if step_of(directory) < 0 else directory.parent)
         if (directory / MANIFEST).is_file():
             return directory
         found = find(directory, LATEST) if directory.is_dir() else None

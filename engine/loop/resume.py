@@ -15,8 +15,8 @@ from engine.data.identity import differences
 from engine.errors import UserError
 from engine.files import PARTIAL, digest_of, discard, lock, parse_json, read_text, reading, write_text
 from engine.launcher import restarted
-from engine.loop.checkpoints.layout import find, read_state
-from engine.loop.checkpoints.names import CHECKPOINT, LATEST, REPLACED, complete_checkpoints, step_of
+from engine.loop.checkpoints.layout import bring_back, find, read_state
+from engine.loop.checkpoints.names import CHECKPOINT, LATEST, REPLACED, complete_checkpoints, displaced_checkpoints, step_of
 from engine.loop.checkpoints.slices import SliceFiles
 from engine.loop.checkpoints.state import State
 from engine.loop.log import CURVES, METRICS
@@ -36,6 +36,7 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     for name in (LATEST, METRICS, CONFIG):
         if (output / name).is_dir():
             raise UserError(f"{output / name}: is a directory, where this run writes a file; move it away")
+    bring_back(output)
     checkpoint = find(output, resume) if resume else None
     within = checkpoint is not None and _lies_in(checkpoint, output)
     if config.overwrite and not restarted():
@@ -188,7 +189,8 @@ def unfinished(output: Path) -> list[Path]:
         path for folder in (output, output / "samples", output / "wandb") for path in folder.glob(f"*{PARTIAL}")
         if re.fullmatch(written, path.name.removesuffix(PARTIAL))
     ]  # fmt: skip
-    return half + [path for path in output.glob(f"{CHECKPOINT}*{REPLACED}") if step_of(path.with_suffix("")) >= 0]
+    replaced = [path for path in output.glob(f"{CHECKPOINT}*{REPLACED}") if step_of(path.with_suffix("")) >= 0]
+    return half + [path for path in replaced if path not in displaced_checkpoints(output)]
 
 
 def take_over(config: TrainConfig, checkpoint: Path | None) -> None:

@@ -19,7 +19,7 @@ from engine.errors import UserError
 from engine.files import digest, discard, lock, write_json
 from engine.loop.checkpoints import layout, writer
 from engine.loop.checkpoints.names import rank_file
-from engine.loop.checkpoints.snapshot import restore
+from engine.loop.checkpoints.snapshot import restore, take
 from engine.loop.checkpoints.writer import Writer
 from engine.loop.metrics import Metrics
 from engine.loop.optimizers.interface import Optimizer
@@ -28,6 +28,7 @@ from engine.loop.trainer import train
 from engine.loop.weights import flat
 from engine.loop.weights.flat import FlatPartition
 from engine.processes import Processes
+from engine.tensors import pieces_of
 from tests.loop.runs import SLACK, checkpoint_tensors, config, flip_last_byte, published_order
 
 
@@ -424,12 +425,17 @@ def test_a_checkpoint_that_fails_leaves_nothing_on_a_full_disk(beside, tmp_path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-9", "latest"]
 
 
-def test_the_first_process_removes_a_checkpoint_once_the_others_have_stopped(tmp_path, monkeypatch):
-    """Whichever fails first; what is written into a directory that is gone would be a mistake of its own."""
+def two_writers(directory: Path) -> tuple[Writer, Writer]:
     processes = [Processes(), Processes()]
     for rank, process in enumerate(processes):
         process.rank, process.world = rank, 2
-    first, second = (Writer(tmp_path, None, process, None, False, "token") for process in processes)
+    first, second = (Writer(directory, None, process, None, False, "token") for process in processes)
+    return first, second
+
+
+def test_the_first_process_removes_a_checkpoint_once_the_others_have_stopped(tmp_path, monkeypatch):
+    """Whichever fails first; what is written into a directory that is gone would be a mistake of its own."""
+    first, second = two_writers(tmp_path)
     aside = first._aside(3)
     aside.mkdir()
     for rank in range(2):
@@ -441,6 +447,56 @@ def test_the_first_process_removes_a_checkpoint_once_the_others_have_stopped(tmp
     second._remove_half(aside)
     removing.join()
     assert not aside.exists()
+
+
+def test_nothing_is_waited_for_once_all_parts_are_written(tmp_path, monkeypatch):
+    partition, metrics = keep(tmp_path, monkeypatch)
+    first, second = two_writers(tmp_path)
+    snapshot = take(10, metrics.run, partition, metrics)
+
+    def full(*others):
+        raise OSError(28, "No space left on device")
+
+    second._write(snapshot, pieces_of(snapshot.tensors))
+    assert not list(first._aside(10).glob("*.partial"))
+    monkeypatch.setattr(first, "_publish", full)
+    started = time.monotonic()
+    first._work(snapshot, pieces_of(snapshot.tensors))
+    assert "No space left on device; the last complete one is" in str(first._error)
+    assert time.monotonic() - started < writer.LONGEST_WAIT / 4
+    assert not first._aside(10).exists()
+
+
+def test_a_part_that_takes_long_is_removed_by_the_process_that_writes_it(tmp_path, monkeypatch):
+    partition, metrics = keep(tmp_path, monkeypatch)
+    first, second = two_writers(tmp_path)
+    snapshot, aside = take(10, metrics.run, partition, metrics), first._aside(10)
+    monkeypatch.setattr(writer, "LONGEST_WAIT", 0.1)
+
+    def slow():
+        yield from pieces_of(snapshot.tensors)
+        first._remove_half(aside)
+        assert (aside / rank_file(1)).is_file()
+
+    second._work(snapshot, slow())
+    assert "checkpoint-10 cannot be written: process 0 could not write its part" in str(second._error)
+    assert sorted(path.name for path in aside.iterdir()) == ["rank-0.failed", "rank-1.failed"]
+
+
+def test_a_checkpoint_that_made_room_in_vain_has_its_name_back(tmp_path, monkeypatch):
+    partition, metrics = keep(tmp_path, monkeypatch)
+    rename = Path.rename
+
+    def fail(path, target):
+        if path.suffix == ".partial" and path.is_dir():
+            raise OSError(5, "Input/output error", str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    again = Writer(tmp_path, metrics.run, metrics.processes, None, False, "other")
+    with pytest.raises(UserError, match="checkpoint-9 cannot be written: Input/output error; the last complete one is .*-9"):
+        again.save(9, partition, metrics)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-9", "latest"]
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import struct
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,17 @@ import torch
 from torch import nn
 
 from engine import files, tensors
+from engine.checkpoint import verify_command
 from engine.config.options import TrainConfig
 from engine.errors import UserError
-from engine.files import digest, open_regular, write_json
+from engine.files import digest, lock, open_regular, write_json
 from engine.loop.checkpoints import layout
 from engine.loop.checkpoints.names import LATEST, MANIFEST, STATE, checkpoint_name, rank_file
 from engine.loop.checkpoints.slices import SliceFiles
 from engine.loop.checkpoints.snapshot import restore, sliced_tensors
 from engine.loop.checkpoints.writer import Writer
 from engine.loop.metrics import Metrics
+from engine.loop.resume import find_checkpoint, take_over
 from engine.loop.run import Run
 from engine.loop.weights.flat import FlatPartition
 from engine.processes import Processes
@@ -394,3 +397,46 @@ def test_a_lack_of_memory_is_no_damage(checkpoint, monkeypatch):
     monkeypatch.setattr(tensors.TensorFile, "read", fail)
     with pytest.raises(RuntimeError, match="allocate memory"):
         layout.read_state(checkpoint, whole=True)
+
+
+def killed_while_replacing(output: Path) -> Path:
+    """An output directory whose only checkpoint made room for another, which never came; returns where it was."""
+    shutil.rmtree(output / "checkpoint-2")
+    shutil.copytree(output / "checkpoint-4", output / "checkpoint-4-0123abcd.partial")
+    (output / "checkpoint-4").rename(output / "checkpoint-4.replaced")
+    return output / "checkpoint-4"
+
+
+@pytest.mark.parametrize("pointer", [True, False])
+def test_a_checkpoint_that_made_room_is_brought_back_before_anything_is_swept(pointer, trained, output, capsys):
+    lost = killed_while_replacing(output)
+    if not pointer:
+        (output / LATEST).unlink()
+    values = {"pretrained_model_name_or_path": "unused", "output_dir": str(output), "resume_from_checkpoint": LATEST}
+    config = TrainConfig.model_validate({"family": "sd", **values})
+    take_over(config, None)
+    assert (output / "checkpoint-4.replaced").is_dir(), "also where a run is killed after this one looked"
+    assert find_checkpoint(config) == lost
+    take_over(config, lost)
+    assert sorted(path.name for path in output.iterdir()) == ["checkpoint-4", LATEST]
+    assert "checkpoint-4.replaced: brought back" in capsys.readouterr().err
+    assert trained.resume(lost)
+
+
+def test_a_run_that_is_alive_brings_its_checkpoint_back_itself(output):
+    lost = killed_while_replacing(output)
+    held = lock(output)
+    publishing = threading.Timer(0.2, (output / "checkpoint-4-0123abcd.partial").rename, (lost,))
+    publishing.start()
+    layout.bring_back(output)
+    publishing.join()
+    os.close(held)
+    assert lost.is_dir()
+    assert (output / "checkpoint-4.replaced").is_dir()
+
+
+@pytest.mark.parametrize("named", ["checkpoint-4", ""])
+def test_commands_bring_a_checkpoint_back(named, output, capsys):
+    killed_while_replacing(output)
+    assert verify_command([str(output / named)]) == 0
+    assert "checkpoint-4 is whole" in capsys.readouterr().out

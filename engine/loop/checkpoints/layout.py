@@ -11,15 +11,46 @@ import contextlib
 import os
 import re
 import shlex
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from engine.errors import UserError, blame_the_machine, first_line
-from engine.files import digest, lies_inside, open_regular, parse_json, read_text
-from engine.loop.checkpoints.names import LATEST, MANIFEST, STATE, complete_checkpoints, rank_file, step_of
+from engine.files import digest, lies_inside, lock, open_regular, parse_json, read_text
+from engine.loop.checkpoints.names import (
+    LATEST,
+    MANIFEST,
+    STATE,
+    complete_checkpoints,
+    displaced_checkpoints,
+    rank_file,
+    step_of,
+)
 from engine.loop.checkpoints.slices import Damaged, SliceFiles, damage
 from engine.loop.checkpoints.state import State, parse_state
-from engine.messages import busy, say
+from engine.messages import busy, say, warn
+
+
+def bring_back(directory: Path) -> None:
+    """Gives checkpoints their names back that made room for others when a run was killed just then.
+
+    While another process holds the directory, this is its work, and takes no longer than a rename.
+    """
+    given_up = time.monotonic() + 5
+    while displaced_checkpoints(directory) and time.monotonic() < given_up:
+        held = lock(directory)
+        if held is None:
+            time.sleep(0.01)
+            continue
+        try:
+            for displaced in displaced_checkpoints(directory):
+                displaced.rename(displaced.with_suffix(""))
+                say(f"{displaced}: brought back; the run that was replacing it was killed")
+        except OSError as error:
+            warn(f"{displaced}: cannot be brought back, after the run that was replacing it was killed: {first_line(error)}")
+            return
+        finally:
+            os.close(held)
 
 
 def find(directory: Path, resume: str) -> Path | None:

@@ -1,5 +1,6 @@
 """What checkpoints and their files are called."""
 
+import os
 import re
 from pathlib import Path
 
@@ -28,3 +29,11 @@ def rank_file(rank: int) -> str:
 def complete_checkpoints(directory: Path) -> list[Path]:
     """The checkpoints in a directory, oldest first."""
     return sorted((path for path in directory.glob(f"{CHECKPOINT}*") if step_of(path) >= 0 and path.is_dir()), key=step_of)
+
+
+def displaced_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints in a directory that made room for others of their step which never came."""
+    return [
+        path for path in directory.glob(f"{CHECKPOINT}*{REPLACED}")
+        if step_of(path.with_suffix("")) >= 0 and path.is_dir() and not os.path.lexists(path.with_suffix(""))
+    ]  # fmt: skip

@@ -5,7 +5,6 @@ memory first. Writing needs no other process but the first, which waits until ev
 """
 
 import contextlib
-import json
 import os
 import threading
 import time
@@ -36,7 +35,7 @@ from engine.messages import say, warn
 from engine.processes import Processes
 from engine.tensors import PIECE, host_buffer, pieces_of, staged, write_pieces
 
-LONGEST_WAIT = 60.0  # seconds that what is left of a failed checkpoint waits for the processes that still write theirs
+LONGEST_WAIT = 60.0  # seconds that a failed checkpoint takes room while others still write their parts of it
 
 
 @dataclass
@@ -57,6 +56,7 @@ class Writer:
     token: str
     models: Callable[[Path], list[Path]] | None = None
     copy_seconds: float = 0.0
+    _parts_written: bool = False  # by all processes, as the first knows
     _thread: threading.Thread | None = None
     _error: BaseException | None = None
     _buffers: list[Tensor] = field(default_factory=list)
@@ -107,10 +107,8 @@ class Writer:
             if problem is None:
                 self._error = error
                 return
-            last = find(self.directory, LATEST)
-            kept = f"the last complete one is {last}" if last else "there is no complete one"
             self._error = UserError(
-                f"{self.directory / checkpoint_name(snapshot.step)} cannot be written: {problem}; {kept}. Make "
+                f"{self.directory / checkpoint_name(snapshot.step)} cannot be written: {problem}; {self._kept()}. Make "
                 "room or permit writing there, and continue with --resume_from_checkpoint latest",
                 alone=True,
             )
@@ -120,17 +118,31 @@ class Writer:
                 copied = f"copied in {self.copy_seconds:.2f} s, " if self.beside else ""
                 say(f"Saved {checkpoint_name(snapshot.step)}: {copied}written in {written:.2f} s")
 
+    def _kept(self) -> str:
+        """What there is to go on from, in words."""
+        try:
+            last = find(self.directory, LATEST)
+        except (OSError, UserError):
+            return "the ones before it cannot be read"
+        return f"the last complete one is {last}" if last else "there is no complete one"
+
     def _aside(self, step: int) -> Path:
         return self.directory / f"{checkpoint_name(step)}-{self.token}{PARTIAL}"
 
     def _write(self, snapshot: Snapshot, pieces: Iterable[Tensor]) -> None:
         rank = self.processes.rank
         aside = self._aside(snapshot.step)
+        self._parts_written = False
         aside.mkdir(parents=True, exist_ok=True)
         written = write_pieces(aside / rank_file(rank), snapshot.header, pieces)
-        write_json(_note(aside, rank), written)
+        if not self.processes.is_first and _failed(aside, 0).exists():
+            raise OSError("process 0 could not write its part")
+        half = _note(aside, rank).with_suffix(PARTIAL)
+        half.write_text(written)
+        half.rename(_note(aside, rank))  # from here on the first process may remove everything
         if self.processes.is_first:
             digests = self._digests(aside)
+            self._parts_written = True
             digests |= self._models(aside)
             write_json(aside / STATE, snapshot.state.model_dump())
             digests[STATE] = digest(aside / STATE)
@@ -145,28 +157,34 @@ class Writer:
                 if _failed(aside, rank).exists():
                     raise OSError(f"process {rank} could not write its part")
             time.sleep(0.01)
-        digests = {rank_file(rank): json.loads(_note(aside, rank).read_text()) for rank in ranks}
+        digests = {rank_file(rank): _note(aside, rank).read_text() for rank in ranks}
         for rank in ranks:
             _note(aside, rank).unlink()
         return digests
 
     def _remove_half(self, aside: Path) -> None:
-        """Frees what a checkpoint that failed has taken of the disk: each process its part, the first also what is left."""
+        """Frees what a checkpoint that failed has taken of the disk: each process its part, the first also what is left.
+
+        The directory stays for the next start to sweep where other processes do not come to an end.
+        """
         rank = self.processes.rank
         with contextlib.suppress(OSError):
             discard(aside / rank_file(rank))
         with contextlib.suppress(OSError):
             _failed(aside, rank).touch()  # the first process must not wait for this one
-        if not self.processes.is_first:
-            return
+        if self.processes.is_first and (self._parts_written or self._others_stopped(aside)):
+            with contextlib.suppress(OSError):
+                discard(aside)
+
+    def _others_stopped(self, aside: Path) -> bool:
+        """Whether no other process writes its part any more; this is waited for, if not for ever."""
         given_up = time.monotonic() + LONGEST_WAIT
         others = range(1, self.processes.world)
-        while time.monotonic() < given_up and not all(
-            _note(aside, other).exists() or _failed(aside, other).exists() for other in others
-        ):
+        while not all(_note(aside, other).exists() or _failed(aside, other).exists() for other in others):
+            if time.monotonic() > given_up:
+                return False
             time.sleep(0.01)
-        with contextlib.suppress(OSError):
-            discard(aside)
+        return True
 
     def _models(self, aside: Path) -> dict[str, str]:
         """File -> digest of the models for others to open. The training needs none of it: what keeps them away is a warning."""
@@ -186,7 +204,12 @@ class Writer:
         if os.path.lexists(final):
             discard(replaced)
             final.rename(replaced)
-        aside.rename(final)
+        try:
+            aside.rename(final)
+        except OSError:
+            with contextlib.suppress(OSError):
+                replaced.rename(final)
+            raise
         sync(self.directory)
         write_text(self.directory / LATEST, final.name + "\n")
         _remove_old(replaced)
@@ -199,7 +222,7 @@ class Writer:
 
 def _note(aside: Path, rank: int) -> Path:
     """Where a process leaves the digest of its part, once this is written."""
-    return aside / f"rank-{rank}.json"
+    return aside / f"rank-{rank}.digest"
 
 
 def _failed(aside: Path, rank: int) -> Path:
