@@ -9,12 +9,12 @@ from engine.data.sources.files import ARCHIVES, is_hidden, suffix_of
 from engine.data.sources.image_folder import METADATA_NAMES, ImageFolder
 from engine.data.sources.interface import Source
 from engine.data.sources.kinds import looks_like_image
-from engine.data.sources.library import LibraryDataset, is_saved
+from engine.data.sources.library import LibraryDataset
+from engine.data.sources.local import PACKED, is_saved
 from engine.data.sources.subset import Subset
 from engine.data.sources.tables import TABLES
 from engine.errors import UserError
 
-_OF_THE_LIBRARY = (".parquet", ".arrow")
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 
@@ -49,6 +49,7 @@ def open_source(config: CacheConfig, captioned: bool = True) -> Source:
             cache_dir=config.cache_dir,
             data_dir=config.train_data_dir if config.dataset_name else None,
             decoding=decoding,
+            follow_links=config.follow_links,
         )
     else:
         raise UserError("no data to build shards from: give --train_data_dir or --dataset_name")
@@ -84,7 +85,7 @@ def _is_for_the_library(place: Path) -> bool:
             return False
         folders[:] = [name for name in folders if not is_hidden(name)]
         kinds |= {suffix_of(name) for name in files if not is_hidden(name)}
-    if kinds & {*_OF_THE_LIBRARY}:
+    if kinds & {*PACKED}:
         _refuse_others_than_files(place)
         return True
     if kinds & {*ARCHIVES, *TABLES} or (place.is_dir() and any(looks_like_image(f"image{suffix}") for suffix in kinds)):

@@ -10,14 +10,10 @@ from PIL import Image
 
 from engine.data.sources.decode import Decoding, clean_captions, decode
 from engine.data.sources.interface import Refused, is_address
+from engine.data.sources.local import is_saved, packed_rows, saved_rows
 from engine.errors import UserError, first_line
 
-
-def is_saved(path: Path) -> bool:
-    """Whether `save_to_disk` wrote this folder."""
-    return (path / "dataset_dict.json").is_file() or (
-        (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
-    )
+_TEXT = ("string", "large_string", "null")
 
 
 class LibraryDataset:
@@ -35,26 +31,22 @@ class LibraryDataset:
         cache_dir: str | None = None,
         data_dir: str | None = None,
         decoding: Decoding | None = None,
+        follow_links: bool = False,
     ) -> None:
         import datasets
 
         self.decoding = decoding or Decoding()
         self.noticed = self.decoding.noticed
         self.image_column, self.caption_column = image_column, caption_column
-        rows = _training_rows(name, configuration, cache_dir, data_dir)
-        for flag, column in (("image_column", image_column), ("caption_column", caption_column)):
-            if column is not None and column not in rows.column_names:
-                raise UserError(f"--{flag} {column}: not a column of {name}; it has {', '.join(rows.column_names)}")
-        if isinstance(rows.features[image_column], datasets.Image):
-            rows = rows.cast_column(image_column, datasets.Image(decode=False))
+        try:
+            rows = self._rows(_loaded(name, configuration, cache_dir, data_dir, follow_links), name)
+        except UserError:
+            raise
+        except Exception as error:  # the library raises whatever a builder, a file system or a connection does
+            said = first_line(error.__cause__ or error)
+            raise UserError(f"--dataset_name {name}: cannot be loaded: {said}") from None
         self.images = rows.select_columns([image_column])
         self.texts = rows.select_columns([caption_column]) if caption_column else None
-        self.fingerprint = {
-            "kind": "data set",
-            "name": Path(name).name,
-            "rows": len(rows),
-            "fingerprint": rows._fingerprint,
-        }
         self.folder = Path(name) if Path(name).is_dir() else Path(name).resolve().parent
         # Where the library may have put its files, and where a local data set keeps its own.
         roots = [Path(cache_dir or datasets.config.HF_DATASETS_CACHE), Path(datasets.config.HF_CACHE_HOME)]
@@ -65,6 +57,37 @@ class LibraryDataset:
         self.roots = [root.resolve() for root in roots]
         # Arrow tables may be read from several threads, but the library's formatting is not documented to be safe.
         self.lock = threading.Lock()
+
+    def _rows(self, loaded: Any, name: str) -> Any:
+        """The two columns of the training rows, of kinds that the library opens nothing for."""
+        import datasets
+
+        if not isinstance(loaded, datasets.Dataset):
+            if "train" not in loaded:
+                raise UserError(f"--dataset_name {name}: has no split `train` (it has {', '.join(loaded)})")
+            loaded = loaded["train"]
+        named = {"image_column": self.image_column} | ({"caption_column": self.caption_column} if self.caption_column else {})
+        for flag, column in named.items():
+            if column not in loaded.column_names:
+                raise UserError(f"--{flag} {column}: not a column of {name}; it has {', '.join(loaded.column_names)}")
+        held = loaded.features[self.image_column]
+        if type(held) is datasets.Image:
+            loaded = loaded.cast_column(self.image_column, datasets.Image(decode=False))
+        elif not _is_undecoded(held):
+            raise UserError(f"--image_column {self.image_column}: no images but {_kind(held)}; name the column of the images")
+        self.fingerprint = {
+            "kind": "data set",
+            "name": Path(name).name,
+            "rows": len(loaded),
+            "fingerprint": loaded._fingerprint,
+        }
+        rows = loaded.with_format(None).select_columns(list(dict.fromkeys(named.values())))
+        if self.caption_column and not _is_text(held := loaded.features[self.caption_column]):
+            raise UserError(
+                f"--caption_column {self.caption_column}: neither texts nor lists of texts but {_kind(held)}; "
+                "name the column of the captions"
+            )
+        return rows
 
     def __len__(self) -> int:
         return len(self.images)
@@ -102,25 +125,36 @@ class LibraryDataset:
         return self.fingerprint
 
 
-def _training_rows(name: str, configuration: str | None, cache_dir: str | None, data_dir: str | None) -> Any:
-    """The `train` split; `name` is a data set of the hub, a folder or a file."""
+def _loaded(name: str, configuration: str | None, cache_dir: str | None, data_dir: str | None, follow_links: bool) -> Any:
+    """The rows by split; `name` is a data set of the hub, a folder or a file."""
     import datasets
 
-    arguments: dict[str, Any] = {"path": name}
-    file = Path(name).resolve()
-    if file.is_file():
-        arguments = {"path": file.suffix.lstrip("."), "data_files": str(file)}
-    try:
-        if is_saved(Path(name)):
-            loaded = datasets.load_from_disk(name)
-            for rows in loaded.values() if isinstance(loaded, datasets.DatasetDict) else [loaded]:
-                rows.data.validate(full=True)  # whose offsets would be read past the file otherwise
-        else:
-            loaded = datasets.load_dataset(**arguments, name=configuration, cache_dir=cache_dir, data_dir=data_dir)
-    except Exception as error:  # the library raises whatever a builder, a file system or a connection does
-        raise UserError(f"--dataset_name {name}: cannot be loaded: {first_line(error)}") from None
-    if isinstance(loaded, datasets.Dataset):
-        return loaded
-    if "train" not in loaded:
-        raise UserError(f"--dataset_name {name}: has no split `train` (it has {', '.join(loaded)})")
-    return loaded["train"]
+    place = Path(name)
+    if is_saved(place):
+        return saved_rows(place, follow_links)
+    if place.exists():
+        return packed_rows(place, data_dir, configuration, cache_dir, follow_links)
+    return datasets.load_dataset(name, name=configuration, cache_dir=cache_dir, data_dir=data_dir)
+
+
+def _is_undecoded(feature: Any) -> bool:
+    """Whether a column holds images as bytes, paths or both, which the library hands out as they are."""
+    import datasets
+
+    if isinstance(feature, dict):
+        plain = all(isinstance(inner, datasets.Value) for inner in feature.values())
+        return plain and any(name in feature and _is_undecoded(feature[name]) for name in ("bytes", "path"))
+    return type(feature) is datasets.Value and feature.dtype in (*_TEXT, "binary", "large_binary")
+
+
+def _is_text(feature: Any) -> bool:
+    """Whether a column holds texts or lists of texts."""
+    import datasets
+
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
+        feature = feature.feature
+    return type(feature) is datasets.Value and feature.dtype in _TEXT
+
+
+def _kind(feature: Any) -> str:
+    return str(feature)[:100]
