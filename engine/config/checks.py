@@ -130,7 +130,7 @@ def _check_training_machine(config: TrainConfig) -> None:
             check_writable(flag, Path(place))
     if config.report_to in ("tensorboard", "all"):
         logs = Path(config.logging_dir)
-        if logs.is_absolute() or ".." in logs.parts:
+        if leads_out(logs):
             raise UserError(f"--logging_dir {logs}: leads out of the output directory; name a folder in it, for example logs")
         check_writable("--logging_dir", Path(config.output_dir) / logs)
     for flag, wanted, package in (
@@ -145,6 +145,11 @@ def _check_training_machine(config: TrainConfig) -> None:
     resume = config.resume_from_checkpoint
     if resume and resume != "latest" and not (Path(resume).is_dir() or (Path(config.output_dir) / Path(resume).name).is_dir()):
         raise UserError(f"--resume_from_checkpoint {resume}: no such directory; give one, or `latest`")
+
+
+def leads_out(folder: Path) -> bool:
+    """Whether a folder that is to be inside another is not."""
+    return folder.is_absolute() or ".." in folder.parts
 
 
 def installed(package: str) -> bool:

@@ -15,7 +15,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from engine.catalogue import FAMILIES
-from engine.config.checks import LARGEST, check_machine, check_options
+from engine.config.checks import LARGEST, check_machine, check_options, leads_out
 from engine.config.elsewhere import answer
 from engine.config.options import CacheConfig, TrainConfig, options_of
 from engine.config.schema import DIRECTORIES, PLACES, REQUIRED, SECRETS, UNSTORED, options_lacking
@@ -103,6 +103,11 @@ def parse(model: type[Model], program: str, description: str, arguments: Sequenc
     file = given.pop("config", None)
     try:
         values = read_toml(model, Path(file), f"--config {file}", open_any) if file else {}
+        logs = values.get("logging_dir")
+        if isinstance(logs, str) and leads_out(Path(logs)) and "logging_dir" not in given:
+            # Runs of earlier versions wrote their curves anywhere, and stored where.
+            say(f"--config {file}: logging_dir {logs} is passed over, because it leads out of the output directory")
+            del values["logging_dir"]
         config = load(model, values | given)
     except UserError as error:
         mistakes += error.lines

@@ -268,6 +268,17 @@ def test_logs_stay_in_the_output_directory(place, data):
     assert load(TrainConfig, stored).logging_dir == place, "an export reads what earlier runs were given"
 
 
+def test_where_an_earlier_run_kept_its_logs_is_passed_over_and_said(data, tmp_path, capsys):
+    file = tmp_path / "config.toml"
+    file.write_text(f'logging_dir = "{tmp_path / "elsewhere"}"\n')
+    assert run(*data, "--config", str(file)).logging_dir == "logs"
+    assert f"logging_dir {tmp_path / 'elsewhere'} is passed over, because it leads out of the" in capsys.readouterr().err
+    assert run(*data, "--config", str(file), "--logging_dir", "mine").logging_dir == "mine"
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="--logging_dir /x: leads out of the output directory"):
+        run(*data, "--config", str(file), "--logging_dir", "/x")
+
+
 def test_a_file_of_deepspeed_that_is_none_is_a_line(tmp_path):
     generator, file = random.Random(15), tmp_path / "deepspeed.json"
     values = [None, True, -1, 0.5, "x", [], [1], {}, {"a": {"b": 1}}, "auto"]
