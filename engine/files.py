@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import secrets
 import shutil
@@ -79,7 +80,7 @@ def read_bytes(path: Path, check: Callable[[int], None] = lambda size: None) -> 
         try:
             with open_regular(path) as file:
                 check(os.fstat(file.fileno()).st_size)
-                return file.read()
+                return _whole(file)
         except OSError as error:
             if error.errno not in _PASSING or not pauses:
                 raise
@@ -95,11 +96,20 @@ def read_text(path: Path) -> str:
     with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size > LARGEST_TEXT:
             raise ValueError(f"larger than {LARGEST_TEXT >> 20} MiB")
-        return file.read().decode("utf-8")
+        return _whole(file).decode("utf-8")
+
+
+def _whole(file: io.BufferedReader) -> bytes:
+    """No more than the file system says that there is: of what the system itself makes up, it says nothing."""
+    size = os.fstat(file.fileno()).st_size
+    content = file.read(size + 1)
+    if len(content) > size:
+        raise OSError(errno.EINVAL, "not a regular file of a known size", str(file.name))
+    return content
 
 
 def parse_json(text: str | bytes) -> Any:
-    """JSON as its standard has it: no NaN, no Infinity, and no key twice.
+    """JSON as its standard has it: no NaN, no Infinity nor a number as large, and no key twice.
 
     Raises:
         ValueError, RecursionError: it is none, or is nested too deeply.
@@ -113,7 +123,10 @@ def parse_json(text: str | bytes) -> Any:
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is no value of JSON")
 
-    return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    def finite(number: str) -> float:
+        return float(number) if math.isfinite(float(number)) else refuse(number)
+
+    return json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
 
 
 def sync(path: Path) -> None:

@@ -11,7 +11,16 @@ from torch import ones
 from engine import files
 from engine.config.options import TrainConfig
 from engine.errors import UserError
-from engine.files import open_regular, parse_json, publish_directory, read_bytes, reading, write_atomically, write_text
+from engine.files import (
+    open_regular,
+    parse_json,
+    publish_directory,
+    read_bytes,
+    read_text,
+    reading,
+    write_atomically,
+    write_text,
+)
 from engine.loop.trainer import train
 from engine.models.original_layout import write_single_file
 
@@ -53,7 +62,8 @@ def test_only_regular_files_are_opened(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ['{"a": NaN}', "[Infinity]", '{"a": 1, "a": 2}', "[" * 100_000, '{"a":' * 100_000, "", "1" * 10_000, "\xff"]
+    "text",
+    ['{"a": NaN}', "[Infinity]", "[-1e999]", '{"a": 1, "a": 2}', "[" * 100_000, '{"a":' * 100_000, "", "1" * 10_000, "\xff"],
 )
 def test_what_is_no_json_is_one_line(text, tmp_path):
     remedy = "write it again"
@@ -63,6 +73,13 @@ def test_what_is_no_json_is_one_line(text, tmp_path):
     ):
         parse_json(text)
     assert len(raised.value.lines) == 1
+
+
+@pytest.mark.parametrize("read", [read_bytes, read_text])
+def test_what_the_system_makes_up_is_not_read(read, tmp_path):
+    (tmp_path / "link").symlink_to("/proc/self/maps")
+    with pytest.raises(OSError, match="not a regular file of a known size"):
+        read(tmp_path / "link")
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.ESTALE, errno.EACCES])
