@@ -4,6 +4,7 @@ import io
 import os
 import random
 import resource
+import struct
 import tarfile
 import zipfile
 
@@ -12,9 +13,11 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from engine.data.sources import open_source
+from engine.data.sources import open_source, tables
+from engine.data.sources.decode import decode
 from engine.data.sources.files import Files
 from engine.data.sources.interface import Refused, refusing
+from engine.data.sources.room import room
 from engine.data.sources.tables import read_table
 from engine.errors import UserError
 from tests.data.test_source import options, png
@@ -151,3 +154,75 @@ def test_altered_files_of_a_data_set_are_read_or_named(name, tmp_path):
         else:
             clean += 1
     assert clean == 60
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "captions.csv", "images.zip"])
+def test_tables_and_archives_behind_links_are_read_when_that_is_asked_for(name, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "private").mkdir()
+    rows = {"metadata.jsonl": '{"file_name": "0.png", "text": "secret"}\n', "captions.csv": "file_name,text\n0.png,secret\n"}
+    if name == "images.zip":
+        with zipfile.ZipFile(tmp_path / "private" / name, "w") as archive:
+            archive.writestr("0.png", png())
+            archive.writestr("0.txt", "secret")
+    else:
+        (tmp_path / "private" / name).write_text(rows[name])
+        (tmp_path / "data" / "0.png").write_bytes(png())
+    (tmp_path / "data" / name).symlink_to(tmp_path / "private" / name)
+    with pytest.raises(UserError, match="--follow_links follows links|no metadata.jsonl"):
+        opened(tmp_path / "data")
+    followed = open_source(options(train_data_dir=str(tmp_path / "data"), follow_links=True))
+    assert followed.captions(0) == ["secret"]
+    if name != "images.zip":
+        assert open_source(options(dataset_name=str(tmp_path / "data" / name))).captions(0) == ["secret"], "it is named"
+
+
+def test_a_table_that_unpacks_without_bounds_is_refused(monkeypatch):
+    monkeypatch.setattr(tables, "_LEAST_BOUND", 2**20)
+    buffer, values = io.BytesIO(), {"file_name": ["x" * 2**14] * 700, "text": ["a"] * 700}
+    pyarrow.parquet.write_table(pyarrow.table(values), buffer)
+    assert len(buffer.getvalue()) < 4000
+    with pytest.raises(
+        UserError, match="x.parquet: not a readable parquet file: its rows take many times the size of the file"
+    ):
+        read_table("x.parquet", buffer.getvalue(), "utf-8", ["file_name"])
+
+
+def test_room_is_taken_for_a_member_before_it_is_unpacked(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("0.png", png() + bytes(2**20))
+    source, events = open_source(options(train_data_dir=str(tmp_path / "x.zip")), captioned=False), []
+    monkeypatch.setattr(room, "take", lambda size, take=room.take: (events.append(size), take(size)))
+    monkeypatch.setattr(zipfile.ZipFile, "open", lambda *a, open=zipfile.ZipFile.open: (events.append("open"), open(*a))[1])
+    assert source.image(0).size == (6, 4)
+    assert (events[0], events[1]) == (2 * (len(png()) + 2**20), "open")
+    assert room.left == room.size
+
+
+def header(kind: str, side: int) -> bytes:
+    """An image of so many pixels a side that Pillow decodes in Python."""
+    if kind == "DDS":
+        masks = struct.pack("<8I", 32, 0x41, 0, 32, 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+        return (
+            b"DDS " + struct.pack("<7I", 124, 0x1007, side, side, 0, 0, 0) + bytes(44) + masks + bytes(20) + bytes(4 * side**2)
+        )
+    if kind == "QOI":
+        return b"qoif" + struct.pack(">IIBB", side, side, 3, 0) + b"\xfd" * (side**2 // 62 + 1)
+    if kind == "PPM":
+        return b"P6 %d %d 100\n" % (side, side) + bytes(3 * side**2)
+    if kind == "XPM":
+        return (
+            b'/* XPM */\nstatic char *x[] = {\n"%d %d 1 1",\n"a c #000000",\n' % (side, side)
+            + b'"%b",\n' % (b"a" * side) * side
+        )
+    pixels = (b"\1\1" + b"\0\0") * side
+    return (
+        struct.pack("<2sIHHIIiiHHIIiiII", b"BM", 0, 0, 0, 1078, 40, side, side, 1, 8, 1, 0, 0, 0, 256, 0) + bytes(1024) + pixels
+    )
+
+
+@pytest.mark.parametrize("kind", ["DDS", "QOI", "PPM", "XPM", "BMP"])
+def test_images_that_are_decoded_in_python_are_small(kind):
+    assert decode(io.BytesIO(header(kind, 50))).size == (50, 50)
+    with pytest.raises(Refused, match=f"^image too large for its format, which decodes slowly; .*: {kind}, 1500 x 1500"):
+        decode(io.BytesIO(header(kind, 1500)))

@@ -29,6 +29,7 @@ _MOST_SCANS = 500  # of a JPEG; each goes over all of it, and takes but some byt
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of a segment of a JPEG, or its end; what scans hold is skipped
 _LONGEST_CAPTION = 10**6  # characters
 _DECODED_ASIDE = ("AVIF", "DDS", "HEIF", "JPEG2000", "JXL", "QOI", "WEBP", "XPM")  # into a copy, by a library or in Python
+_MOST_IN_PYTHON = 2**21  # pixels, of which a decoder in Python takes a second or two for a million
 _OF_OTHERS = ("BLP", "ICNS", "ICO")  # whose header need not be true of the JPEG, JPEG 2000 or PNG file inside
 
 
@@ -115,6 +116,7 @@ def _decode(content: bytes, decoding: Decoding) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(content), formats=image_formats()) as image:
+            _refuse_slow(image)
             room.take(len(content) + _most_bytes(image))
             image.load()
             upright = image.transpose(_UPRIGHT[turned]) if (turned := _orientation(image)) in _UPRIGHT else image
@@ -131,6 +133,16 @@ def _scans(content: bytes) -> int:
         scans += marker[0] == b"\xff\xda"
         position = marker.end() + max(int.from_bytes(content[marker.end() : marker.end() + 2]), 2)  # its segment's length
     return scans
+
+
+def _refuse_slow(image: Image.Image) -> None:
+    """Refuses a large image of a kind that Pillow decodes pixel by pixel: a small file could take minutes."""
+    slow = any(tile[0] in Image.DECODERS and tile[0] != "SGI16" for tile in getattr(image, "tile", ()))
+    if slow and image.width * image.height > _MOST_IN_PYTHON:
+        raise Refused(
+            "image too large for its format, which decodes slowly; convert it to PNG",
+            f"{image.format}, {image.width} x {image.height}",
+        )
 
 
 def _most_bytes(image: Image.Image) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
 from engine.data.sources.interface import Refused, refusing
+from engine.data.sources.room import LARGE, room
 from engine.errors import UserError, first_line
 from engine.files import open_regular, read_bytes
 
@@ -81,9 +82,10 @@ class Files:
         for name in [name for name in self.names if name.lower().endswith(ARCHIVES) and name not in self.looked_into]:
             self.looked_into.add(name)
             try:
+                self.open(name)  # as for what lies unpacked: a link may lead out
                 found += self._open_archive(self.folder / name, f"{name}/")
-            except UserError as error:
-                self.remarks.append(f"left out: {error}")
+            except (UserError, Refused) as error:
+                self.remarks.append(f"left out: {error}" if isinstance(error, UserError) else f"left out: {name}: {error}")
         self.names += found
         self._known |= set(found)
         self._alike.clear()
@@ -184,25 +186,28 @@ class Files:
         return resolved
 
     def read(self, name: str) -> bytes:
-        """The content of a table or a caption file, also behind a link.
+        """The content of a table or a caption file.
 
         Raises:
+            Refused: it lies elsewhere.
             OSError, ValueError and what archives raise: it cannot be read.
         """
-        return self._member(name) if name in self._members else read_bytes(self.folder / name, _check_size)
+        return self._member(name) if name in self._members else read_bytes(self.open(name), check_size)  # type: ignore[arg-type]
 
     def _member(self, name: str) -> bytes:
         read, size, _ = self._members[name]
         if size > _LARGEST:
             raise Refused("file in an archive larger than 1 GiB")
-        return read()
+        with room.turn():  # which is the caller's where that decodes what it is given
+            room.take(room.size if size > LARGE else 2 * size)
+            return read()
 
 
 def _stem(name: str) -> str:
     return PurePosixPath(name).stem
 
 
-def _check_size(size: int) -> None:
+def check_size(size: int) -> None:
     if size > _LARGEST:
         raise ValueError("larger than 1 GiB")
 

@@ -11,12 +11,13 @@ from typing import Any
 from PIL import Image
 
 from engine.data.sources.decode import Decoding, clean_captions, decode
-from engine.data.sources.files import Files, some
+from engine.data.sources.files import Files, check_size, some
 from engine.data.sources.interface import Refused, is_address
 from engine.data.sources.kinds import looks_like_image
+from engine.data.sources.room import room
 from engine.data.sources.tables import TABLES, Row, decode_text, read_table, undecoded
 from engine.errors import UserError, first_line
-from engine.files import digest_of, reading
+from engine.files import digest_of, read_bytes, reading
 from engine.messages import say
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
@@ -63,7 +64,7 @@ class ImageFolder:
         self.image_column, self.caption_column = image_column, caption_column
         self.decoding = decoding or Decoding()
         self.noticed = self.decoding.noticed
-        table = folder.name if folder.suffix.lower() in TABLES and folder.is_file() else None
+        self.named = table = folder.name if folder.suffix.lower() in TABLES and folder.is_file() else None
         self.files = Files(folder.parent if table else folder, follow_links)
         self.digests: dict[str, str] = {}  # of tables
         self.tables = [table] if table else self._metadata()
@@ -103,7 +104,8 @@ class ImageFolder:
         columns = [*plain, self.image_column]
         where = (self.files.root if self.files.root.is_file() else self.files.folder) / table  # which may be in an archive
         with reading(where, "mend it, or take it away"):
-            content = self.files.read(table)
+            # What a person names may be a link; what a folder holds may lead where that person would not.
+            content = read_bytes(where, check_size) if table == self.named else self.files.read(table)
             self.digests[table] = hashlib.sha256(content).hexdigest()
             rows, remarks = read_table(str(where), content, self.encoding, columns)
         self.files.remarks += [f"{table}: {remark}" for remark in remarks]
@@ -183,7 +185,6 @@ class ImageFolder:
         if beside is None:
             return Sample(name)
         try:
-            self.files.open(beside)  # as for images: what a link leads out to may be private
             text = decode_text(self.files.read(beside), self.encoding)
             if beside.endswith(".json"):
                 values = json.loads(text)
@@ -238,7 +239,8 @@ class ImageFolder:
         sample = self.samples[index]
         if sample.refused:
             raise sample.refused
-        return decode(self.files.open(sample.name), self.decoding)
+        with room.turn():
+            return decode(self.files.open(sample.name), self.decoding)
 
     def identity(self) -> dict[str, Any]:
         files = [[sample.name, *self._stat(sample.name)] for sample in self.samples]

@@ -20,6 +20,9 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
 _MOST_ROWS = 2**26
+_BATCH = 64  # rows of a parquet file that are unpacked at once
+_LEAST_BOUND, _MOST_TIMES = 2**26, 32  # bytes that its rows may take in any case, and for each byte of the file
+_CELL = 64  # bytes of an object
 _SEPARATORS = ",;\t|"
 
 
@@ -87,7 +90,13 @@ def _read_parquet(name: str, data: bytes) -> list[Row]:
         groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
         if file.metadata.num_rows > _MOST_ROWS or sum(group.total_byte_size for group in groups) > LARGEST_TEXT:
             raise ValueError(f"{file.metadata.num_rows} rows are more than a table of captions has")
-        values = file.read().to_pylist()
+        values: list[dict[str, Any]] = []
+        left = max(_LEAST_BOUND, _MOST_TIMES * len(data))
+        for batch in file.iter_batches(_BATCH):
+            left -= batch.nbytes + _CELL * batch.num_rows * (batch.num_columns + 1)
+            if left < 0:
+                raise ValueError("its rows take many times the size of the file")
+            values += batch.to_pylist()
     except Exception as error:  # as of archives
         raise UserError(f"{name}: not a readable parquet file: {first_line(error)}") from None
     return [Row(number, row) for number, row in enumerate(values, start=1)]
