@@ -35,11 +35,10 @@ def info_command(arguments: list[str]) -> int:
     parser = Parser("engine.checkpoint info", description="Describe a checkpoint.")
     parser.add_argument("directory", type=Path)
     directory = _locate(parser.parse_args(arguments).directory)
-    from engine.loop.checkpoints.layout import read_state
-    from engine.loop.checkpoints.slices import SliceFiles
+    from engine.loop.checkpoints.layout import open_checked
 
-    state = read_state(directory)
-    files = SliceFiles(directory, state.world)
+    checkpoint = open_checked(directory)
+    state, files = checkpoint.state, checkpoint.files
     size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     print(f"checkpoint     {directory} ({size / 2**20:.1f} MiB)")
     print(f"step           {state.step}")
@@ -57,9 +56,9 @@ def verify_command(arguments: list[str]) -> int:
     )
     parser.add_argument("directory", type=Path)
     directory = _locate(parser.parse_args(arguments).directory)
-    from engine.loop.checkpoints.layout import read_state
+    from engine.loop.checkpoints.layout import open_checked
 
-    read_state(directory, whole=True)
+    open_checked(directory, whole=True)
     print(f"{directory} is whole")
     return 0
 
@@ -80,16 +79,15 @@ def export_command(arguments: list[str]) -> int:
         raise UserError(f"{file}: no such file; name the run's config.toml with --config")
     config = load(TrainConfig, read_toml(TrainConfig, file, str(file), opened), str(file))
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
-    from engine.loop.checkpoints.layout import or_another, read_state
+    from engine.loop.checkpoints.layout import open_checked, or_another
     from engine.loop.checkpoints.models import whole_parameters
-    from engine.loop.checkpoints.slices import SliceFiles
     from engine.loop.export import save_pipeline
     from engine.models.family import form_with, open_family
     from engine.models.training_form import to_published_form, to_training_form
 
     quiet_libraries()
-    state = read_state(directory)
-    files = SliceFiles(directory, state.world)
+    checkpoint = open_checked(directory)
+    files = checkpoint.files
     kind = options.kind or ("ema" if "ema" in files.kinds else "weight")
     if kind not in files.kinds:
         raise UserError(f"{directory}: holds no {kind}; it has {', '.join(files.kinds)}")
@@ -105,7 +103,7 @@ def export_command(arguments: list[str]) -> int:
     with or_another(directory):
         files.check_model(shapes)
         save_pipeline(options.output_dir, family, model, to_published_form(model, whole))
-    print(f"{kind} of step {state.step} in {options.output_dir / family.result}")
+    print(f"{kind} of step {checkpoint.state.step} in {options.output_dir / family.result}")
     return 0
 
 

@@ -15,9 +15,8 @@ from engine.data.identity import differences
 from engine.errors import UserError
 from engine.files import PARTIAL, digest_of, discard, lock, parse_json, read_text, reading, write_text
 from engine.launcher import restarted
-from engine.loop.checkpoints.layout import bring_back, find, read_state
+from engine.loop.checkpoints.layout import Checkpoint, bring_back, find, open_checked
 from engine.loop.checkpoints.names import CHECKPOINT, LATEST, REPLACED, complete_checkpoints, displaced_checkpoints, step_of
-from engine.loop.checkpoints.slices import SliceFiles
 from engine.loop.checkpoints.state import State
 from engine.loop.log import CURVES, METRICS
 from engine.loop.optimizers.rates import peak_rate, rate_factors
@@ -118,14 +117,14 @@ def seed_of(config: TrainConfig, state: State | None) -> int:
     return state.run.seed if state else secrets.randbits(31)
 
 
-def open_checkpoint(checkpoint: Path, config: TrainConfig, world: int) -> State:
-    """The state of a checkpoint, once all of it was checked that can be before there are shards and a model.
+def open_checkpoint(checkpoint: Path, config: TrainConfig, world: int) -> Checkpoint:
+    """A checkpoint, once all of it was checked that can be before there are shards and a model.
 
     Raises:
         UserError: it is damaged, or was written by another run or with other state.
     """
-    state = read_state(checkpoint)
-    before, batch = state.run, config.train_batch_size * config.gradient_accumulation_steps * world
+    opened = open_checked(checkpoint)
+    before, batch = opened.state.run, config.train_batch_size * config.gradient_accumulation_steps * world
     if config.seed not in (None, before.seed):
         seeds = f"seed {before.seed}, this run has {config.seed}"
         raise UserError(f"{checkpoint}: was written with {seeds}; leave out --seed, or give the same")
@@ -134,7 +133,7 @@ def open_checkpoint(checkpoint: Path, config: TrainConfig, world: int) -> State:
             f"{checkpoint}: was written with global_batch {before.global_batch}, this run has {batch}; choose processes, "
             "--train_batch_size and --gradient_accumulation_steps with the same product"
         )
-    kinds = SliceFiles(checkpoint, state.world).kinds
+    kinds = opened.files.kinds
     if config.use_ema and "ema" not in kinds:
         raise UserError(
             f"{checkpoint}: was written without --use_ema, so there is no moving average to go on with; leave the option out, "
@@ -143,7 +142,7 @@ def open_checkpoint(checkpoint: Path, config: TrainConfig, world: int) -> State:
     if config.use_8bit_adam == ("exp_avg" in kinds):
         one, other = ("without", "leave it out") if config.use_8bit_adam else ("with", "give it")
         raise UserError(f"{checkpoint}: was written {one} --use_8bit_adam; {other}")
-    return state
+    return opened
 
 
 def check_same_shards(checkpoint: Path | None, state: State | None, identity: dict[str, Any]) -> None:
@@ -157,19 +156,21 @@ def check_same_shards(checkpoint: Path | None, state: State | None, identity: di
         raise UserError(f"{checkpoint}: was trained on other shards ({changed}); give the same data and options of the data")
 
 
-def announce(checkpoint: Path, state: State, config: TrainConfig, run: Run, world: int) -> None:
+def announce(checkpoint: Checkpoint, config: TrainConfig, run: Run, world: int) -> None:
     """Says what will be different from here on from what the run was when the checkpoint was written."""
-    before, step = state.options, state.step
+    name, before, step = checkpoint.path.name, checkpoint.state.options, checkpoint.state.step
     changed = [
-        f"--{name} {value} (was {before[name]})" for name, value in run.options.items() if before.get(name, value) != value
+        f"--{option} {value} (was {before[option]})"
+        for option, value in run.options.items()
+        if before.get(option, value) != value
     ]
     if changed:
-        say(f"Changed since {checkpoint.name}: {', '.join(changed)}")
+        say(f"Changed since {name}: {', '.join(changed)}")
         rates = [_rate(config.model_copy(update=options), world, step) for options in (before, run.options)]
         if rates[0] != rates[1]:
-            say(f"The learning rate after step {step} is {rates[1]:.3g}; as {checkpoint.name} was trained, {rates[0]:.3g}")
-    if not config.use_ema and "ema" in SliceFiles(checkpoint, state.world).kinds:
-        say(f"The moving average of {checkpoint.name} ends here: --use_ema is not given")
+            say(f"The learning rate after step {step} is {rates[1]:.3g}; as {name} was trained, {rates[0]:.3g}")
+    if not config.use_ema and "ema" in checkpoint.files.kinds:
+        say(f"The moving average of {name} ends here: --use_ema is not given")
     output = Path(config.output_dir)
     later = [path.name for path in complete_checkpoints(output) if step_of(path) > step]
     if later:

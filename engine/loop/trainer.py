@@ -25,10 +25,10 @@ from engine.errors import UserError
 from engine.files import write_text
 from engine.loop import attention
 from engine.loop.capture import wanted
+from engine.loop.checkpoints.layout import Checkpoint
 from engine.loop.checkpoints.models import write_models
 from engine.loop.checkpoints.names import checkpoint_name
 from engine.loop.checkpoints.snapshot import restore
-from engine.loop.checkpoints.state import State
 from engine.loop.checkpoints.writer import Writer
 from engine.loop.export import create_repository, export, push_to_hub
 from engine.loop.flops import count_flops
@@ -83,15 +83,16 @@ def _train(config: TrainConfig, processes: Processes) -> int:
     output = Path(config.output_dir)
     with only_run(output, processes):
         with busy(f"Comparing {checkpoint} with its digests"):
-            state = open_checkpoint(checkpoint, config, processes.world) if checkpoint else None
+            opened = open_checkpoint(checkpoint, config, processes.world) if checkpoint else None
+        state = opened.state if opened else None
         seed = processes.from_first(seed_of(config, state))
         shards = prepare_shards(config, family, processes, partial(check_same_shards, checkpoint, state))
         plan = BatchPlan(config.train_batch_size, config.gradient_accumulation_steps, processes.rank, processes.world)
         run = open_run(config, seed, shards, plan, state)
         subset_seed = config.sample_seed if config.max_train_samples else None
         config = config.model_copy(update={"seed": run.seed, "max_train_steps": run.steps, "subset_seed": subset_seed})
-        if state is not None and checkpoint is not None:
-            announce(checkpoint, state, config, run, processes.world)
+        if opened:
+            announce(opened, config, run, processes.world)
 
         # Dropout draws from torch's generator; each process its own numbers.
         torch.manual_seed(seed + processes.rank)
@@ -102,8 +103,9 @@ def _train(config: TrainConfig, processes: Processes) -> int:
             write_text(output / CONFIG, to_toml(config))
         with busy("Laying out weights and optimizer"):
             training = Training(config, run, family, model, processes)
-        if state is not None and checkpoint is not None:
-            training.resume(checkpoint, state)
+        if opened:
+            training.resume(opened)
+        del opened  # a file that is held open keeps its room when rotation removes it
         say(*opening(config, run, family, training.partition, shards.index, training.captures, training.step))
         warn_of_a_full_disk(config, run, training.partition, training.step)
         finished = _run(training, shards, plan)
@@ -195,12 +197,12 @@ class Training:
             part=FAMILIES[self.config.family].part, dtype=self.family.encoding.dtype, world=self.processes.world,
         )  # fmt: skip
 
-    def resume(self, checkpoint: Path, state: State) -> None:
-        """Goes on from a checkpoint whose state was read and checked."""
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Goes on from a checkpoint that was checked."""
         started = time.perf_counter()
-        restore(checkpoint, state, self.partition, self.metrics)
-        self.step = self.saved = state.step
-        say(f"Continuing from {checkpoint}, loaded in {time.perf_counter() - started:.2f} s")
+        restore(checkpoint, self.partition, self.metrics)
+        self.step = self.saved = checkpoint.state.step
+        say(f"Continuing from {checkpoint.path}, loaded in {time.perf_counter() - started:.2f} s")
 
     def run_steps(self, batches: Iterator[Batch], log: Log | None) -> bool:
         """Trains to the last step; False when a signal asked to leave before."""

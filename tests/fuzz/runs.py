@@ -18,9 +18,8 @@ from engine.config.options import TrainConfig
 from engine.data.format.shard import Shards
 from engine.data.samples.batch import BatchPlan
 from engine.files import digest, discard
-from engine.loop.checkpoints.layout import or_another, read_state
+from engine.loop.checkpoints.layout import open_checked, or_another
 from engine.loop.checkpoints.models import whole_parameters
-from engine.loop.checkpoints.slices import SliceFiles
 from engine.loop.prepare import open_run
 from engine.loop.resume import find_checkpoint, open_checkpoint
 from engine.loop.trainer import Training, train
@@ -135,13 +134,12 @@ def read_checkpoint(place: Place) -> Any:
     checkpoint.info_command([directory])
     checkpoint.verify_command([directory])
     config, training = training_beside(place.support)
-    state = open_checkpoint(place.given, config, 1)
-    training.resume(place.given, state)
+    opened = open_checkpoint(place.given, config, 1)
+    training.resume(opened)
     shapes = training.partition.shapes
     with or_another(place.given):
-        files = SliceFiles(place.given, state.world)
-        files.check_model(shapes)
-        exported = {kind: dict(whole_parameters(files, kind, shapes, {})) for kind in ("weight", "ema")}
+        opened.files.check_model(shapes)
+        exported = {kind: dict(whole_parameters(opened.files, kind, shapes, {})) for kind in ("weight", "ema")}
     _require_whole(place.given, training)
     tensors = [tensor for kind in exported.values() for tensor in kind.values()]
     partition = training.partition
@@ -229,7 +227,7 @@ def read_output(place: Place) -> Any:
         return None
     if found.resolve().parent != place.given.resolve():
         raise Broken(f"goes on from {found}")
-    return read_state(found, whole=True).step
+    return open_checked(found, whole=True).state.step
 
 
 @functools.cache

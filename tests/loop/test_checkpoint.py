@@ -160,14 +160,14 @@ def test_a_damaged_checkpoint_is_named_and_another_offered(uninterrupted, tmp_pa
         shutil.copytree(uninterrupted / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     flip_last_byte(tmp_path / "checkpoint-6" / "rank-0.safetensors")
     with pytest.raises(UserError, match=r"checkpoint-6: damaged: rank-0.safetensors.*resume from .*checkpoint-3 instead"):
-        layout.read_state(tmp_path / "checkpoint-6")
+        layout.open_checked(tmp_path / "checkpoint-6")
 
 
 def test_a_truncated_manifest_is_refused(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted / "checkpoint-3", tmp_path / "checkpoint-3")
     (tmp_path / "checkpoint-3" / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="not a complete checkpoint"):
-        layout.read_state(tmp_path / "checkpoint-3")
+        layout.open_checked(tmp_path / "checkpoint-3")
 
 
 def test_latest_without_a_pointer_takes_the_newest_complete_one(uninterrupted, tmp_path):
@@ -315,8 +315,8 @@ def test_the_state_is_written_and_read_without_copies(tmp_path):
     assert growth(save_beside) < 0.2 * state
     for directory in (tmp_path / "between", tmp_path / "beside"):
         found = directory / "checkpoint-1"
-        read = layout.read_state(found)
-        assert growth(lambda: restore(found, read, partition, metrics)) < 0.2 * state  # noqa: B023
+        read = layout.open_checked(found)
+        assert growth(lambda: restore(read, partition, metrics)) < 0.2 * state  # noqa: B023
 
 
 def opened(checkpoint: Path, folder: str) -> dict[str, torch.Tensor]:
@@ -336,11 +336,11 @@ def test_diffusers_opens_the_models_of_a_checkpoint(options, model, images, tmp_
         ours = opened(last, folder)
         assert ours.keys() == expected.keys()
         assert all(torch.equal(ours[name], expected[name].to(dtype).float()) for name in expected)
-    assert layout.read_state(last, whole=True).step == 4
+    assert layout.open_checked(last, whole=True).state.step == 4
     flip_last_byte(last / "unet" / "diffusion_pytorch_model.safetensors")
-    assert layout.read_state(last).step == 4, "a training reads nothing of it"
+    assert layout.open_checked(last).state.step == 4, "a training reads nothing of it"
     with pytest.raises(UserError, match="damaged: unet/diffusion_pytorch_model.safetensors"):
-        layout.read_state(last, whole=True)
+        layout.open_checked(last, whole=True)
 
 
 def test_checkpoints_hold_no_models_where_they_are_not_wanted(model, images, shards, tmp_path):
@@ -392,7 +392,7 @@ def test_state_is_kept_by_what_the_optimizer_declares_and_not_by_its_size(tmp_pa
     for kind in ("momentum", "scales", "rows", "step"):
         state[kind].zero_()
     state["calls"] = 0
-    restore(found, layout.read_state(found), partition, metrics)
+    restore(layout.open_checked(found), partition, metrics)
     for piece in partition.slices:
         kept = partition.view(piece, [expected["momentum"]])
         assert torch.equal(partition.view(piece, [state["momentum"]]), kept)
@@ -404,7 +404,7 @@ def test_state_that_fits_one_partition_is_refused_by_another(tmp_path, monkeypat
     partition, metrics = keep(tmp_path, monkeypatch)
     partition.optimizer.state[partition.masters[0]]["rows"] = torch.zeros(4)
     with pytest.raises(UserError, match="holds no optimizer/0/rows for this optimizer and number of processes"):
-        restore(tmp_path / "checkpoint-9", layout.read_state(tmp_path / "checkpoint-9"), partition, metrics)
+        restore(layout.open_checked(tmp_path / "checkpoint-9"), partition, metrics)
 
 
 @pytest.mark.parametrize("beside", [True, False])
@@ -517,7 +517,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, monkeyp
     monkeypatch.setattr(writer, "discard", refuse)
     limited.save(11, partition, metrics)
     assert "checkpoint-10: cannot be removed: Permission denied" in capsys.readouterr().err
-    assert layout.read_state(tmp_path / "checkpoint-11").step == 11
+    assert layout.open_checked(tmp_path / "checkpoint-11").state.step == 11
 
 
 def test_what_was_left_half_written_goes_when_a_run_takes_the_directory_over(model, images, shards, tmp_path):

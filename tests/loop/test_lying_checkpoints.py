@@ -24,10 +24,11 @@ from engine.loop.checkpoints.slices import SliceFiles
 from engine.loop.checkpoints.snapshot import restore, sliced_tensors
 from engine.loop.checkpoints.writer import Writer
 from engine.loop.metrics import Metrics
-from engine.loop.resume import find_checkpoint, take_over
+from engine.loop.resume import announce, find_checkpoint, open_checkpoint, take_over
 from engine.loop.run import Run
 from engine.loop.weights.flat import FlatPartition
 from engine.processes import Processes
+from tests.loop.runs import flip_last_byte
 
 RANK = rank_file(0)
 VALUES = [
@@ -61,7 +62,7 @@ class Trained:
         for kind in sliced_tensors(self.partition).values():
             for tensor in kind:
                 tensor.zero_()
-        restore(checkpoint, layout.read_state(checkpoint), self.partition, self.metrics)
+        restore(layout.open_checked(checkpoint), self.partition, self.metrics)
         return all(torch.equal(ours, theirs) for ours, theirs in zip(self.state(), self.bits, strict=True))
 
 
@@ -100,7 +101,7 @@ def write_parts(file: Path, header: dict, data: bytes) -> None:
 def said(checkpoint: Path, whole: bool = True) -> str:
     """The one line that is said of a checkpoint."""
     with pytest.raises(UserError) as error:
-        layout.read_state(checkpoint, whole)
+        layout.open_checked(checkpoint, whole)
     [line] = error.value.lines
     assert "\x1b" not in line
     return line
@@ -186,10 +187,10 @@ def test_a_state_of_earlier_versions_is_read(checkpoint):
     state = json.loads((checkpoint / STATE).read_text())
     write_json(checkpoint / STATE, {name: value for name, value in state.items() if name not in ("options", "data")})
     agree(checkpoint)
-    assert layout.read_state(checkpoint).data is None
+    assert layout.open_checked(checkpoint).state.data is None
     write_json(checkpoint / STATE, state | {"options": {"an_option_of_once": 1}})
     agree(checkpoint)
-    assert layout.read_state(checkpoint).options == {}
+    assert layout.open_checked(checkpoint).state.options == {}
 
 
 def test_deep_nesting_is_a_line(checkpoint):
@@ -224,6 +225,58 @@ def test_files_that_the_manifest_does_not_name_are_said_and_never_read(checkpoin
     write_json(checkpoint / MANIFEST, json.loads((checkpoint / MANIFEST).read_text()) | {rank_file(1): "0" * 64})
     agree(checkpoint)
     assert "of 1 processes, and there are rank-0.safetensors, rank-1.safetensors" in said(checkpoint)
+
+
+def test_files_that_nothing_reads_may_lie_beside_those_of_the_manifest(trained, checkpoint, capsys):
+    (checkpoint / "unet").mkdir()
+    (checkpoint / ".cache" / "huggingface").mkdir(parents=True)
+    for name in ("README.md", ".gitattributes", "curve.png", "unet/LICENSE", "unet/._x", ".cache/huggingface/x.json"):
+        (checkpoint / name).touch()
+    assert trained.resume(checkpoint)
+    assert capsys.readouterr().err == ""
+    assert verify_command([str(checkpoint)]) == 0
+    assert "read by nothing: README.md, curve.png, unet/LICENSE\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["unet/config.json", "unet/diffusion_pytorch_model.bin", "unet/x.PY", "x.safetensors.index.json", "evil.py", "rank-1.pt"],
+)
+def test_files_that_a_library_would_read_may_not(name, checkpoint):
+    (checkpoint / name).parent.mkdir(exist_ok=True)
+    (checkpoint / name).touch()
+    assert f"damaged: {name} is not named in manifest.json" in said(checkpoint, whole=False)
+    (checkpoint / name).unlink()
+    (checkpoint / "vae").symlink_to(checkpoint.parent)
+    assert "damaged: vae is not named in manifest.json" in said(checkpoint)
+
+
+def test_a_start_opens_each_file_of_a_checkpoint_once_to_compare_and_once_to_read(trained, checkpoint, monkeypatch):
+    opened: list[str] = []
+
+    def count(path):
+        opened.append(path.name)
+        return open_regular(path)
+
+    for module in (files, tensors):
+        monkeypatch.setattr(module, "open_regular", count)
+    values = {"family": "sd", "pretrained_model_name_or_path": "unused", "train_batch_size": 1}
+    config = TrainConfig.model_validate(values | {"output_dir": str(checkpoint.parent)})
+    found = open_checkpoint(checkpoint, config, 1)
+    announce(found, config, trained.metrics.run, 1)
+    restore(found, trained.partition, trained.metrics)
+    assert sorted(opened) == [MANIFEST, RANK, RANK, STATE, STATE]
+
+
+def test_how_far_a_checkpoint_is_looked_at_when_it_is_looked_for(output, monkeypatch):
+    (output / LATEST).unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(tensors.TensorFile, "read", None)  # as only values need
+        assert layout.find(output, LATEST) == output / "checkpoint-4"
+        patched.setattr(layout, "digest", None)
+        assert layout.find(output, LATEST, layout.Depth.HEADERS) == output / "checkpoint-4"
+    flip_last_byte(output / "checkpoint-4" / RANK)
+    assert layout.find(output, LATEST) == output / "checkpoint-2", "the newest that verifies"
 
 
 def test_a_link_that_leads_out_is_refused_and_a_linked_checkpoint_is_not(trained, checkpoint, tmp_path):
@@ -308,7 +361,7 @@ def test_values_that_are_not_finite_are_refused_when_they_are_read(kind, value, 
     with pytest.raises(UserError, match=expected):
         trained.resume(checkpoint)
     with pytest.raises(UserError, match=expected):
-        layout.read_state(checkpoint, whole=True)
+        layout.open_checked(checkpoint, whole=True)
 
 
 @pytest.mark.parametrize(
@@ -396,7 +449,7 @@ def test_a_lack_of_memory_is_no_damage(checkpoint, monkeypatch):
 
     monkeypatch.setattr(tensors.TensorFile, "read", fail)
     with pytest.raises(RuntimeError, match="allocate memory"):
-        layout.read_state(checkpoint, whole=True)
+        layout.open_checked(checkpoint, whole=True)
 
 
 def killed_while_replacing(output: Path) -> Path:

@@ -8,11 +8,13 @@ open (`models.py`), from which nothing is read here. No pickle is written or ope
 """
 
 import contextlib
+import enum
 import os
 import re
 import shlex
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import UserError, blame_the_machine, first_line
@@ -29,6 +31,30 @@ from engine.loop.checkpoints.names import (
 from engine.loop.checkpoints.slices import Damaged, SliceFiles, damage
 from engine.loop.checkpoints.state import State, parse_state
 from engine.messages import busy, say, warn
+
+# What libraries look for in the folder of a model, and this engine in a checkpoint; nothing reads a README.md.
+_READ = (
+    ".json", ".safetensors", ".bin", ".py", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".onnx", ".gguf",
+    ".npz", ".model",
+)  # fmt: skip
+
+
+class Depth(enum.IntEnum):
+    """How far a checkpoint is looked at; each looks at what those before it do, too."""
+
+    HEADERS = 0  # which files there are, the state, and how the slices fit together
+    DIGESTS = 1  # the digests of what a training reads
+    VALUES = 2  # whether its values are finite
+    MODELS = 3  # the digests of the models for others to open
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that was checked, and what was opened for that."""
+
+    path: Path
+    state: State
+    files: SliceFiles
 
 
 def bring_back(directory: Path) -> None:
@@ -53,10 +79,12 @@ def bring_back(directory: Path) -> None:
             os.close(held)
 
 
-def find(directory: Path, resume: str) -> Path | None:
+def find(directory: Path, resume: str, depth: Depth = Depth.DIGESTS) -> Path | None:
     """The checkpoint that `--resume_from_checkpoint` names; None when `latest` finds none.
 
-    A path as the scripts take it: a directory, or the name of one in the output directory.
+    Args:
+        resume: a path as the scripts take it: a directory, or the name of one in the output directory; or `latest`.
+        depth: how far to look at those that may be taken where `latest` names none.
     """
     if resume != LATEST:
         path = Path(resume)
@@ -66,7 +94,8 @@ def find(directory: Path, resume: str) -> Path | None:
     if named is not None and _has_manifest(named):
         return named
     # A crash between renaming the checkpoint and moving the pointer leaves a complete one unnamed.
-    found = _newest_whole(complete_checkpoints(directory))
+    with busy(f"Looking for a checkpoint that is whole in {directory}"):
+        found = _newest_whole(complete_checkpoints(directory), depth)
     if os.path.lexists(pointer):
         instead = f"taking the newest that is whole, {found.name}" if found else "and there is none that is whole"
         say(f"{pointer}: names no checkpoint there; {instead}")
@@ -90,14 +119,14 @@ def _has_manifest(checkpoint: Path) -> bool:
         return False
 
 
-def read_state(checkpoint: Path, whole: bool = False) -> State:
-    """Checks what a training continues from, or with every value in it the `whole` checkpoint, and returns its state.
+def open_checked(checkpoint: Path, whole: bool = False) -> Checkpoint:
+    """Checks what a training continues from, or with every value in it the `whole` checkpoint, and opens it.
 
     Raises:
         UserError: a file is missing, altered or not named, the slices do not fit together, or the format is another.
     """
     with or_another(checkpoint):
-        return _checked(checkpoint, whole, values=whole)
+        return _checked(checkpoint, Depth.MODELS if whole else Depth.DIGESTS)
 
 
 @contextlib.contextmanager
@@ -112,7 +141,7 @@ def or_another(checkpoint: Path) -> Iterator[None]:
     except Damaged as error:
         with busy(f"Looking for another checkpoint beside {checkpoint}"):
             others = [path for path in complete_checkpoints(checkpoint.parent) if path.name != checkpoint.name]
-            other = _newest_whole(others, passed_over=(Damaged, UserError))
+            other = _newest_whole(others, Depth.VALUES, passed_over=(Damaged, UserError))
         remedy = (
             f"resume from {other} instead: --resume_from_checkpoint {shlex.quote(str(other))}" if other
             else "there is no other that is whole; start again in an empty directory"
@@ -120,29 +149,29 @@ def or_another(checkpoint: Path) -> Iterator[None]:
         raise UserError(f"{checkpoint}: {error}; {remedy}") from None
 
 
-def _newest_whole(checkpoints: list[Path], passed_over: tuple[type[Exception], ...] = (Damaged,)) -> Path | None:
+def _newest_whole(checkpoints: list[Path], depth: Depth, passed_over: tuple[type[Exception], ...] = (Damaged,)) -> Path | None:
     """The newest of checkpoints from which a training can continue."""
     for checkpoint in reversed(checkpoints):
         with contextlib.suppress(*passed_over):
-            _checked(checkpoint, whole=False, values=True)
-            return checkpoint
+            return _checked(checkpoint, depth).path
     return None
 
 
-def _checked(checkpoint: Path, whole: bool, values: bool) -> State:
-    """The state of a checkpoint that holds what it should.
-
-    Args:
-        whole: compare the digests of the models for others to open, too.
-        values: read all slices, and look for values that are not finite.
+def _checked(checkpoint: Path, depth: Depth) -> Checkpoint:
+    """A checkpoint that holds what it should.
 
     Raises:
         Damaged: what is wrong.
     """
     manifest, present = _manifest(checkpoint), _files(checkpoint)
-    faults = [f"{name} is not named in {MANIFEST}" for name in sorted(present - manifest.keys())]
+    strays = sorted(present - manifest.keys())
+    read = [name for name in strays if Path(name).suffix.lower() in _READ or (checkpoint / name).is_dir()]
+    faults = [f"{name} is not named in {MANIFEST}" for name in read]
+    if depth >= Depth.MODELS and len(strays) > len(read):
+        say(f"{checkpoint}: named in no manifest, and read by nothing: {', '.join(sorted({*strays} - {*read}))}")
     for name, expected in manifest.items():
-        problem = "missing" if name not in present else _problem(checkpoint, name, expected, whole or "/" not in name)
+        compared = depth >= (Depth.MODELS if "/" in name else Depth.DIGESTS)
+        problem = "missing" if name not in present else _problem(checkpoint, name, expected, compared)
         if problem:
             faults.append(f"{name} {problem}")
     if faults:
@@ -159,9 +188,9 @@ def _checked(checkpoint: Path, whole: bool, values: bool) -> State:
     if state.loss_steps > state.step or any(count > state.step for count in state.optimizer_counters.values()):
         raise Damaged(f"{STATE}: counts more steps than the {state.step} that were taken")
     files = SliceFiles(checkpoint, state.world)
-    if values:
+    if depth >= Depth.VALUES:
         files.check_values()
-    return state
+    return Checkpoint(checkpoint, state, files)
 
 
 def _manifest(checkpoint: Path) -> dict[str, str]:
@@ -193,6 +222,7 @@ def _files(checkpoint: Path) -> set[str]:
     """The names of all that is in a checkpoint and is no folder, its manifest apart; what systems hide there is not ours."""
     found = set()
     for folder, folders, names in os.walk(checkpoint):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         paths = [Path(folder) / name for name in names] + [
             path for name in folders if (path := Path(folder) / name).is_symlink()
         ]

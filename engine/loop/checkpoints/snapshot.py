@@ -1,13 +1,12 @@
 """What a checkpoint holds of a process: taken from the training, and brought back to it."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.loop.checkpoints.layout import or_another
+from engine.loop.checkpoints.layout import Checkpoint, or_another
 from engine.loop.checkpoints.names import STATE
 from engine.loop.checkpoints.slices import Damaged, SliceFiles, damage, generator_state
 from engine.loop.checkpoints.state import Identity, State
@@ -97,14 +96,14 @@ def take(step: int, run: Run, partition: Partition, metrics: Metrics) -> Snapsho
     return Snapshot(step, header, list(tensors.values()), state)
 
 
-def restore(checkpoint: Path, state: State, partition: Partition, metrics: Metrics) -> None:
-    """Brings weights, optimizer, averages, loss scale and generators back; `state` as `layout.read_state` returned it.
+def restore(checkpoint: Checkpoint, partition: Partition, metrics: Metrics) -> None:
+    """Brings weights, optimizer, averages, loss scale and generators back.
 
     Raises:
         UserError: the checkpoint does not hold what this training needs, or values that are not finite.
     """
-    with or_another(checkpoint), torch.no_grad():
-        _restore(SliceFiles(checkpoint, state.world), state, partition, metrics)
+    with or_another(checkpoint.path), torch.no_grad():
+        _restore(checkpoint.files, checkpoint.state, partition, metrics)
     partition.refresh_weights()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.errors import UserError, disk_problem, first_line
 from engine.files import PARTIAL, digest, discard, sync, sync_files, write_json, write_text
-from engine.loop.checkpoints.layout import find
+from engine.loop.checkpoints.layout import Depth, find
 from engine.loop.checkpoints.names import (
     LATEST,
     MANIFEST,
@@ -121,7 +121,7 @@ class Writer:
     def _kept(self) -> str:
         """What there is to go on from, in words."""
         try:
-            last = find(self.directory, LATEST)
+            last = find(self.directory, LATEST, Depth.HEADERS)
         except (OSError, UserError):
             return "the ones before it cannot be read"
         return f"the last complete one is {last}" if last else "there is no complete one"
