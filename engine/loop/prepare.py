@@ -1,6 +1,5 @@
 """What comes before the first step: the division of the batch, the shards, and the numbers of the run."""
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from engine.errors import UserError
 from engine.loop.checkpoints.state import State
 from engine.loop.run import Run
 from engine.messages import Progress, busy, say
+from engine.models.check import NotFinite
 from engine.models.family import Family
 from engine.processes import Processes
 
@@ -88,8 +88,12 @@ def _other_models(index: Index, family: Family, processes: Processes) -> str:
     now: dict[str, str] = {}
     with busy("Comparing the frozen models with those that built the shards"):
         for name, digest in family.encoding.encoder_digests().items():
-            with contextlib.suppress(UserError):  # not here, which training from shards allows
+            try:
                 now[name] = digest()
+            except NotFinite:
+                raise
+            except UserError:
+                pass  # not here, which training from shards allows
     before = index.identity.get("models", {})
     return differences({name: before.get(name) for name in now}, now)
 

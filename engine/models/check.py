@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
+import io
+import math
 import pickle
+import pickletools
 import re
 import zipfile
 from collections import OrderedDict
@@ -14,6 +17,9 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from accelerate import init_empty_weights
+from diffusers.models.model_loading_utils import load_model_dict_into_meta
+from diffusers.models.modeling_utils import no_init_weights
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -23,7 +29,7 @@ from torch.nn.modules.module import (
 )
 
 from engine.errors import UserError, first_line, out_of_memory
-from engine.files import lies_inside, reading
+from engine.files import lies_inside, open_regular, reading
 from engine.messages import say
 from engine.models.index import (
     INDEX,
@@ -50,7 +56,10 @@ _CONFIGURATIONS = (
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
-_READ = {*_CONFIGURATIONS, *TOKENIZER_FILES, "chat_template.jinja", "chat_template.json"}
+_READ = re.compile(
+    "|".join(map(re.escape, (*_CONFIGURATIONS, *TOKENIZER_FILES))) + r"|.*\.jinja|chat_template.json|additional_chat_templates"
+    r"|tekken\.json|(tokenizer|tiktoken)\.model.*"
+)
 _JUDGED = (*_CONFIGURATIONS, "special_tokens_map.json")
 # Entries by which a library would run, fetch or read something else, wherever they stand in a configuration.
 _PROGRAMS = ("auto_map", "custom_pipeline", "custom_pipelines", "gguf_file", "tokenizer_object", "transformers_weights")
@@ -59,10 +68,27 @@ _ATTENTION = (None, "eager", "sdpa")  # others may be kernels that are downloade
 _FILES = re.compile(r"fast_tokenizer_files|vocab|merges|init_inputs|(?!special_tokens_map_file)\w+_file")
 _SPECIAL_TOKENS = re.compile(r"\w+_tokens?")
 _PIECE = re.compile(r"[\w.-]{1,200}\.(?:safetensors|bin)")
+# What pickles of tensors are made with, as module and name.
+_TENSORS = re.compile(
+    r"collections OrderedDict|_codecs encode|torch\._tensor _rebuild_from_type_v2|torch\.nn\.parameter Parameter"
+    r"|torch\._utils _rebuild_(tensor(_v[23])?|parameter(_with_state)?)"
+    r"|torch (Size|device|(B?Float|Half|Double|Byte|Char|Short|Int|Long|Bool)\w*Storage)"
+    r"|torch (b?float\w*|u?int\d+|bool|half|double|long)|torch\.serialization _get_layout"
+)
+_LEGACY_PICKLES = 5  # one after another: what wrote it, three of them, the tensors, and the keys of their values
 _LEVELS = 3  # within each other, that training programs keep tensors in
 MOST_LAYERS = 10_000  # of a model; the largest of the published ones have some 3,000 layers and weights
 MOST_TIMESTEPS = 100_000
+MOST_NUMBER = 100_000  # in a configuration of diffusers; published ones have up to 16,384
+# Of which a prior makes a square mask; published ones have 77 and 4.
+_MOST = {"num_embeddings": 4096, "additional_embeddings": 16}
+LARGEST_SIDE = 4096  # pixels, and any other number, of an image processor
+_SCALES = ("resolution_multiple", "latent_dim_scale")  # of Wuerstchen's pipelines, between the sizes of their stages
 MOST_TOKENS = 2**20
+
+
+class NotFinite(UserError):
+    """A model is there, and holds values that are no numbers."""
 
 
 def check_pipeline(pipeline: Path, expected: Any, variant: str | None = None) -> Any:
@@ -104,6 +130,9 @@ def join_parts(pipeline: Path, expected: Any, parts: dict[str, Any]) -> Any:
     for name, value in given.items():
         if not isinstance(value, (int, float) if float in kinds[name] else kinds[name]):
             raise UserError(f"{pipeline / INDEX}: {name} is {value}, not a {kinds[name][0].__name__}; download it again")
+        usual = signature(expected.__init__).parameters[name].default
+        if name in _SCALES and not usual / 4 <= value <= usual * 4:
+            raise UserError(f"{pipeline / INDEX}: {name} is {value}, far from {usual}; download it again")
     with reading(pipeline, "give a pipeline whose parts belong together"):
         return expected(**(dict.fromkeys(names) | parts), **given)
 
@@ -144,8 +173,10 @@ def read_part(folder: Path, load: Any, within: Path | None = None) -> Any:
     if not _has_files(folder):
         raise UserError(f"{folder.parent}: no {folder.name} there; give a complete diffusers pipeline")
     for file in sorted((*folder.iterdir(), *folder.glob("additional_chat_templates/*"))):
-        require_inside(file, within or folder, weights=is_weights(file))
-        if file.name in _READ or file.suffix == ".jinja":
+        if is_weights(file):
+            require_inside(file, folder, weights=True)
+        elif _READ.fullmatch(file.name):
+            require_inside(file, within or folder)
             refuse_pointer(file)
         if file.name in _JUDGED and file.exists():
             _judge(file, read_json(file))
@@ -193,6 +224,9 @@ def _judge(file: Path, config: dict[str, Any]) -> None:
         found = config.get(key)
         if found is not None and not any(has_class(library, found) for library in libraries):
             raise UserError(f"{file}: its {key} is {found}, which the installed libraries do not have")
+    if file.name == "preprocessor_config.json":
+        with reading(file, "download it again"):
+            _require_bounded(config, LARGEST_SIDE)
     if config.get("quantization_config") is not None:
         raise UserError(
             f"{file.parent}: holds quantised weights, which cannot be trained or encoded with; give the model without"
@@ -200,6 +234,19 @@ def _judge(file: Path, config: dict[str, Any]) -> None:
     steps = config.get("num_train_timesteps")
     if steps is not None and not (type(steps) is int and 0 < steps <= MOST_TIMESTEPS):
         raise UserError(f"{file}: its num_train_timesteps is {steps}, not 1 to {MOST_TIMESTEPS}; download it again")
+
+
+def _require_bounded(config: Mapping[str, Any], most: int = MOST_NUMBER) -> None:
+    """Raises `ValueError` where a number or a list in a model's configuration is larger than any that a model needs."""
+    nested: list[tuple[str, Any]] = list(config.items())
+    while nested:
+        name, value = nested.pop()
+        if isinstance(value, dict | list | tuple):
+            if len(value) > MOST_LAYERS:
+                raise ValueError(f"its {name} has {len(value)} entries")
+            nested += value.items() if isinstance(value, dict) else [(name, one) for one in value]
+        elif isinstance(value, int) and abs(value) > _MOST.get(name, most):
+            raise ValueError(f"its {name} is {value}, more than any model has")
 
 
 def read_config(pipeline: Path, part: str, model: Any) -> dict[str, Any]:
@@ -238,6 +285,7 @@ def configured(config_class: Any, given: dict[str, Any]) -> Any:
         for key in (name, f"{name}_dict"):  # as older releases wrote it too
             if isinstance(given.get(key), dict):
                 values[key] = configured(inner, given[key]).to_dict()
+    _require_bounded(values, MOST_TOKENS)
     config = config_class(**values)
     if not isinstance(config.dtype, torch.dtype | None):
         raise ValueError(f"dtype {config.dtype}")
@@ -255,7 +303,7 @@ def variants(folder: Path) -> list[str]:
 
 
 def load_model(folder: Path, model: Any, variant: str | None, dtype: torch.dtype | None) -> Any:
-    """A part with its weights, on the host.
+    """A part with its weights, on the host: of the very files that `check_weights` compares.
 
     Args:
         dtype: None as the library has it: for transformers' models the file's, else fp32.
@@ -263,18 +311,11 @@ def load_model(folder: Path, model: Any, variant: str | None, dtype: torch.dtype
     Raises:
         UserError: it cannot be loaded.
     """
-    variant = present_variant(folder, variant)
+    files = weight_files(folder, model, present_variant(folder, variant))
+    load = _load_transformers if issubclass(model, transformers.PreTrainedModel) else _load_diffusers
     try:
-        if not issubclass(model, transformers.PreTrainedModel):
-            read_config(folder.parent, folder.name, model)
-            return model.from_pretrained(folder, variant=variant, torch_dtype=dtype)
-        # Given both, transformers looks for nothing else in the folder: adapters, other names of weights, programs.
-        tensors = {name: tensor for file in weight_files(folder, model, variant) for name, tensor in read_tensors(file).items()}
-        config = transformers_config(folder, model.config_class)
-        options = {"dtype": dtype, "output_loading_info": True}
-        loaded, found = model.from_pretrained(None, config=config, state_dict=tensors, **options)
-        if found["missing_keys"]:  # which the library fills with random numbers
-            raise ValueError(f"{min(found['missing_keys'])} is missing")
+        loaded = load(folder, model, files, dtype)
+        require_finite(folder, loaded.state_dict())
         return loaded
     except UserError:
         raise
@@ -282,6 +323,51 @@ def load_model(folder: Path, model: Any, variant: str | None, dtype: torch.dtype
         if out_of_memory(error):
             raise
         raise UserError(f"{folder}: cannot be loaded: {first_line(error)}; download it again") from None
+
+
+def _load_transformers(folder: Path, model: Any, files: list[Path], dtype: torch.dtype | None) -> Any:
+    """Given configuration and tensors, transformers looks for nothing else in the folder: adapters, other names, programs."""
+    tensors = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
+    config = transformers_config(folder, model.config_class)
+    options = {"dtype": dtype, "output_loading_info": True}
+    loaded, found = model.from_pretrained(None, config=config, state_dict=tensors, **options)
+    if found["missing_keys"]:  # which the library fills with random numbers
+        raise ValueError(f"{min(found['missing_keys'])} is missing")
+    return loaded
+
+
+def _load_diffusers(folder: Path, model: Any, files: list[Path], dtype: torch.dtype | None) -> Any:
+    """As diffusers' `from_pretrained`, which looks for other names of weights than those that were compared."""
+    read_config(folder.parent, folder.name, model)
+    config, usual = model.load_config(folder), torch.get_default_dtype()
+    _require_bounded(config)
+    torch.set_default_dtype(dtype or usual)  # of what the model computes from its configuration
+    try:
+        with no_init_weights(), init_empty_weights(), bounded():
+            loaded = model.from_config(config)
+    finally:
+        torch.set_default_dtype(usual)
+    for file in files:
+        stored = OrderedDict(read_tensors(file))
+        loaded._fix_state_dict_keys_on_load(stored)
+        load_model_dict_into_meta(loaded, stored, dtype=dtype)
+    if missing := sorted(name for name, tensor in loaded.state_dict().items() if tensor.is_meta):
+        raise ValueError(f"{missing[0]} is missing")
+    loaded.register_to_config(_name_or_path=folder)
+    return loaded.eval()
+
+
+def require_finite(where: Path, tensors: Mapping[str, Any]) -> None:
+    """Looks at every value of a model, in some 0.1 s per GB.
+
+    Raises:
+        NotFinite: of which tensor one is no number.
+    """
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
+            least, most = torch.aminmax(tensor.detach().float() if tensor.itemsize == 1 else tensor.detach())
+            if not (math.isfinite(least) and math.isfinite(most)):
+                raise NotFinite(f"{where}: {name} holds values that are not finite; download it again")
 
 
 def check_weights(folder: Path, model: Any, variant: str | None = None) -> Any:
@@ -345,7 +431,7 @@ def weight_files(folder: Path, model: Any, variant: str | None) -> list[Path]:
     first_names = next(names for base, names in _NAMES.items() if issubclass(model, base))
     middle = f".{variant}" if variant else ""
     for kind, first in first_names.items():
-        for index in (f"{first}.{kind}.index{middle}.json", f"{first}{middle}.{kind}.index.json"):
+        for index in (f"{first}.{kind}.index{middle}.json", f"{first}.{kind}{middle}.index.json"):
             if (folder / index).is_file():
                 pieces = _pieces(folder / index)
                 if missing := [piece.name for piece in pieces if not piece.is_file()]:
@@ -390,10 +476,33 @@ def read_tensors(file: Path, device: str = "cpu") -> dict[str, Any]:
     with _opened(file):
         if file.suffix == ".safetensors":
             return load_file(file, device)
-        mapped = zipfile.is_zipfile(file)  # what torch wrote before 1.6 is not
+        mapped = _require_tensors(file)
         stored = torch.load(file, map_location=device, weights_only=True, mmap=mapped)
         _require_named(stored, file.stat().st_size)
         return stored
+
+
+def _require_tensors(file: Path) -> bool:
+    """Refuses pickles that make anything but tensors, of what torch allows them: memory by any number, for a start.
+
+    Returns:
+        whether they are in an archive, as torch writes them since 1.6.
+    """
+    with open_regular(file) as opened:
+        archive = opened.read(4) == b"PK\3\4"  # torch's own look
+        opened.seek(0)
+        if archive:
+            with zipfile.ZipFile(file) as zipped:
+                if any(entry.file_size > entry.compress_size for entry in zipped.infolist()):
+                    raise ValueError("it is compressed")
+            pickles: Any = io.BytesIO(torch._C.PyTorchFileReader(str(file)).get_record("data.pkl"))
+        else:
+            pickles = opened
+        for _ in range(1 if archive else _LEGACY_PICKLES):
+            for code, argument, _ in pickletools.genops(pickles):
+                if code.name == "GLOBAL" and not _TENSORS.fullmatch(str(argument)):
+                    raise pickle.UnpicklingError(f"Weights only load failed: {argument}")
+    return archive
 
 
 def _require_named(stored: Any, size: int) -> None:
@@ -431,6 +540,7 @@ def empty_model(config: Mapping[str, Any], model: Any) -> Any:
 
     Wuerstchen's decoder draws all of them again for each of its modules: 12 s.
     """
+    _require_bounded(config)
     undrawn: Any = type(model.__name__, (model,), {"_init_weights": lambda *_: None})
     with torch.device("meta"), bounded():
         return undrawn.from_config(dict(config))

@@ -13,7 +13,7 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
 from engine.errors import UserError, first_line
-from engine.models.check import read_tensors
+from engine.models.check import read_tensors, require_finite
 
 CHECKPOINT_FILE = "model_v2_stage_b.pt"
 CHECKPOINT_ENTRY = "effnet_state_dict"
@@ -120,6 +120,7 @@ def read_weights(name: str, cache_dir: str | None) -> dict[str, Tensor]:
         if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
             raise UserError(f"{option}: holds no {CHECKPOINT_ENTRY}; give Wuerstchen's {CHECKPOINT_FILE}")
     _fitting(weights)
+    require_finite(path, weights)
     return weights
 
 

@@ -100,8 +100,8 @@ def has_class(home: Any, name: Any) -> bool:
 def _serves(part: str, found: Any, kinds: tuple[Any, ...]) -> bool:
     if "scheduler" in part:
         return issubclass(found, SchedulerMixin)
-    if issubclass(found, transformers.PreTrainedTokenizerBase):  # of which one reads the files of another
-        return any(isinstance(kind, type) and issubclass(kind, transformers.PreTrainedTokenizerBase) for kind in kinds)
+    if found is transformers.PreTrainedTokenizerFast:  # which reads the files of any; others read files of their own too
+        return any(isinstance(kind, type) and issubclass(kind, found) for kind in kinds)
     if issubclass(found, transformers.BaseImageProcessor):  # of which a release has several
         return found.__name__.startswith("CLIPImageProcessor") and any("ImageProcessor" in str(kind) for kind in kinds)
     return any(isinstance(kind, type) and issubclass(found, kind) for kind in kinds)

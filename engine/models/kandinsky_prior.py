@@ -19,7 +19,8 @@ from engine.catalogue import DECODER
 from engine.config.options import CacheConfig, TrainConfig
 from engine.data.format.index import Field
 from engine.diffusion import DiscreteSchedule, weighting
-from engine.models.check import check_pipeline, check_weights, load_model, present_variant, read_config
+from engine.files import reading
+from engine.models.check import check_pipeline, check_weights, load_model, present_variant, read_config, require_finite
 from engine.models.encoder import Encoder, Encoding
 from engine.models.family import PREVIEW_STEPS, Family
 from engine.models.pipelines import combine, load_pipeline, open_to_draw
@@ -104,10 +105,14 @@ class KandinskyPriorEncoding(Encoding):
         """The prior's `clip_mean` and `clip_std`, fp32 [1, width], without loading the rest of it where that is possible."""
         names = ("clip_mean", "clip_std")
         found: dict[str, Tensor] = {}
-        for file in sorted((self.path / "prior").glob("*.safetensors")):
+        for file in sorted((self.path / "prior").glob("diffusion_pytorch_model*.safetensors")):
             with safe_open(file, "pt") as tensors:
                 found |= {name: tensors.get_tensor(name).float() for name in names if name in tensors.keys()}  # noqa: SIM118
             if len(found) == len(names):
+                with reading(file, "download it again"):
+                    if any(tensor.shape != (1, self.prior_config["embedding_dim"]) for tensor in found.values()):
+                        raise ValueError(f"its {' and '.join(names)} are not of the prior's width")
+                require_finite(file, found)
                 return found
         prior = load_model(self.path / "prior", PriorTransformer, self.config.variant, torch.float32)
         return {name: getattr(prior, name).detach() for name in names}

@@ -17,15 +17,25 @@ from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPTokenizer, C
 
 from engine.config.options import CacheConfig
 from engine.errors import UserError, first_line
-from engine.files import digest, reading
-from engine.models.check import check_weights, is_weights, last_token, present_variant, read_part, transformers_config
-from engine.models.index import INDEX, read_index, require_inside
+from engine.files import digest, lies_inside, reading
+from engine.models.check import (
+    LARGEST_SIDE,
+    check_weights,
+    is_weights,
+    last_token,
+    present_variant,
+    read_part,
+    read_tensors,
+    require_finite,
+    transformers_config,
+    weight_files,
+)
+from engine.models.index import INDEX, read_index
 from engine.models.kinds import require_kind
 from engine.models.single_file import open_single_file
 
 LONGEST_CAPTION = 8192  # tokens
 LARGEST_PART = 2**37  # bytes of the files of a frozen model, in all their formats; those published have up to some 10 GiB
-LARGEST_SIDE = 4096  # pixels that CLIP's image processor may bring an image to
 
 
 def locate(config: CacheConfig, option: str, skip: Sequence[str] = ()) -> Path:
@@ -176,22 +186,27 @@ def digest_parts(pipeline: Path, models: dict[str, Any], variant: str | None = N
 
     def digest_part(folder: Path, model: Any) -> str:
         if model:
-            check_weights(folder, model, present_variant(folder, variant))
+            present = present_variant(folder, variant)
+            check_weights(folder, model, present)
+            for file in weight_files(folder, model, present):
+                require_finite(file, read_tensors(file))
         return digest_folder(folder)
 
     return {part: partial(digest_part, pipeline / part, model) for part, model in models.items()}
 
 
 def digest_folder(folder: Path) -> str:
-    """One digest over the names and contents of a folder's files.
+    """One digest over the names and contents of a folder's files; of what links lead to elsewhere, weights alone are.
 
     Raises:
-        UserError: a link leads out of it (`require_inside`), or it holds more than any part does.
+        UserError: it holds more than any part does.
     """
     total = hashlib.sha256()
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    for path in files:
-        require_inside(path, folder, weights=is_weights(path))
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and (is_weights(path) or lies_inside(path, folder) or lies_inside(path, folder.parent))
+    ]
     if (size := sum(path.stat().st_size for path in files)) > LARGEST_PART:
         raise UserError(f"{folder}: holds {size >> 30} GiB, more than any frozen model; leave its own files there alone")
     for path in files:

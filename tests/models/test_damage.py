@@ -1,25 +1,33 @@
 """Whatever stands in the files of a model: one line with its name, before anything is encoded, and never a trace or a wait."""
 
 import contextlib
+import itertools
 import json
+import math
 import os
+import pickle
 import random
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, PriorTransformer, UNet2DConditionModel, VQModel
 from safetensors.torch import load_file, save_file
+from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
+from transformers import CLIPTextModel
 
-from engine.catalogue import FAMILIES, MODEL, PRIOR
+from engine.catalogue import DECODER, FAMILIES, MODEL, PRIOR
 from engine.config.options import TrainConfig
 from engine.errors import UserError
 from engine.models import single_file
+from engine.models.check import NotFinite, check_weights, load_model, read_tensors, require_finite
 from engine.models.efficientnet import read_weights
 from engine.models.family import open_family
 from engine.models.original_layout import write_single_file
-from engine.models.published import digest_folder
+from engine.models.published import digest_folder, digest_parts
 from engine.models.single_file import open_single_file
 from tests.models.test_check import RESOLUTION, change
 from tests.models.test_single_file import configuration
@@ -27,6 +35,11 @@ from tests.models.test_single_file import configuration
 VALUES = [None, True, 0, -1, 7, 10**9, 10**18, 10**400, 0.5, 1e308, "", "\x1b[31m\nred", "x" * 5000, "../../etc", [], {}, [[]],
           [1], [10**9], ["a"], [None], {"a": 1}, "\ud800"]  # fmt: skip
 CONTENTS = [b"", b"null", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000, b"{}", b"NaN", b'{"a":1,"a":2}', b"\0" * 9]
+
+
+@pytest.fixture
+def copied_model(model, tmp_path) -> Path:
+    return Path(shutil.copytree(model, tmp_path / "copy"))
 
 
 def open_whole(family: str, models: dict[str, str]) -> None:
@@ -99,7 +112,8 @@ def test_mutated_folders_are_one_line(family, published, tmp_path):
     ("scheduler/scheduler_config.json", {"quantization_config": "x"}), ("vae/config.json", {"block_out_channels": 3}),
     ("tokenizer/tokenizer_config.json", {"model_max_length": 10**12}), ("unet/config.json", {"_diffusers_version": "x"}),
     ("tokenizer/tokenizer_config.json", {"more": "\ud800"}), ("unet/config.json", {"norm_eps": "x"}),
-    ("model_index.json", {"requires_safety_checker": []}),
+    ("model_index.json", {"requires_safety_checker": []}), ("unet/config.json", {"layers_per_block": 400_000_000}),
+    ("vae/config.json", {"more": [1] * 20_000}), ("text_encoder/config.json", {"intermediate_size": 2**21}),
 ])  # fmt: skip
 def test_numbers_that_ask_for_too_much_are_refused(file, changes, model, tmp_path):
     shutil.copytree(model, tmp_path / "copy")
@@ -127,7 +141,8 @@ def test_tokens_are_numbered_within_reason(model, tmp_path):
 def test_an_image_processor_makes_images_of_the_encoders_size(published, tmp_path):
     models = published("kandinsky-prior")
     for changes in ({"size": {"shortest_edge": 10**9}}, {"crop_size": {"height": 10**9, "width": 10**9}}, {"size": []},
-                    {"image_std": [0, 0, 0]}, {"image_mean": "x"}, {"crop_size": {"height": 16, "width": 16}}):  # fmt: skip
+                    {"image_std": [0, 0, 0]}, {"do_pad": True, "pad_size": {"height": 16000, "width": 16000}},
+                     {"image_mean": "x"}, {"crop_size": {"height": 16, "width": 16}}):  # fmt: skip
         shutil.rmtree(tmp_path / "copy", ignore_errors=True)
         shutil.copytree(models[PRIOR], tmp_path / "copy")
         change(tmp_path / "copy" / "image_processor" / "preprocessor_config.json", **changes)
@@ -212,3 +227,91 @@ def test_original_configurations_of_anything_else_are_one_line(text, single, mod
     given.write_text(text) if text is not None else os.mkfifo(given)
     with pytest.raises(UserError, match=r"--original_config .*x.yaml: not the YAML of a Stable Diffusion"):
         open_single_file(file, configuration(file, model, tmp_path, original_config=str(given)))
+
+
+@pytest.mark.parametrize("made", ["__builtin__ bytearray", "torch FloatTensor", "torch.storage UntypedStorage"])
+@pytest.mark.parametrize("archive", [True, False])
+def test_pickles_make_tensors_alone(made, archive, tmp_path):
+    """torch would take memory by the number that stands there."""
+    called = b"c" + made.replace(" ", "\n").encode() + b"\n\x8a\x05" + (2 << 30).to_bytes(5, "little") + b"\x85R"
+    content = b"\x80\x02}X\x01\x00\x00\x00a" + called + b"s."
+    file = tmp_path / "x.bin"
+    if archive:
+        with zipfile.ZipFile(file, "w") as zipped:
+            for entry, value in {"data.pkl": content, "version": b"3\n", "byteorder": b"little"}.items():
+                zipped.writestr(f"archive/{entry}", value)
+    else:
+        head = [pickle.dumps(value, 2) for value in (MAGIC_NUMBER, PROTOCOL_VERSION, {"little_endian": True})]
+        file.write_bytes(b"".join([*head, content, pickle.dumps([], 2)]))
+    with pytest.raises(UserError, match=f"{file}: holds programs beside tensors"):
+        read_tensors(file, "meta")
+
+
+def test_compressed_archives_are_refused(tmp_path):
+    torch.save({"x": torch.zeros(10**6)}, tmp_path / "x.bin")
+    with zipfile.ZipFile(tmp_path / "x.bin") as plain, zipfile.ZipFile(tmp_path / "y.bin", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    assert read_tensors(tmp_path / "x.bin")["x"].numel() == 10**6
+    with pytest.raises(UserError, match="y.bin: truncated or damaged.*compressed"):
+        read_tensors(tmp_path / "y.bin")
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"), [("vae", AutoencoderKL), ("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel)]
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_are_numbers(part, kind, value, copied_model):
+    (file,) = (copied_model / part).glob("*.safetensors")
+    tensors = load_file(file)
+    name = sorted(tensors)[3]
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UserError, match=f"{part}: {name.replace('.', '[.]')} holds values that are not finite"):
+        load_model(copied_model / part, kind, None, torch.bfloat16)
+    with pytest.raises(NotFinite, match=f"{file}: .*{name} holds values that are not finite"):
+        digest_parts(copied_model, {part: kind})[part]()
+
+
+def test_finite_weights_of_any_size_and_kind_are_taken(tmp_path):
+    largest = torch.finfo(torch.float32).max
+    tensors = [torch.full((9,), largest), torch.full((9,), 65504.0).half(), torch.zeros(0), torch.ones(3, dtype=torch.int64)]
+    require_finite(tmp_path, {str(number): tensor for number, tensor in enumerate(tensors)})
+    require_finite(tmp_path, {"bfloat16": torch.ones(3).bfloat16(), "float8": torch.ones(3).to(torch.float8_e4m3fn), "step": 5})
+
+
+def test_the_weights_that_are_loaded_are_those_that_were_compared(copied_model):
+    """diffusers looks for other names, by the dots in a path among others."""
+    folder = copied_model.rename(copied_model.with_name("v1.5")) / "vae"
+    file = folder / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    kept = dict(tensors)
+    kept.pop("encoder.conv_in.weight")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, folder / "other.safetensors")
+    index = json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, "other.safetensors")})
+    (folder / "diffusion_pytorch_model.fp16.safetensors.index.json").write_text(index)
+    save_file(kept, folder / "diffusion_pytorch_model.fp16.safetensors")
+    with pytest.raises(UserError, match=r"vae: the weights do not fit config.json: encoder.conv_in.weight is missing"):
+        check_weights(folder, AutoencoderKL, "fp16")
+    with pytest.raises(UserError, match=r"vae: cannot be loaded: encoder.conv_in.weight is missing"):
+        load_model(folder, AutoencoderKL, "fp16", torch.float32)
+    save_file(tensors, folder / "diffusion_pytorch_model.fp16.safetensors")
+    check_weights(folder, AutoencoderKL, "fp16")
+    loaded = load_model(folder, AutoencoderKL, "fp16", torch.float32).state_dict()
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16])
+@pytest.mark.parametrize(("option", "part", "model"), [
+    (PRIOR, "prior", PriorTransformer), (DECODER, "movq", VQModel), (DECODER, "unet", UNet2DConditionModel),
+])  # fmt: skip
+def test_models_are_loaded_as_diffusers_does(option, part, model, dtype, published):
+    folder = Path(published("kandinsky-prior")[option]) / part
+    ours, theirs = load_model(folder, model, None, dtype), model.from_pretrained(folder, torch_dtype=dtype)
+    tensors = [dict(itertools.chain(one.named_parameters(), one.named_buffers())) for one in (ours, theirs)]
+    assert [(name, tensor.dtype, tensor.stride()) for name, tensor in tensors[0].items()] == [
+        (name, tensor.dtype, tensor.stride()) for name, tensor in tensors[1].items()
+    ]
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    assert ours.config == theirs.config
+    assert not ours.training
