@@ -75,6 +75,7 @@ LEFT_TO_OPTIONS = {
     },
     "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "steps_per_print": 2000, "train_batch_size": "auto",
     "train_micro_batch_size_per_gpu": "auto", "wall_clock_breakdown": False,
+    "tensorboard": {"enabled": False, "output_path": "logs"}, "flops_profiler": {"enabled": False},
 }  # fmt: skip
 # The same with the values of the options in the place of "auto".
 REPEATED = LEFT_TO_OPTIONS | {
@@ -92,7 +93,8 @@ REPEATED = LEFT_TO_OPTIONS | {
 def test_what_is_left_to_the_options_or_repeats_them_is_accepted(content, tmp_path):
     result = merged(tmp_path, content, zero_stage=2)
     plain = deepspeed_config(options(zero_stage=2), elements=10**9, overlap=False)
-    assert not {"optimizer", "scheduler", "train_batch_size", "amp", "data_types"} & result.keys()
+    dropped = {"optimizer", "scheduler", "train_batch_size", "amp", "data_types", "tensorboard", "flops_profiler"}
+    assert not dropped & result.keys()
     for name in ("gradient_clipping", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         assert result[name] == plain[name]
     assert result["zero_optimization"]["stage"] == 2
@@ -127,6 +129,12 @@ def test_the_schedule_of_a_file_is_said_to_be_ours(model, images, shards, tmp_pa
         ({"optimizer": {"params": {"max_coeff": 1}}}, "optimizer.params.max_coeff is not known to the engine's own optimizer"),
         ({"scheduler": {"params": {"warmup_num_steps": 5}}}, "warmup_num_steps is 5, but 500 by --lr_warmup_steps"),
         ({"scheduler": {"params": {"cycle_first_step_size": 5}}}, "cycle_first_step_size is not known to --lr_scheduler"),
+        *(
+            ({name: {"enabled": True, "output_path": "/x"}}, f"{name} is not taken from a file; leave it out")
+            for name in ("tensorboard", "csv_monitor", "wandb", "comet", "flops_profiler", "autotuning", "no_section")
+        ),
+        ({"zero_optimization": {"offload_param": {"nvme_path": "/x"}}}, "offload_param.nvme_path is not taken .* --nvme_path"),
+        ({"zero_optimization": {"leaf_module": {"classes": ["os.x"]}}}, "zero_optimization.leaf_module is not taken"),
         ({"train_batch_size": 8}, "train_batch_size is 8, but 4 by --train_batch_size x accumulation x processes"),
         ({"amp": {"enabled": True}}, "amp.enabled is true, but false by --mixed_precision"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, 'offload_optimizer.device is "cpu", but "none"'),

@@ -101,6 +101,16 @@ def _decided(config: TrainConfig) -> dict[str, tuple[str, Any]]:
     }
 
 
+# What a file may hold. Other sections write reports and measurements where they say, or do the engine's part in another way.
+_SECTIONS = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16", "fp16",
+    "amp", "data_types", "optimizer", "scheduler", "zero_optimization", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
+    "disable_allgather", "activation_checkpointing", "aio", "steps_per_print", "wall_clock_breakdown", "memory_breakdown",
+    "dump_state", "comms_logger", "timers", "log_level",
+}  # fmt: skip
+# Options of its sections that name places or code.
+_REFUSED = {"nvme_path": "use --offload_optimizer nvme with --nvme_path", "leaf_module": "", "zenflow": ""}
 # Sections that DeepSpeed is not given -> what stands in their place.
 _NOT_GIVEN = {"optimizer": "the engine's own optimizer", "scheduler": "--lr_scheduler"}
 
@@ -128,6 +138,10 @@ def _merge(ours: dict[str, Any], theirs: dict[str, Any], config: TrainConfig, pa
     merged, decided, file = dict(ours), _decided(config), f"--deepspeed_config {config.deepspeed_config}"
     for key, value in theirs.items():
         name = f"{path}{key}"
+        if (not path and key not in _SECTIONS) or key in _REFUSED:
+            if value is None or value is False or (isinstance(value, dict) and value.get("enabled") is False):
+                continue  # as templates have it
+            raise UserError(f"{file}: {name} is not taken from a file; {_REFUSED.get(key) or 'leave it out'}")
         section = name.split(".")[0]
         if isinstance(value, dict):
             known = ours.get(key, {})
