@@ -65,10 +65,10 @@ def info_command(arguments: list[str]) -> int:
     parser.add_argument(
         "--records", type=whole(0, 1024), default=24, help="records on the contact sheet, 0 for none (default: 24)"
     )
-    parser.add_argument("--record", type=whole(0, 2**40), help="only say which file and captions this record came from")
+    parser.add_argument("--record", type=whole(0, 2**40), help="only say which sample and captions this record came from")
     parser.add_argument("--output", type=Path, help="the contact sheet (default: contact-sheet.png beside the shards)")
     for name in _DATA:
-        parser.add_argument(f"--{name}", help="with --record: the data set, where it lies elsewhere now or is the hub's")
+        parser.add_argument(f"--{name}", help="with --record: the data set, to name the file in it")
     for name in _MODELS:
         parser.add_argument(f"--{name}", help="to decode with, as for build; without any there is no contact sheet")
     options = parser.parse_args(arguments)
@@ -81,9 +81,9 @@ def info_command(arguments: list[str]) -> int:
 
     index = Index.read(options.directory)
     if options.record is not None:
-        from engine.data.describe import describe_record
+        from engine.data.describe import DATA, describe_record
 
-        print(describe_record(options.directory, index, options.record, given([*_DATA, "cache_dir"])))
+        print(describe_record(options.directory, index, options.record, given(DATA)))
         return 0
     output = options.output or options.directory / "contact-sheet.png"
     models = given(_MODELS)

@@ -46,7 +46,7 @@ def test_info_describes_and_draws(shards, model, tmp_path, capsys, monkeypatch):
 def test_info_maps_a_record_to_its_file(shards, images, capsys, monkeypatch):
     rows = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()]
     for record in (0, 4, 5, 11):
-        assert main(monkeypatch, "info", str(shards), "--record", str(record)) == 0
+        assert main(monkeypatch, "info", str(shards), "--record", str(record), "--train_data_dir", str(images)) == 0
         output = capsys.readouterr().out
         assert f"file           {rows[record]['file_name']} of {images}\n" in output
         assert output.endswith(f"caption        {rows[record]['text']!r}\n")

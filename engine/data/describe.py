@@ -22,6 +22,8 @@ from engine.picture import labelled_grid
 if TYPE_CHECKING:  # the libraries of the models take seconds, and a summary needs none
     from engine.models.encoder import Encoding
 
+DATA = ("dataset_name", "dataset_config_name", "train_data_dir", "cache_dir")  # options that name a data set
+
 
 def summary(directory: Path, index: Index) -> str:
     """What an index says, for a person."""
@@ -43,10 +45,10 @@ def summary(directory: Path, index: Index) -> str:
 
 
 def describe_record(directory: Path, index: Index, record: int, given: dict[str, str]) -> str:
-    """Where a record lies, and what it came from; the data set is opened again for the name of its file.
+    """Where a record lies, and what it came from; with the data set the name of its file.
 
     Args:
-        given: options that name the data set, instead of those that the shards were built with.
+        given: options that name the data set.
 
     Raises:
         UserError: there is no such record.
@@ -72,12 +74,13 @@ def describe_record(directory: Path, index: Index, record: int, given: dict[str,
 
 
 def _file_of(directory: Path, index: Index, sample: int, given: dict[str, str]) -> str:
-    """The file of a sample. What an index names is not fetched from the hub, and nothing is written where it says."""
+    """The file of a sample in the data set that is given; an index may name any place, which is not opened."""
+    if not given.keys() & {"dataset_name", "train_data_dir"}:
+        return "give the data set to name it: --train_data_dir or --dataset_name"
     try:
-        with reading(directory / INDEX, "give --train_data_dir or --dataset_name"):
-            config = load(CacheConfig, index.config | {"cache_dir": None} | given, str(directory / INDEX))
-            if not given and config.dataset_name and not Path(config.dataset_name).exists():
-                return f"unknown: --dataset_name {config.dataset_name} opens the data set that the shards name"
+        with reading(directory / INDEX, "build the shards again"):
+            built = {name: value for name, value in index.config.items() if name not in DATA}
+            config = load(CacheConfig, built | given, str(directory / INDEX))
             source = open_source(config, FAMILIES[config.family].captioned)
     except UserError as error:
         return f"unknown: {error}"

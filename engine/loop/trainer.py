@@ -160,7 +160,7 @@ def cause_of_skips(slots: list[int], records: list[int]) -> str:
     named = ", ".join(f"slot {slot} (record {record})" for slot, record in zip(slots, records, strict=True))
     return (
         f"losses of these samples were not, and those of others were: {named}. `python -m engine.shards info DIR --record "
-        f"{records[-1]}` says which image that is; look at it"
+        f"{records[-1]}` with the data set (--train_data_dir or --dataset_name) says which image that is; look at it"
     )
 
 

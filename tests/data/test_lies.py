@@ -243,11 +243,16 @@ def test_info_prints_no_escapes(copy, monkeypatch, capsys):
         assert "\u202e" not in output
 
 
-def test_info_fetches_no_data_set_that_an_index_names(copy, images, monkeypatch, capsys):
-    edit(copy, lambda index: index["config"].update(train_data_dir=None, dataset_name="nobody/nothing", cache_dir="/evil"))
+@pytest.mark.parametrize("named", [{"train_data_dir": "/"}, {"train_data_dir": None, "dataset_name": "nobody/nothing"}])
+def test_info_opens_no_data_set_that_an_index_names(named, copy, images, monkeypatch, capsys):
+    edit(copy, lambda index: index["config"].update(named, cache_dir="/evil"))
     monkeypatch.setattr("engine.data.describe.open_source", lambda *arguments: pytest.fail("opened"))
-    assert info(copy, monkeypatch, "--record", "1") == 0
-    assert "unknown: --dataset_name nobody/nothing opens the data set that the shards name" in capsys.readouterr().out
+    for options in (), ("--cache_dir", "/tmp"), ("--dataset_config_name", "x"):
+        assert info(copy, monkeypatch, "--record", "1", *options) == 0
+        output = capsys.readouterr().out
+        assert "sample         1 of the data set\n" in output
+        assert "file           give the data set to name it: --train_data_dir or --dataset_name\n" in output
     monkeypatch.undo()
-    assert info(copy, monkeypatch, "--record", "1", "--dataset_name", str(images)) == 0
-    assert f"file           001.png of {images}\n" in capsys.readouterr().out
+    for option in ("--dataset_name", "--train_data_dir"):
+        assert info(copy, monkeypatch, "--record", "1", option, str(images)) == 0
+        assert f"file           001.png of {images}\n" in capsys.readouterr().out
