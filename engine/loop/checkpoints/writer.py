@@ -139,6 +139,7 @@ class Writer:
             raise OSError("process 0 could not write its part")
         half = _note(aside, rank).with_suffix(PARTIAL)
         half.write_text(written)
+        sync(half)
         half.rename(_note(aside, rank))  # from here on the first process may remove everything
         if self.processes.is_first:
             digests = self._digests(aside)
