@@ -3,13 +3,21 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
+from engine.catalogue import FAMILIES, IMAGE_ENCODER, PIPELINES
 from engine.config.checks import check_writable
 from engine.config.command_line import CONFIG, Parser, choose, load, open_any, read_toml
 from engine.config.options import TrainConfig
 from engine.errors import UserError, exit_code, first_line, printable
 from engine.files import open_regular
 
+# What may be fetched for an export, each only by the user's word, and the rest of what says where models are.
+_FETCHED = (*PIPELINES, IMAGE_ENCODER, "tokenizer_name")
+_REVISIONS = ("revision", "non_ema_revision")
+_MODELS = (*_FETCHED, *_REVISIONS, "variant", "original_config", "cache_dir")
+# What a configuration beside a checkpoint, which may be a stranger's, says of another machine: of no use to an export.
+_PASSED_OVER = ("cache_dir", "compile_cache_dir", "logging_dir", "report_to", "push_to_hub", "hub_token", "hub_model_id")
 USAGE = "python -m engine.checkpoint info|verify|export DIR; DIR is a checkpoint, or an output directory for its latest"
 
 
@@ -71,13 +79,19 @@ def export_command(arguments: list[str]) -> int:
     parser.add_argument(
         "--kind", choices=["ema", "weight"], help="which weights (default: the moving average, if there is one)"
     )
+    for name in _MODELS:
+        parser.add_argument(f"--{name}", help="as for engine.run, in place of what the configuration says")
     options = parser.parse_args(arguments)
     check_writable("--output_dir", options.output_dir)
     directory = _locate(options.directory)
     file, opened = (options.config, open_any) if options.config else (directory.parent / CONFIG, open_regular)
     if not os.path.lexists(file):
         raise UserError(f"{file}: no such file; name the run's config.toml with --config")
-    config = load(TrainConfig, read_toml(TrainConfig, file, str(file), opened), str(file))
+    values = read_toml(TrainConfig, file, str(file), opened)
+    given = {name: value for name in _MODELS if (value := getattr(options, name)) is not None}
+    if not options.config:
+        values = _of_a_stranger(file, values, given)
+    config = load(TrainConfig, values | given, str(file))
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     from engine.loop.checkpoints.layout import open_checked, or_another
     from engine.loop.checkpoints.models import whole_parameters
@@ -105,6 +119,25 @@ def export_command(arguments: list[str]) -> int:
         save_pipeline(options.output_dir, family, model, to_published_form(model, whole))
     print(f"{kind} of step {checkpoint.state.step} in {options.output_dir / family.result}")
     return 0
+
+
+def _of_a_stranger(file: Path, values: dict[str, Any], given: dict[str, str]) -> dict[str, Any]:
+    """What an export may take from a configuration that lies beside a checkpoint.
+
+    Raises:
+        UserError: by its word alone, something would be fetched that is not the family's own published model.
+    """
+    family = values.get("family")
+    published = FAMILIES[family].published if isinstance(family, str) and family in FAMILIES else {}
+    named = {name: value for name in _FETCHED if isinstance(value := values.get(name), str) and name not in given}
+    elsewhere = {name: value for name, value in named.items() if not os.path.exists(os.path.expanduser(value))}  # noqa: PTH110, PTH111 (strangers' names)
+    asked = {name: value for name, value in elsewhere.items() if value != published.get(name)}
+    if elsewhere or not all(map(os.path.exists, given.values())):
+        asked |= {name: values[name] for name in _REVISIONS if values.get(name) and name not in given}
+    if asked:
+        wanted = " ".join(f"--{name} {value}" for name, value in asked.items())
+        raise UserError(f"{file}: what is not on this machine is fetched by your word alone; add {wanted}, or local folders")
+    return {name: value for name, value in values.items() if name not in _PASSED_OVER}
 
 
 COMMANDS = {"info": info_command, "verify": verify_command, "export": export_command}

@@ -61,7 +61,7 @@ def main() -> int:
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     import torch
 
-    from engine.models.pipelines import compile_denoisers, draw, open_pipeline
+    from engine.models.pipelines import compile_denoisers, draw, open_pipeline, require_drawable
     from engine.picture import labelled_grid, save_png
 
     quiet_libraries()
@@ -70,6 +70,8 @@ def main() -> int:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     pipeline = open_pipeline(model, options.other_half, dtype)
     _check_sampling(pipeline, options.resolution, options.num_inference_steps)
+    if options.resolution is None:
+        require_drawable(pipeline, model, "give --resolution")
     pipeline = pipeline.to(device)
     pipeline.set_progress_bar_config(disable=None)
     # Wuerstchen is guided in its prior alone.

@@ -1,14 +1,17 @@
 """python -m engine.checkpoint: what it says of a checkpoint, and the pipeline that it exports."""
 
 import shutil
+import tomllib
 
 import pytest
+import tomli_w
 from safetensors.torch import load_file
 
 from engine import checkpoint
 from engine.config.command_line import to_toml
 from engine.errors import UserError
 from engine.loop.trainer import train
+from engine.models import published
 from tests.loop import test_families as families
 from tests.loop.runs import config, flip_last_byte
 
@@ -80,3 +83,33 @@ def test_an_export_needs_none_of_the_cards_that_the_training_needed(published, p
 def test_mistakes_are_named(arguments, named, monkeypatch):
     with pytest.raises(UserError, match=named):
         command(monkeypatch, *arguments)
+
+
+@pytest.mark.parametrize(("said", "asked"), [
+    ({"pretrained_model_name_or_path": "somebody/something"}, "--pretrained_model_name_or_path somebody/something"),
+    ({"tokenizer_name": "somebody/words"}, "--tokenizer_name somebody/words"),
+    ({"pretrained_model_name_or_path": "a/b", "revision": "refs/pr/1"}, "--revision refs/pr/1"),
+    ({"cache_dir": "{tmp}/made"}, ""),
+])  # fmt: skip
+def test_a_configuration_beside_a_checkpoint_fetches_and_makes_nothing(said, asked, trained, tmp_path, monkeypatch):
+    shutil.copytree(trained / "checkpoint-4", tmp_path / "checkpoint-4")
+    values = tomllib.loads((trained / "config.toml").read_text()) | said
+    lines = tomli_w.dumps(values).replace("{tmp}", str(tmp_path))
+    (tmp_path / "config.toml").write_text(lines)
+    monkeypatch.setattr(published, "download", lambda *_, **__: pytest.fail("fetched"))
+    words = ["export", tmp_path, "--output_dir", tmp_path / "out"]
+    if asked:
+        with pytest.raises(UserError, match=f"config.toml: what is not on this machine .* add .*{asked}"):
+            command(monkeypatch, *words)
+    else:
+        assert command(monkeypatch, *words) == 0
+        assert not (tmp_path / "made").exists()
+
+
+def test_models_of_an_export_are_named_on_the_command_line(trained, model, tmp_path, monkeypatch):
+    shutil.copytree(trained / "checkpoint-4", tmp_path / "checkpoint-4")
+    values = tomllib.loads((trained / "config.toml").read_text()) | {"pretrained_model_name_or_path": "somebody/something"}
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(values))
+    words = ["export", tmp_path, "--output_dir", tmp_path / "out"]
+    assert command(monkeypatch, *words, "--pretrained_model_name_or_path", model) == 0
+    assert weights(tmp_path / "out").keys() == weights(trained).keys()

@@ -14,6 +14,7 @@ from engine import sample
 from engine.errors import UserError, exit_code
 from engine.models import pipelines
 from engine.models.pipelines import draw, open_pipeline
+from tests.models.test_check import change, write_safety_checker
 
 HALVES = {
     "sd": ("pretrained_model_name_or_path", None),
@@ -142,3 +143,45 @@ def test_a_pipeline_with_a_damaged_part_is_named(model, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sample", "--model", str(tmp_path / "model"), "--prompts", "x"])
     with pytest.raises(UserError, match="model.safetensors: truncated or damaged"):
         sample.main()
+
+
+def test_a_size_that_nothing_is_trained_for_is_asked_for(model, tmp_path, monkeypatch):
+    change(shutil.copytree(model, tmp_path / "model") / "unet" / "config.json", sample_size=2048)
+    with pytest.raises(UserError, match=r"draws images of 4096 px; give --resolution"):
+        draw_with(monkeypatch, tmp_path / "model", tmp_path)
+    draw_with(monkeypatch, tmp_path / "model", tmp_path, "--resolution", "16")
+
+
+def test_scales_and_sides_of_a_pipeline_are_bounded(published, model, tmp_path, monkeypatch):
+    options = published("wuerstchen")
+    for name, file, entry in (("prior", "pretrained_prior_model_name_or_path", "resolution_multiple"),
+                              ("decoder", "pretrained_decoder_model_name_or_path", "latent_dim_scale")):  # fmt: skip
+        change(shutil.copytree(options[file], tmp_path / name) / "model_index.json", **{entry: 1e-4})
+        with pytest.raises(UserError, match=f"model_index.json: {entry} is 0.0001, far from"):
+            draw_with(monkeypatch, tmp_path / name, tmp_path)
+    write_safety_checker(shutil.copytree(model, tmp_path / "model"))
+    change(tmp_path / "model" / "feature_extractor" / "preprocessor_config.json", do_pad=True, pad_size={"height": 16000})
+    with pytest.raises(UserError, match=r"preprocessor_config.json: cannot be read: its height is 16000"):
+        draw_with(monkeypatch, tmp_path / "model", tmp_path)
+    options = published("kandinsky-prior")
+    prior = shutil.copytree(options["pretrained_prior_model_name_or_path"], tmp_path / "kandinsky")
+    change(prior / "prior" / "config.json", additional_embeddings=12000)
+    with pytest.raises(UserError, match=r"its additional_embeddings is 12000, more than any model has"):
+        draw_with(monkeypatch, prior, tmp_path)
+
+
+def draw_with(monkeypatch, model, directory, *more) -> int:
+    words = [
+        "--model",
+        model,
+        "--prompts",
+        "a",
+        "--images_per_prompt",
+        1,
+        "--num_inference_steps",
+        1,
+        "--output",
+        directory / "a.png",
+    ]
+    monkeypatch.setattr(sys, "argv", ["sample", *map(str, words), *more])
+    return sample.main()

@@ -22,6 +22,7 @@ from engine.models.check import absent_parts, check_pipeline, join_parts, load_p
 from engine.models.index import classes_of, read_index
 from engine.models.published import download
 
+LARGEST_SIDE = 2048  # pixels of an image that no one gave a size for
 DENOISERS = ("unet", "prior_prior", "decoder")  # the parts of pipelines that are called once or twice per sampling step
 
 # Family of the prior -> prior, decoder, and the pipeline that joins them.
@@ -132,6 +133,20 @@ def draw(pipeline: Any, prompts: list[str], count: int, seed: int, **arguments: 
     for prompt in prompts:
         generator = torch.Generator(pipeline.device).manual_seed(seed)
         yield prompt, pipeline(prompt, num_images_per_prompt=count, generator=generator, **arguments).images
+
+
+def require_drawable(pipeline: Any, where: Path, remedy: str) -> None:
+    """Refuses a Stable Diffusion whose images, where no size is given, would have more pixels than any is trained for.
+
+    Raises:
+        UserError: it would go on without end.
+    """
+    if {"vae", "unet"} <= pipeline.components.keys():
+        size = pipeline.unet.config.sample_size
+        sides = size if isinstance(size, list | tuple) else [size]
+        most = max((side * pipeline.vae_scale_factor for side in sides if type(side) is int), default=0)
+        if most > LARGEST_SIDE:
+            raise UserError(f"{where}: by the sample_size of its unet it draws images of {most} px; {remedy}")
 
 
 def compile_denoisers(pipeline: Any) -> None:

@@ -33,7 +33,7 @@ from engine.models.check import (
 from engine.models.encoder import Encoder, Encoding
 from engine.models.family import PREVIEW_STEPS, Family
 from engine.models.kinds import require_text_to_image
-from engine.models.pipelines import load_pipeline
+from engine.models.pipelines import load_pipeline, require_drawable
 from engine.models.published import digest_parts, locate, read_scheduler, read_text_parts, require_equal, tokenize
 
 
@@ -135,7 +135,9 @@ class StableDiffusion(Family):
             raise UserError(f"--dream_training needs prediction type epsilon, not {self.prediction_type}")
 
     def check_files(self) -> None:
-        check_pipeline(self.encoding.path, StableDiffusionPipeline, self.config.variant)
+        pipeline = check_pipeline(self.encoding.path, StableDiffusionPipeline, self.config.variant)
+        if self.config.validation_prompts:
+            require_drawable(pipeline, self.encoding.path, "leave out --validation_prompts")
         self.try_step(check_weights(self.unet, UNet2DConditionModel, self._unet_variant()))
 
     @cached_property
