@@ -206,3 +206,27 @@ def test_rows_that_unpack_without_bounds_are_refused(tmp_path, cache, monkeypatc
     with pytest.raises(UserError, match="its rows take more than 1 MiB, many times the size of its files"):
         opened(tmp_path / "train.parquet", **cache)
     assert sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*.arrow")) < 2**20
+
+
+@pytest.mark.parametrize("new", [pa.ipc.new_stream, pa.ipc.new_file])
+@pytest.mark.parametrize("kind", ["zstd", "lz4", None])
+def test_arrow_files_say_what_they_unpack_to(kind, new, tmp_path, cache, monkeypatch):
+    table, options = pa.table({"image": [b"x" * 2**14] * 700, "text": ["a"] * 700}), pa.ipc.IpcWriteOptions(compression=kind)
+    with pa.OSFile(str(tmp_path / "train.arrow"), "wb") as sink, new(sink, table.schema, options=options) as stream:
+        stream.write_table(table, 300)
+    shutil.copytree(saved(tmp_path / "saved"), tmp_path / "small")
+    shutil.copy(tmp_path / "train.arrow", tmp_path / "saved" / "data-00000-of-00001.arrow")
+    assert table.nbytes <= sum(map(local._unpacked_size, messages(tmp_path / "train.arrow"))) < table.nbytes + 2000
+    assert len(opened(tmp_path / "train.arrow", **cache)) == 700
+    monkeypatch.setattr(local, "_LEAST_BOUND", 2**20)
+    monkeypatch.setattr(local, "_bounded", lambda *arguments: pytest.fail("read"))
+    if kind:
+        for place in ("train.arrow", "saved"):
+            with pytest.raises(UserError, match="its rows take many times its size"):
+                opened(tmp_path / place, **cache)
+    assert opened(tmp_path / "small").captions(0) == ["0"]
+
+
+def messages(file: Path) -> list:
+    content = file.read_bytes()
+    return list(pa.ipc.MessageReader.open_stream(content[8:] if content.startswith(b"ARROW1") else content))

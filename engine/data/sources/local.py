@@ -7,6 +7,7 @@ they are split and what the rows are called is as the library has it, so that sh
 
 import os
 import re
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
 from glob import has_magic
@@ -57,6 +58,7 @@ def saved_rows(place: Path, follow_links: bool) -> "dict[str, datasets.Dataset]"
         if name in ("", ".", "..") or PurePosixPath(name).name != name:
             raise UserError(f"{folder / 'state.json'}: {name!r} is no file of its folder; save the data set again")
         _check_inside(folder / name, place, follow_links)
+        _check_unpacked(folder / name)
     rows = datasets.Dataset.load_from_disk(str(folder))
     rows.data.validate(full=True)  # whose offsets would be read past the file otherwise
     return {"train": rows}
@@ -77,10 +79,11 @@ def packed_rows(
     files = [Path(file) for split in builder.config.data_files.values() for file in split]
     for file in files:
         _check_inside(file, file if place.is_file() else place, follow_links)
+        if file.suffix.lower() == ".arrow":
+            _check_unpacked(file)
     if hasattr(builder.config, "batch_size"):
         builder.config.batch_size = _BATCH
-    most = max(_LEAST_BOUND, _MOST_TIMES * sum(file.stat().st_size for file in files))
-    builder._generate_tables = _bounded(builder._generate_tables, most)
+    builder._generate_tables = _bounded(builder._generate_tables, _bound(files))
     builder.download_and_prepare()
     return builder.as_dataset()
 
@@ -91,6 +94,50 @@ def _check_inside(file: Path, folder: Path, follow_links: bool) -> None:
     if not follow_links and not lies_inside(file, folder):
         raise UserError(f"{file}: a link to {file.resolve()}, out of the data set; --follow_links follows links")
     open_regular(file).close()
+
+
+def _bound(files: list[Path]) -> int:
+    """Bytes that the rows of files may take."""
+    return max(_LEAST_BOUND, _MOST_TIMES * sum(file.stat().st_size for file in files))
+
+
+def _check_unpacked(file: Path) -> None:
+    """Raises `ValueError` for an arrow file whose buffers, unpacked a batch at once, become too large by what they say."""
+    import pyarrow
+
+    left = _bound([file])
+    with pyarrow.memory_map(str(file)) as source:
+        source.seek(8 if source.read(6) == b"ARROW1" else 0)  # a stream, within a file that also has a table of contents
+        for message in pyarrow.ipc.MessageReader.open_stream(source):
+            left -= _unpacked_size(message)
+            if left < 0:
+                raise ValueError(f"{file}: its rows take many times its size")
+
+
+def _unpacked_size(message: Any) -> int:
+    """Bytes of the buffers of an arrow message: where they are compressed, each begins with what it becomes."""
+    if message.type not in ("record batch", "dictionary batch"):
+        return 0
+    data = memoryview(message.metadata)
+
+    def number(place: int, kind: str = "<I") -> int:
+        return struct.unpack_from(kind, data, place)[0]
+
+    def pointed(table: int, field: int) -> int:
+        """Where a field of a table of FlatBuffers points to; 0 for one that is absent."""
+        fields = table - number(table, "<i")
+        offset = number(fields + 4 + 2 * field, "<H") if 4 + 2 * field < number(fields, "<H") else 0
+        return table + offset + number(table + offset) if offset else 0
+
+    batch = pointed(number(0), 2)
+    if message.type == "dictionary batch":
+        batch = pointed(batch, 1)
+    buffers, compressed = pointed(batch, 2), pointed(batch, 3)
+    if not compressed or not buffers:
+        return message.body.size if message.body else 0
+    places = struct.iter_unpack("<qq", data[buffers + 4 : buffers + 4 + 16 * number(buffers)])
+    body = memoryview(message.body)
+    return sum(max(struct.unpack_from("<q", body, place)[0], length - 8) for place, length in places if length > 0)
 
 
 def _bounded(generate: Callable[..., Iterator], most: int) -> Callable[..., Iterator]:
