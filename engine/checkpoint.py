@@ -129,10 +129,10 @@ def _of_a_stranger(file: Path, values: dict[str, Any], given: dict[str, str]) ->
     """
     family = values.get("family")
     published = FAMILIES[family].published if isinstance(family, str) and family in FAMILIES else {}
-    named = {name: value for name in _FETCHED if isinstance(value := values.get(name), str) and name not in given}
-    elsewhere = {name: value for name, value in named.items() if not os.path.exists(os.path.expanduser(value))}  # noqa: PTH110, PTH111 (strangers' names)
-    asked = {name: value for name, value in elsewhere.items() if value != published.get(name)}
-    if elsewhere or not all(map(os.path.exists, given.values())):
+    named = {name: value for name in _FETCHED if isinstance(value := given.get(name, values.get(name)), str)}
+    elsewhere = {name: value for name, value in named.items() if not os.path.exists(os.path.expanduser(value))}  # noqa: PTH110, PTH111
+    asked = {name: value for name, value in elsewhere.items() if name not in given and value != published.get(name)}
+    if elsewhere:
         asked |= {name: values[name] for name in _REVISIONS if values.get(name) and name not in given}
     if asked:
         wanted = " ".join(f"--{name} {value}" for name, value in asked.items())

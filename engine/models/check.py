@@ -224,7 +224,7 @@ def _judge(file: Path, config: dict[str, Any]) -> None:
         found = config.get(key)
         if found is not None and not any(has_class(library, found) for library in libraries):
             raise UserError(f"{file}: its {key} is {found}, which the installed libraries do not have")
-    if file.name == "preprocessor_config.json":
+    if file.name in ("preprocessor_config.json", "processor_config.json"):
         with reading(file, "download it again"):
             _require_bounded(config, LARGEST_SIDE)
     if config.get("quantization_config") is not None:
@@ -245,7 +245,7 @@ def _require_bounded(config: Mapping[str, Any], most: int = MOST_NUMBER) -> None
             if len(value) > MOST_LAYERS:
                 raise ValueError(f"its {name} has {len(value)} entries")
             nested += value.items() if isinstance(value, dict) else [(name, one) for one in value]
-        elif isinstance(value, int) and abs(value) > _MOST.get(name, most):
+        elif isinstance(value, int | float) and abs(value) > _MOST.get(name, most):
             raise ValueError(f"its {name} is {value}, more than any model has")
 
 
@@ -433,6 +433,7 @@ def weight_files(folder: Path, model: Any, variant: str | None) -> list[Path]:
     for kind, first in first_names.items():
         for index in (f"{first}.{kind}.index{middle}.json", f"{first}.{kind}{middle}.index.json"):
             if (folder / index).is_file():
+                require_inside(folder / index, folder)
                 pieces = _pieces(folder / index)
                 if missing := [piece.name for piece in pieces if not piece.is_file()]:
                     raise UserError(f"{folder / index}: names {', '.join(missing)}, not there; the download is incomplete")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from safetensors.torch import load_file
 
 from engine.errors import UserError
 from engine.models.check import check_pipeline, check_weights
@@ -120,3 +121,17 @@ def test_what_no_part_holds_is_not_digested(copy):
         file.truncate(2**43)
     with pytest.raises(UserError, match="vae: holds 8192 GiB"):
         digest_folder(copy / "vae")
+
+
+def test_an_index_of_weights_lies_in_the_folder_and_its_pieces_may_be_shared(copy, tmp_path):
+    weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    names = dict.fromkeys(load_file(weights), "piece.safetensors")
+    index = weights.with_name(f"{weights.name}.index.json")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    weights.rename(tmp_path / "piece.safetensors")
+    weights.with_name("piece.safetensors").symlink_to(tmp_path / "piece.safetensors")
+    check_pipeline(copy, StableDiffusionPipeline)
+    index.rename(tmp_path / "index.json")
+    index.symlink_to(tmp_path / "index.json")
+    with pytest.raises(UserError, match=f"{index}: a link that leads out of the model's folder"):
+        check_pipeline(copy, StableDiffusionPipeline)
