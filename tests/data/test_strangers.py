@@ -226,3 +226,17 @@ def test_images_that_are_decoded_in_python_are_small(kind):
     assert decode(io.BytesIO(header(kind, 50))).size == (50, 50)
     with pytest.raises(Refused, match=f"^image too large for its format, which decodes slowly; .*: {kind}, 1500 x 1500"):
         decode(io.BytesIO(header(kind, 1500)))
+
+
+@pytest.mark.parametrize(("size", "rows"), [(2**10, 64), (2**24, 15), (2**25, 7)])
+def test_fewer_rows_are_unpacked_at_once_where_a_value_is_large(size, rows):
+    table = pyarrow.table({"file_name": ["x" * size] * 2, "image": [{"bytes": b"x", "path": None}] * 2})
+    plain = {"compression": "zstd", "write_statistics": False, "use_dictionary": False}
+    repeated = [
+        {"use_dictionary": True, "dictionary_pagesize_limit": 2**30},
+        {"column_encoding": {"file_name": "DELTA_BYTE_ARRAY"}},
+    ]
+    for how, expected in zip([*repeated, {}], [rows, rows, 64], strict=True):
+        buffer = io.BytesIO()
+        pyarrow.parquet.write_table(table, buffer, **plain | how)
+        assert tables.rows_at_once(buffer) == expected

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from engine.data.sources.files import Files, suffix_of
+from engine.data.sources.tables import rows_at_once
 from engine.errors import UserError
 from engine.files import lies_inside, open_regular, parse_json, read_text
 from engine.messages import say
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 PACKED = (".parquet", ".arrow")
 _LARGEST_CARD = 2**20  # bytes of a README
 _LONGEST_PATTERN, _MOST_WILDCARDS = 1000, 8  # more would take their time
-_BATCH = 64  # rows that are unpacked at once
 _LEAST_BOUND, _MOST_TIMES = 2**28, 16  # bytes that rows may take in any case, and for each byte of their files
 
 
@@ -82,7 +82,7 @@ def packed_rows(
         if file.suffix.lower() == ".arrow":
             _check_unpacked(file)
     if hasattr(builder.config, "batch_size"):
-        builder.config.batch_size = _BATCH
+        builder.config.batch_size = min(map(_rows_at_once, files))
     builder._generate_tables = _bounded(builder._generate_tables, _bound(files))
     builder.download_and_prepare()
     return builder.as_dataset()
@@ -94,6 +94,11 @@ def _check_inside(file: Path, folder: Path, follow_links: bool) -> None:
     if not follow_links and not lies_inside(file, folder):
         raise UserError(f"{file}: a link to {file.resolve()}, out of the data set; --follow_links follows links")
     open_regular(file).close()
+
+
+def _rows_at_once(file: Path) -> int:
+    with open_regular(file) as content:
+        return rows_at_once(content)
 
 
 def _bound(files: list[Path]) -> int:

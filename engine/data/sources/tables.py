@@ -3,12 +3,13 @@
 import codecs
 import csv
 import io
+import itertools
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from engine.data.sources.interface import Refused
 from engine.errors import UserError, first_line
@@ -20,7 +21,7 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
 _MOST_ROWS = 2**26
-_BATCH = 64  # rows of a parquet file that are unpacked at once
+_BATCH, _AT_ONCE = 64, 2**28  # rows of a parquet file that are unpacked at once, and bytes
 _LEAST_BOUND, _MOST_TIMES = 2**26, 32  # bytes that its rows may take in any case, and for each byte of the file
 _CELL = 64  # bytes of an object
 _SEPARATORS = ",;\t|"
@@ -92,7 +93,7 @@ def _read_parquet(name: str, data: bytes) -> list[Row]:
             raise ValueError(f"{file.metadata.num_rows} rows are more than a table of captions has")
         values: list[dict[str, Any]] = []
         left = max(_LEAST_BOUND, _MOST_TIMES * len(data))
-        for batch in file.iter_batches(_BATCH):
+        for batch in file.iter_batches(rows_at_once(io.BytesIO(data))):
             left -= batch.nbytes + _CELL * batch.num_rows * (batch.num_columns + 1)
             if left < 0:
                 raise ValueError("its rows take many times the size of the file")
@@ -100,6 +101,22 @@ def _read_parquet(name: str, data: bytes) -> list[Row]:
     except Exception as error:  # as of archives
         raise UserError(f"{name}: not a readable parquet file: {first_line(error)}") from None
     return [Row(number, row) for number, row in enumerate(values, start=1)]
+
+
+def rows_at_once(file: BinaryIO) -> int:
+    """How many rows of a parquet file to read at once: each may hold a value whole that is stored once for many."""
+    import pyarrow.parquet
+
+    described, largest = pyarrow.parquet.ParquetFile(file).metadata, 1
+    for group, column in itertools.product(range(described.num_row_groups), range(described.num_columns)):
+        chunk = described.row_group(group).column(column)
+        file.seek(min(chunk.dictionary_page_offset or chunk.data_page_offset, chunk.data_page_offset))
+        # A page begins with its type, 2 for a dictionary, and its size unpacked, each as a varint after the byte 0x15.
+        page = re.match(rb"\x15(.)\x15([\x80-\xff]*[\0-\x7f])", file.read(16), re.DOTALL)
+        if page and (page[1] == b"\4" or "DELTA_BYTE_ARRAY" in chunk.encodings):
+            size = sum((byte & 127) << 7 * place for place, byte in enumerate(page[2])) >> 1
+            largest = max(largest, size)
+    return max(1, min(_BATCH, _AT_ONCE // largest))
 
 
 def _read_json(text: str) -> Iterator[Row]:
