@@ -89,9 +89,9 @@ def export_command(arguments: list[str]) -> int:
         raise UserError(f"{file}: no such file; name the run's config.toml with --config")
     values = read_toml(TrainConfig, file, str(file), opened)
     given = {name: value for name in _MODELS if (value := getattr(options, name)) is not None}
-    if not options.config:
-        values = _of_a_stranger(file, values, given)
     config = load(TrainConfig, values | given, str(file))
+    if not options.config:
+        config = load(TrainConfig, _of_a_stranger(file, values, given) | given, str(file))
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     from engine.loop.checkpoints.layout import open_checked, or_another
     from engine.loop.checkpoints.models import whole_parameters
