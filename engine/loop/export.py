@@ -18,7 +18,7 @@ from engine.loop.checkpoints.names import CHECKPOINT, LATEST
 from engine.loop.weights.partition import Partition
 from engine.loop.weights.whole import empty_published_model, whole_tensors, write_published
 from engine.messages import say
-from engine.models.check import TOKENIZER_FILES
+from engine.models.configurations import TOKENIZER_FILES
 from engine.models.family import Family
 from engine.models.index import INDEX
 from engine.models.pipelines import use_portable_names

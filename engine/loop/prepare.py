@@ -15,8 +15,8 @@ from engine.errors import UserError
 from engine.loop.checkpoints.state import State
 from engine.loop.run import Run
 from engine.messages import Progress, busy, say
-from engine.models.check import NotFinite
 from engine.models.family import Family
+from engine.models.weights import NotFinite
 from engine.processes import Processes
 
 

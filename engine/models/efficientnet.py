@@ -13,7 +13,7 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
 from engine.errors import UserError, first_line
-from engine.models.check import read_tensors, require_finite
+from engine.models.weights import read_tensors, require_finite
 
 CHECKPOINT_FILE = "model_v2_stage_b.pt"
 CHECKPOINT_ENTRY = "effnet_state_dict"

@@ -18,7 +18,8 @@ from engine.config.options import CacheConfig, TrainConfig
 from engine.data import transforms
 from engine.data.format.index import Field
 from engine.diffusion import DiscreteSchedule, weighting
-from engine.models.check import check_pipeline, load_model, read_config
+from engine.models.check import check_pipeline, load_model
+from engine.models.configurations import read_config
 from engine.models.encoder import Encoder, Encoding
 from engine.models.family import PREVIEW_STEPS, Family
 from engine.models.kinds import require_text_to_image

@@ -20,7 +20,8 @@ from engine.config.options import CacheConfig, TrainConfig
 from engine.data.format.index import Field
 from engine.diffusion import DiscreteSchedule, weighting
 from engine.files import reading
-from engine.models.check import check_pipeline, check_weights, load_model, present_variant, read_config, require_finite
+from engine.models.check import check_pipeline, check_weights, load_model
+from engine.models.configurations import read_config
 from engine.models.encoder import Encoder, Encoding
 from engine.models.family import PREVIEW_STEPS, Family
 from engine.models.pipelines import combine, load_pipeline, open_to_draw
@@ -33,6 +34,7 @@ from engine.models.published import (
     require_equal,
     tokenize,
 )
+from engine.models.weights import present_variant, require_finite
 
 
 class KandinskyPriorEncoding(Encoding):

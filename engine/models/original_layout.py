@@ -13,9 +13,11 @@ from transformers import CLIPTextModel
 
 from engine.errors import UserError
 from engine.files import reading, write_atomically
-from engine.models.check import load_model, read_part, stored_tensors, weight_files
+from engine.models.check import load_model
+from engine.models.configurations import read_part
 from engine.models.published import read_tokenizer
 from engine.models.single_file import CLIP, CONFIGURATIONS, OPEN_CLIP, UNET, VAE
+from engine.models.weights import stored_tensors, weight_files
 from engine.tensors import write_one_by_one
 
 _RESNET = {

@@ -18,21 +18,12 @@ from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPTokenizer, C
 from engine.config.options import CacheConfig
 from engine.errors import UserError, first_line
 from engine.files import digest, lies_inside, reading
-from engine.models.check import (
-    LARGEST_SIDE,
-    check_weights,
-    is_weights,
-    last_token,
-    present_variant,
-    read_part,
-    read_tensors,
-    require_finite,
-    transformers_config,
-    weight_files,
-)
+from engine.models.check import check_weights
+from engine.models.configurations import LARGEST_SIDE, last_token, read_part, transformers_config
 from engine.models.index import INDEX, read_index
 from engine.models.kinds import require_kind
 from engine.models.single_file import open_single_file
+from engine.models.weights import is_weights, present_variant, read_tensors, require_finite, weight_files
 
 LONGEST_CAPTION = 8192  # tokens
 LARGEST_PART = 2**37  # bytes of the files of a frozen model, in all their formats; those published have up to some 10 GiB

@@ -28,9 +28,11 @@ from engine.config.options import CacheConfig, TrainConfig
 from engine.errors import UserError, disk_problem, first_line, out_of_memory
 from engine.files import PARTIAL, digest_of, discard, lock, parse_json, publish_directory, read_text, reading, write_json
 from engine.messages import busy, say
-from engine.models.check import TOKENIZER_FILES, bounded, configured, empty_model, read_part, read_tensors, stored_tensors
+from engine.models.check import bounded, empty_model
+from engine.models.configurations import TOKENIZER_FILES, configured, read_part
 from engine.models.index import INDEX, has_class
 from engine.models.kinds import kind_of_tensors, trained
+from engine.models.weights import read_tensors, stored_tensors
 
 TOKENIZER = "openai/clip-vit-large-patch14"
 CONFIGURATIONS = "diffusers"  # where in the metadata of files that the engine wrote the configurations of the parts are

@@ -21,20 +21,14 @@ from engine.data import transforms
 from engine.data.format.index import Field
 from engine.diffusion import DiscreteSchedule, weighting
 from engine.errors import UserError
-from engine.models.check import (
-    absent_parts,
-    check_pipeline,
-    check_weights,
-    load_model,
-    present_variant,
-    read_config,
-    weight_files,
-)
+from engine.models.check import absent_parts, check_pipeline, check_weights, load_model
+from engine.models.configurations import read_config
 from engine.models.encoder import Encoder, Encoding
 from engine.models.family import PREVIEW_STEPS, Family
 from engine.models.kinds import require_text_to_image
 from engine.models.pipelines import load_pipeline, require_drawable
 from engine.models.published import digest_parts, locate, read_scheduler, read_text_parts, require_equal, tokenize
+from engine.models.weights import present_variant, weight_files
 
 
 class StableDiffusionEncoding(Encoding):

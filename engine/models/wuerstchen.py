@@ -21,7 +21,8 @@ from engine.data import transforms
 from engine.data.format.index import Field
 from engine.diffusion import CosineSchedule, weighting
 from engine.models import efficientnet
-from engine.models.check import check_pipeline, load_model, read_config
+from engine.models.check import check_pipeline, load_model
+from engine.models.configurations import read_config
 from engine.models.encoder import Encoder, Encoding
 from engine.models.family import Family
 from engine.models.pipelines import combine, load_pipeline, open_to_draw

@@ -23,12 +23,13 @@ from engine.catalogue import DECODER, FAMILIES, MODEL, PRIOR
 from engine.config.options import TrainConfig
 from engine.errors import UserError
 from engine.models import single_file
-from engine.models.check import NotFinite, check_weights, load_model, read_tensors, require_finite
+from engine.models.check import check_weights, load_model
 from engine.models.efficientnet import read_weights
 from engine.models.family import open_family
 from engine.models.original_layout import write_single_file
 from engine.models.published import digest_folder, digest_parts
 from engine.models.single_file import open_single_file
+from engine.models.weights import NotFinite, read_tensors, require_finite
 from tests.models.test_check import RESOLUTION, change
 from tests.models.test_single_file import configuration
 
