@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine.config.options import CacheConfig, TrainConfig, options_of
 from engine.data.captions import Captions, drop_unusable_captions, listed, number_captions, offsets_of
-from engine.data.format.index import INDEX, Index, ShardEntry
+from engine.data.format.index import INDEX, Index, ShardEntry, variants_of
 from engine.data.format.shard import SHARD_NAME, Shard, shard_name, write_shard
 from engine.data.identity import differences, identity_of
 from engine.data.report import describe_refused, say_refused
@@ -107,15 +107,20 @@ def _build(
 ) -> Index:
     directory, fingerprint = config.shards_path, digest_of(identity)
     paths = {number: directory / shard_name(number) for number in range(processes.rank, captions.shards, processes.world)}
-    samples = len(source)
+    variants = variants_of(identity)
 
     def is_complete(number: int, path: Path) -> bool:
         """Whether a shard is there that an earlier build left, of the same samples and captions."""
+        samples = _samples_of_shard(number, config.shard_records, len(source))
         try:
-            said = Shard(path, encoding.record_spec, captions.first_of_shard[number + 1], samples).said
+            shard = Shard(path, encoding.record_spec, captions.first_of_shard[number + 1], samples.stop)
+            shard.require_variants(variants)
         except UserError:
             return False
-        return said.fingerprint == fingerprint and said.captions == captions.texts_of(number)
+        said = shard.said
+        its_own = not said.records or int(shard.source[0]) >= samples.start
+        all_of_them = said.records + len(said.refused) == len(samples)
+        return its_own and all_of_them and said.fingerprint == fingerprint and said.captions == captions.texts_of(number)
 
     missing = [number for number, path in paths.items() if not is_complete(number, path)]
     started = time.perf_counter()

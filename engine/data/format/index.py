@@ -133,6 +133,14 @@ class _StoredIndex(Stored):
         return self
 
 
+def variants_of(identity: dict[str, Any]) -> set[int]:
+    """How many rows an image may have, as far as an identity says: crops, of which there may be one alone, and flips."""
+    match identity.get("preprocessing"):
+        case {"random_flip": bool(flips), "random_crops": int() | None as crops}:
+            return {1 + flips, (crops or 1) * (1 + flips)}
+    return set()
+
+
 @dataclass(frozen=True)
 class Index:
     """The content of `index.json`.
@@ -158,14 +166,6 @@ class Index:
     def caption_ends(self) -> list[int]:
         """How many captions lie in the shards up to each, that one included."""
         return list(itertools.accumulate(shard.caption_rows for shard in self.shards))
-
-    @property
-    def variants(self) -> set[int]:
-        """How many rows an image may have, as far as the identity says: crops, of which there may be one alone, and flips."""
-        match self.identity.get("preprocessing"):
-            case {"random_flip": bool(flips), "random_crops": int() | None as crops}:
-                return {1 + flips, (crops or 1) * (1 + flips)}
-        return set()
 
     def write(self, directory: Path) -> None:
         value = {

@@ -26,6 +26,7 @@ from engine.data.format.index import (
     RefusedSample,
     ShardEntry,
     Stored,
+    variants_of,
 )
 from engine.errors import UserError
 from engine.files import reading, write_atomically
@@ -96,6 +97,13 @@ class Shard:
         """Where each field begins in the file."""
         return [self.file.data_start + self.file.header[name]["data_offsets"][0] for name in fields]
 
+    def require_variants(self, numbers: set[int]) -> None:
+        """Raises `UserError` where an image has not one of these numbers of rows; of none nothing is known."""
+        counts = self.image_offsets.diff()
+        if numbers and not sum(counts == rows for rows in numbers).all():  # type: ignore[union-attr]
+            said = " or ".join(map(str, sorted(numbers)))
+            raise UserError(f"{self.path}: an image has not {said} rows, as {INDEX} says; {BUILD_AGAIN}")
+
     def agree(self, entry: ShardEntry, fingerprint: str) -> None:
         """Raises `UserError` where the index says something else of this shard."""
         said, indexed = (vars(self.said), vars(entry) | {"fingerprint": fingerprint})
@@ -146,10 +154,7 @@ def open_shard(directory: Path, index: Index, number: int) -> Shard:
     # A caption lies where it first appears.
     shard = Shard(directory / entry.file, index.fields, index.caption_ends[number], index.records + len(index.refused))
     shard.agree(entry, index.fingerprint)
-    counts = shard.image_offsets.diff()
-    if index.variants and not sum(counts == rows for rows in index.variants).all():  # type: ignore[union-attr]
-        said = " or ".join(map(str, sorted(index.variants)))
-        raise UserError(f"{shard.path}: an image has not {said} rows, as {INDEX} says; {BUILD_AGAIN}")
+    shard.require_variants(variants_of(index.identity))
     return shard
 
 
