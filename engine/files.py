@@ -20,7 +20,8 @@ from engine.errors import UserError, blame_the_machine, first_line
 
 PARTIAL = ".partial"
 _PASSING = (errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EAGAIN)  # may be over in a second
-LARGEST_TEXT = 2**30  # bytes of a file that is read as text
+# Bytes of a file that is read as text, whole: Python's objects of a table take several times as many.
+LARGEST_TEXT = max(2**30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8)
 
 
 @contextlib.contextmanager

@@ -16,11 +16,11 @@ from urllib.parse import unquote
 from engine.data.sources.interface import Refused, refusing
 from engine.data.sources.room import LARGE, room
 from engine.errors import UserError, first_line
-from engine.files import open_regular, read_bytes
+from engine.files import LARGEST_TEXT, open_regular, read_bytes
 
 ARCHIVES = (".zip", ".tar")
 _NOT_DATA = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}  # what systems leave among people's files
-_LARGEST = 2**30  # bytes of an unpacked file, a table or a file of captions
+_LARGEST_MEMBER = 2**30  # bytes of a file in an archive
 
 
 def is_hidden(name: str) -> bool:
@@ -196,7 +196,7 @@ class Files:
 
     def _member(self, name: str) -> bytes:
         read, size, _ = self._members[name]
-        if size > _LARGEST:
+        if size > _LARGEST_MEMBER:
             raise Refused("file in an archive larger than 1 GiB")
         with room.turn():  # which is the caller's where that decodes what it is given
             room.take(room.size if size > LARGE else 2 * size)
@@ -208,8 +208,8 @@ def _stem(name: str) -> str:
 
 
 def check_size(size: int) -> None:
-    if size > _LARGEST:
-        raise ValueError("larger than 1 GiB")
+    if size > LARGEST_TEXT:
+        raise ValueError(f"larger than {LARGEST_TEXT >> 20} MiB, which this machine can hold; divide it among subfolders")
 
 
 def _unpacked(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
