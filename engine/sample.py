@@ -32,7 +32,7 @@ def _check_sampling(pipeline: Any, resolution: int | None, steps: int | None) ->
         raise UserError(f"--num_inference_steps {steps}: this model has {most} timesteps")
 
 
-def main() -> int:
+def _command_line() -> Parser:
     parser = Parser("engine.sample", description="Draw images from a trained pipeline into one labelled grid.")
     parser.add_argument("--model", type=Path, required=True, help="directory of the trained pipeline")
     parser.add_argument(
@@ -47,16 +47,26 @@ def main() -> int:
     parser.add_argument("--seed", type=whole(-(2**63), 2**63 - 1), default=0, help="default: 0")
     parser.add_argument("--compile", action="store_true", help="compile the denoising models with torch.compile")
     parser.add_argument("--output", type=Path, default=Path("samples.png"), help="the grid (default: samples.png)")
-    options = parser.parse_args(sys.argv[1:])
-    check_picture("--output", options.output)
-    results = [options.model / family.result for family in FAMILIES.values() if family.result]
-    model = next(filter(Path.is_dir, results), options.model)
+    return parser
+
+
+def _locate(directory: Path) -> Path:
+    """The pipeline that a training left in its output directory, or that lies in one."""
+    results = [directory / family.result for family in FAMILIES.values() if family.result]
+    model = next(filter(Path.is_dir, results), directory)
     if not (model / "model_index.json").is_file():
         remedy = "give the output directory of a training that ended"
-        if any((options.model / name).exists() for name in (LATEST, MANIFEST)):
+        if any((directory / name).exists() for name in (LATEST, MANIFEST)):
             remedy = "make a pipeline of the checkpoint with `python -m engine.checkpoint export`"
-        problem = "no model_index.json there" if options.model.is_dir() else "no such directory"
-        raise UserError(f"--model {options.model}: {problem}; {remedy}")
+        problem = "no model_index.json there" if directory.is_dir() else "no such directory"
+        raise UserError(f"--model {directory}: {problem}; {remedy}")
+    return model
+
+
+def main() -> int:
+    options = _command_line().parse_args(sys.argv[1:])
+    check_picture("--output", options.output)
+    model = _locate(options.model)
 
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     import torch

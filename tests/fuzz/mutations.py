@@ -23,7 +23,7 @@ _RAW = {
     f'"{_HUGE}"': "9" * 5000,
 }
 
-_STRANGE_TEXTS = (
+STRANGE_TEXTS = (
     "", " ", "x", "é", "\0", "\x1b[31m\x07", "one\ntwo", "\u202ereversed", "\ud800", "a" * 10_000, ".", "..", "/", "NaN",
     "true", f"../{OUTSIDE}/canary.txt", f"../../{OUTSIDE}/canary.txt", f"../../../{OUTSIDE}", "CON", "$HOME", "~", "%s%n", "-1",
 )  # fmt: skip
@@ -61,7 +61,7 @@ def mutated_bytes(content: bytes, random: Random) -> bytes:
                 other = random.randrange(size + 1)
                 altered[start:end] = altered[other : other + end - start]
             case _:
-                altered[start:start] = random.choice(_STRANGE_TEXTS).encode("utf-8", "surrogatepass")[:4096]
+                altered[start:start] = random.choice(STRANGE_TEXTS).encode("utf-8", "surrogatepass")[:4096]
     return bytes(altered)
 
 
@@ -85,7 +85,7 @@ def _strange(value: Json, random: Random) -> Json:
                 place = random.randrange(len(value))
                 return value[:place] + random.choice(("", "x", "/", "\x1b", "\u202e", "0")) + value[place + 1 :]
     return random.choice(
-        (random.choice(_STRANGE_TEXTS), random.choice(_STRANGE_NUMBERS), copy.deepcopy(random.choice(_STRANGE_VALUES)))
+        (random.choice(STRANGE_TEXTS), random.choice(_STRANGE_NUMBERS), copy.deepcopy(random.choice(_STRANGE_VALUES)))
     )
 
 
@@ -100,7 +100,7 @@ def mutated_value(value: Json, random: Random) -> Json:
             case 0 if container is not whole:
                 del container[key]
             case 1 if isinstance(container, dict):
-                container[random.choice(_STRANGE_TEXTS)] = container.pop(key)
+                container[random.choice(STRANGE_TEXTS)] = container.pop(key)
             case 2 if isinstance(container, dict):
                 container[random.choice(("x", "", "__class__", "auto_map", "_class_name", "\x1b[0m"))] = _strange(
                     container[key], random

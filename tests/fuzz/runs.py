@@ -27,7 +27,7 @@ from engine.models.family import open_family
 from engine.processes import Processes
 from tests.fuzz.judge import Broken, Kind, Place
 from tests.fuzz.mutations import (
-    _STRANGE_TEXTS,
+    STRANGE_TEXTS,
     mutate_file,
     mutate_folder,
     mutated_bytes,
@@ -201,7 +201,7 @@ def mutate_latest(folder: Path, random: Random) -> str:
                 "checkpoint-3",
                 "checkpoint-²",
             )
-            rewrite(path, random.choice((*_STRANGE_TEXTS, *strange)).encode("utf-8", "surrogatepass"))
+            rewrite(path, random.choice((*STRANGE_TEXTS, *strange)).encode("utf-8", "surrogatepass"))
         case 2:
             path.unlink()
             path.mkdir()
