@@ -76,14 +76,16 @@ def innermost(error: BaseException) -> BaseException:
     return error
 
 
-def disk_problem(error: BaseException) -> str | None:
-    """What the disk, not the program, did wrong: full, not permitted, broken, its files gone; None for any other exception.
-
-    Some libraries hide the system's number in their own exceptions' text.
-    """
+def system_number(error: BaseException) -> int | None:
+    """The system's number of an error, which some libraries hide in their own exceptions' text."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
     number = error.errno if isinstance(error, OSError) else None
-    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
-        number = int(found[1])
+    return int(found[1]) if number is None and found else number
+
+
+def disk_problem(error: BaseException) -> str | None:
+    """What the disk, not the program, did wrong: full, not permitted, broken, its files gone; None for any other exception."""
+    number = system_number(error)
     of_a_file = isinstance(error, OSError) and error.filename is not None
     return os.strerror(number) if number is not None and (of_a_file or number in _OF_THE_DISK) else None
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UserError, blame_the_machine, first_line
+from engine.errors import UserError, blame_the_machine, first_line, system_number
 
 PARTIAL = ".partial"
 _PASSING = (errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EAGAIN)  # may be over in a second
@@ -149,9 +149,11 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         _permit(temporary, mode)  # a library may have put a file of its own there
         sync(temporary)
         temporary.replace(path)
-    except BaseException:  # half a file would keep a full disk full
+    except BaseException as error:  # half a file would keep a full disk full
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if (number := system_number(error)) is not None:  # under the name that is known
+            raise OSError(number, os.strerror(number), str(path)) from error
         raise
     sync(path.parent)
 

@@ -145,3 +145,12 @@ def test_a_file_system_that_fails_for_a_moment_costs_no_sample(failures, number,
     else:
         with pytest.raises(OSError, match=os.strerror(number)):
             read_bytes(tmp_path / "file")
+
+
+def test_what_a_library_says_of_a_full_disk_gets_the_files_name(tmp_path):
+    def write(temporary: Path) -> None:
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        write_atomically(tmp_path / "file", write)
+    assert raised.value.filename == str(tmp_path / "file")
