@@ -54,7 +54,8 @@ def _read_header(file: io.BufferedReader) -> tuple[dict[str, Any], dict[str, Any
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
     said = header.pop("__metadata__", {})
-    metadata = parse_json(said.get("engine", "{}")) if isinstance(said, dict) else None
+    texts = isinstance(said, dict) and all(isinstance(value, str) for value in said.values())
+    metadata = parse_json(said.get("engine", "{}")) if texts else None
     if not isinstance(metadata, dict):
         raise ValueError("its metadata are not the engine's")
     end = 0

@@ -1,6 +1,8 @@
 """Safetensors files in pieces: the library reads what we write, we read what it writes, and neither holds two copies."""
 
 import hashlib
+import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 from engine import tensors
 from engine.files import open_regular
-from engine.tensors import TensorFile, header_of, in_file_order, pieces_of, staged, write_one_by_one, write_pieces
+from engine.tensors import TensorFile, header_of, in_file_order, pieces_of, read_header, staged, write_one_by_one, write_pieces
 
 
 def examples(device: str = "cpu") -> dict[str, torch.Tensor]:
@@ -91,3 +93,10 @@ def test_tensors_come_one_by_one_in_any_order_and_layout(tmp_path):
         write_one_by_one(tmp_path / "file", layout, [("b", values["b"]), ("c", values["c"])], {})
     with pytest.raises(ValueError, match=r"a is \[7\], not \[3, 4\]"):
         write_one_by_one(tmp_path / "file", layout, [("a", values["c"])], {})
+
+
+def test_metadata_that_the_library_refuses_are_refused(tmp_path):
+    content = json.dumps({"__metadata__": {"engine": "{}", "other": -0.5}}).encode()
+    (tmp_path / "file").write_bytes(struct.pack("<Q", len(content)) + content)
+    with pytest.raises(ValueError, match="its metadata are not the engine's"):
+        read_header(tmp_path / "file")

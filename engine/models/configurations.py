@@ -39,6 +39,7 @@ _ATTENTION = (None, "eager", "sdpa")  # others may be kernels that are downloade
 # Entries by which a tokenizer would read other files than the known ones; published ones have the last, which is not read.
 _FILES = re.compile(r"fast_tokenizer_files|vocab|merges|init_inputs|(?!special_tokens_map_file)\w+_file")
 _SPECIAL_TOKENS = re.compile(r"\w+_tokens?")
+_PREDICTED = ("epsilon", "v_prediction", "sample")
 MOST_TIMESTEPS = 100_000
 MOST_NUMBER = 100_000  # in a configuration of diffusers; published ones have up to 16,384
 # Of which a prior makes a square mask; published ones have 77 and 4.
@@ -117,6 +118,9 @@ def _judge(file: Path, config: dict[str, Any]) -> None:
     steps = config.get("num_train_timesteps")
     if steps is not None and not (type(steps) is int and 0 < steps <= MOST_TIMESTEPS):
         raise UserError(f"{file}: its num_train_timesteps is {steps}, not 1 to {MOST_TIMESTEPS}; download it again")
+    predicts = config.get("prediction_type")
+    if predicts not in (None, *_PREDICTED):
+        raise UserError(f"{file}: its prediction_type is {predicts}; what can be trained: {', '.join(_PREDICTED)}")
 
 
 def require_bounded(config: Mapping[str, Any], most: int = MOST_NUMBER) -> None:

@@ -334,3 +334,11 @@ def test_weights_that_went_after_they_were_checked_are_not_drawn_at_random(remai
         file.unlink()
     with pytest.raises(UserError, match=r"text_encoder: cannot be loaded: .* is missing"):
         load_model(file.parent, CLIPTextModel, None, torch.float32)
+
+
+@pytest.mark.parametrize("value", [0.5, "flow", ["epsilon"]], ids=str)
+def test_a_prediction_that_nothing_trains_is_refused_by_its_file(value, copied):
+    config, pipeline = copied("kandinsky-decoder", DECODER)
+    change(pipeline / "scheduler" / "scheduler_config.json", prediction_type=value)
+    with pytest.raises(UserError, match=r"scheduler_config.json: its prediction_type is"):
+        open_family(config).check_files()
