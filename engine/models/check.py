@@ -18,17 +18,11 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from engine.errors import UserError, first_line, out_of_memory
+from engine.errors import UserError, blame_the_machine, first_line
 from engine.files import lies_inside, reading
 from engine.messages import say
 from engine.models.configurations import has_files, read_config, read_part, require_bounded, transformers_config
-from engine.models.index import (
-    INDEX,
-    classes_of,
-    parts_of,
-    read_index,
-    read_json,
-)
+from engine.models.index import INDEX, classes_of, parts_of, read_index, read_json
 from engine.models.weights import present_variant, read_tensors, require_finite, stored_tensors, variants, weight_files
 
 MOST_LAYERS = 10_000  # of a model; the largest of the published ones have some 3,000 layers and weights
@@ -123,8 +117,7 @@ def load_model(folder: Path, model: Any, variant: str | None, dtype: torch.dtype
     except UserError:
         raise
     except Exception as error:  # of damaged files any
-        if out_of_memory(error):
-            raise
+        blame_the_machine(folder, error)
         raise UserError(f"{folder}: cannot be loaded: {first_line(error)}; download it again") from None
 
 
@@ -179,8 +172,7 @@ def check_weights(folder: Path, model: Any, variant: str | None = None) -> Any:
     stored = {name: tensor for file in files for name, tensor in stored_tensors(file).items()}
     compare = _transformers_differences if issubclass(model, transformers.PreTrainedModel) else _diffusers_differences
     try:
-        with bounded():
-            empty, differences = compare(folder, model, stored)
+        empty, differences = compare(folder, model, stored)
     except UserError:
         raise
     except Exception as error:  # whatever the values of a configuration lead to
@@ -238,7 +230,8 @@ def _transformers_differences(folder: Path, model: Any, stored: dict[str, Tensor
     """The library renames on the way, so it is asked, with tensors that hold nothing."""
     config = transformers_config(folder, model.config_class)
     options = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
-    empty, found = model.from_pretrained(None, config=config, state_dict=stored, **options)
+    with bounded():
+        empty, found = model.from_pretrained(None, config=config, state_dict=stored, **options)
     return empty, _described(found["missing_keys"], {name: (left, right) for name, left, right in found["mismatched_keys"]})
 
 

@@ -11,14 +11,9 @@ import diffusers
 import torch
 import transformers
 
-from engine.errors import UserError, first_line
+from engine.errors import UserError, blame_the_machine, first_line
 from engine.files import reading
-from engine.models.index import (
-    has_class,
-    read_json,
-    refuse_pointer,
-    require_inside,
-)
+from engine.models.index import has_class, read_json, refuse_pointer, require_inside
 from engine.models.weights import is_weights
 
 # What the libraries read of a part beside its weights: configurations, and the rest of a tokenizer.
@@ -76,6 +71,7 @@ def read_part(folder: Path, load: Any, within: Path | None = None) -> Any:
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the libraries raise many kinds, and what is written in Rust one that is no Exception
+        blame_the_machine(folder, error)
         raise UserError(f"{folder}: cannot be loaded: {first_line(error)}; download it again") from None
 
 

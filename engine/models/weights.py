@@ -18,13 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine.errors import UserError, first_line
+from engine.errors import UserError, blame_the_machine, first_line
 from engine.files import open_regular
-from engine.models.index import (
-    read_json,
-    refuse_pointer,
-    require_inside,
-)
+from engine.models.index import read_json, refuse_pointer, require_inside
 from engine.tensors import DTYPES
 
 _VARIANT = re.compile(r"(?:diffusion_pytorch_model|pytorch_model|model)\.([\w-]+?)(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)")
@@ -187,4 +183,5 @@ def _opened(file: Path) -> Iterator[None]:
             raise UserError(f"{file}: truncated or damaged, download it again: {first_line(error)}") from None
         raise UserError(f"{file}: holds programs beside tensors, and is not run; give it as .safetensors") from None
     except Exception as error:  # whatever a damaged file makes the two readers raise
+        blame_the_machine(file, error)
         raise UserError(f"{file}: truncated or damaged, download it again: {first_line(error)}") from None

@@ -1,5 +1,6 @@
 """What is known of a checkpoint before anything is encoded: missing parts, pointers, damage, unfitting weights, variants."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -342,3 +343,24 @@ def test_a_prediction_that_nothing_trains_is_refused_by_its_file(value, copied):
     change(pipeline / "scheduler" / "scheduler_config.json", prediction_type=value)
     with pytest.raises(UserError, match=r"scheduler_config.json: its prediction_type is"):
         open_family(config).check_files()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.EIO, "x"), "Input/output error; mend what is wrong with that place"),
+        (RuntimeError("[enforce fail] can't allocate memory: you tried to allocate 9 bytes"), "can't allocate memory"),
+    ],
+    ids=["disk", "memory"],
+)
+@pytest.mark.parametrize("reader", ["engine.models.weights.load_file", "engine.models.check.read_config"])
+def test_the_machines_faults_are_not_the_files(reader, error, said, copied, monkeypatch):
+    _, pipeline = copied("sd", MODEL)
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(reader, fail)
+    with pytest.raises((UserError, RuntimeError), match=said) as raised:
+        load_model(pipeline / "unet", UNet2DConditionModel, None, torch.float32)
+    assert "download it again" not in str(raised.value)

@@ -11,7 +11,7 @@ import torch
 from annotated_types import Ge, Le, MaxLen
 from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, model_validator
 
-from engine.errors import UserError, first_line
+from engine.errors import UserError, blame_the_machine, first_line
 from engine.files import digest_of, parse_json, read_text, write_json
 from engine.tensors import DTYPES
 
@@ -204,6 +204,7 @@ class Index:
         except UserError:
             raise
         except Exception as error:  # as in `reading`
+            blame_the_machine(path, error)
             raise UserError(f"{path}: not a readable index: {first_line(error)}; {BUILD_AGAIN}") from None
         return cls(
             stored.family,
