@@ -39,23 +39,21 @@ def build_command(arguments: list[str]) -> int:
 
 
 def verify_command(arguments: list[str]) -> int:
-    parser = Parser("engine.shards verify", description="Read every shard and compare it with the digest in the index.")
+    parser = Parser("engine.shards verify", description="Read every shard and compare it with its digest and its checksums.")
     parser.add_argument("directory", type=Path, help="directory of the shards")
     directory = parser.parse_args(arguments).directory
     from tqdm import tqdm
 
     from engine.data.format.index import Index
-    from engine.data.format.shard import Shards
     from engine.data.format.verify import verify
 
     index = Index.read(directory)
-    with tqdm(total=len(index.shards), desc="Verifying", unit="shard", disable=None) as progress:
-        problems = verify(directory, index.shards, progress=progress.update)
+    count = len(index.shards)
+    with tqdm(total=count, desc="Verifying", unit="shard", disable=None) as progress:
+        problems = verify(directory, index, range(count), rows=True, progress=progress.update)
     for file, problem in problems.items():
         print(printable(f"{directory / file}: {problem}"))
-    if not problems and index.records:
-        Shards(directory)  # which looks at what the records point to
-    print(f"{len(index.shards) - len(problems)} of {len(index.shards)} shards are whole")
+    print(f"{count - len(problems)} of {count} shards are whole")
     return 1 if problems else 0
 
 
@@ -66,6 +64,7 @@ def info_command(arguments: list[str]) -> int:
         "--records", type=whole(0, 1024), default=24, help="records on the contact sheet, 0 for none (default: 24)"
     )
     parser.add_argument("--record", type=whole(0, 2**40), help="only say which sample and captions this record came from")
+    parser.add_argument("--refused", action="store_true", help="only list the samples that were refused, and why")
     parser.add_argument("--output", type=Path, help="the contact sheet (default: contact-sheet.png beside the shards)")
     for name in _DATA:
         parser.add_argument(f"--{name}", help="with --record: the data set, to name the file in it")
@@ -84,6 +83,12 @@ def info_command(arguments: list[str]) -> int:
         from engine.data.describe import DATA, describe_record
 
         print(describe_record(options.directory, index, options.record, given(DATA)))
+        return 0
+    if options.refused:
+        from engine.data.describe import list_refused
+
+        for line in list_refused(options.directory, index):
+            print(line)
         return 0
     output = options.output or options.directory / "contact-sheet.png"
     models = given(_MODELS)

@@ -216,6 +216,11 @@ class TensorFile:
         self.staging: Tensor | None = None
         weakref.finalize(self, os.close, self.descriptor)
 
+    @property
+    def size(self) -> int:
+        """Bytes of the file, as its header has them."""
+        return self.data_start + max((described["data_offsets"][1] for described in self.header.values()), default=0)
+
     def elements(self, name: str) -> int:
         return torch.Size(self.header[name]["shape"]).numel()
 

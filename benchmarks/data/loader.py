@@ -27,7 +27,7 @@ from benchmarks.tools.shards import write_shards
 from benchmarks.tools.tables import problem
 from benchmarks.tools.timing import synchronize
 from engine.data.format.index import Field
-from engine.data.format.shard import Shards
+from engine.data.format.reader import Shards
 from engine.data.samples.batch import Batch, BatchPlan
 from engine.data.samples.loader import Loader
 from engine.diffusion import DiscreteSchedule, unweighted

@@ -26,7 +26,7 @@ from benchmarks.tools.shards import write_shards
 from benchmarks.tools.sides import open_training
 from benchmarks.tools.tables import markdown
 from engine.catalogue import FAMILIES
-from engine.data.format.shard import Shards
+from engine.data.format.reader import Shards
 from engine.data.samples.loader import BatchPlan, Loader
 from engine.quiet import quiet_libraries
 

@@ -1,32 +1,47 @@
-"""Shards of random rows, of any shape and number, that the engine reads as any other."""
+"""Shards of random rows, of any shape and number, that the engine reads as any other; and shards altered without a trace."""
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from engine.data.format.index import Field, Index, ShardEntry
-from engine.data.format.shard import shard_name, write_shard
-from engine.files import digest, digest_of
+from engine.data.format.index import ENTRY, Field, Index, shard_name
+from engine.data.format.shard import Contents, Shard, entry_of, write_shard
+from engine.files import digest_of
 
 SHARD = 8192  # records of a shard
 
 
 def write_shards(directory: Path, records: int, family: str, fields: dict[str, Field]) -> None:
     """Shards of `records` records with an image and, where fields are a caption's, a caption each, whose rows are random."""
-    entries: list[ShardEntry] = []
+    entries = []
     captioned = any(field.per == "caption" for field in fields.values())
-    for first in range(0, records, SHARD):
-        count = min(SHARD, records - first)
-        numbers = torch.arange(first, first + count)
-        offsets = torch.arange(count + 1)
-        rows = {name: torch.randn(count, *field.shape).to(field.dtype) for name, field in fields.items()}
-        described = {
-            "source": numbers, "image_offsets": offsets, "caption_offsets": offsets.clone() * captioned,
-            "caption_numbers": numbers.clone() if captioned else numbers[:0].clone(),
-        }  # fmt: skip
-        path = directory / shard_name(len(entries))
-        counts = {"records": count, "image_rows": count, "caption_rows": count * captioned}
-        said = {"captions": [""] * count * captioned, "refused": [], "fingerprint": digest_of({})}
-        write_shard(path, rows | described, counts | said)
-        entries.append(ShardEntry(file=path.name, bytes=path.stat().st_size, sha256=digest(path), **counts))
-    Index(family, digest_of({}), {}, {}, fields, entries, []).write(directory)
+    for number, first in enumerate(range(0, records, SHARD)):
+        covers = range(first, min(first + SHARD, records))
+        rows = {name: torch.randn(len(covers), *field.shape).to(field.dtype) for name, field in fields.items()}
+        captions = [[number] * captioned for number in range(len(covers))]
+        contents = Contents(covers, covers, [""] * len(covers), [1] * len(covers), captions, [""] * len(covers) * captioned, [])
+        write_shard(directory / shard_name(number), rows, contents, digest_of({}))
+        entries.append(entry_of(Shard(directory / shard_name(number), fields), number))
+    Index(family, digest_of({}), {}, {}, fields, np.array(entries, ENTRY)).write(directory)
+
+
+def replace_rows(directory: Path, place: int, **rows: Tensor) -> None:
+    """Writes the shard at a place of the index with other rows, and checksums and digests that say that all is well."""
+    index = Index.read(directory)
+    path = directory / shard_name(index.shards["number"][place])
+    shard = Shard(path, index.fields)
+    records = range(shard.said.records)
+    contents = Contents(
+        covers=shard.covers,
+        sources=shard.tensors["source"].tolist(),
+        names=[shard.text("names", record) for record in records],
+        variants=[len(shard.image_rows(record)) for record in records],
+        captions=[shard.caption_rows(record) for record in records],
+        texts=[shard.text("caption_texts", row) for row in range(shard.said.caption_rows)],
+        refused=shard.refused,
+    )
+    write_shard(path, {name: shard.file.tensor(name) for name in index.fields} | rows, contents, index.fingerprint)
+    index.shards[place] = entry_of(Shard(path, index.fields), index.shards["number"][place])
+    index.write(directory)

@@ -321,6 +321,12 @@ class TrainConfig(CacheConfig):
     trust_shards: bool = option(
         False, "With --shards_dir alone, train on shards that other encoders built than those at hand.", "data"
     )
+    verify_shards: Literal["none", "rows", "all"] = option(
+        "rows",
+        "rows: compare every row of the shards with its checksum when it is read; all: read every shard before the start, too, "
+        "and compare its digest; none: neither.",
+        "data",
+    )
     quiet: bool = option(False, "Say nothing but warnings and mistakes.", "output")
     validation_prompts: list[str] | None = option(None, "Prompts of the validation images.", "output")
     validation_epochs: int = option(5, "Epochs between two rounds of validation images.", "output", ge=1)

@@ -1,7 +1,7 @@
 """What shards hold, for a person: a summary in words, and a contact sheet of decoded records."""
 
-import bisect
-import itertools
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +12,9 @@ from engine.catalogue import FAMILIES
 from engine.config.command_line import load
 from engine.config.options import CacheConfig
 from engine.data.format.index import INDEX, Index
-from engine.data.format.shard import Shards, open_shard
-from engine.data.report import by_reason
+from engine.data.format.reader import Shards
+from engine.data.format.shard import open_shard
+from engine.data.report import by_count
 from engine.data.sources import open_source
 from engine.errors import UserError, printable
 from engine.files import reading
@@ -27,16 +28,15 @@ DATA = ("dataset_name", "dataset_config_name", "train_data_dir", "cache_dir")  #
 
 def summary(directory: Path, index: Index) -> str:
     """What an index says, for a person."""
-    size = sum(shard.bytes for shard in index.shards)
     lines = [
-        f"shards         {directory} ({len(index.shards)} files, {size / 2**20:.1f} MiB)",
+        f"shards         {directory} ({len(index.shards)} files, {index.total('bytes') / 2**20:.1f} MiB)",
         f"family         {index.family}",
         f"records        {index.records}",
-        f"image rows     {sum(shard.image_rows for shard in index.shards)}",
-        f"captions       {sum(shard.caption_rows for shard in index.shards)} distinct",
-        f"refused        {len(index.refused)}",
+        f"image rows     {index.total('image_rows')}",
+        f"captions       {index.total('caption_rows')}",
+        f"refused        {index.refused_count}",
     ]
-    lines += [f"  {len(items):6d}       {reason}" for reason, items in by_reason(index.refused).items()]
+    lines += [f"  {refusals.count:6d}       {reason}" for reason, refusals in by_count(index.refused)]
     for name, field in index.fields.items():
         shape = " x ".join(map(str, field.shape))
         lines.append(f"field          {name}: {shape} {str(field.dtype).removeprefix('torch.')} per {field.per}")
@@ -45,7 +45,7 @@ def summary(directory: Path, index: Index) -> str:
 
 
 def describe_record(directory: Path, index: Index, record: int, given: dict[str, str]) -> str:
-    """Where a record lies, and what it came from; with the data set the name of its file.
+    """Where a record lies, and what it came from.
 
     Args:
         given: options that name the data set.
@@ -55,31 +55,38 @@ def describe_record(directory: Path, index: Index, record: int, given: dict[str,
     """
     if record >= index.records:
         raise UserError(f"{directory}: no record {record}; the last is {index.records - 1}")
-    ends = list(itertools.accumulate(shard.records for shard in index.shards))
-    number = bisect.bisect_right(ends, record)
-    entry = index.shards[number]
-    row = record - (ends[number] - entry.records)
+    place = Shards(directory).find(torch.tensor([record]))
+    number = int(place.shards[0])
+    row = record - index.shards["records"][:number].sum()
     shard = open_shard(directory, index, number)
-    sample = int(shard.source[row])
-    first, end = shard.caption_offsets[row : row + 2].tolist()
-    first_image, end_image = shard.image_offsets[row : row + 2].tolist()
+    sample, name = int(shard.tensors["source"][row]), shard.text("names", row)
+    images = shard.image_rows(row)
     lines = [
         f"record         {record}",
-        f"shard          {entry.file}, image rows {first_image} to {end_image - 1}",
+        f"shard          {shard.path.name}, image rows {images.start} to {images.stop - 1}",
         f"sample         {sample} of the data set",
-        f"file           {_file_of(directory, index, sample, given)}",
+        f"file           {_file_of(directory, index, sample, name, given)}",
     ]
-    texts = _captions(directory, index, shard.caption_numbers[first:end].tolist())
+    texts = [shard.text("caption_texts", caption) for caption in shard.caption_rows(row)]
     return "\n".join(map(printable, [*lines, *(f"caption        {text!r}" for text in texts)]))
 
 
-def _file_of(directory: Path, index: Index, sample: int, given: dict[str, str]) -> str:
-    """The file of a sample in the data set that is given; an index may name any place, which is not opened."""
+def list_refused(directory: Path, index: Index) -> Iterator[str]:
+    """Every refused sample with the reason, in the order of the data set."""
+    for number in range(len(index.shards)):
+        for item in open_shard(directory, index, number).refused:
+            detail = f": {item['detail']}" if "detail" in item else ""
+            yield printable(f"{item['source']}: {item['reason']}{detail}")
+
+
+def _file_of(directory: Path, index: Index, sample: int, name: str, given: dict[str, str]) -> str:
+    """The file of a sample, by its name in the shards, or in the data set that is given; an index may name any place, which is not
+    opened."""
     if not given.keys() & {"dataset_name", "train_data_dir"}:
-        return "give the data set to name it: --train_data_dir or --dataset_name"
+        return name or "give the data set to name it: --train_data_dir or --dataset_name"
     try:
         with reading(directory / INDEX, "build the shards again"):
-            built = {name: value for name, value in index.config.items() if name not in DATA}
+            built = {key: value for key, value in index.config.items() if key not in DATA}
             config = load(CacheConfig, built | given, str(directory / INDEX))
             source = open_source(config, FAMILIES[config.family].captioned)
     except UserError as error:
@@ -92,13 +99,6 @@ def _file_of(directory: Path, index: Index, sample: int, given: dict[str, str]) 
     )
 
 
-def _captions(directory: Path, index: Index, numbers: list[int]) -> list[str]:
-    ends = index.caption_ends
-    places = [(bisect.bisect_right(ends, number), number) for number in numbers]
-    texts = {shard: open_shard(directory, index, shard).said.captions for shard in {shard for shard, _ in places}}
-    return [texts[shard][number - ends[shard]] for shard, number in places]  # counted from the shard's end
-
-
 def contact_sheet(directory: Path, index: Index, encoding: "Encoding", count: int) -> Image.Image:
     """Records spread evenly over the shards, decoded, each under its caption."""
     if index.fields != encoding.record_spec:
@@ -108,11 +108,15 @@ def contact_sheet(directory: Path, index: Index, encoding: "Encoding", count: in
     shards = Shards(directory)
     count = min(count, len(shards))
     records = torch.linspace(0, len(shards) - 1, count).round().long()
-    rows = shards.rows_of(records)
+    places = shards.find(records)
+    rows = shards.rows_of(places)
     latents = torch.empty(count, *index.fields[encoding.mean].shape, dtype=index.fields[encoding.mean].dtype)
-    shards.gather(encoding.mean, rows["image"], latents)
-    texts = [text for shard in range(len(index.shards)) for text in open_shard(directory, index, shard).said.captions]
-    labels = [texts[number] for number in rows["caption"].tolist()] if "caption" in rows else [f"{r}" for r in records]
+    shards.gather(encoding.mean, rows, latents)
+    opened = functools.cache(lambda number: open_shard(directory, index, number))
+    labels = [f"{record}" for record in records]
+    if "caption" in rows:
+        captions = zip(places.shards.tolist(), rows["caption"].tolist(), strict=True)
+        labels = [opened(shard).text("caption_texts", caption) for shard, caption in captions]
     images = encoding.decode(latents)
     by_label: dict[str, list] = {}
     for label, image in zip(labels, images, strict=True):

@@ -14,27 +14,38 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.config.options import CacheConfig, TrainConfig, options_of
-from engine.data.captions import Captions, drop_unusable_captions, listed, number_captions, offsets_of
-from engine.data.format.index import INDEX, Index, ShardEntry, variants_of
-from engine.data.format.shard import SHARD_NAME, Shard, shard_name, write_shard
+from engine.data.format.index import (
+    ENTRY,
+    INDEX,
+    SHARD_NAME,
+    TABLE,
+    Index,
+    Refusals,
+    add_refused,
+    count_refused,
+    shard_name,
+    variants_of,
+)
+from engine.data.format.shard import Contents, Shard, entry_of, write_shard
 from engine.data.identity import differences, identity_of
 from engine.data.report import describe_refused, say_refused
 from engine.data.sources.decode import refuse_extreme
 from engine.data.sources.interface import Refused, Source, refusing
 from engine.data.sources.room import room
 from engine.errors import UserError
-from engine.files import PARTIAL, digest, digest_of, excludes_others, lock
+from engine.files import PARTIAL, digest_of, excludes_others, lock
 from engine.messages import Progress, busy, say
 from engine.models.encoder import Encoder, Encoding
 from engine.processes import Processes
-from engine.tensors import read_header
 
 # So many samples refused by the encoder, before it encoded any, are the encoder's fault.
 _HOPELESS = 100
+_LONGEST = 10_000  # characters of what is listed of a refused sample, which may quote it
 
 
 def encode_source(
@@ -59,17 +70,18 @@ def encode_source(
     fingerprint = digest_of(identity)
     if processes.from_first((directory / INDEX).exists()):
         return _existing_index(directory, identity, fingerprint)
-    captions = number_captions(source, config.shard_records, encoding.captioned)
-    known = {sample: why for sample in range(len(source)) if (why := captions.refused.get(sample) or source.refusal(sample))}
-    if config.strict and known:
-        raise _strict(source, *next(iter(known.items())))
-    if len(known) == len(source):
-        raise _all_refused([listed(source, sample, why) for sample, why in known.items()])
+    known = ((sample, source.refusal(sample)) for sample in range(len(source)))
+    if config.strict:
+        for sample, why in known:
+            if why:
+                raise _strict(source, sample, why)
+    elif all(why for _, why in known):
+        raise _all_refused(source, ((sample, source.refusal(sample)) for sample in range(len(source))))
     directory.mkdir(parents=True, exist_ok=True)
     with _only_builder(config, processes):
         if processes.from_first((directory / INDEX).exists()):  # built by the run that was waited for
             return _existing_index(directory, identity, fingerprint)
-        return _build(config, encoding, source, captions, identity, processes)
+        return _build(config, encoding, source, identity, processes)
 
 
 @contextlib.contextmanager
@@ -83,7 +95,7 @@ def _only_builder(config: CacheConfig, processes: Processes) -> Iterator[None]:
         while waits:
             held = lock(directory) if processes.is_first else None
             if held is not None and excludes_others(held):
-                for leftover in itertools.chain(*(directory.glob(f"{name}*{PARTIAL}") for name in (INDEX, SHARD_NAME))):
+                for leftover in itertools.chain(*(directory.glob(f"{name}*{PARTIAL}") for name in (INDEX, TABLE, SHARD_NAME))):
                     leftover.unlink()
             waits = processes.from_first(held is None)
             if waits and not said:
@@ -97,71 +109,80 @@ def _only_builder(config: CacheConfig, processes: Processes) -> Iterator[None]:
             os.close(held)
 
 
-def _build(
-    config: CacheConfig,
-    encoding: Encoding,
-    source: Source,
-    captions: Captions,
-    identity: dict[str, Any],
-    processes: Processes,
-) -> Index:
+def _build(config: CacheConfig, encoding: Encoding, source: Source, identity: dict[str, Any], processes: Processes) -> Index:
     directory, fingerprint = config.shards_path, digest_of(identity)
-    paths = {number: directory / shard_name(number) for number in range(processes.rank, captions.shards, processes.world)}
+    covered = {
+        number: range(first, min(first + config.shard_records, len(source)))
+        for number, first in enumerate(range(0, len(source), config.shard_records))
+        if number % processes.world == processes.rank
+    }
     variants = variants_of(identity)
 
-    def is_complete(number: int, path: Path) -> bool:
-        """Whether a shard is there that an earlier build left, of the same samples and captions."""
-        samples = _samples_of_shard(number, config.shard_records, len(source))
+    def is_complete(number: int) -> bool:
+        """Whether a shard is there that an earlier build left, of the same samples."""
         try:
-            shard = Shard(path, encoding.record_spec, captions.first_of_shard[number + 1], samples.stop)
+            shard = Shard(directory / shard_name(number), encoding.record_spec)
             shard.require_variants(variants)
         except UserError:
             return False
-        said = shard.said
-        its_own = not said.records or int(shard.source[0]) >= samples.start
-        all_of_them = said.records + len(said.refused) == len(samples)
-        return its_own and all_of_them and said.fingerprint == fingerprint and said.captions == captions.texts_of(number)
+        return (shard.said.fingerprint, shard.covers) == (fingerprint, covered[number]) and not shard.altered_row()
 
-    missing = [number for number, path in paths.items() if not is_complete(number, path)]
+    missing = {number: samples for number, samples in covered.items() if not is_complete(number)}
     started = time.perf_counter()
     if missing:
-        _encode_shards(config, encoding, source, captions, missing, fingerprint, processes)
+        _encode_shards(config, encoding, source, missing, fingerprint, processes)
     seconds = max(processes.gather_objects(time.perf_counter() - started))
-    drop_unusable_captions(list(paths.values()), encoding, source, processes)
 
-    gathered = processes.gather_objects({number: _describe(path) for number, path in paths.items()})
-    by_number = {number: described for part in gathered for number, described in part.items()}
-    described = [by_number[number] for number in range(captions.shards)]
-    refused = [item for _, items in described for item in items]
-    if len(refused) == len(source):
-        for path in paths.values():
-            path.unlink(missing_ok=True)
-        raise _all_refused(refused)
+    gathered = processes.gather_objects([_describe(directory, number, encoding) for number in covered])
+    described = sorted(itertools.chain(*gathered), key=lambda described: described[0])
+    refused = add_refused(listed for _, listed in described)
     index = Index(
         family=config.family,
         fingerprint=fingerprint,
         identity=identity,
         config={name: value for name, value in options_of(config).items() if name in CacheConfig.model_fields},
         fields=encoding.record_spec,
-        shards=[entry for entry, _ in described],
+        shards=np.array([entry for entry, _ in described], ENTRY),
         refused=refused,
         encode_seconds=seconds,
     )
+    if not index.records:
+        for number in covered:
+            (directory / shard_name(number)).unlink(missing_ok=True)
+        raise UserError(_none_usable(refused))
     if processes.is_first:
         index.write(directory)
     processes.barrier()
     for noticed, count in sum(processes.gather_objects(source.noticed), Counter()).items():
         say(f"{count} of {len(source)} images: {noticed}")
-    say_refused(len(source), refused, directory / INDEX)
+    say_refused(len(source), refused, directory)
     return index
+
+
+def _describe(directory: Path, number: int, encoding: Encoding) -> tuple[tuple, dict[str, Refusals]]:
+    """What the index says of a shard, and the samples refused there."""
+    shard = Shard(directory / shard_name(number), encoding.record_spec)
+    return entry_of(shard, number), count_refused(shard.refused)
 
 
 def _strict(source: Source, sample: int, why: Refused) -> UserError:
     return UserError(f"--strict: {source.name(sample)}: {why}", alone=True)
 
 
-def _all_refused(refused: list[dict[str, str]], alone: bool = False) -> UserError:
-    return UserError(f"not one of {len(refused)} samples can be used: {describe_refused(refused)}", alone=alone)
+def _all_refused(source: Source, refused: Iterable[tuple[int, Refused | None]], alone: bool = False) -> UserError:
+    counted = count_refused(_listed(source, sample, why) for sample, why in refused if why)
+    return UserError(_none_usable(counted), alone=alone)
+
+
+def _none_usable(refused: dict[str, Refusals]) -> str:
+    return f"not one of {sum(of.count for of in refused.values())} samples can be used: {describe_refused(refused)}"
+
+
+def _listed(source: Source, sample: int, why: Refused) -> dict[str, str]:
+    """A refused sample as its shard lists it."""
+    values = {"source": source.name(sample), "reason": why.reason} | ({"detail": why.detail} if why.detail else {})
+    # Names of files are bytes, not text.
+    return {key: value[:_LONGEST].encode(errors="backslashreplace").decode() for key, value in values.items()}
 
 
 def _existing_index(directory: Path, identity: dict[str, Any], fingerprint: str) -> Index:
@@ -175,60 +196,75 @@ def _existing_index(directory: Path, identity: dict[str, Any], fingerprint: str)
     return index
 
 
-def _describe(path: Path) -> tuple[ShardEntry, list[dict[str, str]]]:
-    _, metadata, _ = read_header(path)
-    counts = {name: metadata[name] for name in ("records", "image_rows", "caption_rows")}
-    entry = ShardEntry(file=path.name, bytes=path.stat().st_size, sha256=digest(path), **counts)
-    return entry, metadata["refused"]
+Item = TypeVar("Item")
+Row = dict[str, Tensor]
+
+
+@dataclass
+class Encoded:
+    """What became of one shard's samples and captions.
+
+    captions: of each sample that has any, their texts; of records in the end, those that the encoder took.
+    rows: of the samples that became records, in order, one image row for every variant.
+    refused: sample -> why it did not.
+    texts: text -> its caption row's number, distinct and in order of first appearance in the records.
+    caption_rows: one for each.
+    """
+
+    captions: dict[int, list[str]] = field(default_factory=dict)
+    rows: dict[int, list[Row]] = field(default_factory=dict)
+    refused: dict[int, Refused] = field(default_factory=dict)
+    texts: dict[str, int] = field(default_factory=dict)
+    caption_rows: list[Row] = field(default_factory=list)
 
 
 def _encode_shards(
     config: CacheConfig,
     encoding: Encoding,
     source: Source,
-    captions: Captions,
-    numbers: list[int],
+    covered: dict[int, range],
     fingerprint: str,
     processes: Processes,
 ) -> None:
-    """Encodes and writes the shards with these numbers."""
-    samples_of = {number: _samples_of_shard(number, config.shard_records, len(source)) for number in numbers}
+    """Encodes and writes the shards with these numbers, of these samples."""
     with (
         encoding.encoder(processes.device) as encoder,
         concurrent.futures.ThreadPoolExecutor(max(config.dataloader_num_workers, 1)) as pool,
-        Progress(sum(map(len, samples_of.values())), "Encoding", "image") as progress,
+        Progress(sum(map(len, covered.values())), "Encoding", "image") as progress,
     ):
         encoded = 0
         failed: list[tuple[int, Refused]] = []
-        for number, samples in samples_of.items():
+        for number, samples in covered.items():
             shard = Encoded()
-            prepared = _prepare(config, encoding, source, captions, samples, pool)
+            _read_captions(encoding, source, samples, shard)
+            prepared = _prepare(config, encoding, source, shard, samples, pool)
             failed += _encode_images(config, encoder, prepared, shard, progress)
-            _encode_captions(config, encoder, captions, number, shard)
             encoded += len(shard.rows)
-            if config.strict and (refusals := [*shard.refused.items(), *shard.unusable.items()]):
-                raise _strict(source, *refusals[0])
+            _encode_captions(config, encoder, shard)
+            if config.strict and shard.refused:
+                raise _strict(source, *min(shard.refused.items(), key=lambda item: item[0]))
             if not encoded and len(failed) >= _HOPELESS:
-                raise _all_refused([listed(source, sample, why) for sample, why in failed], alone=True)
-            refused = [listed(source, sample, shard.refused[sample]) for sample in samples if sample in shard.refused]
-            tensors = _shard_tensors(shard, captions, encoding)
-            metadata = {
-                "records": len(tensors["source"]),
-                "image_rows": int(tensors["image_offsets"][-1]),
-                "caption_rows": len(shard.caption_rows),
-                "captions": captions.texts_of(number),
-                "refused": refused,
-                "fingerprint": fingerprint,
-            }
-            if shard.unusable:
-                metadata["unusable_captions"] = {
-                    str(caption): [why.reason, why.detail] for caption, why in shard.unusable.items()
-                }
-            write_shard(config.shards_path / shard_name(number), tensors, metadata)
+                raise _all_refused(source, failed, alone=True)
+            contents = Contents(
+                covers=samples,
+                sources=[*shard.rows],
+                names=[source.name(sample) for sample in shard.rows],
+                variants=[len(rows) for rows in shard.rows.values()],
+                captions=[[shard.texts[text] for text in shard.captions[sample]] for sample in shard.rows],
+                texts=[*shard.texts],
+                refused=[_listed(source, sample, shard.refused[sample]) for sample in samples if sample in shard.refused],
+            )
+            write_shard(config.shards_path / shard_name(number), _stacked(shard, encoding), contents, fingerprint)
 
 
-def _samples_of_shard(number: int, shard_records: int, samples: int) -> range:
-    return range(number * shard_records, min((number + 1) * shard_records, samples))
+def _read_captions(encoding: Encoding, source: Source, samples: range, shard: Encoded) -> None:
+    """Finds the captions of samples, or why they have none that can be used."""
+    for sample in samples:
+        try:
+            with refusing("unreadable caption"):
+                shard.captions[sample] = source.captions(sample) if encoding.captioned else []
+        except Refused as why:
+            shard.refused[sample] = Refused(why.reason, why.detail)
 
 
 # A sample with its decoded and transformed variants, or with the reason why there are none.
@@ -239,15 +275,15 @@ def _prepare(
     config: CacheConfig,
     encoding: Encoding,
     source: Source,
-    captions: Captions,
+    shard: Encoded,
     samples: range,
     pool: concurrent.futures.ThreadPoolExecutor,
 ) -> Iterator[Prepared]:
-    """Samples decoded and transformed, in order; a bounded number are in flight."""
+    """Samples whose captions are known, decoded and transformed, in order; a bounded number are in flight."""
 
     def prepare(sample: int) -> Prepared:
-        if sample in captions.refused:
-            return sample, captions.refused[sample]
+        if sample in shard.refused:
+            return sample, shard.refused[sample]
         with room.turn():
             made = make(sample)
         if config.strict and isinstance(made, Refused):
@@ -277,26 +313,6 @@ def _prepare(
         yield futures.popleft().result()
 
 
-Item = TypeVar("Item")
-Row = dict[str, Tensor]
-
-
-@dataclass
-class Encoded:
-    """What became of one shard's samples and captions.
-
-    rows: the image rows of the samples that were encoded, (sample, row) for every variant, in order.
-    refused: sample -> why it was not.
-    caption_rows: one for every caption of the shard, empty for one that the encoder refused.
-    unusable: number -> why a caption was refused.
-    """
-
-    rows: list[tuple[int, Row]] = field(default_factory=list)
-    refused: dict[int, Refused] = field(default_factory=dict)
-    caption_rows: list[Row] = field(default_factory=list)
-    unusable: dict[int, Refused] = field(default_factory=dict)
-
-
 def _encode_images(
     config: CacheConfig, encoder: Encoder, prepared: Iterable[Prepared], shard: Encoded, progress: Progress
 ) -> list[tuple[int, Refused]]:
@@ -316,24 +332,35 @@ def _encode_images(
     def encode(batch: list[tuple[int, dict[str, Tensor]]]) -> dict[str, Tensor]:
         return encoder.encode_images({name: torch.stack([image[name] for _, image in batch]) for name in batch[0][1]})
 
-    rows: list[tuple[int, Row]] = []
     failed: dict[int, Refused] = {}
     for (sample, _), row in _encode_in_batches(variants(), config.encode_batch_size, encode, "image"):
         if isinstance(row, Refused):
             failed[sample] = row
         else:
-            rows.append((sample, row))
+            shard.rows.setdefault(sample, []).append(row)
     shard.refused |= failed
-    shard.rows = [(sample, row) for sample, row in rows if sample not in failed]
+    for sample in failed:
+        shard.rows.pop(sample, None)
     return list(failed.items())
 
 
-def _encode_captions(config: CacheConfig, encoder: Encoder, captions: Captions, number: int, shard: Encoded) -> None:
-    encoded = _encode_in_batches(captions.texts_of(number), config.encode_batch_size, encoder.encode_captions, "caption")
-    for caption, (text, row) in enumerate(encoded, start=captions.first_of_shard[number]):
+def _encode_captions(config: CacheConfig, encoder: Encoder, shard: Encoded) -> None:
+    """Encodes the captions of the records, each text once. What the encoder refuses is taken from them; a record that is left
+    without a caption is refused."""
+    texts = dict.fromkeys(text for sample in shard.rows for text in shard.captions[sample])
+    unusable: dict[str, Refused] = {}
+    for text, row in _encode_in_batches(texts, config.encode_batch_size, encoder.encode_captions, "caption"):
         if isinstance(row, Refused):
-            shard.unusable[caption] = Refused(row.reason, f"{row.detail} (caption {text[:60]!r})")
-        shard.caption_rows.append({} if isinstance(row, Refused) else row)
+            unusable[text] = Refused(row.reason, f"{row.detail} (caption {text[:60]!r})")
+        else:
+            shard.texts[text] = len(shard.caption_rows)
+            shard.caption_rows.append(row)
+    for sample in list(shard.rows) if unusable else ():
+        given = shard.captions[sample]
+        shard.captions[sample] = [text for text in given if text not in unusable]
+        if not shard.captions[sample]:
+            shard.refused[sample] = unusable[given[0]]
+            del shard.rows[sample]
 
 
 def _encode_in_batches(
@@ -360,18 +387,11 @@ def _encode_batch(batch: list[Item], encode: Callable[[list[Item]], dict[str, Te
     return [{name: tensor[row] for name, tensor in fields.items()} if good else unfit for row, good in enumerate(finite)]
 
 
-def _shard_tensors(shard: Encoded, captions: Captions, encoding: Encoding) -> dict[str, Tensor]:
-    """All tensors of a shard: the fields, and those that tie their rows to records."""
-    variants = Counter(sample for sample, _ in shard.rows)  # in the order of the samples
-    numbers = [captions.numbers[sample] for sample in variants]
-    tensors = {
-        "source": torch.tensor(list(variants), dtype=torch.int64),
-        "image_offsets": offsets_of(variants.values()),
-        "caption_offsets": offsets_of(map(len, numbers)),
-        "caption_numbers": torch.tensor([*itertools.chain(*numbers)], dtype=torch.int64),
-    }
+def _stacked(shard: Encoded, encoding: Encoding) -> dict[str, Tensor]:
+    """The rows of every field."""
+    stacked = {}
     for name, spec in encoding.record_spec.items():
-        rows = [row for _, row in shard.rows] if spec.per == "image" else shard.caption_rows
-        blank = torch.zeros(spec.shape, dtype=spec.dtype)
-        tensors[name] = torch.stack([row.get(name, blank) for row in rows] or [blank])[: len(rows)]
-    return tensors
+        rows = itertools.chain(*shard.rows.values()) if spec.per == "image" else shard.caption_rows
+        found = [row[name] for row in rows]
+        stacked[name] = torch.stack(found) if found else torch.empty(0, *spec.shape, dtype=spec.dtype)
+    return stacked

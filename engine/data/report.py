@@ -1,40 +1,41 @@
 """What is said of samples that were refused or changed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
+from engine.data.format.index import Refusals
 from engine.messages import say, warn
 
-_NAMES, _REASONS = 3, 6
+_REASONS = 6
 
 
-def by_reason(refused: Sequence[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
-    """The refused samples of an index by reason, the most frequent first."""
-    groups: dict[str, list[dict[str, str]]] = {}
-    for item in refused:
-        groups.setdefault(item["reason"], []).append(item)
-    return dict(sorted(groups.items(), key=lambda group: -len(group[1])))
+def by_count(refused: Mapping[str, Refusals]) -> list[tuple[str, Refusals]]:
+    """Reasons of an index, the most frequent first."""
+    return sorted(refused.items(), key=lambda item: -item[1].count)
 
 
-def describe_refused(refused: Sequence[dict[str, str]]) -> str:
-    """Reasons with their counts and up to three names each, in one line."""
-    groups = by_reason(refused)
+def describe_refused(refused: Mapping[str, Refusals]) -> str:
+    """Reasons with their counts and the first names of each, in one line."""
     parts = []
-    for reason, items in list(groups.items())[:_REASONS]:
-        first = "".join(f": {item['detail']}" for item in items[:1] if item.get("detail"))
-        names = ", ".join(item["source"] for item in items[:_NAMES]) + (", ..." if len(items) > _NAMES else "")
-        parts.append(f"{len(items)} {reason} ({names}{first})")
-    if len(groups) > _REASONS:
-        parts.append(f"{len(groups) - _REASONS} other reasons")
+    for reason, refusals in by_count(refused)[:_REASONS]:
+        first = "".join(f": {item['detail']}" for item in refusals.first[:1] if item.get("detail"))
+        names = ", ".join(item["source"] for item in refusals.first) + ", ..." * (refusals.count > len(refusals.first))
+        parts.append(f"{refusals.count} {reason} ({names}{first})")
+    if len(refused) > _REASONS:
+        parts.append(f"{len(refused) - _REASONS} other reasons")
     return "; ".join(parts).replace("\n", " ")
 
 
-def say_refused(samples: int, refused: Sequence[dict[str, str]], index: Path) -> None:
+def say_refused(samples: int, refused: Mapping[str, Refusals], directory: Path) -> None:
     """How many samples were refused and why; more than half asks for attention."""
-    if not refused:
+    count = sum(refusals.count for refusals in refused.values())
+    if not count:
         return
-    counted = f"{len(refused)} of {samples} samples: {describe_refused(refused)}; the list is in {index}"
-    if 2 * len(refused) > samples:
+    counted = (
+        f"{count} of {samples} samples: {describe_refused(refused)}; `python -m engine.shards info {directory} --refused` "
+        "lists them"
+    )
+    if 2 * count > samples:
         warn(f"more than half of the samples are refused, {counted}")
     else:
         say(f"refused {counted}")

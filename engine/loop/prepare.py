@@ -6,7 +6,7 @@ from typing import Any
 from engine.config.options import ALTER_THE_RESULT, TrainConfig, options_of
 from engine.data.encode import encode_source
 from engine.data.format.index import INDEX, Index
-from engine.data.format.shard import Shards
+from engine.data.format.reader import Shards
 from engine.data.format.verify import verify
 from engine.data.identity import differences
 from engine.data.samples.batch import BatchPlan
@@ -42,7 +42,7 @@ def divide_global_batch(config: TrainConfig, world: int) -> TrainConfig:
 def prepare_shards(
     config: TrainConfig, family: Family, processes: Processes, check: Callable[[dict[str, Any]], None]
 ) -> Shards:
-    """Builds the shards where they are missing, verifies every one, and opens them.
+    """Builds the shards where they are missing, verifies them as far as asked, and opens them.
 
     Args:
         check: is given the identity of the shards before anything is encoded, to raise what is against it.
@@ -70,15 +70,20 @@ def prepare_shards(
             f"{directory / INDEX}: the shards hold other records than this run reads ({changed}); give the options that they "
             "were built with, or name another --shards_dir"
         )
-    mine = index.shards[processes.rank :: processes.world]
-    with Progress(len(mine), "Verifying shards", "shard") as bar:
-        problems = verify(directory, mine, progress=bar.update)
-    problems = {file: problem for part in processes.gather_objects(problems) for file, problem in part.items()}
-    if problems:
-        listed = "; ".join(f"{file}: {problem}" for file, problem in sorted(problems.items()))
-        remedy = f"delete them and {INDEX}, and they are built again" if config.data else "copy or build them again"
-        raise UserError(f"{directory}: damaged shards: {listed}; {remedy}")
-    return Shards(directory)
+    if config.verify_shards != "none":
+        mine = range(processes.rank, len(index.shards), processes.world)
+        with Progress(len(mine), "Verifying shards", "shard") as bar:
+            problems = verify(directory, index, mine, config.verify_shards == "all", progress=bar.update)
+        problems = {file: problem for part in processes.gather_objects(problems) for file, problem in part.items()}
+        if problems:
+            raise _damaged(config, problems)
+    return Shards(directory, check_rows=config.verify_shards != "none")
+
+
+def _damaged(config: TrainConfig, problems: dict[str, str]) -> UserError:
+    listed = "; ".join(f"{file}: {problem}" for file, problem in sorted(problems.items()))
+    remedy = f"delete them and {INDEX}, and they are built again" if config.data else "copy or build them again"
+    return UserError(f"{config.shards_path}: damaged shards: {listed}; {remedy}")
 
 
 def _other_models(index: Index, family: Family, processes: Processes) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from engine.config.options import TrainConfig
-from engine.data.format.index import INDEX, Index
+from engine.data.format.index import Index
 from engine.loop.capture import reason_against
 from engine.loop.run import Run
 from engine.loop.weights import needs_deepspeed
@@ -32,7 +32,8 @@ def opening(
     trained = sum(shape.numel() for shape in partition.shapes.values())
     frozen = sum(parameter.numel() for parameter in partition.frozen.values())
     size, number = checkpoint_bytes(config, trained), checkpoints_to_come(config, run, done)
-    refused = f"{len(index.refused):,} refused, listed in {config.shards_path / INDEX}" if index.refused else "none refused"
+    listed = f"`python -m engine.shards info {config.shards_path} --refused` lists them"
+    refused = f"{index.refused_count:,} refused; {listed}" if index.refused else "none refused"
     every = f"every {config.checkpointing_steps:,} steps and at the end"
     rows = {
         "family": f"{config.family}, from {family.base_model}",

@@ -17,7 +17,7 @@ from engine.backends import compile_model, configure
 from engine.catalogue import FAMILIES
 from engine.config.command_line import CONFIG, to_toml
 from engine.config.options import TrainConfig
-from engine.data.format.shard import Shards
+from engine.data.format.reader import Shards
 from engine.data.samples.batch import Batch, BatchPlan
 from engine.data.samples.loader import Loader
 from engine.data.samples.order import records_of

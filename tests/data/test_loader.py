@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from engine.data.format.shard import Shards
+from engine.data.format.reader import Shards
 from engine.data.samples import loader as loader_module
 from engine.data.samples.batch import BatchPlan
 from engine.data.samples.draw import draw_rows

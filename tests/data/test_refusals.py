@@ -12,7 +12,7 @@ from PIL import Image
 from engine.config.options import CacheConfig
 from engine.data import encode
 from engine.data.format.index import Field, Index
-from engine.data.format.shard import Shards
+from engine.data.format.reader import Shards
 from engine.data.sources.interface import Refused
 from engine.errors import UserError
 from engine.models.encoder import Encoder, Encoding

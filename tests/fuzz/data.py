@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from engine import shards
 from engine.config.options import CacheConfig
-from engine.data.format.shard import Shards
+from engine.data.format.reader import Shards
 from engine.data.sources import open_source
 from engine.data.sources.decode import decode
 from engine.data.sources.interface import Refused, refusing

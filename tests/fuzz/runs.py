@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from engine import checkpoint
 from engine.config.command_line import load, parse, read_toml
 from engine.config.options import TrainConfig
-from engine.data.format.shard import Shards
+from engine.data.format.reader import Shards
 from engine.data.samples.batch import BatchPlan
 from engine.files import digest, discard
 from engine.loop.checkpoints.layout import open_checked, or_another

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.data import encode
 from engine.data.format.index import INDEX
-from engine.data.format.shard import Shards
+from engine.data.format.reader import Shards
 from engine.data.format.verify import verify
 from engine.errors import UserError
 from engine.files import lock

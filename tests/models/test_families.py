@@ -12,7 +12,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from engine.config.options import CacheConfig, TrainConfig
 from engine.data.format.index import Index
-from engine.data.format.shard import Shards
+from engine.data.format.reader import Shards
 from engine.data.samples.draw import draw_rows
 from engine.errors import UserError
 from engine.models.encoder import open_encoding

@@ -1,25 +1,44 @@
-"""What `index.json` says: the fields of a record, the shards and what they were built from."""
+"""What the index says: the fields of a record, the shards and what they were built from.
 
-import functools
-import itertools
+`index.json` is small whatever it stands for; what it says of every shard lies in arrays, in a file that it names by digest.
+"""
+
+import hashlib
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from annotated_types import Ge, Le, MaxLen
 from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, model_validator
 
-from engine.errors import UserError, blame_the_machine, first_line
-from engine.files import digest_of, parse_json, read_text, write_json
-from engine.tensors import DTYPES
+from engine.errors import UserError
+from engine.files import digest, digest_of, parse_json, read_text, reading, write_atomically, write_json
+from engine.tensors import DTYPES, TensorFile, bytes_of, header_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX = "index.json"
+TABLE = "index-"  # what the names of files with arrays over shards begin with
 BUILD_AGAIN = "build the shards again, or get a whole copy"
-# The tensors that tie rows to records, beside the fields.
-OF_RECORDS = ("source", "image_offsets", "caption_offsets", "caption_numbers")
+SHARD_NAME = "shard-"  # what the names of all begin with
+# What the index says of a shard. `variants` and `captions`: how many every record has, or one of those below.
+ENTRY = np.dtype(
+    [(name, np.int64) for name in ("number", "records", "image_rows", "caption_rows", "bytes", "variants", "captions",
+                                   "first_sample", "samples")] + [("sha256", np.uint8, 32)]
+)  # fmt: skip
+VARYING = -1  # records have different numbers of them: offsets say where each one's begin
+OWN = -2  # every record has one caption, its own: its row is the record's
+MOST = 2**14  # variants or captions of a record, where all have as many
+# Tensors of a shard beside the fields and their checksums.
+OF_RECORDS = (
+    "source", "image_offsets", "caption_offsets", "caption_numbers", "caption_texts", "caption_texts_offsets", "names",
+    "names_offsets", "refused",
+)  # fmt: skip
+CHECKSUMS = "checksums."  # and the field's name
+_LISTED = 3  # refused samples of each reason that the index names
 _LARGEST_ROW = 2**34  # bytes
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 
@@ -30,7 +49,7 @@ class Stored(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, protected_namespaces=())
 
 
-def _whole_field(described: "_StoredField") -> "_StoredField":
+def _whole_field(described: "StoredField") -> "StoredField":
     if described.to_field().row_bytes > _LARGEST_ROW:
         raise ValueError(f"a row of {described.shape} is larger than any")
     return described
@@ -42,12 +61,6 @@ def _known_dtype(name: str) -> str:
     return name
 
 
-def _file_name(name: str) -> str:
-    if name in (".", ".."):
-        raise ValueError("not the name of a file")
-    return name
-
-
 def _refused(item: dict[str, str]) -> dict[str, str]:
     if not {"source", "reason"} <= item.keys():
         raise ValueError("a refused sample has a source and a reason")
@@ -56,7 +69,6 @@ def _refused(item: dict[str, str]) -> dict[str, str]:
 
 Count = Annotated[int, Ge(0), Le(2**48)]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-FileName = Annotated[str, StringConstraints(pattern=r"^[^/\\\x00-\x1f\x7f]{1,200}$"), AfterValidator(_file_name)]
 RefusedSample = Annotated[dict[str, str], AfterValidator(_refused)]
 
 
@@ -76,7 +88,7 @@ class Field:
         return {"shape": list(self.shape), "dtype": str(self.dtype).removeprefix("torch."), "per": self.per}
 
 
-class _StoredField(Stored):
+class StoredField(Stored):
     shape: Annotated[list[Annotated[int, Ge(1)]], MaxLen(8)]
     dtype: Annotated[str, AfterValidator(_known_dtype)]
     per: Literal["image", "caption"]
@@ -85,15 +97,49 @@ class _StoredField(Stored):
         return Field(tuple(self.shape), _DTYPES[self.dtype], self.per)
 
 
-class ShardEntry(Stored):
-    """What the index says about one shard."""
+class Refusals(Stored):
+    """The samples that were refused for one reason: how many, and the first of them."""
 
-    file: FileName
-    records: Count
-    image_rows: Count
-    caption_rows: Count
-    bytes: Count
-    sha256: Digest
+    count: Count
+    first: list[RefusedSample]
+
+
+def count_refused(listed: Iterable[dict[str, str]]) -> dict[str, Refusals]:
+    """Refused samples by reason."""
+    groups: dict[str, list[dict[str, str]]] = {}
+    counts: dict[str, int] = {}
+    for item in listed:
+        reason = item["reason"]
+        counts[reason] = counts.get(reason, 0) + 1
+        if len(group := groups.setdefault(reason, [])) < _LISTED:
+            group.append(item)
+    return {reason: Refusals(count=counts[reason], first=first) for reason, first in groups.items()}
+
+
+def add_refused(parts: Iterable[dict[str, Refusals]]) -> dict[str, Refusals]:
+    """The same over several shards, in their order."""
+    total: dict[str, Refusals] = {}
+    for part in parts:
+        for reason, added in part.items():
+            before = total.get(reason, Refusals(count=0, first=[]))
+            first = [*before.first, *added.first][:_LISTED]
+            total[reason] = Refusals(count=before.count + added.count, first=first)
+    return total
+
+
+Fields = dict[str, Annotated[StoredField, AfterValidator(_whole_field)]]
+
+
+def check_fields(fields: Fields, identity: dict[str, Any], fingerprint: str) -> None:
+    """Raises `ValueError` where the fields of an index, or its identity, are none."""
+    if taken := [name for name in fields if name in OF_RECORDS or name.startswith(CHECKSUMS)]:
+        raise ValueError(f"a field has the name of another tensor ({', '.join(taken)})")
+    if "image" not in {field.per for field in fields.values()}:
+        raise ValueError("no field belongs to images")
+    if not all(isinstance(identity.get(name, {}), dict) for name in ("source", "models", "preprocessing")):
+        raise ValueError("identity: source, models and preprocessing are objects")
+    if digest_of(identity) != fingerprint:
+        raise ValueError("the fingerprint is not that of the identity")
 
 
 class _StoredIndex(Stored):
@@ -107,29 +153,17 @@ class _StoredIndex(Stored):
     caption_rows: Count
     encode_seconds: Annotated[float, Ge(0)]
     refused_count: Count
+    refused: dict[str, Refusals]
     identity: dict[str, Any]
     config: dict[str, Any]
-    fields: dict[str, Annotated[_StoredField, AfterValidator(_whole_field)]]
-    shards: list[ShardEntry]
-    refused: list[RefusedSample]
+    fields: Fields
+    shards: Digest
 
     @model_validator(mode="after")
     def _agrees(self) -> "_StoredIndex":
-        for name in ("records", "image_rows", "caption_rows"):
-            if (total := sum(getattr(shard, name) for shard in self.shards)) != getattr(self, name):
-                raise ValueError(f"{name} is {getattr(self, name)}, those of the shards are {total}")
-        if self.refused_count != len(self.refused):
-            raise ValueError(f"refused_count is {self.refused_count}, listed are {len(self.refused)}")
-        if len({shard.file for shard in self.shards}) < len(self.shards):
-            raise ValueError("a shard is listed twice")
-        if any(name in self.fields for name in OF_RECORDS):
-            raise ValueError(f"a field has the name of another tensor ({', '.join(OF_RECORDS)})")
-        if self.shards and "image" not in {field.per for field in self.fields.values()}:
-            raise ValueError("no field belongs to images")
-        if not all(isinstance(self.identity.get(name, {}), dict) for name in ("source", "models", "preprocessing")):
-            raise ValueError("identity: source, models and preprocessing are objects")
-        if digest_of(self.identity) != self.fingerprint:
-            raise ValueError("the fingerprint is not that of the identity")
+        if self.refused_count != (listed := sum(refusals.count for refusals in self.refused.values())):
+            raise ValueError(f"refused_count is {self.refused_count}, those by reason are {listed}")
+        check_fields(self.fields, self.identity, self.fingerprint)
         return self
 
 
@@ -143,9 +177,11 @@ def variants_of(identity: dict[str, Any]) -> set[int]:
 
 @dataclass(frozen=True)
 class Index:
-    """The content of `index.json`.
+    """The content of `index.json` and of the arrays beside it.
 
     config: how the shards were asked for; only `identity` is in the fingerprint.
+    shards: of dtype `ENTRY` [shards], in the order of their numbers and of the samples that they cover.
+    refused: by reason.
     encode_seconds: what the last build spent encoding, on the slowest process.
     """
 
@@ -154,65 +190,144 @@ class Index:
     identity: dict[str, Any]
     config: dict[str, Any]
     fields: dict[str, Field]
-    shards: list[ShardEntry]
-    refused: list[dict[str, str]]
+    shards: np.ndarray
+    refused: dict[str, Refusals] = field(default_factory=dict)
     encode_seconds: float = 0.0
+
+    def total(self, name: str) -> int:
+        """The sum over shards of `records`, `image_rows`, `caption_rows`, `bytes` or `samples`."""
+        return sum(self.shards[name].tolist())  # beyond 64 bits, if an index says so
 
     @property
     def records(self) -> int:
-        return sum(shard.records for shard in self.shards)
+        return self.total("records")
 
-    @functools.cached_property
-    def caption_ends(self) -> list[int]:
-        """How many captions lie in the shards up to each, that one included."""
-        return list(itertools.accumulate(shard.caption_rows for shard in self.shards))
+    @property
+    def refused_count(self) -> int:
+        return sum(refusals.count for refusals in self.refused.values())
 
     def write(self, directory: Path) -> None:
-        value = {
+        """Writes the arrays, then the file that names them."""
+        arrays = {name: torch.from_numpy(self.shards[name].copy()) for name in ENTRY.names or ()}
+        content = header_of(arrays)[0] + b"".join(bytes_of(array).numpy().tobytes() for array in arrays.values())
+        value: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "family": self.family,
             "fingerprint": self.fingerprint,
             "records": self.records,
-            "image_rows": sum(shard.image_rows for shard in self.shards),
-            "caption_rows": sum(shard.caption_rows for shard in self.shards),
+            "image_rows": self.total("image_rows"),
+            "caption_rows": self.total("caption_rows"),
             "encode_seconds": self.encode_seconds,
-            "refused_count": len(self.refused),
+            "refused_count": self.refused_count,
+            "refused": {reason: refusals.model_dump() for reason, refusals in self.refused.items()},
             "identity": self.identity,
             "config": self.config,
             "fields": {name: field.to_json() for name, field in self.fields.items()},
-            "shards": [shard.model_dump() for shard in self.shards],
-            "refused": self.refused,
+            "shards": hashlib.sha256(content).hexdigest(),
         }
+        write_atomically(directory / table_name(value["shards"]), lambda path: path.write_bytes(content))
         write_json(directory / INDEX, value)
 
     @classmethod
     def read(cls, directory: Path) -> "Index":
-        """What it says of itself agrees; whether it is true of the shards is seen when they are opened.
+        """What it says of itself agrees; whether it is true of a shard is seen when that is opened.
 
         Raises:
             UserError: there is no index, or one that this version cannot read.
         """
-        path = directory / INDEX
-        try:
-            value = parse_json(read_text(path))
-            version = value.get("format_version") if isinstance(value, dict) else None
-            if type(version) is int and version != FORMAT_VERSION:
-                raise UserError(f"{path}: format version {version}, this engine reads {FORMAT_VERSION}; build the shards again")
+        value = read_json(directory, FORMAT_VERSION, f"convert them with `python -m engine.shards convert {directory}`")
+        with reading(directory / INDEX, BUILD_AGAIN):
             stored = _StoredIndex.model_validate(value)
-        except FileNotFoundError:
-            raise UserError(f"{directory}: no {INDEX} there; build shards with `python -m engine.shards build`") from None
-        except UserError:
-            raise
-        except Exception as error:  # as in `reading`
-            blame_the_machine(path, error)
-            raise UserError(f"{path}: not a readable index: {first_line(error)}; {BUILD_AGAIN}") from None
+        table = directory / table_name(stored.shards)
+        with reading(table, BUILD_AGAIN):
+            if digest(table) != stored.shards:
+                raise ValueError(f"altered: its digest does not match {INDEX}")
+            shards = _read_table(table)
+        with reading(directory / INDEX, BUILD_AGAIN):
+            _check_table(shards, stored)
         return cls(
             stored.family,
             stored.fingerprint,
             stored.identity,
             stored.config,
             {name: field.to_field() for name, field in stored.fields.items()},
-            stored.shards,
+            shards,
             stored.refused,
             stored.encode_seconds,
         )
+
+
+def read_json(directory: Path, version: int, remedy: str) -> Any:
+    """The content of an `index.json` of one version.
+
+    Raises:
+        UserError: it is not there, cannot be read, or is of another version; with the remedy for an older one.
+    """
+    path = directory / INDEX
+    with reading(path, BUILD_AGAIN):
+        try:
+            value = parse_json(read_text(path))
+        except FileNotFoundError:
+            raise UserError(f"{directory}: no {INDEX} there; build shards with `python -m engine.shards build`") from None
+        found = value.get("format_version") if isinstance(value, dict) else None
+        if type(found) is int and found != version:
+            raise UserError(
+                f"{path}: format version {found}, where {version} is read; {remedy if found < version else BUILD_AGAIN}"
+            )
+    return value
+
+
+def table_name(sha256: str) -> str:
+    """The file with the arrays over shards, by its digest: a new index never alters what an old one names."""
+    return f"{TABLE}{sha256[:16]}.safetensors"
+
+
+def shard_name(number: int) -> str:
+    return f"{SHARD_NAME}{number:05d}.safetensors"
+
+
+def _read_table(path: Path) -> np.ndarray:
+    file = TensorFile(path)
+    count = file.header["number"]["shape"][:1] if "number" in file.header else None
+    shards = np.empty(count or 0, ENTRY)
+    for name in ENTRY.names or ():
+        dtype, shape = (ENTRY[name].base, ENTRY[name].shape)
+        found = file.tensor(name).numpy()
+        if found.dtype != dtype or found.shape != (len(shards), *shape):
+            raise ValueError(f"{name} is {found.dtype} {list(found.shape)}")
+        shards[name] = found
+    return shards
+
+
+def _check_table(shards: np.ndarray, stored: _StoredIndex) -> None:
+    """Whether numbers that may be any are such that sums, products and names of files can be made of them."""
+    counts = {name: shards[name] for name in ENTRY.names or () if name != "sha256"}
+    for name, numbers in counts.items():
+        least = {"variants": VARYING, "captions": OWN}.get(name, 0)
+        most = MOST if name in ("variants", "captions") else 2**40
+        if len(beyond := np.flatnonzero((numbers < least) | (numbers > most))):
+            raise ValueError(f"{name} of shard {beyond[0]} is {numbers[beyond[0]]}")
+    for name in ("records", "image_rows", "caption_rows"):
+        if (total := sum(counts[name].tolist())) != getattr(stored, name):
+            raise ValueError(f"{name} is {getattr(stored, name)}, those of the shards are {total}")
+    if (samples := sum(counts["samples"].tolist())) != stored.records + stored.refused_count:
+        raise ValueError(f"{samples} samples are neither records nor refused")
+    records, captions = counts["records"], counts["captions"]
+    captioned = any(field.per == "caption" for field in stored.fields.values())
+    for wrong, what in (
+        (counts["number"][1:] <= counts["number"][:-1], "does not go on from the number of the shard before it"),
+        (
+            counts["first_sample"][1:] < (counts["first_sample"] + counts["samples"])[:-1],
+            "does not go on from the samples of the shard before it",
+        ),
+        (records > counts["samples"], "has more records than samples"),
+        ((counts["variants"] == 0) & (records > 0), "has records without images"),
+        ((captions != 0) & (not captioned) | (captions == 0) & captioned & (records > 0), "has captions that have no field"),
+        ((captions == OWN) & (counts["caption_rows"] != records), "has not a caption for every record"),
+        (
+            (counts["variants"] >= 0) & (counts["variants"] * records != counts["image_rows"]),
+            "has not as many image rows as its records",
+        ),
+    ):
+        if wrong.any():
+            raise ValueError(f"shard {int(wrong.argmax()) + (len(wrong) < len(shards))} {what}")

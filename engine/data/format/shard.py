@@ -1,142 +1,307 @@
-"""Shards on disk: writing one, and read access to all of a directory."""
+"""One shard on disk: written whole, and judged before a row of it is read."""
 
-import itertools
 import json
-import resource
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import numpy as np
 import safetensors.torch
 import torch
-from annotated_types import Len
-from pydantic import ConfigDict, StringConstraints
+import xxhash
+from annotated_types import Ge, Le
+from pydantic import StringConstraints
 from torch import Tensor
 
-from engine.data.format.gather import best_gather
 from engine.data.format.index import (
     BUILD_AGAIN,
+    CHECKSUMS,
+    ENTRY,
     INDEX,
+    MOST,
     OF_RECORDS,
+    OWN,
+    VARYING,
     Count,
     Digest,
     Field,
     Index,
     RefusedSample,
-    ShardEntry,
     Stored,
+    shard_name,
     variants_of,
 )
 from engine.errors import UserError
-from engine.files import reading, write_atomically
-from engine.tensors import DTYPES, TensorFile
-
-SHARD_NAME = "shard-"  # what the names of all begin with
+from engine.files import digest, parse_json, reading, write_atomically
+from engine.tensors import DTYPES, TensorFile, bytes_of
 
 
-def shard_name(number: int) -> str:
-    return f"{SHARD_NAME}{number:05d}.safetensors"
+@dataclass
+class Contents:
+    """What is written into a shard, beside its image rows.
 
-
-def write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Writes one shard: complete or absent. `metadata` is stored as JSON in the file's header."""
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, {"engine": json.dumps(metadata)}))
-
-
-class Metadata(Stored):
-    """What a shard's header says beside its tensors.
-
-    captions: the texts of its caption rows.
-    refused: the samples that it holds no records of.
-    unusable_captions: number -> why that caption's row means nothing.
+    covers: the samples of the source that became its records or were refused.
+    sources, names: of its records, the numbers of their samples and what these are called.
+    variants: how many image rows each record has.
+    captions: of each record, the rows of its captions.
+    texts: of the caption rows.
+    refused: the samples that it holds no records of, as JSON.
     """
 
-    model_config = ConfigDict(extra="ignore")
+    covers: range
+    sources: Sequence[int]
+    names: Sequence[str]
+    variants: Sequence[int]
+    captions: Sequence[Sequence[int]]
+    texts: Sequence[str]
+    refused: Sequence[dict[str, str]]
 
+
+class Header(Stored):
+    """What a shard's header says beside its tensors; see docs/shards.md."""
+
+    format_version: Literal[2]
+    fingerprint: Digest
     records: Count
     image_rows: Count
     caption_rows: Count
-    captions: list[str]
-    refused: list[RefusedSample]
-    fingerprint: Digest
-    unusable_captions: dict[Annotated[str, StringConstraints(pattern="^[0-9]{1,15}$")], Annotated[list[str], Len(2, 2)]] = {}  # noqa: RUF012
+    variants: Annotated[int, Ge(VARYING), Le(MOST)]
+    captions: Annotated[int, Ge(OWN), Le(MOST)]
+    first_sample: Count
+    samples: Count
+    checksum: Annotated[str, StringConstraints(pattern="^[0-9a-f]{16}$")]
+
+
+def write_shard(path: Path, rows: dict[str, Tensor], contents: Contents, fingerprint: str) -> None:
+    """Writes one shard: complete or absent.
+
+    Args:
+        rows: of every field, [image or caption rows, *shape].
+    """
+    count = len(contents.sources)
+    variants, lengths = _constant(contents.variants), list(map(len, contents.captions))
+    captions = _constant(lengths)
+    numbers = [number for record in contents.captions for number in record]
+    if captions == 1 and numbers == [*range(len(contents.texts))]:
+        captions = OWN
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in rows.items()}
+    tensors |= {f"{CHECKSUMS}{name}": checksums_of(tensor) for name, tensor in tensors.items()}
+    tensors["source"] = torch.tensor(contents.sources, dtype=torch.int64)
+    if variants == VARYING:
+        tensors["image_offsets"] = offsets_of(contents.variants)
+    if captions == VARYING:
+        tensors["caption_offsets"] = offsets_of(lengths)
+    if captions not in (OWN, 0):
+        tensors["caption_numbers"] = torch.tensor(numbers, dtype=torch.int64)
+    tensors["caption_texts"], tensors["caption_texts_offsets"] = _texts(contents.texts)
+    tensors["names"], tensors["names_offsets"] = _texts(contents.names)
+    tensors["refused"] = _bytes(b"".join(json.dumps(item).encode() + b"\n" for item in contents.refused))
+    in_order = {name: tensors[name] for name in OF_RECORDS if name in tensors}
+    header = Header(
+        format_version=2,
+        fingerprint=fingerprint,
+        records=count,
+        image_rows=sum(contents.variants),
+        caption_rows=len(contents.texts),
+        variants=variants,
+        captions=captions,
+        first_sample=contents.covers.start,
+        samples=len(contents.covers),
+        checksum=checksum_of_records(in_order),
+    )
+    metadata = {"engine": header.model_dump_json()}
+    write_atomically(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
+
+
+def checksums_of(rows: Tensor) -> Tensor:
+    """XXH3 of the bytes of every row: int64 [rows], the bits of unsigned numbers."""
+    content = bytes_of(rows).numpy().data
+    size = len(content) // max(len(rows), 1)
+    sums = [xxhash.xxh3_64_intdigest(content[start : start + size]) for start in range(0, len(content), size or 1)]
+    return torch.from_numpy(np.array(sums, np.uint64).view(np.int64))
+
+
+def checksum_of_records(tensors: dict[str, Tensor]) -> str:
+    """XXH3 of the bytes of the tensors that tie rows to records, one after another in the order of `OF_RECORDS`."""
+    total = xxhash.xxh3_64()
+    for tensor in tensors.values():
+        total.update(bytes_of(tensor).numpy().data)
+    return total.hexdigest()
+
+
+def offsets_of(lengths: Iterable[int]) -> Tensor:
+    """Where ranges of these lengths begin when they lie one after another, and where the last one ends."""
+    return torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int64))
+
+
+def _constant(counts: Sequence[int]) -> int:
+    """How many all have, or that they vary."""
+    return counts[0] if counts and min(counts) == max(counts) <= MOST else VARYING if counts else 0
+
+
+def _bytes(content: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(content, np.uint8).copy())
+
+
+def _texts(texts: Iterable[str]) -> tuple[Tensor, Tensor]:
+    encoded = [text.encode(errors="backslashreplace") for text in texts]  # names of files are bytes, not text
+    return _bytes(b"".join(encoded)), offsets_of(map(len, encoded))
 
 
 class Shard:
     """A shard's file, opened, whose records point to rows that exist.
 
     said: what its header says of it.
-    source, image_offsets, caption_offsets, caption_numbers: int64, as docs/shards.md describes them.
-
-    Args:
-        captions: how many there are in the shards up to this one.
-        samples: how many the source has.
 
     Raises:
         UserError: what it says is not so.
     """
 
-    def __init__(self, path: Path, fields: dict[str, Field], captions: int, samples: int) -> None:
-        self.path = path
+    def __init__(self, path: Path, fields: dict[str, Field]) -> None:
+        self.path, self.fields = path, fields
         with reading(path, BUILD_AGAIN):
             self.file = TensorFile(path)
-            self.said = Metadata.model_validate(self.file.metadata)
-            _check_tensors(self.file.header, self.said, fields)
-            self.source, self.image_offsets, self.caption_offsets, self.caption_numbers = map(self.file.tensor, OF_RECORDS)
-            _check_offsets("image_offsets", self.image_offsets, self.said.image_rows, self.said.records)
-            least = self.said.records if any(field.per == "caption" for field in fields.values()) else 0
-            _check_offsets("caption_offsets", self.caption_offsets, len(self.caption_numbers), least)
-            _check_numbers("caption_numbers", self.caption_numbers, captions)
-            _check_numbers("source", self.source, samples)
-            if not _increase(self.source):
-                raise ValueError("source does not increase")
+            self.said = Header.model_validate(self.file.metadata)
+            self._check_tensors()
+            self.tensors = {name: self.file.tensor(name) for name in OF_RECORDS if name in self.file.header}
+            if checksum_of_records(self.tensors) != self.said.checksum:
+                raise ValueError("altered: what ties its rows to records does not match the checksum in its header")
+            self._check_numbers()
+            self.refused = self._read_refused()
 
-    def starts(self, fields: dict[str, Field]) -> list[int]:
-        """Where each field begins in the file."""
-        return [self.file.data_start + self.file.header[name]["data_offsets"][0] for name in fields]
+    @property
+    def covers(self) -> range:
+        return range(self.said.first_sample, self.said.first_sample + self.said.samples)
+
+    def start(self, name: str) -> int:
+        """Where a tensor begins in the file; 0 where it has none of that name."""
+        described = self.file.header.get(name)
+        return self.file.data_start + described["data_offsets"][0] if described else 0
 
     def require_variants(self, numbers: set[int]) -> None:
         """Raises `UserError` where an image has not one of these numbers of rows; of none nothing is known."""
-        counts = self.image_offsets.diff()
-        if numbers and not sum(counts == rows for rows in numbers).all():  # type: ignore[union-attr]
+        counts = {self.said.variants}
+        if VARYING in counts:
+            counts = set(self.tensors["image_offsets"].diff().tolist())
+        if self.said.records and numbers and not counts <= numbers:
             said = " or ".join(map(str, sorted(numbers)))
             raise UserError(f"{self.path}: an image has not {said} rows, as {INDEX} says; {BUILD_AGAIN}")
 
-    def agree(self, entry: ShardEntry, fingerprint: str) -> None:
+    def agree(self, entry: np.void, fingerprint: str) -> None:
         """Raises `UserError` where the index says something else of this shard."""
-        said, indexed = (vars(self.said), vars(entry) | {"fingerprint": fingerprint})
-        for name in ("records", "image_rows", "caption_rows", "fingerprint"):
-            if said[name] != indexed[name]:
-                raise UserError(f"{self.path}: {name} is {said[name]}, and {indexed[name]} in {INDEX}; {BUILD_AGAIN}")
+        found = self.said.model_dump() | {"bytes": self.file.size}
+        indexed = {name: entry[name].item() for name in found if name in ENTRY.names}  # type: ignore[operator]
+        for name, value in (indexed | {"fingerprint": fingerprint}).items():
+            if (said := found[name]) != value:
+                raise UserError(f"{self.path}: {name} is {said}, and {value} in {INDEX}; {BUILD_AGAIN}")
+
+    def image_rows(self, record: int) -> range:
+        """The rows of a record, counted within the shard, as it is itself."""
+        return self._range("image_offsets", self.said.variants, record)
+
+    def caption_rows(self, record: int) -> list[int]:
+        """The same of its captions."""
+        if self.said.captions == OWN:
+            return [record]
+        places = self._range("caption_offsets", self.said.captions, record)
+        return self.tensors["caption_numbers"][places.start : places.stop].tolist() if places else []
+
+    def _range(self, offsets: str, count: int, record: int) -> range:
+        if count == VARYING:
+            return range(*self.tensors[offsets][record : record + 2].tolist())
+        return range(record * count, (record + 1) * count)
+
+    def text(self, name: str, number: int) -> str:
+        """Of `caption_texts`, that of a caption row; of `names`, what a record's sample is called, empty if nobody knows."""
+        start, end = self.tensors[f"{name}_offsets"][number : number + 2].tolist()
+        return self.tensors[name][start:end].numpy().tobytes().decode(errors="replace")
+
+    def altered_row(self) -> str | None:
+        """The first row whose bytes are not those that its checksum was made of: the whole shard is read."""
+        for name, field in self.fields.items():
+            expected = self.file.tensor(f"{CHECKSUMS}{name}")
+            step = max(2**26 // field.row_bytes, 1)
+            for first in range(0, len(expected), step):
+                rows = torch.empty(len(expected[first : first + step]), *field.shape, dtype=field.dtype)
+                self.file.read(name, first * rows[0].numel(), rows.view(-1))
+                wrong = checksums_of(rows) != expected[first : first + step]
+                if wrong.any():
+                    return f"altered: row {first + int(wrong.int().argmax())} of {name} does not match its checksum"
+        return None
+
+    def _check_tensors(self) -> None:
+        """Whether the header, which is true of its file, describes the tensors that a shard of these fields has."""
+        said, fields = self.said, self.fields
+        rows = {"image": said.image_rows, "caption": said.caption_rows}
+        expected: dict[str, tuple[torch.dtype, list[int] | None]] = {
+            **{name: (field.dtype, [rows[field.per], *field.shape]) for name, field in fields.items()},
+            **{f"{CHECKSUMS}{name}": (torch.int64, [rows[field.per]]) for name, field in fields.items()},
+            "source": (torch.int64, [said.records]),
+            "caption_texts": (torch.uint8, None),
+            "caption_texts_offsets": (torch.int64, [said.caption_rows + 1]),
+            "names": (torch.uint8, None),
+            "names_offsets": (torch.int64, [said.records + 1]),
+            "refused": (torch.uint8, None),
+        }
+        if said.variants == VARYING:
+            expected["image_offsets"] = (torch.int64, [said.records + 1])
+        if said.captions == VARYING:
+            expected |= {"caption_offsets": (torch.int64, [said.records + 1]), "caption_numbers": (torch.int64, None)}
+        elif said.captions > 0:
+            expected["caption_numbers"] = (torch.int64, [said.records * said.captions])
+        header = self.file.header
+        if different := sorted(header.keys() ^ expected.keys()):
+            raise ValueError(f"{different[0]} is {'no tensor of these shards' if different[0] in header else 'missing'}")
+        for name, (dtype, shape) in expected.items():
+            shape = shape or header[name]["shape"][:1]  # of any length
+            if header[name]["shape"] != shape or DTYPES[header[name]["dtype"]] != dtype:
+                raise ValueError(f"{name} is {header[name]['dtype']} {header[name]['shape']}, not {dtype} {shape}")
+
+    def _check_numbers(self) -> None:
+        """Whether records point to what is there."""
+        said, tensors = self.said, self.tensors
+        captioned = any(field.per == "caption" for field in self.fields.values())
+        if said.variants == VARYING:
+            check_offsets("image_offsets", tensors["image_offsets"], said.image_rows)
+        elif said.variants * said.records != said.image_rows or (said.records and not said.variants):
+            raise ValueError(f"{said.image_rows} image rows for {said.records} records of {said.variants}")
+        if said.records and captioned != bool(said.captions):
+            raise ValueError(f"captions is {said.captions}, and captions have {'' if captioned else 'no '}fields")
+        if said.captions == VARYING:
+            check_offsets("caption_offsets", tensors["caption_offsets"], len(tensors["caption_numbers"]))
+        elif said.captions == OWN and said.records != said.caption_rows:
+            raise ValueError(f"{said.caption_rows} captions for {said.records} records")
+        if "caption_numbers" in tensors:
+            check_numbers("caption_numbers", tensors["caption_numbers"], 0, said.caption_rows)
+        for name in ("caption_texts", "names"):
+            check_offsets(f"{name}_offsets", tensors[f"{name}_offsets"], len(tensors[name]), strictly=False)
+        check_numbers("source", tensors["source"], said.first_sample, said.first_sample + said.samples)
+        if not _increase(tensors["source"]):
+            raise ValueError("source does not increase")
+
+    def _read_refused(self) -> list[dict[str, str]]:
+        content = self.tensors["refused"].numpy().tobytes()
+        refused = [_Refused.model_validate({"item": parse_json(line)}).item for line in content.splitlines()]
+        if len(refused) + self.said.records != self.said.samples:
+            raise ValueError(f"{len(refused)} refused and {self.said.records} records of {self.said.samples} samples")
+        return refused
 
 
-def _check_tensors(header: dict[str, Any], said: Metadata, fields: dict[str, Field]) -> None:
-    """Whether a header, which is true of its file, describes the tensors that a shard of these fields has."""
-    if len(said.captions) != said.caption_rows:
-        raise ValueError(f"{len(said.captions)} captions for {said.caption_rows} rows")
-    rows = {"image": said.image_rows, "caption": said.caption_rows}
-    shapes = {name: [rows[field.per], *field.shape] for name, field in fields.items()}
-    dtypes = {name: field.dtype for name, field in fields.items()} | dict.fromkeys(OF_RECORDS, torch.int64)
-    shapes |= {"source": [said.records], "image_offsets": [said.records + 1], "caption_offsets": [said.records + 1]}
-    if different := sorted(header.keys() ^ dtypes.keys()):
-        raise ValueError(f"{different[0]} is {'no tensor of these shards' if different[0] in header else 'missing'}")
-    for name, described in header.items():
-        shape = shapes.get(name, described["shape"][:1])  # a caption number or more for each record
-        if described["shape"] != shape or DTYPES[described["dtype"]] != dtypes[name]:
-            raise ValueError(f"{name} is {described['dtype']} {described['shape']}, not {dtypes[name]} {shape}")
+class _Refused(Stored):
+    item: RefusedSample
 
 
-def _check_offsets(name: str, offsets: Tensor, end: int, least: int) -> None:
-    """Whether offsets lead from 0 to `end`, over something for each record where there are as many as `least`."""
-    if offsets[0] != 0 or offsets[-1] != end or not _increase(offsets, strictly=least > 0):
+def check_offsets(name: str, offsets: Tensor, end: int, strictly: bool = True) -> None:
+    """Raises `ValueError` where offsets do not lead from 0 to `end`, over something each time where they do so strictly."""
+    if offsets[0] != 0 or offsets[-1] != end or not _increase(offsets, strictly):
         raise ValueError(f"{name} does not lead from 0 to {end}, each beyond the one before it")
 
 
-def _check_numbers(name: str, numbers: Tensor, end: int) -> None:
-    if len(numbers) and (numbers.min() < 0 or numbers.max() >= end):
-        raise ValueError(f"{name} points beyond the {end} that there are")
+def check_numbers(name: str, numbers: Tensor, first: int, end: int) -> None:
+    """Raises `ValueError` where one is not from `first` up to, not including, `end`."""
+    if len(numbers) and (numbers.min() < first or numbers.max() >= end):
+        raise ValueError(f"{name} points beyond the {end - first} that there are")
 
 
 def _increase(numbers: Tensor, strictly: bool = True) -> bool:
@@ -144,101 +309,21 @@ def _increase(numbers: Tensor, strictly: bool = True) -> bool:
     return bool((following > before if strictly else following >= before).all())
 
 
+def entry_of(shard: Shard, number: int) -> tuple:
+    """What the index says of a shard, in the order of `ENTRY`."""
+    said = shard.said.model_dump() | {"number": number, "bytes": shard.file.size}
+    said["sha256"] = np.frombuffer(bytes.fromhex(digest(shard.path)), np.uint8)
+    return tuple(said[name] for name in ENTRY.names or ())
+
+
 def open_shard(directory: Path, index: Index, number: int) -> Shard:
-    """One shard of a directory, as its index describes it.
+    """Shard `number` of those in an index, as that describes it.
 
     Raises:
         UserError: it is not.
     """
     entry = index.shards[number]
-    # A caption lies where it first appears.
-    shard = Shard(directory / entry.file, index.fields, index.caption_ends[number], index.records + len(index.refused))
+    shard = Shard(directory / shard_name(entry["number"]), index.fields)
     shard.agree(entry, index.fingerprint)
     shard.require_variants(variants_of(index.identity))
     return shard
-
-
-class Shards:
-    """Read access to verified shards: which rows belong to a record, and copying rows into a batch.
-
-    image_counts, caption_counts: int64 [records], the stored variants and the captions of each record.
-
-    Host memory: 32 bytes per record and 8 per caption reference. Every shard file stays open.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.index = index = Index.read(directory)
-        if index.records == 0:
-            raise UserError(f"{directory}: the shards hold no records; all {len(index.refused)} samples were refused")
-        self.fields = index.fields
-        self._gather = best_gather()
-        _allow_open_files(len(index.shards))
-        starts, records, last = [], [], -1
-        self._open: list[TensorFile] = []
-        for number in range(len(index.shards)):
-            shard = open_shard(directory, index, number)
-            if len(shard.source) and shard.source[0] <= last:
-                raise UserError(f"{shard.path}: source does not go on from the shard before it; {BUILD_AGAIN}")
-            last = int(shard.source[-1]) if len(shard.source) else last
-            starts.append(shard.starts(self.fields))
-            records.append((shard.image_offsets, shard.caption_offsets, shard.caption_numbers))
-            self._open.append(shard.file)
-        self._files = np.array([file.descriptor for file in self._open], np.int32)
-        self._field_starts = dict(zip(self.fields, np.array(starts, np.int64).T, strict=True))
-        image_offsets, caption_offsets, caption_numbers = zip(*records, strict=True)
-        self._image_starts, self.image_counts = _join(image_offsets)
-        self._caption_starts, self.caption_counts = _join(caption_offsets)
-        self._caption_numbers = torch.cat(caption_numbers)
-        # First row of each shard, over all shards, and one past the last.
-        self._first_rows = {
-            "image": np.cumsum([0, *(entry.image_rows for entry in index.shards)]),
-            "caption": np.cumsum([0, *(entry.caption_rows for entry in index.shards)]),
-        }
-
-    def __len__(self) -> int:
-        return self.index.records
-
-    def rows_of(self, records: Tensor, variants: Tensor | int = 0, captions: Tensor | int = 0) -> dict[str, Tensor]:
-        """The image row and, where there are captions, the caption row of records [B]: int64 [B] each, over all shards.
-
-        Args:
-            variants: which of `image_counts` variants of each record, [B] or one for all.
-            captions: which of its `caption_counts` captions.
-        """
-        rows = {"image": self._image_starts[records] + variants}
-        if len(self._caption_numbers):
-            rows["caption"] = self._caption_numbers[self._caption_starts[records] + captions]
-        return rows
-
-    def gather(self, name: str, rows: Tensor, out: Tensor) -> None:
-        """Copies rows [B] of a field into `out` [B, *shape], a contiguous host tensor of the field's dtype.
-
-        Raises:
-            UserError: a shard that was whole when the run began can no longer be read, by name.
-        """
-        field = self.fields[name]
-        numbers = rows.numpy()
-        first_rows = self._first_rows[field.per]
-        shards = np.searchsorted(first_rows, numbers, side="right") - 1
-        offsets = self._field_starts[name][shards] + (numbers - first_rows[shards]) * field.row_bytes
-        try:
-            self._gather(self._files[shards], offsets, field.row_bytes, out)
-        except OSError as error:
-            file = self.index.shards[shards[error.filename]].file
-            raise UserError(f"{self.directory / file}: cannot be read any more: {error.strerror}", alone=True) from None
-
-
-def _join(offsets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Of offsets [records + 1] within each shard: where each record's range begins over all shards, and its length."""
-    bases = itertools.accumulate((int(within[-1]) for within in offsets), initial=0)
-    starts = [base + within[:-1] for base, within in zip(bases, offsets, strict=False)]
-    return torch.cat(starts), torch.cat([within.diff() for within in offsets])
-
-
-def _allow_open_files(count: int) -> None:
-    """Raises this process's limit of open files, as far as it may, so that every shard can stay open."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + 256
-    if soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard) if hard > 0 else wanted, hard))

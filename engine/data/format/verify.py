@@ -1,22 +1,25 @@
 """Whether shards on disk are those of the index."""
 
 import concurrent.futures
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from engine.data.format.index import ShardEntry
+import numpy as np
+
+from engine.data.format.index import Index, shard_name
+from engine.data.format.shard import open_shard
 from engine.files import digest
 
 
-def check_shard(directory: Path, entry: ShardEntry) -> str | None:
-    """What is wrong with a shard on disk, or None."""
-    path = directory / entry.file
+def check_shard(path: Path, entry: np.void, contents: bool) -> str | None:
+    """What is wrong with a shard on disk, or None: it is not there, or has another size or, of its contents, another digest."""
     try:
         size = path.stat().st_size
-        if size != entry.bytes:
-            return f"{size} bytes instead of {entry.bytes}: {'truncated' if size < entry.bytes else 'altered'}"
-        return None if digest(path) == entry.sha256 else "altered: its digest does not match the index"
+        if size != entry["bytes"]:
+            return f"{size} bytes instead of {entry['bytes']}: {'truncated' if size < entry['bytes'] else 'altered'}"
+        same = not contents or digest(path) == entry["sha256"].tobytes().hex()
+        return None if same else "altered: its digest does not match the index"
     except FileNotFoundError:
         return "missing"
     except OSError as error:
@@ -24,14 +27,32 @@ def check_shard(directory: Path, entry: ShardEntry) -> str | None:
 
 
 def verify(
-    directory: Path, shards: Sequence[ShardEntry], threads: int = 4, progress: Callable[[], Any] = lambda: None
+    directory: Path,
+    index: Index,
+    numbers: Iterable[int],
+    contents: bool = True,
+    rows: bool = False,
+    threads: int = 4,
+    progress: Callable[[], Any] = lambda: None,
 ) -> dict[str, str]:
-    """Reads shards whole and compares their digests; returns what is wrong by file name, empty when all is well."""
+    """What is wrong with shards, by file name; empty when all is well.
 
-    def check(entry: ShardEntry) -> tuple[str, str | None]:
-        problem = check_shard(directory, entry)
+    Args:
+        numbers: of the shards to look at, by their places in the index.
+        contents: read them whole and compare their digests.
+        rows: compare every row with its checksum, too.
+
+    Raises:
+        UserError: with `rows`, a shard that has its digest is not what it says.
+    """
+
+    def check(number: int) -> tuple[str, str | None]:
+        name = shard_name(index.shards["number"][number])
+        problem = check_shard(directory / name, index.shards[number], contents)
+        if rows and not problem:
+            problem = open_shard(directory, index, number).altered_row()
         progress()
-        return entry.file, problem
+        return name, problem
 
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        return {file: problem for file, problem in pool.map(check, shards) if problem}
+        return {file: problem for file, problem in pool.map(check, numbers) if problem}

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from engine.data.format.shard import Shards
+from engine.data.format.reader import Shards
 from engine.data.samples.batch import Batch, BatchPlan
 from engine.data.samples.draw import draw_rows
 from engine.diffusion import Schedule
@@ -102,8 +102,8 @@ class Loader:
         }
 
     def _gather(self, rows: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-        for name, field in self.shards.fields.items():
-            self.shards.gather(name, rows[field.per], buffers[name])
+        for name, buffer in buffers.items():
+            self.shards.gather(name, rows, buffer)
         return buffers
 
     def _draws(self) -> Iterator[tuple[dict[str, Tensor], list[Tensor]]]:
@@ -117,13 +117,13 @@ class Loader:
             last = min(first + count, end)
             rows, draws = self._draw(self.plan.slots(first, last))
             for number in range(last - first):
-                yield {per: numbers[number] for per, numbers in rows.items()}, [tensor[number] for tensor in draws]
+                yield {of: numbers[number] for of, numbers in rows.items()}, [tensor[number] for tensor in draws]
             first, count = last, min(2 * count, max(DRAWN // self.plan.micro_batch, 1))
 
     def _draw(self, slots: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
         """The same of micro-batches with slots [M, B]: rows [M, B]; slots and timesteps [M, B], coefficients [M, 5, B]."""
         flat = slots.flatten()
-        rows = {per: numbers.view(slots.shape) for per, numbers in draw_rows(self.shards, self.seed, flat).items()}
+        rows = {of: numbers.view(slots.shape) for of, numbers in draw_rows(self.shards, self.seed, flat).items()}
         timesteps = self.schedule.draw(torch.tensor([self.seed]), flat)
         coefficients = self.schedule.coefficients(timesteps).unflatten(1, slots.shape).transpose(0, 1).contiguous()
         draws = [slots, timesteps.view(slots.shape), coefficients]
