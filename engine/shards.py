@@ -1,4 +1,4 @@
-"""Builds, verifies and describes latent shards: `python -m engine.shards build|verify|info ...`."""
+"""Builds, verifies, converts and describes latent shards: `python -m engine.shards build|verify|convert|info ...`."""
 
 import sys
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from engine.errors import exit_code, printable
 
 _DATA = ("dataset_name", "dataset_config_name", "train_data_dir")
 _MODELS = [MODEL, PRIOR, DECODER, IMAGE_ENCODER, "revision", "variant", "original_config", "tokenizer_name", "cache_dir"]
-USAGE = "python -m engine.shards build|verify|info ...; each has --help"
+USAGE = "python -m engine.shards build|verify|convert|info ...; each has --help"
 
 
 def build_command(arguments: list[str]) -> int:
@@ -55,6 +55,21 @@ def verify_command(arguments: list[str]) -> int:
         print(printable(f"{directory / file}: {problem}"))
     print(f"{count - len(problems)} of {count} shards are whole")
     return 1 if problems else 0
+
+
+def convert_command(arguments: list[str]) -> int:
+    parser = Parser("engine.shards convert", description="Write shards of format version 1 as version 2, without an encoder.")
+    parser.add_argument("directory", type=Path, help="directory of the shards")
+    parser.add_argument(
+        "--output", type=Path, help="a directory for the new ones (default: the same; they take the place of the old ones)"
+    )
+    options = parser.parse_args(arguments)
+    from engine.data.convert import convert
+    from engine.data.describe import summary
+
+    output = options.output or options.directory
+    print(summary(output, convert(options.directory, output)))
+    return 0
 
 
 def info_command(arguments: list[str]) -> int:
@@ -112,7 +127,7 @@ def info_command(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"build": build_command, "verify": verify_command, "info": info_command}
+COMMANDS = {"build": build_command, "verify": verify_command, "convert": convert_command, "info": info_command}
 
 
 def main() -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 WORD = np.uint64(0xFFFFFFFF)
 
@@ -49,20 +50,34 @@ def choice(seed: int, slot: int, stream: int, count: int) -> int:
 
 
 class PlainShards:
-    """Records of a shard directory, read as docs/shards.md describes them and without the engine's reader."""
+    """Records of a shard directory, read as docs/shards.md describes them and without the engine's reader.
+
+    images: of each record, its variants.
+    captions: of all shards, one after another; caption_numbers: of each record, counted among them.
+    """
 
     def __init__(self, directory: Path) -> None:
         index = json.loads((directory / "index.json").read_text())
+        table = load_file(directory / f"index-{index['shards'][:16]}.safetensors")
         self.images: list[list[dict[str, torch.Tensor]]] = []
         self.captions: list[torch.Tensor] = []
         self.caption_numbers: list[list[int]] = []
-        for shard in index["shards"]:
-            with safe_open(directory / shard["file"], "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        for number in table["number"].tolist():
+            path = directory / f"shard-{number:05d}.safetensors"
+            tensors = load_file(path)
+            with safe_open(path, "pt") as file:
+                said = json.loads(file.metadata()["engine"])
             per_image = [name for name, field in index["fields"].items() if field["per"] == "image"]
-            for record in range(shard["records"]):
-                first, last = tensors["image_offsets"][record : record + 2]
-                self.images.append([{name: tensors[name][row] for name in per_image} for row in range(first, last)])
-                first, last = tensors["caption_offsets"][record : record + 2]
-                self.caption_numbers.append(tensors["caption_numbers"][first:last].tolist())
+            for record in range(said["records"]):
+                rows = range_of(tensors.get("image_offsets"), said["variants"], record)
+                self.images.append([{name: tensors[name][row] for name in per_image} for row in rows])
+                places = range_of(tensors.get("caption_offsets"), abs(said["captions"]) - (said["captions"] == -2), record)
+                numbers = tensors.get("caption_numbers", torch.arange(said["records"]))
+                self.caption_numbers.append([len(self.captions) + int(numbers[place]) for place in places])
             self.captions += list(tensors["encoder_hidden_states"])
+
+
+def range_of(offsets: torch.Tensor | None, count: int, record: int) -> range:
+    if offsets is None:
+        return range(record * count, (record + 1) * count)
+    return range(*offsets[record : record + 2].tolist())

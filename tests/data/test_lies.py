@@ -1,49 +1,37 @@
 """Shards with consistent digests that say what is not so: whoever writes them writes the index too."""
 
-import json
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 from engine import shards as command
-from engine.data.format.index import INDEX
-from engine.data.format.shard import Shards, shard_name
+from engine.data.format.index import INDEX, Index, shard_name
+from engine.data.format.reader import Shards
+from engine.data.format.shard import open_shard
 from engine.errors import UserError, exit_code
-from engine.files import digest
-from engine.tensors import read_header
+from engine.files import digest_of
+from tests.altered import edit, edit_table, say_of
 from tests.data.test_reader import SIDES
-
-
-def say_of(directory: Path, name: str, tensors: dict | None = None, metadata: dict | None = None) -> None:
-    """Writes a shard with other tensors or metadata, and the index accordingly."""
-    path = directory / name
-    tensors = safetensors.torch.load_file(path) | (tensors or {})
-    metadata = read_header(path)[1] | (metadata or {})
-    safetensors.torch.save_file(tensors, path, {"engine": json.dumps(metadata)})
-    edit(directory, lambda index: next(e for e in index["shards"] if e["file"] == name).update(
-        bytes=path.stat().st_size, sha256=digest(path)))  # fmt: skip
-
-
-def edit(directory: Path, change) -> None:
-    index = json.loads((directory / INDEX).read_text())
-    change(index)
-    (directory / INDEX).write_text(json.dumps(index))
+from tests.data.test_shards import build, write_captions
 
 
 def rows_of(directory: Path) -> list[torch.Tensor]:
     """What records hold, in order, every variant of them."""
     reader = Shards(directory)
-    rows = [reader.rows_of(torch.arange(len(reader)), variants=variant) for variant in range(2)]
+    places = reader.find(torch.arange(len(reader)))
+    rows = [reader.rows_of(places, variants=variant) for variant in range(2)]
     gathered = []
     for numbers in rows:
         for name, field in reader.fields.items():
             gathered.append(torch.empty(len(reader), *field.shape, dtype=field.dtype))
-            reader.gather(name, numbers[field.per], gathered[-1])
+            reader.gather(name, numbers, gathered[-1])
     return gathered
 
 
@@ -53,9 +41,11 @@ def copy(shards, tmp_path) -> Path:
 
 
 def refused(directory: Path, monkeypatch, capsys) -> str:
-    """The one line that opening, verifying and describing them gives."""
+    """The one line that opening the second shard, reading and verifying give."""
     with pytest.raises(UserError) as error:
-        Shards(directory)
+        open_shard(directory, Shards(directory).index, 1)
+    with pytest.raises(UserError, match=re.escape(str(error.value))):
+        rows_of(directory)
     assert len(error.value.lines) == 1
     monkeypatch.setattr(sys, "argv", ["program", "verify", str(directory)])
     assert exit_code("program", command.main) == 2
@@ -66,28 +56,41 @@ def refused(directory: Path, monkeypatch, capsys) -> str:
 FARTHEST = [2**63 - 1, -(2**63)]
 
 
+@pytest.fixture
+def varied(model, tmp_path) -> Path:
+    """Shards of which records have different numbers of variants and captions."""
+    captions = ["a", "b", "c", ["d", "e"], "f", "d", "e", ["f", "d", "d"]]
+    images = write_captions(tmp_path / "images", captions)
+    for number in (1, 6):
+        Image.new("RGB", (40, 16), (number, 9, 9)).save(images / f"{number}.png")
+    build(model, images, tmp_path / "varied", "--random_crops", "2", "--shard_records", "4")
+    return tmp_path / "varied"
+
+
 @pytest.mark.parametrize(
     ("name", "place", "values", "named"),
     [
-        ("image_offsets", 0, [1, -1, *FARTHEST], "image_offsets does not lead from 0 to 10"),
-        ("image_offsets", 2, [2, 6, 5, 3, *FARTHEST], "(image_offsets does not lead|an image has not 2 or 8 rows)"),
-        ("image_offsets", -1, [9, 11, *FARTHEST], "image_offsets does not lead from 0 to 10"),
-        ("caption_offsets", 3, [2, 4, -1, *FARTHEST], "caption_offsets does not lead from 0 to 5"),
-        ("caption_offsets", -1, [4, 6, *FARTHEST], "caption_offsets does not lead from 0 to 5"),
-        ("caption_numbers", 1, [-1, 4, *FARTHEST], "caption_numbers points beyond the 4 that there are"),
-        ("source", 4, [8, 12, *FARTHEST], "source (does not increase|points beyond the 12)"),
-        ("source", 0, [4, -1], "source (does not go on|points beyond)"),
+        ("image_offsets", 0, [1, -1, *FARTHEST], "image_offsets does not lead from 0 to 5"),
+        ("image_offsets", 2, [1, 6, *FARTHEST], "image_offsets does not lead"),
+        ("image_offsets", -1, [4, 6, *FARTHEST], "image_offsets does not lead from 0 to 5"),
+        ("caption_offsets", 3, [2, 6, -1, *FARTHEST], "caption_offsets does not lead from 0 to 6"),
+        ("caption_offsets", -1, [5, 7, *FARTHEST], "caption_offsets does not lead from 0 to 6"),
+        ("caption_numbers", 1, [-1, 3, *FARTHEST], "caption_numbers points beyond the 3 that there are"),
+        ("caption_texts_offsets", 1, [-1, 4, *FARTHEST], "caption_texts_offsets does not lead from 0 to 3"),
+        ("names_offsets", -1, [0, 21, *FARTHEST], "names_offsets does not lead from 0 to 20"),
+        ("source", 3, [6, 8, *FARTHEST], "source (does not increase|points beyond the 4)"),
+        ("source", 0, [3, -1], "source points beyond the 4"),
     ],
 )
-def test_what_a_record_points_to_is_there(name, place, values, named, copy, monkeypatch, capsys):
-    whole = safetensors.torch.load_file(copy / shard_name(1))[name]
+def test_what_a_record_points_to_is_there(name, place, values, named, varied, monkeypatch, capsys):
+    whole = load_file(varied / shard_name(1))[name]
     for value in values:
         tensor = whole.clone()
         tensor[place] = value
-        say_of(copy, shard_name(1), {name: tensor})
+        say_of(varied, 1, {name: tensor})
         with pytest.raises(UserError, match=f"{shard_name(1)}: .*{named}"):
-            Shards(copy)
-    assert shard_name(1) in refused(copy, monkeypatch, capsys)
+            open_shard(varied, Index.read(varied), 1)
+    assert shard_name(1) in refused(varied, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(
@@ -96,57 +99,105 @@ def test_what_a_record_points_to_is_there(name, place, values, named, copy, monk
         ({"source": torch.arange(5, 10, dtype=torch.int32)}, {}, "source is I32"),
         ({"source": torch.arange(5, 9)}, {}, r"source is I64 \[4\], not torch.int64 \[5\]"),
         ({"caption_numbers": torch.zeros(5, 1, dtype=torch.int64)}, {}, r"caption_numbers is I64 \[5, 1\]"),
-        ({"caption_offsets": torch.zeros(0, dtype=torch.int64)}, {}, r"caption_offsets is I64 \[0\]"),
+        ({"caption_numbers": torch.zeros(4, dtype=torch.int64)}, {}, r"caption_numbers is I64 \[4\]"),
         ({"latent_mean": torch.zeros(9, 4, 8, 8)}, {}, r"latent_mean is F32 \[9, 4, 8, 8\]"),
         ({"latent_std": torch.zeros(10, 4, 8, 8, dtype=torch.float16)}, {}, "latent_std is F16"),
+        ({"checksums.latent_std": torch.zeros(9, dtype=torch.int64)}, {}, r"checksums.latent_std is I64 \[9\]"),
         ({"other": torch.zeros(1)}, {}, "other is no tensor of these shards"),
+        ({"names": None}, {}, "names is missing"),
         ({}, {"records": 4}, r"not torch.int64 \[[45]\]"),
         ({}, {"image_rows": True}, "image_rows: Input should be a valid integer"),
-        ({}, {"captions": ["one"]}, "1 captions for"),
-        ({}, {"captions": [3]}, "captions.0: Input should be a valid string"),
         ({}, {"fingerprint": "0" * 64}, "fingerprint is 000"),
-        ({}, {"refused": [{"source": "a"}]}, "a refused sample has a source and a reason"),
+        ({}, {"checksum": "0" * 16}, "altered: what ties its rows to records"),
+        ({}, {"variants": 1}, "10 image rows for 5 records of 1"),
+        ({}, {"variants": 2**40}, "variants: Input should be less than or equal"),
+        ({}, {"captions": -2}, "caption_numbers is no tensor of these shards"),
+        ({}, {"first_sample": 4}, "first_sample is 4, and 5 in index.json"),
+        ({}, {"first_sample": 6}, "source points beyond the 5"),
+        ({}, {"samples": 6}, "0 refused and 5 records of 6 samples"),
+        ({}, {"more": 6}, "more: Extra inputs"),
+        (
+            {"refused": torch.tensor(list(b'{"source": "a"}\n'), dtype=torch.uint8)},
+            {},
+            "a refused sample has a source and a reason",
+        ),
     ],
 )
 def test_a_shard_holds_what_its_header_and_the_index_say(tensors, metadata, named, copy, monkeypatch, capsys):
-    say_of(copy, shard_name(1), tensors, metadata)
+    say_of(copy, 1, tensors, metadata)
     line = refused(copy, monkeypatch, capsys)
     assert shard_name(1) in line
-    with pytest.raises(UserError, match=named):
-        Shards(copy)
+    assert re.search(named, line)
+
+
+def test_an_image_has_as_many_rows_as_the_options_give_it(copy, monkeypatch, capsys):
+    edit(copy, lambda index: index["identity"]["preprocessing"].update(random_flip=False))
+    edit(copy, lambda index: index.update(fingerprint=digest_of(index["identity"])))
+    for place in range(3):
+        say_of(copy, place, metadata={"fingerprint": Index.read(copy).fingerprint})
+    assert "an image has not 1 or 4 rows" in refused(copy, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "named"),
     [
-        ("file", "../shard-00000.safetensors", "shards.0.file"),
-        ("file", "/etc/passwd", "shards.0.file"),
-        ("file", "..", "shards.0.file: not the name of a file"),
-        ("file", "a\n\x1b[2Jb", "shards.0.file"),
-        ("file", "a" * 5000, "shards.0.file"),
-        ("file", shard_name(1), "a shard is listed twice"),
-        ("records", -1, "shards.0.records"),
+        ("number", -1, "number of shard 1 is -1"),
+        ("number", 0, "shard 1 does not go on from the number of the shard before it"),
+        ("number", 2, "shard 2 does not go on from the number"),
+        ("first_sample", 4, "shard 1 does not go on from the samples of the shard before it"),
+        ("first_sample", 2**62, "first_sample of shard 1"),
+        ("samples", 3, "10 samples are neither records nor refused"),
+        ("records", -1, "records of shard 1 is -1"),
         ("records", 4, "records is 12, those of the shards are 11"),
-        ("records", 2**70, "shards.0.records"),
-        ("image_rows", 10.0, "shards.0.image_rows"),
-        ("sha256", "0" * 63, "shards.0.sha256"),
-        ("bytes", None, "shards.0.bytes"),
-        ("more", 1, "shards.0.more"),
+        ("records", 2**62, "records of shard 1"),
+        ("image_rows", 11, "image_rows is 24, those of the shards are 25"),
+        ("variants", 0, "shard 1 has records without images"),
+        ("variants", 3, "shard 1 has not as many image rows as its records"),
+        ("variants", 2**20, "variants of shard 1"),
+        ("captions", 0, "shard 1 has captions that have no field"),
+        ("captions", -2, "shard 1 has not a caption for every record"),
+        ("bytes", -1, "bytes of shard 1"),
     ],
 )
 def test_the_index_is_checked_before_any_shard_is_opened(key, value, named, copy):
-    edit(copy, lambda index: index["shards"][0].update({key: value}))
+    edit_table(copy, lambda table: table[key].__setitem__(1, value))
+    for path in copy.glob("shard-*"):
+        path.unlink()
     with pytest.raises(UserError, match=named) as error:
         Shards(copy)
     assert "\n" not in str(error.value)
-    assert "\x1b" not in str(error.value)
+
+
+def test_arrays_that_are_not_those_of_the_index_are_named(copy):
+    (path,) = copy.glob("index-*")
+    for content, named in ((b"", "its digest does not match"), (None, "No such file")):
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(UserError, match=f"{path.name}: cannot be read: .*{named}"):
+            Shards(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda table: table.pop("sha256"), "sha256"),
+        (lambda table: table.update(more=torch.zeros(1)), "more"),
+        (lambda table: table.update(sha256=table["sha256"][:2]), "sha256"),
+        (lambda table: table.update(records=table["records"].float()), "records"),
+        (lambda table: table.update(number=table["number"][:2]), "is int64"),
+        (lambda table: table.update(number=torch.tensor(3)), "number"),
+    ],
+)
+def test_arrays_are_those_of_an_index(change, named, copy):
+    edit_table(copy, change)
+    with pytest.raises(UserError, match=f"index-[0-9a-f]*.safetensors: .*{named}"):
+        Shards(copy)
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"fields": {}}, "no field belongs to images"),
-        ({"refused_count": 1}, "refused_count is 1, listed are 0"),
+        ({"refused_count": 1}, "refused_count is 1, those by reason are 0"),
         ({"encode_seconds": -1.0}, "encode_seconds"),
         ({"family": ["sd"]}, "family"),
         ({"identity": {"models": 3}}, "identity: source, models and preprocessing are objects"),
@@ -154,7 +205,13 @@ def test_the_index_is_checked_before_any_shard_is_opened(key, value, named, copy
         ({"fields": {"x": {"shape": [2**40, 2**40], "dtype": "float32", "per": "image"}}}, "larger than any"),
         ({"fields": {"x": {"shape": [1], "dtype": "load", "per": "image"}}}, "no dtype of shards: load"),
         ({"fields": {"source": {"shape": [1], "dtype": "int64", "per": "image"}}}, "the name of another tensor"),
+        ({"fields": {"checksums.x": {"shape": [1], "dtype": "int64", "per": "image"}}}, "the name of another tensor"),
+        ({"shards": "../" + "0" * 61}, "shards: String should match"),
         ({"format_version": True}, "format_version"),
+        (
+            {"format_version": 1},
+            r"format version 1, where 2 is read; convert them with `python -m engine.shards convert .*shards`",
+        ),
     ],
 )
 def test_an_index_agrees_with_itself(change, named, copy):
@@ -164,20 +221,21 @@ def test_an_index_agrees_with_itself(change, named, copy):
 
 
 def test_bytes_changed_anywhere_are_one_line_or_change_nothing(shards, copy):
-    """Of the index, and of a shard before its rows begin."""
+    """Of the index, its arrays, and shards."""
     draw, whole, lines = random.Random(5), rows_of(shards), []
-    for number in range(120):
-        name = INDEX if number % 2 else shard_name(number % 3)
+    names = [INDEX, *(path.name for path in copy.glob("*.safetensors"))]
+    for _ in range(200):
+        name = draw.choice(names)
         before = (copy / name).read_bytes()
         altered = bytearray(before)
-        altered[draw.randrange(len(before) if number % 2 else read_header(copy / name)[2])] = draw.randrange(256)
+        altered[draw.randrange(len(before) if draw.random() < 0.5 else 2000) % len(before)] ^= draw.randrange(1, 256)
         (copy / name).write_bytes(altered)
         try:
             assert all(map(torch.equal, rows_of(copy), whole))
         except UserError as error:
             lines.append(error.lines)
         (copy / name).write_bytes(before)
-    assert len(lines) > 90
+    assert len(lines) > 150
     assert {len(said) for said in lines} == {1}
 
 
@@ -193,7 +251,7 @@ def test_the_readers_refuse_an_offset_that_no_file_has(gather, offset, shards):
 
 def test_a_shard_that_a_stranger_left_is_built_again(shards, copy, model, images):
     """Its fingerprint is right, and nothing else."""
-    say_of(copy, shard_name(1), metadata={"records": "5", "captions": 3})
+    say_of(copy, 1, metadata={"records": "5", "captions": 3})
     (copy / INDEX).unlink()
     arguments = [
         "--family", "sd", "--pretrained_model_name_or_path", str(model), "--train_data_dir", str(images),
@@ -232,8 +290,10 @@ def test_models_that_did_not_build_the_shards_draw_none(copy, model, tmp_path, m
 
 def test_info_prints_no_escapes(copy, monkeypatch, capsys):
     text = "\x1b[2Jred\u202e\n"
-    say_of(copy, shard_name(0), metadata={"captions": [text] * 4})
-    edit(copy, lambda index: index.update(refused=[{"source": text, "reason": text}], refused_count=1))
+    content = text.encode()
+    texts = {"caption_texts": torch.tensor([*content] * 4, dtype=torch.uint8)}
+    say_of(copy, 0, texts | {"caption_texts_offsets": torch.arange(5) * len(content)})
+    edit(copy, lambda index: index.update(refused={text: {"count": 0, "first": [{"source": text, "reason": text}]}}))
     edit(copy, lambda index: index["config"].update(train_data_dir=text))
     for options in (), ("--record", "1"):
         assert info(copy, monkeypatch, *options) == 0
@@ -247,11 +307,14 @@ def test_info_prints_no_escapes(copy, monkeypatch, capsys):
 def test_info_opens_no_data_set_that_an_index_names(named, copy, images, monkeypatch, capsys):
     edit(copy, lambda index: index["config"].update(named, cache_dir="/evil"))
     monkeypatch.setattr("engine.data.describe.open_source", lambda *arguments: pytest.fail("opened"))
-    for options in (), ("--cache_dir", "/tmp"), ("--dataset_config_name", "x"):
-        assert info(copy, monkeypatch, "--record", "1", *options) == 0
-        output = capsys.readouterr().out
-        assert "sample         1 of the data set\n" in output
-        assert "file           give the data set to name it: --train_data_dir or --dataset_name\n" in output
+    nameless = {"names": torch.empty(0, dtype=torch.uint8), "names_offsets": torch.zeros(6, dtype=torch.int64)}
+    for said in ("001.png", "give the data set to name it: --train_data_dir or --dataset_name"):
+        for options in (), ("--cache_dir", "/tmp"), ("--dataset_config_name", "x"):
+            assert info(copy, monkeypatch, "--record", "1", *options) == 0
+            output = capsys.readouterr().out
+            assert "sample         1 of the data set\n" in output
+            assert f"file           {said}\n" in output
+        say_of(copy, 0, nameless)  # as converted ones are
     monkeypatch.undo()
     for option in ("--dataset_name", "--train_data_dir"):
         assert info(copy, monkeypatch, "--record", "1", option, str(images)) == 0

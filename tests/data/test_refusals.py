@@ -98,13 +98,17 @@ def build(chain: Chain, directory, **options) -> Index:
     return encode.encode_source(config, chain, chain, Processes())
 
 
+def listed(index: Index) -> list[dict[str, str]]:
+    return [item for refusals in index.refused.values() for item in refusals.first]
+
+
 def values_of(directory) -> list[tuple[float, float]]:
     """The number that every record's image holds, and its caption."""
     shards = Shards(directory)
-    rows = shards.rows_of(torch.arange(len(shards)), variants=1)
+    rows = shards.rows_of(shards.find(torch.arange(len(shards))), variants=1)
     gathered = {name: torch.empty(len(shards), 1) for name in shards.fields}
-    for name, field in shards.fields.items():
-        shards.gather(name, rows[field.per], gathered[name])
+    for name in shards.fields:
+        shards.gather(name, rows, gathered[name])
     return list(zip(gathered["value"][:, 0].tolist(), gathered["text"][:, 0].tolist(), strict=True))
 
 
@@ -113,7 +117,7 @@ def test_whatever_a_sample_raises_refuses_that_sample(place, tmp_path, capsys):
     for number, error in enumerate(EXCEPTIONS):
         directory = tmp_path / str(number)
         index = build(Chain(place, error), directory, dataloader_num_workers=number % 2)
-        (refused,) = index.refused
+        (refused,) = listed(index)
         assert refused["source"] == "3.png", error
         assert refused["reason"] == "not wanted" or type(error).__name__ in refused["detail"]
         assert values_of(directory) == [(float(n), float(n)) for n in range(9) if n != BAD]
@@ -152,8 +156,8 @@ class Unfit(Chain):
 
 def test_values_that_are_not_finite_name_their_image(tmp_path):
     index = build(Unfit(torch.tensor([2.0, 5.0])), tmp_path)
-    assert [item["source"] for item in index.refused] == ["2.png", "5.png"]
-    assert {item["reason"] for item in index.refused} == {"image encodes to values that are not finite"}
+    assert [item["source"] for item in listed(index)] == ["2.png", "5.png"]
+    assert {*index.refused} == {"image encodes to values that are not finite"}
     assert [value for value, _ in values_of(tmp_path)] == [0, 1, 3, 4, 6, 7, 8]
 
 
@@ -163,7 +167,7 @@ def test_an_encoder_that_fails_for_all_is_found_early(tmp_path):
 
 
 class Shared(Chain):
-    """Captions stored in the first shard serve records of the later ones."""
+    """Records of every shard have the same captions."""
 
     def captions(self, index: int) -> list[str]:
         return [["3", "1"], ["3"], ["2"]][index % 3]
@@ -174,10 +178,11 @@ def test_a_caption_that_cannot_be_encoded_is_taken_from_every_shard(again, tmp_p
     index = build(Shared("encode_captions", ValueError("token")), tmp_path)
     if again:
         (tmp_path / "index.json").unlink()
-        assert build(Shared("encode_captions", ValueError("token")), tmp_path).shards == index.shards
-    assert [item["source"] for item in index.refused] == ["1.png", "4.png", "7.png"]
-    assert index.refused[0]["reason"] == "caption cannot be encoded"
-    assert "token" in index.refused[0]["detail"]
+        again = build(Shared("encode_captions", ValueError("token")), tmp_path)
+        assert again.shards.tobytes() == index.shards.tobytes()
+    assert [item["source"] for item in listed(index)] == ["1.png", "4.png", "7.png"]
+    assert [*index.refused] == ["caption cannot be encoded"]
+    assert "token" in listed(index)[0]["detail"]
     assert [(image, text) for image, text in values_of(tmp_path)] == [(0, 1), (2, 2), (3, 1), (5, 2), (6, 1), (8, 2)]
 
 
@@ -195,7 +200,7 @@ def test_more_than_half_refused_asks_for_attention(count, said, tmp_path, capsys
     build(Half(count), tmp_path)
     line = capsys.readouterr().err
     assert said in line
-    assert f"the list is in {tmp_path / 'index.json'}" in line
+    assert f"`python -m engine.shards info {tmp_path} --refused` lists them" in line
 
 
 class Lost(Chain):
@@ -224,7 +229,7 @@ class Strange(Chain):
 
 def test_names_that_are_no_text_reach_the_index(tmp_path):
     build(Strange("image", ValueError("\udce9")), tmp_path)
-    (refused,) = Index.read(tmp_path).refused
+    (refused,) = listed(Index.read(tmp_path))
     assert refused == {"source": "\\udce93", "reason": "unreadable image", "detail": "ValueError: \\udce9"}
 
 

@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from engine.data.format.index import Index
-from engine.data.format.shard import Shards, shard_name
+from engine.data.format.index import Index, shard_name
+from engine.data.format.reader import Shards
 from engine.data.format.verify import verify
 from engine.data.samples.draw import draw_rows
 from engine.data.samples.order import records_of
@@ -39,8 +39,8 @@ def build(*inputs) -> Index:
     return Index.read(inputs[2])
 
 
-def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(directory.glob("shard-*"))}
+def contents(directory: Path, names: str = "shard-*") -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.glob(names))}
 
 
 def write_captions(directory: Path, captions: list) -> Path:
@@ -88,10 +88,9 @@ def test_a_row_lies_where_its_header_says(shards):
 def test_equal_captions_are_stored_once(model, tmp_path):
     captions = ["a", "b", "a", "a", "c", "b", "d", "a", "d", "c", "e", "a"]
     index = build(model, write_captions(tmp_path / "images", captions), tmp_path / "shards")
-    assert [shard.caption_rows for shard in index.shards] == [3, 1, 1]
+    assert index.shards["caption_rows"].tolist() == [3, 4, 2]
     data = reference.PlainShards(tmp_path / "shards")
-    assert len(data.captions) == 5
-    assert [numbers[0] for numbers in data.caption_numbers] == [0, 1, 0, 0, 2, 1, 3, 0, 3, 2, 4, 0]
+    assert [numbers[0] for numbers in data.caption_numbers] == [0, 1, 0, 0, 2, 3, 4, 5, 4, 6, 7, 8]
 
 
 def test_several_captions_crops_and_flips_are_variants(model, tmp_path):
@@ -100,11 +99,11 @@ def test_several_captions_crops_and_flips_are_variants(model, tmp_path):
     lines[1]["text"] = ["first", "second", "a red square"]
     (images / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     index = build(model, images, tmp_path / "shards", "--random_flip", "--random_crops", "3")
-    assert [shard.image_rows for shard in index.shards] == [3 * 6]
+    assert index.shards["image_rows"].tolist() == [3 * 6]
     data = reference.PlainShards(tmp_path / "shards")
     assert data.caption_numbers == [[0], [1, 2, 0], [3]]
     mirrored = tiny.write_images(tmp_path / "square", count=2)
-    assert [shard.image_rows for shard in build(model, mirrored, tmp_path / "other", "--random_flip").shards] == [4]
+    assert build(model, mirrored, tmp_path / "other", "--random_flip").total("image_rows") == 4
 
 
 def test_bad_samples_are_skipped_and_listed(model, tmp_path, capsys):
@@ -113,7 +112,7 @@ def test_bad_samples_are_skipped_and_listed(model, tmp_path, capsys):
     (images / "5.png").unlink()
     index = build(model, images, tmp_path / "shards")
     assert index.records == 4
-    listed = {item["source"]: item["reason"] for item in index.refused}
+    listed = {item["source"]: item["reason"] for refusals in index.refused.values() for item in refusals.first}
     assert listed["1.png"] == "empty caption"
     assert "unreadable" in listed["2.png"]
     assert listed["5.png"] == "no such image file"
@@ -166,7 +165,8 @@ def test_building_again_encodes_only_what_is_missing(model, images, tmp_path, mo
     index = build(model, images, parts)
     assert sum(encoded) == 5
     assert contents(parts) == contents(whole)
-    assert (index.shards, index.fingerprint) == (expected.shards, expected.fingerprint)
+    assert index.shards.tobytes() == expected.shards.tobytes()
+    assert index.fingerprint == expected.fingerprint
     build(model, images, parts)
     assert sum(encoded) == 5, "a complete directory is not encoded again"
 
@@ -176,7 +176,7 @@ def test_shards_of_something_else_are_replaced_or_refused(model, images, tmp_pat
     build(model, images, shards, "--random_flip")
     (shards / "index.json").unlink()
     plain = build(model, images, shards)
-    assert sum(shard.image_rows for shard in plain.shards) == 12
+    assert plain.total("image_rows") == 12
     with pytest.raises(
         UserError, match=r"built otherwise \(--random_flip False, now True\); give the same options, name another"
     ):
@@ -205,21 +205,21 @@ def test_two_processes_write_the_bytes_of_one(model, images, tmp_path):
     finally:
         torch.set_num_threads(threads)
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
-    assert Index.read(tmp_path / "two").shards == Index.read(tmp_path / "one").shards
+    assert contents(tmp_path / "two", "index-*") == contents(tmp_path / "one", "index-*")
 
 
 def test_verification_names_every_kind_of_damage(shards, tmp_path):
     directory = tmp_path / "shards"
     shutil.copytree(shards, directory)
-    entries = Index.read(directory).shards
-    assert verify(directory, entries) == {}
+    index = Index.read(directory)
+    assert verify(directory, index, range(3)) == {}
     altered = bytearray((directory / shard_name(0)).read_bytes())
     altered[-1] ^= 128
     (directory / shard_name(0)).write_bytes(altered)
     short = (directory / shard_name(1)).read_bytes()[:-8]
     (directory / shard_name(1)).write_bytes(short)
     (directory / shard_name(2)).unlink()
-    problems = verify(directory, entries)
+    problems = verify(directory, index, range(3))
     assert "altered" in problems[shard_name(0)]
     assert "truncated" in problems[shard_name(1)]
     assert problems[shard_name(2)] == "missing"
@@ -227,26 +227,29 @@ def test_verification_names_every_kind_of_damage(shards, tmp_path):
         read_header(directory / shard_name(1))
 
 
-@pytest.mark.parametrize(("content", "named"), [("{", "not a readable index"), ('{"format_version": 99}', "format version 99")])
+@pytest.mark.parametrize(("content", "named"), [("{", "cannot be read"), ('{"format_version": 99}', "format version 99")])
 def test_an_index_that_cannot_be_read_is_named(content, named, tmp_path):
     (tmp_path / "index.json").write_text(content)
     with pytest.raises(UserError, match=named):
         Index.read(tmp_path)
 
 
+def gathered(reader: Shards, rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    out = {name: torch.empty(len(rows["record"]), *field.shape, dtype=field.dtype) for name, field in reader.fields.items()}
+    for name, target in out.items():
+        reader.gather(name, rows, target)
+    return out
+
+
 def test_gather_finds_every_row_of_every_field(shards):
     reader, data = Shards(shards), reference.PlainShards(shards)
-    flat = [variant for record in data.images for variant in record]
-    expected = {
-        "latent_mean": [variant["latent_mean"] for variant in flat],
-        "latent_std": [variant["latent_std"] for variant in flat],
-        "encoder_hidden_states": data.captions,
-    }
-    for name, rows in expected.items():
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-        out = torch.empty(len(rows), *reader.fields[name].shape, dtype=reader.fields[name].dtype)
-        reader.gather(name, order, out)
-        assert torch.equal(out, torch.stack(rows)[order])
+    records = torch.randperm(24, generator=torch.Generator().manual_seed(0)) % 12
+    for variant in range(2):
+        found = gathered(reader, reader.rows_of(reader.find(records), variant))
+        for place, record in enumerate(records.tolist()):
+            (caption,) = data.caption_numbers[record]
+            expected = data.images[record][variant] | {"encoder_hidden_states": data.captions[caption]}
+            assert all(torch.equal(found[name][place], tensor) for name, tensor in expected.items())
 
 
 def test_variants_and_captions_are_drawn_by_slot(model, tmp_path):
@@ -256,20 +259,80 @@ def test_variants_and_captions_are_drawn_by_slot(model, tmp_path):
     slots = torch.arange(60)
     records = records_of(4, slots, 3)
     rows = draw_rows(reader, 4, slots)
+    found = gathered(reader, rows)
     for slot, record in enumerate(records.tolist()):
         assert int(rows["image"][slot]) == 2 * record + reference.choice(4, slot, 6, 2)
         captions = data.caption_numbers[record]
-        assert int(rows["caption"][slot]) == captions[reference.choice(4, slot, 5, len(captions))]
+        caption = data.captions[captions[reference.choice(4, slot, 5, len(captions))]]
+        assert torch.equal(found["encoder_hidden_states"][slot], caption)
+
+
+def test_records_with_other_numbers_of_rows_are_found_by_offsets(model, tmp_path, monkeypatch):
+    """Shards of every kind, more of them than may be open at a time."""
+    captions = [["a", "b"], "c", "d", ["a"], "e", "f", "g", "g", "h", ["i", "j"], ["k", "i"], ["l", "j"]]
+    images = write_captions(tmp_path / "images", captions)
+    for number in (1, 4, 7):
+        Image.new("RGB", (40, 16), (number, 9, 9)).save(images / f"{number}.png")
+    build(model, images, tmp_path / "shards", "--random_crops", "3", "--shard_records", "3")
+    reader, data = Shards(tmp_path / "shards"), reference.PlainShards(tmp_path / "shards")
+    assert reader.index.shards["variants"].tolist() == [-1, -1, -1, 1]
+    assert reader.index.shards["captions"].tolist() == [-1, -2, 1, 2]
+    monkeypatch.setattr(reader, "_most_open", 2)
+    monkeypatch.setattr(reader, "_opened", 0)
+    everything = [
+        (record, variant, caption) for record in range(12) for variant in range(len(data.images[record]))
+        for caption in range(len(data.caption_numbers[record]))
+    ] * 2  # fmt: skip
+    records, variants, numbers = torch.tensor(everything).unbind(1)
+    places = reader.find(records)
+    assert places.image_counts.tolist() == [len(data.images[record]) for record in records]
+    assert places.caption_counts.tolist() == [len(data.caption_numbers[record]) for record in records]
+    found = gathered(reader, reader.rows_of(places, variants, numbers))
+    for place, (record, variant, caption) in enumerate(everything):
+        assert torch.equal(found["latent_mean"][place], data.images[record][variant]["latent_mean"])
+        text = data.captions[data.caption_numbers[record][caption]]
+        assert torch.equal(found["encoder_hidden_states"][place], text)
+    assert (reader._files >= 0).sum() <= 2
+
+
+def test_a_row_that_was_altered_is_named_when_it_is_read(shards, tmp_path):
+    directory = shutil.copytree(shards, tmp_path / "shards")
+    path = directory / shard_name(1)
+    header, _, start = read_header(path)
+    content = bytearray(path.read_bytes())
+    content[start + header["latent_mean"]["data_offsets"][0] + 5 * 4 * 8 * 8 * 4] ^= 1
+    path.write_bytes(content)
+    reader = Shards(directory)
+    others = [record for record in range(12) if record != 7]
+    gathered(reader, reader.rows_of(reader.find(torch.tensor(others)), 1))
+    gathered(reader, reader.rows_of(reader.find(torch.tensor([7])), 0))
+    rows = reader.rows_of(reader.find(torch.tensor([3, 7])), 1)
+    named = rf"{path}: altered: row 5 of latent_mean does not match its checksum \(record 7, sample 7 of the data set\)"
+    with pytest.raises(UserError, match=named):
+        gathered(reader, rows)
+    gathered(Shards(directory, check_rows=False), rows)
+
+
+def test_opening_touches_no_shard(shards, tmp_path, monkeypatch):
+    directory = shutil.copytree(shards, tmp_path / "shards")
+    for path in directory.glob("shard-*"):
+        path.write_bytes(b"")
+    assert len(Shards(directory)) == 12
+    (directory / shard_name(1)).unlink()
+    with pytest.raises(UserError, match=f"{shard_name(1)}: missing, and named in index.json"):
+        Shards(directory)
 
 
 def test_a_shard_that_shrinks_under_a_run_is_named(shards, tmp_path):
     directory = tmp_path / "shards"
     shutil.copytree(shards, directory)
     reader = Shards(directory)
+    rows = reader.rows_of(reader.find(torch.tensor([0, 11])))
+    reader.gather("latent_mean", rows, torch.empty(2, 4, 8, 8))
     with (directory / shard_name(2)).open("r+b") as file:
         file.truncate(1000)
     with pytest.raises(UserError, match="shard-00002.safetensors: cannot be read any more"):
-        reader.gather("latent_mean", torch.tensor([0, 23]), torch.empty(2, 4, 8, 8))
+        reader.gather("latent_mean", rows, torch.empty(2, 4, 8, 8))
 
 
 def test_low_precision_shards_hold_the_rounded_rows(model, images, tmp_path):

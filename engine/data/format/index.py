@@ -288,9 +288,11 @@ def shard_name(number: int) -> str:
 
 def _read_table(path: Path) -> np.ndarray:
     file = TensorFile(path)
-    count = file.header["number"]["shape"][:1] if "number" in file.header else None
-    shards = np.empty(count or 0, ENTRY)
-    for name in ENTRY.names or ():
+    names = ENTRY.names or ()
+    if different := sorted(file.header.keys() ^ set(names)):
+        raise ValueError(f"{different[0]} is {'no array of an index' if different[0] in file.header else 'missing'}")
+    shards = np.empty(file.header["number"]["shape"][:1], ENTRY)
+    for name in names:
         dtype, shape = (ENTRY[name].base, ENTRY[name].shape)
         found = file.tensor(name).numpy()
         if found.dtype != dtype or found.shape != (len(shards), *shape):
