@@ -39,7 +39,7 @@ def name_table(directory: Path, path: Path) -> None:
 def say_of(directory: Path, place: int, tensors: dict | None = None, metadata: dict | None = None) -> None:
     """Writes a shard with other tensors or metadata: its checksums and the index say that all is well."""
     path = directory / shard_name(place)
-    said = load_file(path) | (tensors or {})
+    said = {name: tensor for name, tensor in (load_file(path) | (tensors or {})).items() if tensor is not None}
     fields = json.loads((directory / INDEX).read_text())["fields"]
     said |= {f"{CHECKSUMS}{name}": checksums_of(said[name]) for name in (tensors or {}) if name in fields}
     checksum = checksum_of_records({name: said[name] for name in OF_RECORDS if name in said})
@@ -59,7 +59,7 @@ def index_shard(directory: Path, place: int, path: Path) -> None:
 
 
 def write_version_1(directory: Path, old: Path) -> None:
-    """The shards of a directory as version 1 had them: captions are numbered over all of them, and lie where they first appear."""
+    """The shards of a directory as version 1 had them: captions are numbered over all, and lie where they first appear."""
     index = Index.read(directory)
     old.mkdir()
     number_of: dict[str, int] = {}
@@ -71,9 +71,8 @@ def write_version_1(directory: Path, old: Path) -> None:
         new = [row for row, text in enumerate(texts) if text not in number_of]
         number_of |= {texts[row]: len(number_of) + place for place, row in enumerate(new)}
         captions = [[number_of[texts[row]] for row in shard.caption_rows(record)] for record in records]
-        tensors = {
-            name: shard.file.tensor(name)[slice(None) if field.per == "image" else new] for name, field in index.fields.items()
-        }
+        rows = {"image": slice(None), "caption": new}
+        tensors = {name: shard.file.tensor(name)[rows[field.per]] for name, field in index.fields.items()}
         counts = torch.tensor([0, *(len(shard.image_rows(record)) for record in records)])
         tensors |= {
             "source": shard.tensors["source"],

@@ -56,15 +56,25 @@ def refused(directory: Path, monkeypatch, capsys) -> str:
 FARTHEST = [2**63 - 1, -(2**63)]
 
 
-@pytest.fixture
-def varied(model, tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def whole_varied(model, tmp_path_factory) -> Path:
     """Shards of which records have different numbers of variants and captions."""
     captions = ["a", "b", "c", ["d", "e"], "f", "d", "e", ["f", "d", "d"]]
+    tmp_path = tmp_path_factory.mktemp("varied")
     images = write_captions(tmp_path / "images", captions)
     for number in (1, 6):
         Image.new("RGB", (40, 16), (number, 9, 9)).save(images / f"{number}.png")
     build(model, images, tmp_path / "varied", "--random_crops", "2", "--shard_records", "4")
     return tmp_path / "varied"
+
+
+@pytest.fixture
+def varied(whole_varied, tmp_path) -> Path:
+    return shutil.copytree(whole_varied, tmp_path / "varied")
+
+
+def as_bytes(content: bytes) -> torch.Tensor:
+    return torch.tensor([*content], dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
@@ -112,14 +122,14 @@ def test_what_a_record_points_to_is_there(name, place, values, named, varied, mo
         ({}, {"variants": 1}, "10 image rows for 5 records of 1"),
         ({}, {"variants": 2**40}, "variants: Input should be less than or equal"),
         ({}, {"captions": -2}, "caption_numbers is no tensor of these shards"),
-        ({}, {"first_sample": 4}, "first_sample is 4, and 5 in index.json"),
         ({}, {"first_sample": 6}, "source points beyond the 5"),
         ({}, {"samples": 6}, "0 refused and 5 records of 6 samples"),
         ({}, {"more": 6}, "more: Extra inputs"),
+        ({"refused": as_bytes(b'{"source": "a"}')}, {}, "a refused sample has a source and a reason"),
         (
-            {"refused": torch.tensor(list(b'{"source": "a"}\n'), dtype=torch.uint8)},
-            {},
-            "a refused sample has a source and a reason",
+            {"refused": as_bytes(b'{"source": "a", "reason": "b"}')},
+            {"first_sample": 4, "samples": 6},
+            "first_sample is 4, and 5",
         ),
     ],
 )
@@ -130,12 +140,13 @@ def test_a_shard_holds_what_its_header_and_the_index_say(tensors, metadata, name
     assert re.search(named, line)
 
 
-def test_an_image_has_as_many_rows_as_the_options_give_it(copy, monkeypatch, capsys):
+def test_an_image_has_as_many_rows_as_the_options_give_it(copy):
     edit(copy, lambda index: index["identity"]["preprocessing"].update(random_flip=False))
     edit(copy, lambda index: index.update(fingerprint=digest_of(index["identity"])))
     for place in range(3):
         say_of(copy, place, metadata={"fingerprint": Index.read(copy).fingerprint})
-    assert "an image has not 1 or 4 rows" in refused(copy, monkeypatch, capsys)
+    with pytest.raises(UserError, match="an image has not 1 or 4 rows"):
+        rows_of(copy)
 
 
 @pytest.mark.parametrize(
@@ -208,10 +219,7 @@ def test_arrays_are_those_of_an_index(change, named, copy):
         ({"fields": {"checksums.x": {"shape": [1], "dtype": "int64", "per": "image"}}}, "the name of another tensor"),
         ({"shards": "../" + "0" * 61}, "shards: String should match"),
         ({"format_version": True}, "format_version"),
-        (
-            {"format_version": 1},
-            r"format version 1, where 2 is read; convert them with `python -m engine.shards convert .*shards`",
-        ),
+        ({"format_version": 1}, "format version 1, where 2 is read; convert them with `python -m engine.shards convert "),
     ],
 )
 def test_an_index_agrees_with_itself(change, named, copy):
@@ -291,7 +299,7 @@ def test_models_that_did_not_build_the_shards_draw_none(copy, model, tmp_path, m
 def test_info_prints_no_escapes(copy, monkeypatch, capsys):
     text = "\x1b[2Jred\u202e\n"
     content = text.encode()
-    texts = {"caption_texts": torch.tensor([*content] * 4, dtype=torch.uint8)}
+    texts = {"caption_texts": as_bytes(4 * content)}
     say_of(copy, 0, texts | {"caption_texts_offsets": torch.arange(5) * len(content)})
     edit(copy, lambda index: index.update(refused={text: {"count": 0, "first": [{"source": text, "reason": text}]}}))
     edit(copy, lambda index: index["config"].update(train_data_dir=text))

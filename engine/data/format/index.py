@@ -291,7 +291,7 @@ def _read_table(path: Path) -> np.ndarray:
     names = ENTRY.names or ()
     if different := sorted(file.header.keys() ^ set(names)):
         raise ValueError(f"{different[0]} is {'no array of an index' if different[0] in file.header else 'missing'}")
-    shards = np.empty(file.header["number"]["shape"][:1], ENTRY)
+    shards = np.empty([*file.header["number"]["shape"], 0][:1], ENTRY)
     for name in names:
         dtype, shape = (ENTRY[name].base, ENTRY[name].shape)
         found = file.tensor(name).numpy()
