@@ -14,9 +14,10 @@ from engine.tensors import read_header
 
 
 def edit(directory: Path, change: Any) -> None:
-    """Changes the object in `index.json`."""
+    """Changes the object in `index.json`. What is linked to the same bytes keeps its own, here and below."""
     index = json.loads((directory / INDEX).read_text())
     change(index)
+    (directory / INDEX).unlink()
     (directory / INDEX).write_text(json.dumps(index))
 
 
@@ -25,6 +26,7 @@ def edit_table(directory: Path, change: Any) -> None:
     path = directory / table_name(json.loads((directory / INDEX).read_text())["shards"])
     table = load_file(path)
     change(table)
+    path.unlink()
     save_file(table, path)
     name_table(directory, path)
 
@@ -37,11 +39,13 @@ def name_table(directory: Path, path: Path) -> None:
 
 
 def say_of(directory: Path, place: int, tensors: dict | None = None, metadata: dict | None = None) -> None:
-    """Writes a shard with other tensors or metadata: its checksums and the index say that all is well."""
+    """Writes a shard with other tensors or metadata, or without tensors that are None: its checksums and the index say that all
+    is well."""
     path = directory / shard_name(place)
     said = {name: tensor for name, tensor in (load_file(path) | (tensors or {})).items() if tensor is not None}
     fields = json.loads((directory / INDEX).read_text())["fields"]
-    said |= {f"{CHECKSUMS}{name}": checksums_of(said[name]) for name in (tensors or {}) if name in fields}
+    given = tensors or said
+    said |= {f"{CHECKSUMS}{name}": checksums_of(said[name]) for name in fields if name in given and name in said}
     checksum = checksum_of_records({name: said[name] for name in OF_RECORDS if name in said})
     header = read_header(path)[1] | {"checksum": checksum} | (metadata or {})
     save_file({name: tensor for name, tensor in said.items() if tensor is not None}, path, {"engine": json.dumps(header)})

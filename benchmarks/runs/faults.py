@@ -5,7 +5,6 @@ Each is provoked once, and what the user sees is kept: exit code and message. `b
 
 import argparse
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -20,12 +19,12 @@ from typing import Any
 import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 
 # isort: split
-import safetensors
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 
 from benchmarks.tools.place import Place, finish, run, start, wait_for
 from benchmarks.tools.rows import write_result
-from engine.files import digest, write_json
+from benchmarks.tools.shards import replace_rows
+from engine.data.format.index import shard_name
 from engine.quiet import quiet_libraries
 
 
@@ -51,16 +50,10 @@ def _halve(content: bytearray) -> None:
 
 
 def _plant_nan(shards: Path) -> None:
-    """Puts a NaN into the first latent of the first shard, and its new digest into the index."""
-    index = json.loads((shards / "index.json").read_text())
-    entry = index["shards"][0]
-    path = shards / entry["file"]
-    with safetensors.safe_open(path, "pt") as file:
-        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    tensors["latent_mean"][0, 0, 0, 0] = float("nan")
-    save_file(tensors, path, metadata)
-    entry["sha256"] = digest(path)
-    write_json(shards / "index.json", index)
+    """Puts a NaN into the first latent of the first shard; digests and checksums say that all is well."""
+    latents = load_file(shards / shard_name(0))["latent_mean"]
+    latents[0, 0, 0, 0] = float("nan")
+    replace_rows(shards, 0, latent_mean=latents)
 
 
 Provoked = Iterator[tuple[str, subprocess.CompletedProcess[str]]]

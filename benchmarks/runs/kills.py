@@ -24,6 +24,8 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 # isort: split
 from benchmarks.tools.place import STEPS, Place, run, start, wait_for, weights
 from benchmarks.tools.rows import write_result
+from engine.data.format.index import INDEX, Index
+from engine.data.format.verify import verify
 from engine.files import digest
 from engine.quiet import quiet_libraries
 
@@ -34,11 +36,9 @@ def _corrupt(output: Path) -> list[str]:
     for manifest in output.glob("checkpoint-*/manifest.json"):
         digests = json.loads(manifest.read_text())
         found += [str(manifest.parent / name) for name, value in digests.items() if digest(manifest.parent / name) != value]
-    index = output / "shards" / "index.json"
-    if index.exists():
-        for entry in json.loads(index.read_text())["shards"]:
-            if digest(output / "shards" / entry["file"]) != entry["sha256"]:
-                found.append(entry["file"])
+    if (output / "shards" / INDEX).exists():
+        index = Index.read(output / "shards")
+        found += verify(output / "shards", index, range(len(index.shards)), rows=True)
     return found
 
 

@@ -1,5 +1,6 @@
 """Data as strangers send it: images, captions in tables and beside images, archives, and shards."""
 
+import contextlib
 import csv
 import functools
 import io
@@ -16,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from engine import shards
 from engine.config.options import CacheConfig
@@ -26,7 +26,7 @@ from engine.data.sources.decode import decode
 from engine.data.sources.interface import Refused, refusing
 from engine.data.sources.kinds import image_suffixes
 from engine.errors import UserError
-from engine.files import digest
+from tests.altered import edit_table, index_shard, name_table, say_of
 from tests.fuzz.judge import Broken, Kind, Place
 from tests.fuzz.mutations import (
     mutate_content,
@@ -38,6 +38,7 @@ from tests.fuzz.mutations import (
     rewrite,
     text_of,
 )
+from tests.reference import PlainShards
 from tests.tiny import write_images, write_pipeline
 
 ODD_NAMES = (
@@ -235,16 +236,22 @@ def mutate_index(folder: Path, random: Random) -> str:
 
 
 def mutate_shard_and_index(folder: Path, random: Random) -> str:
-    """Alters shards, and has the index say their new sizes and digests."""
-    what = mutate_file(random.choice(sorted(folder.glob("*.safetensors"))), random)
-    index = json.loads((folder / "index.json").read_text())
+    """Alters shards or the arrays over them, and has all sizes, digests and mostly checksums say that all is well."""
+    path = random.choice(sorted(folder.glob("*.safetensors")))
+    what = mutate_file(path, random)
+    if path.name.startswith("index-"):
+        name_table(folder, path)
+        return what
+    place = int(path.stem.removeprefix("shard-"))
+    index_shard(folder, place, path)
+    if random.random() < 0.8:
+        with contextlib.suppress(Exception):  # of a header that no library opens any more
+            say_of(folder, place)
     if random.random() < 0.3:
-        entry, name = random.choice(index["shards"]), random.choice(("records", "image_rows", "caption_rows"))
-        entry[name] += random.choice((1, -1, 2, 10**6, -entry[name]))
-        what += f", {name} of {entry['file']} too"
-    for entry in index["shards"]:
-        entry |= {"bytes": (folder / entry["file"]).stat().st_size, "sha256": digest(folder / entry["file"])}
-    rewrite(folder / "index.json", json.dumps(index).encode())
+        name = random.choice(("records", "image_rows", "caption_rows", "samples", "variants", "captions"))
+        change = random.choice((1, -1, 2, 10**6))
+        edit_table(folder, lambda table: table[name][place].add_(change))
+        what += f", {name} of {path.name} too"
     return what
 
 
@@ -269,23 +276,22 @@ def read_shards(place: Place) -> Any:
         raise UserError(f"{directory}: not whole")
     shards.info_command([str(directory), "--records", "0"])
     opened = Shards(directory)
-    if len(opened) != len(opened.image_counts) or len(opened) != len(opened.caption_counts):
-        raise Broken("the index counts other records than the shards hold")
     shards.info_command([str(directory), "--record", str(len(opened) - 1)])
-    drawn = [(record, variant, caption) for record in range(len(opened)) for variant in _numbers(opened.image_counts, record)
-             for caption in _numbers(opened.caption_counts, record)]  # fmt: skip
+    places = opened.find(torch.arange(len(opened)))
+    drawn = [(record, variant, caption) for record in range(len(opened)) for variant in _numbers(places.image_counts, record)
+             for caption in _numbers(places.caption_counts, record)]  # fmt: skip
     records, variants, captions = torch.tensor(drawn, dtype=torch.int64).reshape(-1, 3).unbind(1)
-    rows = opened.rows_of(records, variants, captions)
+    rows = opened.rows_of(opened.find(records), variants, captions)
     expected = _reference(directory, drawn)
     for name, field in opened.fields.items():
         out = torch.empty(len(drawn), *field.shape, dtype=field.dtype)
-        opened.gather(name, rows[field.per], out)
+        opened.gather(name, rows, out)
         if not torch.equal(out.view(torch.uint8), expected[name].view(torch.uint8)):
             raise Broken(f"rows of {name} are not those that the shards describe")
     return {name: hash(tensor.numpy().tobytes()) for name, tensor in expected.items()}
 
 
-def _numbers(counts: torch.Tensor, record: int) -> range:
+def _numbers(counts: np.ndarray, record: int) -> range:
     count = int(counts[record])
     if not 0 < count < MOST_ROWS:
         raise Broken(f"record {record} has {count} variants or captions")
@@ -294,29 +300,12 @@ def _numbers(counts: torch.Tensor, record: int) -> range:
 
 def _reference(directory: Path, drawn: list[tuple[int, int, int]]) -> dict[str, torch.Tensor]:
     """The rows of records by docs/shards.md, read by another library."""
-    index = json.loads((directory / "index.json").read_text())
-    files = [load_file(directory / shard["file"]) for shard in index["shards"]]
-    places = [(shard, row) for shard, entry in enumerate(index["shards"]) for row in range(entry["records"])]
-    of_caption = [(shard, row) for shard, entry in enumerate(index["shards"]) for row in range(entry["caption_rows"])]
-    found: dict[str, list[torch.Tensor]] = {name: [] for name in index["fields"]}
-    for record, variant, caption in drawn:
-        shard, row = places[record]
-        image = shard, _at(files[shard]["image_offsets"], row) + variant
-        number = _at(files[shard]["caption_numbers"], _at(files[shard]["caption_offsets"], row) + caption)
-        for name, field in index["fields"].items():
-            file, place = image if field["per"] == "image" else of_caption[_within(number, len(of_caption))]
-            found[name].append(files[file][name][_within(place, len(files[file][name]))])
-    return {name: torch.stack(rows) for name, rows in found.items()}
-
-
-def _at(tensor: torch.Tensor, place: int) -> int:
-    return int(tensor[_within(place, len(tensor))])
-
-
-def _within(place: int, count: int) -> int:
-    if not 0 <= place < count:
-        raise Broken(f"a record points to {place} of {count}")
-    return place
+    data = PlainShards(directory)
+    found = [
+        data.images[record][variant] | {"encoder_hidden_states": data.captions[data.caption_numbers[record][caption]]}
+        for record, variant, caption in drawn
+    ]
+    return {name: torch.stack([record[name] for record in found]) for name in found[0]}
 
 
 shard_kind = functools.partial(Kind, "shards", make_shards, read=read_shards)

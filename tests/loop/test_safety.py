@@ -5,13 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-import safetensors
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 
+from benchmarks.tools.shards import replace_rows
+from engine.data.format.index import shard_name
 from engine.data.samples.order import records_of
 from engine.errors import UserError
-from engine.files import digest, write_json
 from engine.loop.trainer import cause_of_skips, train
 from tests.loop.runs import checkpoint_tensors, config
 
@@ -25,21 +25,10 @@ def poisoned(shards, tmp_path_factory) -> Path:
     """The shards with a NaN in every variant of one record, and digests that say that all is well."""
     directory = tmp_path_factory.mktemp("poisoned") / "shards"
     shutil.copytree(shards, directory)
-    index = json.loads((directory / "index.json").read_text())
-    first = 0
-    for entry in index["shards"]:
-        path = directory / entry["file"]
-        with safetensors.safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            metadata = file.metadata()
-        variants = len(tensors["latent_mean"]) // entry["records"]
-        if first <= RECORD < first + entry["records"]:
-            row = (RECORD - first) * variants
-            tensors["latent_mean"][row : row + variants, 0, 0, 0] = float("nan")
-        first += entry["records"]
-        save_file(tensors, path, metadata)
-        entry["sha256"] = digest(path)
-    write_json(directory / "index.json", index)
+    place, row = divmod(RECORD, 5)
+    latents = load_file(directory / shard_name(place))["latent_mean"]
+    latents[2 * row : 2 * row + 2, 0, 0, 0] = float("nan")
+    replace_rows(directory, place, latent_mean=latents)
     return directory
 
 

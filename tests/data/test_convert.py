@@ -1,0 +1,187 @@
+"""Shards of version 1 become version 2: the same rows for the same records, and runs that go on with the same bits."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from engine import shards as command
+from engine.data.convert import convert
+from engine.data.format.index import Index, shard_name
+from engine.data.format.reader import Shards
+from engine.errors import UserError, exit_code
+from engine.files import digest, parse_json
+from engine.loop.trainer import train
+from tests.altered import edit, write_version_1
+from tests.data.test_shards import build, contents, gathered, write_captions
+from tests.loop.runs import checkpoint_tensors, config
+
+CAPTIONS = ["a", ["b", "a"], "", "c", "a", "b", ["c", "b", "d"], "d", "e", "a"]
+
+
+@pytest.fixture(scope="module")
+def built(model, tmp_path_factory) -> Path:
+    """Shards of version 2 whose records have several captions, in common over shards; and one sample refused."""
+    directory = tmp_path_factory.mktemp("built")
+    build(model, write_captions(directory / "images", CAPTIONS), directory / "shards", "--random_flip", "--shard_records", "4")
+    return directory / "shards"
+
+
+@pytest.fixture
+def old(built, tmp_path) -> Path:
+    write_version_1(built, tmp_path / "old")
+    return tmp_path / "old"
+
+
+def old_rows(directory: Path) -> list[dict[str, torch.Tensor]]:
+    """Every variant of every record with every caption, as version 1 was read."""
+    index = parse_json((directory / "index.json").read_text())
+    files = []
+    for shard in index["shards"]:
+        with safe_open(directory / shard["file"], "pt") as file:
+            files.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    captions = torch.cat([file["encoder_hidden_states"] for file in files])
+    rows = []
+    for file in files:
+        for record in range(len(file["source"])):
+            first, last = file["caption_offsets"][record : record + 2]
+            numbers = file["caption_numbers"][first:last]
+            images = range(*file["image_offsets"][record : record + 2].tolist())
+            rows += [
+                {"latent_mean": file["latent_mean"][row], "latent_std": file["latent_std"][row],
+                 "encoder_hidden_states": captions[number]} for row in images for number in numbers
+            ]  # fmt: skip
+    return rows
+
+
+def rows_of(directory: Path) -> list[dict[str, torch.Tensor]]:
+    """The same as version 2 is read."""
+    reader = Shards(directory)
+    places = reader.find(torch.arange(len(reader)))
+    everything = [
+        (record, variant, caption)
+        for record in range(len(reader))
+        for variant in range(places.image_counts[record])
+        for caption in range(places.caption_counts[record])
+    ]
+    records, variants, captions = torch.tensor(everything).unbind(1)
+    found = gathered(reader, reader.rows_of(reader.find(records), variants, captions))
+    return [{name: rows[place] for name, rows in found.items()} for place in range(len(everything))]
+
+
+def same(ours: list[dict[str, torch.Tensor]], theirs: list[dict[str, torch.Tensor]]) -> bool:
+    return len(ours) == len(theirs) and all(
+        torch.equal(left[name], right[name]) for left, right in zip(ours, theirs, strict=True) for name in left
+    )
+
+
+def run(monkeypatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
+    return exit_code("program", command.main)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_records_and_what_they_were_built_from_stay(elsewhere, old, built, tmp_path, monkeypatch, capsys):
+    before, files = old_rows(old), contents(old, "*")
+    output = tmp_path / "new" if elsewhere else old
+    assert run(monkeypatch, "convert", old, *(["--output", output] if elsewhere else [])) == 0
+    assert "records        9" in capsys.readouterr().out
+    assert same(rows_of(output), before)
+    index, expected = Index.read(output), Index.read(built)
+    for name in ("family", "fingerprint", "identity", "config", "fields", "refused", "records"):
+        assert getattr(index, name) == getattr(expected, name)
+    assert index.shards["number"].tolist() == ([0, 1, 2] if elsewhere else [3, 4, 5])
+    for name in ("records", "image_rows", "caption_rows", "variants", "captions", "first_sample", "samples"):
+        assert index.shards[name].tolist() == expected.shards[name].tolist()
+    assert run(monkeypatch, "verify", output) == 0
+    assert run(monkeypatch, "info", output, "--refused") == 0
+    assert "2.png: empty caption\n" in capsys.readouterr().out
+    assert run(monkeypatch, "info", output, "--record", "5") == 0
+    said = capsys.readouterr().out
+    assert f"file           6.png of {built.parent / 'images'}\n" in said
+    assert said.endswith("caption        'c'\ncaption        'b'\ncaption        'd'\n")
+    if elsewhere:
+        assert contents(old, "*") == files
+    else:
+        assert len(list(old.iterdir())) == 5, "the old shards are gone"
+
+
+def test_a_conversion_may_be_killed_at_any_file(old, tmp_path, monkeypatch):
+    """What is there is version 1, or version 2, and the same rows; the same command ends it."""
+    before, replace = old_rows(old), Path.replace
+    for writes in range(6):
+        directory = shutil.copytree(old, tmp_path / str(writes))
+        renamed: list[Path] = []
+
+        def killed(path: Path, target: Path, renamed=renamed, writes=writes) -> Path:
+            if len(renamed) == writes:
+                raise KeyboardInterrupt
+            renamed.append(target)
+            return replace(path, target)
+
+        monkeypatch.setattr(Path, "replace", killed)
+        if writes < 5:  # three shards, the arrays and the index
+            with pytest.raises(KeyboardInterrupt):
+                convert(directory, directory)
+            assert same(old_rows(directory), before)
+        else:
+            monkeypatch.setattr("engine.data.convert._remove_old", lambda *arguments: None)
+            convert(directory, directory)
+            assert same(rows_of(directory), before)
+        monkeypatch.undo()
+        kept = {path: path.stat().st_mtime_ns for path in renamed[:3]}
+        (directory / (shard_name(3) + ".0123abcd.partial")).touch()
+        convert(directory, directory)
+        assert same(rows_of(directory), before)
+        assert len(list(directory.iterdir())) == 5
+        assert {path: path.stat().st_mtime_ns for path in kept} == kept, "what was converted is not written again"
+
+
+def test_a_run_goes_on_with_converted_shards_bit_for_bit(built, old, model, tmp_path, capsys):
+    whole = config(model, built, built, tmp_path / "whole", checkpointing_steps=4).model_copy(update={"train_data_dir": None})
+    assert train(whole) == 0
+    part = whole.model_copy(update={"output_dir": str(tmp_path / "part"), "max_train_steps": 4})
+    assert train(part) == 0
+    resumed = part.model_copy(update={"shards_dir": str(old), "max_train_steps": 8, "resume_from_checkpoint": "latest"})
+    with pytest.raises(UserError, match=f"convert them with `python -m engine.shards convert {old}`"):
+        train(resumed)
+    convert(old, old)
+    assert train(resumed) == 0
+    for kind in ("weight", "exp_avg", "exp_avg_sq", "ema"):
+        ours, theirs = (checkpoint_tensors(tmp_path / name / "checkpoint-8", kind) for name in ("part", "whole"))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_old_shards_that_are_damaged_or_lie_are_not_converted(old, tmp_path):
+    path = old / shard_name(1)
+    content = path.read_bytes()
+    with pytest.raises(UserError, match="shards are there already"):
+        convert(old, shutil.copytree(old, tmp_path / "other"))
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match=f"{shard_name(1)}: cannot be read: its digest does not match"):
+        convert(old, old)
+    for text, other in ((b'"records":4', b'"records":5'), (b'"records": 4', b'"records": 5'), (b'"image_rows', b'"imagf_rows')):
+        path.write_bytes(content.replace(text, other))
+        edit(old, lambda index: index["shards"][1].update(sha256=digest(path)))
+        if path.read_bytes() != content:
+            with pytest.raises(UserError, match=f"{shard_name(1)}: cannot be read: "):
+                convert(old, old)
+    path.write_bytes(content)
+    edit(old, lambda index: index["shards"][1].update(sha256=digest(path), file="../x.safetensors"))
+    with pytest.raises(UserError, match=r"index.json: cannot be read: shards.1.file"):
+        convert(old, old)
+    assert not list(old.glob(shard_name(5)))
+
+
+def test_what_is_no_version_1_is_named(shards, tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path}: no index.json there"):
+        convert(tmp_path, tmp_path)
+    copy = shutil.copytree(shards, tmp_path / "shards")
+    before = contents(copy, "*")
+    convert(copy, copy)
+    assert contents(copy, "*") == before
+    with pytest.raises(UserError, match="format version 2, where 1 is read"):
+        convert(copy, tmp_path / "other")
