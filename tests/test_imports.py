@@ -9,7 +9,7 @@ LAYERS = [
     "engine.launcher", "engine.errors", "engine.messages", "engine.quiet", "engine.catalogue", "engine.files", "engine.tensors",
     "engine.picture", "engine.config", "engine.processes", "engine.backends", "cpp_ext", "engine.philox", "engine.diffusion",
     "engine.kernels", "engine.data.format", "engine.data.samples", "engine.data.transforms", "engine.data.report",
-    "engine.data.sources", "engine.models", "engine.data.identity", "engine.data.captions", "engine.data.encode",
+    "engine.data.sources", "engine.models", "engine.data.identity", "engine.data.encode", "engine.data.convert",
     "engine.data.describe", "engine.data", "engine.loop", "engine.run", "engine.shards", "engine.cache", "engine.checkpoint",
     "engine.sample", "engine.export", "benchmarks.tools", "benchmarks",
 ]  # fmt: skip

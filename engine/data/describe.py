@@ -80,8 +80,8 @@ def list_refused(directory: Path, index: Index) -> Iterator[str]:
 
 
 def _file_of(directory: Path, index: Index, sample: int, name: str, given: dict[str, str]) -> str:
-    """The file of a sample, by its name in the shards, or in the data set that is given; an index may name any place, which is not
-    opened."""
+    """The file of a sample in the data set that is given, else its name in the shards; an index may name any place, which is
+    not opened."""
     if not given.keys() & {"dataset_name", "train_data_dir"}:
         return name or "give the data set to name it: --train_data_dir or --dataset_name"
     try:
