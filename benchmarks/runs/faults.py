@@ -42,7 +42,7 @@ def _alter(path: Path, change: Callable[[bytearray], Any]) -> None:
 
 
 def _flip(content: bytearray) -> None:
-    content[-5] ^= 1
+    content[len(content) // 2] ^= 1
 
 
 def _halve(content: bytearray) -> None:
@@ -81,7 +81,7 @@ def damaged_files(place: Place) -> Provoked:
         for damage, change in (("is cut short", _halve), ("has one byte flipped", _flip)):
             fault = f"{what} {damage}"
             output = place.copy_of_base(fault.replace(" ", "-"))
-            shards = sorted((output / "shards").glob("*.safetensors"))
+            shards = sorted((output / "shards").glob("shard-*"))
             _alter(shards[0] if what == "a shard" else output / "checkpoint-6" / "rank-0.safetensors", change)
             yield fault, run(place.command(output, steps=9))
 

@@ -19,6 +19,7 @@ from engine.errors import UserError
 from engine.loop import export, log, validation
 from engine.loop.log import _forget_after
 from engine.loop.trainer import train
+from engine.tensors import read_header
 from tests.loop.runs import config
 
 
@@ -155,19 +156,28 @@ def test_epochs_give_the_number_of_steps(model, images, shards, tmp_path):
     assert json.loads(lines[-1])["step"] == 6  # 2 epochs of 12 records in batches of 4
 
 
-def test_a_shard_that_was_altered_is_named_before_training(model, images, tmp_path):
-    run = config(model, images, tmp_path / "shards", tmp_path / "out", max_train_steps=1)
-    assert train(run) == 0
-    file = tmp_path / "shards" / "shard-00001.safetensors"
+def test_shards_that_were_altered_are_named_as_early_as_asked(model, images, shards, tmp_path):
+    directory = shutil.copytree(shards, tmp_path / "shards")
+    run = config(model, images, directory, tmp_path / "out", max_train_steps=3, overwrite=True)
+    file = directory / "shard-00001.safetensors"
+    header, _, start = read_header(file)
     content = bytearray(file.read_bytes())
-    content[-3] ^= 4
+    first, end = header["latent_mean"]["data_offsets"]
+    for row in range(start + first, start + end, 4 * 8 * 8 * 4):
+        content[row] ^= 1
     file.write_bytes(content)
-    with pytest.raises(
-        UserError, match="shard-00001.safetensors: altered.*delete them and index.json, and they are built again"
-    ):
-        train(run.model_copy(update={"overwrite": True}))
+    everything = run.model_copy(update={"verify_shards": "all"})
+    with pytest.raises(UserError, match=f"{file.name}: altered.*delete them and index.json, and they are built again"):
+        train(everything)
     with pytest.raises(UserError, match="altered: .*; copy or build them again"):
-        train(run.model_copy(update={"train_data_dir": None, "overwrite": True}))
+        train(everything.model_copy(update={"train_data_dir": None}))
+    named = rf"{file}: altered: row \d of latent_mean does not match its checksum \(record \d, sample \d of the data set\)"
+    with pytest.raises(UserError, match=named):
+        train(run)
+    assert train(run.model_copy(update={"verify_shards": "none"})) == 0
+    file.write_bytes(content[:-1])
+    with pytest.raises(UserError, match=f"{file.name}: .* bytes instead of .*: truncated; delete them and index.json"):
+        train(run)
 
 
 def test_training_needs_only_the_shards(model, shards, tmp_path):

@@ -22,7 +22,7 @@ from engine.tensors import DTYPES, TensorFile, bytes_of, header_of
 FORMAT_VERSION = 2
 INDEX = "index.json"
 TABLE = "index-"  # what the names of files with arrays over shards begin with
-BUILD_AGAIN = "build the shards again, or get a whole copy"
+BUILD_AGAIN = f"delete what is damaged and {INDEX} to build it again, or get a whole copy"
 SHARD_NAME = "shard-"  # what the names of all begin with
 # What the index says of a shard. `variants` and `captions`: how many every record has, or one of those below.
 ENTRY = np.dtype(
