@@ -207,7 +207,7 @@ class Index:
         return sum(refusals.count for refusals in self.refused.values())
 
     def write(self, directory: Path) -> None:
-        """Writes the arrays, then the file that names them."""
+        """Writes the arrays, then the file that names them; then arrays that none names any more are removed."""
         arrays = {name: torch.from_numpy(self.shards[name].copy()) for name in ENTRY.names or ()}
         content = header_of(arrays)[0] + b"".join(bytes_of(array).numpy().tobytes() for array in arrays.values())
         value: dict[str, Any] = {
@@ -225,8 +225,12 @@ class Index:
             "fields": {name: field.to_json() for name, field in self.fields.items()},
             "shards": hashlib.sha256(content).hexdigest(),
         }
-        write_atomically(directory / table_name(value["shards"]), lambda path: path.write_bytes(content))
+        table = directory / table_name(value["shards"])
+        write_atomically(table, lambda path: path.write_bytes(content))
         write_json(directory / INDEX, value)
+        for other in directory.glob(f"{TABLE}*.safetensors"):
+            if other != table:
+                other.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, directory: Path) -> "Index":
