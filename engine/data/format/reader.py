@@ -75,7 +75,7 @@ class Shards:
         weakref.finalize(self, _close, self._files)
 
     def __len__(self) -> int:
-        return self.index.records
+        return int(self._first_records[-1])
 
     def find(self, records: Tensor) -> Places:
         """Where records [B] lie, and of how many variants and captions each may be drawn."""
