@@ -99,7 +99,7 @@ def test_records_and_what_they_were_built_from_stay(elsewhere, old, built, tmp_p
     assert run(monkeypatch, "verify", output) == 0
     assert run(monkeypatch, "info", output, "--refused") == 0
     assert "2.png: empty caption\n" in capsys.readouterr().out
-    assert run(monkeypatch, "info", output, "--record", "5") == 0
+    assert run(monkeypatch, "info", output, "--record", "5", "--train_data_dir", built.parent / "images") == 0
     said = capsys.readouterr().out
     assert f"file           6.png of {built.parent / 'images'}\n" in said
     assert said.endswith("caption        'c'\ncaption        'b'\ncaption        'd'\n")
