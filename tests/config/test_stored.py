@@ -115,7 +115,7 @@ def test_a_mistake_in_the_configuration_of_shards_names_their_index(values, name
 def test_an_index_that_is_none_is_named(content, tmp_path, capsys):
     index = tmp_path / "index.json"
     index.write_bytes(content)
-    assert f"engine: error: {index}: not a readable index: " in said(info_command, [tmp_path], capsys)
+    assert f"engine: error: {index}: cannot be read: " in said(info_command, [tmp_path], capsys)
 
 
 def test_a_configuration_is_read_where_its_data_and_packages_are_not(tmp_path, monkeypatch):
