@@ -30,9 +30,9 @@ quiet_libraries()
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        if "two_processes" in item.keywords and torch.cuda.device_count() == 1:
+        if item.get_closest_marker("two_processes") and torch.cuda.device_count() == 1:
             item.add_marker(pytest.mark.skip(reason="two processes need two CUDA devices, or none"))
 
 
