@@ -55,7 +55,7 @@ def test_parameters_and_the_published_form_stay(family, emulated, published, pho
     kinds = {name: type(layer).__name__ for name, layer in converted.named_modules() if isinstance(layer, nn.Linear)}
     assert all((kind == "Float8Linear") == float8.in_float8(plain.get_submodule(name), name) for name, kind in kinds.items())
     assert "Float8Linear" in kinds.values()
-    before, after = (to_published_form(model, dict(model.named_parameters())) for model in (plain, converted))
+    before, after = (dict(to_published_form(model, model.named_parameters())) for model in (plain, converted))
     assert list(before) == list(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
