@@ -22,9 +22,9 @@ import xxhash
 
 from benchmarks.tools.question import command_line
 from benchmarks.tools.rows import write_result
-from engine.data.format.index import CHECKSUMS, ENTRY, OWN, Field, Index, shard_name
+from engine.data.format.index import CHECKSUMS, CONTENT, ENTRY, OWN, Field, Index, shard_name
 from engine.data.format.reader import Shards
-from engine.data.format.shard import Header, checksum_of_records, offsets_of
+from engine.data.format.shard import Header, Shard, checksum_of_records, offsets_of
 from engine.data.samples.batch import BatchPlan
 from engine.data.samples.loader import Loader
 from engine.data.samples.order import records_of
@@ -51,6 +51,7 @@ def write_sparse_shard(path: Path, covers: range) -> None:
         "names": torch.empty(0, dtype=torch.uint8),
         "names_offsets": offsets_of([0] * count),
         "refused": torch.empty(0, dtype=torch.uint8),
+        "contents": torch.full([count, CONTENT], 255, dtype=torch.uint8),
     }
     said = Header(
         format_version=2, fingerprint=digest_of({}), records=count, image_rows=count, caption_rows=count, variants=1,
@@ -85,6 +86,7 @@ def write_index(directory: Path, records: int) -> None:
         if number in read:
             write_sparse_shard(path, range(number * SHARD, min((number + 1) * SHARD, records)))
             shards["bytes"][number] = path.stat().st_size
+            shards["contents"][number] = np.frombuffer(Shard(path, FIELDS).content, np.uint8)
         else:
             path.touch()
     Index("kandinsky-prior", digest_of({}), {}, {}, FIELDS, shards).write(directory)

@@ -41,7 +41,8 @@ def replace_rows(directory: Path, place: int, **rows: Tensor) -> None:
         captions=[shard.caption_rows(record) for record in records],
         texts=[shard.text("caption_texts", row) for row in range(shard.said.caption_rows)],
         refused=shard.refused,
+        contents=shard.tensors["contents"].numpy(),
     )
-    write_shard(path, {name: shard.file.tensor(name) for name in index.fields} | rows, contents, index.fingerprint)
+    write_shard(path, {name: shard.file.tensor(name) for name in index.fields} | rows, contents, shard.said.fingerprint)
     index.shards[place] = entry_of(Shard(path, index.fields), index.shards["number"][place])
     index.write(directory)

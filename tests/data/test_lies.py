@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from engine import shards as command
-from engine.data.format.index import INDEX, Index, shard_name
+from engine.data.format.index import CONTENT, INDEX, Index, shard_name
 from engine.data.format.reader import Shards
 from engine.data.format.shard import open_shard
 from engine.errors import UserError, exit_code
@@ -77,6 +77,13 @@ def as_bytes(content: bytes) -> torch.Tensor:
     return torch.tensor([*content], dtype=torch.uint8)
 
 
+def contents(count: int, *absent: int) -> torch.Tensor:
+    """Of so many samples, of which some are no longer there."""
+    found = torch.full([count, CONTENT], 7, dtype=torch.uint8)
+    found[[*absent]] = 0
+    return found
+
+
 @pytest.mark.parametrize(
     ("name", "place", "values", "named"),
     [
@@ -123,11 +130,14 @@ def test_what_a_record_points_to_is_there(name, place, values, named, varied, mo
         ({}, {"variants": 2**40}, "variants: Input should be less than or equal"),
         ({}, {"captions": -2}, "caption_numbers is no tensor of these shards"),
         ({}, {"first_sample": 6}, "source points beyond the 5"),
-        ({}, {"samples": 6}, "0 refused and 5 records of 6 samples"),
+        ({}, {"samples": 6}, r"contents is U8 \[5, 16\]"),
+        ({"contents": contents(6)}, {"samples": 6}, "0 refused and 5 records of 6 samples"),
+        ({"contents": contents(5, 2)}, {}, "a record is of a sample without a content"),
+        ({"contents": contents(5)}, {}, "contents is [0-9a-f]*, and [0-9a-f]* in index.json"),
         ({}, {"more": 6}, "more: Extra inputs"),
         ({"refused": as_bytes(b'{"source": "a"}')}, {}, "a refused sample has a source and a reason"),
         (
-            {"refused": as_bytes(b'{"source": "a", "reason": "b"}')},
+            {"refused": as_bytes(b'{"source": "a", "reason": "b"}'), "contents": contents(6)},
             {"first_sample": 4, "samples": 6},
             "first_sample is 4, and 5",
         ),
@@ -153,11 +163,10 @@ def test_an_image_has_as_many_rows_as_the_options_give_it(copy):
     ("key", "value", "named"),
     [
         ("number", -1, "number of shard 1 is -1"),
-        ("number", 0, "shard 1 does not go on from the number of the shard before it"),
-        ("number", 2, "shard 2 does not go on from the number"),
+        ("number", 0, "the number 0 stands there twice"),
         ("first_sample", 4, "shard 1 does not go on from the samples of the shard before it"),
         ("first_sample", 2**62, "first_sample of shard 1"),
-        ("samples", 3, "10 samples are neither records nor refused"),
+        ("samples", 3, "12 records and 0 refused samples, of 10"),
         ("records", -1, "records of shard 1 is -1"),
         ("records", 4, "records is 12, those of the shards are 11"),
         ("records", 2**62, "records of shard 1"),

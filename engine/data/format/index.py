@@ -27,7 +27,7 @@ SHARD_NAME = "shard-"  # what the names of all begin with
 # What the index says of a shard. `variants` and `captions`: how many every record has, or one of those below.
 ENTRY = np.dtype(
     [(name, np.int64) for name in ("number", "records", "image_rows", "caption_rows", "bytes", "variants", "captions",
-                                   "first_sample", "samples")] + [("sha256", np.uint8, 32)]
+                                   "first_sample", "samples")] + [("sha256", np.uint8, 32), ("contents", np.uint8, 32)]
 )  # fmt: skip
 VARYING = -1  # records have different numbers of them: offsets say where each one's begin
 OWN = -2  # every record has one caption, its own: its row is the record's
@@ -35,8 +35,10 @@ MOST = 2**14  # variants or captions of a record, where all have as many
 # Tensors of a shard beside the fields and their checksums.
 OF_RECORDS = (
     "source", "image_offsets", "caption_offsets", "caption_numbers", "caption_texts", "caption_texts_offsets", "names",
-    "names_offsets", "refused",
+    "names_offsets", "refused", "contents",
 )  # fmt: skip
+CONTENT = 16  # bytes of the digest of a sample's content
+UNKNOWN = b"\xff" * CONTENT  # in the place of one that nobody computed
 CHECKSUMS = "checksums."  # and the field's name
 _LISTED = 3  # refused samples of each reason that the index names
 _LARGEST_ROW = 2**34  # bytes
@@ -158,6 +160,7 @@ class _StoredIndex(Stored):
     config: dict[str, Any]
     fields: Fields
     shards: Digest
+    made_by: Annotated[list[Digest], MaxLen(64)] = []
 
     @model_validator(mode="after")
     def _agrees(self) -> "_StoredIndex":
@@ -180,9 +183,10 @@ class Index:
     """The content of `index.json` and of the arrays beside it.
 
     config: how the shards were asked for; only `identity` is in the fingerprint.
-    shards: of dtype `ENTRY` [shards], in the order of their numbers and of the samples that they cover.
+    shards: of dtype `ENTRY` [shards], in the order of the samples that they cover.
     refused: by reason.
-    encode_seconds: what the last build spent encoding, on the slowest process.
+    encode_seconds: what the last build spent encoding.
+    made_by: what the headers of shards may have as their fingerprint; where nothing is said, that of the index.
     """
 
     family: str
@@ -193,6 +197,7 @@ class Index:
     shards: np.ndarray
     refused: dict[str, Refusals] = field(default_factory=dict)
     encode_seconds: float = 0.0
+    made_by: tuple[str, ...] = ()
 
     def total(self, name: str) -> int:
         """The sum over shards of `records`, `image_rows`, `caption_rows`, `bytes` or `samples`."""
@@ -224,6 +229,7 @@ class Index:
             "config": self.config,
             "fields": {name: field.to_json() for name, field in self.fields.items()},
             "shards": hashlib.sha256(content).hexdigest(),
+            **({"made_by": list(self.made_by)} if self.made_by else {}),
         }
         table = directory / table_name(value["shards"])
         write_atomically(table, lambda path: path.write_bytes(content))
@@ -258,7 +264,13 @@ class Index:
             shards,
             stored.refused,
             stored.encode_seconds,
+            tuple(stored.made_by),
         )
+
+
+def content_of(shards: np.ndarray) -> str:
+    """What tells the records of shards, an array of `ENTRY`, from others: a SHA-256 of their contents, in hexadecimal."""
+    return hashlib.sha256(np.ascontiguousarray(shards["contents"][shards["records"] > 0]).tobytes()).hexdigest()
 
 
 def read_json(directory: Path, version: int, remedy: str) -> Any:
@@ -307,7 +319,7 @@ def _read_table(path: Path) -> np.ndarray:
 
 def _check_table(shards: np.ndarray, stored: _StoredIndex) -> None:
     """Whether numbers that may be any are such that sums, products and names of files can be made of them."""
-    counts = {name: shards[name] for name in ENTRY.names or () if name != "sha256"}
+    counts = {name: shards[name] for name in ENTRY.names or () if ENTRY[name] == np.int64}
     for name, numbers in counts.items():
         least = {"variants": VARYING, "captions": OWN}.get(name, 0)
         most = MOST if name in ("variants", "captions") else 2**40
@@ -316,12 +328,16 @@ def _check_table(shards: np.ndarray, stored: _StoredIndex) -> None:
     for name in ("records", "image_rows", "caption_rows"):
         if (total := sum(counts[name].tolist())) != getattr(stored, name):
             raise ValueError(f"{name} is {getattr(stored, name)}, those of the shards are {total}")
-    if (samples := sum(counts["samples"].tolist())) != stored.records + stored.refused_count:
-        raise ValueError(f"{samples} samples are neither records nor refused")
+    if (samples := sum(counts["samples"].tolist())) < stored.records + stored.refused_count:
+        raise ValueError(f"{stored.records} records and {stored.refused_count} refused samples, of {samples}")
+    if stored.identity.get("source", {}).get("content", of_all := content_of(shards)) != of_all:
+        raise ValueError("the content of the data set is not that of the shards")
+    numbers = np.sort(counts["number"])
+    if len(twice := numbers[1:][numbers[1:] == numbers[:-1]]):
+        raise ValueError(f"the number {twice[0]} stands there twice")
     records, captions = counts["records"], counts["captions"]
     captioned = any(field.per == "caption" for field in stored.fields.values())
     for wrong, what in (
-        (counts["number"][1:] <= counts["number"][:-1], "does not go on from the number of the shard before it"),
         (
             counts["first_sample"][1:] < (counts["first_sample"] + counts["samples"])[:-1],
             "does not go on from the samples of the shard before it",

@@ -1,7 +1,8 @@
 """One shard on disk: written whole, and judged before a row of it is read."""
 
+import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,11 +18,13 @@ from torch import Tensor
 from engine.data.format.index import (
     BUILD_AGAIN,
     CHECKSUMS,
+    CONTENT,
     ENTRY,
     INDEX,
     MOST,
     OF_RECORDS,
     OWN,
+    UNKNOWN,
     VARYING,
     Count,
     Digest,
@@ -47,6 +50,8 @@ class Contents:
     captions: of each record, the rows of its captions.
     texts: of the caption rows.
     refused: the samples that it holds no records of, as JSON.
+    contents: uint8 [samples, CONTENT], of every sample a digest of its content, zeros where it is no longer in the data set;
+        None where nobody computed any.
     """
 
     covers: range
@@ -56,6 +61,7 @@ class Contents:
     captions: Sequence[Sequence[int]]
     texts: Sequence[str]
     refused: Sequence[dict[str, str]]
+    contents: np.ndarray | None = None
 
 
 class Header(Stored):
@@ -97,6 +103,8 @@ def write_shard(path: Path, rows: dict[str, Tensor], contents: Contents, fingerp
     tensors["caption_texts"], tensors["caption_texts_offsets"] = _texts(contents.texts)
     tensors["names"], tensors["names_offsets"] = _texts(contents.names)
     tensors["refused"] = _bytes(b"".join(json.dumps(item).encode() + b"\n" for item in contents.refused))
+    contents_of = np.frombuffer(UNKNOWN * len(contents.covers), np.uint8) if contents.contents is None else contents.contents
+    tensors["contents"] = torch.from_numpy(contents_of.reshape(-1, CONTENT).copy())
     in_order = {name: tensors[name] for name in OF_RECORDS if name in tensors}
     header = Header(
         format_version=2,
@@ -171,6 +179,16 @@ class Shard:
             self.refused = self._read_refused()
 
     @property
+    def here(self) -> np.ndarray:
+        """The numbers of the samples that it knows, records and refused: int64."""
+        return self.said.first_sample + np.flatnonzero(self.tensors["contents"].numpy().any(1))
+
+    @property
+    def content(self) -> bytes:
+        """What tells its records from others: a SHA-256 of their contents."""
+        return hashlib.sha256(self.tensors["contents"][self.tensors["source"] - self.said.first_sample].numpy().data).digest()
+
+    @property
     def covers(self) -> range:
         return range(self.said.first_sample, self.said.first_sample + self.said.samples)
 
@@ -188,11 +206,13 @@ class Shard:
             said = " or ".join(map(str, sorted(numbers)))
             raise UserError(f"{self.path}: an image has not {said} rows, as {INDEX} says; {BUILD_AGAIN}")
 
-    def agree(self, entry: np.void, fingerprint: str) -> None:
+    def agree(self, entry: np.void, made_by: Collection[str]) -> None:
         """Raises `UserError` where the index says something else of this shard."""
-        found = self.said.model_dump() | {"bytes": self.file.size}
-        indexed = {name: entry[name].item() for name in found if name in ENTRY.names}  # type: ignore[operator]
-        for name, value in (indexed | {"fingerprint": fingerprint}).items():
+        found = self.said.model_dump() | {"bytes": self.file.size, "contents": self.content.hex()}
+        indexed = {name: entry[name].item() for name in found if ENTRY.fields and name in ENTRY.fields and name != "contents"}
+        indexed["contents"] = entry["contents"].tobytes().hex()
+        indexed["fingerprint"] = found["fingerprint"] if found["fingerprint"] in made_by else " or ".join(made_by)
+        for name, value in indexed.items():
             if (said := found[name]) != value:
                 raise UserError(f"{self.path}: {name} is {said}, and {value} in {INDEX}; {BUILD_AGAIN}")
 
@@ -243,6 +263,7 @@ class Shard:
             "names": (torch.uint8, None),
             "names_offsets": (torch.int64, [said.records + 1]),
             "refused": (torch.uint8, None),
+            "contents": (torch.uint8, [said.samples, CONTENT]),
         }
         if said.variants == VARYING:
             expected["image_offsets"] = (torch.int64, [said.records + 1])
@@ -279,12 +300,14 @@ class Shard:
         check_numbers("source", tensors["source"], said.first_sample, said.first_sample + said.samples)
         if not _increase(tensors["source"]):
             raise ValueError("source does not increase")
+        if not np.isin(tensors["source"].numpy(), self.here).all():
+            raise ValueError("a record is of a sample without a content")
 
     def _read_refused(self) -> list[dict[str, str]]:
         content = self.tensors["refused"].numpy().tobytes()
         refused = [_Refused.model_validate({"item": parse_json(line)}).item for line in content.splitlines()]
-        if len(refused) + self.said.records != self.said.samples:
-            raise ValueError(f"{len(refused)} refused and {self.said.records} records of {self.said.samples} samples")
+        if len(refused) + self.said.records != len(self.here):
+            raise ValueError(f"{len(refused)} refused and {self.said.records} records of {len(self.here)} samples")
         return refused
 
 
@@ -313,6 +336,7 @@ def entry_of(shard: Shard, number: int) -> tuple:
     """What the index says of a shard, in the order of `ENTRY`."""
     said = shard.said.model_dump() | {"number": number, "bytes": shard.file.size}
     said["sha256"] = np.frombuffer(bytes.fromhex(digest(shard.path)), np.uint8)
+    said["contents"] = np.frombuffer(shard.content, np.uint8)
     return tuple(said[name] for name in ENTRY.names or ())
 
 
@@ -324,6 +348,6 @@ def open_shard(directory: Path, index: Index, number: int) -> Shard:
     """
     entry = index.shards[number]
     shard = Shard(directory / shard_name(entry["number"]), index.fields)
-    shard.agree(entry, index.fingerprint)
+    shard.agree(entry, index.made_by or (index.fingerprint,))
     shard.require_variants(variants_of(index.identity))
     return shard
