@@ -57,6 +57,8 @@ def _check_outputs(config: TrainConfig) -> None:
     for name in ("compile_cache_dir", "compile_mode"):
         if not config.compile and getattr(config, name) not in (None, "default"):
             raise UserError(f"--{name} needs --compile")
+    if config.shuffle_window and config.shuffle != "blocks":
+        raise UserError("--shuffle_window needs --shuffle blocks")
     if config.offload_ema and not config.use_ema:
         raise UserError("--offload_ema needs --use_ema")
 

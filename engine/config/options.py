@@ -14,6 +14,7 @@ from engine.config.schema import REQUIRED, only, option, options_by_family, opti
 
 KANDINSKY = ("kandinsky-prior", "kandinsky-decoder")
 CAPTIONED = [family for family, entry in FAMILIES.items() if entry.captioned]
+SHUFFLE_WINDOW = 64  # shards; of 1,024 records each as many as they take to mix like all of a data set of 65,536
 XFORMERS = [family for family, entry in FAMILIES.items() if entry.xformers]
 
 
@@ -327,6 +328,15 @@ class TrainConfig(CacheConfig):
         "and compare its digest; none: neither.",
         "data",
     )
+    shuffle: Literal["global", "blocks"] | None = option(
+        None,
+        "global: every epoch in an order of all records; blocks: shards in another order every epoch, and the records of "
+        "--shuffle_window shards among themselves, so that few shards are read at a time. Default: global.",
+        "data",
+    )
+    shuffle_window: int | None = option(
+        None, f"Shards whose records --shuffle blocks mixes. Default: {SHUFFLE_WINDOW}.", "data", ge=1
+    )
     quiet: bool = option(False, "Say nothing but warnings and mistakes.", "output")
     validation_prompts: list[str] | None = option(None, "Prompts of the validation images.", "output")
     validation_epochs: int = option(5, "Epochs between two rounds of validation images.", "output", ge=1)
@@ -385,7 +395,7 @@ class TrainConfig(CacheConfig):
 # What changes the result of a run that is resumed, beside what is refused then: another seed, global batch or other shards, and
 # what the checkpoint has no state for. Checkpoints hold these, and what has changed is said.
 ALTER_THE_RESULT = (
-    "max_train_steps", "gradient_accumulation_dtype", "matrix_precision",
+    "max_train_steps", "gradient_accumulation_dtype", "matrix_precision", "shuffle", "shuffle_window",
     "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps",
     "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm",
     "prediction_type", "snr_gamma", "noise_offset", "input_perturbation", "dream_training", "dream_detail_preservation",

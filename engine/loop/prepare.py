@@ -10,6 +10,7 @@ from engine.data.format.reader import Shards
 from engine.data.format.verify import verify
 from engine.data.identity import differences
 from engine.data.samples.batch import BatchPlan
+from engine.data.samples.order import order_of
 from engine.data.sources import open_source
 from engine.errors import UserError
 from engine.loop.checkpoints.state import State
@@ -116,4 +117,5 @@ def open_run(config: TrainConfig, seed: int, shards: Shards, plan: BatchPlan, st
         steps = done + 1
     options = {name: value for name, value in options_of(config).items() if name in ALTER_THE_RESULT}
     options["max_train_steps"] = steps
-    return Run(seed, plan.global_batch, shards.index.fingerprint, len(shards), steps, options, shards.index.identity)
+    order = order_of(seed, shards.index.shards["records"], config.shuffle_window)
+    return Run(seed, plan.global_batch, shards.index.fingerprint, len(shards), steps, options, shards.index.identity, order)

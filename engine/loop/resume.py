@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.catalogue import FAMILIES, PIPELINES
 from engine.config.command_line import CONFIG
-from engine.config.options import TrainConfig
+from engine.config.options import SHUFFLE_WINDOW, TrainConfig
 from engine.data.identity import differences
 from engine.errors import UserError
 from engine.files import PARTIAL, digest_of, discard, lock, parse_json, read_text, reading, write_text
@@ -115,6 +115,28 @@ def seed_of(config: TrainConfig, state: State | None) -> int:
     if config.seed is not None:
         return config.seed
     return state.run.seed if state else secrets.randbits(31)
+
+
+def with_order(config: TrainConfig, checkpoint: Path | None, state: State | None) -> TrainConfig:
+    """The configuration with the order of the samples: as given, else the resumed run's, else the default.
+
+    `shuffle_window` is None for the order of all records.
+
+    Raises:
+        UserError: an epoch that was begun in one order would go on in another.
+    """
+    shuffle: Any = config.shuffle
+    window: Any = config.shuffle_window
+    if state is None:
+        shuffle = shuffle or "global"
+        window = (window or SHUFFLE_WINDOW) if shuffle == "blocks" else None
+    else:
+        before, of = state.options.get("shuffle", "global"), state.options.get("shuffle_window")
+        if shuffle not in (None, before) or (window not in (None, of)):
+            said = f"--shuffle {before}" + (f" --shuffle_window {of}" if of else "")
+            raise UserError(f"{checkpoint}: was written with {said}; leave both out, or give the same")
+        shuffle, window = before, of
+    return config.model_copy(update={"shuffle": shuffle, "shuffle_window": window})
 
 
 def open_checkpoint(checkpoint: Path, config: TrainConfig, world: int) -> Checkpoint:

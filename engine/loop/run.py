@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.data.samples.order import Order
+
 
 @dataclass(frozen=True)
 class Run:
@@ -14,6 +16,7 @@ class Run:
     steps: optimizer steps in all.
     options: those that alter the result and may change when the run is resumed.
     data: what shaped the shards.
+    order: of their records.
     """
 
     seed: int
@@ -23,3 +26,4 @@ class Run:
     steps: int
     options: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    order: Order | None = None

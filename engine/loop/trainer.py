@@ -20,7 +20,6 @@ from engine.config.options import TrainConfig
 from engine.data.format.reader import Shards
 from engine.data.samples.batch import Batch, BatchPlan
 from engine.data.samples.loader import Loader
-from engine.data.samples.order import records_of
 from engine.errors import UserError
 from engine.files import write_text
 from engine.loop import attention
@@ -38,7 +37,16 @@ from engine.loop.overlap import overlap_pays
 from engine.loop.pace import Pace
 from engine.loop.prepare import divide_global_batch, open_run, prepare_shards
 from engine.loop.report import log_line, opening, warn_of_a_full_disk
-from engine.loop.resume import announce, check_same_shards, find_checkpoint, only_run, open_checkpoint, seed_of, take_over
+from engine.loop.resume import (
+    announce,
+    check_same_shards,
+    find_checkpoint,
+    only_run,
+    open_checkpoint,
+    seed_of,
+    take_over,
+    with_order,
+)
 from engine.loop.run import Run
 from engine.loop.step import Step
 from engine.loop.validation import validate
@@ -86,6 +94,7 @@ def _train(config: TrainConfig, processes: Processes) -> int:
             opened = open_checkpoint(checkpoint, config, processes.world) if checkpoint else None
         state = opened.state if opened else None
         seed = processes.from_first(seed_of(config, state))
+        config = with_order(config, checkpoint, state)
         shards = prepare_shards(config, family, processes, partial(check_same_shards, checkpoint, state))
         plan = BatchPlan(config.train_batch_size, config.gradient_accumulation_steps, processes.rank, processes.world)
         run = open_run(config, seed, shards, plan, state)
@@ -127,7 +136,8 @@ def _run(training: "Training", shards: Shards, plan: BatchPlan) -> bool:
     log = Log(config, training.step) if processes.is_first else None
     try:
         schedule, device = training.family.schedule, processes.device
-        with contextlib.closing(Loader(shards, plan, run.seed, schedule, device, training.step, run.steps)) as loader:
+        first, last = training.step, run.steps
+        with contextlib.closing(Loader(shards, plan, run.seed, schedule, device, first, last, run.order)) as loader:
             finished = training.run_steps(iter(loader), log)
         if training.saved != training.step:
             training.save()
@@ -271,7 +281,8 @@ class Training:
         if skipped <= self.config.max_skipped_steps:
             return
         slots = self.metrics.offending_slots()
-        records = records_of(self.run.seed, torch.tensor(slots, dtype=torch.int64), self.run.records).tolist()
+        assert self.run.order is not None
+        records = self.run.order(torch.tensor(slots, dtype=torch.int64)).tolist()
         raise UserError(
             f"{skipped} steps were skipped because a loss or gradient was not finite; {cause_of_skips(slots, records)}; these "
             f"steps touched no weight. Or raise --max_skipped_steps {self.config.max_skipped_steps}"

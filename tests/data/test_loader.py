@@ -1,6 +1,7 @@
 """The loader: the batches that the plan says, in order, from any step, and no thread left behind."""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from engine.data.samples import loader as loader_module
 from engine.data.samples.batch import BatchPlan
 from engine.data.samples.draw import draw_rows
 from engine.data.samples.loader import Loader
+from engine.data.samples.order import order_of, records_of
 from engine.diffusion import CosineSchedule, DiscreteSchedule, min_snr, unweighted
 from engine.errors import UserError
 
@@ -40,7 +42,7 @@ def test_batches_hold_what_their_slots_say(schedule, shards):
         assert torch.equal(batch.slots, slots)
         assert torch.equal(batch.timesteps, schedule.draw(torch.tensor([SEED]), slots))
         assert torch.equal(batch.coefficients, schedule.coefficients(batch.timesteps))
-        rows = draw_rows(reader, SEED, slots)
+        rows = draw_rows(reader, SEED, slots, partial(records_of, SEED, count=len(reader)))
         for name, field in reader.fields.items():
             row = torch.empty(2, *field.shape, dtype=field.dtype)
             reader.gather(name, rows, row)
@@ -52,6 +54,18 @@ def test_starting_later_gives_the_same_batches(shards):
     for left, right in zip(whole[6:], rest, strict=True):
         assert torch.equal(left.slots, right.slots)
         assert all(torch.equal(left.record[name], right.record[name]) for name in left.record)
+
+
+def test_an_order_by_locality_is_that_of_the_batches(shards):
+    reader = Shards(shards)
+    order = order_of(SEED, reader.index.shards["records"], 2)
+    (batch, *_), drawn = (
+        Loader(reader, PLAN, SEED, SCHEDULES[0], CPU, 1, 2, order),
+        draw_rows(Shards(shards), SEED, PLAN.slots(3, 4)[0], order),
+    )
+    row = torch.empty_like(batch.record["latent_mean"])
+    Shards(shards).gather("latent_mean", drawn, row)
+    assert torch.equal(batch.record["latent_mean"], row)
 
 
 def test_draws_are_made_for_many_micro_batches_at_a_time(shards, monkeypatch):

@@ -6,7 +6,7 @@ import torch
 
 import cpp_ext
 from engine.data.samples import order
-from engine.data.samples.order import permuted, records_of, slots_of_micro_batches
+from engine.data.samples.order import order_of, permuted, records_of, slots_of_micro_batches
 
 
 @pytest.fixture(params=["cpp", "numpy"])
@@ -94,3 +94,45 @@ def test_processes_and_micro_batches_share_a_global_batch_exactly(micro, accumul
         first = step * accumulation
         parts = [slots_of_micro_batches(first, first + accumulation, micro, rank, world) for rank in range(world)]
         assert torch.stack(parts, 1).flatten().tolist() == list(range(step * 12, step * 12 + 12))
+
+
+KNOWN_BLOCKS = [44, 42, 43, 11, 27, 30, 31, 8, 28, 9, 7, 32]
+SHARDS = np.array([7, 0, 5, 12, 1, 0, 9, 8, 3, 0])
+FIRST = np.cumsum(np.append(0, SHARDS))
+
+
+@pytest.mark.parametrize("window", [1, 3, 4, 10, 1000])
+def test_an_order_by_locality_visits_every_record_once_within_windows_of_shards(side, window):
+    order, count = order_of(5, SHARDS, window), int(SHARDS.sum())
+    for epoch in (0, 1, 2**30):
+        visited = order(torch.arange(epoch * count, (epoch + 1) * count)).numpy()
+        assert sorted(visited) == list(range(count))
+        shards = np.searchsorted(FIRST, visited, side="right") - 1
+        positions = order._shards_of(epoch)[0].tolist()
+        windows = np.array([positions.index(shard) // min(window, len(SHARDS)) for shard in shards])
+        assert (np.diff(windows) >= 0).all()
+
+
+def test_an_order_by_locality_is_a_function_of_seed_and_slot(side):
+    order, slots = order_of(5, SHARDS, 3), torch.arange(200)
+    whole = order(slots)
+    backwards = torch.cat([order_of(5, SHARDS, 3)(slots[[number]]) for number in range(199, -1, -1)]).flip(0)
+    assert torch.equal(whole, backwards)
+    assert len({tuple(whole[start : start + 45].tolist()) for start in (0, 45, 90, 135)}) == 4
+    assert not torch.equal(whole, order_of(6, SHARDS, 3)(slots))
+    # A run that was begun by an older version continues at the same samples.
+    assert whole[:12].tolist() == KNOWN_BLOCKS
+
+
+def test_an_order_by_locality_keeps_nothing_per_record():
+    records = np.full(1000, 10**9)
+    order = order_of(3, records, 64)
+    visited = order(torch.arange(10**12 - 4096, 10**12))
+    assert len(visited.unique()) == 4096
+    assert len((visited // 10**9).unique()) <= 64
+    assert order._shards_of(0)[0].nbytes == records.nbytes
+
+
+def test_the_order_of_all_records_is_what_it_was():
+    slots = torch.arange(100)
+    assert torch.equal(order_of(7, SHARDS, None)(slots), records_of(7, slots, 45))

@@ -240,3 +240,22 @@ def test_a_checkpoint_needs_none_of_its_models(model, images, shards, tmp_path, 
     assert {path.name for path in (tmp_path / "out" / "checkpoint-2").iterdir()} == {
         "manifest.json", "rank-0.safetensors", "state.json",
     }  # fmt: skip
+
+
+def test_an_order_by_locality_goes_on_in_the_middle_of_an_epoch(model, images, shards, tmp_path):
+    def run(output: str, **options) -> int:
+        return train(config(model, images, shards, tmp_path / output, max_train_steps=3, **options, **SCHEDULE))
+
+    assert run("whole", shuffle="blocks", shuffle_window=2, checkpointing_steps=1) == 0
+    shutil.copytree(tmp_path / "whole" / "checkpoint-1", tmp_path / "rest" / "checkpoint-1")
+    said = "was written with --shuffle blocks --shuffle_window 2; leave both out, or give the same"
+    with pytest.raises(UserError, match=said):
+        run("rest", resume_from_checkpoint="latest", shuffle="blocks", shuffle_window=3)
+    assert run("rest", resume_from_checkpoint="latest") == 0
+    file = "checkpoint-3/unet/diffusion_pytorch_model.safetensors"
+    assert digest(tmp_path / "whole" / file) == digest(tmp_path / "rest" / file)
+
+
+def test_a_run_goes_on_in_the_order_that_it_was_begun_in(run):
+    with pytest.raises(UserError, match="was written with --shuffle global; leave both out, or give the same"):
+        run(resume_from_checkpoint="latest", shuffle="blocks")

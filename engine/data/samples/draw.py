@@ -5,13 +5,13 @@ from torch import Tensor
 
 from engine import philox
 from engine.data.format.reader import Shards
-from engine.data.samples.order import records_of
+from engine.data.samples.order import Order
 
 
-def draw_rows(shards: Shards, seed: int, slots: Tensor) -> dict[str, Tensor]:
+def draw_rows(shards: Shards, seed: int, slots: Tensor, order: Order) -> dict[str, Tensor]:
     """The rows that each slot [B] reads, as `Shards.rows_of` gives them: int64 [B] each."""
     key = torch.tensor([seed])
-    places = shards.find(records_of(seed, slots, len(shards)))
+    places = shards.find(order(slots))
     variants = philox.choices(key, slots, philox.IMAGE_VARIANT, torch.from_numpy(places.image_counts))
     captions = philox.choices(key, slots, philox.CAPTION, torch.from_numpy(places.caption_counts))
     return shards.rows_of(places, variants, captions)

@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.data.format.reader import Shards
 from engine.data.samples.batch import Batch, BatchPlan
 from engine.data.samples.draw import draw_rows
+from engine.data.samples.order import Order, order_of
 from engine.diffusion import Schedule
 
 DEPTH = 2  # micro-batches ready ahead of the step
@@ -23,6 +24,9 @@ class Loader:
     """Iterates over micro-batches from `first_step` to the end of `last_step`, exclusive.
 
     The host knows the slots, so it draws the timesteps and their coefficients for the device.
+
+    Args:
+        order: of the samples; None for that of all records.
     """
 
     def __init__(
@@ -34,8 +38,10 @@ class Loader:
         device: torch.device,
         first_step: int,
         last_step: int,
+        order: Order | None = None,
     ) -> None:
         self.shards, self.plan, self.seed, self.schedule, self.device = shards, plan, seed, schedule, device
+        self.order = order or order_of(seed, shards.index.shards["records"], None)
         self.on_gpu = device.type == "cuda"
         self.steps = range(first_step, last_step)
         self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(DEPTH)
@@ -123,7 +129,8 @@ class Loader:
     def _draw(self, slots: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
         """The same of micro-batches with slots [M, B]: rows [M, B]; slots and timesteps [M, B], coefficients [M, 5, B]."""
         flat = slots.flatten()
-        rows = {of: numbers.view(slots.shape) for of, numbers in draw_rows(self.shards, self.seed, flat).items()}
+        drawn = draw_rows(self.shards, self.seed, flat, self.order)
+        rows = {of: numbers.view(slots.shape) for of, numbers in drawn.items()}
         timesteps = self.schedule.draw(torch.tensor([self.seed]), flat)
         coefficients = self.schedule.coefficients(timesteps).unflatten(1, slots.shape).transpose(0, 1).contiguous()
         draws = [slots, timesteps.view(slots.shape), coefficients]
