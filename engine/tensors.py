@@ -26,7 +26,7 @@ from engine.files import open_regular, parse_json
 PIECE = 64 * 2**20  # bytes; a power of two, because torch's allocator of pinned memory rounds up to one
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
+    "I32": torch.int32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

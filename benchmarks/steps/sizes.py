@@ -1,8 +1,9 @@
 """How large is each family at full size, and what must a step cost? `python -m benchmarks.steps.sizes`
 
 Counted on the meta device, nothing is measured: parameters; operations of the trained model (attention included; training is
-three times the forward pass); the bytes of a latent shard's record in bf16; and the bytes that a step must move if everything
-between matrix products, convolutions and attention were fused into them:
+three times the forward pass); the bytes of a latent shard's record in bf16; what captions kept as tokens (`--cache_text`) cost
+a step; and the bytes that a step must move if everything between matrix products, convolutions and attention were fused into
+them:
 
 - per sample, three times what those operations read and write besides weights in a forward pass, 2 bytes per number;
 - per step and parameter, 48 bytes (`STEP_BYTES`): 6 for the weights (two readings and the gradient's writing), 4 for laying the
@@ -24,7 +25,7 @@ from benchmarks.tools.published import CHECKPOINTS
 
 
 def table(rows: list[dict[str, Any]], flops: float, bandwidth: float) -> str:
-    """Two Markdown tables: sizes, and the floors of a step's time."""
+    """Markdown tables: sizes, captions kept as tokens, and the floors of a step's time."""
     lines = ["| model | parameters | training TFLOP per sample | KiB per image | KiB per caption | GiB per million |",
              "|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:
@@ -33,6 +34,11 @@ def table(rows: list[dict[str, Any]], flops: float, bandwidth: float) -> str:
             f"| {row['checkpoint']} | {row['parameters'] / 1e6:.1f} M | {3 * row['forward_flops'] / 1e12:.3f} | "
             f"{row['image_bytes'] / 2**10:.1f} | {row['caption_bytes'] / 2**10:.1f} | {total * 1e6 / 2**30:.1f} |"
         )
+    lines += ["", "| model | bytes per caption as tokens | TFLOP of the text encoder per caption | of a step's operations |",
+              "|---|---|---|---|"]  # fmt: skip
+    for row in filter(lambda row: row["text_flops"], rows):
+        lines.append(f"| {row['checkpoint']} | {row['token_bytes']} | {row['text_flops'] / 1e12:.4f} | "
+                     f"{row['text_flops'] / (3 * row['forward_flops'] + row['text_flops']):.1%} |")  # fmt: skip
     lines += ["", "| model | MiB per sample | GB per step | operations, ms per sample | bytes, ms per sample | "
               "bytes, ms per step | operations per byte at batch 32 |", "|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.tools.published import trained_model, write
-from engine.loop.flops import forward_flops, forward_on_meta
+from engine.loop.flops import forward_flops, forward_on_meta, text_flops
 from engine.models.family import Family, open_family
 
 STEP_BYTES = 48  # per parameter: weights 2 + 2, gradient 2, its copy to the flat buffer 4, norm 2, AdamW with its average 36
@@ -88,7 +88,9 @@ def sizes_of(checkpoint: str) -> dict[str, Any]:
     """Parameters, operations, and bytes of records and steps of a published checkpoint."""
     with tempfile.TemporaryDirectory() as directory:
         family = open_family(write(checkpoint, Path(directory)))
-        fields = family.encoding.record_spec.values()
+    encoding = family.encoding
+    fields = encoding.record_spec.values()
+    tokens = encoding.token_fields.values() if encoding.captioned else ()
     with torch.device("meta"):
         model = trained_model(checkpoint)
     cost = count(family, model)
@@ -99,6 +101,8 @@ def sizes_of(checkpoint: str) -> dict[str, Any]:
         "forward_flops": cost.training_flops / 3,
         "image_bytes": sum(field.row_bytes for field in fields if field.per == "image"),
         "caption_bytes": sum(field.row_bytes for field in fields if field.per == "caption"),
+        "token_bytes": sum(field.row_bytes for field in tokens),
+        "text_flops": text_flops(encoding) if encoding.captioned else 0.0,
         "sample_bytes": cost.sample_bytes,
         "constant_bytes": cost.constant_bytes,
     }

@@ -121,6 +121,12 @@ class CacheConfig(BaseModel):
     follow_links: bool = option(False, "Follow links that lead out of the data set's folder.", "data")
     strict: bool = option(False, "Stop at the first image or caption that cannot be used, instead of skipping it.", "data")
 
+    cache_text: Literal["states", "tokens"] = option(
+        only(CAPTIONED, "states"),
+        "What shards hold of a caption: the states that the text encoder makes of it; or its tokens, some hundred bytes, which "
+        "the text encoder reads in every step.",
+        "data",
+    )
     shards_dir: str | None = option(
         None, "Directory of the latent shards, built when absent. Default: `shards` in the output directory.", "data"
     )

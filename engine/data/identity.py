@@ -14,7 +14,7 @@ _OPTIONS = {
     "sample_seed": "subset_seed",
 }
 # Options of the data that are part of the identity where they are not left at their defaults.
-_SHAPING = ("image_mode", "background", "max_upscale", "metadata_encoding", "follow_links")
+_SHAPING = ("image_mode", "background", "max_upscale", "metadata_encoding", "follow_links", "cache_text")
 
 
 def identity_of(config: CacheConfig, encoding: Encoding, source: Source) -> dict[str, Any]:

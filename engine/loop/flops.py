@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from engine.models.encoder import Encoding
 from engine.models.family import Family
 from engine.models.training_form import form_of, to_training_form
 
@@ -16,11 +17,12 @@ from engine.models.training_form import form_of, to_training_form
 class Flops:
     """What model FLOP utilisation is the ratio of.
 
-    forward: operations of one forward pass for one sample; a training step takes three times as many.
+    step: operations of a step for one sample: three times those of a forward pass, and the text encoder's where captions are
+        tokens.
     per_second: what a large matrix product reaches on this device.
     """
 
-    forward: float
+    step: float
     per_second: float
 
 
@@ -29,7 +31,8 @@ def count_flops(family: Family, model: torch.nn.Module, device: torch.device) ->
     if device.type != "cuda":
         return None
     peak = matrix_flops_per_second(device, family.encoding.dtype, warm_up=0.1)  # short: a run should begin
-    return Flops(forward_flops(family, model), peak)
+    text = text_flops(family.encoding) if family.encoding.keeps_tokens else 0.0
+    return Flops(3 * forward_flops(family, model) + text, peak)
 
 
 def forward_on_meta(family: Family, model: Any, batch: int = 1, training_form: bool = False) -> None:
@@ -39,7 +42,8 @@ def forward_on_meta(family: Family, model: Any, batch: int = 1, training_form: b
         shadow = type(model).from_config(model.config)
         if training_form:
             to_training_form(shadow, form_of(model))
-        record = {name: torch.empty(batch, *field.shape) for name, field in family.encoding.record_spec.items()}
+        fields = family.encoding.record_spec | family.encoding.text_fields
+        record = {name: torch.empty(batch, *field.shape) for name, field in fields.items()}
         family.predict(shadow, record[family.encoding.mean], timesteps, record)
 
 
@@ -47,6 +51,14 @@ def forward_flops(family: Family, model: torch.nn.Module) -> float:
     """Operations of one forward pass for one sample, attention included."""
     with FlopCounterMode(display=False) as counter:
         forward_on_meta(family, model)
+    return float(counter.get_total_flops())
+
+
+def text_flops(encoding: Encoding) -> float:
+    """Operations of the text encoder for one caption."""
+    with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
+        rows = {name: torch.zeros(1, *field.shape, dtype=field.dtype) for name, field in encoding.token_fields.items()}
+        encoding.encode_tokens(encoding.text_model(encoding.text_config).eval(), rows)
     return float(counter.get_total_flops())
 
 

@@ -81,7 +81,7 @@ class Metrics:
             "step_seconds": seconds / self.steps,
         }
         if self.flops:
-            line["mfu"] = 3 * self.flops.forward * per_second / self.processes.world / self.flops.per_second
+            line["mfu"] = self.flops.step * per_second / self.processes.world / self.flops.per_second
         if self.loss_sum.is_cuda:
             line["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.loss_sum.zero_()

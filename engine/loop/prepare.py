@@ -66,6 +66,7 @@ def prepare_shards(
             )
     if index.family != config.family or index.fields != family.encoding.record_spec:
         built = {name: index.config.get(name) for name in ("family", "resolution", "mixed_precision")}
+        built["cache_text"] = index.config.get("cache_text") or "states"  # of what was built before there was a choice
         changed = differences(built, {name: getattr(config, name) for name in built}) or "other models"
         raise UserError(
             f"{directory / INDEX}: the shards hold other records than this run reads ({changed}); give the options that they "

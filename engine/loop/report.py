@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.config.options import TrainConfig
 from engine.data.format.index import Index
@@ -20,17 +20,23 @@ from engine.processes import Processes
 
 
 def opening(
-    config: TrainConfig, run: Run, family: Family, partition: Partition, index: Index, captures: bool, done: int
-) -> list[str]:
+    config: TrainConfig, run: Run, family: Family, partition: Partition, index: Index, captures: bool, done: int,
+    text_encoder: nn.Module | None = None,
+) -> list[str]:  # fmt: skip
     """What is trained, on what, and how, in lines.
 
     Args:
         captures: whether the step is captured as CUDA graphs.
         done: the step that the run goes on from.
+        text_encoder: that runs in the step.
     """
     processes = partition.processes
     trained = sum(shape.numel() for shape in partition.shapes.values())
     frozen = sum(parameter.numel() for parameter in partition.frozen.values())
+    reading = list(text_encoder.parameters()) if text_encoder is not None else []
+    read = f"the text encoder's {count(sum(map(Tensor.numel, reading)))} read the captions"
+    encoders = read if reading else "the encoders are not loaded"
+    state = state_bytes(config, trained, processes.world) + sum(weight.nbytes for weight in reading)
     size, number = checkpoint_bytes(config, trained), checkpoints_to_come(config, run, done)
     listed = f"`python -m engine.shards info {config.shards_path} --refused` lists them"
     refused = f"{index.refused_count:,} refused; {listed}" if index.refused else "none refused"
@@ -38,7 +44,7 @@ def opening(
     rows = {
         "family": f"{config.family}, from {family.base_model}",
         "output": config.output_dir,
-        "parameters": f"{count(trained)} trained, {count(frozen)} frozen; the encoders are not loaded",
+        "parameters": f"{count(trained)} trained, {count(frozen)} frozen; {encoders}",
         "samples": f"{run.records:,} ({refused})",
         "resolution": f"{config.resolution} px",
         "global batch": f"{run.global_batch:,} = {config.train_batch_size} per micro-batch x "
@@ -49,8 +55,8 @@ def opening(
         "precision": precision(config),
         "device": f"{device_name(processes)}, ZeRO stage {config.zero_stage}",
         "step runs": how_steps_run(config, partition.module, processes.device, captures),
-        "memory": f"{gigabytes(state_bytes(config, trained, processes.world))} a process, by estimate, for weights, gradients, "
-        "optimizer and average; activations come on top",
+        "memory": f"{gigabytes(state)} a process, by estimate, for weights, gradients, optimizer and average; activations come "
+        "on top",
         "checkpoints": f"{every}, {gigabytes(size)} each, {'all' if config.checkpoints_total_limit is None else 'the last '}"
         f"{config.checkpoints_total_limit or ''} kept: {gigabytes(number * size)} in the end",
     }

@@ -1,10 +1,11 @@
 """One optimizer step: noise, prediction, loss, backward pass and update, in the order of the computation."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.config.options import TrainConfig
 from engine.data.samples.batch import Batch
@@ -26,12 +27,15 @@ class Step:
 
     Args:
         captures: whether to do so.
+        text_encoder: frozen, on the device, where captions are tokens.
     """
 
     def __init__(
-        self, config: TrainConfig, run: Run, family: Family, partition: Partition, metrics: Metrics, captures: bool
-    ) -> None:
+        self, config: TrainConfig, run: Run, family: Family, partition: Partition, metrics: Metrics, captures: bool,
+        text_encoder: nn.Module | None = None,
+    ) -> None:  # fmt: skip
         self.config, self.family, self.partition, self.metrics = config, family, partition, metrics
+        self.text_encoder = text_encoder
         self.accumulation = config.gradient_accumulation_steps
         self.samples = config.train_batch_size * self.accumulation
         processes, device = partition.processes, partition.processes.device
@@ -77,6 +81,10 @@ class Step:
         return loss, list(torch.autograd.grad(prediction, self.partition.parameters, gradient, materialize_grads=True))
 
     def compare(self, model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        if self.text_encoder is not None:
+            with torch.no_grad():
+                states = self.family.encoding.encode_tokens(self.text_encoder, batch.record)
+            batch = replace(batch, record=batch.record | states)
         return predict_and_compare(model, self.family, batch, self.config, self.seed, self.gradient_scale)
 
     @property

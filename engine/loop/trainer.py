@@ -115,7 +115,8 @@ def _train(config: TrainConfig, processes: Processes) -> int:
         if opened:
             training.resume(opened)
         del opened  # a file that is held open keeps its room when rotation removes it
-        say(*opening(config, run, family, training.partition, shards.index, training.captures, training.step))
+        text_encoder, captures = training.text_encoder, training.captures
+        say(*opening(config, run, family, training.partition, shards.index, captures, training.step, text_encoder))
         warn_of_a_full_disk(config, run, training.partition, training.step)
         finished = _run(training, shards, plan)
         if finished and repository:
@@ -135,9 +136,9 @@ def _run(training: "Training", shards: Shards, plan: BatchPlan) -> bool:
     config, run, processes = training.config, training.run, training.processes
     log = Log(config, training.step) if processes.is_first else None
     try:
-        schedule, device = training.family.schedule, processes.device
-        first, last = training.step, run.steps
-        with contextlib.closing(Loader(shards, plan, run.seed, schedule, device, first, last, run.order)) as loader:
+        family, device = training.family, processes.device
+        span, limits = (training.step, run.steps), family.encoding.limits
+        with contextlib.closing(Loader(shards, plan, run.seed, family.schedule, device, *span, run.order, limits)) as loader:
             finished = training.run_steps(iter(loader), log)
         if training.saved != training.step:
             training.save()
@@ -191,7 +192,9 @@ class Training:
         self.partition = open_partition(model, config, processes, captures)
         if config.compile:
             compile_model(model, config)
-        self.train_step = Step(config, run, family, self.partition, self.metrics, captures)
+        encoding = family.encoding
+        self.text_encoder = encoding.load_text_encoder(device) if encoding.keeps_tokens else None
+        self.train_step = Step(config, run, family, self.partition, self.metrics, captures, self.text_encoder)
         token = processes.from_first(secrets.token_hex(4))
         limit, beside = config.checkpoints_total_limit, config.checkpoint_async
         models = self._writes_models() if config.openable_checkpoints and processes.is_first else None

@@ -16,27 +16,44 @@ from engine.config.options import CacheConfig
 from engine.data.format.index import Field
 from engine.errors import UserError
 from engine.files import reading
-from engine.models.published import locate
+from engine.models.check import load_model
+from engine.models.published import locate, tokenize
 
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Encoder(ABC):
-    """The loaded frozen models of a family, on one device in the precision of the run, all of them given when it is made."""
+    """The loaded frozen models of a family, on one device in the precision of the run, all of them given when it is made.
+
+    text_encoder: None where captions have none, or stay tokens.
+    """
+
+    encoding: "Encoding"
+    text_encoder: Any = None
 
     @abstractmethod
     def encode_images(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Record rows of stacked inputs of `Encoding.prepare`."""
 
+    @torch.inference_mode()
     def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
         """Record rows of captions; only families that are captioned have any."""
-        raise NotImplementedError
+        tokens = self.encoding.tokens_of(captions)
+        if self.text_encoder is None:
+            return tokens
+        given = {name: rows.to(self.text_encoder.device) for name, rows in tokens.items()}
+        if "attention_mask" in given and given["attention_mask"].all():
+            del given["attention_mask"]  # it hides nothing, and without it attention takes a faster kernel
+        states = self.encoding.encode_tokens(self.text_encoder, given)
+        return {name: (tokens | states)[name] for name in self.encoding.text_fields}
 
 
 class Encoding(ABC):
     """What a family's records hold and how they are made. Building it reads configurations only.
 
     captioned: whether records hold captions.
+    keeps_tokens: whether they hold them as tokens, which the text encoder reads in the step.
+    tokenizer, text_config: of families that are captioned.
     mean, std: the record's fields that x0 is drawn from; without `std` x0 is `mean`.
     path: the directory of the pipeline with the trained model in it.
 
@@ -46,18 +63,60 @@ class Encoding(ABC):
 
     mean: str
     std: str | None = None
+    tokenizer: Any
+    text_config: Any
+    text_model: Any = None  # the class of the text encoder
 
     def __init__(self, config: CacheConfig) -> None:
         family = FAMILIES[config.family]
         self.config = config
         self.dtype = PRECISIONS[config.mixed_precision]
         self.captioned = family.captioned
+        self.keeps_tokens = family.captioned and config.cache_text == "tokens"
         self.path = locate(config, family.pipeline)
 
     @property
-    @abstractmethod
     def record_spec(self) -> dict[str, Field]:
         """Names, shapes, dtypes and kinds of the tensors of a record."""
+        return self.image_fields | (self.token_fields if self.keeps_tokens else self.text_fields)
+
+    @property
+    @abstractmethod
+    def image_fields(self) -> dict[str, Field]:
+        """Those of a record that belong to images."""
+
+    @property
+    def text_fields(self) -> dict[str, Field]:
+        """Those that belong to captions, as the trained model is given them."""
+        return {}
+
+    @property
+    def token_fields(self) -> dict[str, Field]:
+        """Those that belong to captions as tokens, of which `encode_tokens` makes `text_fields`."""
+        return {"tokens": Field((self.tokenizer.model_max_length,), self._token_dtype, "caption")}
+
+    @property
+    def _token_dtype(self) -> torch.dtype:
+        return torch.uint16 if self.text_config.vocab_size <= 2**16 else torch.int32
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """What the numbers of some fields of a record must stay below."""
+        return {"tokens": self.text_config.vocab_size} if self.keeps_tokens else {}
+
+    def tokens_of(self, captions: list[str]) -> dict[str, Tensor]:
+        """Rows of `token_fields`, on the host."""
+        tokens, mask = tokenize(self.tokenizer, captions)
+        rows = {"tokens": tokens.to(self._token_dtype), "attention_mask": mask.bool()}
+        return {name: rows[name] for name in self.token_fields}
+
+    @staticmethod
+    def encode_tokens(text_encoder: Any, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the text encoder makes of rows of `token_fields` on its device; the host reads nothing: it may be captured."""
+        raise NotImplementedError
+
+    def load_text_encoder(self, device: torch.device) -> Any:
+        return load_model(self.path / "text_encoder", self.text_model, self.config.variant, self.dtype).to(device).eval()
 
     @property
     def image_side(self) -> int:

@@ -82,7 +82,7 @@ class Family(ABC):
                 name: torch.empty(
                     1, *field.shape, dtype=torch.float32 if field.dtype.is_floating_point else field.dtype, device="meta"
                 )
-                for name, field in self.encoding.record_spec.items()
+                for name, field in (self.encoding.record_spec | self.encoding.text_fields).items()
             }
             noisy = record[self.encoding.mean]
             prediction = self.predict(model, noisy, torch.zeros(1, device="meta"), record)

@@ -47,7 +47,7 @@ class KandinskyDecoderEncoding(Encoding):
         self.latent_size = config.resolution // factor
 
     @property
-    def record_spec(self) -> dict[str, Field]:
+    def image_fields(self) -> dict[str, Field]:
         latent = (self.movq_config["latent_channels"], self.latent_size, self.latent_size)
         return {
             "latent": Field(latent, self.dtype, "image"),
@@ -82,7 +82,7 @@ class KandinskyDecoderEncoding(Encoding):
 
 class KandinskyDecoderEncoder(Encoder):
     def __init__(self, encoding: KandinskyDecoderEncoding, movq: Any, image_encoder: Any) -> None:
-        self.dtype = encoding.dtype
+        self.encoding = encoding
         self.movq, self.image_encoder = movq, image_encoder
 
     @torch.inference_mode()
@@ -90,8 +90,8 @@ class KandinskyDecoderEncoder(Encoder):
         """MoVQ's latents before quantisation, as they are, and CLIP's embedding of the image."""
         device = self.movq.device
         return {
-            "latent": self.movq.encode(batch["pixels"].to(device, self.dtype)).latents,
-            "image_embedding": self.image_encoder(batch["clip_pixels"].to(device, self.dtype)).image_embeds,
+            "latent": self.movq.encode(batch["pixels"].to(device, self.encoding.dtype)).latents,
+            "image_embedding": self.image_encoder(batch["clip_pixels"].to(device, self.encoding.dtype)).image_embeds,
         }
 
 

@@ -32,13 +32,13 @@ from engine.models.published import (
     read_image_parts,
     read_text_parts,
     require_equal,
-    tokenize,
 )
 from engine.models.weights import present_variant, require_finite
 
 
 class KandinskyPriorEncoding(Encoding):
     mean = "image_embedding"
+    text_model = CLIPTextModelWithProjection
 
     def __init__(self, config: CacheConfig) -> None:
         super().__init__(config)
@@ -78,14 +78,27 @@ class KandinskyPriorEncoding(Encoding):
         return decoder
 
     @property
-    def record_spec(self) -> dict[str, Field]:
+    def image_fields(self) -> dict[str, Field]:
+        return {"image_embedding": Field((self.vision_config.projection_dim,), self.dtype, "image")}
+
+    @property
+    def text_fields(self) -> dict[str, Field]:
         length = self.tokenizer.model_max_length
         return {
-            "image_embedding": Field((self.vision_config.projection_dim,), self.dtype, "image"),
             "text_embedding": Field((self.text_config.projection_dim,), self.dtype, "caption"),
             "encoder_hidden_states": Field((length, self.text_config.hidden_size), self.dtype, "caption"),
             "attention_mask": Field((length,), torch.bool, "caption"),
         }
+
+    @property
+    def token_fields(self) -> dict[str, Field]:
+        return super().token_fields | {"attention_mask": self.text_fields["attention_mask"]}
+
+    @staticmethod
+    def encode_tokens(text_encoder: Any, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The projection and the last hidden state; the mask is for the prior, the encoder runs without one."""
+        output = text_encoder(tokens["tokens"].long())
+        return {"text_embedding": output.text_embeds, "encoder_hidden_states": output.last_hidden_state}
 
     def encoder_digests(self) -> dict[str, Callable[[], str]]:
         models = {
@@ -148,36 +161,25 @@ class KandinskyPriorEncoding(Encoding):
     def load_encoder(self, device: torch.device) -> "KandinskyPriorEncoder":
         variant, dtype = self.config.variant, self.dtype
         image_encoder = load_model(self.path / "image_encoder", CLIPVisionModelWithProjection, variant, dtype)
-        text_encoder = load_model(self.path / "text_encoder", CLIPTextModelWithProjection, variant, dtype)
+        text_encoder = None if self.keeps_tokens else self.load_text_encoder(device)
         statistics = {name: tensor.to(device) for name, tensor in self.clip_statistics().items()}
-        return KandinskyPriorEncoder(self, image_encoder.to(device).eval(), text_encoder.to(device).eval(), statistics)
+        return KandinskyPriorEncoder(self, image_encoder.to(device).eval(), text_encoder, statistics)
 
 
 class KandinskyPriorEncoder(Encoder):
     def __init__(
         self, encoding: KandinskyPriorEncoding, image_encoder: Any, text_encoder: Any, clip_statistics: dict[str, Tensor]
     ) -> None:
-        self.dtype, self.tokenizer = encoding.dtype, encoding.tokenizer
-        self.image_encoder, self.text_encoder, self.clip_statistics = image_encoder, text_encoder, clip_statistics
+        self.encoding, self.image_encoder = encoding, image_encoder
+        self.text_encoder, self.clip_statistics = text_encoder, clip_statistics
 
     @torch.inference_mode()
     def encode_images(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """CLIP embeddings, normalised in fp32 by the prior's statistics."""
-        pixels = batch["pixels"].to(self.image_encoder.device, self.dtype)
+        pixels = batch["pixels"].to(self.image_encoder.device, self.encoding.dtype)
         embedding = self.image_encoder(pixels).image_embeds.float()
         normalised = (embedding - self.clip_statistics["clip_mean"]) / self.clip_statistics["clip_std"]
-        return {"image_embedding": normalised.to(self.dtype)}
-
-    @torch.inference_mode()
-    def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
-        """The text encoder's projection and last hidden state; the mask is for the prior, the encoder runs without one."""
-        tokens, mask = tokenize(self.tokenizer, captions)
-        output = self.text_encoder(tokens.to(self.text_encoder.device))
-        return {
-            "text_embedding": output.text_embeds,
-            "encoder_hidden_states": output.last_hidden_state,
-            "attention_mask": mask.bool(),
-        }
+        return {"image_embedding": normalised.to(self.encoding.dtype)}
 
 
 class KandinskyPrior(Family):

@@ -1,6 +1,6 @@
 """Stable Diffusion, text to image: a UNet denoises the latents of a VAE under the hidden states of CLIP's text encoder.
 
-Trained: `unet`. Frozen, and needed only while shards are built: `vae`, `text_encoder`, `tokenizer`.
+Trained: `unet`. Frozen, and needed only while shards are built: `vae`, `tokenizer`, and `text_encoder` unless it reads tokens.
 """
 
 import math
@@ -27,12 +27,13 @@ from engine.models.encoder import Encoder, Encoding
 from engine.models.family import PREVIEW_STEPS, Family
 from engine.models.kinds import require_text_to_image
 from engine.models.pipelines import load_pipeline, require_drawable
-from engine.models.published import digest_parts, locate, read_scheduler, read_text_parts, require_equal, tokenize
+from engine.models.published import digest_parts, locate, read_scheduler, read_text_parts, require_equal
 from engine.models.weights import present_variant, weight_files
 
 
 class StableDiffusionEncoding(Encoding):
     mean, std = "latent_mean", "latent_std"
+    text_model = CLIPTextModel
 
     def __init__(self, config: CacheConfig) -> None:
         super().__init__(config)
@@ -52,14 +53,19 @@ class StableDiffusionEncoding(Encoding):
         )
 
     @property
-    def record_spec(self) -> dict[str, Field]:
+    def image_fields(self) -> dict[str, Field]:
         latent = (self.vae_config["latent_channels"], self.latent_size, self.latent_size)
+        return {name: Field(latent, self.dtype, "image") for name in ("latent_mean", "latent_std")}
+
+    @property
+    def text_fields(self) -> dict[str, Field]:
         states = (self.tokenizer.model_max_length, self.text_config.hidden_size)
-        return {
-            "latent_mean": Field(latent, self.dtype, "image"),
-            "latent_std": Field(latent, self.dtype, "image"),
-            "encoder_hidden_states": Field(states, self.dtype, "caption"),
-        }
+        return {"encoder_hidden_states": Field(states, self.dtype, "caption")}
+
+    @staticmethod
+    def encode_tokens(text_encoder: Any, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The last hidden state after the final layer norm; no attention mask, as in the script."""
+        return {"encoder_hidden_states": text_encoder(tokens["tokens"].long(), return_dict=False)[0]}
 
     def encoder_digests(self) -> dict[str, Callable[[], str]]:
         parts = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel, "tokenizer": None}
@@ -94,27 +100,20 @@ class StableDiffusionEncoding(Encoding):
 
     def load_encoder(self, device: torch.device) -> "StableDiffusionEncoder":
         vae = load_model(self.path / "vae", AutoencoderKL, self.config.variant, self.dtype)
-        text_encoder = load_model(self.path / "text_encoder", CLIPTextModel, self.config.variant, self.dtype)
-        return StableDiffusionEncoder(self, vae.to(device).eval(), text_encoder.to(device).eval())
+        text_encoder = None if self.keeps_tokens else self.load_text_encoder(device)
+        return StableDiffusionEncoder(self, vae.to(device).eval(), text_encoder)
 
 
 class StableDiffusionEncoder(Encoder):
     def __init__(self, encoding: StableDiffusionEncoding, vae: Any, text_encoder: Any) -> None:
-        self.dtype, self.tokenizer = encoding.dtype, encoding.tokenizer
-        self.vae, self.text_encoder = vae, text_encoder
+        self.encoding, self.vae, self.text_encoder = encoding, vae, text_encoder
 
     @torch.inference_mode()
     def encode_images(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Mean and standard deviation of the VAE's posterior, times its scaling factor."""
-        posterior = self.vae.encode(batch["pixels"].to(self.vae.device, self.dtype)).latent_dist
+        posterior = self.vae.encode(batch["pixels"].to(self.vae.device, self.encoding.dtype)).latent_dist
         factor = self.vae.config.scaling_factor
         return {"latent_mean": posterior.mean * factor, "latent_std": posterior.std * factor}
-
-    @torch.inference_mode()
-    def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
-        """The text encoder's last hidden state after its final layer norm; no attention mask, as in the script."""
-        tokens, _ = tokenize(self.tokenizer, captions)
-        return {"encoder_hidden_states": self.text_encoder(tokens.to(self.text_encoder.device), return_dict=False)[0]}
 
 
 class StableDiffusion(Family):

@@ -26,7 +26,7 @@ from engine.models.configurations import read_config
 from engine.models.encoder import Encoder, Encoding
 from engine.models.family import Family
 from engine.models.pipelines import combine, load_pipeline, open_to_draw
-from engine.models.published import digest_parts, digest_tensors, locate, read_text_parts, require_equal, tokenize
+from engine.models.published import digest_parts, digest_tensors, locate, read_text_parts, require_equal
 
 PIXEL_STEP = 128  # stage C's latents, stage B's and the image have whole sizes together in these steps only
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -35,6 +35,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 class WuerstchenEncoding(Encoding):
     mean = "latent"
+    text_model = CLIPTextModel
 
     def __init__(self, config: CacheConfig) -> None:
         super().__init__(config)
@@ -59,13 +60,26 @@ class WuerstchenEncoding(Encoding):
         return decoder
 
     @property
-    def record_spec(self) -> dict[str, Field]:
+    def image_fields(self) -> dict[str, Field]:
         size = self.config.resolution // efficientnet.STRIDE
+        return {"latent": Field((self.prior_config["c_in"], size, size), self.dtype, "image")}
+
+    @property
+    def text_fields(self) -> dict[str, Field]:
         states = (self.tokenizer.model_max_length, self.text_config.hidden_size)
-        return {
-            "latent": Field((self.prior_config["c_in"], size, size), self.dtype, "image"),
-            "encoder_hidden_states": Field(states, self.dtype, "caption"),
-        }
+        return {"encoder_hidden_states": Field(states, self.dtype, "caption")}
+
+    @property
+    def token_fields(self) -> dict[str, Field]:
+        return super().token_fields | {"attention_mask": Field((self.tokenizer.model_max_length,), torch.bool, "caption")}
+
+    @staticmethod
+    def encode_tokens(text_encoder: Any, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The last hidden state, computed with the attention mask."""
+        mask = tokens.get("attention_mask")
+        if mask is not None:  # whole, because of a mask [B, N] transformers asks the host whether it hides anything
+            mask = torch.ones(2 * mask.shape[1:], dtype=torch.bool, device=mask.device).tril() & mask[:, None, None]
+        return {"encoder_hidden_states": text_encoder(tokens["tokens"].long(), mask).last_hidden_state}
 
     def _image_encoder_weights(self) -> dict[str, Tensor]:
         name = self.config.pretrained_image_encoder_name_or_path
@@ -105,27 +119,19 @@ class WuerstchenEncoding(Encoding):
 
     def load_encoder(self, device: torch.device) -> "WuerstchenEncoder":
         image_encoder = efficientnet.load_encoder(self._image_encoder_weights()).to(device, self.dtype)
-        text_encoder = load_model(self.path / "text_encoder", CLIPTextModel, self.config.variant, self.dtype)
-        return WuerstchenEncoder(self, image_encoder, text_encoder.to(device).eval())
+        return WuerstchenEncoder(self, image_encoder, None if self.keeps_tokens else self.load_text_encoder(device))
 
 
 class WuerstchenEncoder(Encoder):
     def __init__(self, encoding: WuerstchenEncoding, image_encoder: Any, text_encoder: Any) -> None:
-        self.dtype, self.tokenizer = encoding.dtype, encoding.tokenizer
-        self.image_encoder, self.text_encoder = image_encoder, text_encoder
+        self.encoding, self.image_encoder, self.text_encoder = encoding, image_encoder, text_encoder
 
     @torch.inference_mode()
     def encode_images(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """(features + 1) / 42: what `latent_mean` and `latent_std` of the published pipeline undo."""
-        features = self.image_encoder(batch["pixels"].to(self.text_encoder.device, self.dtype))
+        device = next(self.image_encoder.parameters()).device
+        features = self.image_encoder(batch["pixels"].to(device, self.encoding.dtype))
         return {"latent": (features + 1) / 42}
-
-    @torch.inference_mode()
-    def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
-        """The text encoder's last hidden state, computed with the attention mask."""
-        device = self.text_encoder.device
-        tokens, mask = tokenize(self.tokenizer, captions)
-        return {"encoder_hidden_states": self.text_encoder(tokens.to(device), mask.to(device)).last_hidden_state}
 
 
 class Wuerstchen(Family):

@@ -11,6 +11,8 @@ EXPECTED = {
     "Kandinsky 2.2 decoder, 768 px": (1253, 5.98), "Kandinsky 2.2 prior": (1026, 0.494),
     "Wuerstchen v2 prior, 768 px": (994, 3.46),
 }  # fmt: skip
+# The share of a step's operations that the text encoder has where captions are tokens.
+TEXT = {"SD 1.5, 512 px": 0.0055, "SD 2.1, 512 px": 0.0184, "Kandinsky 2.2 prior": 0.165, "Wuerstchen v2 prior, 768 px": 0.0275}
 
 
 @pytest.mark.parametrize("checkpoint", EXPECTED)
@@ -20,6 +22,8 @@ def test_full_size_models_have_the_published_size(checkpoint):
     assert row["parameters"] / 1e6 == pytest.approx(parameters, rel=6e-4)
     assert 3 * row["forward_flops"] / 1e12 == pytest.approx(training, rel=2e-3)
     assert checkpoint in sizes.table([row], 788e12, 4.3e12)
+    share = row["text_flops"] / (3 * row["forward_flops"] + row["text_flops"])
+    assert share == pytest.approx(TEXT.get(checkpoint, 0.0), abs=5e-4)
 
 
 def test_the_costs_are_counted():

@@ -38,7 +38,7 @@ BAD = 3
 class Chain(Encoding, Encoder):
     """A source, an encoding and an encoder in one: records hold their sample's number. Sample BAD fails at one place."""
 
-    mean, captioned = "value", True
+    mean, captioned, image_fields = "value", True, {}
     record_spec = {"value": Field((1,), torch.float32, "image"), "text": Field((1,), torch.float32, "caption")}  # noqa: RUF012
 
     def __init__(self, place: str = "", error: BaseException | None = None, samples: int = 9) -> None:

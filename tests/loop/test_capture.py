@@ -42,6 +42,8 @@ def lines(output) -> list[tuple[float, float]]:
         ({"zero_stage": 1, "gradient_accumulation_steps": 2}, 1),
         ({"zero_stage": 2, "gradient_accumulation_steps": 2, "mixed_precision": "bf16"}, 1),
         ({"zero_stage": 2, "dream_training": True}, 1),
+        ({"cache_text": "tokens", "dream_training": True, "gradient_accumulation_steps": 2}, 2),
+        ({"cache_text": "tokens", "zero_stage": 1}, 1),
     ],
     ids=str,
 )

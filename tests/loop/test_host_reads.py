@@ -42,7 +42,8 @@ def test_the_counter_sees_a_read():
 @pytest.mark.parametrize(
     "options",
     [{}, {"zero_stage": 1}, {"zero_stage": 2}, {"mixed_precision": "bf16"},
-     {"mixed_precision": "bf16", "gradient_accumulation_steps": 2}, {"dream_training": True}],
+     {"mixed_precision": "bf16", "gradient_accumulation_steps": 2}, {"dream_training": True},
+     {"mixed_precision": "bf16", "cache_text": "tokens"}],
     ids=str,
 )  # fmt: skip
 def test_a_step_reads_nothing(options, model, images, shards, tmp_path, monkeypatch):
@@ -117,8 +118,10 @@ def test_the_counter_sees_a_crossing():
     [
         ("sd", {"noise_offset": 0.1, "input_perturbation": 0.1, "snr_gamma": 5.0}),
         ("sd", {"dream_training": True, "mixed_precision": "bf16", "gradient_accumulation_steps": 3}),
-        ("sd", {"gradient_checkpointing": True}),
+        ("sd", {"gradient_checkpointing": True, "cache_text": "tokens"}),
         ("kandinsky-prior", {"snr_gamma": 5.0}),
+        ("kandinsky-prior", {"cache_text": "tokens"}),
+        ("wuerstchen", {"cache_text": "tokens"}),
         ("kandinsky-decoder", {"mixed_precision": "bf16"}),
         ("wuerstchen", {}),
     ],
@@ -149,7 +152,7 @@ def test_a_step_sends_nothing_to_the_device(family_name, options, published, tmp
 @pytest.mark.parametrize(
     "options",
     [{}, {"mixed_precision": "bf16"}, {"mixed_precision": "bf16", "gradient_accumulation_steps": 2}, {"zero_stage": 1},
-     {"zero_stage": 2, "mixed_precision": "bf16"}, {"offload_ema": True}],
+     {"zero_stage": 2, "mixed_precision": "bf16"}, {"offload_ema": True}, {"cache_text": "tokens", "mixed_precision": "bf16"}],
     ids=str,
 )  # fmt: skip
 def test_a_gpu_never_waits_for_the_host_between_two_log_points(

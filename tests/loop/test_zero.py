@@ -119,7 +119,7 @@ def test_the_estimate_of_overlap():
 @pytest.mark.parametrize(("seconds_per_byte", "chosen"), [(1e-6, "with reductions that overlap"), (1e-12, "from CUDA graphs")])
 def test_auto_chooses_by_the_estimate_and_says_so(seconds_per_byte, chosen, monkeypatch, capsys):
     processes = Processes()
-    processes.world, flops = 2, Flops(forward=1e12, per_second=1e14)
+    processes.world, flops = 2, Flops(step=3e12, per_second=1e14)
     monkeypatch.setattr(overlap, "reduction_seconds_per_byte", lambda processes: seconds_per_byte)
     monkeypatch.setattr(overlap, "OVERLAPPED_BUCKET", 1000)
     monkeypatch.setattr(processes, "from_first", lambda value: value)

@@ -108,21 +108,28 @@ class Shards:
             "record": places.records,
         }
 
-    def gather(self, name: str, rows: dict[str, Tensor], out: Tensor) -> None:
+    def gather(self, name: str, rows: dict[str, Tensor], out: Tensor, limit: int | None = None) -> None:
         """Copies a field's rows [B], as `rows_of` has them, into `out` [B, *shape], a contiguous host tensor of its dtype.
 
+        Args:
+            limit: what whole numbers must be below.
+
         Raises:
-            UserError: a shard that was there can no longer be read, or a row is not what was written, by name.
+            UserError: a shard that was there can no longer be read, or a row is not what was written or allowed, by name.
         """
         field = self.fields[name]
         shards, numbers = rows["shard"].numpy(), rows[field.per].numpy()
         self._read(name, shards, numbers * field.row_bytes, field.row_bytes, out)
-        if not self.check_rows:
-            return
-        expected = self._numbers(f"{CHECKSUMS}{name}", shards, numbers, 1)[:, 0]
-        if len(wrong := np.flatnonzero(checksums_of(out).numpy() != expected)):
-            place = wrong[0]
-            raise self._altered(name, int(rows["record"][place]), shards[place], numbers[place])
+        if self.check_rows:
+            expected = self._numbers(f"{CHECKSUMS}{name}", shards, numbers, 1)[:, 0]
+            if len(wrong := np.flatnonzero(checksums_of(out).numpy() != expected)):
+                place = wrong[0]
+                raise self._altered(name, int(rows["record"][place]), shards[place], numbers[place])
+        if limit is not None:
+            found = out.numpy()
+            for place in np.argwhere((found < 0) | (found >= limit))[:1]:
+                row = f"row {numbers[place[0]]} of {name}"
+                raise self._error(shards[place[0]], f"{row} holds {found[*place]}, where numbers are below {limit}")
 
     def _altered(self, name: str, record: int, shard: int, row: int) -> UserError:
         sample = self._numbers("source", shards := np.array([shard]), record - self._first_records[shards], 1)[0, 0]

@@ -5,7 +5,8 @@ What is a function of seed and slot alone (rows, timesteps, coefficients) is dra
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class Loader:
 
     Args:
         order: of the samples; None for that of all records.
+        limits: what the numbers of some fields must stay below.
     """
 
     def __init__(
@@ -39,9 +41,11 @@ class Loader:
         first_step: int,
         last_step: int,
         order: Order | None = None,
+        limits: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self.shards, self.plan, self.seed, self.schedule, self.device = shards, plan, seed, schedule, device
         self.order = order or order_of(seed, shards.index.shards["records"], None)
+        self.limits = limits
         self.on_gpu = device.type == "cuda"
         self.steps = range(first_step, last_step)
         self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(DEPTH)
@@ -109,7 +113,7 @@ class Loader:
 
     def _gather(self, rows: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
         for name, buffer in buffers.items():
-            self.shards.gather(name, rows, buffer)
+            self.shards.gather(name, rows, buffer, self.limits.get(name))
         return buffers
 
     def _draws(self) -> Iterator[tuple[dict[str, Tensor], list[Tensor]]]:
