@@ -1,7 +1,8 @@
 // Gathers rows of latent shards into one buffer with positioned reads.
 //
 // Rows of a batch lie at random places of many files. Reading them one after the other would cost the latency of each, so the
-// kernel is told of all of them first and fetches them side by side; the copies into the (pinned) batch then find them there.
+// kernel is told of all of them first (`advise_rows`) and fetches them side by side; the copies into the (pinned) batch then find
+// them there.
 // Large batches are copied by several threads.
 
 #include <algorithm>
@@ -35,14 +36,15 @@ int read_fully(int file, char* target, int64_t size, int64_t offset) {
 
 }  // namespace
 
+// Tells the kernel of rows that will be read. Only advice: where it is not taken, reading waits instead.
+extern "C" void advise_rows(const int32_t* files, const int64_t* offsets, int64_t count, int64_t row_bytes) {
+  for (int64_t row = 0; row < count; ++row) (void)posix_fadvise(files[row], offsets[row], row_bytes, POSIX_FADV_WILLNEED);
+}
+
 // Reads `count` rows of `row_bytes` bytes: row i from files[i] at offsets[i] to target + i * row_bytes.
 // Returns -1 when all is well, else the number of a row that could not be read; its error number is left in *error.
 extern "C" int64_t gather_rows(const int32_t* files, const int64_t* offsets, int64_t count, int64_t row_bytes, char* target,
                                int32_t max_threads, int32_t* error) {
-  for (int64_t row = 0; row < count; ++row) {
-    // Only advice: where it is not taken, the read below waits instead.
-    (void)posix_fadvise(files[row], offsets[row], row_bytes, POSIX_FADV_WILLNEED);
-  }
   std::atomic<int64_t> next{0};
   std::atomic<int64_t> failed{-1};
   std::atomic<int32_t> failure{0};

@@ -29,6 +29,7 @@ DTYPES = {
     "I32": torch.int32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LARGEST_HEADER = 10**8  # bytes, as the library has it
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
@@ -44,12 +45,14 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
         return _read_header(file)
 
 
-def _read_header(file: io.BufferedReader) -> tuple[dict[str, Any], dict[str, Any], int]:
+def _read_header(file: io.BufferedReader, largest: int = LARGEST_HEADER) -> tuple[dict[str, Any], dict[str, Any], int]:
     size = os.fstat(file.fileno()).st_size
     prefix = file.read(8)
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
     if length > size - 8:
         raise ValueError("truncated")
+    if length > largest:
+        raise ValueError(f"its header is larger than {largest} bytes")
     header = parse_json(file.read(length))
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
@@ -206,12 +209,16 @@ def write_one_by_one(
 
 
 class TensorFile:
-    """Reads from a safetensors file, without mapping it into memory: pages of a map would count as the process's own."""
+    """Reads from a safetensors file, without mapping it into memory: pages of a map would count as the process's own.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        largest_header: bytes; what says that it has more is refused.
+    """
+
+    def __init__(self, path: Path, largest_header: int = LARGEST_HEADER) -> None:
         self.path = path
         with open_regular(path) as file:
-            self.header, self.metadata, self.data_start = _read_header(file)
+            self.header, self.metadata, self.data_start = _read_header(file, largest_header)
             self.descriptor = os.dup(file.fileno())
         self.staging: Tensor | None = None
         weakref.finalize(self, os.close, self.descriptor)

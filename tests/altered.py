@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.data.format.index import CHECKSUMS, INDEX, OF_RECORDS, Index, shard_name, table_name
-from engine.data.format.shard import Shard, checksum_of_records, checksums_of
+from engine.data.format.index import CHECKSUMS, INDEX, NUMBERS, TEXTS, Index, shard_name, table_name
+from engine.data.format.shard import Shard, checksum_of, checksums_of, checksums_of_numbers
 from engine.files import digest, write_json
 from engine.tensors import read_header
 
@@ -46,8 +46,9 @@ def say_of(directory: Path, place: int, tensors: dict | None = None, metadata: d
     fields = json.loads((directory / INDEX).read_text())["fields"]
     given = tensors or said
     said |= {f"{CHECKSUMS}{name}": checksums_of(said[name]) for name in fields if name in given and name in said}
-    checksum = checksum_of_records({name: said[name] for name in OF_RECORDS if name in said})
-    header = read_header(path)[1] | {"checksum": checksum} | (metadata or {})
+    said |= {name: sums for name, sums in checksums_of_numbers(said).items() if name in said and name not in given}
+    checksums = {"checksum": checksum_of(NUMBERS, said), "texts_checksum": checksum_of(TEXTS, said)}
+    header = read_header(path)[1] | checksums | (metadata or {})
     save_file({name: tensor for name, tensor in said.items() if tensor is not None}, path, {"engine": json.dumps(header)})
     index_shard(directory, place, path)
 
@@ -79,7 +80,7 @@ def write_version_1(directory: Path, old: Path) -> None:
         tensors = {name: shard.file.tensor(name)[rows[field.per]] for name, field in index.fields.items()}
         counts = torch.tensor([0, *(len(shard.image_rows(record)) for record in records)])
         tensors |= {
-            "source": shard.tensors["source"],
+            "source": shard.numbers["source"],
             "image_offsets": counts.cumsum(0),
             "caption_offsets": torch.tensor([0, *map(len, captions)]).cumsum(0),
             "caption_numbers": torch.tensor([caption for record in captions for caption in record], dtype=torch.int64),

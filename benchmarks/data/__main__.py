@@ -22,9 +22,9 @@ import xxhash
 
 from benchmarks.tools.question import command_line
 from benchmarks.tools.rows import write_result
-from engine.data.format.index import CHECKSUMS, CONTENT, ENTRY, OWN, Field, Index, shard_name
+from engine.data.format.index import CHECKSUMS, CONTENT, ENTRY, NUMBERS, OWN, TEXTS, Field, Index, shard_name
 from engine.data.format.reader import Shards
-from engine.data.format.shard import Header, Shard, checksum_of_records, offsets_of
+from engine.data.format.shard import Header, Shard, checksum_of, offsets_of
 from engine.data.samples.batch import BatchPlan
 from engine.data.samples.loader import Loader
 from engine.data.samples.order import records_of
@@ -55,7 +55,8 @@ def write_sparse_shard(path: Path, covers: range) -> None:
     }
     said = Header(
         format_version=2, fingerprint=digest_of({}), records=count, image_rows=count, caption_rows=count, variants=1,
-        captions=OWN, first_sample=covers.start, samples=count, checksum=checksum_of_records(numbers),
+        captions=OWN, first_sample=covers.start, samples=count, checksum=checksum_of(NUMBERS, numbers),
+        texts_checksum=checksum_of(TEXTS, numbers),
     )  # fmt: skip
     for name, field in FIELDS.items():
         checksum = np.array(xxhash.xxh3_64_intdigest(bytes(field.row_bytes)), np.uint64).view(np.int64)

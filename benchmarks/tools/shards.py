@@ -35,13 +35,13 @@ def replace_rows(directory: Path, place: int, **rows: Tensor) -> None:
     records = range(shard.said.records)
     contents = Contents(
         covers=shard.covers,
-        sources=shard.tensors["source"].tolist(),
+        sources=shard.numbers["source"].tolist(),
         names=[shard.text("names", record) for record in records],
         variants=[len(shard.image_rows(record)) for record in records],
         captions=[shard.caption_rows(record) for record in records],
         texts=[shard.text("caption_texts", row) for row in range(shard.said.caption_rows)],
         refused=shard.refused,
-        contents=shard.tensors["contents"].numpy(),
+        contents=shard.numbers["contents"].numpy(),
     )
     write_shard(path, {name: shard.file.tensor(name) for name in index.fields} | rows, contents, shard.said.fingerprint)
     index.shards[place] = entry_of(Shard(path, index.fields), index.shards["number"][place])

@@ -130,7 +130,7 @@ class CacheConfig(BaseModel):
     shards_dir: str | None = option(
         None, "Directory of the latent shards, built when absent. Default: `shards` in the output directory.", "data"
     )
-    shard_records: int = option(1024, "Source samples per shard.", "data", ge=1)
+    shard_records: int = option(1024, "Source samples per shard.", "data", ge=1, le=2**24)
     encode_batch_size: int = option(16, "Images encoded at a time while the shards are built.", "data", ge=1)
     dataloader_num_workers: int = option(
         0, "Threads that decode images while the shards are built; 0 decodes in the main thread.", "data", ge=0

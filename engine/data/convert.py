@@ -205,7 +205,7 @@ def _is_whole(path: Path, fields: dict[str, Field], fingerprint: str, covers: ra
         shard = Shard(path, fields)
     except UserError:
         return False
-    return (shard.said.fingerprint, shard.covers) == (fingerprint, covers) and not shard.altered_row()
+    return (shard.said.fingerprint, shard.covers) == (fingerprint, covers) and not shard.damage()
 
 
 def _write_shard(

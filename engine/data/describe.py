@@ -59,7 +59,7 @@ def describe_record(directory: Path, index: Index, record: int, given: dict[str,
     number = int(place.shards[0])
     row = record - index.shards["records"][:number].sum()
     shard = open_shard(directory, index, number)
-    sample, name = int(shard.tensors["source"][row]), shard.text("names", row)
+    sample, name = int(shard.numbers["source"][row]), shard.text("names", row)
     images = shard.image_rows(row)
     lines = [
         f"record         {record}",
@@ -107,12 +107,12 @@ def contact_sheet(directory: Path, index: Index, encoding: "Encoding", count: in
         )
     shards = Shards(directory)
     count = min(count, len(shards))
-    records = torch.linspace(0, len(shards) - 1, count).round().long()
+    records = torch.linspace(0, len(shards) - 1, count, dtype=torch.float64).round().long()
     places = shards.find(records)
     rows = shards.rows_of(places)
     latents = torch.empty(count, *index.fields[encoding.mean].shape, dtype=index.fields[encoding.mean].dtype)
     shards.gather(encoding.mean, rows, latents)
-    opened = functools.cache(lambda number: open_shard(directory, index, number))
+    opened = functools.lru_cache(1)(lambda number: open_shard(directory, index, number))  # records go from shard to shard
     labels = [f"{record}" for record in records]
     if "caption" in rows:
         captions = zip(places.shards.tolist(), rows["caption"].tolist(), strict=True)

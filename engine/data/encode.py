@@ -125,7 +125,7 @@ def _build(config: CacheConfig, encoding: Encoding, source: Source, identity: di
             shard.require_variants(variants)
         except UserError:
             return False
-        return (shard.said.fingerprint, shard.covers) == (fingerprint, covered[number]) and not shard.altered_row()
+        return (shard.said.fingerprint, shard.covers) == (fingerprint, covered[number]) and not shard.damage()
 
     missing = {number: samples for number, samples in covered.items() if not is_complete(number)}
     started = time.perf_counter()

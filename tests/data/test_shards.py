@@ -279,7 +279,6 @@ def test_records_with_other_numbers_of_rows_are_found_by_offsets(model, tmp_path
     assert reader.index.shards["variants"].tolist() == [-1, -1, -1, 1]
     assert reader.index.shards["captions"].tolist() == [-1, -2, 1, 2]
     monkeypatch.setattr(reader, "_most_open", 2)
-    monkeypatch.setattr(reader, "_opened", 0)
     everything = [
         (record, variant, caption) for record in range(12) for variant in range(len(data.images[record]))
         for caption in range(len(data.caption_numbers[record]))
@@ -312,6 +311,52 @@ def test_a_row_that_was_altered_is_named_when_it_is_read(shards, tmp_path):
     with pytest.raises(UserError, match=named):
         gathered(reader, rows)
     gathered(Shards(directory, check_rows=False), rows)
+
+
+def test_numbers_that_were_altered_since_a_shard_was_opened_are_named(model, tmp_path):
+    """They lead to rows that match their checksums, of other records."""
+    captions = ["a", ["b", "a"], "c", ["a", "c", "b"], "b"]
+    build(model, write_captions(tmp_path / "images", captions), tmp_path / "shards")
+    path = tmp_path / "shards" / shard_name(0)
+    whole, (header, _, start) = path.read_bytes(), read_header(path)
+    reader = Shards(tmp_path / "shards")
+    places = reader.find(torch.arange(5))
+    for name, number in (("caption_numbers", 1), ("caption_offsets", 2)):
+        content = bytearray(whole)
+        content[start + header[name]["data_offsets"][0] + 8 * number] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"{path}: altered: number 1 of {name} does not match its checksum"):
+            reader.rows_of(reader.find(torch.arange(5)))
+    path.write_bytes(whole)
+    assert reader.rows_of(places)["caption"].tolist() == [0, 1, 2, 0, 1]
+
+
+def test_another_file_in_the_place_of_a_shard_is_judged_again(shards, tmp_path):
+    """Of files, some are closed for others and opened again."""
+    directory = shutil.copytree(shards, tmp_path / "shards")
+    reader = Shards(directory)
+    rows = reader.rows_of(reader.find(torch.arange(10)))
+    whole = gathered(reader, rows)
+    shutil.copy(directory / shard_name(1), directory / "copy")
+    (directory / "copy").replace(directory / shard_name(1))
+    reader._close(np.arange(2))
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in gathered(reader, rows).items())
+    shutil.copy(directory / shard_name(0), directory / "copy")
+    (directory / "copy").replace(directory / shard_name(1))
+    reader._close(np.arange(2))
+    with pytest.raises(UserError, match=f"{shard_name(1)}: first_sample is 0, and 5 in index.json"):
+        gathered(reader, rows)
+
+
+def test_more_shards_than_may_be_open_are_read_in_turn(shards, monkeypatch):
+    reader = Shards(shards)
+    monkeypatch.setattr(reader, "_most_open", 2)
+    records = torch.tensor([0, 5, 11, 6, 1, 10, 11])
+    found = gathered(reader, reader.rows_of(reader.find(records), 1))
+    assert (reader._files >= 0).sum() <= 2
+    monkeypatch.undo()
+    expected = gathered(reader, reader.rows_of(reader.find(records), 1))
+    assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def test_opening_touches_no_shard(shards, tmp_path, monkeypatch):

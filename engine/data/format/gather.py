@@ -13,6 +13,7 @@ import cpp_ext
 
 THREADS = 8
 
+Advise = Callable[[np.ndarray, np.ndarray, int], None]
 Gather = Callable[[np.ndarray, np.ndarray, int, Tensor], None]
 
 
@@ -33,11 +34,25 @@ def gather_in_cpp(files: np.ndarray, offsets: np.ndarray, row_bytes: int, target
         raise OSError(error.value, os.strerror(error.value), int(failed))
 
 
-def gather_in_python(files: np.ndarray, offsets: np.ndarray, row_bytes: int, target: Tensor) -> None:
-    """As `gather_in_cpp`, on one thread."""
+def advise_in_cpp(files: np.ndarray, offsets: np.ndarray, row_bytes: int) -> None:
+    """Tells the kernel of rows that will be gathered, so that it fetches them side by side."""
+    library = cpp_ext.load("shard_reader")
+    assert library is not None
+    library.advise_rows(
+        files.ctypes.data_as(ctypes.c_void_p), offsets.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(len(files)),
+        ctypes.c_int64(row_bytes),
+    )  # fmt: skip
+
+
+def advise_in_python(files: np.ndarray, offsets: np.ndarray, row_bytes: int) -> None:
+    """As `advise_in_cpp`."""
     for file, offset in zip(files.tolist(), offsets.tolist(), strict=True):
         with contextlib.suppress(OSError):  # only advice
             os.posix_fadvise(file, offset, row_bytes, os.POSIX_FADV_WILLNEED)
+
+
+def gather_in_python(files: np.ndarray, offsets: np.ndarray, row_bytes: int, target: Tensor) -> None:
+    """As `gather_in_cpp`, on one thread."""
     buffer = (ctypes.c_char * (len(files) * row_bytes)).from_address(target.data_ptr())
     rows = memoryview(buffer)
     for number, (file, offset) in enumerate(zip(files.tolist(), offsets.tolist(), strict=True)):
@@ -52,6 +67,10 @@ def gather_in_python(files: np.ndarray, offsets: np.ndarray, row_bytes: int, tar
             if count == 0:
                 raise OSError(errno.EIO, os.strerror(errno.EIO), number)
             start, offset = start + count, offset + count
+
+
+def best_advise() -> Advise:
+    return advise_in_python if cpp_ext.load("shard_reader") is None else advise_in_cpp
 
 
 def best_gather() -> Gather:

@@ -32,14 +32,12 @@ ENTRY = np.dtype(
 VARYING = -1  # records have different numbers of them: offsets say where each one's begin
 OWN = -2  # every record has one caption, its own: its row is the record's
 MOST = 2**14  # variants or captions of a record, where all have as many
-# Tensors of a shard beside the fields and their checksums.
-OF_RECORDS = (
-    "source", "image_offsets", "caption_offsets", "caption_numbers", "caption_texts", "caption_texts_offsets", "names",
-    "names_offsets", "refused", "contents",
-)  # fmt: skip
+# Tensors of a shard beside the fields: those that tie rows to records and samples, and texts for people.
+NUMBERS = ("source", "image_offsets", "caption_offsets", "caption_numbers", "contents")
+TEXTS = ("caption_texts", "caption_texts_offsets", "names", "names_offsets", "refused")
 CONTENT = 16  # bytes of the digest of a sample's content
 UNKNOWN = b"\xff" * CONTENT  # in the place of one that nobody computed
-CHECKSUMS = "checksums."  # and the field's name
+CHECKSUMS = "checksums."  # and the name of a field, or of numbers that are read one by one
 _LISTED = 3  # refused samples of each reason that the index names
 _LARGEST_ROW = 2**34  # bytes
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
@@ -134,7 +132,7 @@ Fields = dict[str, Annotated[StoredField, AfterValidator(_whole_field)]]
 
 def check_fields(fields: Fields, identity: dict[str, Any], fingerprint: str) -> None:
     """Raises `ValueError` where the fields of an index, or its identity, are none."""
-    if taken := [name for name in fields if name in OF_RECORDS or name.startswith(CHECKSUMS)]:
+    if taken := [name for name in fields if name in NUMBERS + TEXTS or name.startswith(CHECKSUMS)]:
         raise ValueError(f"a field has the name of another tensor ({', '.join(taken)})")
     if "image" not in {field.per for field in fields.values()}:
         raise ValueError("no field belongs to images")

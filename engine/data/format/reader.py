@@ -4,6 +4,7 @@ A shard is opened and judged when a row of it is first asked for; of their files
 record's rows are not arithmetic, the numbers that lead to them are read where they lie, as rows are.
 """
 
+import concurrent.futures
 import os
 import resource
 import weakref
@@ -15,14 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.data.format.gather import best_gather
+from engine.data.format.gather import best_advise, best_gather
 from engine.data.format.index import BUILD_AGAIN, CHECKSUMS, INDEX, OWN, SHARD_NAME, VARYING, Index, shard_name
 from engine.data.format.shard import checksums_of, open_shard
 from engine.errors import UserError
 from engine.files import open_regular
 
 OPEN_SHARDS = 1024  # files open at a time, at the most
-_NUMBERS = ("source", "image_offsets", "caption_offsets", "caption_numbers")
+_OPENERS = 8  # threads that open files side by side, for a disk or a network that takes its time
+_READ_SINGLY = ("image_offsets", "caption_offsets", "caption_numbers")
 
 
 @dataclass(frozen=True)
@@ -62,20 +64,30 @@ class Shards:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise UserError(f"{directory / shard_name(missing[0])}{more}: missing, and named in {INDEX}; {BUILD_AGAIN}")
         self.fields = index.fields
-        self._gather_rows = best_gather()
+        self._advise_rows, self._gather_rows = best_advise(), best_gather()
         self._first_records = np.cumsum(np.append(0, index.shards["records"]))
-        # Of every shard: its descriptor, or -1; when it was last read; where its tensors begin, 0 before it was opened.
+        # Of every shard: its descriptor, or -1; when it was last read; which file it was when it was opened, and where in it
+        # tensors begin, 0 before.
         count = len(index.shards)
         self._files = np.full(count, -1, np.int32)
-        self._read_at = np.zeros(count, np.int64)
-        self._reads = self._opened = 0
-        names = [*index.fields, *(f"{CHECKSUMS}{name}" for name in index.fields), *_NUMBERS]
-        self._starts = {name: np.zeros(count, np.int64) for name in names}
+        self._read_at, self._identities = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        self._reads = 0
+        singly = (*index.fields, *_READ_SINGLY)
+        self._starts = {
+            name: np.zeros(count, np.int64) for name in (*singly, *(f"{CHECKSUMS}{name}" for name in singly), "source")
+        }
         self._most_open = _allow_open_files()
+        self._openers = concurrent.futures.ThreadPoolExecutor(_OPENERS, "open shards")
         weakref.finalize(self, _close, self._files)
 
     def __len__(self) -> int:
         return int(self._first_records[-1])
+
+    @property
+    def found_together(self) -> int:
+        """How many records to look for at a time, so that a shard opened for one is still open when its rows are read."""
+        arithmetic = (self.index.shards["variants"] >= 0) & np.isin(self.index.shards["captions"], (OWN, 0))
+        return 2**62 if arithmetic.all() or len(arithmetic) <= self._most_open else self._most_open // 2
 
     def find(self, records: Tensor) -> Places:
         """Where records [B] lie, and of how many variants and captions each may be drawn."""
@@ -98,15 +110,23 @@ class Shards:
         if any(field.per == "caption" for field in self.fields.values()):
             rows["caption"] = places.caption_starts + np.asarray(captions)
             if len(numbered := np.flatnonzero(self.index.shards["captions"][shards] != OWN)):
-                numbers = self._numbers("caption_numbers", shards[numbered], rows["caption"][numbered], 1)
+                numbers = self._checked("caption_numbers", shards[numbered], rows["caption"][numbered], 1)
                 rows["caption"][numbered] = numbers[:, 0]
         for per, numbers in rows.items():
             if len(wrong := np.flatnonzero((numbers < 0) | (numbers >= self.index.shards[f"{per}_rows"][shards]))):
-                raise self._error(shards[wrong[0]], "altered since it was opened")
+                raise self._error(shards[wrong[0]], "altered since it was opened")  # rows are not compared with checksums
         return {per: torch.from_numpy(numbers) for per, numbers in rows.items()} | {
             "shard": torch.from_numpy(shards),
             "record": places.records,
         }
+
+    def advise(self, rows: dict[str, Tensor]) -> None:
+        """Tells the kernel of all fields' rows [B], as `rows_of` has them, that will be gathered."""
+        shards = rows["shard"].numpy()
+        for part, files in self._open(shards):
+            for name, field in self.fields.items():
+                starts = self._starts[name][shards[part]]
+                self._advise_rows(files, starts + rows[field.per].numpy()[part] * field.row_bytes, field.row_bytes)
 
     def gather(self, name: str, rows: dict[str, Tensor], out: Tensor, limit: int | None = None) -> None:
         """Copies a field's rows [B], as `rows_of` has them, into `out` [B, *shape], a contiguous host tensor of its dtype.
@@ -146,9 +166,19 @@ class Shards:
         counts[counts == OWN] = 1
         starts = records * counts
         if len(varying := np.flatnonzero(counts == VARYING)):
-            pairs = self._numbers(offsets, shards[varying], records[varying], 2)
+            pairs = self._checked(offsets, shards[varying], records[varying], 2)
             starts[varying], counts[varying] = pairs[:, 0], pairs[:, 1] - pairs[:, 0]
         return starts, counts
+
+    def _checked(self, name: str, shards: np.ndarray, places: np.ndarray, count: int) -> np.ndarray:
+        """As `_numbers`, which are compared with their checksums."""
+        numbers = self._numbers(name, shards, places, count)
+        if self.check_rows:
+            expected = self._numbers(f"{CHECKSUMS}{name}", shards, places, 1)[:, 0]
+            if len(wrong := np.flatnonzero(checksums_of(torch.from_numpy(numbers)).numpy() != expected)):
+                place = wrong[0]
+                raise self._error(shards[place], f"altered: number {places[place]} of {name} does not match its checksum")
+        return numbers
 
     def _numbers(self, name: str, shards: np.ndarray, places: np.ndarray, count: int) -> np.ndarray:
         """Of a tensor of int64, `count` numbers from each of places [B] on: [B, count]."""
@@ -158,35 +188,56 @@ class Shards:
 
     def _read(self, name: str, shards: np.ndarray, offsets: np.ndarray, size: int, out: Tensor) -> None:
         """Copies `size` bytes from each of offsets [B] within a tensor into the rows of `out`."""
-        step = self._most_open // 2
-        for first in range(0, len(shards), step):
-            part = slice(first, first + step)
-            files = self._open(shards[part])
+        for part, files in self._open(shards):
+            whole = len(files) == len(shards)
+            target = out if whole else torch.empty_like(out[: len(files)])
             try:
-                self._gather_rows(files, self._starts[name][shards[part]] + offsets[part], size, out[part])
+                self._gather_rows(files, self._starts[name][shards[part]] + offsets[part], size, target)
             except OSError as error:
-                raise self._error(shards[first + error.filename], f"cannot be read any more: {error.strerror}") from None
+                shard = shards[part][error.filename]
+                raise self._error(shard, f"cannot be read any more: {error.strerror}") from None
+            if not whole:
+                out[torch.from_numpy(part)] = target
 
-    def _open(self, shards: np.ndarray) -> np.ndarray:
-        """The descriptors of shards, of which there are half as many as may be open, at the most."""
+    def _open(self, shards: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Opens shards [B], as many at a time as may be open.
+
+        Yields: which of them, [n], and their descriptors, int32 [n], to be used before the next are asked for.
+        """
+        if len(shards) <= self._most_open:
+            self._open_together(shards)
+            yield np.arange(len(shards)), self._files[shards]
+            return
+        distinct, which = np.unique(shards, return_inverse=True)
+        for first in range(0, len(distinct), self._most_open):
+            part = np.flatnonzero((which >= first) & (which < first + self._most_open))
+            self._open_together(distinct[first : first + self._most_open])
+            yield part, self._files[shards[part]]
+
+    def _open_together(self, shards: np.ndarray) -> None:
+        """Opens those shards that are not open; others are closed for them, more than need be, so that this is seldom."""
         self._reads += 1
         self._read_at[shards] = self._reads
-        for shard in np.unique(shards[self._files[shards] < 0]).tolist():
-            if self._opened == self._most_open:
-                self._close_oldest()
-            self._files[shard] = self._descriptor(shard)
-            self._opened += 1
-        return self._files[shards]
+        missing = np.unique(shards[self._files[shards] < 0])
+        if not len(missing):
+            return
+        opened = np.flatnonzero(self._files >= 0)
+        if (excess := len(opened) + len(missing) - self._most_open) > 0:
+            others = opened[self._read_at[opened] < self._reads]
+            oldest = others[np.argsort(self._read_at[others])]
+            self._close(oldest[: max(excess, len(others) // 2)])
+        for _ in self._openers.map(self._open_one, missing.tolist()):
+            pass
 
-    def _descriptor(self, number: int) -> int:
-        """Opens a shard's file; judges what it says when it is the first time."""
+    def _open_one(self, number: int) -> None:
+        """Opens a shard's file; judges what it says when it is the first time, or another file than it was then."""
+        path = self.directory / shard_name(self.index.shards["number"][number])
         if self._starts["source"][number]:
-            path = self.directory / shard_name(self.index.shards["number"][number])
             try:
                 with open_regular(path) as file:
-                    if os.fstat(file.fileno()).st_size != self.index.shards["bytes"][number]:
-                        raise self._error(number, "altered since it was opened")
-                    return os.dup(file.fileno())
+                    if _identity(file.fileno()) == self._identities[number]:
+                        self._files[number] = os.dup(file.fileno())
+                        return
             except OSError as error:
                 raise self._error(number, f"cannot be read any more: {error.strerror}") from None
         try:
@@ -195,16 +246,23 @@ class Shards:
             raise UserError(*error.lines, alone=True) from None
         for name, starts in self._starts.items():
             starts[number] = shard.start(name)
-        return os.dup(shard.file.descriptor)
+        # One look at all checksums, which lie beside each other, instead of one for every row.
+        for name in self._starts:
+            if name.startswith(CHECKSUMS) and shard.start(name):
+                size = shard.file.elements(name) * 8
+                self._advise_rows(np.array([shard.file.descriptor], np.int32), np.array([shard.start(name)]), size)
+        self._identities[number] = _identity(shard.file.descriptor)
+        self._files[number] = os.dup(shard.file.descriptor)
 
-    def _close_oldest(self) -> None:
-        """Closes the half of the files that was not read for the longest time."""
-        opened = np.flatnonzero(self._files >= 0)
-        oldest = opened[np.argsort(self._read_at[opened])[: len(opened) // 2]]
-        for descriptor in self._files[oldest].tolist():
-            os.close(descriptor)
-        self._files[oldest] = -1
-        self._opened -= len(oldest)
+    def _close(self, shards: np.ndarray) -> None:
+        _close(self._files[shards])
+        self._files[shards] = -1
+
+
+def _identity(descriptor: int) -> int:
+    """What tells the file that is open from another that was put in its place, or written to."""
+    status = os.fstat(descriptor)
+    return hash((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
 
 
 def _shards_in(directory: Path) -> Iterator[int]:

@@ -1,6 +1,8 @@
 """One shard on disk: written whole, and judged before a row of it is read."""
 
+import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,8 +24,9 @@ from engine.data.format.index import (
     ENTRY,
     INDEX,
     MOST,
-    OF_RECORDS,
+    NUMBERS,
     OWN,
+    TEXTS,
     UNKNOWN,
     VARYING,
     Count,
@@ -38,6 +41,10 @@ from engine.data.format.index import (
 from engine.errors import UserError
 from engine.files import digest, parse_json, reading, write_atomically
 from engine.tensors import DTYPES, TensorFile, bytes_of
+
+_LARGEST_HEADER = 2**20  # bytes
+_LARGEST_TEXTS = 2**28  # bytes of the captions, the names or the refused samples of a shard
+_MOST_NUMBERS = 2**24  # of records of a shard, and of their captions
 
 
 @dataclass
@@ -64,19 +71,23 @@ class Contents:
     contents: np.ndarray | None = None
 
 
+_Checksum = Annotated[str, StringConstraints(pattern="^[0-9a-f]{16}$")]
+
+
 class Header(Stored):
     """What a shard's header says beside its tensors; see docs/shards.md."""
 
     format_version: Literal[2]
     fingerprint: Digest
-    records: Count
+    records: Annotated[int, Ge(0), Le(_MOST_NUMBERS)]
     image_rows: Count
-    caption_rows: Count
+    caption_rows: Annotated[int, Ge(0), Le(_MOST_NUMBERS)]
     variants: Annotated[int, Ge(VARYING), Le(MOST)]
     captions: Annotated[int, Ge(OWN), Le(MOST)]
     first_sample: Count
     samples: Count
-    checksum: Annotated[str, StringConstraints(pattern="^[0-9a-f]{16}$")]
+    checksum: _Checksum
+    texts_checksum: _Checksum
 
 
 def write_shard(path: Path, rows: dict[str, Tensor], contents: Contents, fingerprint: str) -> None:
@@ -84,7 +95,22 @@ def write_shard(path: Path, rows: dict[str, Tensor], contents: Contents, fingerp
 
     Args:
         rows: of every field, [image or caption rows, *shape].
+
+    Raises:
+        UserError: its texts are more than a shard may hold.
     """
+    tensors, header = tensors_of(rows, contents, fingerprint)
+    for name in ("caption_texts", "names", "refused"):
+        if len(tensors[name]) > _LARGEST_TEXTS:
+            raise UserError(
+                f"{path}: {name} would take more than {_LARGEST_TEXTS >> 20} MiB; lower --shard_records", alone=True
+            )
+    metadata = {"engine": header.model_dump_json()}
+    write_atomically(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
+
+
+def tensors_of(rows: dict[str, Tensor], contents: Contents, fingerprint: str) -> tuple[dict[str, Tensor], Header]:
+    """What is written: all tensors of a shard, on the host, and its header."""
     count = len(contents.sources)
     variants, lengths = _constant(contents.variants), list(map(len, contents.captions))
     captions = _constant(lengths)
@@ -105,8 +131,8 @@ def write_shard(path: Path, rows: dict[str, Tensor], contents: Contents, fingerp
     tensors["refused"] = _bytes(b"".join(json.dumps(item).encode() + b"\n" for item in contents.refused))
     contents_of = np.frombuffer(UNKNOWN * len(contents.covers), np.uint8) if contents.contents is None else contents.contents
     tensors["contents"] = torch.from_numpy(contents_of.reshape(-1, CONTENT).copy())
-    in_order = {name: tensors[name] for name in OF_RECORDS if name in tensors}
-    header = Header(
+    tensors |= checksums_of_numbers(tensors)
+    return tensors, Header(
         format_version=2,
         fingerprint=fingerprint,
         records=count,
@@ -116,10 +142,9 @@ def write_shard(path: Path, rows: dict[str, Tensor], contents: Contents, fingerp
         captions=captions,
         first_sample=contents.covers.start,
         samples=len(contents.covers),
-        checksum=checksum_of_records(in_order),
+        checksum=checksum_of(NUMBERS, tensors),
+        texts_checksum=checksum_of(TEXTS, tensors),
     )
-    metadata = {"engine": header.model_dump_json()}
-    write_atomically(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
 
 
 def checksums_of(rows: Tensor) -> Tensor:
@@ -130,11 +155,19 @@ def checksums_of(rows: Tensor) -> Tensor:
     return torch.from_numpy(np.array(sums, np.uint64).view(np.int64))
 
 
-def checksum_of_records(tensors: dict[str, Tensor]) -> str:
-    """XXH3 of the bytes of the tensors that tie rows to records, one after another in the order of `OF_RECORDS`."""
+def checksums_of_numbers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the numbers that are read record by record: of where a record's range begins and ends, of a caption's number."""
+    width = {"image_offsets": 2, "caption_offsets": 2, "caption_numbers": 1}
+    read = {name: tensors[name].unfold(0, count, 1) for name, count in width.items() if name in tensors}
+    return {f"{CHECKSUMS}{name}": checksums_of(numbers) for name, numbers in read.items()}
+
+
+def checksum_of(names: Iterable[str], tensors: dict[str, Tensor]) -> str:
+    """XXH3 of the bytes of those tensors that there are, one after another in the order of the names."""
     total = xxhash.xxh3_64()
-    for tensor in tensors.values():
-        total.update(bytes_of(tensor).numpy().data)
+    for name in names:
+        if name in tensors:
+            total.update(bytes_of(tensors[name]).numpy().data)
     return total.hexdigest()
 
 
@@ -158,39 +191,60 @@ def _texts(texts: Iterable[str]) -> tuple[Tensor, Tensor]:
 
 
 class Shard:
-    """A shard's file, opened, whose records point to rows that exist.
+    """A shard's file, opened, whose records point to rows that exist. Its texts are judged when they are first asked for.
 
     said: what its header says of it.
+    numbers: the tensors that tie rows to records.
 
     Raises:
-        UserError: what it says is not so.
+        UserError: what it says is not so; also by `texts`, `refused` and `text`.
     """
 
     def __init__(self, path: Path, fields: dict[str, Field]) -> None:
         self.path, self.fields = path, fields
         with reading(path, BUILD_AGAIN):
-            self.file = TensorFile(path)
+            self.file = TensorFile(path, _LARGEST_HEADER)
             self.said = Header.model_validate(self.file.metadata)
             self._check_tensors()
-            self.tensors = {name: self.file.tensor(name) for name in OF_RECORDS if name in self.file.header}
-            if checksum_of_records(self.tensors) != self.said.checksum:
+            self.numbers = {name: self.file.tensor(name) for name in NUMBERS if name in self.file.header}
+            if checksum_of(NUMBERS, self.numbers) != self.said.checksum:
                 raise ValueError("altered: what ties its rows to records does not match the checksum in its header")
             self._check_numbers()
-            self.refused = self._read_refused()
 
     @property
     def here(self) -> np.ndarray:
         """The numbers of the samples that it knows, records and refused: int64."""
-        return self.said.first_sample + np.flatnonzero(self.tensors["contents"].numpy().any(1))
+        return self.said.first_sample + np.flatnonzero(self.numbers["contents"].numpy().any(1))
 
     @property
     def content(self) -> bytes:
         """What tells its records from others: a SHA-256 of their contents."""
-        return hashlib.sha256(self.tensors["contents"][self.tensors["source"] - self.said.first_sample].numpy().data).digest()
+        return hashlib.sha256(self.numbers["contents"][self.numbers["source"] - self.said.first_sample].numpy().data).digest()
 
     @property
     def covers(self) -> range:
         return range(self.said.first_sample, self.said.first_sample + self.said.samples)
+
+    @functools.cached_property
+    def texts(self) -> dict[str, Tensor]:
+        """The tensors of texts."""
+        with reading(self.path, BUILD_AGAIN):
+            texts = {name: self.file.tensor(name) for name in TEXTS}
+            if checksum_of(TEXTS, texts) != self.said.texts_checksum:
+                raise ValueError("altered: its texts do not match the checksum in its header")
+            for name in ("caption_texts", "names"):
+                check_offsets(f"{name}_offsets", texts[f"{name}_offsets"], len(texts[name]), strictly=False)
+            return texts
+
+    @functools.cached_property
+    def refused(self) -> list[dict[str, str]]:
+        """The samples that it holds no records of, as JSON."""
+        content = self.texts["refused"].numpy().tobytes()
+        with reading(self.path, BUILD_AGAIN):
+            refused = [_Refused.model_validate({"item": parse_json(line.decode())}).item for line in content.splitlines()]
+            if len(refused) + self.said.records != len(self.here):
+                raise ValueError(f"{len(refused)} refused and {self.said.records} records of {len(self.here)} samples")
+            return refused
 
     def start(self, name: str) -> int:
         """Where a tensor begins in the file; 0 where it has none of that name."""
@@ -201,7 +255,7 @@ class Shard:
         """Raises `UserError` where an image has not one of these numbers of rows; of none nothing is known."""
         counts = {self.said.variants}
         if VARYING in counts:
-            counts = set(self.tensors["image_offsets"].diff().tolist())
+            counts = set(self.numbers["image_offsets"].diff().tolist())
         if self.said.records and numbers and not counts <= numbers:
             said = " or ".join(map(str, sorted(numbers)))
             raise UserError(f"{self.path}: an image has not {said} rows, as {INDEX} says; {BUILD_AGAIN}")
@@ -225,38 +279,59 @@ class Shard:
         if self.said.captions == OWN:
             return [record]
         places = self._range("caption_offsets", self.said.captions, record)
-        return self.tensors["caption_numbers"][places.start : places.stop].tolist() if places else []
+        return self.numbers["caption_numbers"][places.start : places.stop].tolist() if places else []
 
     def _range(self, offsets: str, count: int, record: int) -> range:
         if count == VARYING:
-            return range(*self.tensors[offsets][record : record + 2].tolist())
+            return range(*self.numbers[offsets][record : record + 2].tolist())
         return range(record * count, (record + 1) * count)
 
     def text(self, name: str, number: int) -> str:
         """Of `caption_texts`, that of a caption row; of `names`, what a record's sample is called, empty if nobody knows."""
-        start, end = self.tensors[f"{name}_offsets"][number : number + 2].tolist()
-        return self.tensors[name][start:end].numpy().tobytes().decode(errors="replace")
+        start, end = self.texts[f"{name}_offsets"][number : number + 2].tolist()
+        return self.texts[name][start:end].numpy().tobytes().decode(errors="replace")
 
-    def altered_row(self) -> str | None:
-        """The first row whose bytes are not those that its checksum was made of: the whole shard is read."""
-        for name, field in self.fields.items():
-            expected = self.file.tensor(f"{CHECKSUMS}{name}")
-            step = max(2**26 // field.row_bytes, 1)
-            for first in range(0, len(expected), step):
-                rows = torch.empty(len(expected[first : first + step]), *field.shape, dtype=field.dtype)
-                self.file.read(name, first * rows[0].numel(), rows.view(-1))
-                wrong = checksums_of(rows) != expected[first : first + step]
-                if wrong.any():
-                    return f"altered: row {first + int(wrong.int().argmax())} of {name} does not match its checksum"
+    def damage(self) -> str | None:
+        """What is wrong with its rows or texts, or None; the whole shard is read."""
+        try:
+            with reading(self.path, BUILD_AGAIN):
+                _ = self.texts, self.refused
+                for name, sums in checksums_of_numbers(self.numbers).items():
+                    if not torch.equal(self.file.tensor(name), sums):
+                        return f"altered: {name} are not those of {name.removeprefix(CHECKSUMS)}"
+                return next(filter(None, itertools.starmap(self._altered_row, self.fields.items())), None)
+        except UserError as error:
+            return str(error).removeprefix(f"{self.path}: ")
+
+    def _altered_row(self, name: str, field: Field) -> str | None:
+        """The first row whose bytes are not those that its checksum was made of."""
+        count, step = self.file.elements(f"{CHECKSUMS}{name}"), max(2**26 // field.row_bytes, 1)
+        for first in range(0, count, step):
+            rows = torch.empty(min(step, count - first), *field.shape, dtype=field.dtype)
+            expected = torch.empty(len(rows), dtype=torch.int64)
+            self.file.read(name, first * rows[0].numel(), rows.view(-1))
+            self.file.read(f"{CHECKSUMS}{name}", first, expected)
+            if len(wrong := (checksums_of(rows) != expected).nonzero()):
+                return f"altered: row {first + int(wrong[0])} of {name} does not match its checksum"
         return None
 
     def _check_tensors(self) -> None:
         """Whether the header, which is true of its file, describes the tensors that a shard of these fields has."""
-        said, fields = self.said, self.fields
+        said, header = self.said, self.file.header
         rows = {"image": said.image_rows, "caption": said.caption_rows}
+        read: dict[str, list[int]] = {}  # numbers, and how many times they are read
+        if said.variants == VARYING:
+            read["image_offsets"] = [said.records + 1, said.records]
+        if said.captions == VARYING:
+            read["caption_offsets"] = [said.records + 1, said.records]
+        if said.captions not in (OWN, 0):
+            found = (header.get("caption_numbers", {}).get("shape") or [0])[:1]
+            read["caption_numbers"] = 2 * ([said.records * said.captions] if said.captions > 0 else found)
         expected: dict[str, tuple[torch.dtype, list[int] | None]] = {
-            **{name: (field.dtype, [rows[field.per], *field.shape]) for name, field in fields.items()},
-            **{f"{CHECKSUMS}{name}": (torch.int64, [rows[field.per]]) for name, field in fields.items()},
+            **{name: (field.dtype, [rows[field.per], *field.shape]) for name, field in self.fields.items()},
+            **{f"{CHECKSUMS}{name}": (torch.int64, [rows[field.per]]) for name, field in self.fields.items()},
+            **{name: (torch.int64, [count]) for name, (count, _) in read.items()},
+            **{f"{CHECKSUMS}{name}": (torch.int64, [count]) for name, (_, count) in read.items()},
             "source": (torch.int64, [said.records]),
             "caption_texts": (torch.uint8, None),
             "caption_texts_offsets": (torch.int64, [said.caption_rows + 1]),
@@ -265,50 +340,37 @@ class Shard:
             "refused": (torch.uint8, None),
             "contents": (torch.uint8, [said.samples, CONTENT]),
         }
-        if said.variants == VARYING:
-            expected["image_offsets"] = (torch.int64, [said.records + 1])
-        if said.captions == VARYING:
-            expected |= {"caption_offsets": (torch.int64, [said.records + 1]), "caption_numbers": (torch.int64, None)}
-        elif said.captions > 0:
-            expected["caption_numbers"] = (torch.int64, [said.records * said.captions])
-        header = self.file.header
         if different := sorted(header.keys() ^ expected.keys()):
             raise ValueError(f"{different[0]} is {'no tensor of these shards' if different[0] in header else 'missing'}")
         for name, (dtype, shape) in expected.items():
             shape = shape or header[name]["shape"][:1]  # of any length
             if header[name]["shape"] != shape or DTYPES[header[name]["dtype"]] != dtype:
                 raise ValueError(f"{name} is {header[name]['dtype']} {header[name]['shape']}, not {dtype} {shape}")
+            most = _LARGEST_TEXTS if dtype == torch.uint8 and name in TEXTS else _MOST_NUMBERS
+            if name in NUMBERS + TEXTS and shape[0] > most:
+                raise ValueError(f"{name} is larger than that of any shard: {shape}")
 
     def _check_numbers(self) -> None:
         """Whether records point to what is there."""
-        said, tensors = self.said, self.tensors
+        said, numbers = self.said, self.numbers
         captioned = any(field.per == "caption" for field in self.fields.values())
         if said.variants == VARYING:
-            check_offsets("image_offsets", tensors["image_offsets"], said.image_rows)
+            check_offsets("image_offsets", numbers["image_offsets"], said.image_rows)
         elif said.variants * said.records != said.image_rows or (said.records and not said.variants):
             raise ValueError(f"{said.image_rows} image rows for {said.records} records of {said.variants}")
         if said.records and captioned != bool(said.captions):
             raise ValueError(f"captions is {said.captions}, and captions have {'' if captioned else 'no '}fields")
         if said.captions == VARYING:
-            check_offsets("caption_offsets", tensors["caption_offsets"], len(tensors["caption_numbers"]))
+            check_offsets("caption_offsets", numbers["caption_offsets"], len(numbers["caption_numbers"]))
         elif said.captions == OWN and said.records != said.caption_rows:
             raise ValueError(f"{said.caption_rows} captions for {said.records} records")
-        if "caption_numbers" in tensors:
-            check_numbers("caption_numbers", tensors["caption_numbers"], 0, said.caption_rows)
-        for name in ("caption_texts", "names"):
-            check_offsets(f"{name}_offsets", tensors[f"{name}_offsets"], len(tensors[name]), strictly=False)
-        check_numbers("source", tensors["source"], said.first_sample, said.first_sample + said.samples)
-        if not _increase(tensors["source"]):
+        if "caption_numbers" in numbers:
+            check_numbers("caption_numbers", numbers["caption_numbers"], 0, said.caption_rows)
+        check_numbers("source", numbers["source"], said.first_sample, said.first_sample + said.samples)
+        if not _increase(numbers["source"]):
             raise ValueError("source does not increase")
-        if not np.isin(tensors["source"].numpy(), self.here).all():
+        if not np.isin(numbers["source"].numpy(), self.here).all():
             raise ValueError("a record is of a sample without a content")
-
-    def _read_refused(self) -> list[dict[str, str]]:
-        content = self.tensors["refused"].numpy().tobytes()
-        refused = [_Refused.model_validate({"item": parse_json(line)}).item for line in content.splitlines()]
-        if len(refused) + self.said.records != len(self.here):
-            raise ValueError(f"{len(refused)} refused and {self.said.records} records of {len(self.here)} samples")
-        return refused
 
 
 class _Refused(Stored):

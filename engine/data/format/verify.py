@@ -50,7 +50,7 @@ def verify(
         name = shard_name(index.shards["number"][number])
         problem = check_shard(directory / name, index.shards[number], contents)
         if rows and not problem:
-            problem = open_shard(directory, index, number).altered_row()
+            problem = open_shard(directory, index, number).damage()
         progress()
         return name, problem
 

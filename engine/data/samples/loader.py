@@ -112,6 +112,7 @@ class Loader:
         }
 
     def _gather(self, rows: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.shards.advise(rows)
         for name, buffer in buffers.items():
             self.shards.gather(name, rows, buffer, self.limits.get(name))
         return buffers
@@ -122,13 +123,13 @@ class Loader:
         They are drawn for one micro-batch first, so that it is soon there, then for twice as many each time.
         """
         first, end = (step * self.plan.accumulation for step in (self.steps.start, self.steps.stop))
-        count = 1
+        count, most = 1, min(DRAWN, self.shards.found_together)
         while first < end:
             last = min(first + count, end)
             rows, draws = self._draw(self.plan.slots(first, last))
             for number in range(last - first):
                 yield {of: numbers[number] for of, numbers in rows.items()}, [tensor[number] for tensor in draws]
-            first, count = last, min(2 * count, max(DRAWN // self.plan.micro_batch, 1))
+            first, count = last, min(2 * count, max(most // self.plan.micro_batch, 1))
 
     def _draw(self, slots: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
         """The same of micro-batches with slots [M, B]: rows [M, B]; slots and timesteps [M, B], coefficients [M, 5, B]."""
