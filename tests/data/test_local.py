@@ -198,14 +198,14 @@ def test_a_folder_is_the_data_set_that_the_library_makes_of_it(layout, tmp_path,
         assert LibraryDataset(str(folder), "image", "text", "a", str(tmp_path / "ours")).captions(0) == ["0"]
 
 
-def test_rows_that_unpack_without_bounds_are_refused(tmp_path, cache, monkeypatch):
-    monkeypatch.setattr(local, "_LEAST_BOUND", 2**20)
-    table = pa.table({"image": [b"x" * 2**14] * 700, "text": ["a"] * 700})
+def test_rows_that_unpack_without_bounds_are_read_some_at_a_time(tmp_path, cache):
+    table = pa.table({"image": [b"x" * 2**18] * 700, "text": ["a"] * 700})
     packed(tmp_path / "train.parquet", table)
-    assert (tmp_path / "train.parquet").stat().st_size < 2**14
-    with pytest.raises(UserError, match="its rows take more than 1 MiB, many times the size of its files"):
-        opened(tmp_path / "train.parquet", **cache)
-    assert sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*.arrow")) < 2**20
+    assert (tmp_path / "train.parquet").stat().st_size < 2**18
+    source, before = opened(tmp_path / "train.parquet", **cache), pa.total_allocated_bytes()
+    assert [len(source.content(row)) for row in (0, 500, 699)] == [2**18] * 3
+    assert pa.total_allocated_bytes() - before < 2**26, "of 175 MiB"
+    assert not list((tmp_path / "cache").rglob("*.arrow")), "nothing is unpacked into the library's cache"
 
 
 @pytest.mark.parametrize("new", [pa.ipc.new_stream, pa.ipc.new_file])

@@ -52,7 +52,7 @@ class Decoding:
             self.noticed[what] += 1
 
 
-def decode(data: Path | io.BytesIO, decoding: Decoding | None = None) -> Image.Image:
+def decode(data: Path | io.BytesIO | bytes, decoding: Decoding | None = None) -> Image.Image:
     """Reads an image whole, upright and in RGB; by default as `datasets` and the scripts do together.
 
     Of several frames the first is taken. Metadata that cannot be read do not cost the image.
@@ -63,7 +63,7 @@ def decode(data: Path | io.BytesIO, decoding: Decoding | None = None) -> Image.I
         Refused: no file, not an image, truncated, or so large that decoding it could exhaust memory (PIL's limit).
     """
     with room.turn():
-        return _decode_content(_content(data), decoding or Decoding())
+        return _decode_content(content_of(data), decoding or Decoding())
 
 
 def _decode_content(content: bytes, decoding: Decoding) -> Image.Image:
@@ -94,9 +94,14 @@ def _make_room(size: int) -> None:
         room.take(room.size)
 
 
-def _content(data: Path | io.BytesIO) -> bytes:
-    if isinstance(data, io.BytesIO):
-        return data.getvalue()
+def content_of(data: Path | io.BytesIO | bytes) -> bytes:
+    """What a file holds, read within the room of the caller's turn.
+
+    Raises:
+        Refused: there is none, or it cannot be read.
+    """
+    if not isinstance(data, Path):
+        return data if isinstance(data, bytes) else data.getvalue()
     try:
         with refusing("unreadable image file"):
             return read_bytes(data, _make_room)

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
-from engine.data.sources.decode import Decoding, clean_captions, decode
+from engine.data.sources.decode import Decoding, clean_captions, content_of, decode
 from engine.data.sources.files import Files, check_size, some
-from engine.data.sources.interface import Refused, is_address
+from engine.data.sources.interface import Refused, Source, is_address, stamp_of, told_apart
 from engine.data.sources.kinds import looks_like_image
 from engine.data.sources.room import room
 from engine.data.sources.tables import TABLES, Row, decode_text, read_table, undecoded
@@ -34,7 +35,7 @@ class Sample:
     refused: Refused | None = None
 
 
-class ImageFolder:
+class ImageFolder(Source):
     """Images below a folder, or in archives (zip, and tar as WebDataset lays it out).
 
     Captions stand in `metadata.jsonl` or `metadata.csv`, in the folder itself or in subfolders: each row names its image,
@@ -235,12 +236,22 @@ class ImageFolder:
             raise sample.refused
         return clean_captions(sample.caption)
 
-    def image(self, index: int) -> Image.Image:
+    def content(self, index: int) -> bytes:
         sample = self.samples[index]
         if sample.refused:
             raise sample.refused
         with room.turn():
-            return decode(self.files.open(sample.name), self.decoding)
+            return content_of(self.files.open(sample.name))
+
+    def decode(self, content: bytes) -> Image.Image:
+        return decode(content, self.decoding)
+
+    def stamps(self) -> tuple[np.ndarray, np.ndarray]:
+        stamps = [
+            stamp_of(sample.name, *self._stat(sample.name), sample.caption, sample.refused and str(sample.refused))
+            for sample in self.samples
+        ]
+        return told_apart(stamps), np.ones(len(stamps), np.int64)
 
     def identity(self) -> dict[str, Any]:
         files = [[sample.name, *self._stat(sample.name)] for sample in self.samples]

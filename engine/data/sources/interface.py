@@ -2,15 +2,19 @@
 
 import contextlib
 import errno
+import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 
 from engine.errors import UserError, first_line
+
+_ODD = 0x9E3779B97F4A7C15  # whose multiples are spread over 64 bits
 
 
 class Refused(Exception):
@@ -52,7 +56,7 @@ def is_address(path: str) -> bool:
 
 
 class Source(Protocol):
-    """Samples by number. `image` and `captions` raise `Refused` for a sample that cannot be used.
+    """Samples by their places. `content` and `captions` raise `Refused` for a sample that cannot be used.
 
     noticed: what was decided about images that were read, and for how many.
     """
@@ -71,10 +75,37 @@ class Source(Protocol):
 
     def captions(self, index: int) -> list[str]: ...
 
+    def content(self, index: int) -> bytes:
+        """The image as it is stored. Called from several threads, as `decode` is."""
+        ...
+
+    def decode(self, content: bytes) -> Image.Image:
+        """The image in RGB."""
+        ...
+
     def image(self, index: int) -> Image.Image:
-        """The decoded image in RGB. Called from several threads."""
+        return self.decode(self.content(index))
+
+    def stamps(self) -> tuple[np.ndarray, np.ndarray]:
+        """What tells the files of the samples from others without reading them, by name, size and time of change: uint64
+        [files], each another; and how many samples lie in each, one after another: int64 [files]."""
         ...
 
     def identity(self) -> dict[str, Any]:
-        """What tells this data set from another, for the fingerprint of the shards."""
+        """What told this data set from another where nobody computed digests of contents: in shards of format version 1."""
         ...
+
+
+def stamp_of(*values: Any) -> int:
+    return int.from_bytes(hashlib.sha256(repr(values).encode(errors="surrogatepass")).digest()[:8])
+
+
+def told_apart(stamps: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Stamps of which each is another: equal ones are told apart by their order."""
+    found = np.array(stamps, np.uint64)
+    order = np.argsort(found, kind="stable")
+    inordered = found[order]
+    begins = np.flatnonzero(np.append(True, inordered[1:] != inordered[:-1])) if len(found) else np.empty(0, np.int64)
+    repeats = np.arange(len(found)) - np.repeat(begins, np.diff(np.append(begins, len(found))))
+    found[order] += repeats.astype(np.uint64) * np.uint64(_ODD)
+    return found

@@ -1,22 +1,25 @@
 """Data sets that the `datasets` library opens: of the hub, parquet and arrow files, and what `save_to_disk` wrote."""
 
-import io
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
-from engine.data.sources.decode import Decoding, clean_captions, decode
-from engine.data.sources.interface import Refused, is_address
+from engine.data.sources.decode import Decoding, clean_captions, content_of, decode
+from engine.data.sources.interface import Refused, Source, is_address, stamp_of, told_apart
 from engine.data.sources.local import is_saved, packed_rows, saved_rows
+from engine.data.sources.parquet import Column, ParquetRows
+from engine.data.sources.room import room
 from engine.errors import UserError, first_line
 
 _TEXT = ("string", "large_string", "null")
 
 
-class LibraryDataset:
+class LibraryDataset(Source):
     """The `train` split of what the library opens, hub or local; images stay encoded until asked for.
 
     Paths in a local data set are relative to its folder, and stay within it.
@@ -45,8 +48,7 @@ class LibraryDataset:
         except Exception as error:  # the library raises whatever a builder, a file system or a connection does
             said = first_line(error.__cause__ or error)
             raise UserError(f"--dataset_name {name}: cannot be loaded: {said}") from None
-        self.images = rows.select_columns([image_column])
-        self.texts = rows.select_columns([caption_column]) if caption_column else None
+        self._image_at, self._texts_at = _column(rows, image_column), _column(rows, caption_column)
         self.folder = Path(name) if Path(name).is_dir() else Path(name).resolve().parent
         # Where the library may have put its files, and where a local data set keeps its own.
         roots = [Path(cache_dir or datasets.config.HF_DATASETS_CACHE), Path(datasets.config.HF_CACHE_HOME)]
@@ -62,7 +64,7 @@ class LibraryDataset:
         """The two columns of the training rows, of kinds that the library opens nothing for."""
         import datasets
 
-        if not isinstance(loaded, datasets.Dataset):
+        if not isinstance(loaded, (datasets.Dataset, ParquetRows)):
             if "train" not in loaded:
                 raise UserError(f"--dataset_name {name}: has no split `train` (it has {', '.join(loaded)})")
             loaded = loaded["train"]
@@ -72,25 +74,27 @@ class LibraryDataset:
                 raise UserError(f"--{flag} {column}: not a column of {name}; it has {', '.join(loaded.column_names)}")
         held = loaded.features[self.image_column]
         if type(held) is datasets.Image:
-            loaded = loaded.cast_column(self.image_column, datasets.Image(decode=False))
+            if isinstance(loaded, datasets.Dataset):
+                loaded = loaded.cast_column(self.image_column, datasets.Image(decode=False))
         elif not _is_undecoded(held):
             raise UserError(f"--image_column {self.image_column}: no images but {_kind(held)}; name the column of the images")
         self.fingerprint = {
             "kind": "data set",
             "name": Path(name).name,
             "rows": len(loaded),
-            "fingerprint": loaded._fingerprint,
+            "fingerprint": loaded.fingerprint if isinstance(loaded, ParquetRows) else loaded._fingerprint,
         }
-        rows = loaded.with_format(None).select_columns(list(dict.fromkeys(named.values())))
         if self.caption_column and not _is_text(held := loaded.features[self.caption_column]):
             raise UserError(
                 f"--caption_column {self.caption_column}: neither texts nor lists of texts but {_kind(held)}; "
                 "name the column of the captions"
             )
-        return rows
+        self.files = loaded.stats() if isinstance(loaded, ParquetRows) else [loaded._fingerprint]
+        self.counts = np.diff(loaded.starts) if isinstance(loaded, ParquetRows) else np.array([len(loaded)])
+        return loaded
 
     def __len__(self) -> int:
-        return len(self.images)
+        return int(self.counts.sum())
 
     def name(self, index: int) -> str:
         return f"row {index}"
@@ -99,15 +103,15 @@ class LibraryDataset:
         return None
 
     def captions(self, index: int) -> list[str]:
-        return clean_captions(self.texts[index][self.caption_column] if self.texts else None)
+        return clean_captions(self._texts_at(index))
 
-    def image(self, index: int) -> Image.Image:
+    def content(self, index: int) -> bytes:
         with self.lock:
-            value = self.images[index][self.image_column]
+            value = self._image_at(index)
         if isinstance(value, dict) and value.get("bytes") is not None:
             value = value["bytes"]
         if isinstance(value, bytes):
-            return decode(io.BytesIO(value), self.decoding)
+            return value
         path = value.get("path") if isinstance(value, dict) else value
         if not isinstance(path, str):
             raise Refused("no image")
@@ -119,10 +123,28 @@ class LibraryDataset:
             raise Refused("no such image file", f"{path[:200]!r} was looked for")
         if not any(resolved.is_relative_to(root) for root in self.roots):
             raise Refused("path leaves the data set")
-        return decode(resolved, self.decoding)
+        with room.turn():
+            return content_of(resolved)
+
+    def decode(self, content: bytes) -> Image.Image:
+        return decode(content, self.decoding)
+
+    def stamps(self) -> tuple[np.ndarray, np.ndarray]:
+        stamps = [stamp_of(file, self.image_column, self.caption_column) for file in self.files]
+        return told_apart(stamps), self.counts
 
     def identity(self) -> dict[str, Any]:
         return self.fingerprint
+
+
+def _column(rows: Any, name: str | None) -> Callable[[int], Any]:
+    """The values of a column by row."""
+    if name is None:
+        return lambda index: None
+    if isinstance(rows, ParquetRows):
+        return Column(rows, name).__getitem__
+    selected = rows.with_format(None).select_columns([name])
+    return lambda index: selected[index][name]
 
 
 def _loaded(name: str, configuration: str | None, cache_dir: str | None, data_dir: str | None, follow_links: bool) -> Any:

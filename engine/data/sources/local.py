@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from engine.data.sources.files import Files, suffix_of
+from engine.data.sources.parquet import ParquetRows
 from engine.data.sources.tables import rows_at_once
 from engine.errors import UserError
 from engine.files import lies_inside, open_regular, parse_json, read_text
@@ -66,8 +67,9 @@ def saved_rows(place: Path, follow_links: bool) -> "dict[str, datasets.Dataset]"
 
 def packed_rows(
     place: Path, data_dir: str | None, configuration: str | None, cache_dir: str | None, follow_links: bool
-) -> "dict[str, datasets.Dataset]":
-    """The rows of a folder or of one file, by split, unpacked into the library's cache.
+) -> "dict[str, datasets.Dataset] | dict[str, ParquetRows | None]":
+    """The rows of a folder or of one file, by split: where they lie, of parquet, and of `train` alone; else unpacked into the
+    library's cache.
 
     Raises:
         UserError: the folder leads out of itself.
@@ -81,6 +83,13 @@ def packed_rows(
         _check_inside(file, file if place.is_file() else place, follow_links)
         if file.suffix.lower() == ".arrow":
             _check_unpacked(file)
+    if getattr(builder.config, "filters", ()) is None:  # of parquet, all rows
+        return {
+            str(split): ParquetRows(list(map(Path, files)), builder._get_dataset_fingerprint(split))
+            if split == "train"
+            else None
+            for split, files in builder.config.data_files.items()
+        }
     if hasattr(builder.config, "batch_size"):
         builder.config.batch_size = min(map(_rows_at_once, files))
     builder._generate_tables = _bounded(builder._generate_tables, _bound(files))
