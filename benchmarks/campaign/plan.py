@@ -44,7 +44,7 @@ def module(name: str, *arguments: str) -> tuple[str, ...]:
     return "-m", f"benchmarks.{name}", *arguments
 
 
-FIRST_LOOK = ("recipe, cached", "engine", "captured", "compiled and captured")
+FIRST_LOOK = ("recipe", "recipe, cached", "captured", "compiled and captured")
 
 
 def waterfall(name: str, checkpoint: str, tiny: str, seconds: float, *few: str) -> Part:

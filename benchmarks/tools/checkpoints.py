@@ -22,9 +22,9 @@ from engine.models.training_form import SHIPPED, Form
 AIMS = {
     "SD 1.5, 512 px": (32, [8, 16, 64]),
     "Kandinsky 2.2 prior": (128, [32, 256]),
-    "Kandinsky 2.2 decoder, 512 px": (32, [8, 64]),
-    "Kandinsky 2.2 decoder, 768 px": (16, [4, 32]),
     "Wuerstchen v2 prior, 768 px": (32, [8, 64]),
+    "Kandinsky 2.2 decoder, 768 px": (16, [4, 32]),
+    "Kandinsky 2.2 decoder, 512 px": (32, [8, 64]),
 }
 TINY_AIM = (4, [2])
 PRECISION = {"cuda": "bf16", "cpu": "no"}

@@ -149,11 +149,7 @@ class Wuerstchen(Family):
             check_pipeline(self.encoding.locate_decoder(), WuerstchenDecoderPipeline, self.config.variant)
 
     def published_model(self) -> WuerstchenPrior:
-        prior = load_model(self.encoding.path / "prior", WuerstchenPrior, self.config.variant, torch.float32)
-        embed = prior.gen_r_embedding
-        # The sines need timesteps in fp32; what they give must have the precision of the weights, whatever that is by then.
-        prior.gen_r_embedding = lambda timesteps: embed(timesteps).to(prior.projection.weight.dtype)
-        return prior
+        return load_model(self.encoding.path / "prior", WuerstchenPrior, self.config.variant, torch.float32)
 
     @staticmethod
     def predict(model: Callable[..., Any], noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:

@@ -165,3 +165,14 @@ def test_a_transformer_with_linear_projections_computes_the_published_numbers(mo
     to_training_form(ours, SHIPPED)
     positional, _ = inputs("sd", ours)
     torch.testing.assert_close(ours(*positional)[0], theirs(*positional)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_wuerstchen_prior_takes_timesteps_in_fp32():
+    prior = WuerstchenPrior(c_in=4, c=16, c_cond=16, c_r=8, depth=1, nhead=2)
+    to_training_form(prior, SHIPPED)
+    prior.bfloat16()
+    timesteps = torch.tensor([0.1234567])
+    assert prior.gen_r_embedding(timesteps).dtype == torch.bfloat16
+    predicted = prior(torch.randn(1, 4, 4, 4).bfloat16(), timesteps, torch.randn(1, 3, 16).bfloat16())
+    assert predicted.dtype == torch.bfloat16
+    assert prior.config["_class_name"] == "WuerstchenPrior" == type(prior).__name__
