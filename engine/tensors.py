@@ -103,7 +103,8 @@ def header_of(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = N
 
 def bytes_of(tensor: Tensor) -> Tensor:
     """The elements of a tensor as uint8 [bytes]; a view, if it is contiguous."""
-    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+    flat = tensor.detach().contiguous().view(-1)
+    return flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8, device=tensor.device)  # any strides
 
 
 def pieces_of(tensors: Iterable[Tensor]) -> Iterator[Tensor]:

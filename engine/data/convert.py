@@ -1,10 +1,8 @@
 """Shards of version 1 written again as version 2: the same records, rows, fingerprint and identity, without an encoder."""
 
-import bisect
-import functools
+import contextlib
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,12 +10,14 @@ import numpy as np
 import torch
 from annotated_types import Ge
 from pydantic import AfterValidator, ConfigDict, StringConstraints, model_validator
+from torch import Tensor
 
+from engine.data.format.gather import best_gather
 from engine.data.format.index import (
     BUILD_AGAIN,
     ENTRY,
+    FORMAT_VERSION,
     INDEX,
-    SHARD_NAME,
     Count,
     Digest,
     Field,
@@ -29,16 +29,17 @@ from engine.data.format.index import (
     count_refused,
     read_json,
     shard_name,
+    sweep,
+    variants_of,
 )
-from engine.data.format.shard import Contents, Shard, check_numbers, check_offsets, entry_of, write_shard
+from engine.data.format.shard import Contents, Shard, check_numbers, check_offsets, entry_of, is_written, write_shard
 from engine.errors import UserError
-from engine.files import PARTIAL, digest, excludes_others, lock, reading
+from engine.files import digest, excludes_others, lock, open_regular, reading
 from engine.messages import Progress
 from engine.tensors import DTYPES, TensorFile, read_header
 
 _OF_RECORDS = ("source", "image_offsets", "caption_offsets", "caption_numbers")
 _NAME = r"shard-(\d{1,9})\.safetensors"
-_OPEN = 64  # shards open at a time; captions lie where they first appear
 
 
 def _file_name(name: str) -> str:
@@ -77,6 +78,9 @@ class _Index(Stored):
     def _agrees(self) -> "_Index":
         if len({shard.file for shard in self.shards}) < len(self.shards):
             raise ValueError("a shard is listed twice")
+        for name in ("records", "image_rows", "caption_rows"):
+            if (total := sum(getattr(shard, name) for shard in self.shards)) != getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)}, those of the shards are {total}")
         check_fields(self.fields, self.identity, self.fingerprint)
         return self
 
@@ -125,6 +129,44 @@ class _Shard:
             self.source, self.variants, self.lengths = source.tolist(), images.diff().tolist(), places.diff().tolist()
 
 
+class _Captions:
+    """The captions of the shards that were opened: each lies where it first appeared, and is numbered over all shards.
+
+    Texts are kept, and of rows where they lie: files are opened when rows are read, and one at a time.
+    """
+
+    def __init__(self, fields: dict[str, Field]) -> None:
+        self.fields = {name: field for name, field in fields.items() if field.per == "caption"}
+        self.paths: list[Path] = []
+        self.starts: list[dict[str, int]] = []
+        self.firsts: list[int] = []
+        self.texts: list[str] = []
+        self._gather = best_gather()
+
+    def add(self, shard: _Shard) -> None:
+        file = shard.file
+        self.paths.append(file.path)
+        self.starts.append({name: file.data_start + file.header[name]["data_offsets"][0] for name in self.fields})
+        self.firsts.append(len(self.texts))
+        self.texts += shard.said.captions
+
+    def rows(self, numbers: list[int]) -> dict[str, Tensor]:
+        """The rows of captions, of every field [captions, *shape]."""
+        wanted = np.array(numbers, np.int64)
+        homes = np.searchsorted(self.firsts, wanted, side="right") - 1
+        rows = {name: torch.empty(len(numbers), *field.shape, dtype=field.dtype) for name, field in self.fields.items()}
+        for home in np.unique(homes).tolist():
+            places = np.flatnonzero(homes == home)
+            with reading(self.paths[home], BUILD_AGAIN), open_regular(self.paths[home]) as file:
+                files = np.full(len(places), file.fileno(), np.int32)
+                for name, field in self.fields.items():
+                    part = torch.empty(len(places), *field.shape, dtype=field.dtype)
+                    offsets = self.starts[home][name] + (wanted[places] - self.firsts[home]) * field.row_bytes
+                    self._gather(files, offsets, field.row_bytes, part)
+                    rows[name][torch.from_numpy(places)] = part
+        return rows
+
+
 def convert(directory: Path, output: Path) -> Index:
     """Writes the shards of a directory as version 2; a conversion that was interrupted is gone on with.
 
@@ -134,111 +176,99 @@ def convert(directory: Path, output: Path) -> Index:
     Raises:
         UserError: the shards are not of version 1, or damaged; another process converts them; or `output` holds others.
     """
+    value = read_json(directory, 1, FORMAT_VERSION)
+    old = None
+    if not isinstance(value, dict) or value.get("format_version") != FORMAT_VERSION:
+        with reading(directory / INDEX, BUILD_AGAIN):
+            old = _Index.model_validate(value)
+    in_place = output.exists() and output.samefile(directory)
+    if old is None and not in_place:
+        raise UserError(f"{directory}: the shards there are of format version {FORMAT_VERSION}; there is nothing to convert")
     output.mkdir(parents=True, exist_ok=True)
     if (held := lock(output)) is None:
         raise UserError(f"{output}: another run is building or converting shards there; wait for its end")
     try:
-        if excludes_others(held):
-            for leftover in output.glob(f"{SHARD_NAME}*{PARTIAL}"):
-                leftover.unlink()
-        in_place = output.samefile(directory)
-        if not in_place and (output / INDEX).exists():
-            raise UserError(f"{output}: shards are there already; name another --output")
-        if not in_place or not _is_converted(directory):
-            _write(directory, output, in_place)
+        alone = excludes_others(held)
+        if alone:
+            sweep(output)
+        if old and (in_place or not _is_converted(output, old)):
+            _write(directory, old, output, in_place)
         index = Index.read(output)
         if in_place:
             _remove_old(output, index.fingerprint)
+        if alone:
+            sweep(output)
         return index
     finally:
         os.close(held)
 
 
-def _is_converted(directory: Path) -> bool:
-    try:
-        Index.read(directory)
-    except UserError:
+def _is_converted(output: Path, old: _Index) -> bool:
+    """Whether a conversion came to its end here.
+
+    Raises:
+        UserError: there are other shards.
+    """
+    if not (output / INDEX).exists():
         return False
-    return True
+    with contextlib.suppress(UserError):
+        index = Index.read(output)
+        if (index.fingerprint, index.records, index.total("image_rows")) == (old.fingerprint, old.records, old.image_rows):
+            return True
+    raise UserError(f"{output}: shards are there already; name another --output")
 
 
-def _write(directory: Path, output: Path, in_place: bool) -> None:
-    with reading(directory / INDEX, BUILD_AGAIN):
-        old = _Index.model_validate(read_json(directory, 1, BUILD_AGAIN))
+def _write(directory: Path, old: _Index, output: Path, in_place: bool) -> None:
     fields = {name: field.to_field() for name, field in old.fields.items()}
-    ends = np.cumsum([0, *(entry.caption_rows for entry in old.shards)]).tolist()
     with Progress(len(old.shards), "Comparing digests", "shard") as bar:
         for entry in old.shards:
             with reading(directory / entry.file, BUILD_AGAIN):
                 if digest(directory / entry.file) != entry.sha256:
                     raise ValueError(f"its digest does not match {INDEX}")
             bar.update()
-
-    @functools.lru_cache(_OPEN)
-    def opened(number: int) -> _Shard:
-        entry = old.shards[number]
-        return _Shard(directory / entry.file, entry, fields, old.fingerprint, ends[number + 1])
-
     taken = [int(found[1]) for entry in old.shards if (found := re.fullmatch(_NAME, entry.file))] if in_place else []
-    first_number, first_sample = max(taken, default=-1) + 1, 0
-    entries, refused = [], []
+    captions, entries, refused, first_sample = _Captions(fields), [], [], 0
     with Progress(len(old.shards), "Converting", "shard") as bar:
-        for place in range(len(old.shards)):
-            shard = opened(place)
-            number = first_number + place
+        for number, entry in enumerate(old.shards, max(taken, default=-1) + 1):
+            before = len(captions.texts)
+            shard = _Shard(directory / entry.file, entry, fields, old.fingerprint, before + entry.caption_rows)
+            captions.add(shard)
             covers = range(first_sample, first_sample := first_sample + len(shard.source) + len(shard.said.refused))
-            if not _is_whole(output / shard_name(number), fields, old.fingerprint, covers):
-                _write_shard(output / shard_name(number), shard, fields, opened, ends, covers)
-            entries.append(entry_of(Shard(output / shard_name(number), fields), number))
+            path = output / shard_name(number)
+            _write_shard(path, shard, fields, captions, covers)
+            written = Shard(path, fields)
+            written.require_variants(variants_of(old.identity))
+            entries.append(entry_of(written, number))
             refused += shard.said.refused
             bar.update()
     shards = np.array(entries, ENTRY)
     index = Index(
         old.family, old.fingerprint, old.identity, old.config, fields, shards, count_refused(refused), old.encode_seconds
     )
+    with reading(directory / INDEX, BUILD_AGAIN):
+        index.check()
+        if index.refused_count != old.refused_count:
+            raise ValueError(f"refused_count is {old.refused_count}, those in the shards are {index.refused_count}")
     index.write(output)
 
 
-def _is_whole(path: Path, fields: dict[str, Field], fingerprint: str, covers: range) -> bool:
-    """Whether an earlier conversion left this shard."""
-    try:
-        shard = Shard(path, fields)
-    except UserError:
-        return False
-    return (shard.said.fingerprint, shard.covers) == (fingerprint, covers) and not shard.damage()
-
-
-def _write_shard(
-    path: Path,
-    shard: _Shard,
-    fields: dict[str, Field],
-    opened: Callable[[int], _Shard],
-    ends: list[int],
-    covers: range,
-) -> None:
-    """Writes one shard with those captions that its records have, in the order in which they first appear in it."""
-    numbers = dict.fromkeys(shard.numbers.tolist())
-    homes = [bisect.bisect_right(ends, number) - 1 for number in numbers]
-    places = [(opened(home), number - ends[home]) for home, number in zip(homes, numbers, strict=True)]
-    row_of = {number: row for row, number in enumerate(numbers)}
-    rows = {}
-    for name, field in fields.items():
-        if field.per == "image":
-            rows[name] = shard.file.tensor(name)
-            continue
-        rows[name] = torch.empty(len(places), *field.shape, dtype=field.dtype)
-        for (home, row), target in zip(places, rows[name], strict=True):
-            home.file.read(name, row * target.numel(), target.view(-1))
+def _write_shard(path: Path, shard: _Shard, fields: dict[str, Field], captions: _Captions, covers: range) -> None:
+    """Writes one shard, unless a conversion left that very one, with those captions that its records have, in the order in
+    which they first appear in it."""
+    row_of = {number: row for row, number in enumerate(dict.fromkeys(shard.numbers.tolist()))}
+    of_captions = captions.rows([*row_of])
+    rows = {name: of_captions[name] if name in of_captions else shard.file.tensor(name) for name in fields}
     contents = Contents(
         covers=covers,
         sources=shard.source,
         names=[""] * len(shard.source),  # nobody wrote them down
         variants=shard.variants,
         captions=[[row_of[number] for number in of.tolist()] for of in shard.numbers.split(shard.lengths)],
-        texts=[home.said.captions[row] for home, row in places],
+        texts=[captions.texts[number] for number in row_of],
         refused=shard.said.refused,
     )
-    write_shard(path, rows, contents, shard.said.fingerprint)
+    if not is_written(path, rows, contents, shard.said.fingerprint):
+        write_shard(path, rows, contents, shard.said.fingerprint)
 
 
 def _remove_old(directory: Path, fingerprint: str) -> None:

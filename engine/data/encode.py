@@ -22,13 +22,12 @@ from engine.config.options import CacheConfig, TrainConfig, options_of
 from engine.data.format.index import (
     ENTRY,
     INDEX,
-    SHARD_NAME,
-    TABLE,
     Index,
     Refusals,
     add_refused,
     count_refused,
     shard_name,
+    sweep,
     variants_of,
 )
 from engine.data.format.shard import Contents, Shard, entry_of, write_shard
@@ -38,7 +37,7 @@ from engine.data.sources.decode import refuse_extreme
 from engine.data.sources.interface import Refused, Source, refusing
 from engine.data.sources.room import room
 from engine.errors import UserError
-from engine.files import PARTIAL, digest_of, excludes_others, lock
+from engine.files import digest_of, excludes_others, lock
 from engine.messages import Progress, busy, say
 from engine.models.encoder import Encoder, Encoding
 from engine.processes import Processes
@@ -95,8 +94,7 @@ def _only_builder(config: CacheConfig, processes: Processes) -> Iterator[None]:
         while waits:
             held = lock(directory) if processes.is_first else None
             if held is not None and excludes_others(held):
-                for leftover in itertools.chain(*(directory.glob(f"{name}*{PARTIAL}") for name in (INDEX, TABLE, SHARD_NAME))):
-                    leftover.unlink()
+                sweep(directory)
             waits = processes.from_first(held is None)
             if waits and not said:
                 said = True
@@ -104,6 +102,8 @@ def _only_builder(config: CacheConfig, processes: Processes) -> Iterator[None]:
             if waits:
                 time.sleep(1)
         yield
+        if held is not None and excludes_others(held):
+            sweep(directory)
     finally:
         if held is not None:
             os.close(held)

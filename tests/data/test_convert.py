@@ -1,5 +1,7 @@
 """Shards of version 1 become version 2: the same rows for the same records, and runs that go on with the same bits."""
 
+import json
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -7,14 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from engine import shards as command
 from engine.data.convert import convert
 from engine.data.format.index import Index, shard_name
 from engine.data.format.reader import Shards
+from engine.data.format.shard import Shard
 from engine.errors import UserError, exit_code
 from engine.files import digest, parse_json
 from engine.loop.trainer import train
+from engine.tensors import read_header
 from tests.altered import edit, write_version_1
 from tests.data.test_shards import build, contents, gathered, write_captions
 from tests.loop.runs import checkpoint_tensors, config
@@ -133,7 +138,9 @@ def test_a_conversion_may_be_killed_at_any_file(old, tmp_path, monkeypatch):
             assert same(rows_of(directory), before)
         monkeypatch.undo()
         kept = {path: path.stat().st_mtime_ns for path in renamed[:3]}
-        (directory / (shard_name(3) + ".0123abcd.partial")).touch()
+        for name in (shard_name(3), "index.json", "index-0123456789abcdef.safetensors"):
+            (directory / f"{name}.0123abcd.partial").touch()
+        (directory / "index-0123456789abcdef.safetensors").touch()  # which no index names
         convert(directory, directory)
         assert same(rows_of(directory), before)
         assert len(list(directory.iterdir())) == 5
@@ -160,6 +167,10 @@ def test_old_shards_that_are_damaged_or_lie_are_not_converted(old, tmp_path):
     content = path.read_bytes()
     with pytest.raises(UserError, match="shards are there already"):
         convert(old, shutil.copytree(old, tmp_path / "other"))
+    convert(old, tmp_path / "new")
+    edit(old, lambda index: index.update(family="other"))
+    convert(old, tmp_path / "new")  # which came to its end
+    edit(old, lambda index: index.update(family="sd"))
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(UserError, match=f"{shard_name(1)}: cannot be read: its digest does not match"):
         convert(old, old)
@@ -174,6 +185,46 @@ def test_old_shards_that_are_damaged_or_lie_are_not_converted(old, tmp_path):
     with pytest.raises(UserError, match=r"index.json: cannot be read: shards.1.file"):
         convert(old, old)
     assert not list(old.glob(shard_name(5)))
+    edit(old, lambda index: index["shards"][1].update(file=shard_name(1)))
+    for change in ({"image_rows": 17}, {"refused_count": 0}, {"records": 8}, {"encode_seconds": -1.0}):
+        whole = parse_json((old / "index.json").read_text())
+        edit(old, lambda index, change=change: index.update(change))
+        lying = (old / "index.json").read_bytes()
+        with pytest.raises(UserError, match=r"index.json: cannot be read: "):
+            convert(old, old)
+        assert (old / "index.json").read_bytes() == lying
+        edit(old, lambda index, whole=whole: index.update(whole))
+
+
+def test_shards_that_others_left_are_not_taken_over(old, tmp_path, monkeypatch):
+    """They have the fingerprint, the counts and checksums that match, and other rows."""
+    before = old_rows(old)
+    copy = shutil.copytree(old, tmp_path / "copy")
+    convert(copy, copy)
+    path = shutil.copy(copy / shard_name(4), old)
+    tensors, (_, said, _) = load_file(path), read_header(path)
+    for name in ("latent_mean", "checksums.latent_mean"):
+        tensors[name] = tensors[name].flip(0)
+    save_file(tensors, path, {"engine": json.dumps(said)})
+    assert Shard(Path(path), Index.read(copy).fields).damage() is None
+    convert(old, old)
+    assert same(rows_of(old), before)
+
+
+def test_captions_may_lie_in_more_shards_than_files_may_be_open(model, tmp_path):
+    captions = [[f"{number}", *(f"{other}" for other in range(0, number, 5))] for number in range(30)]
+    images = write_captions(tmp_path / "images", captions)
+    build(model, images, tmp_path / "shards", "--shard_records", "1")
+    write_version_1(tmp_path / "shards", tmp_path / "old")
+    before = old_rows(tmp_path / "old")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 12, limits[1]))
+    try:
+        convert(tmp_path / "old", tmp_path / "old")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert same(rows_of(tmp_path / "old"), before)
 
 
 def test_what_is_no_version_1_is_named(shards, tmp_path):
@@ -183,5 +234,16 @@ def test_what_is_no_version_1_is_named(shards, tmp_path):
     before = contents(copy, "*")
     convert(copy, copy)
     assert contents(copy, "*") == before
-    with pytest.raises(UserError, match="format version 2, where 1 is read"):
+    with pytest.raises(UserError, match="of format version 2; there is nothing to convert"):
         convert(copy, tmp_path / "other")
+    with pytest.raises(UserError, match=f"{tmp_path / 'typo'}: no index.json there"):
+        convert(tmp_path / "typo", tmp_path / "typo")
+    for value, named in (
+        ([], "dict"),
+        ({"format_version": 3}, "format version 3, where 2 is read; use the version of the engine"),
+    ):
+        (copy / "index.json").write_text(json.dumps(value))
+        with pytest.raises(UserError, match=named):
+            convert(copy, copy)
+    assert not (tmp_path / "typo").exists()
+    assert not (tmp_path / "other").exists()

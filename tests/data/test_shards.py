@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from engine.data.format.index import Index, shard_name
+from engine.data.format import index
+from engine.data.format.index import Index, add_refused, count_refused, shard_name, sweep
 from engine.data.format.reader import Shards
 from engine.data.format.verify import verify
 from engine.data.samples.draw import draw_rows
@@ -233,6 +235,36 @@ def test_an_index_that_cannot_be_read_is_named(content, named, tmp_path):
     (tmp_path / "index.json").write_text(content)
     with pytest.raises(UserError, match=named):
         Index.read(tmp_path)
+
+
+def test_an_index_stays_small_whatever_samples_say_of_themselves():
+    listed = [{"source": f"{n}.png", "reason": f"has no column {n}" + "x" * 5000, "detail": "y" * 5000} for n in range(999)]
+    parts = [count_refused(listed[first : first + 100]) for first in range(0, 999, 100)]
+    total = add_refused(parts)
+    assert sum(refusals.count for refusals in total.values()) == 999
+    assert total["other reasons"].count == 999 - 64
+    assert len(total) == 65
+    assert len(json.dumps([refusals.model_dump() for refusals in total.values()])) < 2**18
+
+
+def test_an_index_that_is_replaced_while_it_is_read_is_read_again(shards, tmp_path, monkeypatch):
+    directory = shutil.copytree(shards, tmp_path / "shards")
+    whole, grown = Index.read(directory), replace(Index.read(directory), encode_seconds=5.0)
+    grown.shards["bytes"][0] += 1
+    read_table, calls = index._read_table, []
+
+    def late(path: Path) -> np.ndarray:
+        calls.append(path)
+        if len(calls) == 1:
+            grown.write(directory)
+            sweep(directory)
+        return read_table(path)
+
+    monkeypatch.setattr(index, "_read_table", late)
+    assert Index.read(directory).encode_seconds == 5.0
+    assert len(list(directory.glob("index-*"))) == 1
+    whole.write(directory)
+    assert len(list(directory.glob("index-*"))) == 2, "another builder's, where nobody knows locks"
 
 
 def gathered(reader: Shards, rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

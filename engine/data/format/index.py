@@ -5,7 +5,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +16,7 @@ from annotated_types import Ge, Le, MaxLen
 from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, model_validator
 
 from engine.errors import UserError
-from engine.files import digest, digest_of, parse_json, read_text, reading, write_atomically, write_json
+from engine.files import PARTIAL, digest, digest_of, parse_json, read_text, reading, write_atomically, write_json
 from engine.tensors import DTYPES, TensorFile, bytes_of, header_of
 
 FORMAT_VERSION = 2
@@ -38,7 +38,8 @@ TEXTS = ("caption_texts", "caption_texts_offsets", "names", "names_offsets", "re
 CONTENT = 16  # bytes of the digest of a sample's content
 UNKNOWN = b"\xff" * CONTENT  # in the place of one that nobody computed
 CHECKSUMS = "checksums."  # and the name of a field, or of numbers that are read one by one
-_LISTED = 3  # refused samples of each reason that the index names
+# Refused samples of each reason that the index names, how many reasons, and characters of what it says of one.
+_LISTED, _REASONS, _LONGEST = 3, 64, 500
 _LARGEST_ROW = 2**34  # bytes
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 
@@ -109,10 +110,10 @@ def count_refused(listed: Iterable[dict[str, str]]) -> dict[str, Refusals]:
     groups: dict[str, list[dict[str, str]]] = {}
     counts: dict[str, int] = {}
     for item in listed:
-        reason = item["reason"]
+        reason = _one_of(counts, item["reason"])
         counts[reason] = counts.get(reason, 0) + 1
         if len(group := groups.setdefault(reason, [])) < _LISTED:
-            group.append(item)
+            group.append({key: value[:_LONGEST] for key, value in item.items()})
     return {reason: Refusals(count=counts[reason], first=first) for reason, first in groups.items()}
 
 
@@ -121,10 +122,17 @@ def add_refused(parts: Iterable[dict[str, Refusals]]) -> dict[str, Refusals]:
     total: dict[str, Refusals] = {}
     for part in parts:
         for reason, added in part.items():
+            reason = _one_of(total, reason)
             before = total.get(reason, Refusals(count=0, first=[]))
             first = [*before.first, *added.first][:_LISTED]
             total[reason] = Refusals(count=before.count + added.count, first=first)
     return total
+
+
+def _one_of(reasons: Collection[str], reason: str) -> str:
+    """A reason as the index has it, which stays small however many there are: one that quotes its sample, say."""
+    reason = reason[:_LONGEST]
+    return reason if reason in reasons or len(reasons) < _REASONS else "other reasons"
 
 
 Fields = dict[str, Annotated[StoredField, AfterValidator(_whole_field)]]
@@ -209,11 +217,21 @@ class Index:
     def refused_count(self) -> int:
         return sum(refusals.count for refusals in self.refused.values())
 
+    def check(self) -> None:
+        """Raises `ValueError` where `read` would refuse what `write` writes."""
+        _check_table(self.shards, _StoredIndex.model_validate(self._to_json("0" * 64)))
+
     def write(self, directory: Path) -> None:
-        """Writes the arrays, then the file that names them; then arrays that none names any more are removed."""
+        """Writes the arrays, then the file that names them. `sweep` removes those that it does not name any more."""
         arrays = {name: torch.from_numpy(self.shards[name].copy()) for name in ENTRY.names or ()}
         content = header_of(arrays)[0] + b"".join(bytes_of(array).numpy().tobytes() for array in arrays.values())
-        value: dict[str, Any] = {
+        sha256 = hashlib.sha256(content).hexdigest()
+        write_atomically(directory / table_name(sha256), lambda path: path.write_bytes(content))
+        write_json(directory / INDEX, self._to_json(sha256))
+
+    def _to_json(self, sha256: str) -> dict[str, Any]:
+        """The object in the file, with the digest of the arrays."""
+        return {
             "format_version": FORMAT_VERSION,
             "family": self.family,
             "fingerprint": self.fingerprint,
@@ -226,15 +244,9 @@ class Index:
             "identity": self.identity,
             "config": self.config,
             "fields": {name: field.to_json() for name, field in self.fields.items()},
-            "shards": hashlib.sha256(content).hexdigest(),
+            "shards": sha256,
             **({"made_by": list(self.made_by)} if self.made_by else {}),
         }
-        table = directory / table_name(value["shards"])
-        write_atomically(table, lambda path: path.write_bytes(content))
-        write_json(directory / INDEX, value)
-        for other in directory.glob(f"{TABLE}*.safetensors"):
-            if other != table:
-                other.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, directory: Path) -> "Index":
@@ -243,7 +255,16 @@ class Index:
         Raises:
             UserError: there is no index, or one that this version cannot read.
         """
-        value = read_json(directory, FORMAT_VERSION, f"convert them with `python -m engine.shards convert {directory}`")
+        while True:
+            value = read_json(directory, FORMAT_VERSION)
+            try:
+                return cls._from_json(directory, value)
+            except UserError:
+                if read_json(directory, FORMAT_VERSION) == value:  # else it was replaced, and its arrays removed
+                    raise
+
+    @classmethod
+    def _from_json(cls, directory: Path, value: Any) -> "Index":
         with reading(directory / INDEX, BUILD_AGAIN):
             stored = _StoredIndex.model_validate(value)
         table = directory / table_name(stored.shards)
@@ -271,11 +292,11 @@ def content_of(shards: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(shards["contents"][shards["records"] > 0]).tobytes()).hexdigest()
 
 
-def read_json(directory: Path, version: int, remedy: str) -> Any:
-    """The content of an `index.json` of one version.
+def read_json(directory: Path, *versions: int) -> Any:
+    """The content of an `index.json` of one of these versions.
 
     Raises:
-        UserError: it is not there, cannot be read, or is of another version; with the remedy for an older one.
+        UserError: it is not there, cannot be read, or is of another version.
     """
     path = directory / INDEX
     with reading(path, BUILD_AGAIN):
@@ -284,11 +305,31 @@ def read_json(directory: Path, version: int, remedy: str) -> Any:
         except FileNotFoundError:
             raise UserError(f"{directory}: no {INDEX} there; build shards with `python -m engine.shards build`") from None
         found = value.get("format_version") if isinstance(value, dict) else None
-        if type(found) is int and found != version:
-            raise UserError(
-                f"{path}: format version {found}, where {version} is read; {remedy if found < version else BUILD_AGAIN}"
-            )
+        if type(found) is int and found not in versions:
+            convert = f"convert them with `python -m engine.shards convert {directory}`"
+            remedy = convert if found == 1 else "use the version of the engine that wrote them"
+            raise UserError(f"{path}: format version {found}, where {FORMAT_VERSION} is read; {remedy}")
     return value
+
+
+def sweep(directory: Path) -> None:
+    """Removes what writers that were killed left half written, and arrays that the index does not name.
+
+    For who holds a lock of the directory that excludes others: another writer's arrays have no index yet.
+    """
+    for name in (INDEX, TABLE, SHARD_NAME):
+        for leftover in directory.glob(f"{name}*{PARTIAL}"):
+            leftover.unlink(missing_ok=True)
+    try:
+        value = parse_json(read_text(directory / INDEX))
+    except FileNotFoundError:
+        value = None
+    except (OSError, ValueError, RecursionError):  # whoever can read it, knows
+        return
+    sha256 = value.get("shards") if isinstance(value, dict) else None
+    for table in directory.glob(f"{TABLE}*.safetensors"):
+        if not isinstance(sha256, str) or table.name != table_name(sha256):
+            table.unlink(missing_ok=True)
 
 
 def table_name(sha256: str) -> str:

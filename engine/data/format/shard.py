@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-import safetensors.torch
 import torch
 import xxhash
 from annotated_types import Ge, Le
@@ -40,7 +39,7 @@ from engine.data.format.index import (
 )
 from engine.errors import UserError
 from engine.files import digest, parse_json, reading, write_atomically
-from engine.tensors import DTYPES, TensorFile, bytes_of
+from engine.tensors import DTYPES, TensorFile, bytes_of, header_of, in_file_order, pieces_of, write_pieces
 
 _LARGEST_HEADER = 2**20  # bytes
 _LARGEST_TEXTS = 2**28  # bytes of the captions, the names or the refused samples of a shard
@@ -99,18 +98,29 @@ def write_shard(path: Path, rows: dict[str, Tensor], contents: Contents, fingerp
     Raises:
         UserError: its texts are more than a shard may hold.
     """
-    tensors, header = tensors_of(rows, contents, fingerprint)
+    header, tensors = _laid_out(rows, contents, fingerprint)
     for name in ("caption_texts", "names", "refused"):
         if len(tensors[name]) > _LARGEST_TEXTS:
             raise UserError(
                 f"{path}: {name} would take more than {_LARGEST_TEXTS >> 20} MiB; lower --shard_records", alone=True
             )
-    metadata = {"engine": header.model_dump_json()}
-    write_atomically(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
+    write_atomically(path, lambda temporary: write_pieces(temporary, header, pieces_of(tensors.values())))
 
 
-def tensors_of(rows: dict[str, Tensor], contents: Contents, fingerprint: str) -> tuple[dict[str, Tensor], Header]:
-    """What is written: all tensors of a shard, on the host, and its header."""
+def is_written(path: Path, rows: dict[str, Tensor], contents: Contents, fingerprint: str) -> bool:
+    """Whether the very file is there that `write_shard` would write."""
+    if not path.exists():
+        return False
+    header, tensors = _laid_out(rows, contents, fingerprint)
+    total = hashlib.sha256(header)
+    for piece in pieces_of(tensors.values()):
+        total.update(piece.numpy().data)
+    with reading(path, BUILD_AGAIN):
+        return digest(path) == total.hexdigest()
+
+
+def _laid_out(rows: dict[str, Tensor], contents: Contents, fingerprint: str) -> tuple[bytes, dict[str, Tensor]]:
+    """What a shard's file begins with, and the tensors that follow, on the host and in order."""
     count = len(contents.sources)
     variants, lengths = _constant(contents.variants), list(map(len, contents.captions))
     captions = _constant(lengths)
@@ -132,7 +142,7 @@ def tensors_of(rows: dict[str, Tensor], contents: Contents, fingerprint: str) ->
     contents_of = np.frombuffer(UNKNOWN * len(contents.covers), np.uint8) if contents.contents is None else contents.contents
     tensors["contents"] = torch.from_numpy(contents_of.reshape(-1, CONTENT).copy())
     tensors |= checksums_of_numbers(tensors)
-    return tensors, Header(
+    said = Header(
         format_version=2,
         fingerprint=fingerprint,
         records=count,
@@ -145,6 +155,8 @@ def tensors_of(rows: dict[str, Tensor], contents: Contents, fingerprint: str) ->
         checksum=checksum_of(NUMBERS, tensors),
         texts_checksum=checksum_of(TEXTS, tensors),
     )
+    tensors = in_file_order(tensors)
+    return header_of(tensors, {"engine": said.model_dump_json()})[0], tensors
 
 
 def checksums_of(rows: Tensor) -> Tensor:
