@@ -49,6 +49,10 @@ class Metrics:
         """To be called when all micro-batches of a step were added."""
         self.steps += 1
 
+    def take_back(self, steps: int) -> None:
+        """Forgets the last steps, which trained nothing and whose losses count as 0."""
+        self.steps = max(self.steps - steps, 0)
+
     def resume(self, loss_sum: float, steps: int) -> None:
         """Goes on from the sum of losses and the number of steps that a checkpoint found since the last line."""
         self.loss_sum.fill_(loss_sum)

@@ -29,6 +29,7 @@ from engine.loop.checkpoints.models import write_models
 from engine.loop.checkpoints.names import checkpoint_name
 from engine.loop.checkpoints.snapshot import restore
 from engine.loop.checkpoints.writer import Writer
+from engine.loop.damage import SoundBatches
 from engine.loop.export import create_repository, export, push_to_hub
 from engine.loop.flops import count_flops
 from engine.loop.log import Log, check_trackers
@@ -217,8 +218,13 @@ class Training:
         self.step = self.saved = checkpoint.state.step
         say(f"Continuing from {checkpoint.path}, loaded in {time.perf_counter() - started:.2f} s")
 
-    def run_steps(self, batches: Iterator[Batch], log: Log | None) -> bool:
-        """Trains to the last step; False when a signal asked to leave before."""
+    def run_steps(self, given: Iterator[Batch], log: Log | None) -> bool:
+        """Trains to the last step; False when a signal asked to leave before.
+
+        Raises:
+            UserError: the shards are damaged; the steps before are saved.
+        """
+        started, batches = self.step, SoundBatches(given)
         stop = StopSignal(self.processes)
         self.watchdog = Watchdog(self.processes, self.config.step_timeout) if self.config.step_timeout else None
         bar = {"desc": "Training", "unit": "step", "disable": not shows_bars()}
@@ -240,7 +246,11 @@ class Training:
                 first = contextlib.nullcontext()
                 self.step += 1
                 self.pace.given(self.step)
-                leave = stop.agreed() and self.step < self.run.steps
+                stop.received |= batches.damage is not None
+                leave = stop.agreed()
+                if leave or self.step == self.run.steps:
+                    self._leave_damaged(started, batches)
+                leave &= self.step < self.run.steps
                 self._after_step(progress, log, leave)
                 if leave:
                     return False
@@ -268,6 +278,27 @@ class Training:
             self._beside_training(self.save)
         if config.validation_prompts and self.step < self.run.steps and self._epoch_to_validate():
             self._beside_training(lambda: self.validate(log))
+
+    def _leave_damaged(self, started: int, batches: SoundBatches) -> None:
+        """Saves what was trained before any process met damage, and says what that is.
+
+        Args:
+            started: the step before the first.
+        """
+        whole = started + batches.given // self.config.gradient_accumulation_steps  # those of which all micro-batches came
+        met = self.processes.gather_objects((whole, batches.damage.lines) if batches.damage else None)
+        if not (found := [damage for damage in met if damage]):
+            return
+        before = min(step for step, _ in found)
+        self.metrics.take_back(self.step - before)
+        self.step = before  # those since were skipped by all
+        if before not in (0, self.saved):
+            self._beside_training(self.save)
+            self.checkpoints.wait()
+        lines = dict.fromkeys(line for _, lines in found for line in lines)
+        saved = Path(self.config.output_dir) / checkpoint_name(before)
+        kept = f"; step {before} is saved in {saved}, from where --resume_from_checkpoint latest goes on" if before else ""
+        raise UserError(*(line + kept for line in lines))
 
     def save(self) -> None:
         self.checkpoints.save(self.step, self.partition, self.metrics)

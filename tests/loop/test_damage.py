@@ -1,0 +1,78 @@
+"""Shards that turn out to be damaged in the middle of a run: what was trained is saved, and goes on once they are mended."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.data.format.index import shard_name
+from engine.data.samples.order import records_of
+from engine.errors import UserError
+from engine.loop.trainer import train
+from engine.tensors import read_header
+from tests.commands import start_two
+from tests.loop.runs import checkpoint_tensors, command, config
+
+SLOT = 10  # of step 3, in its second half
+
+
+def damage(shards: Path) -> None:
+    """Alters every variant of the record that a slot reads, or mends it again."""
+    place, row = divmod(int(records_of(11, torch.tensor([SLOT]), 12)), 5)
+    path = shards / shard_name(place)
+    header, _, start = read_header(path)
+    content = bytearray(path.read_bytes())
+    for variant in range(2):
+        content[start + header["latent_mean"]["data_offsets"][0] + (2 * row + variant) * 4 * 8 * 8 * 4] ^= 1
+    path.write_bytes(content)
+
+
+def same(left: Path, right: Path, tolerance: float = 0.0) -> bool:
+    pairs = [[checkpoint_tensors(path, kind) for path in (left, right)] for kind in ("weight", "exp_avg", "exp_avg_sq", "ema")]
+    return all(torch.allclose(ours[name], theirs[name], tolerance, tolerance) for ours, theirs in pairs for name in theirs)
+
+
+@pytest.fixture
+def copy(shards, tmp_path) -> Path:
+    return shutil.copytree(shards, tmp_path / "shards")
+
+
+@pytest.mark.parametrize("options", [{}, {"train_batch_size": 2, "gradient_accumulation_steps": 2, "checkpoint_async": True}])
+def test_the_steps_before_are_saved(options, model, images, copy, tmp_path):
+    run = config(model, images, copy, tmp_path / "out", max_train_steps=4, **options)
+    assert train(run.model_copy(update={"output_dir": str(tmp_path / "whole")})) == 0
+    damage(copy)
+    with pytest.raises(UserError) as error:
+        train(run)
+    assert re.search(
+        r"shard-0000\d.safetensors: altered: row \d of latent_mean does not match its checksum .*; step 2 is saved in "
+        rf"{tmp_path / 'out' / 'checkpoint-2'}, from where --resume_from_checkpoint latest goes on$",
+        str(error.value),
+    )
+    assert len(error.value.lines) == 1
+    going_on = run.model_copy(update={"resume_from_checkpoint": "latest"})
+    with pytest.raises(UserError, match="latent_mean does not match its checksum"):
+        train(going_on)  # nothing was trained since
+    damage(copy)
+    assert train(going_on) == 0
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().count("\n") for name in ("out", "whole")]
+    assert lines[0] == lines[1]
+    assert same(tmp_path / "out" / "checkpoint-4", tmp_path / "whole" / "checkpoint-4")
+
+
+@pytest.mark.two_processes
+def test_all_processes_leave_when_one_meets_damage(model, images, copy, tmp_path):
+    whole = config(model, images, copy, tmp_path / "whole", max_train_steps=3)
+    assert train(whole) == 0
+    damage(copy)
+    run = config(model, images, copy, tmp_path / "out", max_train_steps=3, train_batch_size=2, zero_stage=1)
+    both = start_two(command(run))
+    assert [process.wait() for process in both] == [2, 2]
+    assert "step 2 is saved in" in both[0].errors
+    assert "Traceback" not in both[0].errors + both[1].errors
+    damage(copy)
+    alone = whole.model_copy(update={"output_dir": run.output_dir, "resume_from_checkpoint": "latest"})
+    assert train(alone) == 0
+    assert same(tmp_path / "out" / "checkpoint-3", tmp_path / "whole" / "checkpoint-3", 1e-4)
