@@ -37,9 +37,8 @@ def main(directory: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in OPERATORS:
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor x) -> Tensor")
+    for name in OPERATORS if REFERENCE.is_dir() else ():
+        library.define(f"{name}(Tensor x) -> Tensor")
     from torchvision import transforms
     from torchvision.models import efficientnet_v2_s
 

@@ -150,12 +150,6 @@ PLAN = [
         predicted="as the waterfall's rows with encoders in the loop, less what loading images costs the recipe",
     ),
     Part(
-        "profile", "Where does the time of a step go?",
-        module("steps.profile"), module("steps.profile", "--checkpoints", "kandinsky-prior"), 1230,
-        "5 checkpoints of 30 s to open and profile, and torch.compile from cold caches: 1080 s, or 200 s from warm "
-        "ones", limit=420,
-    ),
-    Part(
         "loader", "How fast does the loader make batches beside a GPU's host?",
         module("data.loader", "--records", "100000", "--batch", "16"),
         module("data.loader", "--records", "500", "--batch", "16"), 40,

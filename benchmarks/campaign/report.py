@@ -101,17 +101,17 @@ def table_of(part: Part, rows: Rows) -> str:
 
 
 def draw_charts(state: dict[str, Any], output: Path) -> dict[str, str]:
-    """Benchmark -> what shows its charts; every benchmark has one picture, the waterfalls two."""
-    of = {benchmark: rows_of(state, benchmark) for benchmark in ("step", "kernels", "optimizer", "curves", "profile")}
+    """Benchmark -> what shows its charts."""
+    of = {benchmark: rows_of(state, benchmark) for benchmark in ("step", "kernels", "optimizer", "curves")}
     single = next((row for row in of["optimizer"] if not problem(row)), {})
     drawn: dict[str, dict[str, Callable[[Path], None]]] = {
         "step": {
             "waterfall.png": lambda path: waterfall.chart(of["step"], path),
             "roofline.png": lambda path: waterfall.roofline(of["step"], copy_speed([*of["kernels"], single]), path),
+            "profile.png": lambda path: profile.chart(of["step"], path),
         },
         "kernels": {"kernels.png": lambda path: kernels.chart(of["kernels"], single, path)},
         "curves": {"curves.png": lambda path: curves.chart(of["curves"], path)},
-        "profile": {"profile.png": lambda path: profile.chart(of["profile"], path)},
     }
     measured = [benchmark for benchmark in drawn if not all(map(problem, of[benchmark]))]
     return {
@@ -160,6 +160,7 @@ def section(parts: list[Part], state: dict[str, Any], environments: Rows, shown:
     if benchmark == "step":
         yield guarded(lambda: anchors(rows))
         yield guarded(lambda: predictions(rows))
+        yield guarded(lambda: profile.table(rows))
     if shown:
         yield shown
     failed = [row for row in rows if "failed" in row]

@@ -1,39 +1,26 @@
-"""Where does the time of a step go? `python -m benchmarks.steps.profile [--checkpoints NAME...] [--json FILE]`
+"""Where does the time of a step go? torch's profiler over some steps, for the rows of `benchmarks.steps.step`.
 
-torch's profiler over some steps of the engine as it ships with `--compile` (captured on a GPU), per checkpoint. Every
-kernel is put into a category by its name (`category`): matrix products, convolutions, attention, norms, pointwise, copies,
-optimizer; the rest of the time is idle. What no rule knows is `other`, by name. On a CPU operators stand in for kernels: a
-run of this path.
+Every kernel is put into a category by its name (`category`): matrix products, convolutions, attention, norms, pointwise,
+copies, optimizer; the rest of the time is idle. What no rule knows is `other`, by name. On a CPU operators stand in for
+kernels: a run of this path.
 """
 
 import re
-import sys
 from collections import Counter
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-
-import engine.quiet  # noqa: F401 (before the libraries that it quiets)
-
-# isort: split
 from matplotlib.figure import Figure
 
 from benchmarks.tools.charts import save
-from benchmarks.tools.checkpoints import AIMS, opened
-from benchmarks.tools.levers import SHIPPED, settings_kept
-from benchmarks.tools.published import TINY
-from benchmarks.tools.question import command_line, this_device
-from benchmarks.tools.rows import Rows
-from benchmarks.tools.sides import WARM_UP, open_side
-from benchmarks.tools.tables import markdown, problem
+from benchmarks.tools.tables import markdown
 from benchmarks.tools.timeline import profiled
-from engine.quiet import quiet_libraries
 
 STEPS = 4
-LARGEST = 12  # kernels that are kept by name
-EXPECTED_SECONDS = 300  # of a checkpoint, most of them for torch.compile from cold caches; assumed
+LARGEST = 16  # kernels that are kept by name
+DETAILED = ("captured", "compiled and captured")  # levers whose largest kernels are shown
 COLOURS = {
     "matrix products": "#3b6ea5", "convolutions": "#6f9fd0", "attention": "#8c6bb1", "norms": "#41ab5d", "pointwise": "#c7a03c",
     "copies": "#b5483b", "optimizer": "#7f6a55", "other": "#707070", "idle": "#e0e0e0",
@@ -85,42 +72,44 @@ def summarize(work: list[tuple[str, float]], busy: float, total: float, steps: i
     }  # fmt: skip
 
 
-def measure(name: str, device: torch.device) -> dict[str, Any]:
-    """The profile of a checkpoint's step, or of a tiny family's, at the batch of its waterfall."""
-    with opened(name, device) as checkpoint, settings_kept():
-        size = checkpoint.batch
-        step = open_side(checkpoint, SHIPPED, size).step
-        for _ in range(WARM_UP):
-            step()
-        work = profiled(step, STEPS, device)
-    torch._dynamo.reset()
-    return {"batch": size, **summarize(*work, STEPS)}
+def measure(step: Callable[[], Any], device: torch.device) -> dict[str, Any]:
+    """The profile of a training's step that is warmed up, as `summarize` gives it."""
+    return summarize(*profiled(step, STEPS, device), STEPS)
+
+
+def profiles(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The profiles that rows of `benchmarks.steps.step` hold, each with what was profiled."""
+    about = ("checkpoint", "lever", "batch")
+    return [{name: row[name] for name in about} | row["profile"] for row in rows if "profile" in row]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Milliseconds and shares by category, and the largest kernels of every checkpoint."""
+    """Milliseconds and shares by category of every row, and the largest kernels of the engine's defaults (`DETAILED`)."""
+    measured = profiles(rows)
     shown = []
-    for row in rows:
-        parts = row.get("milliseconds", {})
-        shares = {name: f"{value:.2f} ({value / row['step_milliseconds']:.0%})" for name, value in parts.items()}
-        shown.append({"milliseconds of a step": f"{row['step_milliseconds']:.2f}", **row, **shares} if parts else row)
-    lines = [markdown(shown, {"model": "checkpoint", "batch": "batch", "all, ms": "milliseconds of a step",
+    for row in measured:
+        shares = {name: f"{value:.2f} ({value / row['step_milliseconds']:.0%})" for name, value in row["milliseconds"].items()}
+        shown.append({"milliseconds of a step": f"{row['step_milliseconds']:.2f}", **row, **shares})
+    lines = [markdown(shown, {"model": "checkpoint", "lever": "lever", "batch": "batch", "all, ms": "milliseconds of a step",
                               "kernels": "kernels_per_step", **{name: name for name in COLOURS}})]  # fmt: skip
-    for row in rows:
-        if not problem(row):
-            lines += ["", f"The largest of {row['checkpoint']}:", "", "| kernel | category | ms of a step |", "|---|---|---|"]
+    for row in measured:
+        if row["lever"] in DETAILED:
+            title = f"The largest of {row['checkpoint']}, {row['lever']}:"
+            lines += ["", title, "", "| kernel | category | ms of a step |", "|---|---|---|"]
             lines += [f"| `{name}` | {kind} | {value:.3f} |" for name, kind, value in row["largest"]]
             lines += [f"- unknown to the rules: `{name}`, {value:.3f} ms" for name, value in row["unknown"]]
     return "\n".join(lines)
 
 
 def chart(rows: list[dict[str, Any]], path: Path) -> None:
-    """Shares of a step's time by category, one bar per checkpoint."""
-    measured = [row for row in rows if not problem(row)]
+    """Shares of a step's time by category, one bar per row."""
+    measured = profiles(rows)
     figure = Figure(figsize=(10, 1.6 + 0.6 * len(measured)), layout="constrained")
     panel = figure.subplots()
     left = [0.0] * len(measured)
-    labels = [f"{row['checkpoint']}, batch {row['batch']}\n{row['step_milliseconds']:.1f} ms" for row in measured]
+    labels = [
+        f"{row['checkpoint']}, batch {row['batch']}\n{row['lever']}: {row['step_milliseconds']:.1f} ms" for row in measured
+    ]
     for name, colour in COLOURS.items():
         shares = [row["milliseconds"][name] / row["step_milliseconds"] for row in measured]
         bars = panel.barh(labels, shares, left=left, color=colour, label=name)
@@ -132,24 +121,3 @@ def chart(rows: list[dict[str, Any]], path: Path) -> None:
     figure.legend(fontsize=8, frameon=False, ncols=5, loc="outside lower center")
     panel.spines[["top", "right"]].set_visible(False)
     save(figure, path)
-
-
-def main() -> int:
-    parser = command_line(__doc__)
-    parser.add_argument("--tiny", action="store_true", help="a few thousand weights instead of the published size")
-    parser.add_argument("--checkpoints", nargs="+", choices=[*AIMS, *TINY], help="default: all")
-    options = parser.parse_args()
-    quiet_libraries()
-    device = this_device()
-    kept = Rows(options.json, __doc__, options.minutes)
-    rows = []
-    for name in options.checkpoints or list(TINY if options.tiny else AIMS):
-        rows.append(
-            kept.measure(name, 10 if name in TINY else EXPECTED_SECONDS, partial(measure, name, device), checkpoint=name)
-        )
-    print(table(rows))
-    return kept.exit_code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,6 +12,9 @@ the first window.
 Batches are the largest powers of two, up to `AIMS`, for which the recipe's memory should fit the card (`largest_batch`). Where
 the recipe then still runs out of memory, every lever of that checkpoint takes half the batch, so that ratios stay fair.
 
+Each row is then profiled: every kernel of some further steps is put into a category by its name
+(`benchmarks.steps.profile`), the rest of the time is idle.
+
 Model FLOP utilisation is against a matrix product of the same precision measured beforehand, and against the card's data
 sheet. `--sweep` runs what `--compile` gives at further batch sizes. `--tiny` takes models of a few thousand weights, to try the
 benchmark itself.
@@ -33,6 +36,7 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 from torch import nn
 from tqdm import tqdm
 
+from benchmarks.steps import profile
 from benchmarks.tools.checkpoints import AIMS, PRECISION, TINY_AIM, Checkpoint, opened
 from benchmarks.tools.cost import Cost
 from benchmarks.tools.levers import LEVERS, SHIPPED, Lever, settings_kept
@@ -52,7 +56,7 @@ WINDOW_SECONDS = 1.5  # or one step, where that takes longer
 
 
 def measure_lever(checkpoint: Checkpoint, lever: Lever, size: int, window_seconds: float) -> dict[str, Any]:
-    """Samples per second (median and quartiles over windows), the loss, and peak memory.
+    """Samples per second (median and quartiles over windows), the loss, peak memory, and where the time goes.
 
     Raises:
         RuntimeError: a step did not do what it should; and whatever a step raises.
@@ -87,6 +91,7 @@ def measure_lever(checkpoint: Checkpoint, lever: Lever, size: int, window_second
         if gpu:
             allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
             row |= {"memory_gib": allocated / 2**30, "reserved_gib": reserved / 2**30}
+            row["profile"] = profile.measure(side.step, device)
         if side.graphs() != graphs:
             raise RuntimeError("a graph was captured within a window")
         return row | check(side, before)
@@ -215,7 +220,7 @@ def main() -> int:
         lever.name for lever in LEVERS if lever.name in (options.levers or [lever.name]) and lever.name not in options.without
     ]
     measured = measure_all(rows, names, device, options.batch, options.sweep, wanted)
-    print(table(measured))
+    print(table(measured), profile.table(measured), sep="\n\n")
     return rows.exit_code
 
 

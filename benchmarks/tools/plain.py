@@ -48,7 +48,7 @@ class PlainTraining:
         if self.family.encoding.captioned:
             record |= encoder.encode_captions(list(captions))
         # What inference mode gives cannot take part in a backward pass.
-        return {name: tensor.clone() for name, tensor in record.items()}
+        return {name: self.to_device(tensor).clone() for name, tensor in record.items()}
 
     def to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=self.best)

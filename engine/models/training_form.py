@@ -20,7 +20,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
-from diffusers.pipelines import wuerstchen
+from diffusers.pipelines.wuerstchen.modeling_wuerstchen_common import TimestepBlock
 from torch import Tensor, nn
 
 from engine.kernels import group_norm_silu
@@ -138,14 +138,11 @@ def normalise(norm: GroupNorm, x: Tensor, silu: bool, scale: Tensor | None = Non
     return F.silu(y) if silu else y
 
 
-class WuerstchenPrior(wuerstchen.WuerstchenPrior):
-    """diffusers' prior, for timesteps [B] in fp32, which the sines need: what they give has the weights' dtype.
+class Timestep(TimestepBlock):
+    """Wuerstchen's scale and shift by a timestep, whose sines [B, C] come in fp32: the weights may have another precision."""
 
-    Its name is diffusers', since that is what an export's configuration says.
-    """
-
-    def gen_r_embedding(self, r: Tensor, max_positions: int = 10_000) -> Tensor:
-        return super().gen_r_embedding(r, max_positions).to(self.projection.weight.dtype)
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x, t.to(self.mapper.weight.dtype))
 
 
 class FusedAttention(Attention):
@@ -223,8 +220,8 @@ def to_training_form(model: Any, form: Form) -> None:
             module.__class__ = Upsample
         elif type(module) is Transformer2DModel and module.is_input_continuous:
             module.__class__ = Transformer
-        elif type(module) is wuerstchen.WuerstchenPrior:
-            module.__class__ = WuerstchenPrior
+        elif type(module) is TimestepBlock:
+            module.__class__ = Timestep
         elif type(module) is Attention and form.projections and _is_plain(module):
             _fuse(module, module in self_attentions)
     if isinstance(getattr(model, "conv_norm_out", None), GroupNorm) and isinstance(model.conv_act, nn.SiLU):

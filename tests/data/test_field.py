@@ -207,7 +207,7 @@ def test_hidden_files_are_no_samples_and_whatever_pillow_opens_is(tmp_path):
     files |= {name: encoded(0, kind) for name, kind in kinds.items()}
     found = samples_of(opened(write(tmp_path, files), captioned=False), captioned=False)
     assert set(found) == set(kinds)
-    assert not [why for why in found.values() if isinstance(why, str)]
+    assert not {name: why for name, why in found.items() if isinstance(why, str)}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 """
 
 import pytest
+import torch
 
 from tests.fuzz import data, models, runs
 from tests.fuzz.judge import FAULTS
@@ -17,6 +18,7 @@ CASES = {
 OTHERS = 20
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork")
 @pytest.mark.parametrize("kinds", [data.KINDS, runs.KINDS, models.KINDS], ids=["data", "runs", "models"])
 def test_no_altered_file_ends_in_a_trace_or_goes_unnoticed(kinds, tmp_path):
     cases = ((kind, number, 0) for kind in kinds for number in range(CASES.get(kind, OTHERS)))

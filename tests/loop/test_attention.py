@@ -127,6 +127,7 @@ def test_kernels_that_all_fail_are_an_error(gpu, monkeypatch):
         choose("auto", [CALL], torch.float32, CPU)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_kernel_needs_a_gpu(model, images, shards, tmp_path):
     with pytest.raises(UserError, match="--attention flash: there is no GPU; leave it out"):
         train(config(model, images, shards, tmp_path / "out", attention="flash"))

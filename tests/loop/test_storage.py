@@ -5,12 +5,16 @@ over the life of a run.
 """
 
 import pytest
+import torch
 
 from benchmarks.runs.storage import FAULTS, Trial
 from benchmarks.tools.place import Place
 from benchmarks.tools.storage import Fault, FaultyRuns, can_be_built, instants, unsynced
 
-pytestmark = pytest.mark.skipif(not can_be_built(), reason="needs Linux and g++")
+pytestmark = [
+    pytest.mark.skipif(not can_be_built(), reason="needs Linux and g++"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork"),
+]
 
 
 @pytest.fixture(scope="module")
