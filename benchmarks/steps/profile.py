@@ -107,9 +107,8 @@ def chart(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(10, 1.6 + 0.6 * len(measured)), layout="constrained")
     panel = figure.subplots()
     left = [0.0] * len(measured)
-    labels = [
-        f"{row['checkpoint']}, batch {row['batch']}\n{row['lever']}: {row['step_milliseconds']:.1f} ms" for row in measured
-    ]
+    title = "{checkpoint}, batch {batch}\n{lever}: {step_milliseconds:.1f} ms"
+    labels = [title.format(**row) for row in measured]
     for name, colour in COLOURS.items():
         shares = [row["milliseconds"][name] / row["step_milliseconds"] for row in measured]
         bars = panel.barh(labels, shares, left=left, color=colour, label=name)
