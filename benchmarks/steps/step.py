@@ -86,12 +86,13 @@ def measure_lever(checkpoint: Checkpoint, lever: Lever, size: int, window_second
                     side.step()
                 synchronize(device)
                 rates.append(steps * size / (time.perf_counter() - window))
-        row = dict(zip(("samples_per_second", "low", "high"), spread(rates), strict=True))
-        row |= {"steps_per_window": steps, "ready_seconds": ready - started, "graphs": graphs}
+            if gpu:
+                allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            profiled = profile.measure(side.step, device)
+        row: dict[str, Any] = dict(zip(("samples_per_second", "low", "high"), spread(rates), strict=True))
+        row |= {"steps_per_window": steps, "ready_seconds": ready - started, "graphs": graphs, "profile": profiled}
         if gpu:
-            allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
             row |= {"memory_gib": allocated / 2**30, "reserved_gib": reserved / 2**30}
-            row["profile"] = profile.measure(side.step, device)
         if side.graphs() != graphs:
             raise RuntimeError("a graph was captured within a window")
         return row | check(side, before)
@@ -100,15 +101,16 @@ def measure_lever(checkpoint: Checkpoint, lever: Lever, size: int, window_second
 
 
 def expected_seconds(lever: Lever, cost: Cost, size: int, cached_code: bool) -> float:
-    """How long a row should take on an H100. Assumed, not measured, and meant to be too long rather than too short:
+    """How long a row should take on an H100. Meant to be too long rather than too short:
 
-    - 15 s to draw weights and open the training, 15 more for the encoders (up to 2.5 billion weights);
-    - torch.compile from cold caches 0.1 s per million parameters twice over (some 180 s for SD), five times that for
+    - 15 s to draw weights, open the training and profile it, 15 more for the encoders (up to 2.5 billion weights; 29 s in all
+      were seen on an H200);
+    - torch.compile from cold caches 0.14 s per million parameters (107 s were seen for SD), five times that for
       max-autotune; 40 s with warm ones, mostly tracing;
     - steps at 12 % of 800 TFLOP/s, with encoders twice as long; and windows of `WINDOW_SECONDS`, or of one step.
     """
     opening = 15 + 15 * lever.encoders
-    cold = 0.2e-6 * cost.parameters * (5 if "compile_mode" in (lever.options or {}) else 1)
+    cold = 0.14e-6 * cost.parameters * (5 if "compile_mode" in (lever.options or {}) else 1)
     compiling = (min(40, cold) if cached_code else cold) if lever.compiles else 0.0
     step = size * cost.training_flops / (0.12 * 800e12) * (1 + lever.encoders)
     return opening + compiling + (WARM_UP + 1) * step + WINDOWS * max(WINDOW_SECONDS + step, step)
