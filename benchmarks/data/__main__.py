@@ -1,140 +1,141 @@
-"""What does it cost to open shards of so many records? `python -m benchmarks.data --simulate RECORDS [--json FILE]`
+"""How fast are the engine's shards beside MDS, WebDataset and litdata? `python -m benchmarks.data [--json FILE]`
 
-An index over generated shards is opened, and batches are drawn; then the same ones again, because a shard is judged when it is
-opened for the first time. Shards that are drawn from are sparse files, rows of zeros with their checksums; of the others there
-is a name, which is all that opening looks at.
+    python -m benchmarks.data --peers_python PYTHON     # one that has them; else they are installed aside, for the while
+    python -m benchmarks.data --simulate RECORDS        # instead: an index of so many records is opened and drawn from
 
-Counted before: 104 bytes of arrays for every shard of 1,024 records, and 48 for where its tensors lie once it was opened; a
-look at every name costs a microsecond. So 100 million records take 0.2 s and 10 MiB.
+The same random records are written in each format: of Stable Diffusion (64 KiB of latents, 115.5 KiB of text states) and of the
+Kandinsky prior without its states (5 KiB). Every side is measured in a process of its own, in turns, and keeps the median of
+the rounds; of the peers with 0 and with 2 workers, whichever is better in a figure. The figures:
+
+- open_seconds, first_batch_seconds: from nothing to the data set, and to the first batch, imports done and files in the cache.
+- memory_mib: held by the process and its workers after that and some reading; pages of files do not count.
+- warm_B, cold_B: samples per second in batches of B, where the files lie in the page cache, and where none does at first.
+- resume_seconds: from nothing to the first batch in the middle of an epoch.
+- processor_microseconds_B: over all processes per sample, warm. What checksums cost is the difference of two sides.
+
+`simulated` rows say what `--simulate` does. Peers read whole chunks one after another, or nearly so, and shuffle within them;
+the engine's order of all records reads each from anywhere, `blocks` from two shards at a time.
 """
 
-import contextlib
+import json
 import os
+import statistics
+import subprocess
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-import xxhash
-
+from benchmarks.tools import formats
 from benchmarks.tools.question import command_line
-from benchmarks.tools.rows import write_result
-from engine.data.format.index import CHECKSUMS, CONTENT, ENTRY, NUMBERS, OWN, TEXTS, Field, Index, shard_name
-from engine.data.format.reader import Shards
-from engine.data.format.shard import Header, Shard, checksum_of, offsets_of
-from engine.data.samples.batch import BatchPlan
-from engine.data.samples.loader import Loader
-from engine.data.samples.order import records_of
-from engine.diffusion import DiscreteSchedule, unweighted
-from engine.files import digest_of
-from engine.tensors import bytes_of, header_of, in_file_order
+from benchmarks.tools.rows import Rows, write_result
+from benchmarks.tools.simulated import simulate
+from benchmarks.tools.tables import problem
 
-SHARD = 1024  # records of a shard
-BATCH, BATCHES, SEED = 64, 64, 7
-# The rows of a Kandinsky prior, without the states of its text.
-FIELDS = {
-    "image_embedding": Field((1280,), torch.bfloat16, "image"),
-    "text_embedding": Field((1280,), torch.bfloat16, "caption"),
-}
+RECORDS = {"sd": 8192, "prior": 65_536}
+SIZES, WORKERS, ROUNDS, WINDOW_SECONDS = [16, 64, 256], (0, 2), 3, 1.5
+SIMULATED = (1000, 10**8, 10**9)
+PEERS = ["torch==2.13.0", "mosaicml-streaming==0.13.0", "webdataset==1.0.2", "litdata==0.2.76"]
+SECONDS = 25  # that a side takes once
 
 
-def write_sparse_shard(path: Path, covers: range) -> None:
-    """A shard of which every sample became a record, with rows of zeros."""
-    count = len(covers)
-    numbers = {
-        "source": torch.arange(covers.start, covers.stop),
-        "caption_texts": torch.empty(0, dtype=torch.uint8),
-        "caption_texts_offsets": offsets_of([0] * count),
-        "names": torch.empty(0, dtype=torch.uint8),
-        "names_offsets": offsets_of([0] * count),
-        "refused": torch.empty(0, dtype=torch.uint8),
-        "contents": torch.full([count, CONTENT], 255, dtype=torch.uint8),
-    }
-    said = Header(
-        format_version=2, fingerprint=digest_of({}), records=count, image_rows=count, caption_rows=count, variants=1,
-        captions=OWN, first_sample=covers.start, samples=count, checksum=checksum_of(NUMBERS, numbers),
-        texts_checksum=checksum_of(TEXTS, numbers),
-    )  # fmt: skip
-    for name, field in FIELDS.items():
-        checksum = np.array(xxhash.xxh3_64_intdigest(bytes(field.row_bytes)), np.uint64).view(np.int64)
-        numbers[f"{CHECKSUMS}{name}"] = torch.full([count], int(checksum))
-    rows = {name: torch.empty(count, *field.shape, dtype=field.dtype, device="meta") for name, field in FIELDS.items()}
-    tensors = in_file_order(numbers | rows)
-    header, starts = header_of(tensors, {"engine": said.model_dump_json()})
-    with path.open("wb") as file:
-        file.write(header)
-        for name, tensor in numbers.items():
-            file.seek(starts[name])
-            file.write(bytes_of(tensor).numpy().data)
-        file.truncate(max(starts[name] + tensor.numel() * tensor.dtype.itemsize for name, tensor in tensors.items()))
+def install(directory: Path) -> Path:
+    """Makes an environment of the peers; returns its Python."""
+    subprocess.run([sys.executable, "-m", "venv", directory], check=True)
+    python = directory / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *PEERS], check=True)
+    return python
 
 
-def write_index(directory: Path, records: int) -> None:
-    """The index of shards of so many records, and those that the first batches read; the others are empty files."""
-    count = -(-records // SHARD)
-    shards = np.zeros(count, ENTRY)
-    shards["number"] = np.arange(count)
-    shards["first_sample"] = shards["number"] * SHARD
-    for name in ("records", "samples", "image_rows", "caption_rows"):
-        shards[name] = np.minimum(records - shards["first_sample"], SHARD)
-    shards["variants"], shards["captions"] = 1, OWN
-    read = set((records_of(SEED, torch.arange(BATCH * BATCHES), records) // SHARD).tolist())
-    for number in range(count):
-        path = directory / shard_name(number)
-        if number in read:
-            write_sparse_shard(path, range(number * SHARD, min((number + 1) * SHARD, records)))
-            shards["bytes"][number] = path.stat().st_size
-            shards["contents"][number] = np.frombuffer(Shard(path, FIELDS).content, np.uint8)
-        else:
-            path.touch()
-    Index("kandinsky-prior", digest_of({}), {}, {}, FIELDS, shards).write(directory)
+def ask(python: Path, work: str, side: str, kind: str, directory: Path, *more: Any) -> str:
+    """What `formats.py` prints.
+
+    Raises:
+        RuntimeError: the end of what it said, where it failed.
+    """
+    command = [python, formats.__file__, work, side, kind, directory / f"{kind}-{folder_of(side)}", *more]
+    environment = os.environ | {"PYTHONPATH": str(Path(formats.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{side}: {done.stderr.strip().splitlines()[-1:]}")
+    return done.stdout
 
 
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def folder_of(side: str) -> str:
+    return side.partition(",")[0]
 
 
-def draw(shards: Shards) -> tuple[float, float]:
-    """Seconds to the first batch, and samples per second over all."""
-    schedule = DiscreteSchedule(torch.linspace(0.999, 0.001, 1000), "epsilon", unweighted)
-    started = time.perf_counter()
-    with contextlib.closing(
-        Loader(shards, BatchPlan(BATCH, 1, 0, 1), SEED, schedule, torch.device("cpu"), 0, BATCHES)
-    ) as loader:
-        batches = iter(loader)
-        next(batches)
-        first = time.perf_counter() - started
-        samples = BATCH + sum(len(batch.slots) for batch in batches)
-    return first, samples / (time.perf_counter() - started)
+def compare(kind: str, records: int, pythons: dict[str, Path]) -> dict[str, Any]:
+    """Of every side the median of each figure over the rounds, and with how many workers."""
+    ways = {side: WORKERS if side in formats.PEERS else (0,) for side in pythons}
+    said: dict[str, dict[int, list[dict[str, float]]]] = {side: {workers: [] for workers in of} for side, of in ways.items()}
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        for side in {folder_of(side): side for side in pythons}.values():
+            ask(pythons[side], "write", side, kind, directory, records)
+        for _ in range(ROUNDS):
+            for side, of in ways.items():
+                for workers in of:
+                    more = (records, "--workers", workers, "--seconds", WINDOW_SECONDS, "--sizes", *SIZES)
+                    said[side][workers].append(json.loads(ask(pythons[side], "measure", side, kind, directory, *more)))
+    return {"records": records, "sides": {side: best(of) for side, of in said.items()}}
 
 
-def simulate(directory: Path, records: int) -> dict[str, Any]:
-    write_index(directory, records)
-    before, started = resident_bytes(), time.perf_counter()
-    shards = Shards(directory)
-    seconds, opened = time.perf_counter() - started, resident_bytes()
-    first, rate = draw(shards)
-    _, again = draw(shards)
-    return {
-        "records": records, "shards": len(shards.index.shards), "open_seconds": seconds,
-        "open_mib": (opened - before) / 2**20, "first_batch_seconds": first, "samples_per_second": rate,
-        "samples_per_second_again": again, "mib_in_the_end": (resident_bytes() - before) / 2**20,
-    }  # fmt: skip
+def best(said: dict[int, list[dict[str, float]]]) -> dict[str, Any]:
+    """The better of all numbers of workers in every figure, by its median."""
+    figures: dict[str, Any] = {}
+    chosen = {}
+    for name in next(iter(said.values()))[0]:
+        medians = {workers: statistics.median(of[name] for of in rounds) for workers, rounds in said.items()}
+        better = max if name.startswith(("warm", "cold")) else min
+        chosen[name] = better(medians, key=medians.__getitem__)
+        figures[name] = medians[chosen[name]]
+    return figures | ({"workers": chosen} if len(said) > 1 else {})
+
+
+def table(row: dict[str, Any]) -> str:
+    """A Markdown table of the sides."""
+    names = ["open_seconds", "memory_mib", "first_batch_seconds", "resume_seconds"]
+    names += [f"{cache}_{size}" for cache in ("warm", "cold") for size in SIZES]
+    lines = [f"| {row['name']} | {' | '.join(name.replace('_', ' ') for name in names)} |", "|---" * (len(names) + 1) + "|"]
+    for side, figures in row["sides"].items():
+        values = (f"{figures[name]:,.0f}" if figures[name] >= 10 else f"{figures[name]:.3f}" for name in names)
+        lines.append(f"| {side} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+def print_simulated(measured: dict[str, Any]) -> None:
+    for name, value in measured.items():
+        print(f"{name:26}{value:,.3f}" if isinstance(value, float) else f"{name:26}{value:,}")
 
 
 def main() -> int:
     parser = command_line(__doc__)
-    parser.add_argument("--simulate", type=int, metavar="RECORDS", required=True, help="how many records the index counts")
+    parser.add_argument("--simulate", type=int, metavar="RECORDS", help="open an index that counts so many, and nothing else")
+    parser.add_argument("--peers_python", type=Path, help="a Python with the peers; default: one is made and removed")
+    parser.add_argument("--sides", nargs="+", choices=formats.SIDES, default=[*formats.SIDES], help="default: all")
+    parser.add_argument("--records", type=int, help="of each kind; default: enough for seconds of reading")
     options = parser.parse_args()
+    if options.simulate:
+        measured = simulate(options.simulate)
+        print_simulated(measured)
+        write_result(options.json, __doc__, **measured)
+        return 0
+    rows = Rows(options.json, __doc__, options.minutes)
     with tempfile.TemporaryDirectory() as directory:
-        measured = simulate(Path(directory), options.simulate)
-    for name, value in measured.items():
-        print(f"{name:26}{value:,.3f}" if isinstance(value, float) else f"{name:26}{value:,}")
-    write_result(options.json, __doc__, **measured)
-    return 0
+        peers = [side for side in options.sides if side in formats.PEERS]
+        python = options.peers_python or (install(Path(directory)) if peers else Path())
+        pythons = {side: python if side in peers else Path(sys.executable) for side in options.sides}
+        for kind, usual in RECORDS.items():
+            records = options.records or usual
+            expected = SECONDS * ROUNDS * (len(pythons) + len(peers))
+            row = rows.measure(f"{kind}, {records:,} records", expected, partial(compare, kind, records, pythons))
+            print(problem(row) or table(row), end="\n\n")
+    for records in SIMULATED if options.records is None else ():
+        row = rows.measure(f"simulated, {records:,} records", records / 10**7, partial(simulate, records))
+        print_simulated({"problem": found} if (found := problem(row)) else row)
+    return rows.exit_code
 
 
 if __name__ == "__main__":

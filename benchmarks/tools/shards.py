@@ -1,5 +1,6 @@
 """Shards of random rows, of any shape and number, that the engine reads as any other; and shards altered without a trace."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,28 @@ from engine.files import digest_of
 SHARD = 8192  # records of a shard
 
 
-def write_shards(directory: Path, records: int, family: str, fields: dict[str, Field]) -> None:
-    """Shards of `records` records with an image and, where fields are a caption's, a caption each, whose rows are random."""
+def write_shards(
+    directory: Path,
+    records: int,
+    family: str,
+    fields: dict[str, Field],
+    size: int = SHARD,
+    rows_of: Callable[[range], dict[str, Tensor]] | None = None,
+) -> None:
+    """Shards of `records` records with an image and, where fields are a caption's, a caption each.
+
+    Args:
+        size: records of a shard.
+        rows_of: gives the rows of every field for such records; None for random ones.
+    """
     entries = []
     captioned = any(field.per == "caption" for field in fields.values())
-    for number, first in enumerate(range(0, records, SHARD)):
-        covers = range(first, min(first + SHARD, records))
-        rows = {name: torch.randn(len(covers), *field.shape).to(field.dtype) for name, field in fields.items()}
+    for number, first in enumerate(range(0, records, size)):
+        covers = range(first, min(first + size, records))
+        if rows_of:
+            rows = rows_of(covers)
+        else:
+            rows = {name: torch.randn(len(covers), *field.shape).to(field.dtype) for name, field in fields.items()}
         captions = [[number] * captioned for number in range(len(covers))]
         contents = Contents(covers, covers, [""] * len(covers), [1] * len(covers), captions, [""] * len(covers) * captioned, [])
         write_shard(directory / shard_name(number), rows, contents, digest_of({}))

@@ -1,0 +1,346 @@
+"""The engine's shards, MDS, WebDataset and litdata on the same records, each as its makers advise for random order.
+
+`python formats.py write|measure SIDE KIND DIRECTORY [--workers N]` runs in a process of its own, with a Python that has the
+library of its side; of the project, the engine's sides alone import anything. What was measured is printed as JSON.
+
+The peers decode to arrays without a copy and collate with one; MDS and litdata without compression and with the chunks of 64 MB
+that are their defaults, WebDataset in tars of the same size, with a buffer of 1,000 samples behind shuffled tars.
+"""
+
+import argparse
+import contextlib
+import gc
+import importlib
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+# Kind -> fields of a record: what bf16 numbers they are, and whether they belong to the image or to the caption.
+KINDS: dict[str, dict[str, tuple[tuple[int, ...], str]]] = {
+    "sd": {"latent_mean": ((4, 64, 64), "image"), "latent_std": ((4, 64, 64), "image"),
+           "encoder_hidden_states": ((77, 768), "caption")},
+    "prior": {"image_embedding": ((1280,), "image"), "text_embedding": ((1280,), "caption")},
+}  # fmt: skip
+CHUNK = 2**26  # bytes of the peers' files; that is their default
+SHARD = 1024  # records of the engine's shards, as by default
+BUFFER = 1000  # samples that WebDataset shuffles
+SEED = 7
+
+
+def record_of(kind: str, number: int) -> dict[str, np.ndarray]:
+    """A record as the bits of its bf16 numbers: uint16 arrays."""
+    generator = torch.Generator().manual_seed(number)
+    values = {name: torch.randn(shape, generator=generator).bfloat16() for name, (shape, _) in KINDS[kind].items()}
+    return {name: value.view(torch.uint16).numpy() for name, value in values.items()}
+
+
+def collate(samples: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+    names = [name for name in samples[0] if not name.startswith("__")]  # as WebDataset calls its own
+    return {name: torch.from_numpy(np.stack([sample[name] for sample in samples])).view(torch.bfloat16) for name in names}
+
+
+class Engine:
+    """The engine's loader: one process, rows gathered by C++.
+
+    Args:
+        window: shards of the order by locality, None for that of all records.
+        checked: whether rows are compared with their checksums.
+    """
+
+    def __init__(self, window: int | None = None, checked: bool = True) -> None:
+        self.window, self.checked = window, checked
+
+    def load(self) -> None:
+        importlib.import_module("engine.data.samples.loader")
+
+    def write(self, directory: Path, kind: str, records: int) -> None:
+        from benchmarks.tools.shards import write_shards
+        from engine.data.format.index import Field
+
+        fields: dict[str, Any] = {name: Field(shape, torch.bfloat16, per) for name, (shape, per) in KINDS[kind].items()}  # type: ignore[arg-type]
+
+        def rows_of(numbers: range) -> dict[str, torch.Tensor]:
+            return collate([record_of(kind, number) for number in numbers])
+
+        write_shards(directory, records, kind, fields, SHARD, rows_of)
+
+    def open(self, directory: str, kind: str, batch: int) -> Any:
+        from engine.data.format.reader import Shards
+
+        return Shards(Path(directory), check_rows=self.checked)
+
+    @contextlib.contextmanager
+    def batches(self, shards: Any, batch: int, workers: int, start: int = 0) -> Iterator[Iterator[Any]]:
+        from engine.data.samples.batch import BatchPlan
+        from engine.data.samples.loader import Loader
+        from engine.data.samples.order import order_of
+        from engine.diffusion import DiscreteSchedule, unweighted
+
+        schedule = DiscreteSchedule(torch.linspace(0.999, 0.001, 1000), "epsilon", unweighted)
+        order, plan = order_of(SEED, shards.index.shards["records"], self.window), BatchPlan(batch, 1, 0, 1)
+        loader = Loader(shards, plan, SEED, schedule, torch.device("cpu"), start // batch, 10**9, order)
+        with contextlib.closing(loader):
+            yield (item.record for item in loader)
+
+
+class Mds:
+    """MosaicML's streaming, in its default order."""
+
+    def load(self) -> Any:
+        """Imports the library, with torchvision, which it takes for data sets of others."""
+        try:
+            importlib.import_module("torchvision")
+        except RuntimeError:  # built for CUDA, where torch is not: it lacks operators that nobody calls here
+            for name in [name for name in sys.modules if name.startswith("torchvision")]:
+                del sys.modules[name]
+            self.operators = torch.library.Library("torchvision", "FRAGMENT")
+            for name in ("nms", "qnms"):
+                self.operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return importlib.import_module("streaming")
+
+    def write(self, directory: Path, kind: str, records: int) -> None:
+        columns = {name: f"ndarray:uint16:{','.join(map(str, shape))}" for name, (shape, _) in KINDS[kind].items()}
+        with self.load().MDSWriter(out=str(directory), columns=columns, size_limit=CHUNK) as writer:
+            for number in range(records):
+                writer.write(record_of(kind, number))
+
+    def open(self, directory: str, kind: str, batch: int) -> Any:
+        streaming = self.load()
+        streaming.base.util.clean_stale_shared_memory()
+        return streaming.StreamingDataset(local=directory, shuffle=True, batch_size=batch, shuffle_seed=SEED)
+
+    @contextlib.contextmanager
+    def batches(self, dataset: Any, batch: int, workers: int, start: int = 0) -> Iterator[Iterator[Any]]:
+        if start:
+            dataset.load_state_dict(dataset.state_dict(start, True))
+        yield endless(self.load().StreamingDataLoader(dataset, **loading(batch, workers), collate_fn=collate))
+
+
+class WebDataset:
+    """Tars, one after another; of a resumed epoch everything before is read and left aside."""
+
+    def load(self) -> None:
+        importlib.import_module("webdataset")
+
+    def write(self, directory: Path, kind: str, records: int) -> None:
+        import webdataset
+
+        with webdataset.ShardWriter(f"{directory}/%05d.tar", maxcount=10**9, maxsize=CHUNK, verbose=0) as writer:
+            for number in range(records):
+                fields = {f"{name}.bin": value.tobytes() for name, value in record_of(kind, number).items()}
+                writer.write({"__key__": f"{number:08d}", **fields})
+
+    def open(self, directory: str, kind: str, batch: int) -> Any:
+        import webdataset
+
+        fields = KINDS[kind]
+
+        def decode(sample: dict[str, Any]) -> dict[str, np.ndarray]:
+            return {name: np.frombuffer(sample[f"{name}.bin"], np.uint16).reshape(fields[name][0]) for name in fields}
+
+        tars = sorted(map(str, Path(directory).glob("*.tar")))
+        dataset = webdataset.WebDataset(tars, shardshuffle=len(tars), seed=SEED, empty_check=False)
+        return lambda skipped: dataset.shuffle(BUFFER).slice(skipped, sys.maxsize).map(decode)
+
+    @contextlib.contextmanager
+    def batches(self, dataset: Any, batch: int, workers: int, start: int = 0) -> Iterator[Iterator[Any]]:
+        import webdataset
+
+        batched = dataset(start // max(workers, 1)).batched(batch, collation_fn=collate, partial=False)
+        yield endless(webdataset.WebLoader(batched, batch_size=None, num_workers=workers, persistent_workers=workers > 0))
+
+
+class LitData:
+    """Lightning's litdata, with tensors of one dimension, of which it stores no headers."""
+
+    def load(self) -> None:
+        importlib.import_module("litdata")
+
+    def write(self, directory: Path, kind: str, records: int) -> None:
+        import functools
+
+        import litdata
+
+        litdata.optimize(
+            functools.partial(_flat_record, kind), list(range(records)), str(directory), chunk_bytes=CHUNK, num_workers=1,
+            verbose=False,
+        )  # fmt: skip
+
+    def open(self, directory: str, kind: str, batch: int) -> Any:
+        import litdata
+
+        dataset = litdata.StreamingDataset(directory, shuffle=True, drop_last=True, seed=SEED)
+        len(dataset)
+        return dataset
+
+    @contextlib.contextmanager
+    def batches(self, dataset: Any, batch: int, workers: int, start: int = 0) -> Iterator[Iterator[Any]]:
+        import litdata
+
+        loader = litdata.StreamingDataLoader(dataset, **loading(batch, workers))
+        if start:
+            loader.load_state_dict(self.state)
+        yield endless(loader)
+
+    def prepare_resume(self, dataset: Any, batch: int, workers: int, start: int) -> None:
+        """Keeps the state of a loader that has come so far; it says it only then."""
+        import litdata
+
+        loader = litdata.StreamingDataLoader(dataset, **loading(batch, workers))
+        for _ in itertools.islice(loader, start // batch):
+            pass
+        self.state = loader.state_dict()
+
+
+def _flat_record(kind: str, number: int) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(value.view(np.int16).ravel()) for name, value in record_of(kind, number).items()}
+
+
+def loading(batch: int, workers: int) -> dict[str, Any]:
+    return {"batch_size": batch, "num_workers": workers, "drop_last": True, "persistent_workers": workers > 0}
+
+
+def endless(loader: Any) -> Iterator[Any]:
+    """Its batches, epoch after epoch."""
+    while True:
+        yield from loader
+
+
+SIDES: dict[str, Any] = {
+    "engine": Engine(), "engine, rows not checked": Engine(checked=False), "engine, blocks": Engine(window=2),
+    "MDS": Mds(), "WebDataset": WebDataset(), "litdata": LitData(),
+}  # fmt: skip
+PEERS = ("MDS", "WebDataset", "litdata")
+
+
+def _tree(process: int) -> list[int]:
+    """A process and those that it started."""
+    children = [
+        int(child) for task in Path(f"/proc/{process}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+    return [process, *itertools.chain.from_iterable(map(_tree, children))]
+
+
+def memory_bytes() -> int:
+    """What this process and its workers hold, pages that they share counted once, and those of files not at all."""
+    total = 0
+    for process in _tree(os.getpid()):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            said = Path(f"/proc/{process}/smaps_rollup").read_text()
+            held = (line.split() for line in said.splitlines() if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
+            total += sum(int(size) << 10 for _, size, _ in held)
+    return total
+
+
+def processor_seconds() -> float:
+    """What this process and its workers spent so far."""
+    ticks = 0
+    for process in _tree(os.getpid()):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            ticks += sum(map(int, Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def drop_from_cache(directory: str) -> None:
+    """Has the kernel forget what it keeps of the files of a directory, which were synced."""
+    for path in Path(directory).rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_into_cache(directory: str) -> None:
+    for path in Path(directory).rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                while file.read(2**24):
+                    pass
+
+
+def rate(batches: Iterator[Any], batch: int, seconds: float, most: int = 10**9) -> tuple[float, float]:
+    """Samples per second and the processor's microseconds per sample, for so long or so many samples, after a first batch."""
+    next(batches)
+    samples, started, busy = 0, time.perf_counter(), processor_seconds()
+    while time.perf_counter() - started < seconds and samples + batch <= most:
+        next(batches)
+        samples += batch
+    return samples / (time.perf_counter() - started), (processor_seconds() - busy) / samples * 1e6
+
+
+def measure(
+    side: Any, kind: str, directory: str, records: int, sizes: list[int], workers: int, seconds: float
+) -> dict[str, Any]:
+    """All figures of one side; rates over so many seconds."""
+    middle_size = sizes[len(sizes) // 2]
+    side.load()
+    read_into_cache(directory)
+    before, started = memory_bytes(), time.perf_counter()
+    reader = side.open(directory, kind, middle_size)
+    opened = time.perf_counter() - started
+    with side.batches(reader, middle_size, workers) as batches:
+        next(batches)
+        first = time.perf_counter() - started
+        rate(batches, middle_size, seconds)
+        memory = memory_bytes() - before
+    figures: dict[str, Any] = {"open_seconds": opened, "first_batch_seconds": first, "memory_mib": memory / 2**20}
+    for cache in ("warm", "cold"):
+        for size in sizes:
+            reader = batches = None
+            gc.collect()
+            if cache == "cold":
+                drop_from_cache(directory)  # of which nothing may be mapped any more
+            reader = side.open(directory, kind, size)
+            with side.batches(reader, size, workers) as batches:
+                # What was read before lies in the cache: an epoch, and no more.
+                most = 10**9 if cache == "warm" else records - 2 * size
+                per_second, busy = rate(batches, size, seconds, most)
+            figures[f"{cache}_{size}"] = per_second
+            if cache == "warm":
+                figures[f"processor_microseconds_{size}"] = busy
+    read_into_cache(directory)
+    middle = records // 2 // middle_size * middle_size
+    if hasattr(side, "prepare_resume"):
+        side.prepare_resume(side.open(directory, kind, middle_size), middle_size, workers, middle)
+    reader = batches = None
+    gc.collect()
+    started = time.perf_counter()
+    reader = side.open(directory, kind, middle_size)
+    with side.batches(reader, middle_size, workers, middle) as batches:
+        next(batches)
+        figures["resume_seconds"] = time.perf_counter() - started
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("work", choices=("write", "measure"))
+    parser.add_argument("side", choices=SIDES)
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("records", type=int)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[16, 64, 256])
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=1.5, help="of a rate")
+    options = parser.parse_args()
+    side = SIDES[options.side]
+    torch.set_num_threads(1)
+    if options.work == "write":
+        options.directory.mkdir(parents=True, exist_ok=True)
+        side.write(options.directory, options.kind, options.records)
+    else:
+        print(json.dumps(measure(
+            side, options.kind, str(options.directory), options.records, options.sizes, options.workers, options.seconds
+        )))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
