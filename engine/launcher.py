@@ -21,3 +21,8 @@ def restarted() -> bool:
 def local_rank(otherwise: int = 0) -> int:
     """Which of its node's processes this one is; `otherwise`, if that is not negative, where no launcher says."""
     return int(os.environ.get("LOCAL_RANK") or max(otherwise, 0))
+
+
+def local_world() -> int:
+    """How many processes its node has; where the launcher does not say, as many as there are."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world())

@@ -1,5 +1,6 @@
 """Builds, verifies, converts and describes latent shards: `python -m engine.shards build|verify|convert|info ...`."""
 
+import argparse
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +10,7 @@ from engine.config.checks import check_picture
 from engine.config.command_line import Parser, choose, load, parse, whole
 from engine.config.options import CacheConfig
 from engine.errors import exit_code, printable
+from engine.storage import is_remote, shown
 
 _DATA = ("dataset_name", "dataset_config_name", "train_data_dir")
 _MODELS = [MODEL, PRIOR, DECODER, IMAGE_ENCODER, "revision", "variant", "original_config", "tokenizer_name", "cache_dir"]
@@ -38,9 +40,16 @@ def build_command(arguments: list[str]) -> int:
     return 0
 
 
+def local(text: str) -> Path:
+    """What reads a directory of this machine for a `Parser`."""
+    if is_remote(text):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is an address; copy the shards to a directory of this machine")
+    return Path(text)
+
+
 def verify_command(arguments: list[str]) -> int:
     parser = Parser("engine.shards verify", description="Read every shard and compare it with its digest and its checksums.")
-    parser.add_argument("directory", type=Path, help="directory of the shards")
+    parser.add_argument("directory", type=local, help="directory of the shards")
     directory = parser.parse_args(arguments).directory
     from tqdm import tqdm
 
@@ -59,9 +68,9 @@ def verify_command(arguments: list[str]) -> int:
 
 def convert_command(arguments: list[str]) -> int:
     parser = Parser("engine.shards convert", description="Write shards of format version 1 as version 2, without an encoder.")
-    parser.add_argument("directory", type=Path, help="directory of the shards")
+    parser.add_argument("directory", type=local, help="directory of the shards")
     parser.add_argument(
-        "--output", type=Path, help="a directory for the new ones (default: the same; they take the place of the old ones)"
+        "--output", type=local, help="a directory for the new ones (default: the same; they take the place of the old ones)"
     )
     options = parser.parse_args(arguments)
     from engine.data.convert import convert
@@ -74,7 +83,7 @@ def convert_command(arguments: list[str]) -> int:
 
 def info_command(arguments: list[str]) -> int:
     parser = Parser("engine.shards info", description="Describe shards, with a contact sheet of decoded records.")
-    parser.add_argument("directory", type=Path, help="directory of the shards")
+    parser.add_argument("directory", type=local, help="directory of the shards")
     parser.add_argument(
         "--records", type=whole(0, 1024), default=24, help="records on the contact sheet, 0 for none (default: 24)"
     )

@@ -6,17 +6,19 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # From the bottom to the top; a name stands for the module and for all within.
 LAYERS = [
-    "engine.launcher", "engine.errors", "engine.messages", "engine.quiet", "engine.catalogue", "engine.files", "engine.tensors",
-    "engine.picture", "engine.config", "engine.processes", "engine.backends", "cpp_ext", "engine.philox", "engine.diffusion",
-    "engine.kernels", "engine.data.format", "engine.data.samples", "engine.data.transforms", "engine.data.report",
-    "engine.data.sources", "engine.models", "engine.data.identity", "engine.data.encode", "engine.data.convert",
-    "engine.data.describe", "engine.data", "engine.loop", "engine.run", "engine.shards", "engine.cache", "engine.checkpoint",
-    "engine.sample", "engine.export", "benchmarks.tools", "benchmarks",
+    "engine.launcher", "engine.errors", "engine.messages", "engine.quiet", "engine.catalogue", "engine.files",
+    "engine.storage", "engine.tensors", "engine.picture", "engine.config", "engine.processes", "engine.backends", "cpp_ext",
+    "engine.philox", "engine.diffusion", "engine.kernels", "engine.data.format", "engine.data.samples",
+    "engine.data.transforms", "engine.data.report", "engine.data.sources", "engine.models", "engine.data.identity",
+    "engine.data.encode", "engine.data.convert", "engine.data.describe", "engine.data", "engine.loop", "engine.run",
+    "engine.shards", "engine.cache", "engine.checkpoint", "engine.sample", "engine.export", "benchmarks.tools", "benchmarks",
 ]  # fmt: skip
 # Folders -> what their files import of the project at the most; questions import tools and never each other.
 QUESTION = ("benchmarks.tools", "engine", "cpp_ext")
 ONLY = {
-    "engine.data.format": ("engine.data.format", "engine.files", "engine.errors", "engine.tensors", "cpp_ext"),
+    "engine.data.format": (
+        "engine.data.format", "engine.files", "engine.errors", "engine.storage", "engine.tensors", "cpp_ext",
+    ),
     "engine.data.samples": ("engine.data.samples", "engine.data.format", "engine.philox", "engine.diffusion", "cpp_ext"),
     "benchmarks.data": QUESTION, "benchmarks.operations": QUESTION, "benchmarks.steps": QUESTION, "benchmarks.runs": QUESTION,
 }  # fmt: skip

@@ -9,6 +9,7 @@ from engine.catalogue import MODEL, PIPELINES
 from engine.config.options import XFORMERS, CacheConfig, TrainConfig
 from engine.config.schema import REQUIRED, options_by_family, options_lacking
 from engine.errors import UserError
+from engine.storage import shown
 
 LARGEST = 2**31 - 1  # of the integer options but seeds, so that sums and products of them are integers everywhere
 
@@ -29,6 +30,7 @@ def check_options(config: CacheConfig) -> None:
             raise UserError(f"--{name} {value}: too large; {LARGEST} is the most")
     _check_data(config)
     if isinstance(config, TrainConfig):
+        _check_reading(config)
         _check_outputs(config)
         _check_sharding(config)
         _check_precision(config)
@@ -49,6 +51,26 @@ def _check_data(config: CacheConfig) -> None:
         ) from None
 
 
+def _check_reading(config: TrainConfig) -> None:
+    address = config.shards_address
+    if config.shuffle_window and config.shuffle != "blocks":
+        raise UserError("--shuffle_window needs --shuffle blocks")
+    if config.shards_cache and not address:
+        raise UserError(
+            "--shards_cache keeps shards of remote storage; give the address of some as --shards_dir, or leave it out"
+        )
+    if config.shards_cache_limit and not config.shards_cache:
+        raise UserError("--shards_cache_limit needs --shards_cache")
+    try:
+        _ = config.cache_bytes
+    except ValueError:
+        raise UserError(f"--shards_cache_limit {config.shards_cache_limit}: give a size, for example 500GB or 2TiB") from None
+    if address and config.verify_shards == "all":
+        raise UserError("--verify_shards all would read every shard over the network; rows, the default, compares what is read")
+    if address and config.report_to in ("wandb", "all") and shown(address) != address.rstrip("/"):
+        raise UserError("--shards_dir with a password or token and --report_to wandb would expose it; give another --report_to")
+
+
 def _check_outputs(config: TrainConfig) -> None:
     if config.report_to in ("wandb", "all") and config.hub_token:
         raise UserError("--hub_token with --report_to wandb would expose the token; log in with `hf auth login` instead")
@@ -57,8 +79,6 @@ def _check_outputs(config: TrainConfig) -> None:
     for name in ("compile_cache_dir", "compile_mode"):
         if not config.compile and getattr(config, name) not in (None, "default"):
             raise UserError(f"--{name} needs --compile")
-    if config.shuffle_window and config.shuffle != "blocks":
-        raise UserError("--shuffle_window needs --shuffle blocks")
     if config.offload_ema and not config.use_ema:
         raise UserError("--offload_ema needs --use_ema")
 
@@ -110,6 +130,11 @@ def check_machine(config: CacheConfig) -> None:
     """
     if not (config.data or config.shards_dir):
         raise UserError("no data: give --train_data_dir, --dataset_name, or --shards_dir with shards built before")
+    if config.shards_address and (config.data or not isinstance(config, TrainConfig)):
+        raise UserError(
+            f"--shards_dir {config.shards_place}: shards are read there, and not built; build them in a directory of this "
+            "machine, and copy that there; to train on those that are there, leave the data set out"
+        )
     if config.train_data_dir and not config.dataset_name and not Path(config.train_data_dir).exists():
         raise UserError(f"--train_data_dir {config.train_data_dir}: no such directory")
     name = config.dataset_name
@@ -120,14 +145,15 @@ def check_machine(config: CacheConfig) -> None:
         if name not in lacking:
             _check_pipeline(name, Path(getattr(config, name)))
     check_writable("--output_dir", Path(config.output_dir))
-    if not _has_index(config.shards_path):  # nothing is written beside shards that are there
+    if not config.shards_address and not _has_index(config.shards_path):  # nothing is written beside shards that are there
         check_writable("--shards_dir", config.shards_path)
     if isinstance(config, TrainConfig):
         _check_training_machine(config)
 
 
 def _check_training_machine(config: TrainConfig) -> None:
-    for flag, place in (("--compile_cache_dir", config.compile_cache_dir), ("--nvme_path", config.nvme_path)):
+    places = {"--compile_cache_dir": config.compile_cache_dir, "--nvme_path": config.nvme_path}
+    for flag, place in (places | {"--shards_cache": config.shards_cache}).items():
         if place:
             check_writable(flag, Path(place))
     if config.report_to in ("tensorboard", "all"):

@@ -22,6 +22,7 @@ from engine.config.schema import DIRECTORIES, PLACES, REQUIRED, SECRETS, UNSTORE
 from engine.errors import UserError, first_line
 from engine.files import open_regular
 from engine.messages import say
+from engine.storage import is_remote, shown
 
 CONFIG = "config.toml"  # the configuration of a run, in its output directory
 _LARGEST_FILE = 2**24  # bytes
@@ -222,6 +223,8 @@ def _shown(name: str, value: Any) -> str:
     """A value as messages quote it; of a secret nothing, whatever it is."""
     if name in SECRETS:
         return "(not shown)"
+    if isinstance(value, str) and is_remote(value):
+        value = shown(value)
     try:
         return repr(value)
     except Exception as error:  # nested too deeply, an integer too long
@@ -323,6 +326,8 @@ def to_toml(config: CacheConfig) -> str:
     the family's, are left out."""
     values = {name: value for name, value in options_of(config).items() if value is not None and name not in UNSTORED}
     values |= {name: str(Path(values[name]).absolute()) for name in PLACES & values.keys() if _is_here(name, values[name])}
+    if config.shards_address:
+        values["shards_dir"] = config.shards_place
     if "global_batch_size" in values:
         del values["gradient_accumulation_steps"]  # which follows from it, and from how many processes there are
     return tomli_w.dumps(values)
@@ -330,4 +335,4 @@ def to_toml(config: CacheConfig) -> str:
 
 def _is_here(name: str, place: str) -> bool:
     """Whether an option's value is a path from the working directory, and not a name on the hub or elsewhere."""
-    return name in DIRECTORIES or Path(place).exists()
+    return not is_remote(place) and (name in DIRECTORIES or Path(place).exists())

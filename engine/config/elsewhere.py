@@ -64,7 +64,7 @@ ELSEWHERE = {
     "trust_cache override_dataset_config": "--trust_shards",
     "dataset_split_name split": "the split `train` is read",
     "streaming webdataset use_webdataset train_shards_path_or_url": (
-        "data are encoded first, from a folder, a table, tars or the hub"
+        "data are encoded first, from a folder, a table, tars or the hub; shards are read from anywhere: --shards_dir ADDRESS"
     ),
     "cache_only only_cache": "`python -m engine.shards build`",
     "cache_dir_vae cache_dir_text": "--shards_dir",

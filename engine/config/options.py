@@ -4,6 +4,7 @@ The names, defaults and meanings are those of the diffusers training scripts; op
 beside them. One pydantic model is the single source for the command line, the TOML file, `--help` and `config.toml`.
 """
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from engine.catalogue import DECODER, FAMILIES, IMAGE_ENCODER, MODEL, PRIOR, FamilyName
 from engine.config.schema import REQUIRED, only, option, options_by_family, options_lacking, published, sd_differs
+from engine.storage import is_remote, shown
 
 KANDINSKY = ("kandinsky-prior", "kandinsky-decoder")
 CAPTIONED = [family for family, entry in FAMILIES.items() if entry.captioned]
@@ -128,7 +130,10 @@ class CacheConfig(BaseModel):
         "data",
     )
     shards_dir: str | None = option(
-        None, "Directory of the latent shards, built when absent. Default: `shards` in the output directory.", "data"
+        None,
+        "Directory of the latent shards, built when absent; or the address of one that is read where it lies: https://, s3://, "
+        "gs://, hf:// or another that fsspec knows. Default: `shards` in the output directory.",
+        "data",
     )
     shard_records: int = option(1024, "Source samples per shard.", "data", ge=1, le=2**24)
     encode_batch_size: int = option(16, "Images encoded at a time while the shards are built.", "data", ge=1)
@@ -180,6 +185,16 @@ class CacheConfig(BaseModel):
         if not all(0 <= value <= 255 for value in (red, green, blue)):
             raise ValueError(self.background)
         return red, green, blue
+
+    @property
+    def shards_address(self) -> str | None:
+        """Where the shards lie, if not on a disk; secrets included."""
+        return self.shards_dir if self.shards_dir and is_remote(self.shards_dir) else None
+
+    @property
+    def shards_place(self) -> str:
+        """Where the shards lie, for people to read."""
+        return shown(self.shards_address) if self.shards_address else str(self.shards_path)
 
     @property
     def shards_path(self) -> Path:
@@ -334,10 +349,22 @@ class TrainConfig(CacheConfig):
         "and compare its digest; none: neither.",
         "data",
     )
+    shards_cache: str | None = option(
+        None,
+        "Directory on a disk of this node where whole shards of a remote --shards_dir are kept, for all its processes. "
+        "Default: rows are read as ranges of bytes ahead of the step, and nothing is kept.",
+        "data",
+    )
+    shards_cache_limit: str | None = option(
+        None,
+        "What --shards_cache may take, for example 500GB or 2TiB: the longest unused shards make room. Default: no limit.",
+        "data",
+    )
     shuffle: Literal["global", "blocks"] | None = option(
         None,
         "global: every epoch in an order of all records; blocks: shards in another order every epoch, and the records of "
-        "--shuffle_window shards among themselves, so that few shards are read at a time. Default: global.",
+        "--shuffle_window shards among themselves, so that few shards are read at a time. Default: global, from remote storage "
+        "blocks.",
         "data",
     )
     shuffle_window: int | None = option(
@@ -381,6 +408,20 @@ class TrainConfig(CacheConfig):
         "output",
     )
     local_rank: int = option(-1, "Set by launchers; the environment variable LOCAL_RANK wins.", "training")
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """What `shards_cache_limit` means; None for no limit.
+
+        Raises:
+            ValueError: it means nothing that is known.
+        """
+        if self.shards_cache_limit is None:
+            return None
+        size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGTP])(i?)B?|B)?", self.shards_cache_limit.strip(), re.IGNORECASE)
+        if size is None or not float(size[1]):
+            raise ValueError(self.shards_cache_limit)
+        return int(float(size[1]) * (1024 if size[3] else 1000) ** ("KMGTP".index(size[2].upper()) + 1 if size[2] else 0))
 
     @property
     def uses_xformers(self) -> bool:

@@ -1,24 +1,29 @@
 """What comes before the first step: the division of the batch, the shards, and the numbers of the run."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from engine.config.options import ALTER_THE_RESULT, TrainConfig, options_of
 from engine.data.encode import encode_source
+from engine.data.format.cache import ShardsCache
 from engine.data.format.index import INDEX, Index
 from engine.data.format.reader import Shards
+from engine.data.format.remote import CachedShards, RangedShards
 from engine.data.format.verify import verify
 from engine.data.identity import differences
 from engine.data.samples.batch import BatchPlan
 from engine.data.samples.order import order_of
 from engine.data.sources import open_source
 from engine.errors import UserError
+from engine.launcher import local_world
 from engine.loop.checkpoints.state import State
 from engine.loop.run import Run
 from engine.messages import Progress, busy, say
 from engine.models.family import Family
 from engine.models.weights import NotFinite
 from engine.processes import Processes
+from engine.storage import Storage
 
 
 def divide_global_batch(config: TrainConfig, world: int) -> TrainConfig:
@@ -51,27 +56,29 @@ def prepare_shards(
     Raises:
         UserError: shards of another family or shape, or damaged ones, by name.
     """
-    directory = config.shards_path
+    directory, remote = config.shards_path, _open_remote(config) if config.shards_address else None
     if config.data:
         with busy("Opening the data set"):
             source = open_source(config, family.encoding.captioned)
         index = encode_source(config, family.encoding, source, processes, check)
     else:
-        index = Index.read(directory)
+        index = remote.index if remote else Index.read(directory)
         check(index.identity)
         if not config.trust_shards and (other := processes.from_first(_other_models(index, family, processes))):
             raise UserError(
-                f"{directory}: the shards were built with other models than this run is given ({other}); give those, or train "
-                "on them all the same with --trust_shards"
+                f"{config.shards_place}: the shards were built with other models than this run is given ({other}); give those, "
+                "or train on them all the same with --trust_shards"
             )
     if index.family != config.family or index.fields != family.encoding.record_spec:
         built = {name: index.config.get(name) for name in ("family", "resolution", "mixed_precision")}
         built["cache_text"] = index.config.get("cache_text") or "states"  # of what was built before there was a choice
         changed = differences(built, {name: getattr(config, name) for name in built}) or "other models"
         raise UserError(
-            f"{directory / INDEX}: the shards hold other records than this run reads ({changed}); give the options that they "
-            "were built with, or name another --shards_dir"
+            f"{config.shards_place}/{INDEX}: the shards hold other records than this run reads ({changed}); give the options "
+            "that they were built with, or name another --shards_dir"
         )
+    if remote:
+        return remote
     if config.verify_shards != "none":
         mine = range(processes.rank, len(index.shards), processes.world)
         with Progress(len(mine), "Verifying shards", "shard") as bar:
@@ -80,6 +87,15 @@ def prepare_shards(
         if problems:
             raise _damaged(config, problems)
     return Shards(directory, check_rows=config.verify_shards != "none")
+
+
+def _open_remote(config: TrainConfig) -> RangedShards | CachedShards:
+    with busy(f"Reading the index of {config.shards_place}"):
+        storage, check_rows = Storage(config.shards_address or ""), config.verify_shards != "none"
+        if config.shards_cache is None:
+            return RangedShards(storage, check_rows)
+        cache = ShardsCache(Path(config.shards_cache), config.cache_bytes)
+        return CachedShards(storage, cache, local_world(), check_rows)
 
 
 def _damaged(config: TrainConfig, problems: dict[str, str]) -> UserError:

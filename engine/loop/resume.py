@@ -128,7 +128,7 @@ def with_order(config: TrainConfig, checkpoint: Path | None, state: State | None
     shuffle: Any = config.shuffle
     window: Any = config.shuffle_window
     if state is None:
-        shuffle = shuffle or "global"
+        shuffle = shuffle or ("blocks" if config.shards_address else "global")
         window = (window or SHUFFLE_WINDOW) if shuffle == "blocks" else None
     else:
         before, of = state.options.get("shuffle", "global"), state.options.get("shuffle_window")

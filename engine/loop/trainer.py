@@ -139,7 +139,8 @@ def _run(training: "Training", shards: Shards, plan: BatchPlan) -> bool:
     try:
         family, device = training.family, processes.device
         span, limits = (training.step, run.steps), family.encoding.limits
-        with contextlib.closing(Loader(shards, plan, run.seed, family.schedule, device, *span, run.order, limits)) as loader:
+        loader = Loader(shards, plan, run.seed, family.schedule, device, *span, run.order, limits)
+        with contextlib.closing(loader), contextlib.closing(shards):  # these first, for which the loader may wait
             finished = training.run_steps(iter(loader), log)
         if training.saved != training.step:
             training.save()

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from engine.files import open_regular
 
 OPEN_SHARDS = 1024  # files open at a time, at the most
 _OPENERS = 8  # threads that open files side by side, for a disk or a network that takes its time
+Rows = dict[str, Tensor]  # of records [B]: their shards, and rows within these, as `Shards.rows_of` says
+Rest = TypeVar("Rest")
 _READ_SINGLY = ("image_offsets", "caption_offsets", "caption_numbers")
 
 
@@ -48,6 +51,8 @@ class Places:
 class Shards:
     """Which rows belong to a record, and copying rows into a batch; used by one thread at a time.
 
+    horizon: how many samples ahead of their reading to `expect` records; 0 where nothing comes of it.
+
     Args:
         check_rows: whether every row that is read is compared with its checksum.
 
@@ -55,14 +60,11 @@ class Shards:
         UserError: there is no index, it is not true of itself, it has no records, or a shard's file is not there.
     """
 
+    horizon = 0
+
     def __init__(self, directory: Path, check_rows: bool = True) -> None:
         self.directory, self.check_rows = directory, check_rows
-        self.index = index = Index.read(directory)
-        if index.records == 0:
-            raise UserError(f"{directory}: the shards hold no records; all {index.refused_count} samples were refused")
-        if missing := np.setdiff1d(index.shards["number"], np.fromiter(_shards_in(directory), np.int64)).tolist():
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise UserError(f"{directory / shard_name(missing[0])}{more}: missing, and named in {INDEX}; {BUILD_AGAIN}")
+        self.index = index = self._read_index()
         self.fields = index.fields
         self._advise_rows, self._gather_rows = best_advise(), best_gather()
         self._first_records = np.cumsum(np.append(0, index.shards["records"]))
@@ -80,6 +82,16 @@ class Shards:
         self._openers = concurrent.futures.ThreadPoolExecutor(_OPENERS, "open shards")
         weakref.finalize(self, _close, self._files)
 
+    def _read_index(self) -> Index:
+        """The index, whose files are there."""
+        index = Index.read(self.directory)
+        if index.records == 0:
+            raise UserError(f"{self.directory}: the shards hold no records; all {index.refused_count} samples were refused")
+        if missing := np.setdiff1d(index.shards["number"], np.fromiter(_shards_in(self.directory), np.int64)).tolist():
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(f"{self.directory / shard_name(missing[0])}{more}: missing, and named in {INDEX}; {BUILD_AGAIN}")
+        return index
+
     def __len__(self) -> int:
         return int(self._first_records[-1])
 
@@ -88,6 +100,16 @@ class Shards:
         """How many records to look for at a time, so that a shard opened for one is still open when its rows are read."""
         arithmetic = (self.index.shards["variants"] >= 0) & np.isin(self.index.shards["captions"], (OWN, 0))
         return 2**62 if arithmetic.all() or len(arithmetic) <= self._most_open else self._most_open // 2
+
+    def ahead(self, batches: Iterator[tuple[Rows, Rest]]) -> Iterator[tuple[Rows, Rest]]:
+        """The same micro-batches, whose rows [B] will be gathered one after another; those of some may be fetched meanwhile."""
+        return batches
+
+    def expect(self, records: Tensor) -> None:
+        """Says which records [...] will be read within the next `horizon` samples, in the order of their reading."""
+
+    def close(self) -> None:
+        """Ends what is being fetched: whoever waits for it is told so."""
 
     def find(self, records: Tensor) -> Places:
         """Where records [B] lie, and of how many variants and captions each may be drawn."""
@@ -98,7 +120,7 @@ class Shards:
         captions = self._ranges("caption_offsets", "captions", shards, within)
         return Places(records, shards, *images, *captions)
 
-    def rows_of(self, places: Places, variants: Tensor | int = 0, captions: Tensor | int = 0) -> dict[str, Tensor]:
+    def rows_of(self, places: Places, variants: Tensor | int = 0, captions: Tensor | int = 0) -> Rows:
         """The `image` row and, where there are captions, the `caption` row of each record, within its `shard`: int64 [B] each.
 
         Args:
@@ -120,7 +142,7 @@ class Shards:
             "record": places.records,
         }
 
-    def advise(self, rows: dict[str, Tensor]) -> None:
+    def advise(self, rows: Rows) -> None:
         """Tells the kernel of all fields' rows [B], as `rows_of` has them, that will be gathered."""
         shards = rows["shard"].numpy()
         for part, files in self._open(shards):
@@ -128,7 +150,7 @@ class Shards:
                 starts = self._starts[name][shards[part]]
                 self._advise_rows(files, starts + rows[field.per].numpy()[part] * field.row_bytes, field.row_bytes)
 
-    def gather(self, name: str, rows: dict[str, Tensor], out: Tensor, limit: int | None = None) -> None:
+    def gather(self, name: str, rows: Rows, out: Tensor, limit: int | None = None) -> None:
         """Copies a field's rows [B], as `rows_of` has them, into `out` [B, *shape], a contiguous host tensor of its dtype.
 
         Args:
@@ -235,7 +257,7 @@ class Shards:
         if self._starts["source"][number]:
             try:
                 with open_regular(path) as file:
-                    if _identity(file.fileno()) == self._identities[number]:
+                    if identity_of(file.fileno()) == self._identities[number]:
                         self._files[number] = os.dup(file.fileno())
                         return
             except OSError as error:
@@ -251,7 +273,7 @@ class Shards:
             if name.startswith(CHECKSUMS) and shard.start(name):
                 size = shard.file.elements(name) * 8
                 self._advise_rows(np.array([shard.file.descriptor], np.int32), np.array([shard.start(name)]), size)
-        self._identities[number] = _identity(shard.file.descriptor)
+        self._identities[number] = identity_of(shard.file.descriptor)
         self._files[number] = os.dup(shard.file.descriptor)
 
     def _close(self, shards: np.ndarray) -> None:
@@ -259,7 +281,7 @@ class Shards:
         self._files[shards] = -1
 
 
-def _identity(descriptor: int) -> int:
+def identity_of(descriptor: int) -> int:
     """What tells the file that is open from another that was put in its place, or written to."""
     status = os.fstat(descriptor)
     return hash((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))

@@ -41,7 +41,7 @@ from engine.errors import UserError
 from engine.files import digest, parse_json, reading, write_atomically
 from engine.tensors import DTYPES, TensorFile, bytes_of, header_of, in_file_order, pieces_of, write_pieces
 
-_LARGEST_HEADER = 2**20  # bytes
+LARGEST_HEADER = 2**20  # bytes
 _LARGEST_TEXTS = 2**28  # bytes of the captions, the names or the refused samples of a shard
 _MOST_NUMBERS = 2**24  # of records of a shard, and of their captions
 
@@ -215,7 +215,7 @@ class Shard:
     def __init__(self, path: Path, fields: dict[str, Field]) -> None:
         self.path, self.fields = path, fields
         with reading(path, BUILD_AGAIN):
-            self.file = TensorFile(path, _LARGEST_HEADER)
+            self.file = TensorFile(path, LARGEST_HEADER)
             self.said = Header.model_validate(self.file.metadata)
             self._check_tensors()
             self.numbers = {name: self.file.tensor(name) for name in NUMBERS if name in self.file.header}
@@ -414,14 +414,17 @@ def entry_of(shard: Shard, number: int) -> tuple:
     return tuple(said[name] for name in ENTRY.names or ())
 
 
-def open_shard(directory: Path, index: Index, number: int) -> Shard:
+def open_shard(directory: Path, index: Index, number: int, path: Path | None = None) -> Shard:
     """Shard `number` of those in an index, as that describes it.
+
+    Args:
+        path: its file, where that has not its name in the directory.
 
     Raises:
         UserError: it is not.
     """
     entry = index.shards[number]
-    shard = Shard(directory / shard_name(entry["number"]), index.fields)
+    shard = Shard(path or directory / shard_name(entry["number"]), index.fields)
     shard.agree(entry, index.made_by or (index.fingerprint,))
     shard.require_variants(variants_of(index.identity))
     return shard

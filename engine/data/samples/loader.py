@@ -87,14 +87,14 @@ class Loader:
             self._ready.put(error)
 
     def _host_batches(self) -> Iterator[Batch]:
-        for rows, draws in self._draws():
+        for rows, draws in self.shards.ahead(self._draws()):
             slots, timesteps, coefficients = draws
             yield Batch(self._gather(rows, self._buffers()), slots, timesteps, coefficients)
 
     def _device_batches(self) -> Iterator[Batch]:
         """Micro-batches that are being copied to the device from a ring of pinned buffers."""
         ring = [(self._buffers(), torch.cuda.Event()) for _ in range(DEPTH + 1)]
-        for number, (rows, draws) in enumerate(self._draws()):
+        for number, (rows, draws) in enumerate(self.shards.ahead(self._draws())):
             buffers, copied = ring[number % len(ring)]
             copied.synchronize()
             record = {name: self._send(tensor) for name, tensor in self._gather(rows, buffers).items()}
@@ -126,10 +126,17 @@ class Loader:
         count, most = 1, min(DRAWN, self.shards.found_together)
         while first < end:
             last = min(first + count, end)
+            if self.shards.horizon:
+                self._expect(first, end)
             rows, draws = self._draw(self.plan.slots(first, last))
             for number in range(last - first):
                 yield {of: numbers[number] for of, numbers in rows.items()}, [tensor[number] for tensor in draws]
             first, count = last, min(2 * count, max(most // self.plan.micro_batch, 1))
+
+    def _expect(self, first: int, end: int) -> None:
+        """Lets the shards fetch what the micro-batches from `first` on read; of many samples some are looked at."""
+        slots = self.plan.slots(first, min(first + -(-self.shards.horizon // self.plan.micro_batch), end)).flatten()
+        self.shards.expect(self.order(slots[:: -(-len(slots) // DRAWN)]))
 
     def _draw(self, slots: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
         """The same of micro-batches with slots [M, B]: rows [M, B]; slots and timesteps [M, B], coefficients [M, 5, B]."""

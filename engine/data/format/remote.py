@@ -1,0 +1,399 @@
+"""Shards on remote storage: rows read as ranges of bytes ahead of the step, or whole shards kept on this node.
+
+The index must suffice: a server need not list what it has. What is read is judged as on a disk; what turns out to be wrong is
+read once more before it is refused.
+"""
+
+import concurrent.futures
+import contextlib
+import os
+import re
+import struct
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.data.format.cache import ShardsCache
+from engine.data.format.index import BUILD_AGAIN, INDEX, TEXTS, Index, shard_name, table_name
+from engine.data.format.reader import Rest, Rows, Shards, identity_of
+from engine.data.format.shard import LARGEST_HEADER, open_shard
+from engine.errors import UserError
+from engine.files import LARGEST_TEXT, parse_json, reading
+from engine.storage import CONNECTIONS, Storage, StorageError
+from engine.tensors import bytes_of, read_header
+
+WHOLE_COPY = "put a whole copy there"
+FETCHERS = 4  # threads that fetch whole shards
+MEMORY = 2**28  # bytes of rows that are on their way, or there before they are asked for
+HEADS = 2**26  # bytes of what else is kept of shards whose rows are read
+GAP = 2**16  # bytes between two ranges that are read with them: sooner there than another answer
+GAP_ROWS = 3  # that are read with rows at the most, so that they take no memory to speak of
+LONGEST = 2**23  # bytes of a range of rows
+_HEADER = 2**14  # bytes that a shard's header is thought to take
+
+
+class _RemoteShards(Shards):
+    """What both ways to read have in common."""
+
+    def __init__(self, storage: Storage, check_rows: bool) -> None:
+        self.storage = storage
+        self._suspect = -1  # the shard of which something was refused last
+        super().__init__(Path(), check_rows)
+
+    def close(self) -> None:
+        self.storage.close()
+
+    def _read_index(self) -> Index:
+        with tempfile.TemporaryDirectory() as name, self._speaking_of(name, ""):
+            path = Path(name) / INDEX
+            self._fetch_small(path)
+            with reading(path, BUILD_AGAIN):
+                value = parse_json(path.read_bytes())
+            if isinstance(value, dict) and re.fullmatch("[0-9a-f]{64}", str(value.get("shards"))):
+                self._fetch_small(path.with_name(table_name(value["shards"])))
+            index = Index.read(path.parent)
+        if index.records == 0:
+            raise UserError(f"{self.storage.named('')}: the shards hold no records")
+        return index
+
+    def _fetch_small(self, path: Path) -> None:
+        size = self.storage.size(path.name)
+        if size > LARGEST_TEXT:
+            raise StorageError(f"{self.storage.named(path.name)}: {size} bytes: larger than any index; {WHOLE_COPY}")
+        with path.open("wb") as file:
+            self.storage.read_into(path.name, 0, size, file.write)
+
+    @contextlib.contextmanager
+    def _speaking_of(self, local: str, name: str) -> Iterator[None]:
+        """Messages about a file here name the object that it is a copy of."""
+        try:
+            yield
+        except UserError as error:
+            said = (line.replace(local, self.storage.named(name).rstrip("/")) for line in error.lines)
+            raise type(error)(*(line.replace(BUILD_AGAIN, WHOLE_COPY) for line in said), alone=True) from None
+
+    def _error(self, shard: int, problem: str) -> UserError:
+        self._suspect = int(shard)
+        return UserError(f"{self.storage.named(self._name(shard))}: {problem}; {WHOLE_COPY}", alone=True)
+
+    def _name(self, shard: int) -> str:
+        return shard_name(self.index.shards["number"][shard])
+
+    def advise(self, rows: Rows) -> None:
+        """Nothing: what is read was asked for long before."""
+
+    def find(self, records: Tensor) -> Any:
+        return self._once_more(super().find, records)
+
+    def rows_of(self, *arguments: Any) -> Rows:
+        return self._once_more(super().rows_of, *arguments)
+
+    def gather(self, *arguments: Any) -> None:
+        self._once_more(super().gather, *arguments)
+
+    def _once_more(self, read: Callable[..., Any], *arguments: Any) -> Any:
+        """What `read` returns; of every shard of which it refuses something, all is fetched once more."""
+        again: set[int] = set()
+        while True:
+            self._suspect = -1
+            try:
+                return read(*arguments)
+            except StorageError:
+                raise
+            except UserError:
+                if self._suspect < 0 or self._suspect in again:
+                    raise
+                again.add(self._suspect)
+                self._forget(self._suspect)
+
+    def _open_one(self, number: int) -> None:
+        try:
+            self._open_file(number)
+        except StorageError:
+            raise
+        except UserError:
+            self._forget(number)
+            self._open_file(number)
+
+    def _open_file(self, number: int) -> None:
+        """Opens what there is of a shard here, and judges it."""
+        raise NotImplementedError
+
+    def _forget(self, number: int) -> None:
+        """Lets a shard, or what was read of it, be fetched again."""
+        if self._files[number] >= 0:
+            self._close(np.array([number]))
+
+    def _judge(self, number: int, descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}")
+        with self._speaking_of(str(path), self._name(number)):
+            shard = open_shard(self.directory, self.index, number, path)
+        for name, starts in self._starts.items():
+            starts[number] = shard.start(name)
+
+
+class CachedShards(_RemoteShards):
+    """Whole shards, kept in a directory of this node.
+
+    Args:
+        processes: how many of this node read shards.
+    """
+
+    def __init__(self, storage: Storage, cache: ShardsCache, processes: int, check_rows: bool = True) -> None:
+        super().__init__(storage, check_rows)
+        self.cache = cache
+        largest = int(self.index.shards["bytes"].max())
+        share = 2**62 if cache.limit is None else cache.limit // (largest * processes)
+        if share < 4:
+            raise UserError(
+                f"--shards_cache_limit: too little for the shards at {storage.named('')}, of up to {largest} bytes: give "
+                f"{4 * processes * largest} at least, four shards for each process of this node"
+            )
+        # Of what there is room for, half may be open, and so is not removed; a quarter is fetched ahead.
+        self._most_open = min(self._most_open, share // 2)
+        self._ahead = min(share // 4, 64)
+        self.horizon = max(2 * self._ahead * len(self) // len(self.index.shards), 4096)
+        self._fetchers = concurrent.futures.ThreadPoolExecutor(min(FETCHERS, self._ahead), "fetch shards")
+        self._coming: dict[int, concurrent.futures.Future] = {}
+        self._wanted: deque[int] = deque()
+        self._lock = threading.Lock()
+
+    def expect(self, records: Tensor) -> None:
+        shards = np.searchsorted(self._first_records, records.numpy(), side="right") - 1
+        distinct, first = np.unique(shards, return_index=True)
+        with self._lock:
+            self._wanted = deque(shard for shard in distinct[np.argsort(first)].tolist() if self._files[shard] < 0)
+        self._fetch_ahead()
+
+    def _fetch_ahead(self) -> None:
+        with self._lock:
+            while self._wanted and len(self._coming) < self._ahead:
+                shard = self._wanted.popleft()
+                if shard not in self._coming:
+                    self._coming[shard] = self._fetchers.submit(self.cache.fetch, *self._object(shard), wait=False)
+
+    def _object(self, number: int) -> tuple[str, int, Callable[[Callable[[bytes], Any]], None]]:
+        entry = self.index.shards[number]
+        size = int(entry["bytes"])
+        return entry["sha256"].tobytes().hex(), size, lambda write: self.storage.read_into(self._name(number), 0, size, write)
+
+    def _open_file(self, number: int) -> None:
+        with self._lock:
+            coming = self._coming.pop(number, None)
+        if coming is not None and not coming.cancel():
+            concurrent.futures.wait([coming])  # what went wrong is met again below
+        self._fetch_ahead()
+        try:
+            file = self.cache.open(*self._object(number))
+        except ValueError as error:
+            raise self._error(number, f"altered: {error}") from None
+        with file:
+            if self._identities[number] != (identity := identity_of(file.fileno())):
+                self._judge(number, file.fileno())
+                self._identities[number] = identity
+            self._files[number] = os.dup(file.fileno())
+
+    def _forget(self, number: int) -> None:
+        super()._forget(number)
+        self.cache.forget(self._object(number)[0])
+
+
+class RangedShards(_RemoteShards):
+    """Nothing on a disk: of a shard what leads to its rows, in memory, and of its rows those that are soon asked for.
+
+    How many bytes of rows are on their way is measured: from two micro-batches on twice as many, up to `MEMORY`, while rows
+    are waited for and come faster by it. So it ends at what the storage gives, times what it takes to answer.
+    """
+
+    def __init__(self, storage: Storage, check_rows: bool = True) -> None:
+        super().__init__(storage, check_rows)
+        self._ready: dict[str, _Ranges] | None = None  # rows of the micro-batch that is being gathered
+        table = self.index.shards
+        counted = ("records", *(f"{field.per}_rows" for field in self.fields.values()))
+        # A header, and numbers of eight bytes: the sources, checksums of rows, and what leads to these where it varies.
+        self._head_bytes = min(_HEADER + 8 * sum(int(table[name].max()) for name in counted), HEADS)
+        self._most_open = min(self._most_open, max(HEADS // self._head_bytes, 16))
+        self._openers = concurrent.futures.ThreadPoolExecutor(CONNECTIONS, "open shards")
+        self._pool = concurrent.futures.ThreadPoolExecutor(CONNECTIONS, "fetch rows")
+        self._row_bytes = sum(field.row_bytes for field in self.fields.values())
+        self._depth = self._taken = 0  # bytes on their way, and those gathered since `_since`
+        self._rate, self._since = 0.0, time.perf_counter()
+        self._groups: dict[int, dict[str, _Ranges]] = {}
+
+    def ahead(self, batches: Iterable[tuple[Rows, Rest]]) -> Iterator[tuple[Rows, Rest]]:
+        waiting: deque[tuple[int, int, list[tuple[Rows, Rest]]]] = deque()  # number, bytes and micro-batches of every group
+        for number, group in enumerate(self._grouped(batches)):
+            self._groups[number] = self._ask([rows for rows, _ in group])
+            size = sum(ranges.rows.numel() for ranges in self._groups[number].values())
+            self._depth = max(self._depth, 2 * size)
+            waiting.append((number, size, group))
+            while sum(size for _, size, _ in waiting) >= self._depth:
+                yield from self._arrived(*waiting.popleft())
+        while waiting:
+            yield from self._arrived(*waiting.popleft())
+
+    def _grouped(self, batches: Iterable[tuple[Rows, Rest]]) -> Iterator[list[tuple[Rows, Rest]]]:
+        """Micro-batches that are asked for together, a quarter of those that are on their way: so that ranges may meet."""
+        group: list[tuple[Rows, Rest]] = []
+        for batch in batches:
+            group.append(batch)
+            if self._row_bytes * sum(len(rows["shard"]) for rows, _ in group) >= self._depth // 4:
+                yield group
+                group = []
+        if group:
+            yield group
+
+    def _arrived(self, number: int, size: int, group: list[tuple[Rows, Rest]]) -> Iterator[tuple[Rows, Rest]]:
+        for rows, rest in group:
+            yield rows | {"group": torch.tensor(number)}, rest
+        del self._groups[number]
+
+    def _ask(self, batches: list[Rows]) -> dict[str, "_Ranges"]:
+        """Asks for all rows of micro-batches."""
+        shards = np.concatenate([rows["shard"].numpy() for rows in batches])
+        found = {}
+        for name, field in self.fields.items():
+            numbers = np.concatenate([rows[field.per].numpy() for rows in batches])
+            found[name] = _Ranges(shards, numbers, field.row_bytes)
+        for part, _ in self._open(shards):
+            opened = np.unique(shards[part])
+            for name, ranges in found.items():
+                ranges.fetch(opened, lambda *run, name=name: self._pool.submit(self._fetch, name, *run))
+        return found
+
+    def _fetch(self, name: str, shard: int, row: int, target: Tensor) -> None:
+        """Reads rows of a field from number `row` on into `target`, uint8 [rows, bytes]."""
+        start = int(self._starts[name][shard]) + row * target.shape[1]
+        content = target.view(-1).numpy().data
+
+        def take(piece: bytes) -> None:
+            nonlocal content
+            content[: len(piece)] = piece
+            content = content[len(piece) :]
+
+        self.storage.read_into(self._name(shard), start, start + len(content), take)
+
+    def gather(self, name: str, rows: Rows, out: Tensor, *more: Any) -> None:
+        self._ready = self._groups.get(int(rows["group"])) if "group" in rows else None
+        super().gather(name, rows, out, *more)
+
+    def _read(self, name: str, shards: np.ndarray, offsets: np.ndarray, size: int, out: Tensor) -> None:
+        if name not in self.fields:
+            super()._read(name, shards, offsets, size, out)
+            return
+        numbers = offsets // size
+        if self._ready:
+            ranges = self._ready[name]
+        else:
+            ranges = _Ranges(shards, numbers, size)
+            for part, _ in self._open(shards):
+                ranges.fetch(np.unique(shards[part]), lambda *run: self._pool.submit(self._fetch, name, *run))
+        waited = ranges.take(shards, numbers, bytes_of(out).view(len(out), -1))
+        self._taken += out.nbytes
+        if waited and self._taken > 4 * self._depth:
+            self._deepen()
+
+    def _deepen(self) -> None:
+        """Has more bytes on their way, if that helped when it was done before."""
+        now = time.perf_counter()
+        rate = self._taken / (now - self._since)
+        if rate > 1.1 * self._rate:
+            self._rate, self._depth = rate, min(2 * self._depth, MEMORY)
+        self._taken, self._since = 0, now
+
+    def _forget(self, number: int) -> None:
+        super()._forget(number)
+        self._ready = None
+
+    def _open_file(self, number: int) -> None:
+        descriptor = os.memfd_create(self._name(number), os.MFD_CLOEXEC)
+        try:
+            self._fetch_head(number, descriptor)
+            self._judge(number, descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._files[number] = descriptor
+
+    def _fetch_head(self, number: int, descriptor: int) -> None:
+        """Reads of a shard all but its fields and texts into a sparse file, at their places."""
+        size = int(self.index.shards["bytes"][number])
+        os.ftruncate(descriptor, size)
+
+        def fetch(start: int, end: int) -> None:
+            os.pwrite(descriptor, self.storage.read(self._name(number), start, end), start)
+
+        fetch(0, there := min(size, self._head_bytes))
+        (length,) = struct.unpack("<Q", os.pread(descriptor, 8, 0)) if size >= 8 else (0,)
+        if there < 8 + length <= min(size, LARGEST_HEADER):
+            fetch(there, 8 + length)
+        header: dict[str, Any] = {}
+        data = 0
+        with contextlib.suppress(ValueError, RecursionError):  # what is no shard is refused when it is judged
+            header, _, data = read_header(Path(f"/proc/self/fd/{descriptor}"))
+        needed = (header[name]["data_offsets"] for name in header if name not in self.fields and name not in TEXTS)
+        for start, end in _joined((data + start, data + end) for start, end in needed):
+            if there < end <= start + LARGEST_TEXT:
+                fetch(max(start, there), end)
+
+
+class _Ranges:
+    """Rows of one field [N] as ranges of rows that follow each other, some read in between; and the memory for them."""
+
+    def __init__(self, shards: np.ndarray, numbers: np.ndarray, row_bytes: int) -> None:
+        keys = np.unique(_keys(shards, numbers))
+        longest = max(LONGEST // row_bytes, 1)
+        far = np.diff(keys) > 1 + min(GAP // row_bytes, GAP_ROWS)
+        begins = np.flatnonzero(np.append(True, far))
+        ends = keys[np.append(begins[1:] - 1, len(keys) - 1)] + 1
+        counts = -(-(ends - keys[begins]) // longest)  # of pieces that each is divided into
+        pieces = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        self.first = np.repeat(keys[begins], counts) + pieces * longest
+        lengths = np.minimum(np.repeat(ends, counts) - self.first, longest)
+        self.places = np.cumsum(np.append(0, lengths))
+        self.rows = torch.empty(int(self.places[-1]), row_bytes, dtype=torch.uint8)
+        self.futures: dict[int, concurrent.futures.Future] = {}
+
+    def fetch(self, shards: np.ndarray, submit: Callable[[int, int, Tensor], concurrent.futures.Future]) -> None:
+        """Submits the ranges of some shards."""
+        for number in np.flatnonzero(np.isin(self.first >> 40, shards)).tolist():
+            first = int(self.first[number])
+            target = self.rows[self.places[number] : self.places[number + 1]]
+            self.futures[number] = submit(first >> 40, first & (1 << 40) - 1, target)
+
+    def take(self, shards: np.ndarray, numbers: np.ndarray, out: Tensor) -> bool:
+        """Copies rows [B] into `out`, uint8 [B, bytes]; whether they had to be waited for."""
+        keys = _keys(shards, numbers)
+        ranges = np.searchsorted(self.first, keys, side="right") - 1
+        futures = [self.futures[number] for number in np.unique(ranges).tolist()]
+        waited = not all(future.done() for future in futures)
+        for future in futures:
+            future.result()
+        places = self.places[ranges] + keys - self.first[ranges]
+        torch.index_select(self.rows, 0, torch.from_numpy(places), out=out)
+        return waited
+
+
+def _keys(shards: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """One number for a row of a shard, in the order of both."""
+    return shards.astype(np.int64) << 40 | numbers
+
+
+def _joined(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Ranges of bytes, those that lie near each other as one."""
+    whole: list[int] = []
+    for start, end in sorted(ranges):
+        if whole and start > whole[1] + GAP:
+            yield whole[0], whole[1]
+            whole = []
+        whole = [whole[0], max(whole[1], end)] if whole else [start, end]
+    if whole:
+        yield whole[0], whole[1]

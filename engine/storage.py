@@ -1,0 +1,314 @@
+"""Objects on remote storage, read as ranges of bytes: over HTTP, from the hub, and from all that fsspec knows.
+
+Storage that fails is asked again. Addresses may hold secrets (a password, the token of a signed query), which nothing that is
+said of them does.
+"""
+
+import contextlib
+import random
+import re
+import ssl
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
+
+from engine.errors import UserError, first_line, out_of_memory
+
+PAUSES = (0.1, 0.5, 2.0, 5.0, 15.0)  # seconds before an object that could not be read is asked for again
+CONNECTIONS = 32  # requests of a process at a time
+TIMEOUT = 30.0  # seconds without a byte
+_PIECE = 2**24  # bytes asked of fsspec at a time
+_CHUNK = 2**20  # bytes taken from a connection at a time
+_PROGRESS = 2**20  # bytes after which a connection that breaks counts as the first one
+_PASSING = (408, 425, 429)  # and all from 500 on: statuses that may be other ones in a second
+_CREDENTIALS = (
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "DefaultCredentialsError",
+    "ProfileNotFound",
+    "TokenRetrievalError",
+)
+GIVE_CREDENTIALS = "give credentials that may read it"
+NOT_THERE = "look at the address, or put the whole directory there"
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*)://([^/?#]*@)?([^/?#]*)([^?#]*)(.*)", re.IGNORECASE | re.DOTALL)
+MEND_THE_STORAGE = "look at the storage and the network, and start the same again"
+
+
+class StorageError(UserError):
+    """An object that could not be read."""
+
+
+class _Refused(Exception):
+    """What will be answered again however often it is asked: what is wrong, and the remedy."""
+
+
+def is_remote(place: str) -> bool:
+    """Whether a directory is an address, and not a path."""
+    return _ADDRESS.fullmatch(place) is not None
+
+
+def shown(address: str) -> str:
+    """An address as it may be printed and written down: without a password, and without a query, which may hold a token."""
+    scheme, user, host, path, _ = _parts(address)
+    if user:
+        user = "" if scheme.lower() in ("http", "https") else f"{user[:-1].split(':')[0]}@"  # a token may stand there alone
+    return f"{scheme}://{user}{host}{path.rstrip('/')}"
+
+
+def _parts(address: str) -> list[str]:
+    """Scheme, user (with the @ after it), host, path and the rest of an address."""
+    found = _ADDRESS.fullmatch(address)
+    return [part or "" for part in found.groups()] if found else ["", "", "", address, ""]
+
+
+class Storage:
+    """A directory of objects at an address; used by any number of threads.
+
+    Raises:
+        UserError: nothing here reads such addresses.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._closed = threading.Event()
+        self._reader: _Http | _Fsspec
+        try:
+            if re.match("https?:", address, re.IGNORECASE):
+                parts = urlsplit(address)
+                self._reader = _Http(lambda name: urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}")), {})
+            elif re.match("hf:", address, re.IGNORECASE):
+                self._reader = _from_hub(address)
+            else:
+                self._reader = _Fsspec(address)
+        except ImportError as error:
+            raise UserError(f"{shown(address)}: {self._masked(first_line(error))}; install that package") from None
+        except Exception as error:  # libraries raise anything
+            raise UserError(f"{shown(address)}: cannot be opened: {self._masked(first_line(error))}; give an address of http, "
+                            "https, s3, gs, hf, or another that fsspec knows") from None  # fmt: skip
+
+    def close(self) -> None:
+        """Nothing is read any more, and nobody waits for what was to be."""
+        self._closed.set()
+
+    def named(self, name: str) -> str:
+        """An object, as messages name it."""
+        return f"{shown(self.address)}/{name}"
+
+    def size(self, name: str) -> int:
+        """Bytes of an object.
+
+        Raises:
+            StorageError: it is not there, or cannot be read.
+        """
+        return int(self._persistently(name, "", lambda: self._reader.size(name)))
+
+    def read(self, name: str, start: int, end: int) -> bytearray:
+        """Bytes `start` to `end`, exclusive, of an object.
+
+        Raises:
+            StorageError: it cannot be read.
+        """
+        content = bytearray()
+        self.read_into(name, start, end, content.extend)
+        return content
+
+    def read_into(self, name: str, start: int, end: int, write: Callable[[bytes], Any]) -> None:
+        """The same, handed to `write` piece by piece. What breaks off goes on where it broke off.
+
+        Raises:
+            StorageError: it cannot be read: which range of which object, why, and what to do.
+        """
+        position = start
+
+        def go_on() -> None:
+            nonlocal position
+            for piece in self._reader.pieces(name, position, end, start):
+                position += len(piece)
+                write(piece)
+                if self._closed.is_set():
+                    break
+            if position != end:
+                raise EOFError(f"ended after {position - start} bytes")
+
+        self._persistently(name, f", bytes {start} to {end}", go_on, lambda: position)
+
+    def _persistently(self, name: str, which: str, work: Callable[[], Any], position: Callable[[], int] = int) -> Any:
+        """What `work` returns; it is called again after a pause where storage may do better then."""
+        pauses, since = list(PAUSES), position()
+        while True:
+            remedy = MEND_THE_STORAGE
+            try:
+                return work()
+            except _Refused as error:
+                problem, remedy = error.args
+                pauses = []
+            except Exception as error:  # every library has its own
+                if out_of_memory(error):
+                    raise
+                problem = self._masked(_cause(error))
+                if type(error).__name__ in _CREDENTIALS:
+                    pauses, remedy = [], GIVE_CREDENTIALS
+                elif position() - since >= _PROGRESS:
+                    pauses, since = list(PAUSES), position()
+                elif not pauses:
+                    problem += f", {len(PAUSES) + 1} times"
+            if not pauses:
+                raise StorageError(f"{self.named(name)}{which}: {problem}; {remedy}", alone=True)
+            if self._closed.wait(pauses.pop(0) * random.uniform(0.5, 1.5)):
+                raise StorageError(f"{self.named(name)}: closed", alone=True)
+
+    def _masked(self, said: str) -> str:
+        """What a library says, which may quote the address."""
+        _, user, _, _, rest = _parts(self.address)
+        for secret in (rest, rest[1:], user, user[:-1].partition(":")[2]):
+            said = said.replace(secret, "...") if secret else said
+        return re.sub(r"([?&][\w.-]+=)[^\s&'\"]+", r"\1...", re.sub(r"//[^/@\s]+@", "//", said))
+
+
+def _cause(error: Exception) -> str:
+    """What went wrong, without what urllib3 was about to do."""
+    reason = getattr(error, "reason", None)
+    error = reason if isinstance(reason, Exception) else error
+    named = isinstance(error, OSError) or len(error.args) < 2
+    return re.sub(r"^HTTPS?Connection(Pool)?\(.*?\): ", "", first_line(error) if named else str(error.args[0]))
+
+
+class _Http:
+    """Objects of a server, which need not list them.
+
+    fsspec's own file system for HTTP needs a package that is not installed with it, and does not compare what it was given with
+    what it asked for.
+
+    Args:
+        url: of an object by name.
+        headers: beside those of every request.
+    """
+
+    def __init__(self, url: Callable[[str], str], headers: dict[str, str]) -> None:
+        import certifi
+        import urllib3
+
+        parts = urlsplit(url(""))
+        if not parts.hostname:
+            raise ValueError("it names no host")
+        self.url, self.headers = url, {"Accept-Encoding": "identity"} | headers
+        if parts.username is not None:
+            given = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+            self.headers |= urllib3.make_headers(basic_auth=given)
+        context = ssl.create_default_context()
+        context.load_verify_locations(certifi.where())  # beside the system's, which may have none
+        options: dict[str, Any] = {
+            "maxsize": CONNECTIONS, "block": True, "ssl_context": context, "timeout": urllib3.Timeout(TIMEOUT),
+            "retries": urllib3.Retry(connect=0, read=0, status=0, other=0, redirect=5),
+        }  # fmt: skip
+        proxy = None if urllib.request.proxy_bypass(parts.hostname) else urllib.request.getproxies().get(parts.scheme)
+        self.pool = urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
+
+    def size(self, name: str) -> int:
+        with self._asked(name, 0, 1) as response:
+            total = response.headers.get("Content-Range", "").rpartition("/")[2] or response.headers.get("Content-Length", "")
+            if not total.isdecimal():
+                raise _Refused("the server does not say how long it is", "serve it as a file")
+            return int(total)
+
+    def pieces(self, name: str, position: int, end: int, start: int) -> Iterator[bytes]:
+        """From `position` on, of a range that begins at `start`."""
+        if position == end:
+            return
+        with self._asked(name, position, end) as response:
+            skip = 0
+            if response.status == 200:
+                # Of a whole object that broke off, what is there already is read once more, but no object is read for a row.
+                if start > 0:
+                    raise _Refused("the server gives no ranges of it", "keep whole shards with --shards_cache")
+                skip = position
+            elif not response.headers.get("Content-Range", "").startswith(f"bytes {position}-"):
+                raise ValueError("the server gave another range")
+            for piece in response.stream(_CHUNK, decode_content=False):
+                piece, skip = piece[skip:], max(skip - len(piece), 0)
+                piece = piece[: end - position]
+                position += len(piece)
+                if piece:
+                    yield piece
+                if position == end:
+                    return
+
+    @contextlib.contextmanager
+    def _asked(self, name: str, start: int, end: int) -> Iterator[Any]:
+        """The server's answer to a question for a range."""
+        parts = urlsplit(self.url(name))
+        url = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        headers = self.headers | {"Range": f"bytes={start}-{end - 1}"}
+        response = self.pool.request("GET", url, headers=headers, preload_content=False)
+        try:
+            said = f"{response.status} {response.reason or ''}".strip()
+            if response.status in (401, 403):
+                raise _Refused(said, GIVE_CREDENTIALS)
+            if response.status in (404, 410):
+                raise _Refused(said, NOT_THERE)
+            if response.status in _PASSING or response.status >= 500:
+                raise OSError(said)
+            if response.status == 416:
+                raise _Refused("it ends before that", NOT_THERE)
+            if response.status not in (200, 206):
+                raise _Refused(said, "give an address that answers with the object")
+            yield response
+        finally:
+            response.close()  # which is kept open where all was read
+            response.release_conn()
+
+
+def _from_hub(address: str) -> _Http:
+    """A folder of a repository on the hub, whose files are read over HTTP: one question for each range."""
+    from huggingface_hub import HfFileSystem, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers
+
+    files = HfFileSystem()
+    place: Any = files.resolve_path(address)
+
+    def url(name: str) -> str:
+        if hasattr(place, "bucket_id"):
+            return f"{files.endpoint}/buckets/{place.bucket_id}/resolve/{quote(f'{place.path}/{name}'.lstrip('/'))}"
+        path = f"{place.path_in_repo}/{name}".lstrip("/")
+        return hf_hub_url(place.repo_id, path, repo_type=place.repo_type, revision=place.revision, endpoint=files.endpoint)
+
+    return _Http(url, build_hf_headers())
+
+
+class _Fsspec:
+    """Objects of whatever fsspec knows."""
+
+    def __init__(self, address: str) -> None:
+        import fsspec
+
+        self.files, path = fsspec.core.url_to_fs(address)
+        self.path = path.rstrip("/")
+
+    def size(self, name: str) -> int:
+        with self._asked():
+            return int(self.files.info(f"{self.path}/{name}")["size"])
+
+    def pieces(self, name: str, position: int, end: int, start: int) -> Iterator[bytes]:
+        while position < end:
+            stop = min(position + _PIECE, end)
+            with self._asked():
+                piece = self.files.cat_file(f"{self.path}/{name}", start=position, end=stop)
+            if not piece:
+                return
+            if len(piece) > stop - position:
+                raise _Refused("the storage gives no ranges of it", "keep whole shards on a disk")
+            yield piece
+            position += len(piece)
+
+    @contextlib.contextmanager
+    def _asked(self) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, IsADirectoryError):
+            raise _Refused("no such object", NOT_THERE) from None
+        except PermissionError as error:
+            raise _Refused(f"not permitted ({first_line(error)})", GIVE_CREDENTIALS) from None
+        except NotImplementedError:
+            raise _Refused("the storage gives no ranges of it", "keep whole shards on a disk") from None

@@ -1,0 +1,279 @@
+"""Shards on remote storage: the bytes of the disk, whatever goes wrong on the way, and what is said where nothing helps."""
+
+import contextlib
+import hashlib
+import itertools
+import multiprocessing
+import re
+import shutil
+import threading
+
+import pytest
+import torch
+
+from engine import storage
+from engine.data.format.cache import ShardsCache
+from engine.data.format.index import Index, shard_name
+from engine.data.format.reader import Shards
+from engine.data.format.remote import CachedShards, RangedShards
+from engine.data.samples.batch import BatchPlan
+from engine.data.samples.loader import Loader
+from engine.data.samples.order import order_of
+from engine.diffusion import DiscreteSchedule, unweighted
+from engine.errors import UserError
+from engine.storage import Storage, StorageError, is_remote, shown
+from engine.tensors import read_header
+from tests.storage_server import serving
+
+SCHEDULE = DiscreteSchedule(torch.linspace(0.99, 0.01, 1000), "epsilon", unweighted)
+SHARD = re.compile("shard-.*")
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(storage, "PAUSES", (0.001,) * 5)
+    monkeypatch.setattr(storage, "TIMEOUT", 0.3)
+
+
+def opened(way: str, address: str, cache, **options) -> Shards:
+    if way == "ranges":
+        return RangedShards(Storage(address), **options)
+    return CachedShards(Storage(address), ShardsCache(cache), 1, **options)
+
+
+def records(shards: Shards, window: int | None = 2, steps: int = 20) -> list[dict[str, torch.Tensor]]:
+    order = order_of(3, shards.index.shards["records"], window)
+    loader = Loader(shards, BatchPlan(4, 1, 0, 1), 3, SCHEDULE, torch.device("cpu"), 0, steps, order)
+    with contextlib.closing(loader), contextlib.closing(shards):
+        return [batch.record for batch in loader]
+
+
+def assert_same(found: list, expected: list) -> None:
+    for left, right in zip(found, expected, strict=True):
+        assert all(torch.equal(left[name], right[name]) for name in right)
+
+
+def alter(shard) -> None:
+    """Changes a byte of every latent."""
+    header, _, data = read_header(shard)
+    rows = header["latent_mean"]["shape"][0]
+    start, end = header["latent_mean"]["data_offsets"]
+    content = bytearray(shard.read_bytes())
+    for place in range(data + start, data + end, (end - start) // rows):
+        content[place] ^= 1
+    shard.write_bytes(content)
+
+
+WAYS = pytest.mark.parametrize("way", ["ranges", "cache"])
+
+
+@WAYS
+@pytest.mark.parametrize("window", [None, 1, 2])
+def test_rows_are_those_of_the_disk(way, window, shards, tmp_path):
+    with serving(shards) as server:
+        assert_same(records(opened(way, server.address, tmp_path), window), records(Shards(shards), window))
+        assert not {name for name, _ in server.asked} - {path.name for path in shards.iterdir()}
+
+
+def passing(what):
+    """Some answers about shards are wrong in one way, or each in another one."""
+    faults = itertools.cycle(["cut", 500, "short", 429] if what == "all" else [what])
+    questions, lock = itertools.count(), threading.Lock()
+
+    def fault(name, span, before):
+        with lock:
+            every = 40 if what == "wrong" else 4  # what is wrong once more is refused
+            return next(faults) if SHARD.match(name) and next(questions) % every == 1 else None
+
+    return fault
+
+
+@WAYS
+@pytest.mark.parametrize("what", ["cut", "short", "wrong", 500, 429, "slow", "hang", "all"])
+def test_what_passes_changes_nothing(way, what, shards, tmp_path):
+    with serving(shards, passing(what)) as server:
+        found = records(opened(way, server.address, tmp_path), steps=4 if what in ("slow", "hang") else 20)
+    assert_same(found, records(Shards(shards), steps=len(found)))
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("cut", r"shard-0000\d.safetensors, bytes \d+ to \d+: .*, 6 times; look at the storage and the network"),
+        (503, r"shard-0000\d.safetensors, bytes \d+ to \d+: 503 Service Unavailable, 6 times; look at the storage"),
+        (404, r"shard-0000\d.safetensors, bytes \d+ to \d+: 404 Not Found; look at the address, or put the whole"),
+        (403, r"shard-0000\d.safetensors, bytes \d+ to \d+: 403 Forbidden; give credentials that may read it"),
+    ],
+)
+@WAYS
+def test_what_does_not_pass_is_one_line(way, what, said, shards, tmp_path):
+    with serving(shards, lambda name, *_: what if SHARD.match(name) else None) as server, pytest.raises(UserError) as error:
+        records(opened(way, server.address, tmp_path))
+    assert re.search(f"^{server.address}/{said}", str(error.value))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "status"), [("index.json", 404), ("index-", 404), ("index.json", "cut"), ("index-", "wrong")])
+def test_an_index_that_cannot_be_read_is_one_line(name, status, shards):
+    with serving(shards, lambda file, *_: status if file.startswith(name) else None) as server:
+        with pytest.raises(UserError, match=f"^{server.address}/{name}[^/]*: .*; ") as error:
+            RangedShards(Storage(server.address))
+        assert "/tmp" not in str(error.value)
+
+
+@WAYS
+def test_a_row_that_is_altered_is_fetched_once_more_and_then_refused(way, shards, tmp_path):
+    copy = shutil.copytree(shards, tmp_path / "shards")
+    index = Index.read(copy)
+    for entry in index.shards:
+        alter(copy / shard_name(entry["number"]))
+    with (
+        serving(copy) as server,
+        pytest.raises(UserError, match=r"shard-0000\d.safetensors: altered: .*; put a whole copy there"),
+    ):
+        records(opened(way, server.address, tmp_path / "cache"))
+    if way == "cache":
+        assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_file_of_the_cache_that_is_altered_is_fetched_again(shards, tmp_path):
+    with serving(shards) as server:
+        expected = records(opened("cache", server.address, tmp_path))
+        for path in tmp_path.glob("*.safetensors"):
+            alter(path)
+        assert_same(records(opened("cache", server.address, tmp_path)), expected)
+        asked = len(server.asked)
+        assert_same(records(opened("cache", server.address, tmp_path)), expected)
+        assert {name for name, _ in server.asked[asked:]} <= {"index.json", *(path.name for path in shards.glob("index-*"))}
+
+
+def test_a_server_without_ranges_gives_whole_shards_alone(shards, tmp_path):
+    with serving(shards, lambda name, *_: "whole") as server:
+        assert_same(records(opened("cache", server.address, tmp_path)), records(Shards(shards)))
+        with pytest.raises(UserError, match="the server gives no ranges of it; keep whole shards with --shards_cache"):
+            records(opened("ranges", server.address, tmp_path))
+
+
+def test_rows_that_follow_each_other_are_asked_for_together(shards):
+    with serving(shards) as server:
+        reader = RangedShards(Storage(server.address))
+        records(reader, 1, 24)
+        rows = 24 * 4 * len(reader.fields)
+    assert len(server.asked) < rows / 2
+
+
+def test_the_cache_keeps_to_its_limit_and_to_what_is_read(shards, tmp_path):
+    index = Index.read(shards)
+    largest = int(index.shards["bytes"].max())
+    said = f"--shards_cache_limit: too little .* give {8 * largest} at least"
+    with serving(shards) as server, pytest.raises(UserError, match=said):
+        CachedShards(Storage(server.address), ShardsCache(tmp_path, 8 * largest - 1), 2)
+    contents = {hashlib.sha256(content).hexdigest(): content for content in (bytes([number]) * 1000 for number in range(6))}
+    cache = ShardsCache(tmp_path, 3000)
+    held = []
+    for number, (digest, content) in enumerate(contents.items()):
+        file = cache.open(digest, 1000, lambda write, content=content: write(content))
+        assert file.read() == content
+        if number < 2:
+            held.append(file)
+        else:
+            file.close()
+    there = {path.name.split(".")[0] for path in tmp_path.iterdir()}
+    assert there == {digest for number, digest in enumerate(contents) if number in (0, 1, 5)}
+    for file in held:
+        file.close()
+
+
+def _fetch(directory, digest, content, barrier) -> None:
+    barrier.wait()
+    cache = ShardsCache(directory, 2500)
+
+    def read(write):
+        with (directory / "fetched.log").open("a") as log:
+            log.write(f"{digest}\n")
+        write(content)
+
+    for _ in range(20):
+        with cache.open(digest, len(content), read) as file:
+            assert file.read() == content
+
+
+def test_processes_of_a_node_fetch_a_shard_once(tmp_path):
+    context, content = multiprocessing.get_context("fork"), b"x" * 1000
+    digest = hashlib.sha256(content).hexdigest()
+    barrier = context.Barrier(3)
+    processes = [context.Process(target=_fetch, args=(tmp_path, digest, content, barrier)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert (tmp_path / "fetched.log").read_text() == f"{digest}\n"
+
+
+def test_what_a_killed_process_left_in_the_cache_is_removed(tmp_path):
+    digest = "a" * 64
+    for name in (f"{digest}.safetensors.01234567.partial", f"{digest}.lock"):
+        (tmp_path / name).write_bytes(b"half")
+    ShardsCache(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_leaving_early_does_not_wait_for_the_storage(shards, monkeypatch):
+    monkeypatch.setattr(storage, "PAUSES", (60.0,) * 5)
+    with serving(shards, lambda name, span, before: 500 if SHARD.match(name) else None) as server:
+        reader = RangedShards(Storage(server.address))
+        loader = Loader(reader, BatchPlan(4, 1, 0, 1), 3, SCHEDULE, torch.device("cpu"), 0, 20)
+        reader.close()
+        loader.close()
+    with pytest.raises(StorageError, match="closed"):
+        reader.storage.read(shard_name(0), 0, 10)
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("https://user:secret@host:8/a/?token=secret", "https://host:8/a"),
+        ("s3://bucket/a/", "s3://bucket/a"),
+        ("sftp://me:secret@host/a", "sftp://me@host/a"),
+        ("abfs://container@account.dfs.core.windows.net/a", "abfs://container@account.dfs.core.windows.net/a"),
+    ],
+)
+def test_secrets_of_an_address_are_not_shown(address, said):
+    assert is_remote(address)
+    assert shown(address) == said
+
+
+def test_secrets_are_sent_and_not_said(shards, tmp_path):
+    with serving(shards, secret="token=geheim") as server:
+        address = f"{server.address}/?token=geheim"
+        assert_same(records(opened("ranges", address, tmp_path)), records(Shards(shards)))
+        with pytest.raises(UserError, match="403") as error:
+            RangedShards(Storage(f"{server.address}?token=falsch"))
+    assert "falsch" not in str(error.value)
+    with pytest.raises(UserError, match="refused, 6 times; look at the storage") as error:
+        RangedShards(Storage(address.replace("http://", "http://me:geheim@")))
+    assert "geheim" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("http:///data", "cannot be opened: it names no host"),
+        ("nowhere://x/y", "cannot be opened: Protocol not known: nowhere"),
+        ("memory://not/there", "index.json: no such object; look at the address"),
+        ("https://[", "cannot be opened: "),
+    ],
+)
+def test_an_address_that_leads_nowhere_is_one_line(address, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        RangedShards(Storage(address))
+
+
+def test_anything_that_fsspec_knows_is_read(shards):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for path in shards.iterdir():
+        memory.pipe_file(f"/shards/{path.name}", path.read_bytes())
+    assert_same(records(RangedShards(Storage("memory://shards"))), records(Shards(shards)))
