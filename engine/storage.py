@@ -21,7 +21,7 @@ CONNECTIONS = 32  # requests of a process at a time
 TIMEOUT = 30.0  # seconds without a byte
 _PIECE = 2**24  # bytes asked of fsspec at a time
 _CHUNK = 2**20  # bytes taken from a connection at a time
-_PROGRESS = 2**20  # bytes after which a connection that breaks counts as the first one
+_PROGRESS = 2**20  # bytes, or a quarter of those that are left, after which a connection that breaks counts as the first one
 _PASSING = (408, 425, 429)  # and all from 500 on: statuses that may be other ones in a second
 _CREDENTIALS = (
     "NoCredentialsError",
@@ -120,7 +120,7 @@ class Storage:
         Raises:
             StorageError: it cannot be read: which range of which object, why, and what to do.
         """
-        position = start
+        position = since = start
 
         def go_on() -> None:
             nonlocal position
@@ -132,11 +132,21 @@ class Storage:
             if position != end:
                 raise EOFError(f"ended after {position - start} bytes")
 
-        self._persistently(name, f", bytes {start} to {end}", go_on, lambda: position)
+        def came_on() -> bool:
+            nonlocal since
+            enough = position > since and position - since >= min(_PROGRESS, (end - since) // 4)
+            since = position if enough else since
+            return enough
 
-    def _persistently(self, name: str, which: str, work: Callable[[], Any], position: Callable[[], int] = int) -> Any:
-        """What `work` returns; it is called again after a pause where storage may do better then."""
-        pauses, since = list(PAUSES), position()
+        self._persistently(name, f", bytes {start} to {end}", go_on, came_on)
+
+    def _persistently(self, name: str, which: str, work: Callable[[], Any], came_on: Callable[[], bool] = bool) -> Any:
+        """What `work` returns; it is called again after a pause where storage may do better then.
+
+        Args:
+            came_on: whether it got so far since it was asked that this counts as the first try.
+        """
+        pauses = list(PAUSES)
         while True:
             remedy = MEND_THE_STORAGE
             try:
@@ -150,8 +160,8 @@ class Storage:
                 problem = self._masked(_cause(error))
                 if type(error).__name__ in _CREDENTIALS:
                     pauses, remedy = [], GIVE_CREDENTIALS
-                elif position() - since >= _PROGRESS:
-                    pauses, since = list(PAUSES), position()
+                elif came_on():
+                    pauses = list(PAUSES)
                 elif not pauses:
                     problem += f", {len(PAUSES) + 1} times"
             if not pauses:
