@@ -248,8 +248,12 @@ class Shards:
             others = opened[self._read_at[opened] < self._reads]
             oldest = others[np.argsort(self._read_at[others])]
             self._close(oldest[: max(excess, len(others) // 2)])
-        for _ in self._openers.map(self._open_one, missing.tolist()):
+        for _ in self._openers.map(self._open_all, np.array_split(missing, min(_OPENERS, len(missing)))):
             pass
+
+    def _open_all(self, numbers: np.ndarray) -> None:
+        for number in numbers.tolist():
+            self._open_one(number)
 
     def _open_one(self, number: int) -> None:
         """Opens a shard's file; judges what it says when it is the first time, or another file than it was then."""
