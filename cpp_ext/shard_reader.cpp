@@ -41,10 +41,13 @@ extern "C" void advise_rows(const int32_t* files, const int64_t* offsets, int64_
   for (int64_t row = 0; row < count; ++row) (void)posix_fadvise(files[row], offsets[row], row_bytes, POSIX_FADV_WILLNEED);
 }
 
-// Reads `count` rows of `row_bytes` bytes: row i from files[i] at offsets[i] to target + i * row_bytes.
+using Hash = uint64_t (*)(const void*, size_t);
+
+// Reads `count` rows of `row_bytes` bytes: row i from files[i] at offsets[i] to target + i * row_bytes. Where there is a hash,
+// sums[i] is that of row i, computed while the row lies in the processor's cache.
 // Returns -1 when all is well, else the number of a row that could not be read; its error number is left in *error.
 extern "C" int64_t gather_rows(const int32_t* files, const int64_t* offsets, int64_t count, int64_t row_bytes, char* target,
-                               int32_t max_threads, int32_t* error) {
+                               int32_t max_threads, Hash hash, uint64_t* sums, int32_t* error) {
   std::atomic<int64_t> next{0};
   std::atomic<int64_t> failed{-1};
   std::atomic<int32_t> failure{0};
@@ -54,6 +57,8 @@ extern "C" int64_t gather_rows(const int32_t* files, const int64_t* offsets, int
       if (result != 0) {
         failure = result;
         failed = row;
+      } else if (hash != nullptr) {
+        sums[row] = hash(target + row * row_bytes, static_cast<size_t>(row_bytes));
       }
     }
   };

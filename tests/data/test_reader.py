@@ -5,8 +5,10 @@ import os
 import numpy as np
 import pytest
 import torch
+import xxhash
 
 import cpp_ext
+from engine.data.format import gather as gathering
 from engine.data.format.gather import best_gather, gather_in_cpp, gather_in_python
 
 needs_compiler = pytest.mark.skipif(cpp_ext.load("shard_reader") is None, reason="no C++ compiler")
@@ -86,3 +88,19 @@ def test_the_library_is_built_once_and_kept(monkeypatch, tmp_path):
         assert library.stat().st_mtime_ns == written
     finally:
         cpp_ext.load.cache_clear()
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("exported", [True, False])
+@pytest.mark.parametrize("row_bytes", [1, 16, 129, 240, 241, 1025, 70_000])
+def test_checksums_are_those_of_the_library(side, exported, row_bytes, tmp_path, monkeypatch):
+    best_gather()
+    if not exported:  # a library that keeps its function to itself
+        monkeypatch.setattr(gathering, "_xxh3", lambda: None)
+    content = torch.randint(0, 256, (5, row_bytes), dtype=torch.uint8)
+    (tmp_path / "file").write_bytes(content.numpy().tobytes())
+    rows, sums = torch.empty_like(content[:3]), torch.empty(3, dtype=torch.int64)
+    with (tmp_path / "file").open("rb") as file:
+        side(np.full(3, file.fileno(), np.int32), np.array([4, 0, 2]) * row_bytes, row_bytes, rows, sums)
+    expected = [xxhash.xxh3_64_intdigest(content[row].numpy().tobytes()) for row in (4, 0, 2)]
+    assert sums.numpy().view(np.uint64).tolist() == expected

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.data.format.gather import best_advise, best_gather
+from engine.data.format.gather import best_advise, best_gather, checksums_of
 from engine.data.format.index import BUILD_AGAIN, CHECKSUMS, INDEX, OWN, SHARD_NAME, VARYING, Index, shard_name
-from engine.data.format.shard import checksums_of, open_shard
+from engine.data.format.shard import open_shard
 from engine.errors import UserError
 from engine.files import open_regular
 
@@ -161,10 +161,11 @@ class Shards:
         """
         field = self.fields[name]
         shards, numbers = rows["shard"].numpy(), rows[field.per].numpy()
-        self._read(name, shards, numbers * field.row_bytes, field.row_bytes, out)
-        if self.check_rows:
+        sums = torch.empty(len(shards), dtype=torch.int64) if self.check_rows else None
+        self._read(name, shards, numbers * field.row_bytes, field.row_bytes, out, sums)
+        if sums is not None:
             expected = self._numbers(f"{CHECKSUMS}{name}", shards, numbers, 1)[:, 0]
-            if len(wrong := np.flatnonzero(checksums_of(out).numpy() != expected)):
+            if len(wrong := np.flatnonzero(sums.numpy() != expected)):
                 place = wrong[0]
                 raise self._altered(name, int(rows["record"][place]), shards[place], numbers[place])
         if limit is not None:
@@ -208,18 +209,23 @@ class Shards:
         self._read(name, shards, places * 8, 8 * count, numbers)
         return numbers.numpy()
 
-    def _read(self, name: str, shards: np.ndarray, offsets: np.ndarray, size: int, out: Tensor) -> None:
-        """Copies `size` bytes from each of offsets [B] within a tensor into the rows of `out`."""
+    def _read(
+        self, name: str, shards: np.ndarray, offsets: np.ndarray, size: int, out: Tensor, sums: Tensor | None = None
+    ) -> None:
+        """Copies `size` bytes from each of offsets [B] within a tensor into the rows of `out`, their checksums into `sums`."""
         for part, files in self._open(shards):
             whole = len(files) == len(shards)
             target = out if whole else torch.empty_like(out[: len(files)])
+            found = sums if whole or sums is None else torch.empty_like(sums[: len(files)])
             try:
-                self._gather_rows(files, self._starts[name][shards[part]] + offsets[part], size, target)
+                self._gather_rows(files, self._starts[name][shards[part]] + offsets[part], size, target, found)
             except OSError as error:
                 shard = shards[part][error.filename]
                 raise self._error(shard, f"cannot be read any more: {error.strerror}") from None
             if not whole:
                 out[torch.from_numpy(part)] = target
+                if sums is not None and found is not None:
+                    sums[torch.from_numpy(part)] = found
 
     def _open(self, shards: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Opens shards [B], as many at a time as may be open.

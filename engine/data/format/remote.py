@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from engine.data.format.cache import ShardsCache
+from engine.data.format.gather import checksums_of
 from engine.data.format.index import BUILD_AGAIN, INDEX, TEXTS, Index, shard_name, table_name
 from engine.data.format.reader import Rest, Rows, Shards, identity_of
 from engine.data.format.shard import LARGEST_HEADER, open_shard
@@ -285,9 +286,11 @@ class RangedShards(_RemoteShards):
         self._ready = self._groups.get(int(rows["group"])) if "group" in rows else None
         super().gather(name, rows, out, *more)
 
-    def _read(self, name: str, shards: np.ndarray, offsets: np.ndarray, size: int, out: Tensor) -> None:
+    def _read(
+        self, name: str, shards: np.ndarray, offsets: np.ndarray, size: int, out: Tensor, sums: Tensor | None = None
+    ) -> None:
         if name not in self.fields:
-            super()._read(name, shards, offsets, size, out)
+            super()._read(name, shards, offsets, size, out, sums)
             return
         numbers = offsets // size
         if self._ready:
@@ -297,6 +300,8 @@ class RangedShards(_RemoteShards):
             for part, _ in self._open(shards):
                 ranges.fetch(np.unique(shards[part]), lambda *run: self._pool.submit(self._fetch, name, *run))
         waited = ranges.take(shards, numbers, bytes_of(out).view(len(out), -1))
+        if sums is not None:
+            sums.copy_(checksums_of(out))
         self._taken += out.nbytes
         if waited and self._taken > 4 * self._depth:
             self._deepen()

@@ -16,6 +16,7 @@ from annotated_types import Ge, Le
 from pydantic import StringConstraints
 from torch import Tensor
 
+from engine.data.format.gather import checksums_of
 from engine.data.format.index import (
     BUILD_AGAIN,
     CHECKSUMS,
@@ -157,14 +158,6 @@ def _laid_out(rows: dict[str, Tensor], contents: Contents, fingerprint: str) -> 
     )
     tensors = in_file_order(tensors)
     return header_of(tensors, {"engine": said.model_dump_json()})[0], tensors
-
-
-def checksums_of(rows: Tensor) -> Tensor:
-    """XXH3 of the bytes of every row: int64 [rows], the bits of unsigned numbers."""
-    content = bytes_of(rows).numpy().data
-    size = len(content) // max(len(rows), 1)
-    sums = [xxhash.xxh3_64_intdigest(content[start : start + size]) for start in range(0, len(content), size or 1)]
-    return torch.from_numpy(np.array(sums, np.uint64).view(np.int64))
 
 
 def checksums_of_numbers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
