@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.steps import profile
+from benchmarks.tools.timeline import kernels as profile_kernels
 from benchmarks.tools.timeline import timeline
 
 KERNELS = {
@@ -95,16 +96,18 @@ def test_every_kernel_of_ours_is_known():
     assert "other" not in {profile.category(name) for name in names}
 
 
-def test_overlapping_kernels_share_their_time_and_the_rest_is_idle(monkeypatch):
-    cuda = torch.autograd.DeviceType.CUDA
-
-    def event(name, start, end, **more):
-        span = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
-        return SimpleNamespace(name=name, time_range=span, device_type=cuda, **more)
+def test_overlapping_kernels_share_their_time_and_the_rest_is_idle():
+    def event(name, start, end, kind=torch.autograd.DeviceType.CUDA, annotation=False):
+        nanoseconds = {"start_ns": 1000 * start, "end_ns": 1000 * end, "duration_ns": 1000 * (end - start)}
+        given = {"name": name, "device_type": kind, "is_user_annotation": annotation, **nanoseconds}
+        return SimpleNamespace(**{key: lambda value=value: value for key, value in given.items()})
 
     events = [event("nvjet_a", 0, 100), event("Memset (Device)", 50, 100), event("adamw_ema_kernel", 150, 200),
-              event("## Call CompiledFxGraph", 0, 200, is_user_annotation=True)]  # fmt: skip
-    row = profile.summarize(*timeline(SimpleNamespace(events=lambda: events), gpu=True), steps=1)
+              event("## Call CompiledFxGraph", 0, 200, annotation=True),
+              event("cudaGraphLaunch", 0, 300, torch.autograd.DeviceType.CPU)]  # fmt: skip
+    results = SimpleNamespace(events=lambda: events)
+    found = profile_kernels(SimpleNamespace(profiler=SimpleNamespace(kineto_results=results)))
+    row = profile.summarize(*timeline(found), steps=1)
     assert row["step_milliseconds"] == pytest.approx(0.2)
     assert row["milliseconds"]["idle"] == pytest.approx(0.05)
     assert sum(row["milliseconds"].values()) == pytest.approx(0.2)
