@@ -106,3 +106,12 @@ def test_batches_on_the_device_are_those_of_the_host(shards):
     for ours, theirs in zip(loader, batches(shards, 0, 20), strict=True):
         assert torch.equal(ours.slots.cpu(), theirs.slots)
         assert all(torch.equal(ours.record[name].cpu(), theirs.record[name]) for name in theirs.record)
+
+
+def test_the_kernel_hears_of_rows_while_others_are_gathered(shards, monkeypatch):
+    """But the first micro-batch waits for no other."""
+    heard: list[int] = []
+    monkeypatch.setattr(Shards, "advise", lambda self, rows: heard.append(int(rows["record"][0])))
+    micro_batches = ((dict.fromkeys(("record",), torch.full((16,), number)), number) for number in range(12))
+    seen = [(number, len(heard)) for _, number in Shards(shards).ahead(micro_batches)]
+    assert seen == [(0, 1), *((number, min(number + 5, 12)) for number in range(1, 12))]

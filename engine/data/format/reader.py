@@ -8,6 +8,7 @@ import concurrent.futures
 import os
 import resource
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from engine.data.format.shard import open_shard
 from engine.errors import UserError
 from engine.files import open_regular
 
+AHEAD = 64  # samples that the kernel fetches from a disk while others are gathered
 OPEN_SHARDS = 1024  # files open at a time, at the most
 _OPENERS = 8  # threads that open files side by side, for a disk or a network that takes its time
 Rows = dict[str, Tensor]  # of records [B]: their shards, and rows within these, as `Shards.rows_of` says
@@ -102,8 +104,16 @@ class Shards:
         return 2**62 if arithmetic.all() or len(arithmetic) <= self._most_open else self._most_open // 2
 
     def ahead(self, batches: Iterator[tuple[Rows, Rest]]) -> Iterator[tuple[Rows, Rest]]:
-        """The same micro-batches, whose rows [B] will be gathered one after another; those of some may be fetched meanwhile."""
-        return batches
+        """The same micro-batches, whose rows [B] will be gathered one after another; those of some are fetched meanwhile."""
+        waiting: deque[tuple[Rows, Rest]] = deque()
+        depth = 0  # the first is wanted at once
+        for rows, rest in batches:
+            self.advise(rows)
+            waiting.append((rows, rest))
+            while len(waiting) > depth:
+                yield waiting.popleft()
+            depth = -(-AHEAD // len(rows["record"]))
+        yield from waiting
 
     def expect(self, records: Tensor) -> None:
         """Says which records [...] will be read within the next `horizon` samples, in the order of their reading."""

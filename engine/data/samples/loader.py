@@ -112,7 +112,6 @@ class Loader:
         }
 
     def _gather(self, rows: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-        self.shards.advise(rows)
         for name, buffer in buffers.items():
             self.shards.gather(name, rows, buffer, self.limits.get(name))
         return buffers
