@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.data.format.index import CHECKSUMS, INDEX, NUMBERS, TEXTS, Index, shard_name, table_name
-from engine.data.format.shard import Shard, checksum_of, checksums_of, checksums_of_numbers
-from engine.files import digest, write_json
+from engine.data.format.index import CHECKSUMS, INDEX, NUMBERS, TEXTS, shard_name, table_name
+from engine.data.format.shard import checksum_of, checksums_of, checksums_of_numbers
+from engine.files import digest
 from engine.tensors import read_header
 
 
@@ -61,40 +61,3 @@ def index_shard(directory: Path, place: int, path: Path) -> None:
         table["sha256"][place] = torch.frombuffer(bytearray.fromhex(digest(path)), dtype=torch.uint8)
 
     edit_table(directory, change)
-
-
-def write_version_1(directory: Path, old: Path) -> None:
-    """The shards of a directory as version 1 had them: captions are numbered over all, and lie where they first appear."""
-    index = Index.read(directory)
-    old.mkdir()
-    number_of: dict[str, int] = {}
-    entries, refused = [], []
-    for number in index.shards["number"].tolist():
-        shard = Shard(directory / shard_name(number), index.fields)
-        records = range(shard.said.records)
-        texts = [shard.text("caption_texts", row) for row in range(shard.said.caption_rows)]
-        new = [row for row, text in enumerate(texts) if text not in number_of]
-        number_of |= {texts[row]: len(number_of) + place for place, row in enumerate(new)}
-        captions = [[number_of[texts[row]] for row in shard.caption_rows(record)] for record in records]
-        rows = {"image": slice(None), "caption": new}
-        tensors = {name: shard.file.tensor(name)[rows[field.per]] for name, field in index.fields.items()}
-        counts = torch.tensor([0, *(len(shard.image_rows(record)) for record in records)])
-        tensors |= {
-            "source": shard.numbers["source"],
-            "image_offsets": counts.cumsum(0),
-            "caption_offsets": torch.tensor([0, *map(len, captions)]).cumsum(0),
-            "caption_numbers": torch.tensor([caption for record in captions for caption in record], dtype=torch.int64),
-        }
-        counted = {"records": len(records), "image_rows": int(counts.sum()), "caption_rows": len(new)}
-        said = {"captions": [texts[row] for row in new], "refused": shard.refused, "fingerprint": index.fingerprint}
-        path = old / shard_name(number)
-        save_file(tensors, path, {"engine": json.dumps(counted | said)})
-        entries.append({"file": path.name, **counted, "bytes": path.stat().st_size, "sha256": digest(path)})
-        refused += shard.refused
-    value = {
-        "format_version": 1, "family": index.family, "fingerprint": index.fingerprint, "encode_seconds": 1.0,
-        **{name: sum(entry[name] for entry in entries) for name in ("records", "image_rows", "caption_rows")},
-        "refused_count": len(refused), "identity": index.identity, "config": index.config,
-        "fields": {name: field.to_json() for name, field in index.fields.items()}, "shards": entries, "refused": refused,
-    }  # fmt: skip
-    write_json(old / INDEX, value)

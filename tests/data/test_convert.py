@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from benchmarks.tools.shards import write_version_1
 from engine import shards as command
 from engine.data.convert import convert
 from engine.data.format.index import Index, shard_name
@@ -20,7 +21,7 @@ from engine.errors import UserError, exit_code
 from engine.files import digest, parse_json
 from engine.loop.trainer import train
 from engine.tensors import read_header
-from tests.altered import edit, write_version_1
+from tests.altered import edit
 from tests.data.test_shards import build, contents, gathered, write_captions
 from tests.loop.runs import checkpoint_tensors, config
 
