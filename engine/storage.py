@@ -17,7 +17,7 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from engine.errors import UserError, first_line, out_of_memory
 
 PAUSES = (0.1, 0.5, 2.0, 5.0, 15.0)  # seconds before an object that could not be read is asked for again
-CONNECTIONS = 32  # requests of a process at a time
+CONNECTIONS = 64  # requests of a process at a time
 TIMEOUT = 30.0  # seconds without a byte
 _PIECE = 2**24  # bytes asked of fsspec at a time
 _CHUNK = 2**20  # bytes taken from a connection at a time
@@ -83,18 +83,20 @@ class Storage:
             else:
                 self._reader = _Fsspec(address)
         except ImportError as error:
-            raise UserError(f"{shown(address)}: {self._masked(first_line(error))}; install that package") from None
+            raise UserError(f"{shown(address)}: cannot be opened: {self._masked(first_line(error))}") from None
         except Exception as error:  # libraries raise anything
-            raise UserError(f"{shown(address)}: cannot be opened: {self._masked(first_line(error))}; give an address of http, "
-                            "https, s3, gs, hf, or another that fsspec knows") from None  # fmt: skip
+            raise UserError(
+                f"{shown(address)}: cannot be opened: {self._masked(first_line(error)).rstrip('.')}; look at the address "
+                "(http, https, s3, gs, hf or another that fsspec knows)"
+            ) from None
 
     def close(self) -> None:
         """Nothing is read any more, and nobody waits for what was to be."""
         self._closed.set()
 
     def named(self, name: str) -> str:
-        """An object, as messages name it."""
-        return f"{shown(self.address)}/{name}"
+        """An object, as messages name it; or the directory, without a name."""
+        return f"{shown(self.address)}/{name}".rstrip("/")
 
     def size(self, name: str) -> int:
         """Bytes of an object.

@@ -4,8 +4,11 @@ import contextlib
 import hashlib
 import itertools
 import multiprocessing
+import os
 import re
 import shutil
+import socket
+import subprocess
 import threading
 
 import pytest
@@ -277,3 +280,56 @@ def test_anything_that_fsspec_knows_is_read(shards):
     for path in shards.iterdir():
         memory.pipe_file(f"/shards/{path.name}", path.read_bytes())
     assert_same(records(RangedShards(Storage("memory://shards"))), records(Shards(shards)))
+
+
+NGINX = """
+daemon off; master_process off; pid {0}/pid; error_log {0}/errors;
+events {{ worker_connections 256; }}
+http {{
+  access_log off; client_body_temp_path {0}; proxy_temp_path {0};
+  fastcgi_temp_path {0}; uwsgi_temp_path {0}; scgi_temp_path {0};
+  server {{ listen 127.0.0.1:{1}; location /shards/ {{ alias {2}/; }} }}
+}}
+"""
+
+
+def test_shards_behind_nginx_are_read(shards, tmp_path, monkeypatch):
+    if not (nginx := shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")):
+        pytest.skip("no nginx")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (tmp_path / "nginx.conf").write_text(NGINX.format(tmp_path, port, shards))
+    address = f"http://127.0.0.1:{port}/shards"
+    with subprocess.Popen([nginx, "-c", tmp_path / "nginx.conf", "-e", tmp_path / "errors"]) as server:
+        try:
+            monkeypatch.setattr(storage, "PAUSES", (0.05,) * 100)  # until it listens
+            for way in ("ranges", "cache"):
+                assert_same(records(opened(way, address, tmp_path / "cache"), None, 6), records(Shards(shards), None, 6))
+            with pytest.raises(UserError, match="404 Not Found; look at the address"):
+                RangedShards(Storage(f"{address}/none"))
+        finally:
+            server.terminate()
+
+
+def test_shards_in_s3_are_read(shards, tmp_path, monkeypatch):
+    pytest.importorskip("s3fs")
+    moto = pytest.importorskip("moto.server")
+    import s3fs
+
+    server = moto.ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        settings = {"ACCESS_KEY_ID": "name", "SECRET_ACCESS_KEY": "geheim", "ENDPOINT_URL": f"http://{host}:{port}"}
+        for name, value in settings.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        s3fs.S3FileSystem().mkdir("bucket")
+        s3fs.S3FileSystem().put(f"{shards}/", "bucket/shards/", recursive=True)
+        for way in ("ranges", "cache"):
+            assert_same(records(opened(way, "s3://bucket/shards", tmp_path), 2, 4), records(Shards(shards), 2, 4))
+        with pytest.raises(UserError, match="s3://bucket/other/index.json: no such object; look at the address") as error:
+            RangedShards(Storage("s3://bucket/other"))
+        assert "geheim" not in str(error.value)
+    finally:
+        server.stop()

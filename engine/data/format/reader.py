@@ -26,7 +26,6 @@ from engine.files import open_regular
 
 AHEAD = 64  # samples that the kernel fetches from a disk while others are gathered
 OPEN_SHARDS = 1024  # files open at a time, at the most
-_OPENERS = 8  # threads that open files side by side, for a disk or a network that takes its time
 Rows = dict[str, Tensor]  # of records [B]: their shards, and rows within these, as `Shards.rows_of` says
 Rest = TypeVar("Rest")
 _READ_SINGLY = ("image_offsets", "caption_offsets", "caption_numbers")
@@ -54,6 +53,7 @@ class Shards:
     """Which rows belong to a record, and copying rows into a batch; used by one thread at a time.
 
     horizon: how many samples ahead of their reading to `expect` records; 0 where nothing comes of it.
+    openers: threads that open files side by side, for a disk or a network that takes its time.
 
     Args:
         check_rows: whether every row that is read is compared with its checksum.
@@ -63,6 +63,7 @@ class Shards:
     """
 
     horizon = 0
+    openers = 8
 
     def __init__(self, directory: Path, check_rows: bool = True) -> None:
         self.directory, self.check_rows = directory, check_rows
@@ -81,7 +82,7 @@ class Shards:
             name: np.zeros(count, np.int64) for name in (*singly, *(f"{CHECKSUMS}{name}" for name in singly), "source")
         }
         self._most_open = _allow_open_files()
-        self._openers = concurrent.futures.ThreadPoolExecutor(_OPENERS, "open shards")
+        self._openers = concurrent.futures.ThreadPoolExecutor(self.openers, "open shards")
         weakref.finalize(self, _close, self._files)
 
     def _read_index(self) -> Index:
@@ -264,7 +265,7 @@ class Shards:
             others = opened[self._read_at[opened] < self._reads]
             oldest = others[np.argsort(self._read_at[others])]
             self._close(oldest[: max(excess, len(others) // 2)])
-        for _ in self._openers.map(self._open_all, np.array_split(missing, min(_OPENERS, len(missing)))):
+        for _ in self._openers.map(self._open_all, np.array_split(missing, min(self.openers, len(missing)))):
             pass
 
     def _open_all(self, numbers: np.ndarray) -> None:

@@ -78,7 +78,7 @@ class _RemoteShards(Shards):
         try:
             yield
         except UserError as error:
-            said = (line.replace(local, self.storage.named(name).rstrip("/")) for line in error.lines)
+            said = (line.replace(local, self.storage.named(name)) for line in error.lines)
             raise type(error)(*(line.replace(BUILD_AGAIN, WHOLE_COPY) for line in said), alone=True) from None
 
     def _error(self, shard: int, problem: str) -> UserError:
@@ -214,6 +214,8 @@ class RangedShards(_RemoteShards):
     are waited for and come faster by it. So it ends at what the storage gives, times what it takes to answer.
     """
 
+    openers = CONNECTIONS
+
     def __init__(self, storage: Storage, check_rows: bool = True) -> None:
         super().__init__(storage, check_rows)
         self._ready: dict[str, _Ranges] | None = None  # rows of the micro-batch that is being gathered
@@ -222,7 +224,6 @@ class RangedShards(_RemoteShards):
         # A header, and numbers of eight bytes: the sources, checksums of rows, and what leads to these where it varies.
         self._head_bytes = min(_HEADER + 8 * sum(int(table[name].max()) for name in counted), HEADS)
         self._most_open = min(self._most_open, max(HEADS // self._head_bytes, 16))
-        self._openers = concurrent.futures.ThreadPoolExecutor(CONNECTIONS, "open shards")
         self._pool = concurrent.futures.ThreadPoolExecutor(CONNECTIONS, "fetch rows")
         self._row_bytes = sum(field.row_bytes for field in self.fields.values())
         self._depth = self._taken = 0  # bytes on their way, and those gathered since `_since`
