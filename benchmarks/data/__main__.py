@@ -9,7 +9,9 @@ the rounds; of the peers with 0 and with 2 workers, whichever is better in a fig
 
 - open_seconds, first_batch_seconds: from nothing to the data set, and to the first batch, imports done and files in the cache.
 - memory_mib: held by the process and its workers after that and some reading; pages of files do not count.
-- warm_B, cold_B: samples per second in batches of B, where the files lie in the page cache, and where none does at first.
+- warm_B: samples per second in batches of B, where the files lie in the page cache; after the first batch.
+- cold_B: the same over an epoch from its first batch on, where nothing lies there yet.
+- http_B, http_first_batch_seconds: the same from nginx on this machine, with those that read over HTTP.
 - resume_seconds: from nothing to the first batch in the middle of an epoch.
 - processor_microseconds_B: over all processes per sample, warm. What checksums cost is the difference of two sides.
 
@@ -17,8 +19,10 @@ the rounds; of the peers with 0 and with 2 workers, whichever is better in a fig
 the engine's order of all records reads each from anywhere, `blocks` from two shards at a time.
 """
 
+import contextlib
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -28,13 +32,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tools import formats
+from benchmarks.tools.nginx import nginx, served
 from benchmarks.tools.question import command_line
 from benchmarks.tools.rows import Rows, write_result
 from benchmarks.tools.simulated import simulate
 from benchmarks.tools.tables import problem
 
-RECORDS = {"sd": 8192, "prior": 65_536}
-SIZES, WORKERS, ROUNDS, WINDOW_SECONDS = [16, 64, 256], (0, 2), 3, 1.5
+RECORDS = {"sd": 8192, "prior": 32_768}
+SIZES, WORKERS, ROUNDS, WINDOW_SECONDS = [16, 64, 256], (0, 2), 3, 1.0
 SIMULATED = (1000, 10**8, 10**9)
 PEERS = ["torch==2.13.0", "mosaicml-streaming==0.13.0", "webdataset==1.0.2", "litdata==0.2.76"]
 SECONDS = 25  # that a side takes once
@@ -74,11 +79,15 @@ def compare(kind: str, records: int, pythons: dict[str, Path]) -> dict[str, Any]
         directory = Path(name)
         for side in {folder_of(side): side for side in pythons}.values():
             ask(pythons[side], "write", side, kind, directory, records)
-        for _ in range(ROUNDS):
-            for side, of in ways.items():
-                for workers in of:
-                    more = (records, "--workers", workers, "--seconds", WINDOW_SECONDS, "--sizes", *SIZES)
-                    said[side][workers].append(json.loads(ask(pythons[side], "measure", side, kind, directory, *more)))
+        with served(directory) if nginx() else contextlib.nullcontext() as address:
+            for _ in range(ROUNDS):
+                for side, workers in ((side, workers) for side, of in ways.items() for workers in of):
+                    more = [records, "--workers", workers, "--seconds", WINDOW_SECONDS, "--sizes", *SIZES]
+                    figures = json.loads(ask(pythons[side], "measure", side, kind, directory, *more))
+                    if address and hasattr(formats.SIDES[side], "open_served"):
+                        more += ["--address", f"{address}/{kind}-{folder_of(side)}"]
+                        figures |= json.loads(ask(pythons[side], "measure", side, kind, directory, *more))
+                    said[side][workers].append(figures)
     return {"records": records, "sides": {side: best(of) for side, of in said.items()}}
 
 
@@ -88,7 +97,7 @@ def best(said: dict[int, list[dict[str, float]]]) -> dict[str, Any]:
     chosen = {}
     for name in next(iter(said.values()))[0]:
         medians = {workers: statistics.median(of[name] for of in rounds) for workers, rounds in said.items()}
-        better = max if name.startswith(("warm", "cold")) else min
+        better = max if re.fullmatch(r"(warm|cold|http)_\d+", name) else min
         chosen[name] = better(medians, key=medians.__getitem__)
         figures[name] = medians[chosen[name]]
     return figures | ({"workers": chosen} if len(said) > 1 else {})
@@ -98,9 +107,12 @@ def table(row: dict[str, Any]) -> str:
     """A Markdown table of the sides."""
     names = ["open_seconds", "memory_mib", "first_batch_seconds", "resume_seconds"]
     names += [f"{cache}_{size}" for cache in ("warm", "cold") for size in SIZES]
+    names += [f"http_{SIZES[len(SIZES) // 2]}"]
     lines = [f"| {row['name']} | {' | '.join(name.replace('_', ' ') for name in names)} |", "|---" * (len(names) + 1) + "|"]
     for side, figures in row["sides"].items():
-        values = (f"{figures[name]:,.0f}" if figures[name] >= 10 else f"{figures[name]:.3f}" for name in names)
+        values = (
+            "-" if name not in figures else f"{figures[name]:{',.0f' if figures[name] >= 10 else '.3f'}}" for name in names
+        )
         lines.append(f"| {side} | {' | '.join(values)} |")
     return "\n".join(lines)
 

@@ -9,6 +9,7 @@ that are their defaults, WebDataset in tars of the same size, with a buffer of 1
 
 import argparse
 import contextlib
+import functools
 import gc
 import importlib
 import itertools
@@ -16,7 +17,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ class Engine:
         self.window, self.checked = window, checked
 
     def load(self) -> None:
-        importlib.import_module("engine.data.samples.loader")
+        for name in ("engine.data.samples.loader", "engine.data.format.remote", "numpy.ma"):
+            importlib.import_module(name)
 
     def write(self, directory: Path, kind: str, records: int) -> None:
         from benchmarks.tools.shards import write_shards
@@ -76,6 +78,12 @@ class Engine:
         from engine.data.format.reader import Shards
 
         return Shards(Path(directory), check_rows=self.checked)
+
+    def open_served(self, address: str, directory: str, kind: str) -> Any:
+        from engine.data.format.remote import RangedShards
+        from engine.storage import Storage
+
+        return RangedShards(Storage(address), check_rows=self.checked)
 
     @contextlib.contextmanager
     def batches(self, shards: Any, batch: int, workers: int, start: int = 0) -> Iterator[Iterator[Any]]:
@@ -139,6 +147,12 @@ class WebDataset:
                 writer.write({"__key__": f"{number:08d}", **fields})
 
     def open(self, directory: str, kind: str, batch: int) -> Any:
+        return self._open(sorted(map(str, Path(directory).glob("*.tar"))), kind)
+
+    def open_served(self, address: str, directory: str, kind: str) -> Any:
+        return self._open([f"{address}/{path.name}" for path in sorted(Path(directory).glob("*.tar"))], kind)
+
+    def _open(self, tars: list[str], kind: str) -> Any:
         import webdataset
 
         fields = KINDS[kind]
@@ -146,7 +160,6 @@ class WebDataset:
         def decode(sample: dict[str, Any]) -> dict[str, np.ndarray]:
             return {name: np.frombuffer(sample[f"{name}.bin"], np.uint16).reshape(fields[name][0]) for name in fields}
 
-        tars = sorted(map(str, Path(directory).glob("*.tar")))
         dataset = webdataset.WebDataset(tars, shardshuffle=len(tars), seed=SEED, empty_check=False)
         return lambda skipped: dataset.shuffle(BUFFER).slice(skipped, sys.maxsize).map(decode)
 
@@ -165,8 +178,6 @@ class LitData:
         importlib.import_module("litdata")
 
     def write(self, directory: Path, kind: str, records: int) -> None:
-        import functools
-
         import litdata
 
         litdata.optimize(
@@ -266,14 +277,55 @@ def read_into_cache(directory: str) -> None:
                     pass
 
 
-def rate(batches: Iterator[Any], batch: int, seconds: float, most: int = 10**9) -> tuple[float, float]:
-    """Samples per second and the processor's microseconds per sample, for so long or so many samples, after a first batch."""
+def rate(batches: Iterator[Any], batch: int, seconds: float) -> tuple[float, float]:
+    """Samples per second and the processor's microseconds per sample, for so long after a first batch."""
     next(batches)
     samples, started, busy = 0, time.perf_counter(), processor_seconds()
-    while time.perf_counter() - started < seconds and samples + batch <= most:
+    while time.perf_counter() - started < seconds:
         next(batches)
         samples += batch
     return samples / (time.perf_counter() - started), (processor_seconds() - busy) / samples * 1e6
+
+
+def in_a_child(work: Callable[[], float]) -> float:
+    """What `work` gives in a process that is forked for it: at its end no page of a file is mapped any more."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writing, json.dumps(work()).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as file:
+        said = file.read()
+    os.waitpid(child, 0)
+    return float(said)
+
+
+def cold_rate(side: Any, kind: str, directory: str, records: int, batch: int, workers: int) -> float:
+    """Samples per second over an epoch of which nothing lies in the page cache."""
+    drop_from_cache(directory)
+    reader = side.open(directory, kind, batch)
+    with side.batches(reader, batch, workers) as batches:
+        started = time.perf_counter()
+        for _ in range(records // batch - max(workers, 1)):  # workers drop what is no whole batch
+            next(batches)
+        return (records // batch - max(workers, 1)) * batch / (time.perf_counter() - started)
+
+
+def measure_served(
+    side: Any, kind: str, directory: str, sizes: list[int], workers: int, seconds: float, address: str
+) -> dict[str, Any]:
+    """The figures of one side that reads over HTTP."""
+    size = sizes[len(sizes) // 2]
+    side.load()
+    read_into_cache(directory)
+    started = time.perf_counter()
+    with side.batches(side.open_served(address, directory, kind), size, workers) as batches:
+        next(batches)
+        first = time.perf_counter() - started
+        return {"http_first_batch_seconds": first, f"http_{size}": rate(batches, size, seconds)[0]}
 
 
 def measure(
@@ -282,31 +334,24 @@ def measure(
     """All figures of one side; rates over so many seconds."""
     middle_size = sizes[len(sizes) // 2]
     side.load()
+    figures: dict[str, Any] = {
+        f"cold_{size}": in_a_child(functools.partial(cold_rate, side, kind, directory, records, size, workers))
+        for size in sizes
+    }
     read_into_cache(directory)
     before, started = memory_bytes(), time.perf_counter()
     reader = side.open(directory, kind, middle_size)
-    opened = time.perf_counter() - started
+    figures["open_seconds"] = time.perf_counter() - started
     with side.batches(reader, middle_size, workers) as batches:
         next(batches)
-        first = time.perf_counter() - started
+        figures["first_batch_seconds"] = time.perf_counter() - started
         rate(batches, middle_size, seconds)
-        memory = memory_bytes() - before
-    figures: dict[str, Any] = {"open_seconds": opened, "first_batch_seconds": first, "memory_mib": memory / 2**20}
-    for cache in ("warm", "cold"):
-        for size in sizes:
-            reader = batches = None
-            gc.collect()
-            if cache == "cold":
-                drop_from_cache(directory)  # of which nothing may be mapped any more
-            reader = side.open(directory, kind, size)
-            with side.batches(reader, size, workers) as batches:
-                # What was read before lies in the cache: an epoch, and no more.
-                most = 10**9 if cache == "warm" else records - 2 * size
-                per_second, busy = rate(batches, size, seconds, most)
-            figures[f"{cache}_{size}"] = per_second
-            if cache == "warm":
-                figures[f"processor_microseconds_{size}"] = busy
-    read_into_cache(directory)
+        figures["memory_mib"] = (memory_bytes() - before) / 2**20
+    for size in sizes:
+        reader = batches = None
+        reader = side.open(directory, kind, size)
+        with side.batches(reader, size, workers) as batches:
+            figures[f"warm_{size}"], figures[f"processor_microseconds_{size}"] = rate(batches, size, seconds)
     middle = records // 2 // middle_size * middle_size
     if hasattr(side, "prepare_resume"):
         side.prepare_resume(side.open(directory, kind, middle_size), middle_size, workers, middle)
@@ -329,6 +374,7 @@ def main() -> None:
     parser.add_argument("records", type=int)
     parser.add_argument("--sizes", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--address", help="measure what is read from there, where the directory is served")
     parser.add_argument("--seconds", type=float, default=1.5, help="of a rate")
     options = parser.parse_args()
     side = SIDES[options.side]
@@ -337,9 +383,10 @@ def main() -> None:
         options.directory.mkdir(parents=True, exist_ok=True)
         side.write(options.directory, options.kind, options.records)
     else:
-        print(json.dumps(measure(
-            side, options.kind, str(options.directory), options.records, options.sizes, options.workers, options.seconds
-        )))  # fmt: skip
+        given = (options.sizes, options.workers, options.seconds)
+        of = (side, options.kind, str(options.directory))
+        figures = measure_served(*of, *given, options.address) if options.address else measure(*of, options.records, *given)
+        print(json.dumps(figures))
 
 
 if __name__ == "__main__":
