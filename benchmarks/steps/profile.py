@@ -38,15 +38,15 @@ _RULES = [(name, re.compile(pattern)) for name, pattern in (
     ("matrix products", r"^triton_tem_"),
     ("copies", rf"^triton_poi_fused(_({_ONLY_MOVES}))+_\d+$"),
     ("pointwise", r"^triton_|add_noise|diffusion_loss"),
-    ("optimizer", r"adamw|square_sum|multi_tensor_apply_kernel(?!.*[Cc]opy)|vector_norm"),
-    ("attention", r"flash|fmha|sdpa|scaled_dot_product|AttentionKernel|softmax"),
-    ("copies", r"^Memcpy|^Memset|[Cc]opy|CatArray|nchwToNhwc|nhwcToNchw|FillFunctor|nccl"
+    ("optimizer", r"adamw|square_sum|multi_tensor_apply_kernel(?!.*[Cc]opy)|vector_norm|lpnorm"),
+    ("attention", r"flash|fmha|sdpa|scaled_dot_product|AttentionKernel|softmax|dot_do_o"),
+    ("copies", r"^Memcpy|^Memset|^memcpy|[Cc]opy|CatArray|nchwToNhwc|nhwcToNchw|FillFunctor|nccl"
                r"|^aten::(clone|cat|contiguous|fill_|zero_|zeros|zeros_like|reshape|empty\w*|to|as_strided|view|t|transpose|permute|expand"
                r"|slice|select|split\w*|unbind|detach|_unsafe_view|unsqueeze|squeeze|narrow|chunk|_reshape_alias|alias|resize_|ones_like)$"),
     ("convolutions", r"fprop|dgrad|wgrad|conv|implicit_gemm|winograd"),
     ("matrix products", r"gemm|nvjet|cutlass|splitK|gemv|cublas|xmma"
                         r"|^aten::(mm|addmm|bmm|baddbmm|linear|matmul|_scaled_mm|dot)$"),
-    ("pointwise", r"elementwise|reduce_kernel|upsample|index|gather|scatter|^aten::|[Bb]ackward|Kernel"),
+    ("pointwise", r"elementwise|reduce_kernel|upsample|pool2d|[Ss]ort|index|gather|scatter|^aten::|[Bb]ackward|Kernel"),
 )]  # fmt: skip
 
 
