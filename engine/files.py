@@ -186,11 +186,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def lock(directory: Path) -> int | None:
-    """Holds a directory for this process; the descriptor to keep, or None where another process holds it."""
+def lock(directory: Path, shared: bool = False) -> int | None:
+    """Holds a directory for this process, or with others that share it; the descriptor to keep, or None where another process
+    holds it."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         return None
@@ -206,6 +207,12 @@ def excludes_others(descriptor: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def share(descriptor: int) -> None:
+    """Shares what `excludes_others` asked to be held alone."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
 
 
 def publish_directory(temporary: Path, final: Path) -> None:

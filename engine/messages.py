@@ -61,21 +61,24 @@ def busy(what: str) -> Iterator[None]:
 
 
 class Progress:
-    """How much of some work is done: a bar in a terminal, elsewhere a line now and then."""
+    """How much of some work is done: a bar in a terminal, elsewhere a line now and then.
 
-    def __init__(self, total: int, what: str, unit: str) -> None:
+    done: before this process began.
+    """
+
+    def __init__(self, total: int, what: str, unit: str, done: int = 0) -> None:
         self.total, self.what, self.unit = total, what, unit
-        self.done, self._started = 0, time.monotonic()
+        self.done, self._before, self._started = done, done, time.monotonic()
         self._due = self._started + PATIENCE
-        self._bar = tqdm(total=total, desc=what, unit=unit, leave=False, disable=not shows_bars())
+        self._bar = tqdm(total=total, desc=what, unit=unit, initial=done, leave=False, disable=not shows_bars())
 
     def update(self, count: int = 1) -> None:
         self.done += count
         self._bar.update(count)
         now = time.monotonic()
-        if self._bar.disable and now >= self._due and 0 < self.done < self.total:
+        if self._bar.disable and now >= self._due and self._before < self.done < self.total:
             self._due = now + LINE_EVERY
-            left = (now - self._started) * (self.total - self.done) / self.done
+            left = (now - self._started) * (self.total - self.done) / (self.done - self._before)
             say(f"{self.what}: {self.done:,} of {self.total:,} {self.unit}s, {duration(left)} left")
 
     def __enter__(self) -> "Progress":

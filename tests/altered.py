@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.data.format.index import CHECKSUMS, INDEX, NUMBERS, TEXTS, shard_name, table_name
+from engine.config.options import CacheConfig
+from engine.data.format.index import CHECKSUMS, INDEX, NUMBERS, SAMPLES, TEXTS, Index, shard_name, table_name
 from engine.data.format.shard import checksum_of, checksums_of, checksums_of_numbers
-from engine.files import digest
+from engine.data.sources import open_source
+from engine.files import digest, digest_of
 from engine.tensors import read_header
 
 
@@ -61,3 +63,11 @@ def index_shard(directory: Path, place: int, path: Path) -> None:
         table["sha256"][place] = torch.frombuffer(bytearray.fromhex(digest(path)), dtype=torch.uint8)
 
     edit_table(directory, change)
+
+
+def as_built_before(directory: Path) -> None:
+    """Has the index tell the data set as it was told when nobody computed digests of samples."""
+    index = Index.read(directory)
+    identity = index.identity | {"source": open_source(CacheConfig.model_validate(index.config)).identity()}
+    edit(directory, lambda said: said.update(identity=identity, fingerprint=digest_of(identity)))
+    (directory / SAMPLES).unlink()

@@ -401,6 +401,12 @@ class TrainConfig(CacheConfig):
     resume_from_checkpoint: str | None = option(
         None, "A checkpoint directory, or `latest` for the newest in the output directory.", "checkpoints"
     )
+    continue_on_grown_data: bool = option(
+        False,
+        "With --resume_from_checkpoint, go on although the data set gained, lost or changed samples since, which is refused "
+        "otherwise: every later slot is read as if the run had had the samples of now from its start.",
+        "checkpoints",
+    )
     overwrite: bool = option(
         False,
         "Remove what an earlier run left in the output directory (checkpoints, metrics, pictures, pipeline; not shards), which "

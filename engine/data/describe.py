@@ -14,10 +14,12 @@ from engine.config.options import CacheConfig
 from engine.data.format.index import INDEX, Index
 from engine.data.format.reader import Shards
 from engine.data.format.shard import open_shard
+from engine.data.identity import without_source
+from engine.data.plan import read_plan
 from engine.data.report import by_count
 from engine.data.sources import open_source
 from engine.errors import UserError, printable
-from engine.files import reading
+from engine.files import digest_of, reading
 from engine.picture import labelled_grid
 
 if TYPE_CHECKING:  # the libraries of the models take seconds, and a summary needs none
@@ -91,12 +93,14 @@ def _file_of(directory: Path, index: Index, sample: int, name: str, given: dict[
             source = open_source(config, FAMILIES[config.family].captioned)
     except UserError as error:
         return f"unknown: {error}"
-    changed = "" if source.identity() == index.identity.get("source") else " (of a data set that has changed since)"
-    return (
-        f"{source.name(sample)} of {config.data}{changed}"
-        if sample < len(source)
-        else "unknown: the data set has changed since"
-    )
+    if name:
+        return f"{name} of {config.data}"
+    same, place = source.identity() == index.identity.get("source"), sample
+    if plan := read_plan(directory, digest_of(without_source(index.identity)), index.fingerprint):
+        same, place = plan.is_of(*source.stamps()), plan.place(sample)
+    if not 0 <= place < len(source):
+        return "unknown: the data set has changed since"
+    return f"{source.name(place)} of {config.data}{'' if same else ' (of a data set that has changed since)'}"
 
 
 def contact_sheet(directory: Path, index: Index, encoding: "Encoding", count: int) -> Image.Image:

@@ -1,6 +1,7 @@
-"""Encoding a source into latent shards: on all processes, with decoding threads, resumable after any interruption.
+"""Encoding a source into latent shards: by any number of processes, resumable after any interruption, and only what is new.
 
-Whatever a sample raises while it is read, decoded, transformed or encoded refuses that sample and no other.
+Every process plans the same (engine/data/plan.py), takes one shard after another by claims (engine/data/claims.py) and works
+through it (engine/data/records.py); whoever finds all complete writes the index.
 """
 
 import concurrent.futures
@@ -8,43 +9,95 @@ import contextlib
 import itertools
 import os
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from engine.config.options import CacheConfig, TrainConfig, options_of
+from engine.data.claims import BUILDING, PAUSE, Claims
 from engine.data.format.index import (
     ENTRY,
     INDEX,
+    SAMPLES,
+    UNKNOWN,
     Index,
-    Refusals,
     add_refused,
+    content_of,
     count_refused,
     shard_name,
+    shards_in,
     sweep,
     variants_of,
 )
-from engine.data.format.shard import Contents, Shard, entry_of, write_shard
-from engine.data.identity import differences, identity_of
-from engine.data.report import describe_refused, say_refused
-from engine.data.sources.decode import refuse_extreme
-from engine.data.sources.interface import Refused, Source, refusing
-from engine.data.sources.room import room
+from engine.data.format.shard import Header, Shard, entry_of, open_shard, without_samples, write_shard
+from engine.data.identity import differences, recipe_of, without_source
+from engine.data.plan import BLOCK, RUN, Plan, beside, known, planned, read_plan, recognised
+from engine.data.records import Outcome, all_refused, encode_shard, none_usable, read_sample, strict
+from engine.data.report import say_refused
+from engine.data.sources.interface import Source
+from engine.data.sources.subset import Subset
 from engine.errors import UserError
-from engine.files import digest_of, excludes_others, lock
+from engine.files import digest_of, excludes_others, lock, share
 from engine.messages import Progress, busy, say
 from engine.models.encoder import Encoder, Encoding
 from engine.processes import Processes
+from engine.tensors import read_header
 
-# So many samples refused by the encoder, before it encoded any, are the encoder's fault.
-_HOPELESS = 100
-_LONGEST = 10_000  # characters of what is listed of a refused sample, which may quote it
+_READERS = 4
+_AT_ONCE = 1024  # samples whose contents are read side by side, where they must be read to be known
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be encoded, and how.
+
+    recipe: all that shapes the shards but the samples.
+    stamps, counts: of the source, as it was listed.
+    """
+
+    config: CacheConfig
+    encoding: Encoding
+    source: Source
+    recipe: dict[str, Any]
+    stamps: np.ndarray
+    counts: np.ndarray
+
+    @property
+    def directory(self) -> Path:
+        return self.config.shards_path
+
+    @property
+    def subset(self) -> dict[str, int]:
+        """How samples were drawn, as an identity has it."""
+        return {"samples": self.source.count, "sample_seed": self.source.seed} if isinstance(self.source, Subset) else {}
+
+    @property
+    def earlier_identity(self) -> dict[str, Any]:
+        """The identity that these shards have where nobody computed what their samples hold."""
+        return self.recipe | {"source": self.source.identity()}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What earlier builds left in the directory of the shards.
+
+    index: of a build that is complete.
+    blocks: of dtype `BLOCK`, whose shards should be there; planned: those that were to follow them.
+    runs: of dtype `RUN`, the numbers of samples that were known.
+    remembered: whether these are written down.
+    made_by: the fingerprints in the headers of the shards.
+    """
+
+    index: Index | None
+    blocks: np.ndarray
+    planned: np.ndarray
+    runs: np.ndarray
+    remembered: bool
+    made_by: tuple[str, ...]
 
 
 def encode_source(
@@ -54,344 +107,456 @@ def encode_source(
     processes: Processes,
     check: Callable[[dict[str, Any]], None] = lambda identity: None,
 ) -> Index:
-    """Encodes what is missing of the shards and returns the index. Of two runs one builds, and the other waits.
+    """Encodes what is missing of the shards and returns the index.
 
     Args:
-        check: is given the identity of the shards before anything is encoded, to raise what is against it.
+        check: is given the identity of the shards, to raise what is against it: at the end, and without what is not known yet
+            before anything is encoded.
 
     Raises:
         UserError: the directory holds shards of something else, no sample can be used, or `--strict` met one that cannot.
     """
-    directory = config.shards_path
     with busy("Hashing the frozen models and listing the data set"):
-        identity = identity_of(config, encoding, source)
-    check(identity)
-    fingerprint = digest_of(identity)
-    if processes.from_first((directory / INDEX).exists()):
-        return _existing_index(directory, identity, fingerprint)
-    known = ((sample, source.refusal(sample)) for sample in range(len(source)))
-    if config.strict:
-        for sample, why in known:
-            if why:
-                raise _strict(source, sample, why)
-    elif all(why for _, why in known):
-        raise _all_refused(source, ((sample, source.refusal(sample)) for sample in range(len(source))))
-    directory.mkdir(parents=True, exist_ok=True)
-    with _only_builder(config, processes):
-        if processes.from_first((directory / INDEX).exists()):  # built by the run that was waited for
-            return _existing_index(directory, identity, fingerprint)
-        return _build(config, encoding, source, identity, processes)
-
-
-@contextlib.contextmanager
-def _only_builder(config: CacheConfig, processes: Processes) -> Iterator[None]:
-    """Holds the directory of the shards, once no other run does, without what runs that were killed left half written."""
-    directory, held = config.shards_path, None
-    # A training holds its output directory already.
-    waits = not isinstance(config, TrainConfig) or directory.resolve() != Path(config.output_dir).resolve()
-    said = False
-    try:
-        while waits:
-            held = lock(directory) if processes.is_first else None
-            if held is not None and excludes_others(held):
-                sweep(directory)
-            waits = processes.from_first(held is None)
-            if waits and not said:
-                said = True
-                say(f"{directory}: another run is building these shards; waiting for its end")
-            if waits:
-                time.sleep(1)
-        yield
-        if held is not None and excludes_others(held):
-            sweep(directory)
-    finally:
-        if held is not None:
-            os.close(held)
-
-
-def _build(config: CacheConfig, encoding: Encoding, source: Source, identity: dict[str, Any], processes: Processes) -> Index:
-    directory, fingerprint = config.shards_path, digest_of(identity)
-    covered = {
-        number: range(first, min(first + config.shard_records, len(source)))
-        for number, first in enumerate(range(0, len(source), config.shard_records))
-        if number % processes.world == processes.rank
-    }
-    variants = variants_of(identity)
-
-    def is_complete(number: int) -> bool:
-        """Whether a shard is there that an earlier build left, of the same samples."""
-        try:
-            shard = Shard(directory / shard_name(number), encoding.record_spec)
-            shard.require_variants(variants)
-        except UserError:
-            return False
-        return (shard.said.fingerprint, shard.covers) == (fingerprint, covered[number]) and not shard.damage()
-
-    missing = {number: samples for number, samples in covered.items() if not is_complete(number)}
-    started = time.perf_counter()
-    if missing:
-        _encode_shards(config, encoding, source, missing, fingerprint, processes)
-    seconds = max(processes.gather_objects(time.perf_counter() - started))
-
-    gathered = processes.gather_objects([_describe(directory, number, encoding) for number in covered])
-    described = sorted(itertools.chain(*gathered), key=lambda described: described[0])
-    refused = add_refused(listed for _, listed in described)
-    index = Index(
-        family=config.family,
-        fingerprint=fingerprint,
-        identity=identity,
-        config={name: value for name, value in options_of(config).items() if name in CacheConfig.model_fields},
-        fields=encoding.record_spec,
-        shards=np.array([entry for entry, _ in described], ENTRY),
-        refused=refused,
-        encode_seconds=seconds,
-    )
-    if not index.records:
-        for number in covered:
-            (directory / shard_name(number)).unlink(missing_ok=True)
-        raise UserError(_none_usable(refused))
-    if processes.is_first:
-        index.write(directory)
+        task = Task(config, encoding, source, recipe_of(config, encoding), *source.stamps())
+        found = _look(task)
+        index = _complete(task, found, read=False) or (
+            None if _may_write(task.directory) else _complete(task, found, read=True)
+        )
+    if all(processes.gather_objects(index is not None)) and index:
+        check(index.identity)
+        return index
+    check(task.recipe)
+    _refuse_known(task)
+    task.directory.mkdir(parents=True, exist_ok=True)
+    with _directory(config) as held:
+        index = _complete(task, _look(task), read=False) or _build(task, processes, held, check)
     processes.barrier()
     for noticed, count in sum(processes.gather_objects(source.noticed), Counter()).items():
         say(f"{count} of {len(source)} images: {noticed}")
-    say_refused(len(source), refused, directory)
+    check(index.identity)
     return index
 
 
-def _describe(directory: Path, number: int, encoding: Encoding) -> tuple[tuple, dict[str, Refusals]]:
-    """What the index says of a shard, and the samples refused there."""
-    shard = Shard(directory / shard_name(number), encoding.record_spec)
-    return entry_of(shard, number), count_refused(shard.refused)
+def _refuse_known(task: Task) -> None:
+    """Raises `UserError` where it is known without reading them that all samples are refused; with --strict, that one is."""
+    refused = ((place, task.source.refusal(place)) for place in range(len(task.source)))
+    if task.config.strict:
+        for place, why in refused:
+            if why:
+                raise strict(task.source, place, why)
+    elif all(why for _, why in refused):
+        raise all_refused(task.source, ((place, task.source.refusal(place)) for place in range(len(task.source))))
 
 
-def _strict(source: Source, sample: int, why: Refused) -> UserError:
-    return UserError(f"--strict: {source.name(sample)}: {why}", alone=True)
-
-
-def _all_refused(source: Source, refused: Iterable[tuple[int, Refused | None]], alone: bool = False) -> UserError:
-    counted = count_refused(_listed(source, sample, why) for sample, why in refused if why)
-    return UserError(_none_usable(counted), alone=alone)
-
-
-def _none_usable(refused: dict[str, Refusals]) -> str:
-    return f"not one of {sum(of.count for of in refused.values())} samples can be used: {describe_refused(refused)}"
-
-
-def _listed(source: Source, sample: int, why: Refused) -> dict[str, str]:
-    """A refused sample as its shard lists it."""
-    values = {"source": source.name(sample), "reason": why.reason} | ({"detail": why.detail} if why.detail else {})
-    # Names of files are bytes, not text.
-    return {key: value[:_LONGEST].encode(errors="backslashreplace").decode() for key, value in values.items()}
-
-
-def _existing_index(directory: Path, identity: dict[str, Any], fingerprint: str) -> Index:
-    index = Index.read(directory)
-    if index.fingerprint != fingerprint:
-        changed = differences(index.identity, identity) or "another format"
-        raise UserError(
-            f"{directory}: the shards there were built otherwise ({changed}); give the same options, name another "
-            f"--shards_dir, give no data options to train on these, or delete {directory / INDEX} to build them again"
-        )
-    return index
-
-
-Item = TypeVar("Item")
-Row = dict[str, Tensor]
-
-
-@dataclass
-class Encoded:
-    """What became of one shard's samples and captions.
-
-    captions: of each sample that has any, their texts; of records in the end, those that the encoder took.
-    rows: of the samples that became records, in order, one image row for every variant.
-    refused: sample -> why it did not.
-    texts: text -> its caption row's number, distinct and in order of first appearance in the records.
-    caption_rows: one for each.
-    """
-
-    captions: dict[int, list[str]] = field(default_factory=dict)
-    rows: dict[int, list[Row]] = field(default_factory=dict)
-    refused: dict[int, Refused] = field(default_factory=dict)
-    texts: dict[str, int] = field(default_factory=dict)
-    caption_rows: list[Row] = field(default_factory=list)
-
-
-def _encode_shards(
-    config: CacheConfig,
-    encoding: Encoding,
-    source: Source,
-    covered: dict[int, range],
-    fingerprint: str,
-    processes: Processes,
-) -> None:
-    """Encodes and writes the shards with these numbers, of these samples."""
-    with (
-        encoding.encoder(processes.device) as encoder,
-        concurrent.futures.ThreadPoolExecutor(max(config.dataloader_num_workers, 1)) as pool,
-        Progress(sum(map(len, covered.values())), "Encoding", "image") as progress,
-    ):
-        encoded = 0
-        failed: list[tuple[int, Refused]] = []
-        for number, samples in covered.items():
-            shard = Encoded()
-            _read_captions(encoding, source, samples, shard)
-            prepared = _prepare(config, encoding, source, shard, samples, pool)
-            failed += _encode_images(config, encoder, prepared, shard, progress)
-            encoded += len(shard.rows)
-            _encode_captions(config, encoder, shard)
-            if config.strict and shard.refused:
-                raise _strict(source, *min(shard.refused.items(), key=lambda item: item[0]))
-            if not encoded and len(failed) >= _HOPELESS:
-                raise _all_refused(source, failed, alone=True)
-            contents = Contents(
-                covers=samples,
-                sources=[*shard.rows],
-                names=[source.name(sample) for sample in shard.rows],
-                variants=[len(rows) for rows in shard.rows.values()],
-                captions=[[shard.texts[text] for text in shard.captions[sample]] for sample in shard.rows],
-                texts=[*shard.texts],
-                refused=[_listed(source, sample, shard.refused[sample]) for sample in samples if sample in shard.refused],
-            )
-            write_shard(config.shards_path / shard_name(number), _stacked(shard, encoding), contents, fingerprint)
-
-
-def _read_captions(encoding: Encoding, source: Source, samples: range, shard: Encoded) -> None:
-    """Finds the captions of samples, or why they have none that can be used."""
-    for sample in samples:
-        try:
-            with refusing("unreadable caption"):
-                shard.captions[sample] = source.captions(sample) if encoding.captioned else []
-        except Refused as why:
-            shard.refused[sample] = Refused(why.reason, why.detail)
-
-
-# A sample with its decoded and transformed variants, or with the reason why there are none.
-Prepared = tuple[int, list[dict[str, Tensor]] | Refused]
-
-
-def _prepare(
-    config: CacheConfig,
-    encoding: Encoding,
-    source: Source,
-    shard: Encoded,
-    samples: range,
-    pool: concurrent.futures.ThreadPoolExecutor,
-) -> Iterator[Prepared]:
-    """Samples whose captions are known, decoded and transformed, in order; a bounded number are in flight."""
-
-    def prepare(sample: int) -> Prepared:
-        if sample in shard.refused:
-            return sample, shard.refused[sample]
-        with room.turn():
-            made = make(sample)
-        if config.strict and isinstance(made, Refused):
-            raise _strict(source, sample, made)
-        return sample, made
-
-    def make(sample: int) -> list[dict[str, Tensor]] | Refused:
-        try:
-            with refusing("unreadable image"):
-                image = source.image(sample)
-                refuse_extreme(image.size, encoding.image_side, config.max_upscale)
-            with refusing("image cannot be transformed"):
-                return encoding.prepare(image, sample)
-        except Refused as why:
-            return Refused(why.reason, why.detail)  # `why` itself holds the frames with the image
-
-    if config.dataloader_num_workers == 0:
-        yield from map(prepare, samples)
+@contextlib.contextmanager
+def _directory(config: CacheConfig) -> Iterator[int | None]:
+    """Holds the directory of the shards together with others that build there, once nobody has it alone."""
+    directory, said = config.shards_path, False
+    # A training holds its output directory already.
+    if isinstance(config, TrainConfig) and directory.resolve() == Path(config.output_dir).resolve():
+        yield None
         return
-    ahead = 2 * config.encode_batch_size + config.dataloader_num_workers
-    futures: deque[concurrent.futures.Future[Prepared]] = deque()
-    for sample in samples:
-        futures.append(pool.submit(prepare, sample))
-        if len(futures) > ahead:
-            yield futures.popleft().result()
-    while futures:
-        yield futures.popleft().result()
-
-
-def _encode_images(
-    config: CacheConfig, encoder: Encoder, prepared: Iterable[Prepared], shard: Encoded, progress: Progress
-) -> list[tuple[int, Refused]]:
-    """Encodes the samples of a shard; a sample of which one variant fails is refused as a whole.
-
-    Returns: those that the encoder refused.
-    """
-
-    def variants() -> Iterator[tuple[int, dict[str, Tensor]]]:
-        for sample, result in prepared:
-            progress.update()
-            if isinstance(result, Refused):
-                shard.refused[sample] = result
-            else:
-                yield from ((sample, variant) for variant in result)
-
-    def encode(batch: list[tuple[int, dict[str, Tensor]]]) -> dict[str, Tensor]:
-        return encoder.encode_images({name: torch.stack([image[name] for _, image in batch]) for name in batch[0][1]})
-
-    failed: dict[int, Refused] = {}
-    for (sample, _), row in _encode_in_batches(variants(), config.encode_batch_size, encode, "image"):
-        if isinstance(row, Refused):
-            failed[sample] = row
-        else:
-            shard.rows.setdefault(sample, []).append(row)
-    shard.refused |= failed
-    for sample in failed:
-        shard.rows.pop(sample, None)
-    return list(failed.items())
-
-
-def _encode_captions(config: CacheConfig, encoder: Encoder, shard: Encoded) -> None:
-    """Encodes the captions of the records, each text once. What the encoder refuses is taken from them; a record that is left
-    without a caption is refused."""
-    texts = dict.fromkeys(text for sample in shard.rows for text in shard.captions[sample])
-    unusable: dict[str, Refused] = {}
-    for text, row in _encode_in_batches(texts, config.encode_batch_size, encoder.encode_captions, "caption"):
-        if isinstance(row, Refused):
-            unusable[text] = Refused(row.reason, f"{row.detail} (caption {text[:60]!r})")
-        else:
-            shard.texts[text] = len(shard.caption_rows)
-            shard.caption_rows.append(row)
-    for sample in list(shard.rows) if unusable else ():
-        given = shard.captions[sample]
-        shard.captions[sample] = [text for text in given if text not in unusable]
-        if not shard.captions[sample]:
-            shard.refused[sample] = unusable[given[0]]
-            del shard.rows[sample]
-
-
-def _encode_in_batches(
-    items: Iterable[Item], size: int, encode: Callable[[list[Item]], dict[str, Tensor]], kind: str
-) -> Iterator[tuple[Item, Row | Refused]]:
-    """Every item with its row, on the host, or with the reason why it has none."""
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield from zip(batch, _encode_batch(batch, encode, kind), strict=True)
-
-
-def _encode_batch(batch: list[Item], encode: Callable[[list[Item]], dict[str, Tensor]], kind: str) -> list[Row | Refused]:
-    """The rows of a batch; one that fails is encoded item by item, so that the culprit is known."""
+    while (held := lock(directory, shared=True)) is None:
+        said = said or _say_waiting(directory)
+        time.sleep(1)
     try:
-        with refusing(f"{kind} cannot be encoded"):
-            fields = {name: tensor.cpu() for name, tensor in encode(batch).items()}
-    except torch.OutOfMemoryError:
-        raise UserError(f"--encode_batch_size {len(batch)}: does not fit the device; try a smaller one", alone=True) from None
-    except Refused as why:
-        return [why] if len(batch) == 1 else [row for item in batch for row in _encode_batch([item], encode, kind)]
-    finite = torch.stack([tensor.isfinite().flatten(1).all(1) for tensor in fields.values()]).all(0).tolist()
-    overflow = any(tensor.dtype == torch.float16 for tensor in fields.values())
-    unfit = Refused(f"{kind} encodes to values that are not finite", "fp16 overflows; try bf16" if overflow else "")
-    return [{name: tensor[row] for name, tensor in fields.items()} if good else unfit for row, good in enumerate(finite)]
+        yield held
+    finally:
+        os.close(held)
 
 
-def _stacked(shard: Encoded, encoding: Encoding) -> dict[str, Tensor]:
-    """The rows of every field."""
-    stacked = {}
-    for name, spec in encoding.record_spec.items():
-        rows = itertools.chain(*shard.rows.values()) if spec.per == "image" else shard.caption_rows
-        found = [row[name] for row in rows]
-        stacked[name] = torch.stack(found) if found else torch.empty(0, *spec.shape, dtype=spec.dtype)
-    return stacked
+def _say_waiting(directory: Path) -> bool:
+    say(f"{directory}: another run is building these shards; waiting for its end")
+    return True
+
+
+def _look(task: Task) -> Found:
+    """What is in the directory of the shards.
+
+    Raises:
+        UserError: a complete build of something else.
+    """
+    recipe = digest_of(task.recipe)
+    index = Index.read(task.directory) if (task.directory / INDEX).exists() else None
+    plan = read_plan(task.directory, recipe, index.fingerprint if index else None)
+    if index:
+        _refuse_other(task, index)
+        blocks, made_by = _blocks_of(index), index.made_by or (index.fingerprint,)
+    else:
+        blocks, made_by = _shards_left(task, recipe)
+    runs = plan.runs if plan else np.zeros(0, RUN)
+    if not plan and made_by != (recipe,) and made_by and digest_of(task.earlier_identity) in made_by:
+        runs = np.zeros(len(task.stamps), RUN)
+        runs["stamp"], runs["count"] = task.stamps, task.counts
+        runs["first"] = np.cumsum(task.counts) - task.counts
+        runs = runs[task.counts > 0]
+    return Found(index, blocks, plan.blocks if plan else blocks[:0], runs, plan is not None, made_by)
+
+
+def _refuse_other(task: Task, index: Index) -> None:
+    """Raises `UserError` where the shards of an index were built otherwise, but for what the data set holds."""
+    before = {name: index.identity.get("source", {}).get(name) for name in ("samples", "sample_seed")}
+    now = before | task.subset if task.subset else dict.fromkeys(before)
+    if task.config.max_train_samples == index.config.get("max_train_samples") and not (task.subset and before["samples"]):
+        now = before  # which of them is all there is depends on the data set alone
+    changed = differences(without_source(index.identity) | before, task.recipe | now)
+    if changed:
+        raise _built_otherwise(task, changed)
+
+
+def _built_otherwise(task: Task, changed: str) -> UserError:
+    return UserError(
+        f"{task.directory}: the shards there were built otherwise ({changed}); give the same options, name another "
+        f"--shards_dir, give no data options to train on these, or delete {task.directory / INDEX} to build them again"
+    )
+
+
+def _blocks_of(index: Index) -> np.ndarray:
+    blocks = np.zeros(len(index.shards), BLOCK)
+    for name in BLOCK.names or ():
+        blocks[name] = index.shards[name]
+    return blocks
+
+
+def _shards_left(task: Task, recipe: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The blocks of shards that are there without an index, under any number, and the fingerprints in their headers."""
+    blocks, made_by, accepted = [], set(), {recipe}
+    for number in sorted(shards_in(task.directory)) if task.directory.is_dir() else ():
+        try:
+            said = Header.model_validate(read_header(task.directory / shard_name(number))[1])
+        except (OSError, ValueError, RecursionError):
+            continue
+        if said.fingerprint not in accepted and len(accepted) == 1:
+            accepted.add(digest_of(task.earlier_identity))
+        if said.fingerprint in accepted and said.samples:
+            blocks.append((said.first_sample, said.samples, number))
+            made_by.add(said.fingerprint)
+    return beside(np.zeros(0, BLOCK), np.array(blocks, BLOCK)), tuple(sorted(made_by))
+
+
+def _complete(task: Task, found: Found, read: bool) -> Index | None:
+    """The index that is there, if it is one of the samples that the source has.
+
+    Args:
+        read: samples whose files are not known; without that, they count as others. Nor does it count then where a build was
+            not done with its files.
+    """
+    runs = known(found.runs, task.stamps, task.counts)
+    unknown, unfinished = (runs["first"] < 0).any(), (task.directory / BUILDING).exists()
+    if found.index is None or ((unknown or unfinished) and not read):
+        return None
+    plan = _planned(task, found, _recognise(task, found, runs) if read else runs)
+    if not _is_of(found.index, plan):
+        return None
+    if not found.remembered:
+        with contextlib.suppress(OSError):  # of others, who let it be read; it only saves work
+            plan.write(task.directory, digest_of(task.recipe), found.index.fingerprint)
+    return found.index
+
+
+def _may_write(directory: Path) -> bool:
+    return not directory.exists() or os.access(directory, os.W_OK)
+
+
+def _is_of(index: Index | None, plan: Plan) -> bool:
+    return index is not None and np.array_equal(_blocks_of(index), plan.blocks)
+
+
+def _planned(task: Task, found: Found, runs: np.ndarray) -> Plan:
+    """The plan of runs of which some have no number, after what was found.
+
+    Raises:
+        UserError: the shards that are there hold no sample of the source.
+    """
+    there = Plan(runs[runs["first"] >= 0], found.blocks)
+    blocks = found.blocks
+    if len(blocks) and not there.counts(blocks).any():
+        if found.index:
+            raise _built_otherwise(task, "other files or rows of data")
+        blocks = blocks[:0]
+    plan = planned(runs, beside(blocks, found.planned), task.config.shard_records)
+    if found.index:  # whose shards stay what they are: those that lose samples are written anew, under other numbers
+        shrunk = np.flatnonzero((plan.counts(plan.blocks) < plan.blocks["samples"]) & _named(plan, found.index))
+        last = int(max(plan.blocks["number"].max(), found.index.shards["number"].max()))
+        for place in shrunk:
+            shard = open_shard(task.directory, found.index, _place_of(found.index, plan.blocks[place]))
+            if len(np.setdiff1d(shard.here, plan.samples(plan.blocks[place])[0])):
+                plan.blocks["number"][place] = last = last + 1
+    return plan
+
+
+def _named(plan: Plan, index: Index) -> np.ndarray:
+    """Which blocks of a plan have their shard in an index."""
+    return np.isin(plan.blocks["number"], index.shards["number"])
+
+
+def _place_of(index: Index, block: np.void) -> int:
+    return int(np.searchsorted(index.shards["first_sample"], block["first_sample"], side="right")) - 1
+
+
+def _recognise(task: Task, found: Found, runs: np.ndarray) -> np.ndarray:
+    """Runs in which samples whose files were not known have their number by what they hold, where there are shards of that."""
+    there = Plan(runs[runs["first"] >= 0], found.blocks)
+    numbers: dict[bytes, list[int]] = {}
+    for block in found.blocks[there.counts(found.blocks) < found.blocks["samples"]]:
+        with contextlib.suppress(UserError):  # a damaged one is built again
+            shard = Shard(task.directory / shard_name(block["number"]), task.encoding.record_spec)
+            for number in np.setdiff1d(shard.here, there.samples(block)[0]).tolist():
+                content = shard.numbers["contents"][number - shard.said.first_sample].numpy().tobytes()
+                if content != UNKNOWN:
+                    numbers.setdefault(content, []).append(number)
+    unknown = int(runs["count"][runs["first"] < 0].sum())
+    if not numbers or not unknown:
+        return runs
+
+    def contents() -> Iterator[bytes]:
+        starts = np.cumsum(runs["count"]) - runs["count"]
+        places = itertools.chain.from_iterable(
+            range(start, start + count)
+            for start, count, first in zip(starts.tolist(), runs["count"].tolist(), runs["first"].tolist(), strict=True)
+            if first < 0
+        )
+        with (
+            concurrent.futures.ThreadPoolExecutor(max(task.config.dataloader_num_workers, _READERS)) as pool,
+            Progress(unknown, "Reading files that changed", "image") as progress,
+        ):
+            while some := list(itertools.islice(places, _AT_ONCE)):
+                for content in pool.map(lambda place: read_sample(task.source, place, task.encoding.captioned).content, some):
+                    progress.update()
+                    yield content
+
+    return recognised(runs, contents(), numbers)
+
+
+def _build(task: Task, processes: Processes, held: int | None, check: Callable[[dict[str, Any]], None]) -> Index:
+    """Builds beside whoever else does."""
+    started = time.perf_counter()
+    with _agreed(task, held) as (claims, found, plan):
+        if not _is_of(found.index, plan):
+            if found.index:
+                check(task.recipe | {"source": {}})
+            _say_changes(task, found, plan)
+            _encode_missing(task, found, plan, claims, processes)
+        with claims.index():
+            found = _look(task)
+            index = found.index  # of another process; or files were but touched
+            if index is None or not _is_of(index, plan):
+                index = _write_index(task, found, plan, claims, time.perf_counter() - started)
+            _sweep_alone(task.directory, held)
+            _sweep(task.directory, index.shards)
+    return index
+
+
+@contextlib.contextmanager
+def _agreed(task: Task, held: int | None) -> Iterator[tuple[Claims, Found, Plan]]:
+    """The plan that all processes follow, and their claims: whoever comes first makes it, others read it.
+
+    Args:
+        held: the directory, held with others.
+    """
+    said = False
+    while True:
+        claims = Claims(task.directory)
+        try:
+            if claims.alone() and claims.is_there():
+                found = _look(task)
+                plan = _planned(task, found, _recognise(task, found, known(found.runs, task.stamps, task.counts)))
+                _sweep_alone(task.directory, held)
+                index = found.index.fingerprint if found.index else None
+                if not plan.equals(read_plan(task.directory, digest_of(task.recipe), index)):
+                    plan.write(task.directory, digest_of(task.recipe), index)
+                if not _is_of(found.index, plan):
+                    claims.begin(plan)
+                claims.share()
+                yield claims, found, plan
+                return
+            if claims.is_there() and claims.share():
+                found = _look(task)
+                there = read_plan(task.directory, digest_of(task.recipe), found.index.fingerprint if found.index else None)
+                if there and there.is_of(task.stamps, task.counts):
+                    yield claims, found, there
+                    return
+                said = said or _say_waiting(task.directory)
+        finally:
+            claims.leave()
+        time.sleep(PAUSE)
+
+
+def _sweep_alone(directory: Path, held: int | None) -> None:
+    """Removes what processes that were killed left half written, and old arrays, where it is sure that no other one writes."""
+    if held is not None and excludes_others(held):
+        sweep(directory)
+        share(held)
+
+
+def _say_changes(task: Task, found: Found, plan: Plan) -> None:
+    if not found.index:
+        return
+    before = found.index.records + found.index.refused_count
+    kept = int(plan.counts(_blocks_of(found.index)).sum())
+    say(
+        f"{task.directory}: the data set has changed: {len(task.source) - kept} samples are new, "
+        f"{before - kept} are gone; only the shards that this changes are written"
+    )
+
+
+def _encode_missing(task: Task, found: Found, plan: Plan, claims: Claims, processes: Processes) -> None:
+    """Has every shard of the plan complete, by this process or by others."""
+    outcome, started = Outcome(), [time.monotonic()]
+    counts = plan.counts(plan.blocks)
+    missing = np.flatnonzero(~_named(plan, found.index)) if found.index else np.arange(len(plan.blocks))
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(Progress(int(counts[missing].sum()), "Encoding", "image", claims.done()))
+        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(max(task.config.dataloader_num_workers, 1)))
+        encoders: list[Encoder] = []  # loaded when something is to be encoded
+
+        def encoder() -> Encoder:
+            if not encoders:
+                encoders.append(stack.enter_context(task.encoding.encoder(processes.device)))
+            return encoders[0]
+
+        def show() -> None:
+            if time.monotonic() >= started[0] + 1:
+                started[0] = time.monotonic()
+                progress.update(max(claims.done() - progress.done, 0))
+
+        waiting = missing.tolist()
+        while waiting:
+            others = []
+            for place in waiting:
+                if _entry(task, plan, claims, place) is None:
+                    with claims.shard(place) as mine:
+                        if not mine:
+                            others.append(place)
+                        elif _entry(task, plan, claims, place) is None:
+                            _complete_shard(task, found, plan, claims, place, encoder, pool, outcome, show)
+            if waiting == others:  # all are in the hands of other processes, of which any may end before its shard is done
+                time.sleep(PAUSE)
+                show()
+            waiting = others
+
+
+def _entry(task: Task, plan: Plan, claims: Claims, place: int) -> np.void | None:
+    """What the index says of the shard of a block, if that is complete."""
+    block = plan.blocks[place]
+    entry = claims.entry(place, block, plan.samples(block)[0])
+    path = task.directory / shard_name(block["number"])
+    return entry if entry is not None and path.exists() and path.stat().st_size == entry["bytes"] else None
+
+
+def _complete_shard(
+    task: Task,
+    found: Found,
+    plan: Plan,
+    claims: Claims,
+    place: int,
+    encoder: Callable[[], Encoder],
+    pool: concurrent.futures.ThreadPoolExecutor,
+    outcome: Outcome,
+    show: Callable[[], None],
+) -> None:
+    """Has the shard of a block complete: as it is, without samples that are gone, or encoded."""
+    block = plan.blocks[place]
+    numbers, places = plan.samples(block)
+    path = task.directory / shard_name(block["number"])
+    done = itertools.count(1)
+
+    def advance() -> None:
+        claims.advance(place, next(done))
+        show()
+
+    claims.advance(place, 0)
+    if not _is_whole(task, found, block, path, numbers):
+        old = _shard_with(task, found, block, path, numbers)
+        if old:
+            rows, contents = without_samples(old, numbers)
+            fingerprint = old.said.fingerprint
+        else:
+            covers = range(int(block["first_sample"]), int(block["first_sample"] + block["samples"]))
+            samples = dict(zip(numbers.tolist(), places.tolist(), strict=True))
+            rows, contents = encode_shard(
+                task.config, task.encoding, encoder(), task.source, covers, samples, pool, outcome, advance
+            )
+            fingerprint = _fingerprint(task, found)
+        write_shard(path, rows, contents, fingerprint)
+    claims.complete(place, numbers, entry_of(Shard(path, task.encoding.record_spec), int(block["number"])))
+
+
+def _fingerprint(task: Task, found: Found) -> str:
+    """That of shards that are encoded: as those beside them that were built before contents had digests."""
+    recipe = digest_of(task.recipe)
+    return found.made_by[0] if not found.index and len(found.made_by) == 1 else recipe
+
+
+def _opened(task: Task, block: np.void, path: Path, made_by: Iterable[str]) -> Shard | None:
+    """The shard of a block, if it is there and of these makers."""
+    try:
+        shard = Shard(path, task.encoding.record_spec)
+        shard.require_variants(variants_of(task.recipe))
+    except UserError:
+        return None
+    covers = range(int(block["first_sample"]), int(block["first_sample"] + block["samples"]))
+    return shard if shard.covers == covers and shard.said.fingerprint in made_by and not shard.damage() else None
+
+
+def _is_whole(task: Task, found: Found, block: np.void, path: Path, numbers: np.ndarray) -> bool:
+    """Whether an earlier build left the shard of a block, with these samples and no others."""
+    shard = _opened(task, block, path, {*found.made_by, digest_of(task.recipe)})
+    return shard is not None and np.array_equal(shard.here, numbers)
+
+
+def _shard_with(task: Task, found: Found, block: np.void, path: Path, numbers: np.ndarray) -> Shard | None:
+    """A shard that holds these samples and others that are gone."""
+    paths = [path]
+    if found.index and len(found.index.shards):
+        paths.append(task.directory / shard_name(found.index.shards["number"][_place_of(found.index, block)]))
+    shards = (_opened(task, block, path, {*found.made_by, digest_of(task.recipe)}) for path in paths)
+    return next((shard for shard in shards if shard and not len(np.setdiff1d(numbers, shard.here))), None)
+
+
+def _write_index(task: Task, found: Found, plan: Plan, claims: Claims, seconds: float) -> Index:
+    """Writes the index of shards that are all complete, and removes those that it does not name.
+
+    Raises:
+        UserError: no sample became a record; then no shard is left.
+    """
+    before = {int(entry["number"]): entry for entry in found.index.shards} if found.index else {}
+    shards = np.zeros(len(plan.blocks), ENTRY)
+    for place, block in enumerate(plan.blocks):
+        entry = before.get(int(block["number"]))
+        shards[place] = _entry(task, plan, claims, place) if entry is None else entry
+    refusing = np.flatnonzero(shards["records"] < plan.counts(plan.blocks))
+    paths = (task.directory / shard_name(number) for number in shards["number"][refusing])
+    refused = add_refused(count_refused(Shard(path, task.encoding.record_spec).refused) for path in paths)
+    if not shards["records"].any():
+        _sweep(task.directory, shards[:0])
+        (task.directory / SAMPLES).unlink(missing_ok=True)
+        raise UserError(none_usable(refused))
+    made_by = tuple(dict.fromkeys([*found.made_by, _fingerprint(task, found)]))
+    identity = task.recipe | {"source": {"content": content_of(shards), **task.subset}}
+    if not found.index and made_by == (digest_of(task.earlier_identity),):
+        identity = task.earlier_identity  # what was built before contents had digests, and is now complete again
+    index = Index(
+        family=task.config.family,
+        fingerprint=digest_of(identity),
+        identity=identity,
+        config={name: value for name, value in options_of(task.config).items() if name in CacheConfig.model_fields},
+        fields=task.encoding.record_spec,
+        shards=shards,
+        refused=refused,
+        encode_seconds=seconds,
+        made_by=made_by if made_by != (digest_of(identity),) else (),
+    )
+    plan.write(task.directory, digest_of(task.recipe), found.index.fingerprint if found.index else None, index.fingerprint)
+    index.write(task.directory)
+    say_refused(len(task.source), refused, task.directory)
+    return index
+
+
+def _sweep(directory: Path, shards: np.ndarray) -> None:
+    """Removes the shards that an index does not name, and what processes shared while they built."""
+    named = set(shards["number"].tolist())
+    for number in list(shards_in(directory)):
+        if number not in named:
+            (directory / shard_name(number)).unlink()
+    (directory / BUILDING).unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 from typing import Any
 
 from engine.config.options import CacheConfig
-from engine.data.sources.interface import Source
 from engine.models.encoder import Encoding
 
 # What an identity calls an option -> the option.
@@ -17,11 +16,10 @@ _OPTIONS = {
 _SHAPING = ("image_mode", "background", "max_upscale", "metadata_encoding", "follow_links", "cache_text")
 
 
-def identity_of(config: CacheConfig, encoding: Encoding, source: Source) -> dict[str, Any]:
-    """Everything that shapes the content of the shards."""
+def recipe_of(config: CacheConfig, encoding: Encoding) -> dict[str, Any]:
+    """Everything that shapes the content of the shards, but the samples."""
     return {
         "family": config.family,
-        "source": source.identity(),
         "models": encoding.encoder_identity(),
         "preprocessing": encoding.preprocessing_identity(),
         "precision": config.mixed_precision,
@@ -29,6 +27,11 @@ def identity_of(config: CacheConfig, encoding: Encoding, source: Source) -> dict
         "shard_records": config.shard_records,
         **{name: value for name in _SHAPING if (value := getattr(config, name)) != CacheConfig.model_fields[name].default},
     }
+
+
+def without_source(identity: dict[str, Any]) -> dict[str, Any]:
+    """The recipe in an identity: all of it but what tells the samples."""
+    return {name: value for name, value in identity.items() if name != "source"}
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -43,7 +46,7 @@ def _difference(key: str, before: Any, now: Any) -> str:
         if before.get("kind") != now.get("kind"):
             return f"{before.get('kind')}, now {now.get('kind')}"
         return differences(before, now)
-    if key in ("files", "fingerprint"):
+    if key in ("files", "fingerprint", "content"):
         return "other files or rows of data"
     if key == "random_crops" and None in (before, now):
         return f"--random_crops {before}, now --center_crop" if now is None else f"--center_crop, now --random_crops {now}"

@@ -11,7 +11,7 @@ from typing import Any
 from engine.catalogue import FAMILIES, PIPELINES
 from engine.config.command_line import CONFIG
 from engine.config.options import SHUFFLE_WINDOW, TrainConfig
-from engine.data.identity import differences
+from engine.data.identity import differences, without_source
 from engine.errors import UserError
 from engine.files import PARTIAL, digest_of, discard, lock, parse_json, read_text, reading, write_text
 from engine.launcher import restarted
@@ -167,15 +167,27 @@ def open_checkpoint(checkpoint: Path, config: TrainConfig, world: int) -> Checkp
     return opened
 
 
-def check_same_shards(checkpoint: Path | None, state: State | None, identity: dict[str, Any]) -> None:
+def check_same_shards(checkpoint: Path | None, state: State | None, grown: bool, identity: dict[str, Any]) -> None:
     """Compares the shards of a checkpoint, if there is one, with those of this run, by what shapes them.
+
+    Args:
+        grown: whether the run goes on with other samples.
+        identity: without `source` where the samples are not known yet.
 
     Raises:
         UserError: they differ.
     """
-    if state is not None and state.run.fingerprint != digest_of(identity):
-        changed = differences(state.data, identity) if state.data is not None else "data, preprocessing or encoders"
+    if state is None or state.run.fingerprint == digest_of(identity):
+        return
+    before = state.data
+    if before is None or (changed := differences(without_source(before), without_source(identity))):
+        changed = changed if before is not None else "data, preprocessing or encoders"
         raise UserError(f"{checkpoint}: was trained on other shards ({changed}); give the same data and options of the data")
+    if "source" in identity and not grown:
+        raise UserError(
+            f"{checkpoint}: was trained on other samples, or on these in another order; give the same data, or "
+            "--continue_on_grown_data to go on with what the data set holds now"
+        )
 
 
 def announce(checkpoint: Checkpoint, config: TrainConfig, run: Run, world: int) -> None:

@@ -96,7 +96,8 @@ def _train(config: TrainConfig, processes: Processes) -> int:
         state = opened.state if opened else None
         seed = processes.from_first(seed_of(config, state))
         config = with_order(config, checkpoint, state)
-        shards = prepare_shards(config, family, processes, partial(check_same_shards, checkpoint, state))
+        same = partial(check_same_shards, checkpoint, state, config.continue_on_grown_data)
+        shards = prepare_shards(config, family, processes, same)
         plan = BatchPlan(config.train_batch_size, config.gradient_accumulation_steps, processes.rank, processes.world)
         run = open_run(config, seed, shards, plan, state)
         subset_seed = config.sample_seed if config.max_train_samples else None

@@ -21,7 +21,7 @@ from engine.errors import UserError, exit_code
 from engine.files import digest, parse_json
 from engine.loop.trainer import train
 from engine.tensors import read_header
-from tests.altered import edit
+from tests.altered import as_built_before, edit
 from tests.data.test_shards import build, contents, gathered, write_captions
 from tests.loop.runs import checkpoint_tensors, config
 
@@ -33,6 +33,7 @@ def built(model, tmp_path_factory) -> Path:
     """Shards of version 2 whose records have several captions, in common over shards; and one sample refused."""
     directory = tmp_path_factory.mktemp("built")
     build(model, write_captions(directory / "images", CAPTIONS), directory / "shards", "--random_flip", "--shard_records", "4")
+    as_built_before(directory / "shards")
     return directory / "shards"
 
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from engine.config.options import CacheConfig
-from engine.data.identity import identity_of
+from engine.data.identity import recipe_of
 from engine.data.sources import open_source
 from engine.data.sources.decode import clean_captions
 from engine.data.sources.image_folder import ImageFolder
@@ -171,11 +171,11 @@ def test_shards_of_a_folder_built_before_are_those_of_it_now(tmp_path):
     identity = {"kind": "image folder", "metadata": {"metadata.jsonl": digest(directory / "metadata.jsonl")}}
     assert ImageFolder(directory, "image", "text").identity() == identity | {"files": digest_of(files)}
     config = options(train_data_dir=str(directory))
-    assert set(identity_of(config, encoding_of_nothing(), open_source(config))) == {
-        "family", "source", "models", "preprocessing", "precision", "caption_column", "shard_records"
+    assert set(recipe_of(config, encoding_of_nothing())) == {
+        "family", "models", "preprocessing", "precision", "caption_column", "shard_records"
     }  # fmt: skip
     changed = options(train_data_dir=str(directory), background="white", max_upscale=2)
-    assert identity_of(changed, encoding_of_nothing(), open_source(changed))["background"] == "white"
+    assert recipe_of(changed, encoding_of_nothing())["background"] == "white"
 
 
 def encoding_of_nothing() -> SimpleNamespace:

@@ -5,7 +5,8 @@
 
 import hashlib
 import math
-from collections.abc import Collection, Iterable
+import os
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,6 +25,7 @@ INDEX = "index.json"
 TABLE = "index-"  # what the names of files with arrays over shards begin with
 BUILD_AGAIN = f"delete what is damaged and {INDEX} to build it again, or get a whole copy"
 SHARD_NAME = "shard-"  # what the names of all begin with
+SAMPLES = "samples"  # which samples they are of, for the next build
 # What the index says of a shard. `variants` and `captions`: how many every record has, or one of those below.
 ENTRY = np.dtype(
     [(name, np.int64) for name in ("number", "records", "image_rows", "caption_rows", "bytes", "variants", "captions",
@@ -317,7 +319,7 @@ def sweep(directory: Path) -> None:
 
     For who holds a lock of the directory that excludes others: another writer's arrays have no index yet.
     """
-    for name in (INDEX, TABLE, SHARD_NAME):
+    for name in (INDEX, TABLE, SHARD_NAME, SAMPLES):
         for leftover in directory.glob(f"{name}*{PARTIAL}"):
             leftover.unlink(missing_ok=True)
     try:
@@ -339,6 +341,15 @@ def table_name(sha256: str) -> str:
 
 def shard_name(number: int) -> str:
     return f"{SHARD_NAME}{number:05d}.safetensors"
+
+
+def shards_in(directory: Path) -> Iterator[int]:
+    """The numbers in the names of shards in a directory."""
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            number = entry.name.removeprefix(SHARD_NAME).removesuffix(".safetensors")
+            if number.isdecimal() and len(number) < 16 and entry.name == shard_name(int(number)):
+                yield int(number)
 
 
 def _read_table(path: Path) -> np.ndarray:
@@ -369,8 +380,6 @@ def _check_table(shards: np.ndarray, stored: _StoredIndex) -> None:
             raise ValueError(f"{name} is {getattr(stored, name)}, those of the shards are {total}")
     if (samples := sum(counts["samples"].tolist())) < stored.records + stored.refused_count:
         raise ValueError(f"{stored.records} records and {stored.refused_count} refused samples, of {samples}")
-    if stored.identity.get("source", {}).get("content", of_all := content_of(shards)) != of_all:
-        raise ValueError("the content of the data set is not that of the shards")
     numbers = np.sort(counts["number"])
     if len(twice := numbers[1:][numbers[1:] == numbers[:-1]]):
         raise ValueError(f"the number {twice[0]} stands there twice")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.data.format.gather import best_advise, best_gather, checksums_of
-from engine.data.format.index import BUILD_AGAIN, CHECKSUMS, INDEX, OWN, SHARD_NAME, VARYING, Index, shard_name
+from engine.data.format.index import BUILD_AGAIN, CHECKSUMS, INDEX, OWN, VARYING, Index, shard_name, shards_in
 from engine.data.format.shard import open_shard
 from engine.errors import UserError
 from engine.files import open_regular
@@ -90,7 +90,7 @@ class Shards:
         index = Index.read(self.directory)
         if index.records == 0:
             raise UserError(f"{self.directory}: the shards hold no records; all {index.refused_count} samples were refused")
-        if missing := np.setdiff1d(index.shards["number"], np.fromiter(_shards_in(self.directory), np.int64)).tolist():
+        if missing := np.setdiff1d(index.shards["number"], np.fromiter(shards_in(self.directory), np.int64)).tolist():
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise UserError(f"{self.directory / shard_name(missing[0])}{more}: missing, and named in {INDEX}; {BUILD_AGAIN}")
         return index
@@ -306,15 +306,6 @@ def identity_of(descriptor: int) -> int:
     """What tells the file that is open from another that was put in its place, or written to."""
     status = os.fstat(descriptor)
     return hash((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
-
-
-def _shards_in(directory: Path) -> Iterator[int]:
-    """The numbers in the names of shards in a directory."""
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            number = entry.name.removeprefix(SHARD_NAME).removesuffix(".safetensors")
-            if number.isdecimal() and len(number) < 16 and entry.name == shard_name(int(number)):
-                yield int(number)
 
 
 def _close(files: np.ndarray) -> None:

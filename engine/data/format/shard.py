@@ -383,6 +383,29 @@ class Shard:
             raise ValueError("a record is of a sample without a content")
 
 
+def without_samples(shard: Shard, numbers: np.ndarray) -> tuple[dict[str, Tensor], Contents]:
+    """What a shard holds of samples with these numbers: the rows of its fields, and what else is written."""
+    said, source = shard.said, shard.numbers["source"].numpy()
+    records = np.flatnonzero(np.isin(source, numbers)).tolist()
+    images = [row for record in records for row in shard.image_rows(record)]
+    captions = [shard.caption_rows(record) for record in records]
+    row_of = {row: place for place, row in enumerate(dict.fromkeys(itertools.chain(*captions)))}
+    taken = {"image": images, "caption": list(row_of)}
+    refused = zip(np.setdiff1d(shard.here, source), shard.refused, strict=True)
+    contents = shard.numbers["contents"].numpy().copy()
+    contents[np.isin(np.arange(said.samples) + said.first_sample, numbers, invert=True)] = 0
+    return {name: shard.file.tensor(name)[taken[field.per]] for name, field in shard.fields.items()}, Contents(
+        covers=shard.covers,
+        sources=source[records].tolist(),
+        names=[shard.text("names", record) for record in records],
+        variants=[len(shard.image_rows(record)) for record in records],
+        captions=[[row_of[row] for row in of] for of in captions],
+        texts=[shard.text("caption_texts", row) for row in row_of],
+        refused=[item for number, item in refused if number in numbers],
+        contents=contents,
+    )
+
+
 class _Refused(Stored):
     item: RefusedSample
 
@@ -423,6 +446,6 @@ def open_shard(directory: Path, index: Index, number: int, path: Path | None = N
     """
     entry = index.shards[number]
     shard = Shard(path or directory / shard_name(entry["number"]), index.fields)
-    shard.agree(entry, index.made_by or (index.fingerprint,))
+    shard.agree(entry, (*index.made_by, index.fingerprint))
     shard.require_variants(variants_of(index.identity))
     return shard

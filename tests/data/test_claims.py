@@ -1,0 +1,101 @@
+"""Processes that build together: each shard is one process's at a time, and anyone's when that is gone."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from engine.data.claims import BUILDING, Claims
+from engine.data.plan import Plan, planned
+from engine.data.plan import known as runs_known
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from engine.data.claims import Claims
+claims = Claims(Path(sys.argv[1]))
+assert claims.share()
+with claims.shard(int(sys.argv[2])) as mine:
+    print(mine, flush=True)
+    time.sleep(600)
+"""
+
+
+def plan_of(samples: int) -> Plan:
+    stamps, counts = np.arange(samples, dtype=np.uint64), np.ones(samples, np.int64)
+    return planned(runs_known(Plan.none().runs, stamps, counts), Plan.none().blocks, 4)
+
+
+@pytest.fixture
+def claims(tmp_path):
+    opened = Claims(tmp_path)
+    assert opened.alone()
+    opened.begin(plan_of(10))
+    assert opened.share()
+    yield opened
+    os.close(opened.descriptor)
+
+
+def test_a_claim_ends_with_the_process_that_holds_it(claims, tmp_path):
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path), "1"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "True\n"
+        assert not claims.alone(), "another process builds here"
+        with claims.shard(1) as mine, claims.shard(0) as free:
+            assert (mine, free) == (False, True)
+    finally:
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+    with claims.shard(1) as mine:
+        assert mine
+    assert claims.alone()
+
+
+def test_what_is_complete_is_known_until_its_samples_change(claims):
+    plan = plan_of(10)
+    numbers, _ = plan.samples(plan.blocks[1])
+    entry = (1, 4, 4, 4, 1000, 1, 1, 4, 4, np.zeros(32, np.uint8), np.zeros(32, np.uint8))
+    claims.advance(0, 3)
+    assert claims.entry(1, plan.blocks[1], numbers) is None
+    claims.complete(1, numbers, entry)
+    assert claims.done() == 7
+    assert claims.entry(1, plan.blocks[1], numbers)["bytes"] == 1000
+    assert claims.entry(1, plan.blocks[1], numbers[1:]) is None
+    assert claims.entry(0, plan.blocks[0], numbers) is None
+    claims.begin(plan_of(30))
+    assert claims.entry(1, plan.blocks[1], numbers)["bytes"] == 1000, "more samples do not change it"
+    assert claims.done() == 4
+
+
+@pytest.mark.parametrize("cut", [1, 100])
+def test_half_a_slot_is_no_complete_shard(cut, claims, tmp_path):
+    plan = plan_of(10)
+    numbers, _ = plan.samples(plan.blocks[2])
+    claims.complete(2, numbers, (2, 2, 2, 2, 1000, 1, 1, 8, 2, np.zeros(32, np.uint8), np.zeros(32, np.uint8)))
+    os.truncate(tmp_path / BUILDING, (tmp_path / BUILDING).stat().st_size - cut)
+    assert claims.entry(2, plan.blocks[2], numbers) is None
+
+
+def test_where_there_are_no_locks_everyone_may_do_everything(claims, monkeypatch):
+    def fails(*arguments):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", fails)
+    assert claims.alone()
+    with claims.shard(0) as mine, claims.index():
+        assert mine
+
+
+def test_a_file_that_was_removed_is_not_claimed(tmp_path):
+    claims = Claims(tmp_path)
+    (tmp_path / BUILDING).unlink()
+    assert not claims.is_there()
+    claims.leave()
+    started = time.monotonic()
+    Claims(tmp_path).leave()
+    assert not (tmp_path / BUILDING).exists(), "nothing was begun"
+    assert time.monotonic() - started < 1
