@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from pydantic import AfterValidator, ConfigDict, StringConstraints, model_validator
 from torch import Tensor
 
@@ -32,7 +32,16 @@ from engine.data.format.index import (
     sweep,
     variants_of,
 )
-from engine.data.format.shard import Contents, Shard, check_numbers, check_offsets, entry_of, is_written, write_shard
+from engine.data.format.shard import (
+    MOST_NUMBERS,
+    Contents,
+    Shard,
+    check_numbers,
+    check_offsets,
+    entry_of,
+    is_written,
+    write_shard,
+)
 from engine.errors import UserError
 from engine.files import digest, excludes_others, lock, open_regular, reading
 from engine.messages import Progress
@@ -88,7 +97,7 @@ class _Index(Stored):
 class _Header(Stored):
     model_config = ConfigDict(extra="ignore")
 
-    records: Count
+    records: Annotated[int, Ge(0), Le(MOST_NUMBERS)]
     image_rows: Count
     caption_rows: Count
     captions: list[str]
@@ -121,6 +130,8 @@ class _Shard:
             expected |= {name: (torch.int64, length) for name, length in zip(_OF_RECORDS, lengths, strict=True)}
             if described != expected or said.caption_rows != len(said.captions):
                 raise ValueError("its tensors are not those of a shard of these fields and numbers")
+            if numbers[0] > MOST_NUMBERS:
+                raise ValueError(f"{numbers[0]} caption numbers are more than any shard has")
             source, images, places, self.numbers = map(self.file.tensor, _OF_RECORDS)
             check_offsets("image_offsets", images, said.image_rows)
             captioned = any(field.per == "caption" for field in fields.values())

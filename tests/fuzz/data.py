@@ -18,14 +18,17 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.tools.shards import write_version_1
 from engine import shards
 from engine.config.options import CacheConfig
+from engine.data.convert import convert
 from engine.data.format.reader import Shards
 from engine.data.sources import open_source
 from engine.data.sources.decode import decode
 from engine.data.sources.interface import Refused, refusing
 from engine.data.sources.kinds import image_suffixes
 from engine.errors import UserError
+from engine.files import digest
 from tests.altered import edit_table, index_shard, name_table, say_of
 from tests.fuzz.judge import Broken, Kind, Place
 from tests.fuzz.mutations import (
@@ -224,6 +227,29 @@ def build(support: Path, directory: Path) -> int:
     ])  # fmt: skip
 
 
+def make_version_1(whole: Path) -> None:
+    make_shards(whole.parent)
+    write_version_1(whole.parent / "shards", whole / "old")
+
+
+def mutate_version_1(folder: Path, random: Random) -> str:
+    """Alters shards of version 1 or their index, which mostly says that all is well."""
+    path = random.choice(sorted(folder.iterdir()))
+    what = mutate_file(path, random)
+    if path.suffix == ".safetensors" and random.random() < 0.8:
+        value = json.loads((folder / "index.json").read_text())
+        entry = next(entry for entry in value["shards"] if entry["file"] == path.name)
+        entry |= {"sha256": digest(path), "bytes": path.stat().st_size}
+        rewrite(folder / "index.json", json.dumps(value).encode())
+    return what
+
+
+def read_version_1(place: Place) -> Any:
+    """Converts shards, and reads what becomes of them."""
+    convert(place.given, place.output / "shards")
+    return read_shards(replace(place, given=place.output / "shards"))
+
+
 def mutate_shard(folder: Path, random: Random) -> str:
     """Alters a shard, and not the index with its digest."""
     if random.random() < 0.2:
@@ -318,5 +344,6 @@ KINDS = {
     "shards": shard_kind(mutate=mutate_shard, guarded=True),
     "shards-index": shard_kind(mutate=mutate_index),
     "shards-consistent": shard_kind(mutate=mutate_shard_and_index),
+    "shards-version-1": Kind("shards-version-1", make_version_1, mutate_version_1, read_version_1),
     "shards-unfinished": Kind("shards", make_shards, mutate_unfinished, read_unfinished),
 }

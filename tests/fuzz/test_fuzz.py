@@ -14,6 +14,7 @@ from tests.fuzz.workers import outcomes
 CASES = {
     "images": 400, "tables": 400, "archives": 400, "parquet": 100, "saved": 60, "shards": 150, "shards-index": 150,
     "shards-consistent": 150, "config": 100, "checkpoints": 60, "checkpoints-manifest": 100, "checkpoints-consistent": 60,
+    "shards-version-1": 60,
 }  # fmt: skip
 OTHERS = 20
 

@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Collection, Iterable, Iterator
@@ -221,7 +222,9 @@ class Index:
 
     def check(self) -> None:
         """Raises `ValueError` where `read` would refuse what `write` writes."""
-        _check_table(self.shards, _StoredIndex.model_validate(self._to_json("0" * 64)))
+        value = self._to_json("0" * 64)
+        json.dumps(value, ensure_ascii=False).encode()  # texts that are none, as JSON may hold
+        _check_table(self.shards, _StoredIndex.model_validate(value))
 
     def write(self, directory: Path) -> None:
         """Writes the arrays, then the file that names them. `sweep` removes those that it does not name any more."""

@@ -44,7 +44,7 @@ from engine.tensors import DTYPES, TensorFile, bytes_of, header_of, in_file_orde
 
 LARGEST_HEADER = 2**20  # bytes
 _LARGEST_TEXTS = 2**28  # bytes of the captions, the names or the refused samples of a shard
-_MOST_NUMBERS = 2**24  # of records of a shard, and of their captions
+MOST_NUMBERS = 2**24  # of records of a shard, and of their captions
 
 
 @dataclass
@@ -79,9 +79,9 @@ class Header(Stored):
 
     format_version: Literal[2]
     fingerprint: Digest
-    records: Annotated[int, Ge(0), Le(_MOST_NUMBERS)]
+    records: Annotated[int, Ge(0), Le(MOST_NUMBERS)]
     image_rows: Count
-    caption_rows: Annotated[int, Ge(0), Le(_MOST_NUMBERS)]
+    caption_rows: Annotated[int, Ge(0), Le(MOST_NUMBERS)]
     variants: Annotated[int, Ge(VARYING), Le(MOST)]
     captions: Annotated[int, Ge(OWN), Le(MOST)]
     first_sample: Count
@@ -356,7 +356,7 @@ class Shard:
             shape = shape or header[name]["shape"][:1]  # of any length
             if header[name]["shape"] != shape or DTYPES[header[name]["dtype"]] != dtype:
                 raise ValueError(f"{name} is {header[name]['dtype']} {header[name]['shape']}, not {dtype} {shape}")
-            most = _LARGEST_TEXTS if dtype == torch.uint8 and name in TEXTS else _MOST_NUMBERS
+            most = _LARGEST_TEXTS if dtype == torch.uint8 and name in TEXTS else MOST_NUMBERS
             if name in NUMBERS + TEXTS and shape[0] > most:
                 raise ValueError(f"{name} is larger than that of any shard: {shape}")
 
