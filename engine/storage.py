@@ -132,6 +132,8 @@ class Storage:
                 if self._closed.is_set():
                     break
             if position != end:
+                if (size := self._reader.size(name)) < end:
+                    raise _Refused(f"is {size} bytes long", NOT_THERE)
                 raise EOFError(f"ended after {position - start} bytes")
 
         def came_on() -> bool:
@@ -151,6 +153,8 @@ class Storage:
         pauses = list(PAUSES)
         while True:
             remedy = MEND_THE_STORAGE
+            if self._closed.is_set():
+                raise StorageError(f"{self.named(name)}: closed", alone=True)
             try:
                 return work()
             except _Refused as error:
@@ -168,8 +172,7 @@ class Storage:
                     problem += f", {len(PAUSES) + 1} times"
             if not pauses:
                 raise StorageError(f"{self.named(name)}{which}: {problem}; {remedy}", alone=True)
-            if self._closed.wait(pauses.pop(0) * random.uniform(0.5, 1.5)):
-                raise StorageError(f"{self.named(name)}: closed", alone=True)
+            self._closed.wait(pauses.pop(0) * random.uniform(0.5, 1.5))
 
     def _masked(self, said: str) -> str:
         """What a library says, which may quote the address."""

@@ -187,7 +187,7 @@ def convert(directory: Path, output: Path) -> Index:
     Raises:
         UserError: the shards are not of version 1, or damaged; another process converts them; or `output` holds others.
     """
-    value = read_json(directory, 1, FORMAT_VERSION)
+    value = read_json(directory / INDEX, 1, FORMAT_VERSION)
     old = None
     if not isinstance(value, dict) or value.get("format_version") != FORMAT_VERSION:
         with reading(directory / INDEX, BUILD_AGAIN):

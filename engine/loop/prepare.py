@@ -19,7 +19,7 @@ from engine.errors import UserError
 from engine.launcher import local_world
 from engine.loop.checkpoints.state import State
 from engine.loop.run import Run
-from engine.messages import Progress, busy, say
+from engine.messages import Progress, busy, say, warn
 from engine.models.family import Family
 from engine.models.weights import NotFinite
 from engine.processes import Processes
@@ -95,7 +95,15 @@ def _open_remote(config: TrainConfig) -> RangedShards | CachedShards:
         if config.shards_cache is None:
             return RangedShards(storage, check_rows)
         cache = ShardsCache(Path(config.shards_cache), config.cache_bytes)
-        return CachedShards(storage, cache, local_world(), check_rows)
+        shards = CachedShards(storage, cache, local_world(), check_rows)
+    count = len(shards.index.shards)
+    needed = min(config.shuffle_window or count, count)
+    if config.cache_bytes is not None and (room := config.cache_bytes // int(shards.index.shards["bytes"].max())) < needed:
+        warn(
+            f"--shards_cache_limit {config.shards_cache_limit} holds {room} shards, and {needed} are read at a time (--shuffle "
+            f"{config.shuffle}), so they are fetched again and again; raise it, or lower --shuffle_window"
+        )
+    return shards
 
 
 def _damaged(config: TrainConfig, problems: dict[str, str]) -> UserError:

@@ -38,8 +38,8 @@ def opening(
     encoders = read if reading else "the encoders are not loaded"
     state = state_bytes(config, trained, processes.world) + sum(weight.nbytes for weight in reading)
     size, number = checkpoint_bytes(config, trained), checkpoints_to_come(config, run, done)
-    listed = f"`python -m engine.shards info {config.shards_place} --refused` lists them"
-    refused = f"{index.refused_count:,} refused; {listed}" if index.refused else "none refused"
+    listed = f"; `python -m engine.shards info {config.shards_path} --refused` lists them" if not config.shards_address else ""
+    refused = f"{index.refused_count:,} refused{listed}" if index.refused else "none refused"
     every = f"every {config.checkpointing_steps:,} steps and at the end"
     rows = {
         "family": f"{config.family}, from {family.base_model}",

@@ -14,6 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import fsspec
 import numpy as np
 import torch
 from PIL import Image
@@ -23,12 +24,14 @@ from engine import shards
 from engine.config.options import CacheConfig
 from engine.data.convert import convert
 from engine.data.format.reader import Shards
+from engine.data.format.remote import RangedShards
 from engine.data.sources import open_source
 from engine.data.sources.decode import decode
 from engine.data.sources.interface import Refused, refusing
 from engine.data.sources.kinds import image_suffixes
 from engine.errors import UserError
 from engine.files import digest
+from engine.storage import Storage
 from tests.altered import edit_table, index_shard, name_table, say_of
 from tests.fuzz.judge import Broken, Kind, Place
 from tests.fuzz.mutations import (
@@ -281,6 +284,11 @@ def mutate_shard_and_index(folder: Path, random: Random) -> str:
     return what
 
 
+def mutate_any(folder: Path, random: Random) -> str:
+    """Alters shards or their index, told of it or not."""
+    return random.choice((mutate_shard, mutate_index, mutate_shard_and_index))(folder, random)
+
+
 def mutate_unfinished(folder: Path, random: Random) -> str:
     """Alters a shard that a build left before there was an index."""
     (folder / "index.json").unlink()
@@ -296,13 +304,30 @@ def read_unfinished(place: Place) -> Any:
 
 
 def read_shards(place: Place) -> Any:
-    """Verifies shards, describes them, and draws every variant of every record with every caption."""
+    """Verifies shards, describes them, and draws from them."""
     directory = place.given
     if shards.verify_command([str(directory)]):
         raise UserError(f"{directory}: not whole")
     shards.info_command([str(directory), "--records", "0"])
     opened = Shards(directory)
     shards.info_command([str(directory), "--record", str(len(opened) - 1)])
+    return read_rows(opened, directory)
+
+
+def read_remote(place: Place) -> Any:
+    """The same rows, from storage that holds what lies in a directory."""
+    storage = fsspec.filesystem("memory")
+    for path in place.given.iterdir():
+        if path.is_file():
+            storage.pipe_file(f"/{place.root.name}/{path.name}", path.read_bytes())
+    try:
+        return read_rows(RangedShards(Storage(f"memory://{place.root.name}")), place.given)
+    finally:
+        storage.rm(f"/{place.root.name}", recursive=True)
+
+
+def read_rows(opened: Shards, directory: Path) -> Any:
+    """Draws every variant of every record with every caption, and compares them with those of a directory."""
     places = opened.find(torch.arange(len(opened)))
     drawn = [(record, variant, caption) for record in range(len(opened)) for variant in _numbers(places.image_counts, record)
              for caption in _numbers(places.caption_counts, record)]  # fmt: skip
@@ -345,5 +370,6 @@ KINDS = {
     "shards-index": shard_kind(mutate=mutate_index),
     "shards-consistent": shard_kind(mutate=mutate_shard_and_index),
     "shards-version-1": Kind("shards-version-1", make_version_1, mutate_version_1, read_version_1),
+    "shards-remote": shard_kind(mutate=mutate_any, read=read_remote),
     "shards-unfinished": Kind("shards", make_shards, mutate_unfinished, read_unfinished),
 }

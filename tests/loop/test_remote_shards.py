@@ -35,7 +35,11 @@ def test_a_run_over_http_ends_in_the_weights_of_one_on_the_disk(on_disk, shards,
     assert train(on_disk) == 0
     with serving(shards, lambda name, span, before: "cut" if not before else None, "token=geheim") as server:
         address = f"{server.address}?token=geheim"
-        for name, options in {"ranges": {}, "cache": {"shards_cache": str(tmp_path / "cache")}}.items():
+        limit = str(4 * max(path.stat().st_size for path in shards.glob("shard-*")))
+        for name, options in {
+            "ranges": {},
+            "cache": {"shards_cache": str(tmp_path / "cache"), "shards_cache_limit": limit},
+        }.items():
             assert train(elsewhere(on_disk, address, output_dir=str(tmp_path / name), shuffle=None, **options)) == 0
             assert digest(tmp_path / name / WEIGHTS) == digest(tmp_path / "disk" / WEIGHTS)
             for path in (tmp_path / name).rglob("*.*"):

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -261,23 +261,28 @@ class Index:
             UserError: there is no index, or one that this version cannot read.
         """
         while True:
-            value = read_json(directory, FORMAT_VERSION)
+            value = read_json(directory / INDEX, FORMAT_VERSION)
             try:
-                return cls._from_json(directory, value)
+                return cls.from_json(value, directory.joinpath)
             except UserError:
-                if read_json(directory, FORMAT_VERSION) == value:  # else it was replaced, and its arrays removed
+                if read_json(directory / INDEX, FORMAT_VERSION) == value:  # else it was replaced, and its arrays removed
                     raise
 
     @classmethod
-    def _from_json(cls, directory: Path, value: Any) -> "Index":
-        with reading(directory / INDEX, BUILD_AGAIN):
+    def from_json(cls, value: Any, path_of: Callable[[str], Path]) -> "Index":
+        """What `read_json` gave, judged.
+
+        Args:
+            path_of: where the file of a name is.
+        """
+        with reading(path_of(INDEX), BUILD_AGAIN):
             stored = _StoredIndex.model_validate(value)
-        table = directory / table_name(stored.shards)
+        table = path_of(table_name(stored.shards))
         with reading(table, BUILD_AGAIN):
             if digest(table) != stored.shards:
                 raise ValueError(f"altered: its digest does not match {INDEX}")
             shards = _read_table(table)
-        with reading(directory / INDEX, BUILD_AGAIN):
+        with reading(path_of(INDEX), BUILD_AGAIN):
             _check_table(shards, stored)
         return cls(
             stored.family,
@@ -297,21 +302,20 @@ def content_of(shards: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(shards["contents"][shards["records"] > 0]).tobytes()).hexdigest()
 
 
-def read_json(directory: Path, *versions: int) -> Any:
+def read_json(path: Path, *versions: int) -> Any:
     """The content of an `index.json` of one of these versions.
 
     Raises:
         UserError: it is not there, cannot be read, or is of another version.
     """
-    path = directory / INDEX
     with reading(path, BUILD_AGAIN):
         try:
             value = parse_json(read_text(path))
         except FileNotFoundError:
-            raise UserError(f"{directory}: no {INDEX} there; build shards with `python -m engine.shards build`") from None
+            raise UserError(f"{path.parent}: no {INDEX} there; build shards with `python -m engine.shards build`") from None
         found = value.get("format_version") if isinstance(value, dict) else None
         if type(found) is int and found not in versions:
-            convert = f"convert them with `python -m engine.shards convert {directory}`"
+            convert = f"convert them with `python -m engine.shards convert {path.parent}`"
             remedy = convert if found == 1 else "use the version of the engine that wrote them"
             raise UserError(f"{path}: format version {found}, where {FORMAT_VERSION} is read; {remedy}")
     return value

@@ -6,10 +6,9 @@ read once more before it is refused.
 
 import concurrent.futures
 import contextlib
+import functools
 import os
-import re
 import struct
-import tempfile
 import threading
 import time
 from collections import deque
@@ -23,11 +22,11 @@ from torch import Tensor
 
 from engine.data.format.cache import ShardsCache
 from engine.data.format.gather import checksums_of
-from engine.data.format.index import BUILD_AGAIN, INDEX, TEXTS, Index, shard_name, table_name
+from engine.data.format.index import BUILD_AGAIN, FORMAT_VERSION, INDEX, TEXTS, Index, read_json, shard_name
 from engine.data.format.reader import Rest, Rows, Shards, identity_of
 from engine.data.format.shard import LARGEST_HEADER, open_shard
 from engine.errors import UserError
-from engine.files import LARGEST_TEXT, parse_json, reading
+from engine.files import LARGEST_TEXT
 from engine.storage import CONNECTIONS, Storage, StorageError
 from engine.tensors import bytes_of, read_header
 
@@ -53,24 +52,24 @@ class _RemoteShards(Shards):
         self.storage.close()
 
     def _read_index(self) -> Index:
-        with tempfile.TemporaryDirectory() as name, self._speaking_of(name, ""):
-            path = Path(name) / INDEX
-            self._fetch_small(path)
-            with reading(path, BUILD_AGAIN):
-                value = parse_json(path.read_bytes())
-            if isinstance(value, dict) and re.fullmatch("[0-9a-f]{64}", str(value.get("shards"))):
-                self._fetch_small(path.with_name(table_name(value["shards"])))
-            index = Index.read(path.parent)
+        with contextlib.ExitStack() as files:
+
+            def in_memory(name: str) -> Path:
+                descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
+                files.callback(os.close, descriptor)
+                path = Path(f"/proc/self/fd/{descriptor}")
+                files.enter_context(self._speaking_of(str(path), name))
+                size = self.storage.size(name)
+                if size > LARGEST_TEXT:
+                    raise StorageError(f"{self.storage.named(name)}: {size} bytes: larger than any index; {WHOLE_COPY}")
+                self.storage.read_into(name, 0, size, functools.partial(_write, descriptor))
+                return path
+
+            path_of = functools.cache(in_memory)
+            index = Index.from_json(read_json(path_of(INDEX), FORMAT_VERSION), path_of)
         if index.records == 0:
             raise UserError(f"{self.storage.named('')}: the shards hold no records")
         return index
-
-    def _fetch_small(self, path: Path) -> None:
-        size = self.storage.size(path.name)
-        if size > LARGEST_TEXT:
-            raise StorageError(f"{self.storage.named(path.name)}: {size} bytes: larger than any index; {WHOLE_COPY}")
-        with path.open("wb") as file:
-            self.storage.read_into(path.name, 0, size, file.write)
 
     @contextlib.contextmanager
     def _speaking_of(self, local: str, name: str) -> Iterator[None]:
@@ -166,6 +165,10 @@ class CachedShards(_RemoteShards):
         self._coming: dict[int, concurrent.futures.Future] = {}
         self._wanted: deque[int] = deque()
         self._lock = threading.Lock()
+
+    def close(self) -> None:
+        super().close()
+        self._fetchers.shutdown(cancel_futures=True)
 
     def expect(self, records: Tensor) -> None:
         shards = np.searchsorted(self._first_records, records.numpy(), side="right") - 1
@@ -391,6 +394,11 @@ class _Ranges:
 def _keys(shards: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     """One number for a row of a shard, in the order of both."""
     return shards.astype(np.int64) << 40 | numbers
+
+
+def _write(descriptor: int, content: bytes) -> None:
+    with open(descriptor, "ab", closefd=False) as file:
+        file.write(content)
 
 
 def _joined(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
