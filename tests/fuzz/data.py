@@ -319,11 +319,11 @@ def read_remote(place: Place) -> Any:
     storage = fsspec.filesystem("memory")
     for path in place.given.iterdir():
         if path.is_file():
-            storage.pipe_file(f"/{place.root.name}/{path.name}", path.read_bytes())
+            storage.pipe_file(str(path), path.read_bytes())
     try:
-        return read_rows(RangedShards(Storage(f"memory://{place.root.name}")), place.given)
+        return read_rows(RangedShards(Storage(f"memory://{place.given}")), place.given)
     finally:
-        storage.rm(f"/{place.root.name}", recursive=True)
+        storage.rm(str(place.given), recursive=True)
 
 
 def read_rows(opened: Shards, directory: Path) -> Any:
@@ -333,10 +333,11 @@ def read_rows(opened: Shards, directory: Path) -> Any:
              for caption in _numbers(places.caption_counts, record)]  # fmt: skip
     records, variants, captions = torch.tensor(drawn, dtype=torch.int64).reshape(-1, 3).unbind(1)
     rows = opened.rows_of(opened.find(records), variants, captions)
-    expected = _reference(directory, drawn)
-    for name, field in opened.fields.items():
-        out = torch.empty(len(drawn), *field.shape, dtype=field.dtype)
+    found = {name: torch.empty(len(drawn), *field.shape, dtype=field.dtype) for name, field in opened.fields.items()}
+    for name, out in found.items():
         opened.gather(name, rows, out)
+    expected = _reference(directory, drawn)
+    for name, out in found.items():
         if not torch.equal(out.view(torch.uint8), expected[name].view(torch.uint8)):
             raise Broken(f"rows of {name} are not those that the shards describe")
     return {name: hash(tensor.numpy().tobytes()) for name, tensor in expected.items()}
