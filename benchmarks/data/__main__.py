@@ -38,7 +38,7 @@ from benchmarks.tools.rows import Rows, write_result
 from benchmarks.tools.simulated import simulate
 from benchmarks.tools.tables import problem
 
-RECORDS = {"sd": 8192, "prior": 32_768}
+RECORDS = {"sd": 4096, "prior": 16_384}
 SIZES, WORKERS, ROUNDS, WINDOW_SECONDS = [16, 64, 256], (0, 2), 3, 1.0
 SIMULATED = (1000, 10**8, 10**9)
 PEERS = ["torch==2.13.0", "mosaicml-streaming==0.13.0", "webdataset==1.0.2", "litdata==0.2.76"]
