@@ -1,7 +1,7 @@
 """Kandinsky 2.2 prior: a transformer denoises the CLIP embedding of an image under the CLIP encoding of its caption.
 
 Trained: `prior`, but for its `clip_mean` and `clip_std`, which normalise embeddings. Frozen, and needed only while shards are
-built: `image_encoder`, `image_processor`, `text_encoder`, `tokenizer`.
+built: `image_encoder`, `image_processor`, `tokenizer`, and `text_encoder` unless it reads tokens.
 """
 
 from collections.abc import Callable
