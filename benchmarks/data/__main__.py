@@ -22,6 +22,7 @@ the engine's order of all records reads each from anywhere, `blocks` from two sh
 import contextlib
 import json
 import os
+import random
 import re
 import statistics
 import subprocess
@@ -39,7 +40,7 @@ from benchmarks.tools.simulated import simulate
 from benchmarks.tools.tables import problem
 
 RECORDS = {"sd": 4096, "prior": 16_384}
-SIZES, WORKERS, ROUNDS, WINDOW_SECONDS = [16, 64, 256], (0, 2), 3, 1.0
+SIZES, WORKERS, WINDOW_SECONDS = [16, 64, 256], (0, 2), 1.0
 SIMULATED = (1000, 10**8, 10**9)
 PEERS = ["torch==2.13.0", "mosaicml-streaming==0.13.0", "webdataset==1.0.2", "litdata==0.2.76"]
 SECONDS = 25  # that a side takes once
@@ -71,7 +72,7 @@ def folder_of(side: str) -> str:
     return side.partition(",")[0]
 
 
-def compare(kind: str, records: int, pythons: dict[str, Path]) -> dict[str, Any]:
+def compare(kind: str, records: int, rounds: int, pythons: dict[str, Path]) -> dict[str, Any]:
     """Of every side the median of each figure over the rounds, and with how many workers."""
     ways = {side: WORKERS if side in formats.PEERS else (0,) for side in pythons}
     said: dict[str, dict[int, list[dict[str, float]]]] = {side: {workers: [] for workers in of} for side, of in ways.items()}
@@ -80,15 +81,16 @@ def compare(kind: str, records: int, pythons: dict[str, Path]) -> dict[str, Any]
         for side in {folder_of(side): side for side in pythons}.values():
             ask(pythons[side], "write", side, kind, directory, records)
         with served(directory) if nginx() else contextlib.nullcontext() as address:
-            for _ in range(ROUNDS):
-                for side, workers in ((side, workers) for side, of in ways.items() for workers in of):
+            turns = [(side, workers) for side, of in ways.items() for workers in of]
+            for turn in range(rounds):
+                for side, workers in random.Random(turn).sample(turns, len(turns)):
                     more = [records, "--workers", workers, "--seconds", WINDOW_SECONDS, "--sizes", *SIZES]
                     figures = json.loads(ask(pythons[side], "measure", side, kind, directory, *more))
                     if address and hasattr(formats.SIDES[side], "open_served"):
                         more += ["--address", f"{address}/{kind}-{folder_of(side)}"]
                         figures |= json.loads(ask(pythons[side], "measure", side, kind, directory, *more))
                     said[side][workers].append(figures)
-    return {"records": records, "sides": {side: best(of) for side, of in said.items()}}
+    return {"records": records, "rounds": rounds, "sides": {side: best(of) for side, of in said.items()}}
 
 
 def best(said: dict[int, list[dict[str, float]]]) -> dict[str, Any]:
@@ -127,6 +129,7 @@ def main() -> int:
     parser.add_argument("--simulate", type=int, metavar="RECORDS", help="open an index that counts so many, and nothing else")
     parser.add_argument("--peers_python", type=Path, help="a Python with the peers; default: one is made and removed")
     parser.add_argument("--sides", nargs="+", choices=formats.SIDES, default=[*formats.SIDES], help="default: all")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each is measured; default: %(default)s")
     parser.add_argument("--records", type=int, help="of each kind; default: enough for seconds of reading")
     options = parser.parse_args()
     if options.simulate:
@@ -141,8 +144,9 @@ def main() -> int:
         pythons = {side: python if side in peers else Path(sys.executable) for side in options.sides}
         for kind, usual in RECORDS.items():
             records = options.records or usual
-            expected = SECONDS * ROUNDS * (len(pythons) + len(peers))
-            row = rows.measure(f"{kind}, {records:,} records", expected, partial(compare, kind, records, pythons))
+            expected = SECONDS * options.rounds * (len(pythons) + len(peers))
+            work = partial(compare, kind, records, options.rounds, pythons)
+            row = rows.measure(f"{kind}, {records:,} records", expected, work)
             print(problem(row) or table(row), end="\n\n")
     for records in SIMULATED if options.records is None else ():
         row = rows.measure(f"simulated, {records:,} records", records / 10**7, partial(simulate, records))

@@ -21,9 +21,8 @@ def test_a_large_index_is_simulated(monkeypatch, tmp_path, capsys):
 def test_sides_are_measured_in_turns(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(data, "RECORDS", {"prior": 64})
     monkeypatch.setattr(data, "SIZES", [4, 8])
-    monkeypatch.setattr(data, "ROUNDS", 1)
     monkeypatch.setattr(data, "WINDOW_SECONDS", 0.02)
-    arguments = ["--sides", "engine, blocks", "--records", "64", "--json", str(tmp_path / "data.json")]
+    arguments = ["--rounds", "1", "--sides", "engine, blocks", "--records", "64", "--json", str(tmp_path / "data.json")]
     monkeypatch.setattr(sys, "argv", ["data", *arguments])
     assert data.main() == 0
     (row,) = json.loads((tmp_path / "data.json").read_text())["rows"]
