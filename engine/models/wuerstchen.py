@@ -1,7 +1,7 @@
 """Wuerstchen, stage C: the prior denoises the latents of an EfficientNet under the hidden states of CLIP's text encoder.
 
-Trained: `prior`. Frozen, and needed only while shards are built: `tokenizer`, the image encoder of `efficientnet.py`, whose weights
-are published apart, and `text_encoder` unless it reads tokens.
+Trained: `prior`. Frozen, and needed only while shards are built: `tokenizer`, the image encoder of `efficientnet.py`, whose
+weights are published apart, and `text_encoder` unless it reads tokens.
 """
 
 from collections.abc import Callable
