@@ -1,9 +1,9 @@
 """What do kills cost those who write shards? `python -m benchmarks.data.kills [--trials NAME ...] [--every 1] [--json FILE]`
 
-Shards are built, built again after the data set has gained an image, and converted from version 1, in their directory and into
-another. Each is killed with SIGKILL at every operation that alters a file or a directory. What is there then must be whole:
-what was there before, or what was to come. The same command, started again, must end in the very files of one that nobody
-disturbed, and leave nothing unfinished behind.
+Shards are built, built again after the data set gained an image, lost one and has another one changed, and converted from
+version 1, in their directory and into another. Each is killed with SIGKILL at every operation that alters a file or a
+directory. What is there then must be whole: what was there before, or what was to come. The same command, started again, must
+end in the very files of one that nobody disturbed, and leave nothing unfinished behind.
 """
 
 import argparse
@@ -12,13 +12,14 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 
 # isort: split
-from benchmarks.tools.place import Place, run
+from benchmarks.tools.place import Place
 from benchmarks.tools.rows import write_result
 from benchmarks.tools.shards import write_version_1
 from benchmarks.tools.storage import NONE, Fault, FaultyRuns, instants
@@ -36,6 +37,24 @@ def build(place: Place, images: Path, shards: Path) -> list[str]:
         "engine.shards", "build", "--family", "sd", "--pretrained_model_name_or_path", place.model, "--train_data_dir",
         str(images), "--resolution", "16", "--center_crop", "--shard_records", "4", "--shards_dir", str(shards),
     ]  # fmt: skip
+
+
+def withhold(images: Path) -> Callable[[], None]:
+    """Takes the last image from a data set; returns what gives it back, takes the first and makes the second another."""
+    metadata = images / "metadata.jsonl"
+    lines = metadata.read_text().splitlines(keepends=True)
+    first, second, third, *_, last = sorted(images.glob("*.jpg"))
+    kept = last.read_bytes()
+    last.unlink()
+    metadata.write_text("".join(lines[:-1]))
+
+    def change() -> None:
+        last.write_bytes(kept)
+        first.unlink()
+        second.write_bytes(third.read_bytes())
+        metadata.write_text("".join(lines[1:]))
+
+    return change
 
 
 def problem(shards: Path) -> str:
@@ -63,9 +82,7 @@ def contents(directory: Path) -> dict[str, Any]:
 class Trial:
     """One way of writing shards, undisturbed; and others that are compared with it.
 
-    Args:
-        before: a directory as it is before the command, or None for an empty one.
-        command: gets the place of the directory.
+    before: the directory as it is before the command.
     """
 
     def __init__(self, place: Place, runs: FaultyRuns, name: str) -> None:
@@ -75,23 +92,23 @@ class Trial:
         self.before.mkdir()
         images = Path(shutil.copytree(place.images, place.root / f"images {name}"))
         self.command = build(place, images, shards)
-        if name != "building":
-            gained = sorted(images.glob("*.jpg"))[-1]
-            kept = gained.read_bytes()
-            if name == "growing":
-                gained.unlink()
-            built = self.before / "shards" if name == "growing" else place.root / f"built {name}"
-            done = run([sys.executable, "-m", *build(place, images, built)])
-            assert done.returncode == 0, done.stderr
-            gained.write_bytes(kept)
-            if name != "growing":
-                write_version_1(built, self.before / "shards")
-                elsewhere = ["--output", str(self.disk / "new")] if "elsewhere" in name else []
-                self.command = ["engine.shards", "convert", str(shards), *elsewhere]
+        if name == "growing":
+            change = withhold(images)
+            self.build(build(place, images, self.before / "shards"))
+            change()
+        elif name != "building":
+            self.build(build(place, images, place.root / f"built {name}"))
+            write_version_1(place.root / f"built {name}", self.before / "shards")
+            elsewhere = ["--output", str(self.disk / "new")] if "elsewhere" in name else []
+            self.command = ["engine.shards", "convert", str(shards), *elsewhere]
         self.begin()
         ended = runs.run(self.command, self.disk, Fault("changes"))
         assert ended.status == 0, ended.said
         self.operations, self.expected = ended.operations, contents(self.disk)
+
+    def build(self, command: list[str]) -> None:
+        ended = self.runs.run(command, self.disk, NONE)
+        assert ended.status == 0, ended.said
 
     def begin(self) -> None:
         shutil.rmtree(self.disk, ignore_errors=True)
