@@ -1,15 +1,18 @@
 """python -m engine.shards: shards verified and shown, and its former name."""
 
+import gc
 import json
 import runpy
 import shutil
 import sys
+import weakref
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from engine import shards as command
+from engine.data import describe
 from engine.data.format.index import shard_name
 from engine.errors import exit_code
 
@@ -41,6 +44,34 @@ def test_info_describes_and_draws(shards, model, tmp_path, capsys, monkeypatch):
     for line in ("records        12", "image rows     24", "captions       10", "refused        0", f"{sheet}"):
         assert line in output
     assert np.asarray(Image.open(sheet)).std() > 10
+
+
+def test_a_contact_sheet_opens_one_shard_at_a_time_and_reaches_the_last_record(shards, model, tmp_path, monkeypatch):
+    opened, asked = [], []
+    find, open_shard = describe.Shards.find, describe.open_shard
+
+    def counted(*arguments):
+        gc.collect()
+        assert not [shard for shard in opened[:-1] if shard() is not None]
+        opened.append(weakref.ref(found := open_shard(*arguments)))
+        return found
+
+    class Larger(describe.Shards):
+        """Far more records than single precision counts."""
+
+        def __len__(self):
+            return 2**40 + 12
+
+        def find(self, records):
+            asked.append(records)
+            return find(self, records >> 37)
+
+    monkeypatch.setattr(describe, "open_shard", counted)
+    monkeypatch.setattr(describe, "Shards", Larger)
+    options = ["--output", str(tmp_path / "sheet.png"), "--records", "3", "--pretrained_model_name_or_path", str(model)]
+    assert main(monkeypatch, "info", str(shards), *options) == 0
+    assert asked[0].tolist() == [0, 2**39 + 6, 2**40 + 11]
+    assert len(opened) > 1
 
 
 def test_info_maps_a_record_to_its_file(shards, images, capsys, monkeypatch):

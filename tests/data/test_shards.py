@@ -1,5 +1,6 @@
 """Latent shards: their content, their format, and how they are built, resumed and verified."""
 
+import errno
 import io
 import json
 import shutil
@@ -25,7 +26,7 @@ from engine.data.samples.order import records_of
 from engine.errors import UserError
 from engine.models.stable_diffusion import StableDiffusionEncoder
 from engine.shards import build_command
-from engine.tensors import read_header
+from engine.tensors import TensorFile, read_header
 from tests import reference, tiny
 from tests.commands import run_two
 
@@ -389,6 +390,32 @@ def test_more_shards_than_may_be_open_are_read_in_turn(shards, monkeypatch):
     monkeypatch.undo()
     expected = gathered(reader, reader.rows_of(reader.find(records), 1))
     assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_no_more_is_looked_up_than_stays_open_until_it_is_read(model, shards, tmp_path, monkeypatch):
+    """Where each record's rows must be looked up in its shard, and there are more shards than may be open."""
+    build(model, write_captions(tmp_path / "images", ["a", ["b", "c"]] * 5), tmp_path / "varying", "--shard_records", "2")
+    varying, arithmetic = Shards(tmp_path / "varying"), Shards(shards)
+    assert varying.found_together > 2**60, "all may be open"
+    for reader in (varying, arithmetic):
+        monkeypatch.setattr(reader, "_most_open", 4)
+    assert varying.found_together == 2
+    assert Shards(shards).found_together > 2**60
+
+
+def test_a_disk_that_fails_while_shards_are_verified_is_one_line(shards, monkeypatch):
+    read, failing = TensorFile.read, []
+
+    def fails(file: TensorFile, name: str, first: int, target: torch.Tensor) -> None:
+        if name == "latent_std" and not failing:
+            failing.append(file.path)
+            raise OSError(errno.EIO, "Input/output error")
+        read(file, name, first, target)
+
+    monkeypatch.setattr(TensorFile, "read", fails)
+    problems = verify(shards, Index.read(shards), range(3), contents=False, rows=True, threads=1)
+    assert problems.keys() == {shard_name(0)}
+    assert problems[shard_name(0)].startswith("cannot be read: Input/output error; mend what is wrong with that place")
 
 
 def test_opening_touches_no_shard(shards, tmp_path, monkeypatch):
