@@ -1,5 +1,6 @@
 """Training on shards of remote storage: the weights of a run on the disk, and nothing of a secret in what it leaves."""
 
+import itertools
 import signal
 import time
 from pathlib import Path
@@ -47,6 +48,16 @@ def test_a_run_over_http_ends_in_the_weights_of_one_on_the_disk(on_disk, shards,
             assert f'shards_dir = "{server.address}"' in (tmp_path / name / "config.toml").read_text()
     said = capsys.readouterr()
     assert "geheim" not in said.out + said.err
+
+
+def test_storage_that_goes_away_costs_no_step(on_disk, shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "PAUSES", (0.001,))
+    questions = itertools.count()
+    with serving(shards, lambda name, *_: 503 if name.startswith("shard") and next(questions) > 12 else None) as server:
+        run = elsewhere(on_disk, server.address, output_dir=str(tmp_path / "out"), max_train_steps=200)
+        with pytest.raises(UserError, match=r"503 Service Unavailable, 2 times; .*; step \d+ is saved in .*/checkpoint-\d+"):
+            train(run)
+    assert list((tmp_path / "out").glob("checkpoint-*"))
 
 
 def test_a_killed_run_leaves_nothing_half_written_in_the_cache(on_disk, shards, tmp_path):
