@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from engine.files import lock
 from engine.loop.prepare import _other_models
 from engine.loop.trainer import train
 from engine.processes import Processes
+from engine.shards import build_command
 from tests.commands import Command
 from tests.loop.runs import config
 
@@ -141,3 +143,26 @@ def test_two_builders_at_once_arrive_at_the_same_shards(preparation, model, imag
     assert verify(directory, Shards(directory).index, range(3), rows=True) == {}
     assert [leftover.exists() for leftover in leftovers] == [bool(preparation)] * 2, "swept by who holds the lock alone"
     assert sum(file.suffix == ".partial" for file in directory.iterdir()) == (3 if preparation else 1)
+
+
+def test_the_shard_in_hand_is_all_that_a_killed_builder_loses(model, images, tmp_path, monkeypatch):
+    options = {"family": "sd", "pretrained_model_name_or_path": model, "train_data_dir": images, "resolution": 16,
+               "shard_records": 1, "shards_dir": tmp_path / "shards", "encode_batch_size": 1}  # fmt: skip
+    arguments = [f"--{name}={value}" for name, value in options.items()] + ["--random_flip"]
+    slowly = "import engine.data.encode as encode, time; whole = encode.encode_shard\n"
+    slowly += "encode.encode_shard = lambda *arguments: (time.sleep(0.3), whole(*arguments))[1]\n"
+    killed = Command([sys.executable, "-c", slowly + BUILD, *arguments])
+    while len(list((tmp_path / "shards").glob("shard-*.safetensors"))) < 2:
+        assert killed.poll() is None, killed.errors
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    complete = len(list((tmp_path / "shards").glob("shard-*.safetensors")))
+    encoded = []
+    whole = encode.encode_shard
+    monkeypatch.setattr(encode, "encode_shard", lambda *arguments: (encoded.append(arguments[5]), whole(*arguments))[1])
+    read = []
+    monkeypatch.setattr(encode.Shard, "damage", lambda shard: read.append(shard.path))
+    assert build_command(arguments) == 0
+    assert len(encoded) == 12 - complete
+    assert len(read) <= 1, "one that was written and not yet said to be"
+    assert verify(tmp_path / "shards", Shards(tmp_path / "shards").index, range(12), rows=True) == {}

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -394,7 +395,8 @@ def without_samples(shard: Shard, numbers: np.ndarray) -> tuple[dict[str, Tensor
     refused = zip(np.setdiff1d(shard.here, source), shard.refused, strict=True)
     contents = shard.numbers["contents"].numpy().copy()
     contents[np.isin(np.arange(said.samples) + said.first_sample, numbers, invert=True)] = 0
-    return {name: shard.file.tensor(name)[taken[field.per]] for name, field in shard.fields.items()}, Contents(
+    rows = {name: _rows(shard.file.tensor(name), taken[field.per]) for name, field in shard.fields.items()}
+    return rows, Contents(
         covers=shard.covers,
         sources=source[records].tolist(),
         names=[shard.text("names", record) for record in records],
@@ -404,6 +406,12 @@ def without_samples(shard: Shard, numbers: np.ndarray) -> tuple[dict[str, Tensor
         refused=[item for number, item in refused if number in numbers],
         contents=contents,
     )
+
+
+def _rows(tensor: Tensor, numbers: list[int]) -> Tensor:
+    """Rows of a tensor of any dtype, also of those that torch cannot index."""
+    taken = tensor.view(len(tensor), math.prod(tensor.shape[1:])).view(torch.uint8)[torch.tensor(numbers, dtype=torch.int64)]
+    return taken.view(tensor.dtype).view(len(numbers), *tensor.shape[1:])
 
 
 class _Refused(Stored):
