@@ -1,12 +1,14 @@
 """A server of files over HTTP that answers ranges, lists nothing, and does wrong what it is told to."""
 
 import contextlib
+import os
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest import mock
 
 # What becomes of an answer: given the path and the range that was asked for, and how often it was asked for before; None, or
 # one of a status, "cut" (half the body, then the connection is closed), "short" (half the body, and nothing said of more),
@@ -68,7 +70,7 @@ def serving(directory: Path, fault: Fault = lambda *question: None, secret: str 
         def log_message(self, *arguments) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+    with mock.patch.dict(os.environ, no_proxy="*"), ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
         listening.daemon_threads = True
         threading.Thread(target=listening.serve_forever, args=(0.01,), daemon=True).start()
         server.address = f"http://127.0.0.1:{listening.server_address[1]}/data"

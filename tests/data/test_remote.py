@@ -36,6 +36,7 @@ SHARD = re.compile("shard-.*")
 def impatient(monkeypatch):
     monkeypatch.setattr(storage, "PAUSES", (0.001,) * 5)
     monkeypatch.setattr(storage, "TIMEOUT", 0.3)
+    monkeypatch.setenv("no_proxy", "*")
 
 
 def opened(way: str, address: str, cache, **options) -> Shards:

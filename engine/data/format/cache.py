@@ -37,8 +37,9 @@ class ShardsCache:
         self.directory, self.limit = directory, limit
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            with _held(directory / f"room{_LOCK}", wait=True):
-                excluded = not _lock(os.open(directory / f"room{_LOCK}", os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            room = directory / f"room{_LOCK}"
+            with _held(room, wait=True), open_regular(room) as other:
+                excluded = not _lock(other.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"{directory}: cannot be written: {error.strerror}; name another --shards_cache") from None
         if not excluded:
