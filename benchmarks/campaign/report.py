@@ -19,8 +19,8 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 # isort: split
 from benchmarks.campaign.plan import PLAN, Part, rehearsal
 from benchmarks.operations import kernels
-from benchmarks.steps import curves, profile
-from benchmarks.tools import waterfall
+from benchmarks.steps import curves
+from benchmarks.tools import profile, waterfall
 from benchmarks.tools.levers import LEVERS
 from benchmarks.tools.rows import OUT_OF_MEMORY
 from benchmarks.tools.tables import cell, markdown, problem

@@ -13,7 +13,7 @@ Batches are the largest powers of two, up to `AIMS`, for which the recipe's memo
 the recipe then still runs out of memory, every lever of that checkpoint takes half the batch, so that ratios stay fair.
 
 Each row is then profiled: every kernel of some further steps is put into a category by its name
-(`benchmarks.steps.profile`), the rest of the time is idle.
+(`benchmarks.tools.profile`), the rest of the time is idle.
 
 Model FLOP utilisation is against a matrix product of the same precision measured beforehand, and against the card's data
 sheet. `--sweep` runs what `--compile` gives at further batch sizes. `--tiny` takes models of a few thousand weights, to try the
@@ -36,7 +36,7 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks.steps import profile
+from benchmarks.tools import profile
 from benchmarks.tools.checkpoints import AIMS, PRECISION, TINY_AIM, Checkpoint, opened
 from benchmarks.tools.cost import Cost
 from benchmarks.tools.levers import LEVERS, SHIPPED, Lever, settings_kept

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.steps import profile
+from benchmarks.tools import profile
 from benchmarks.tools.timeline import kernels as profile_kernels
 from benchmarks.tools.timeline import timeline
 
