@@ -42,7 +42,7 @@ from engine.data.sources.interface import Source
 from engine.data.sources.subset import Subset
 from engine.errors import UserError
 from engine.files import digest_of, excludes_others, lock, share
-from engine.messages import Progress, busy, say
+from engine.messages import Progress, busy, say, warn
 from engine.models.encoder import Encoder, Encoding
 from engine.processes import Processes
 from engine.tensors import read_header
@@ -394,10 +394,11 @@ def _say_changes(task: Task, found: Found, plan: Plan) -> None:
         return
     before = found.index.records + found.index.refused_count
     kept = int(plan.counts(_blocks_of(found.index)).sum())
-    say(
-        f"{task.directory}: the data set has changed: {len(task.source) - kept} samples are new, "
-        f"{before - kept} are gone; only the shards that this changes are written"
-    )
+    changes = f"{len(task.source) - kept} samples are new, {before - kept} of {before} are gone"
+    if 2 * kept < before:
+        warn(f"{task.directory}: most of the data set has changed: {changes}")
+    else:
+        say(f"{task.directory}: the data set has changed: {changes}; only the shards that this changes are written")
 
 
 def _encode_missing(task: Task, found: Found, plan: Plan, claims: Claims, processes: Processes) -> None:

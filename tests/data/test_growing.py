@@ -114,7 +114,7 @@ def test_an_image_more_is_encoded_alone(place, model, images, shards, encoded, r
     assert (len(encoded), len(read)) == (1, 1), "nothing is read again"
 
 
-def test_images_that_are_gone_leave_the_index_and_nothing_is_encoded(model, images, shards, encoded, read):
+def test_images_that_are_gone_leave_the_index_and_nothing_is_encoded(model, images, shards, encoded, read, capsys):
     rows = {record: reference.PlainShards(shards).images[record] for record in range(12)}
     before = contents(shards)
     remove(images, "6.png", "8.png")
@@ -129,8 +129,13 @@ def test_images_that_are_gone_leave_the_index_and_nothing_is_encoded(model, imag
         assert all(torch.equal(kept.images[record][0][name], rows[old][0][name]) for name in rows[old][0])
     build(model, images, shards)
     assert contents(shards) == after
+    assert "0 samples are new, 2 of 12 are gone; only the shards that this changes" in capsys.readouterr().err
     remove(images, "5.png", "7.png", "9.png")
     assert build(model, images, shards).shards["number"].tolist() == [0, 2], "a shard of which nothing is left is gone"
+    remove(images, *(f"{number}.png" for number in (0, 1, 2, 3, 10, 11)))
+    build(model, images, shards)
+    assert "warning: " in capsys.readouterr().err, "most are gone, as where a disk is not mounted"
+    assert texts_of(shards) == ["e"]
 
 
 @pytest.mark.parametrize("what", ["image", "caption"])
