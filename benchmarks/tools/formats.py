@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,7 +53,8 @@ class Engine:
     """The engine's loader: one process, rows gathered by C++.
 
     Args:
-        window: shards of the order by locality, None for that of all records.
+        window: shards of the order by locality, None for that of all records. Over HTTP, rows are read as ranges in that of
+            all, and whole shards are kept in that by locality.
         checked: whether rows are compared with their checksums.
     """
 
@@ -80,10 +82,15 @@ class Engine:
         return Shards(Path(directory), check_rows=self.checked)
 
     def open_served(self, address: str, directory: str, kind: str) -> Any:
-        from engine.data.format.remote import RangedShards
+        from engine.data.format.cache import ShardsCache
+        from engine.data.format.remote import CachedShards, RangedShards
         from engine.storage import Storage
 
-        return RangedShards(Storage(address), check_rows=self.checked)
+        storage = Storage(address)
+        if self.window is None:
+            return RangedShards(storage, check_rows=self.checked)
+        self.kept = tempfile.TemporaryDirectory()
+        return CachedShards(storage, ShardsCache(Path(self.kept.name)), 1, check_rows=self.checked)
 
     @contextlib.contextmanager
     def batches(self, shards: Any, batch: int, workers: int, start: int = 0) -> Iterator[Iterator[Any]]:
@@ -95,7 +102,7 @@ class Engine:
         schedule = DiscreteSchedule(torch.linspace(0.999, 0.001, 1000), "epsilon", unweighted)
         order, plan = order_of(SEED, shards.index.shards["records"], self.window), BatchPlan(batch, 1, 0, 1)
         loader = Loader(shards, plan, SEED, schedule, torch.device("cpu"), start // batch, 10**9, order)
-        with contextlib.closing(loader):
+        with contextlib.closing(loader), contextlib.closing(shards):
             yield (item.record for item in loader)
 
 
