@@ -5,16 +5,17 @@ said of them does.
 """
 
 import contextlib
+import errno
 import random
 import re
 import ssl
 import threading
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from engine.errors import UserError, first_line, out_of_memory
+from engine.errors import UserError, first_line, system_number
 
 PAUSES = (0.1, 0.5, 2.0, 5.0, 15.0)  # seconds before an object that could not be read is asked for again
 CONNECTIONS = 64  # requests of a process at a time
@@ -104,33 +105,31 @@ class Storage:
         Raises:
             StorageError: it is not there, or cannot be read.
         """
-        return int(self._persistently(name, "", lambda: self._reader.size(name)))
+        (size,) = self._persistently(name, "", lambda: [self._reader.size(name)])
+        return int(size)
 
-    def read(self, name: str, start: int, end: int) -> bytearray:
+    def read(self, name: str, start: int, end: int) -> bytes:
         """Bytes `start` to `end`, exclusive, of an object.
 
         Raises:
             StorageError: it cannot be read.
         """
-        content = bytearray()
-        self.read_into(name, start, end, content.extend)
-        return content
+        return b"".join(self.pieces(name, start, end))
 
-    def read_into(self, name: str, start: int, end: int, write: Callable[[bytes], Any]) -> None:
-        """The same, handed to `write` piece by piece. What breaks off goes on where it broke off.
+    def pieces(self, name: str, start: int, end: int) -> Iterator[bytes]:
+        """The same piece by piece. What breaks off goes on where it broke off.
 
         Raises:
             StorageError: it cannot be read: which range of which object, why, and what to do.
         """
         position = since = start
 
-        def go_on() -> None:
+        def go_on() -> Iterator[bytes]:
             nonlocal position
             for piece in self._reader.pieces(name, position, end, start):
+                self._check_open(name)
                 position += len(piece)
-                write(piece)
-                if self._closed.is_set():
-                    break
+                yield piece
             if position != end:
                 if (size := self._reader.size(name)) < end:
                     raise _Refused(f"is {size} bytes long", NOT_THERE)
@@ -142,10 +141,14 @@ class Storage:
             since = position if enough else since
             return enough
 
-        self._persistently(name, f", bytes {start} to {end}", go_on, came_on)
+        yield from self._persistently(name, f", bytes {start} to {end}", go_on, came_on)
 
-    def _persistently(self, name: str, which: str, work: Callable[[], Any], came_on: Callable[[], bool] = bool) -> Any:
-        """What `work` returns; it is called again after a pause where storage may do better then.
+    def _persistently(
+        self, name: str, which: str, ask: Callable[[], Iterable[Any]], came_on: Callable[[], bool] = bool
+    ) -> Iterator[Any]:
+        """What `ask` gives; it is called again after a pause where storage may do better then.
+
+        What becomes of it outside is not the storage's: an exception there does not come in here.
 
         Args:
             came_on: whether it got so far since it was asked that this counts as the first try.
@@ -153,15 +156,17 @@ class Storage:
         pauses = list(PAUSES)
         while True:
             remedy = MEND_THE_STORAGE
-            if self._closed.is_set():
-                raise StorageError(f"{self.named(name)}: closed", alone=True)
+            self._check_open(name)
             try:
-                return work()
+                yield from ask()
+                return
+            except StorageError:
+                raise
             except _Refused as error:
                 problem, remedy = error.args
                 pauses = []
             except Exception as error:  # every library has its own
-                if out_of_memory(error):
+                if isinstance(error, MemoryError) or system_number(error) == errno.ENOMEM:
                     raise
                 problem = self._masked(_cause(error))
                 if type(error).__name__ in _CREDENTIALS:
@@ -173,6 +178,10 @@ class Storage:
             if not pauses:
                 raise StorageError(f"{self.named(name)}{which}: {problem}; {remedy}", alone=True)
             self._closed.wait(pauses.pop(0) * random.uniform(0.5, 1.5))
+
+    def _check_open(self, name: str) -> None:
+        if self._closed.is_set():
+            raise StorageError(f"{self.named(name)}: closed", alone=True)
 
     def _masked(self, said: str) -> str:
         """What a library says, which may quote the address."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from engine.data.samples.batch import Batch
-from engine.errors import UserError
+from engine.errors import MEND_THE_PLACE, UserError, first_line
 
 
 class SoundBatches:
@@ -31,10 +31,10 @@ class SoundBatches:
         if self.damage is None:
             try:
                 batch = next(self._batches)
-            except UserError as error:
+            except (UserError, OSError) as error:
                 if self._like is None:  # nothing was trained that could be lost
                     raise
-                self.damage = error
+                self.damage = error if isinstance(error, UserError) else UserError(f"{first_line(error)}; {MEND_THE_PLACE}")
             else:
                 self.given += 1
                 self._like = self._like or _in_meta(batch)

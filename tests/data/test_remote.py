@@ -1,20 +1,20 @@
 """Shards on remote storage: the bytes of the disk, whatever goes wrong on the way, and what is said where nothing helps."""
 
 import contextlib
-import hashlib
 import itertools
-import multiprocessing
 import os
 import re
 import shutil
 import socket
 import subprocess
 import threading
+import time
 
 import pytest
 import torch
 
 from engine import storage
+from engine.data.format import remote
 from engine.data.format.cache import ShardsCache
 from engine.data.format.index import Index, shard_name
 from engine.data.format.reader import Shards
@@ -133,11 +133,12 @@ def test_a_row_that_is_altered_is_fetched_once_more_and_then_refused(way, shards
         alter(copy / shard_name(entry["number"]))
     with (
         serving(copy) as server,
-        pytest.raises(UserError, match=r"shard-0000\d.safetensors: altered: .*; put a whole copy there"),
+        pytest.raises(UserError, match=r"shard-0000\d.safetensors: altered: .*; put a whole copy there") as error,
     ):
         records(opened(way, server.address, tmp_path / "cache"))
     if way == "cache":
         assert not list((tmp_path / "cache").iterdir())
+        assert len([name for name, _ in server.asked if name == str(error.value).split("/")[-1].split(":")[0]]) == 2
 
 
 def test_a_file_of_the_cache_that_is_altered_is_fetched_again(shards, tmp_path):
@@ -166,61 +167,27 @@ def test_rows_that_follow_each_other_are_asked_for_together(shards):
     assert len(server.asked) < rows / 2
 
 
-def test_the_cache_keeps_to_its_limit_and_to_what_is_read(shards, tmp_path):
+def test_a_limit_that_is_too_little_is_refused(shards, tmp_path):
     index = Index.read(shards)
     largest = int(index.shards["bytes"].max())
     said = f"--shards_cache_limit: too little .* give {8 * largest} at least"
     with serving(shards) as server, pytest.raises(UserError, match=said):
         CachedShards(Storage(server.address), ShardsCache(tmp_path, 8 * largest - 1), 2)
-    contents = {hashlib.sha256(content).hexdigest(): content for content in (bytes([number]) * 1000 for number in range(6))}
-    cache = ShardsCache(tmp_path, 3000)
-    held = []
-    for number, (digest, content) in enumerate(contents.items()):
-        file = cache.open(digest, 1000, lambda write, content=content: write(content))
-        assert file.read() == content
-        if number < 2:
-            held.append(file)
-        else:
-            file.close()
-    there = {path.name.split(".")[0] for path in tmp_path.iterdir()}
-    assert there == {digest for number, digest in enumerate(contents) if number in (0, 1, 5)}
-    for file in held:
-        file.close()
 
 
-def _fetch(directory, digest, content, barrier) -> None:
-    barrier.wait()
-    cache = ShardsCache(directory, 2500)
-
-    def read(write):
-        with (directory / "fetched.log").open("a") as log:
-            log.write(f"{digest}\n")
-        write(content)
-
-    for _ in range(20):
-        with cache.open(digest, len(content), read) as file:
-            assert file.read() == content
-
-
-def test_processes_of_a_node_fetch_a_shard_once(tmp_path):
-    context, content = multiprocessing.get_context("fork"), b"x" * 1000
-    digest = hashlib.sha256(content).hexdigest()
-    barrier = context.Barrier(3)
-    processes = [context.Process(target=_fetch, args=(tmp_path, digest, content, barrier)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-    assert (tmp_path / "fetched.log").read_text() == f"{digest}\n"
-
-
-def test_what_a_killed_process_left_in_the_cache_is_removed(tmp_path):
-    digest = "a" * 64
-    for name in (f"{digest}.safetensors.01234567.partial", f"{digest}.lock"):
-        (tmp_path / name).write_bytes(b"half")
-    ShardsCache(tmp_path)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("way", ["ranges", "cache"])
+def test_who_gives_up_asks_for_nothing_more(way, shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "CONNECTIONS", 2)
+    with serving(shards, lambda name, span, before: "slow" if SHARD.match(name) else None) as server:
+        reader = opened(way, server.address, tmp_path)
+        loader = Loader(reader, BatchPlan(4, 1, 0, 1), 3, SCHEDULE, torch.device("cpu"), 0, 20)
+        next(iter(loader))
+        reader.close()
+        loader.close()
+        time.sleep(0.15)  # what was on its way
+        asked = len(server.asked)
+        time.sleep(0.25)
+        assert len(server.asked) == asked
 
 
 def test_leaving_early_does_not_wait_for_the_storage(shards, monkeypatch):

@@ -1,5 +1,7 @@
 """Shards that turn out to be damaged in the middle of a run: what was trained is saved, and goes on once they are mended."""
 
+import errno
+import os
 import re
 import shutil
 from pathlib import Path
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 from engine.data.format.index import shard_name
+from engine.data.format.reader import Shards
 from engine.data.samples.order import records_of
 from engine.errors import UserError
 from engine.loop.trainer import train
@@ -76,3 +79,18 @@ def test_all_processes_leave_when_one_meets_damage(model, images, copy, tmp_path
     alone = whole.model_copy(update={"output_dir": run.output_dir, "resume_from_checkpoint": "latest"})
     assert train(alone) == 0
     assert same(tmp_path / "out" / "checkpoint-3", tmp_path / "whole" / "checkpoint-3", 1e-4)
+
+
+def test_a_disk_that_fails_while_rows_are_read_is_no_other(model, images, copy, tmp_path, monkeypatch):
+    gathered, gather = [], Shards.gather
+
+    def failing(*arguments) -> None:
+        gathered.append(gather(*arguments))
+        if len(gathered) > 15:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "a/file")
+
+    monkeypatch.setattr(Shards, "gather", failing)
+    run = config(model, images, copy, tmp_path / "out", max_train_steps=9, use_ema=False)
+    with pytest.raises(UserError, match=r"^Too many open files: a/file; mend .*; step \d is saved in .*, from where"):
+        train(run)
+    assert list((tmp_path / "out").glob("checkpoint-*"))

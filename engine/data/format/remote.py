@@ -40,16 +40,24 @@ LONGEST = 2**23  # bytes of a range of rows
 _HEADER = 2**14  # bytes that a shard's header is thought to take
 
 
+class _Refused(UserError):
+    """A shard of which something is not so; it may be once it is fetched again."""
+
+    def __init__(self, shard: int, *lines: str) -> None:
+        super().__init__(*lines, alone=True)
+        self.shard = shard
+
+
 class _RemoteShards(Shards):
     """What both ways to read have in common."""
 
     def __init__(self, storage: Storage, check_rows: bool) -> None:
         self.storage = storage
-        self._suspect = -1  # the shard of which something was refused last
         super().__init__(Path(), check_rows)
 
     def close(self) -> None:
         self.storage.close()
+        self._openers.shutdown(wait=False, cancel_futures=True)
 
     def _read_index(self) -> Index:
         with contextlib.ExitStack() as files:
@@ -62,7 +70,8 @@ class _RemoteShards(Shards):
                 size = self.storage.size(name)
                 if size > LARGEST_TEXT:
                     raise StorageError(f"{self.storage.named(name)}: {size} bytes: larger than any index; {WHOLE_COPY}")
-                self.storage.read_into(name, 0, size, functools.partial(_write, descriptor))
+                for piece in self.storage.pieces(name, 0, size):
+                    os.write(descriptor, piece)
                 return path
 
             path_of = functools.cache(in_memory)
@@ -81,8 +90,7 @@ class _RemoteShards(Shards):
             raise type(error)(*(line.replace(BUILD_AGAIN, WHOLE_COPY) for line in said), alone=True) from None
 
     def _error(self, shard: int, problem: str) -> UserError:
-        self._suspect = int(shard)
-        return UserError(f"{self.storage.named(self._name(shard))}: {problem}; {WHOLE_COPY}", alone=True)
+        return _Refused(int(shard), f"{self.storage.named(self._name(shard))}: {problem}; {WHOLE_COPY}")
 
     def _name(self, shard: int) -> str:
         return shard_name(self.index.shards["number"][shard])
@@ -103,29 +111,13 @@ class _RemoteShards(Shards):
         """What `read` returns; of every shard of which it refuses something, all is fetched once more."""
         again: set[int] = set()
         while True:
-            self._suspect = -1
             try:
                 return read(*arguments)
-            except StorageError:
-                raise
-            except UserError:
-                if self._suspect < 0 or self._suspect in again:
+            except _Refused as error:
+                if error.shard in again:
                     raise
-                again.add(self._suspect)
-                self._forget(self._suspect)
-
-    def _open_one(self, number: int) -> None:
-        try:
-            self._open_file(number)
-        except StorageError:
-            raise
-        except UserError:
-            self._forget(number)
-            self._open_file(number)
-
-    def _open_file(self, number: int) -> None:
-        """Opens what there is of a shard here, and judges it."""
-        raise NotImplementedError
+                again.add(error.shard)
+                self._forget(error.shard)
 
     def _forget(self, number: int) -> None:
         """Lets a shard, or what was read of it, be fetched again."""
@@ -134,8 +126,11 @@ class _RemoteShards(Shards):
 
     def _judge(self, number: int, descriptor: int) -> None:
         path = Path(f"/proc/self/fd/{descriptor}")
-        with self._speaking_of(str(path), self._name(number)):
-            shard = open_shard(self.directory, self.index, number, path)
+        try:
+            with self._speaking_of(str(path), self._name(number)):
+                shard = open_shard(self.directory, self.index, number, path)
+        except UserError as error:
+            raise _Refused(number, *error.lines) from None
         for name, starts in self._starts.items():
             starts[number] = shard.start(name)
 
@@ -168,7 +163,8 @@ class CachedShards(_RemoteShards):
 
     def close(self) -> None:
         super().close()
-        self._fetchers.shutdown(cancel_futures=True)
+        self.cache.close()
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
 
     def expect(self, records: Tensor) -> None:
         shards = np.searchsorted(self._first_records, records.numpy(), side="right") - 1
@@ -184,18 +180,18 @@ class CachedShards(_RemoteShards):
                 if shard not in self._coming:
                     self._coming[shard] = self._fetchers.submit(self.cache.fetch, *self._object(shard), wait=False)
 
-    def _object(self, number: int) -> tuple[str, int, Callable[[Callable[[bytes], Any]], None]]:
+    def _object(self, number: int) -> tuple[str, int, Callable[[], Iterator[bytes]]]:
         entry = self.index.shards[number]
         size = int(entry["bytes"])
-        return entry["sha256"].tobytes().hex(), size, lambda write: self.storage.read_into(self._name(number), 0, size, write)
+        return entry["sha256"].tobytes().hex(), size, lambda: self.storage.pieces(self._name(number), 0, size)
 
-    def _open_file(self, number: int) -> None:
+    def _open_one(self, number: int) -> None:
         with self._lock:
             coming = self._coming.pop(number, None)
-        if coming is not None and not coming.cancel():
-            concurrent.futures.wait([coming])  # what went wrong is met again below
         self._fetch_ahead()
         try:
+            if coming is not None and not coming.cancel():
+                coming.result()
             file = self.cache.open(*self._object(number))
         except ValueError as error:
             raise self._error(number, f"altered: {error}") from None
@@ -236,7 +232,7 @@ class RangedShards(_RemoteShards):
     def ahead(self, batches: Iterable[tuple[Rows, Rest]]) -> Iterator[tuple[Rows, Rest]]:
         waiting: deque[tuple[int, int, list[tuple[Rows, Rest]]]] = deque()  # number, bytes and micro-batches of every group
         for number, group in enumerate(self._grouped(batches)):
-            self._groups[number] = self._ask([rows for rows, _ in group])
+            self._groups[number] = self._once_more(self._ask, [rows for rows, _ in group])
             size = sum(ranges.rows.numel() for ranges in self._groups[number].values())
             self._depth = max(self._depth, 2 * size)
             waiting.append((number, size, group))
@@ -278,13 +274,13 @@ class RangedShards(_RemoteShards):
         """Reads rows of a field from number `row` on into `target`, uint8 [rows, bytes]."""
         start = int(self._starts[name][shard]) + row * target.shape[1]
         content = target.view(-1).numpy().data
-
-        def take(piece: bytes) -> None:
-            nonlocal content
+        for piece in self.storage.pieces(self._name(shard), start, start + len(content)):
             content[: len(piece)] = piece
             content = content[len(piece) :]
 
-        self.storage.read_into(self._name(shard), start, start + len(content), take)
+    def close(self) -> None:
+        super().close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def gather(self, name: str, rows: Rows, out: Tensor, *more: Any) -> None:
         self._ready = self._groups.get(int(rows["group"])) if "group" in rows else None
@@ -322,7 +318,7 @@ class RangedShards(_RemoteShards):
         super()._forget(number)
         self._ready = None
 
-    def _open_file(self, number: int) -> None:
+    def _open_one(self, number: int) -> None:
         descriptor = os.memfd_create(self._name(number), os.MFD_CLOEXEC)
         try:
             self._fetch_head(number, descriptor)
@@ -394,11 +390,6 @@ class _Ranges:
 def _keys(shards: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     """One number for a row of a shard, in the order of both."""
     return shards.astype(np.int64) << 40 | numbers
-
-
-def _write(descriptor: int, content: bytes) -> None:
-    with open(descriptor, "ab", closefd=False) as file:
-        file.write(content)
 
 
 def _joined(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
