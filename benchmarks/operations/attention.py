@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+import engine.quiet  # noqa: F401 (before the libraries that it quiets)
+
+# isort: split
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
