@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from engine.config.command_line import load, read_toml
 from engine.config.options import TrainConfig
-from engine.data.format.index import Index
+from engine.data.format.index import SAMPLES, Index
 from engine.errors import UserError
 from engine.loop import export, log, validation
 from engine.loop.log import _forget_after
@@ -107,6 +107,14 @@ def test_validation_leaves_the_training_alone(model, images, shards, tmp_path):
         losses.append([json.loads(line)["loss"] for line in lines])
     assert len(list((tmp_path / "drawn" / "samples").iterdir())) == 3
     assert losses[0] == losses[1]
+
+
+def test_shards_may_lie_where_the_run_does(model, images, tmp_path, capsys):
+    run = config(model, images, tmp_path, tmp_path, max_train_steps=1, validation_prompts=["a red square"])
+    for steps in (1, 2):
+        assert train(run.model_copy(update={"max_train_steps": steps, "resume_from_checkpoint": "latest"})) == 0
+    assert (tmp_path / "samples" / "step-2.png").exists()
+    assert (tmp_path / SAMPLES).is_file()
 
 
 def fail(*arguments, **named):

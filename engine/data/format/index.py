@@ -26,7 +26,7 @@ INDEX = "index.json"
 TABLE = "index-"  # what the names of files with arrays over shards begin with
 BUILD_AGAIN = f"delete what is damaged and {INDEX} to build it again, or get a whole copy"
 SHARD_NAME = "shard-"  # what the names of all begin with
-SAMPLES = "samples"  # which samples they are of, for the next build
+SAMPLES = "samples.safetensors"  # which samples they are of, for the next build; runs keep pictures in `samples`
 # What the index says of a shard. `variants` and `captions`: how many every record has, or one of those below.
 ENTRY = np.dtype(
     [(name, np.int64) for name in ("number", "records", "image_rows", "caption_rows", "bytes", "variants", "captions",
@@ -336,7 +336,7 @@ def sweep(directory: Path) -> None:
     except (OSError, ValueError, RecursionError):  # whoever can read it, knows
         return
     sha256 = value.get("shards") if isinstance(value, dict) else None
-    for table in directory.glob(f"{TABLE}*.safetensors"):
+    for table in directory.glob(f"{TABLE}{16 * '[0-9a-f]'}.safetensors"):
         if not isinstance(sha256, str) or table.name != table_name(sha256):
             table.unlink(missing_ok=True)
 
