@@ -18,6 +18,7 @@ _SHAPING = ("image_mode", "background", "max_upscale", "metadata_encoding", "fol
 
 def recipe_of(config: CacheConfig, encoding: Encoding) -> dict[str, Any]:
     """Everything that shapes the content of the shards, but the samples."""
+    shaping = [name for name in _SHAPING if encoding.captioned or name != "cache_text"]
     return {
         "family": config.family,
         "models": encoding.encoder_identity(),
@@ -25,7 +26,7 @@ def recipe_of(config: CacheConfig, encoding: Encoding) -> dict[str, Any]:
         "precision": config.mixed_precision,
         "caption_column": config.caption_column if encoding.captioned else None,
         "shard_records": config.shard_records,
-        **{name: value for name in _SHAPING if (value := getattr(config, name)) != CacheConfig.model_fields[name].default},
+        **{name: value for name in shaping if (value := getattr(config, name)) != CacheConfig.model_fields[name].default},
     }
 
 

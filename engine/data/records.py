@@ -91,7 +91,7 @@ def encode_shard(
     failed = _encode_images(config, encoder, prepared, shard, done)
     outcome.failed += [(samples[number], why) for number, why in failed]
     outcome.encoded += len(shard.rows)
-    _encode_captions(config, encoder, shard)
+    _encode_captions(config, encoding, encoder, shard)
     if config.strict and shard.refused:
         number, why = min(shard.refused.items(), key=lambda item: item[0])
         raise strict(source, samples[number], why)
@@ -243,7 +243,7 @@ def _encode_images(
     return list(failed.items())
 
 
-def _encode_captions(config: CacheConfig, encoder: Encoder, shard: Encoded) -> None:
+def _encode_captions(config: CacheConfig, encoding: Encoding, encoder: Encoder, shard: Encoded) -> None:
     """Encodes the captions of the records, each text once. What the encoder refuses is taken from them; a record that is left
     without a caption is refused."""
     texts = dict.fromkeys(text for sample in shard.rows for text in shard.captions[sample])
@@ -253,7 +253,7 @@ def _encode_captions(config: CacheConfig, encoder: Encoder, shard: Encoded) -> N
             unusable[text] = Refused(row.reason, f"{row.detail} (caption {text[:60]!r})")
         else:
             shard.texts[text] = len(shard.caption_rows)
-            shard.caption_rows.append(row)
+            shard.caption_rows.append({name: rows for name, rows in row.items() if name in encoding.record_spec})
     for sample in list(shard.rows) if unusable else ():
         given = shard.captions[sample]
         shard.captions[sample] = [text for text in given if text not in unusable]

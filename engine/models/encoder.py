@@ -25,7 +25,7 @@ PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16
 class Encoder(ABC):
     """The loaded frozen models of a family, on one device in the precision of the run, all of them given when it is made.
 
-    text_encoder: None where captions have none, or stay tokens.
+    text_encoder: of families that are captioned.
     """
 
     encoding: "Encoding"
@@ -37,15 +37,15 @@ class Encoder(ABC):
 
     @torch.inference_mode()
     def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
-        """Record rows of captions; only families that are captioned have any."""
+        """Record rows of captions, and the rows of `text_fields` of those that stay tokens, which only show whether a run can
+        train on them; only families that are captioned have any."""
         tokens = self.encoding.tokens_of(captions)
-        if self.text_encoder is None:
-            return tokens
         given = {name: rows.to(self.text_encoder.device) for name, rows in tokens.items()}
         if "attention_mask" in given and given["attention_mask"].all():
             del given["attention_mask"]  # it hides nothing, and without it attention takes a faster kernel
         states = self.encoding.encode_tokens(self.text_encoder, given)
-        return {name: (tokens | states)[name] for name in self.encoding.text_fields}
+        wanted = self.encoding.record_spec | self.encoding.text_fields
+        return {name: rows for name, rows in (tokens | states).items() if name in wanted}
 
 
 class Encoding(ABC):

@@ -161,9 +161,8 @@ class KandinskyPriorEncoding(Encoding):
     def load_encoder(self, device: torch.device) -> "KandinskyPriorEncoder":
         variant, dtype = self.config.variant, self.dtype
         image_encoder = load_model(self.path / "image_encoder", CLIPVisionModelWithProjection, variant, dtype)
-        text_encoder = None if self.keeps_tokens else self.load_text_encoder(device)
         statistics = {name: tensor.to(device) for name, tensor in self.clip_statistics().items()}
-        return KandinskyPriorEncoder(self, image_encoder.to(device).eval(), text_encoder, statistics)
+        return KandinskyPriorEncoder(self, image_encoder.to(device).eval(), self.load_text_encoder(device), statistics)
 
 
 class KandinskyPriorEncoder(Encoder):

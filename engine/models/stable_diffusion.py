@@ -100,8 +100,7 @@ class StableDiffusionEncoding(Encoding):
 
     def load_encoder(self, device: torch.device) -> "StableDiffusionEncoder":
         vae = load_model(self.path / "vae", AutoencoderKL, self.config.variant, self.dtype)
-        text_encoder = None if self.keeps_tokens else self.load_text_encoder(device)
-        return StableDiffusionEncoder(self, vae.to(device).eval(), text_encoder)
+        return StableDiffusionEncoder(self, vae.to(device).eval(), self.load_text_encoder(device))
 
 
 class StableDiffusionEncoder(Encoder):

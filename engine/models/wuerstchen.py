@@ -119,7 +119,7 @@ class WuerstchenEncoding(Encoding):
 
     def load_encoder(self, device: torch.device) -> "WuerstchenEncoder":
         image_encoder = efficientnet.load_encoder(self._image_encoder_weights()).to(device, self.dtype)
-        return WuerstchenEncoder(self, image_encoder, None if self.keeps_tokens else self.load_text_encoder(device))
+        return WuerstchenEncoder(self, image_encoder, self.load_text_encoder(device))
 
 
 class WuerstchenEncoder(Encoder):

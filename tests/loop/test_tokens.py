@@ -6,14 +6,17 @@ import pytest
 import torch
 
 from benchmarks.tools.shards import replace_rows
-from engine.config.options import TrainConfig
+from engine.config.options import CacheConfig, TrainConfig
 from engine.data.format.index import Index
 from engine.data.format.reader import Shards
+from engine.data.identity import recipe_of
 from engine.errors import UserError
 from engine.loop.flops import text_flops
 from engine.loop.trainer import train
 from engine.models.encoder import open_encoding
+from engine.models.stable_diffusion import StableDiffusionEncoding
 from tests.commands import ON_GPU
+from tests.data.test_shards import build, write_captions
 from tests.loop.runs import SLACK, checkpoint_tensors, config
 from tests.loop.test_families import config as family_config
 from tests.loop.test_families import losses
@@ -68,6 +71,32 @@ def test_a_caption_takes_two_bytes_per_token(token_shards):
     fields = Shards(token_shards).fields
     assert [name for name, field in fields.items() if field.per == "caption"] == ["tokens"]
     assert (fields["tokens"].row_bytes, fields["tokens"].dtype) == (2 * 16, torch.uint16)
+
+
+def test_a_caption_that_has_no_finite_states_is_refused_either_way(model, images, tmp_path, monkeypatch):
+    encode = StableDiffusionEncoding.encode_tokens
+
+    def overflowing(text_encoder, tokens):
+        states = encode(text_encoder, tokens)["encoder_hidden_states"]
+        return {
+            "encoder_hidden_states": torch.where((tokens["tokens"].long() == rare).any(1)[:, None, None], torch.inf, states)
+        }
+
+    rare = open_encoding(config(model, images, tmp_path, tmp_path)).tokens_of(["x"])["tokens"][0, 1].item()
+    monkeypatch.setattr(StableDiffusionEncoding, "encode_tokens", staticmethod(overflowing))
+    data = write_captions(tmp_path / "images", ["a", "x", ["b", "x"]])
+    for way in WAYS:
+        index = build(model, data, tmp_path / way, "--cache_text", way)
+        assert (index.records, [*index.refused]) == (2, ["caption encodes to values that are not finite"])
+        assert index.total("caption_rows") == 2
+
+
+def test_families_without_captions_have_the_same_shards_either_way(published):
+    def recipe(way: str) -> dict:
+        run = CacheConfig(family="kandinsky-decoder", resolution=64, cache_text=way, **published("kandinsky-decoder"))
+        return recipe_of(run, open_encoding(run))
+
+    assert recipe("states") == recipe("tokens")
 
 
 @pytest.mark.parametrize("data", [True, False], ids=["with data", "shards alone"])
