@@ -42,7 +42,7 @@ def write_shards(
         captions = [[number] * captioned for number in range(len(covers))]
         contents = Contents(covers, covers, [""] * len(covers), [1] * len(covers), captions, [""] * len(covers) * captioned, [])
         write_shard(directory / shard_name(number), rows, contents, digest_of({}))
-        entries.append(entry_of(Shard(directory / shard_name(number), fields), number))
+        entries.append(entry_of(Shard(directory / shard_name(number), fields, {}), number))
     Index(family, digest_of({}), {}, {}, fields, np.array(entries, ENTRY)).write(directory)
 
 
@@ -50,7 +50,7 @@ def replace_rows(directory: Path, place: int, **rows: Tensor) -> None:
     """Writes the shard at a place of the index with other rows, and checksums and digests that say that all is well."""
     index = Index.read(directory)
     path = directory / shard_name(index.shards["number"][place])
-    shard = Shard(path, index.fields)
+    shard = Shard(path, index.fields, index.identity)
     records = range(shard.said.records)
     contents = Contents(
         covers=shard.covers,
@@ -63,7 +63,7 @@ def replace_rows(directory: Path, place: int, **rows: Tensor) -> None:
         contents=shard.numbers["contents"].numpy(),
     )
     write_shard(path, {name: shard.file.tensor(name) for name in index.fields} | rows, contents, shard.said.fingerprint)
-    index.shards[place] = entry_of(Shard(path, index.fields), index.shards["number"][place])
+    index.shards[place] = entry_of(Shard(path, index.fields, index.identity), index.shards["number"][place])
     index.write(directory)
 
 
@@ -75,7 +75,7 @@ def write_version_1(directory: Path, old: Path) -> None:
     entries: list[dict[str, Any]] = []
     refused: list[dict[str, str]] = []
     for number in index.shards["number"].tolist():
-        shard = Shard(directory / shard_name(number), index.fields)
+        shard = Shard(directory / shard_name(number), index.fields, index.identity)
         records = range(shard.said.records)
         texts = [shard.text("caption_texts", row) for row in range(shard.said.caption_rows)]
         new = [row for row, text in enumerate(texts) if text not in number_of]

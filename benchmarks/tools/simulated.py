@@ -84,7 +84,7 @@ def write_index(directory: Path, records: int) -> None:
         if number in read:
             write_sparse_shard(path, range(number * SHARD, min((number + 1) * SHARD, records)))
             shards["bytes"][number] = path.stat().st_size
-            shards["contents"][number] = np.frombuffer(Shard(path, FIELDS).content, np.uint8)
+            shards["contents"][number] = np.frombuffer(Shard(path, FIELDS, {}).content, np.uint8)
         else:
             path.touch()
     Index("kandinsky-prior", digest_of({}), {}, {}, FIELDS, shards).write(directory)

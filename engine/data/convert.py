@@ -30,7 +30,6 @@ from engine.data.format.index import (
     read_json,
     shard_name,
     sweep,
-    variants_of,
 )
 from engine.data.format.shard import (
     MOST_NUMBERS,
@@ -247,9 +246,7 @@ def _write(directory: Path, old: _Index, output: Path, in_place: bool) -> None:
             covers = range(first_sample, first_sample := first_sample + len(shard.source) + len(shard.said.refused))
             path = output / shard_name(number)
             _write_shard(path, shard, fields, captions, covers)
-            written = Shard(path, fields)
-            written.require_variants(variants_of(old.identity))
-            entries.append(entry_of(written, number))
+            entries.append(entry_of(Shard(path, fields, old.identity), number))
             refused += shard.said.refused
             bar.update()
     shards = np.array(entries, ENTRY)

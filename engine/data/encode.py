@@ -31,7 +31,6 @@ from engine.data.format.index import (
     shard_name,
     shards_in,
     sweep,
-    variants_of,
 )
 from engine.data.format.shard import Header, Shard, entry_of, open_shard, without_samples, write_shard
 from engine.data.identity import differences, recipe_of, without_source
@@ -300,7 +299,7 @@ def _recognise(task: Task, found: Found, runs: np.ndarray) -> np.ndarray:
     numbers: dict[bytes, list[int]] = {}
     for block in found.blocks[there.counts(found.blocks) < found.blocks["samples"]]:
         with contextlib.suppress(UserError):  # a damaged one is built again
-            shard = Shard(task.directory / shard_name(block["number"]), task.encoding.record_spec)
+            shard = Shard(task.directory / shard_name(block["number"]), task.encoding.record_spec, task.recipe)
             for number in np.setdiff1d(shard.here, there.samples(block)[0]).tolist():
                 content = shard.numbers["contents"][number - shard.said.first_sample].numpy().tobytes()
                 if content != UNKNOWN:
@@ -480,7 +479,7 @@ def _complete_shard(
             )
             fingerprint = _fingerprint(task, found)
         write_shard(path, rows, contents, fingerprint)
-    claims.complete(place, numbers, entry_of(Shard(path, task.encoding.record_spec), int(block["number"])))
+    claims.complete(place, numbers, entry_of(Shard(path, task.encoding.record_spec, task.recipe), int(block["number"])))
 
 
 def _fingerprint(task: Task, found: Found) -> str:
@@ -492,8 +491,7 @@ def _fingerprint(task: Task, found: Found) -> str:
 def _opened(task: Task, block: np.void, path: Path, made_by: Iterable[str]) -> Shard | None:
     """The shard of a block, if it is there and of these makers."""
     try:
-        shard = Shard(path, task.encoding.record_spec)
-        shard.require_variants(variants_of(task.recipe))
+        shard = Shard(path, task.encoding.record_spec, task.recipe)
     except UserError:
         return None
     covers = range(int(block["first_sample"]), int(block["first_sample"] + block["samples"]))
@@ -528,7 +526,7 @@ def _write_index(task: Task, found: Found, plan: Plan, claims: Claims, seconds: 
         shards[place] = _entry(task, plan, claims, place) if entry is None else entry
     refusing = np.flatnonzero(shards["records"] < plan.counts(plan.blocks))
     paths = (task.directory / shard_name(number) for number in shards["number"][refusing])
-    refused = add_refused(count_refused(Shard(path, task.encoding.record_spec).refused) for path in paths)
+    refused = add_refused(count_refused(Shard(path, task.encoding.record_spec, task.recipe).refused) for path in paths)
     if not shards["records"].any():
         _sweep(task.directory, shards[:0])
         (task.directory / SAMPLES).unlink(missing_ok=True)

@@ -208,7 +208,7 @@ def test_shards_that_others_left_are_not_taken_over(old, tmp_path, monkeypatch):
     for name in ("latent_mean", "checksums.latent_mean"):
         tensors[name] = tensors[name].flip(0)
     save_file(tensors, path, {"engine": json.dumps(said)})
-    assert Shard(Path(path), Index.read(copy).fields).damage() is None
+    assert Shard(Path(path), Index.read(copy).fields, {}).damage() is None
     convert(old, old)
     assert same(rows_of(old), before)
 

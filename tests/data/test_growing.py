@@ -94,7 +94,7 @@ def texts_of(directory: Path) -> list[str]:
     assert verify(directory, index, range(len(index.shards)), rows=True) == {}
     found = []
     for number in index.shards["number"].tolist():
-        shard = Shard(directory / shard_name(number), index.fields)
+        shard = Shard(directory / shard_name(number), index.fields, index.identity)
         found += [shard.text("caption_texts", shard.caption_rows(record)[0]) for record in range(shard.said.records)]
     return found
 
@@ -277,6 +277,36 @@ def test_shards_that_were_converted_grow(model, images, shards, encoded, tmp_pat
     build(model, images, tmp_path / "old")
     assert encoded == [1]
     assert texts_of(tmp_path / "old") == [*"bcdefghijkl", "new.png"]
+
+
+@pytest.mark.parametrize("crops", ["--random_crops=2", "--center_crop"])
+def test_other_crops_are_another_fingerprint(crops, model, images, tmp_path):
+    few = write_captions(tmp_path / "few", list("cde"))
+    fresh = build(model, few, tmp_path / "fresh", crops)
+    add(few, "new.png", place=0)
+    build(model, few, tmp_path / "shrunk", crops)
+    remove(few, "new.png")
+    shrunk = build(model, few, tmp_path / "shrunk", crops)
+    assert texts_of(tmp_path / "shrunk") == list("cde")
+    assert (shrunk.fingerprint == fresh.fingerprint) == (crops == "--center_crop")
+
+
+def test_what_was_converted_is_told_from_other_data_when_it_has_grown(model, tmp_path):
+    fingerprints = set()
+    for name, captions in (("one", "abc"), ("other", "xyz")):
+        images = write_captions(tmp_path / name / "images", list(captions))
+        build(model, images, tmp_path / name / "new", "--center_crop")
+        as_built_before(tmp_path / name / "new")
+        write_version_1(tmp_path / name / "new", tmp_path / name / "old")
+        convert(tmp_path / name / "old", tmp_path / name / "old")
+        add(images, "new.png")
+        with pytest.raises(UserError):
+            build(model, images, tmp_path / name / "old", "--center_crop")
+        remove(images, "new.png")
+        build(model, images, tmp_path / name / "old", "--center_crop")
+        add(images, "new.png")
+        fingerprints.add(build(model, images, tmp_path / name / "old", "--center_crop").fingerprint)
+    assert len(fingerprints) == 2
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["with its samples", "without"])

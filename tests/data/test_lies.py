@@ -196,7 +196,7 @@ def test_what_is_larger_than_any_is_not_read(copy):
         path.write_bytes(begin)
         os.truncate(path, size)
         with pytest.raises(UserError, match=named):
-            Shard(path, Index.read(copy).fields)
+            Shard(path, Index.read(copy).fields, {})
 
 
 def test_an_image_has_as_many_rows_as_the_options_give_it(copy):

@@ -179,6 +179,11 @@ class _StoredIndex(Stored):
         return self
 
 
+def crops_randomly(identity: dict[str, Any]) -> bool:
+    """Whether a sample's rows depend on its number, by which its crops are drawn."""
+    return identity.get("preprocessing", {}).get("random_crops") is not None
+
+
 def variants_of(identity: dict[str, Any]) -> set[int]:
     """How many rows an image may have, as far as an identity says: crops, of which there may be one alone, and flips."""
     match identity.get("preprocessing"):

@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from engine.data.format.index import (
     Index,
     RefusedSample,
     Stored,
+    crops_randomly,
     shard_name,
     variants_of,
 )
@@ -199,6 +200,9 @@ def _texts(texts: Iterable[str]) -> tuple[Tensor, Tensor]:
 class Shard:
     """A shard's file, opened, whose records point to rows that exist. Its texts are judged when they are first asked for.
 
+    Args:
+        identity: of the index, as far as it is known, which says how many rows an image has and what these depend on.
+
     said: what its header says of it.
     numbers: the tensors that tie rows to records.
 
@@ -206,8 +210,8 @@ class Shard:
         UserError: what it says is not so; also by `texts`, `refused` and `text`.
     """
 
-    def __init__(self, path: Path, fields: dict[str, Field]) -> None:
-        self.path, self.fields = path, fields
+    def __init__(self, path: Path, fields: dict[str, Field], identity: dict[str, Any]) -> None:
+        self.path, self.fields, self.identity = path, fields, identity
         with reading(path, BUILD_AGAIN):
             self.file = TensorFile(path, LARGEST_HEADER)
             self.said = Header.model_validate(self.file.metadata)
@@ -229,8 +233,16 @@ class Shard:
 
     @property
     def content(self) -> bytes:
-        """What tells its records from others: a SHA-256 of their contents."""
-        return hashlib.sha256(self.numbers["contents"][self.numbers["source"] - self.said.first_sample].numpy().data).digest()
+        """What tells its records from others: a SHA-256 of their contents, and of all else that these do not tell."""
+        source = self.numbers["source"]
+        contents = self.numbers["contents"][source - self.said.first_sample].numpy()
+        unknown = (contents == np.frombuffer(UNKNOWN, np.uint8)).all(1).any()
+        total = hashlib.sha256(contents.data)
+        if unknown or crops_randomly(self.identity):
+            total.update(source.numpy().data)
+        if unknown:
+            total.update(self.said.fingerprint.encode())
+        return total.digest()
 
     @property
     def covers(self) -> range:
@@ -261,15 +273,6 @@ class Shard:
         """Where a tensor begins in the file; 0 where it has none of that name."""
         described = self.file.header.get(name)
         return self.file.data_start + described["data_offsets"][0] if described else 0
-
-    def require_variants(self, numbers: set[int]) -> None:
-        """Raises `UserError` where an image has not one of these numbers of rows; of none nothing is known."""
-        counts = {self.said.variants}
-        if VARYING in counts:
-            counts = set(self.numbers["image_offsets"].diff().tolist())
-        if self.said.records and numbers and not counts <= numbers:
-            said = " or ".join(map(str, sorted(numbers)))
-            raise UserError(f"{self.path}: an image has not {said} rows, as {INDEX} says; {BUILD_AGAIN}")
 
     def agree(self, entry: np.void, made_by: Collection[str]) -> None:
         """Raises `UserError` where the index says something else of this shard."""
@@ -369,6 +372,9 @@ class Shard:
             check_offsets("image_offsets", numbers["image_offsets"], said.image_rows)
         elif said.variants * said.records != said.image_rows or (said.records and not said.variants):
             raise ValueError(f"{said.image_rows} image rows for {said.records} records of {said.variants}")
+        counts = {said.variants} if said.variants != VARYING else set(numbers["image_offsets"].diff().tolist())
+        if (possible := variants_of(self.identity)) and said.records and not counts <= possible:
+            raise ValueError(f"an image has not {' or '.join(map(str, sorted(possible)))} rows, as {INDEX} says")
         if said.records and captioned != bool(said.captions):
             raise ValueError(f"captions is {said.captions}, and captions have {'' if captioned else 'no '}fields")
         if said.captions == VARYING:
@@ -453,7 +459,6 @@ def open_shard(directory: Path, index: Index, number: int, path: Path | None = N
         UserError: it is not.
     """
     entry = index.shards[number]
-    shard = Shard(path or directory / shard_name(entry["number"]), index.fields)
+    shard = Shard(path or directory / shard_name(entry["number"]), index.fields, index.identity)
     shard.agree(entry, (*index.made_by, index.fingerprint))
-    shard.require_variants(variants_of(index.identity))
     return shard
