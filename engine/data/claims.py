@@ -18,7 +18,6 @@ import xxhash
 
 from engine.data.format.index import ENTRY
 from engine.data.plan import Plan, told_of
-from engine.files import sync
 
 BUILDING = "building"
 # told: what tells the samples of its block from others; check: XXH3 of the bytes before it.
@@ -36,9 +35,14 @@ class Claims:
 
     def leave(self) -> None:
         """Closes the file, and removes it where nothing was begun."""
-        if self.is_there() and not os.fstat(self.descriptor).st_size and self.alone():
+        if self.is_there() and not self.begun and self.alone():
             self.path.unlink()
         os.close(self.descriptor)
+
+    @property
+    def begun(self) -> bool:
+        """Whether there are slots, of this build or of one that did not come to its end."""
+        return os.fstat(self.descriptor).st_size > 0
 
     def is_there(self) -> bool:
         """Whether the file was not removed since it was opened, by a process whose build was complete."""
@@ -98,7 +102,7 @@ class Claims:
                 slots[place] = before[number]
         os.ftruncate(self.descriptor, 0)
         os.pwrite(self.descriptor, slots.tobytes(), 0)
-        sync(self.path)
+        os.fsync(self.descriptor)
 
     def _slots(self) -> np.ndarray:
         content = os.pread(self.descriptor, os.fstat(self.descriptor).st_size, 0)

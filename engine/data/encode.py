@@ -34,9 +34,9 @@ from engine.data.format.index import (
 )
 from engine.data.format.shard import Header, Shard, entry_of, open_shard, without_samples, write_shard
 from engine.data.identity import differences, recipe_of, without_source
-from engine.data.plan import BLOCK, RUN, Plan, beside, known, planned, read_plan, recognised
+from engine.data.plan import BLOCK, RUN, UNNUMBERED, Plan, beside, known, planned, read_plan, recognised
 from engine.data.records import Outcome, all_refused, encode_shard, none_usable, read_sample, strict
-from engine.data.report import say_refused
+from engine.data.report import describe_refused, say_refused
 from engine.data.sources.interface import Source
 from engine.data.sources.subset import Subset
 from engine.errors import UserError
@@ -89,6 +89,7 @@ class Found:
     runs: of dtype `RUN`, the numbers of samples that were known.
     remembered: whether these are written down.
     made_by: the fingerprints in the headers of the shards.
+    taken: the numbers of files of shards, of the index's and of others that new ones may not replace.
     """
 
     index: Index | None
@@ -97,6 +98,7 @@ class Found:
     runs: np.ndarray
     remembered: bool
     made_by: tuple[str, ...]
+    taken: frozenset[int] = frozenset()
 
 
 def encode_source(
@@ -121,18 +123,19 @@ def encode_source(
         index = _complete(task, found, read=False) or (
             None if _may_write(task.directory) else _complete(task, found, read=True)
         )
-    if all(processes.gather_objects(index is not None)) and index:
-        check(index.identity)
-        return index
-    check(task.recipe)
-    _refuse_known(task)
-    task.directory.mkdir(parents=True, exist_ok=True)
-    with _directory(config) as held:
-        index = _complete(task, _look(task), read=False) or _build(task, processes, held, check)
-    processes.barrier()
-    for noticed, count in sum(processes.gather_objects(source.noticed), Counter()).items():
-        say(f"{count} of {len(source)} images: {noticed}")
+    complete = all(processes.gather_objects(index is not None))
+    if index is None or not complete:
+        check(task.recipe)
+        _refuse_known(task)
+        task.directory.mkdir(parents=True, exist_ok=True)
+        with _directory(config) as held:
+            index = _complete(task, _look(task), read=False) or _build(task, processes, held, check)
+        processes.barrier()
+        for noticed, count in sum(processes.gather_objects(source.noticed), Counter()).items():
+            say(f"{count} of {len(source)} images: {noticed}")
     check(index.identity)
+    if config.strict and index.refused_count:
+        raise UserError(f"--strict: {describe_refused(index.refused)}")
     return index
 
 
@@ -181,15 +184,17 @@ def _look(task: Task) -> Found:
     if index:
         _refuse_other(task, index)
         blocks, made_by = _blocks_of(index), index.made_by or (index.fingerprint,)
+        taken = frozenset([*blocks["number"].tolist(), *shards_in(task.directory)])
     else:
         blocks, made_by = _shards_left(task, recipe)
+        blocks, taken = beside(plan.blocks if plan else blocks[:0], blocks), frozenset(blocks["number"].tolist())
     runs = plan.runs if plan else np.zeros(0, RUN)
     if not plan and made_by != (recipe,) and made_by and digest_of(task.earlier_identity) in made_by:
         runs = np.zeros(len(task.stamps), RUN)
         runs["stamp"], runs["count"] = task.stamps, task.counts
         runs["first"] = np.cumsum(task.counts) - task.counts
         runs = runs[task.counts > 0]
-    return Found(index, blocks, plan.blocks if plan else blocks[:0], runs, plan is not None, made_by)
+    return Found(index, blocks, plan.blocks if plan else blocks[:0], runs, plan is not None, made_by, taken)
 
 
 def _refuse_other(task: Task, index: Index) -> None:
@@ -230,7 +235,7 @@ def _shards_left(task: Task, recipe: str) -> tuple[np.ndarray, tuple[str, ...]]:
         if said.fingerprint in accepted and said.samples:
             blocks.append((said.first_sample, said.samples, number))
             made_by.add(said.fingerprint)
-    return beside(np.zeros(0, BLOCK), np.array(blocks, BLOCK)), tuple(sorted(made_by))
+    return np.array(blocks, BLOCK), tuple(sorted(made_by))
 
 
 def _complete(task: Task, found: Found, read: bool) -> Index | None:
@@ -239,6 +244,9 @@ def _complete(task: Task, found: Found, read: bool) -> Index | None:
     Args:
         read: samples whose files are not known; without that, they count as others. Nor does it count then where a build was
             not done with its files.
+
+    Raises:
+        UserError: with `read`, it is of others.
     """
     runs = known(found.runs, task.stamps, task.counts)
     unknown, unfinished = (runs["first"] < 0).any(), (task.directory / BUILDING).exists()
@@ -246,6 +254,11 @@ def _complete(task: Task, found: Found, read: bool) -> Index | None:
         return None
     plan = _planned(task, found, _recognise(task, found, runs) if read else runs)
     if not _is_of(found.index, plan):
+        if read:
+            raise UserError(
+                f"{task.directory}: the data set has changed: {_changes(task, found.index, plan)}; the shards there cannot be "
+                "written; let them be written, name another --shards_dir, or give no data options to train on these"
+            )
         return None
     if not found.remembered:
         with contextlib.suppress(OSError):  # of others, who let it be read; it only saves work
@@ -268,25 +281,29 @@ def _planned(task: Task, found: Found, runs: np.ndarray) -> Plan:
         UserError: the shards that are there hold no sample of the source.
     """
     there = Plan(runs[runs["first"] >= 0], found.blocks)
-    blocks = found.blocks
+    blocks = found.blocks.copy()
     if len(blocks) and not there.counts(blocks).any():
         if found.index:
             raise _built_otherwise(task, "other files or rows of data")
         blocks = blocks[:0]
-    plan = planned(runs, beside(blocks, found.planned), task.config.shard_records)
     if found.index:  # whose shards stay what they are: those that lose samples are written anew, under other numbers
-        shrunk = np.flatnonzero((plan.counts(plan.blocks) < plan.blocks["samples"]) & _named(plan, found.index))
-        last = int(max(plan.blocks["number"].max(), found.index.shards["number"].max()))
-        for place in shrunk:
-            shard = open_shard(task.directory, found.index, _place_of(found.index, plan.blocks[place]))
-            if len(np.setdiff1d(shard.here, plan.samples(plan.blocks[place])[0])):
-                plan.blocks["number"][place] = last = last + 1
-    return plan
+        begun = {(first, samples): number for first, samples, number in found.planned[~np.isin(found.planned, blocks)].tolist()}
+        for place in _shrunk(task, found, found.index, there):
+            blocks["number"][place] = begun.get((*blocks[place].item()[:2],), UNNUMBERED)
+    return planned(runs, beside(blocks, found.planned), task.config.shard_records, found.taken)
 
 
-def _named(plan: Plan, index: Index) -> np.ndarray:
-    """Which blocks of a plan have their shard in an index."""
-    return np.isin(plan.blocks["number"], index.shards["number"])
+def _shrunk(task: Task, found: Found, index: Index, there: Plan) -> list[int]:
+    """The places of the blocks of an index of whose samples some are gone, but not all."""
+    blocks, counts = found.blocks, there.counts(found.blocks)
+    less = (counts > 0) & (counts < blocks["samples"])
+    remembered = np.isin(blocks, found.planned)  # with the samples that their shards know
+    before = Plan(found.runs, found.planned).counts(blocks)
+    shrunk = np.flatnonzero(less & remembered & (counts < before)).tolist()
+    for place in np.flatnonzero(less & ~remembered).tolist():
+        if len(np.setdiff1d(open_shard(task.directory, index, place).here, there.samples(blocks[place])[0])):
+            shrunk.append(place)
+    return shrunk
 
 
 def _place_of(index: Index, block: np.void) -> int:
@@ -295,6 +312,9 @@ def _place_of(index: Index, block: np.void) -> int:
 
 def _recognise(task: Task, found: Found, runs: np.ndarray) -> np.ndarray:
     """Runs in which samples whose files were not known have their number by what they hold, where there are shards of that."""
+    unknown = int(runs["count"][runs["first"] < 0].sum())
+    if not unknown:
+        return runs
     there = Plan(runs[runs["first"] >= 0], found.blocks)
     numbers: dict[bytes, list[int]] = {}
     for block in found.blocks[there.counts(found.blocks) < found.blocks["samples"]]:
@@ -304,8 +324,7 @@ def _recognise(task: Task, found: Found, runs: np.ndarray) -> np.ndarray:
                 content = shard.numbers["contents"][number - shard.said.first_sample].numpy().tobytes()
                 if content != UNKNOWN:
                     numbers.setdefault(content, []).append(number)
-    unknown = int(runs["count"][runs["first"] < 0].sum())
-    if not numbers or not unknown:
+    if not numbers:
         return runs
 
     def contents() -> Iterator[bytes]:
@@ -328,73 +347,102 @@ def _recognise(task: Task, found: Found, runs: np.ndarray) -> np.ndarray:
 
 
 def _build(task: Task, processes: Processes, held: int | None, check: Callable[[dict[str, Any]], None]) -> Index:
-    """Builds beside whoever else does."""
+    """Builds beside whoever else does; once more where others ended that build and began another meanwhile."""
     started = time.perf_counter()
-    with _agreed(task, held) as (claims, found, plan):
-        if not _is_of(found.index, plan):
-            if found.index:
-                check(task.recipe | {"source": {}})
-            _say_changes(task, found, plan)
-            _encode_missing(task, found, plan, claims, processes)
-        with claims.index():
-            found = _look(task)
-            index = found.index  # of another process; or files were but touched
-            if index is None or not _is_of(index, plan):
-                index = _write_index(task, found, plan, claims, time.perf_counter() - started)
-            _sweep_alone(task.directory, held)
-            _sweep(task.directory, index.shards)
-    return index
+    while True:
+        with _agreed(task, held, check) as (claims, found, plan):
+            if not _is_of(found.index, plan):
+                _say_changes(task, found, plan)
+                _encode_missing(task, found, plan, claims, processes)
+            with claims.index():
+                found = _look(task)
+                index = found.index  # of another process; or files were but touched
+                if claims.is_there():
+                    if index is None or not _is_of(index, plan):
+                        index = _write_index(task, found, plan, claims, time.perf_counter() - started)
+                    if index:
+                        _sweep_halves(task.directory, held)
+                        claims.path.unlink()
+                if index and _is_of(index, plan):
+                    return index
 
 
 @contextlib.contextmanager
-def _agreed(task: Task, held: int | None) -> Iterator[tuple[Claims, Found, Plan]]:
+def _agreed(task: Task, held: int | None, check: Callable[[dict[str, Any]], None]) -> Iterator[tuple[Claims, Found, Plan]]:
     """The plan that all processes follow, and their claims: whoever comes first makes it, others read it.
 
     Args:
         held: the directory, held with others.
+        check: raises what is against records that are not those of the index that is there.
     """
     said = False
     while True:
         claims = Claims(task.directory)
         try:
-            if claims.alone() and claims.is_there():
+            alone = claims.alone() and claims.is_there()
+            if alone or (claims.share() and claims.is_there()):
                 found = _look(task)
-                plan = _planned(task, found, _recognise(task, found, known(found.runs, task.stamps, task.counts)))
-                _sweep_alone(task.directory, held)
-                index = found.index.fingerprint if found.index else None
-                if not plan.equals(read_plan(task.directory, digest_of(task.recipe), index)):
-                    plan.write(task.directory, digest_of(task.recipe), index)
-                if not _is_of(found.index, plan):
-                    claims.begin(plan)
-                claims.share()
-                yield claims, found, plan
-                return
-            if claims.is_there() and claims.share():
-                found = _look(task)
-                there = read_plan(task.directory, digest_of(task.recipe), found.index.fingerprint if found.index else None)
-                if there and there.is_of(task.stamps, task.counts):
-                    yield claims, found, there
-                    return
-                said = said or _say_waiting(task.directory)
+                plan = _replanned(task, found) if alone else _plan_of_others(task, found)
+                if plan:
+                    if found.index and not _is_of(found.index, plan):
+                        check(task.recipe | {"source": {}})
+                    if alone:
+                        _sweep_halves(task.directory, held)
+                        _begin(task, found, plan, claims)
+                    if claims.share():
+                        yield claims, found, plan
+                        return
+                else:
+                    said = said or _say_waiting(task.directory)
         finally:
             claims.leave()
         time.sleep(PAUSE)
 
 
-def _sweep_alone(directory: Path, held: int | None) -> None:
+def _replanned(task: Task, found: Found) -> Plan:
+    return _planned(task, found, _recognise(task, found, known(found.runs, task.stamps, task.counts)))
+
+
+def _plan_of_others(task: Task, found: Found) -> Plan | None:
+    plan = read_plan(task.directory, digest_of(task.recipe), found.index.fingerprint if found.index else None)
+    return plan if plan and plan.is_of(task.stamps, task.counts) else None
+
+
+def _begin(task: Task, found: Found, plan: Plan, claims: Claims) -> None:
+    """Leaves the plan to the others, in a directory that holds nothing but its shards and those of the index that is there.
+
+    What the last build replaced goes now: until now a training may have read it.
+    """
+    recipe, index = digest_of(task.recipe), found.index.fingerprint if found.index else None
+    changed = not _is_of(found.index, plan)
+    if changed or claims.begun:
+        of_index = found.index.shards["number"].tolist() if found.index else ()
+        _sweep(task.directory, {*plan.blocks["number"].tolist(), *of_index})
+    if not plan.equals(read_plan(task.directory, recipe, index)):
+        plan.write(task.directory, recipe, index)
+    if changed:
+        claims.begin(plan)
+
+
+def _sweep_halves(directory: Path, held: int | None) -> None:
     """Removes what processes that were killed left half written, and old arrays, where it is sure that no other one writes."""
-    if held is not None and excludes_others(held):
-        sweep(directory)
-        share(held)
+    if held is not None:
+        if excludes_others(held):
+            sweep(directory)
+        share(held)  # to have asked may have lost it
+
+
+def _changes(task: Task, index: Index, plan: Plan) -> str:
+    before = index.records + index.refused_count
+    kept = int(plan.counts(_blocks_of(index)).sum())
+    return f"{len(task.source) - kept} samples are new, {before - kept} of {before} are gone"
 
 
 def _say_changes(task: Task, found: Found, plan: Plan) -> None:
     if not found.index:
         return
-    before = found.index.records + found.index.refused_count
-    kept = int(plan.counts(_blocks_of(found.index)).sum())
-    changes = f"{len(task.source) - kept} samples are new, {before - kept} of {before} are gone"
-    if 2 * kept < before:
+    changes = _changes(task, found.index, plan)
+    if 2 * int(plan.counts(found.blocks).sum()) < found.index.records + found.index.refused_count:
         warn(f"{task.directory}: most of the data set has changed: {changes}")
     else:
         say(f"{task.directory}: the data set has changed: {changes}; only the shards that this changes are written")
@@ -404,7 +452,7 @@ def _encode_missing(task: Task, found: Found, plan: Plan, claims: Claims, proces
     """Has every shard of the plan complete, by this process or by others."""
     outcome, started = Outcome(), [time.monotonic()]
     counts = plan.counts(plan.blocks)
-    missing = np.flatnonzero(~_named(plan, found.index)) if found.index else np.arange(len(plan.blocks))
+    missing = np.flatnonzero(~np.isin(plan.blocks, _blocks_of(found.index))) if found.index else np.arange(len(plan.blocks))
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(int(counts[missing].sum()), "Encoding", "image", claims.done()))
         pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(max(task.config.dataloader_num_workers, 1)))
@@ -421,7 +469,7 @@ def _encode_missing(task: Task, found: Found, plan: Plan, claims: Claims, proces
                 progress.update(max(claims.done() - progress.done, 0))
 
         waiting = missing.tolist()
-        while waiting:
+        while waiting and claims.is_there():
             others = []
             for place in waiting:
                 if _entry(task, plan, claims, place) is None:
@@ -513,23 +561,28 @@ def _shard_with(task: Task, found: Found, block: np.void, path: Path, numbers: n
     return next((shard for shard in shards if shard and not len(np.setdiff1d(numbers, shard.here))), None)
 
 
-def _write_index(task: Task, found: Found, plan: Plan, claims: Claims, seconds: float) -> Index:
-    """Writes the index of shards that are all complete, and removes those that it does not name.
+def _write_index(task: Task, found: Found, plan: Plan, claims: Claims, seconds: float) -> Index | None:
+    """Writes the index of the shards; None where one is not complete after all.
 
     Raises:
-        UserError: no sample became a record; then no shard is left.
+        UserError: no sample became a record; then only shards of the index that is there are left.
     """
-    before = {int(entry["number"]): entry for entry in found.index.shards} if found.index else {}
-    shards = np.zeros(len(plan.blocks), ENTRY)
-    for place, block in enumerate(plan.blocks):
-        entry = before.get(int(block["number"]))
-        shards[place] = _entry(task, plan, claims, place) if entry is None else entry
+    before = dict(zip(_blocks_of(found.index).tolist(), found.index.shards, strict=True)) if found.index else {}
+    entries = [
+        before[block.item()] if block.item() in before else _entry(task, plan, claims, place)
+        for place, block in enumerate(plan.blocks)
+    ]
+    if any(entry is None for entry in entries):
+        return None
+    shards = np.array(entries, ENTRY)
     refusing = np.flatnonzero(shards["records"] < plan.counts(plan.blocks))
     paths = (task.directory / shard_name(number) for number in shards["number"][refusing])
     refused = add_refused(count_refused(Shard(path, task.encoding.record_spec, task.recipe).refused) for path in paths)
     if not shards["records"].any():
-        _sweep(task.directory, shards[:0])
-        (task.directory / SAMPLES).unlink(missing_ok=True)
+        _sweep(task.directory, {number for _, _, number in before})
+        claims.path.unlink()
+        if not before:
+            (task.directory / SAMPLES).unlink(missing_ok=True)
         raise UserError(none_usable(refused))
     made_by = tuple(dict.fromkeys([*found.made_by, _fingerprint(task, found)]))
     identity = task.recipe | {"source": {"content": content_of(shards), **task.subset}}
@@ -546,16 +599,15 @@ def _write_index(task: Task, found: Found, plan: Plan, claims: Claims, seconds: 
         encode_seconds=seconds,
         made_by=made_by if made_by != (digest_of(identity),) else (),
     )
+    index.check()
     plan.write(task.directory, digest_of(task.recipe), found.index.fingerprint if found.index else None, index.fingerprint)
     index.write(task.directory)
     say_refused(len(task.source), refused, task.directory)
     return index
 
 
-def _sweep(directory: Path, shards: np.ndarray) -> None:
-    """Removes the shards that an index does not name, and what processes shared while they built."""
-    named = set(shards["number"].tolist())
+def _sweep(directory: Path, numbers: set[int]) -> None:
+    """Removes the shards of other numbers."""
     for number in list(shards_in(directory)):
-        if number not in named:
+        if number not in numbers:
             (directory / shard_name(number)).unlink()
-    (directory / BUILDING).unlink(missing_ok=True)

@@ -8,7 +8,7 @@ Nothing here grows with the samples of a file: rows of a table that lie in one f
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from engine.tensors import TensorFile, bytes_of, header_of
 RUN = np.dtype([("stamp", np.uint64), ("offset", np.int64), ("first", np.int64), ("count", np.int64)])
 # A range of numbers, and the shard that covers it, by the number in its name.
 BLOCK = np.dtype([("first_sample", np.int64), ("samples", np.int64), ("number", np.int64)])
-_UNKNOWN = -1  # in the place of a number
+UNNUMBERED = -1  # in the place of a number
 _MOST = 2**40
 
 
@@ -153,7 +153,7 @@ def known(before: np.ndarray, stamps: np.ndarray, counts: np.ndarray) -> np.ndar
     file = np.repeat(np.arange(len(stamps)), pieces)
     within = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     runs = np.zeros(len(file), RUN)
-    runs["stamp"], runs["count"], runs["first"] = stamps[file], counts[file], _UNKNOWN
+    runs["stamp"], runs["count"], runs["first"] = stamps[file], counts[file], UNNUMBERED
     runs[same[file]] = before[(low[file] + within)[same[file]]]
     return runs
 
@@ -167,27 +167,32 @@ def recognised(runs: np.ndarray, contents: Iterator[bytes], numbers: dict[bytes,
     """
     found: list[tuple[int, int, int, int]] = []
     for run in runs:
-        if run["first"] != _UNKNOWN:
+        if run["first"] != UNNUMBERED:
             found.append(run.item())
             continue
         stamp, first_offset, _, count = run.item()
         begins = len(found)
         for offset in range(first_offset, first_offset + count):
             digest = next(contents)
-            number = numbers[digest].pop(0) if numbers.get(digest) else _UNKNOWN
+            number = numbers[digest].pop(0) if numbers.get(digest) else UNNUMBERED
             last = found[-1] if len(found) > begins else None
-            if last and number == (_UNKNOWN if last[2] == _UNKNOWN else last[2] + last[3]):
+            if last and number == (UNNUMBERED if last[2] == UNNUMBERED else last[2] + last[3]):
                 found[-1] = (*last[:3], last[3] + 1)
             else:
                 found.append((stamp, offset, number, 1))
     return np.array(found, RUN)
 
 
-def planned(runs: np.ndarray, blocks: np.ndarray, records: int) -> Plan:
+def planned(runs: np.ndarray, blocks: np.ndarray, records: int, taken: Collection[int] = ()) -> Plan:
     """The plan of runs of which some have numbers, and of blocks that are there: further samples are numbered from the last on,
-    and numbers that no block covers get blocks of `records`, each where it belongs."""
+    and numbers that no block covers get blocks of `records`, each where it belongs.
+
+    Args:
+        taken: numbers that no new block may have, beside those of the blocks, also of such as have no sample any more: an index
+            may name their shards.
+    """
     runs = runs.copy()
-    new = runs["first"] == _UNKNOWN
+    new = runs["first"] == UNNUMBERED
     ends = [int((table[name] + table[count]).max()) for table, name, count in (
         (blocks, "first_sample", "samples"), (runs[~new], "first", "count")) if len(table)]  # fmt: skip
     runs["first"][new] = max(ends, default=0) + np.cumsum(runs["count"][new]) - runs["count"][new]
@@ -201,10 +206,10 @@ def planned(runs: np.ndarray, blocks: np.ndarray, records: int) -> Plan:
     whole[: len(blocks)] = blocks
     if added:
         whole["first_sample"][len(blocks) :], whole["samples"][len(blocks) :] = np.concatenate(added).T
-    whole["number"][len(blocks) :] = _UNKNOWN
+    whole["number"][len(blocks) :] = UNNUMBERED
     whole = whole[np.argsort(whole["first_sample"], kind="stable")]
     whole = whole[Plan(runs, whole).counts(whole) > 0]
-    return Plan(runs, _numbered(whole))
+    return Plan(runs, _numbered(whole, {*taken, *blocks["number"].tolist()}))
 
 
 def _gaps(blocks: np.ndarray, ends: list[int]) -> list[tuple[int, int]]:
@@ -218,14 +223,13 @@ def _gaps(blocks: np.ndarray, ends: list[int]) -> list[tuple[int, int]]:
     return gaps
 
 
-def _numbered(blocks: np.ndarray) -> np.ndarray:
+def _numbered(blocks: np.ndarray, taken: set[int]) -> np.ndarray:
     """Blocks of which every one has a number for the name of its shard: that behind the one before it where it is free."""
-    unnamed = np.flatnonzero(blocks["number"] == _UNKNOWN)
+    last = max(taken, default=UNNUMBERED)
+    unnamed = np.flatnonzero(blocks["number"] == UNNUMBERED)
     if len(unnamed) and unnamed[0] == len(blocks) - len(unnamed):  # all of them behind the others
-        blocks["number"][unnamed] = np.arange(len(unnamed)) + blocks["number"].max(initial=-1) + 1
+        blocks["number"][unnamed] = np.arange(len(unnamed)) + last + 1
         return blocks
-    taken = set(blocks["number"].tolist())
-    last = max(taken)
     for place in unnamed.tolist():
         number = int(blocks["number"][place - 1]) + 1 if place else 0
         if number in taken:
