@@ -15,7 +15,7 @@ from engine.data.format.index import INDEX, Index
 from engine.data.format.reader import Shards
 from engine.data.format.shard import open_shard
 from engine.data.identity import without_source
-from engine.data.plan import read_plan
+from engine.data.plan import known, place_of, read_plan
 from engine.data.report import by_count
 from engine.data.sources import open_source
 from engine.errors import UserError, printable
@@ -93,14 +93,14 @@ def _file_of(directory: Path, index: Index, sample: int, name: str, given: dict[
             source = open_source(config, FAMILIES[config.family].captioned)
     except UserError as error:
         return f"unknown: {error}"
-    if name:
-        return f"{name} of {config.data}"
-    same, place = source.identity() == index.identity.get("source"), sample
+    place = None
     if plan := read_plan(directory, digest_of(without_source(index.identity)), index.fingerprint):
-        same, place = plan.is_of(*source.stamps()), plan.place(sample)
-    if not 0 <= place < len(source):
-        return "unknown: the data set has changed since"
-    return f"{source.name(place)} of {config.data}{'' if same else ' (of a data set that has changed since)'}"
+        place = place_of(sample, known(plan.runs, *source.stamps()))
+    elif source.identity() == index.identity.get("source"):
+        place = sample
+    if place is not None and place < len(source):
+        return f"{source.name(place)} of {config.data}"
+    return f"{name} when it was encoded" if name else f"unknown: {config.data} has changed since, or is a copy"
 
 
 def contact_sheet(directory: Path, index: Index, encoding: "Encoding", count: int) -> Image.Image:

@@ -58,11 +58,6 @@ class Plan:
         within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         return within + np.repeat(starts, lengths), within + np.repeat(places[part] + starts - firsts[part], lengths)
 
-    def place(self, number: int) -> int:
-        """Where in the source a sample of this number is; -1 where it is not."""
-        (places,) = self.samples(np.array([(number, 1, 0)], BLOCK)[0])[1:]
-        return int(places[0]) if len(places) else -1
-
     def counts(self, blocks: np.ndarray) -> np.ndarray:
         """How many samples blocks have: int64 [blocks]."""
         return self._below(blocks["first_sample"] + blocks["samples"]) - self._below(blocks["first_sample"])
@@ -156,6 +151,12 @@ def known(before: np.ndarray, stamps: np.ndarray, counts: np.ndarray) -> np.ndar
     runs["stamp"], runs["count"], runs["first"] = stamps[file], counts[file], UNNUMBERED
     runs[same[file]] = before[(low[file] + within)[same[file]]]
     return runs
+
+
+def place_of(number: int, runs: np.ndarray) -> int | None:
+    """Where in the source the sample of a number is, by runs of all that it has; None where they do not say."""
+    found = np.flatnonzero((runs["first"] >= 0) & (runs["first"] <= number) & (number < runs["first"] + runs["count"]))
+    return int(runs["count"][: found[0]].sum() + number - runs["first"][found[0]]) if len(found) else None
 
 
 def recognised(runs: np.ndarray, contents: Iterator[bytes], numbers: dict[bytes, list[int]]) -> np.ndarray:

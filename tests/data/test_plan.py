@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engine.data.plan import BLOCK, RUN, Plan, beside, known, planned, read_plan, recognised
+from engine.data.plan import BLOCK, RUN, Plan, beside, known, place_of, planned, read_plan, recognised
 from engine.data.sources.interface import told_apart
 
 
@@ -32,7 +32,7 @@ def test_samples_are_numbered_as_the_source_has_them_and_keep_their_numbers():
     assert grown.blocks.tolist() == [(0, 4, 0), (4, 3, 1), (7, 4, 2), (11, 4, 3), (15, 3, 4)]
     numbers, places = grown.samples(grown.blocks[0])
     assert (numbers.tolist(), places.tolist()) == ([3], [2])
-    assert [grown.place(number) for number in (0, 3, 7, 17)] == [-1, 2, 0, 14]
+    assert [place_of(number, grown.runs) for number in (0, 3, 7, 17)] == [None, 2, 0, 14]
     assert grown.counts(grown.blocks).tolist() == [1, 3, 4, 4, 3]
     less = planned(known(grown.runs, *files((1, 2))), grown.blocks, 4)
     assert less.blocks.tolist() == [(7, 4, 2)], "blocks without samples are gone"
