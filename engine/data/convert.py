@@ -34,6 +34,7 @@ from engine.data.format.index import (
 from engine.data.format.shard import (
     MOST_NUMBERS,
     Contents,
+    Header,
     Shard,
     check_numbers,
     check_offsets,
@@ -230,16 +231,19 @@ def _is_converted(output: Path, old: _Index) -> bool:
 
 def _write(directory: Path, old: _Index, output: Path, in_place: bool) -> None:
     fields = {name: field.to_field() for name, field in old.fields.items()}
+    taken = [int(found[1]) for entry in old.shards if (found := re.fullmatch(_NAME, entry.file))] if in_place else []
+    numbers = range(first := max(taken, default=-1) + 1, first + len(old.shards))
+    for number in numbers:
+        _refuse_foreign(output / shard_name(number), old.fingerprint)
     with Progress(len(old.shards), "Comparing digests", "shard") as bar:
         for entry in old.shards:
             with reading(directory / entry.file, BUILD_AGAIN):
                 if digest(directory / entry.file) != entry.sha256:
                     raise ValueError(f"its digest does not match {INDEX}")
             bar.update()
-    taken = [int(found[1]) for entry in old.shards if (found := re.fullmatch(_NAME, entry.file))] if in_place else []
     captions, entries, refused, first_sample = _Captions(fields), [], [], 0
     with Progress(len(old.shards), "Converting", "shard") as bar:
-        for number, entry in enumerate(old.shards, max(taken, default=-1) + 1):
+        for number, entry in zip(numbers, old.shards, strict=True):
             before = len(captions.texts)
             shard = _Shard(directory / entry.file, entry, fields, old.fingerprint, before + entry.caption_rows)
             captions.add(shard)
@@ -258,6 +262,18 @@ def _write(directory: Path, old: _Index, output: Path, in_place: bool) -> None:
         if index.refused_count != old.refused_count:
             raise ValueError(f"refused_count is {old.refused_count}, those in the shards are {index.refused_count}")
     index.write(output)
+
+
+def _refuse_foreign(path: Path, fingerprint: str) -> None:
+    """Raises `UserError` where what has the name of a new shard is none that a conversion of these shards left there."""
+    try:
+        said = Header.model_validate(read_header(path)[1])
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, RecursionError):
+        said = None
+    if said is None or said.fingerprint != fingerprint:
+        raise UserError(f"{path}: is no shard of these, and one is to be written there; move it, or name another --output")
 
 
 def _write_shard(path: Path, shard: _Shard, fields: dict[str, Field], captions: _Captions, covers: range) -> None:

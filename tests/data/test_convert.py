@@ -213,6 +213,22 @@ def test_shards_that_others_left_are_not_taken_over(old, tmp_path, monkeypatch):
     assert same(rows_of(old), before)
 
 
+def test_what_has_the_name_of_a_new_shard_and_is_none_is_kept(old, tmp_path):
+    lying = old / shard_name(4)
+    for make in (lambda: lying.write_bytes(b"precious"), lying.mkdir):
+        make()
+        with pytest.raises(UserError, match=f"{shard_name(4)}: is no shard of these"):
+            convert(old, old)
+        assert not (old / shard_name(3)).exists()
+        assert lying.is_dir() or lying.read_bytes() == b"precious"
+        lying.unlink() if lying.is_file() else lying.rmdir()
+    copy = shutil.copytree(old, tmp_path / "copy", ignore=shutil.ignore_patterns("index.json"))
+    before = contents(copy, "*")
+    with pytest.raises(UserError, match=f"{shard_name(0)}: is no shard of these"):
+        convert(old, copy)
+    assert contents(copy, "*") == before
+
+
 def test_captions_may_lie_in_more_shards_than_files_may_be_open(model, tmp_path):
     captions = [[f"{number}", *(f"{other}" for other in range(0, number, 5))] for number in range(30)]
     images = write_captions(tmp_path / "images", captions)
