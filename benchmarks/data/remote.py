@@ -125,7 +125,7 @@ def kills(directory: Path) -> dict[str, Any]:
             reader.join()
         corrupt += sum(digest(path) != path.stem for path in cache.glob("*.safetensors"))
         ShardsCache(cache)
-        left = [path.name for path in cache.iterdir() if path.suffix != ".safetensors"]
+        left = [path.name for path in cache.glob("*.partial")]
     return {"kills": KILLS, "in_the_middle_of_a_file": half_written, "corrupt_files": corrupt, "left": left}
 
 

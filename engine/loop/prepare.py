@@ -93,7 +93,7 @@ def _open_remote(config: TrainConfig) -> RangedShards | CachedShards:
     with busy(f"Reading the index of {config.shards_place}"):
         storage, check_rows = Storage(config.shards_address or ""), config.verify_shards != "none"
         if config.shards_cache is None:
-            return RangedShards(storage, check_rows)
+            return RangedShards(storage, check_rows, config.shuffle_window)
         cache = ShardsCache(Path(config.shards_cache), config.cache_bytes)
         shards = CachedShards(storage, cache, local_world(), check_rows)
     count = len(shards.index.shards)

@@ -127,10 +127,10 @@ def test_what_a_record_points_to_is_there(name, place, values, named, varied, mo
         ({}, {"image_rows": True}, "image_rows: Input should be a valid integer"),
         ({}, {"fingerprint": "0" * 64}, "fingerprint is 000"),
         ({}, {"checksum": "0" * 16}, "altered: what ties its rows to records"),
-        ({}, {"variants": 1}, "10 image rows for 5 records of 1"),
+        ({}, {"variants": 1}, "variants is 1, and 2 in index.json"),
         ({}, {"variants": 2**40}, "variants: Input should be less than or equal"),
         ({}, {"captions": -2}, "caption_numbers is no tensor of these shards"),
-        ({}, {"first_sample": 6}, "source points beyond the 5"),
+        ({}, {"first_sample": 6}, "first_sample is 6, and 5 in index.json"),
         ({}, {"samples": 6}, r"contents is U8 \[5, 16\]"),
         ({"contents": contents(6)}, {"samples": 6}, "samples is 6, and 5 in index.json"),
         ({"contents": contents(5, 2)}, {}, "a record is of a sample without a content"),
@@ -226,6 +226,7 @@ def test_an_image_has_as_many_rows_as_the_options_give_it(copy):
         ("captions", 0, "shard 1 has captions that have no field"),
         ("captions", -2, "shard 1 has not a caption for every record"),
         ("bytes", -1, "bytes of shard 1"),
+        ("bytes", 0, "shard 1 is no file of a shard"),
     ],
 )
 def test_the_index_is_checked_before_any_shard_is_opened(key, value, named, copy):

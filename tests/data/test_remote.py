@@ -26,6 +26,8 @@ from engine.diffusion import DiscreteSchedule, unweighted
 from engine.errors import UserError
 from engine.storage import Storage, StorageError, is_remote, shown
 from engine.tensors import read_header
+from tests.altered import say_of
+from tests.data.test_lies import whole_varied  # noqa: F401 - a fixture
 from tests.storage_server import serving
 
 SCHEDULE = DiscreteSchedule(torch.linspace(0.99, 0.01, 1000), "epsilon", unweighted)
@@ -40,7 +42,7 @@ def impatient(monkeypatch):
 
 
 def opened(way: str, address: str, cache, **options) -> Shards:
-    if way == "ranges":
+    if way != "cache":
         return RangedShards(Storage(address), **options)
     return CachedShards(Storage(address), ShardsCache(cache), 1, **options)
 
@@ -79,6 +81,27 @@ def test_rows_are_those_of_the_disk(way, window, shards, tmp_path):
         assert not {name for name, _ in server.asked} - {path.name for path in shards.iterdir()}
 
 
+@pytest.mark.parametrize(("heads", "check_rows"), [(1, True), (1, False), (2**26, True)])
+def test_what_leads_to_rows_is_kept_or_asked_for_with_them(heads, check_rows, shards, request, monkeypatch):
+    monkeypatch.setattr(remote, "HEADS", heads)
+    for directory in (shards, request.getfixturevalue("whole_varied")):
+        with serving(directory) as server:
+            assert_same(records(RangedShards(Storage(server.address), check_rows), None), records(Shards(directory), None))
+        heads = [name for name, (start, _) in server.asked if SHARD.match(name) and not start]
+        assert len(heads) == len(set(heads))
+
+
+def test_a_header_is_judged_before_it_is_followed(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "_HEADER", 2**12)
+    monkeypatch.setattr(remote, "HEADS", 1)
+    copy = shutil.copytree(shards, tmp_path / "shards")
+    for number in Index.read(copy).shards["number"]:
+        say_of(copy, number, {"other": torch.zeros(2**20)}, {})
+    with serving(copy) as server, pytest.raises(UserError, match="other is no tensor of these shards; put a whole copy there"):
+        records(RangedShards(Storage(server.address)))
+    assert {span for name, span in server.asked if SHARD.match(name)} == {(0, 2**12)}
+
+
 def passing(what):
     """Some answers about shards are wrong in one way, or each in another one."""
     faults = itertools.cycle(["cut", 500, "short", 429] if what == "all" else [what])
@@ -114,7 +137,7 @@ def test_what_does_not_pass_is_one_line(way, what, said, shards, tmp_path):
     with serving(shards, lambda name, *_: what if SHARD.match(name) else None) as server, pytest.raises(UserError) as error:
         records(opened(way, server.address, tmp_path))
     assert re.search(f"^{server.address}/{said}", str(error.value))
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("*.safetensors*"))
 
 
 @pytest.mark.parametrize(("name", "status"), [("index.json", 404), ("index-", 404), ("index.json", "cut"), ("index-", "wrong")])
@@ -125,8 +148,9 @@ def test_an_index_that_cannot_be_read_is_one_line(name, status, shards):
         assert "/tmp" not in str(error.value)
 
 
-@WAYS
-def test_a_row_that_is_altered_is_fetched_once_more_and_then_refused(way, shards, tmp_path):
+@pytest.mark.parametrize("way", ["ranges", "rows", "cache"])
+def test_a_row_that_is_altered_is_fetched_once_more_and_then_refused(way, shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "HEADS", 1 if way == "rows" else remote.HEADS)
     copy = shutil.copytree(shards, tmp_path / "shards")
     index = Index.read(copy)
     for entry in index.shards:
@@ -137,7 +161,7 @@ def test_a_row_that_is_altered_is_fetched_once_more_and_then_refused(way, shards
     ):
         records(opened(way, server.address, tmp_path / "cache"))
     if way == "cache":
-        assert not list((tmp_path / "cache").iterdir())
+        assert not list((tmp_path / "cache").glob("*.safetensors*"))
         assert len([name for name, _ in server.asked if name == str(error.value).split("/")[-1].split(":")[0]]) == 2
 
 

@@ -25,6 +25,10 @@ def opened(kept: ShardsCache, digest: str = DIGEST):
     return kept.open(digest, 1000, lambda: [CONTENTS[digest][:400], CONTENTS[digest][400:]])
 
 
+def names(directory) -> set[str]:
+    return {path.name.removesuffix(".safetensors") for path in directory.iterdir()} - {"room.lock"}
+
+
 def refused(*_) -> list[bytes]:
     raise AssertionError("fetched again")
 
@@ -37,7 +41,7 @@ def test_it_keeps_to_its_limit_and_to_what_is_read(tmp_path):
             assert file.read() == CONTENTS[digest]
             if number > 1:
                 file.close()
-        there = {path.name.split(".")[0] for path in tmp_path.iterdir()}
+        there = names(tmp_path)
     assert there == {digest for number, digest in enumerate(CONTENTS) if number in (0, 1, 5)}
 
 
@@ -50,17 +54,17 @@ def test_what_was_used_last_stays_and_is_the_same_file_as_before(tmp_path):
     opened(kept, first).close()
     assert (tmp_path / f"{first}.safetensors").stat().st_mtime_ns == before.st_mtime_ns
     opened(kept, third).close()
-    assert {path.stem for path in tmp_path.iterdir()} == {first, third}
+    assert names(tmp_path) == {first, third}
 
 
 def test_other_files_are_left_alone(tmp_path):
-    for name in ("model.safetensors", "poetry.lock", "room.lock", f"{DIGEST}.lock", f"{'A' * 64}.safetensors", "x.partial"):
+    for name in ("model.safetensors", "poetry.lock", f"{DIGEST}.lock", f"{'A' * 64}.safetensors", "x.partial"):
         (tmp_path / name).write_bytes(bytes(5000))
     before = sorted(tmp_path.iterdir())
     kept = ShardsCache(tmp_path, 1000)
     for digest in CONTENTS:
         opened(kept, digest).close()
-    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / f"{digest}.safetensors"])
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / f"{digest}.safetensors", tmp_path / "room.lock"])
 
 
 def _fetch(directory, barrier) -> None:
@@ -92,7 +96,7 @@ def test_processes_of_a_node_fetch_a_shard_once(tmp_path):
 def test_what_a_killed_process_left_is_removed(tmp_path):
     (tmp_path / f"{DIGEST}.safetensors.01234567.partial").write_bytes(b"half")
     ShardsCache(tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert not names(tmp_path)
 
 
 def test_a_process_that_hangs_holds_nobody_up(tmp_path, monkeypatch):
@@ -108,12 +112,10 @@ def test_a_process_that_hangs_holds_nobody_up(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="closed"):  # and waited for, until the end
             kept.open(DIGEST, 1000, refused)
         monkeypatch.setattr(cache, "PATIENCE", 0.1)
-        descriptor = os.open(tmp_path, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # nor does one that stopped while it was making room
-        kept = ShardsCache(tmp_path)
-        with opened(kept) as file:
-            assert file.read() == CONTENT
-        os.close(descriptor)
+        with (tmp_path / "room.lock").open("wb") as room:
+            fcntl.flock(room, fcntl.LOCK_EX)  # nor does one that stopped while it was making room
+            with opened(ShardsCache(tmp_path)) as file:
+                assert file.read() == CONTENT
 
 
 @pytest.mark.parametrize("allocated", [True, False])
@@ -134,7 +136,7 @@ def test_a_full_disk_is_told_from_storage_that_fails(allocated, tmp_path, monkey
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert not isinstance(error.value, StorageError)
         assert len(server.asked) == (0 if allocated else 1)
-    assert not list(kept.directory.iterdir())
+    assert not names(kept.directory)
 
 
 def test_a_directory_that_goes_away_is_made_again(tmp_path):

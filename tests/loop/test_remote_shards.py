@@ -72,7 +72,7 @@ def test_a_killed_run_leaves_nothing_half_written_in_the_cache(on_disk, shards, 
         kept = {path.stem: digest(path) for path in cache.glob("*.safetensors")}
         assert all(name == content for name, content in kept.items())
         assert train(run) == 0
-        assert {path.suffix for path in cache.iterdir()} == {".safetensors"}
+        assert {path.suffix for path in cache.iterdir()} == {".safetensors", ".lock"}
 
 
 @pytest.mark.parametrize(

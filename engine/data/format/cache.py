@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from engine.errors import UserError
-from engine.files import PARTIAL, digest, lock, open_regular, sync
+from engine.files import PARTIAL, digest, open_regular, sync
 
 PATIENCE = 60.0  # seconds that a process waits for another one that does not come on
 _POLL = 0.02  # seconds between two looks at what others do
-_SUFFIX = ".safetensors"
+_SUFFIX, _ROOM = ".safetensors", "room.lock"
 _OURS = re.compile(rf"[0-9a-f]{{64}}\{_SUFFIX}(\.[0-9a-f]{{8}}\{PARTIAL})?")
 
 Read = Callable[[], Iterable[bytes]]  # gives the bytes of an object, piece by piece
@@ -43,10 +43,9 @@ class ShardsCache:
         self._closed = threading.Event()
         self._trusted: set[int] = set()  # of other users' files, those that were found to be what they are called
         with self._on_the_disk(), self._alone():
-            if lock(directory) is not None:
-                raise UserError(
-                    f"{directory}: the file system there knows no locks; name a --shards_cache on a disk of this node"
-                )
+            if other := self._lock_room():
+                other.close()
+                raise UserError(f"{directory}: its file system knows no locks; name a --shards_cache on a disk of this node")
             self._sweep()
 
     def open(self, digest: str, size: int, read: Read) -> io.BufferedReader:
@@ -186,13 +185,21 @@ class ShardsCache:
     def _alone(self) -> Iterator[None]:
         """Keeps the others from beginning or removing files; only for so long, should one hang."""
         give_up = time.monotonic() + PATIENCE
-        while (descriptor := lock(self.directory)) is None and time.monotonic() < give_up and not self._closed.wait(_POLL):
+        while (room := self._lock_room()) is None and time.monotonic() < give_up and not self._closed.wait(_POLL):
             pass
-        try:
+        with room or contextlib.nullcontext():
             yield
-        finally:
-            if descriptor is not None:
-                os.close(descriptor)
+
+    def _lock_room(self) -> io.BufferedReader | None:
+        """The file that is locked by who begins and removes others, open and locked; None while it is somebody else."""
+        path = self.directory / _ROOM
+        with contextlib.suppress(FileExistsError), path.open("xb"):
+            pass
+        file = open_regular(path)  # for reading, as it may be another user's
+        if _locked(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB):
+            return file
+        file.close()
+        return None
 
     @contextlib.contextmanager
     def _on_the_disk(self) -> Iterator[None]:

@@ -402,6 +402,7 @@ def _check_table(shards: np.ndarray, stored: _StoredIndex) -> None:
             counts["first_sample"][1:] < (counts["first_sample"] + counts["samples"])[:-1],
             "does not go on from the samples of the shard before it",
         ),
+        (counts["bytes"] <= 8, "is no file of a shard: too few bytes"),
         (records > counts["samples"], "has more records than samples"),
         ((counts["variants"] == 0) & (records > 0), "has records without images"),
         ((captions != 0) & (not captioned) | (captions == 0) & captioned & (records > 0), "has captions that have no field"),

@@ -265,7 +265,10 @@ class Shards:
             others = opened[self._read_at[opened] < self._reads]
             oldest = others[np.argsort(self._read_at[others])]
             self._close(oldest[: max(excess, len(others) // 2)])
-        for _ in self._openers.map(self._open_all, np.array_split(missing, min(self.openers, len(missing)))):
+        self._open_side_by_side(missing)
+
+    def _open_side_by_side(self, missing: np.ndarray) -> None:
+        for _ in self._openers.map(self._open_all, np.array_split(missing, max(min(self.openers, len(missing)), 1))):
             pass
 
     def _open_all(self, numbers: np.ndarray) -> None:

@@ -22,22 +22,34 @@ from torch import Tensor
 
 from engine.data.format.cache import ShardsCache
 from engine.data.format.gather import checksums_of
-from engine.data.format.index import BUILD_AGAIN, FORMAT_VERSION, INDEX, TEXTS, Index, read_json, shard_name
+from engine.data.format.index import (
+    BUILD_AGAIN,
+    CHECKSUMS,
+    CONTENT,
+    FORMAT_VERSION,
+    INDEX,
+    NUMBERS,
+    VARYING,
+    Index,
+    read_json,
+    shard_name,
+)
 from engine.data.format.reader import Rest, Rows, Shards, identity_of
-from engine.data.format.shard import LARGEST_HEADER, open_shard
+from engine.data.format.shard import LARGEST_HEADER, Shard, open_shard
 from engine.errors import UserError
 from engine.files import LARGEST_TEXT
 from engine.storage import CONNECTIONS, Storage, StorageError
-from engine.tensors import bytes_of, read_header
+from engine.tensors import bytes_of
 
 WHOLE_COPY = "put a whole copy there"
 FETCHERS = 4  # threads that fetch whole shards
 MEMORY = 2**28  # bytes of rows that are on their way, or there before they are asked for
-HEADS = 2**26  # bytes of what else is kept of shards whose rows are read
+HEADS = 2**26  # bytes of what else is kept of shards whose rows are read, or read to judge them
 GAP = 2**16  # bytes between two ranges that are read with them: sooner there than another answer
-GAP_ROWS = 3  # that are read with rows at the most, so that they take no memory to speak of
+GAP_ROWS, GAP_BYTES = 3, 2**12  # that are read with rows at the most, so that they take no memory to speak of
 LONGEST = 2**23  # bytes of a range of rows
 _HEADER = 2**14  # bytes that a shard's header is thought to take
+_LARGEST_GUESS = 2**20  # bytes that are asked for before the header is judged, and with it
 
 
 class _Refused(UserError):
@@ -124,11 +136,13 @@ class _RemoteShards(Shards):
         if self._files[number] >= 0:
             self._close(np.array([number]))
 
-    def _judge(self, number: int, descriptor: int) -> None:
+    def _judge(self, number: int, descriptor: int, fetch: Callable[[Shard], None] = lambda shard: None) -> None:
         path = Path(f"/proc/self/fd/{descriptor}")
         try:
             with self._speaking_of(str(path), self._name(number)):
-                shard = open_shard(self.directory, self.index, number, path)
+                shard = open_shard(self.directory, self.index, number, path, fetch)
+        except StorageError:
+            raise
         except UserError as error:
             raise _Refused(number, *error.lines) from None
         for name, starts in self._starts.items():
@@ -164,7 +178,7 @@ class CachedShards(_RemoteShards):
     def close(self) -> None:
         super().close()
         self.cache.close()
-        self._fetchers.shutdown(wait=False, cancel_futures=True)
+        self._fetchers.shutdown(cancel_futures=True)  # what they have begun to write is removed
 
     def expect(self, records: Tensor) -> None:
         shards = np.searchsorted(self._first_records, records.numpy(), side="right") - 1
@@ -209,20 +223,31 @@ class CachedShards(_RemoteShards):
 class RangedShards(_RemoteShards):
     """Nothing on a disk: of a shard what leads to its rows, in memory, and of its rows those that are soon asked for.
 
+    Where that does not fit of the shards that are read at a time, it is judged once, and then asked for row by row.
+
     How many bytes of rows are on their way is measured: from two micro-batches on twice as many, up to `MEMORY`, while rows
     are waited for and come faster by it. So it ends at what the storage gives, times what it takes to answer.
+
+    Args:
+        window: how many shards are read at a time; None for all.
     """
 
     openers = CONNECTIONS
 
-    def __init__(self, storage: Storage, check_rows: bool = True) -> None:
+    def __init__(self, storage: Storage, check_rows: bool = True, window: int | None = None) -> None:
         super().__init__(storage, check_rows)
         self._ready: dict[str, _Ranges] | None = None  # rows of the micro-batch that is being gathered
+        # A header, and numbers of eight bytes: sources, checksums of rows, and what leads to these where it varies.
         table = self.index.shards
-        counted = ("records", *(f"{field.per}_rows" for field in self.fields.values()))
-        # A header, and numbers of eight bytes: the sources, checksums of rows, and what leads to these where it varies.
-        self._head_bytes = min(_HEADER + 8 * sum(int(table[name].max()) for name in counted), HEADS)
-        self._most_open = min(self._most_open, max(HEADS // self._head_bytes, 16))
+        varying = 4 * bool(np.any((table["variants"] == VARYING) | (table["captions"] == VARYING)))
+        counted = ("records", *(f"{field.per}_rows" for field in self.fields.values()), *varying * ("records",))
+        numbers = 8 * sum(int(table[name].max()) for name in counted)
+        head = _HEADER + numbers + CONTENT * int(table["samples"].max())
+        self._most_open = min(self._most_open, HEADS // head)
+        self.openers = min(CONNECTIONS, max(HEADS // head, 1))
+        count = len(table)
+        self._keeps_heads = min(2 * window if window else count, count) <= self._most_open
+        self._first_bytes = min(_HEADER + numbers * self._keeps_heads, _LARGEST_GUESS)
         self._pool = concurrent.futures.ThreadPoolExecutor(CONNECTIONS, "fetch rows")
         self._row_bytes = sum(field.row_bytes for field in self.fields.values())
         self._depth = self._taken = 0  # bytes on their way, and those gathered since `_since`
@@ -257,6 +282,17 @@ class RangedShards(_RemoteShards):
             yield rows | {"group": torch.tensor(number)}, rest
         del self._groups[number]
 
+    @property
+    def found_together(self) -> int:
+        return super().found_together if self._keeps_heads else 2**62
+
+    def _open(self, shards: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        if self._keeps_heads:
+            yield from super()._open(shards)
+            return
+        self._open_side_by_side(np.unique(shards[self._starts["source"][shards] == 0]))
+        yield np.arange(len(shards)), self._files[shards]
+
     def _ask(self, batches: list[Rows]) -> dict[str, "_Ranges"]:
         """Asks for all rows of micro-batches."""
         shards = np.concatenate([rows["shard"].numpy() for rows in batches])
@@ -264,11 +300,16 @@ class RangedShards(_RemoteShards):
         for name, field in self.fields.items():
             numbers = np.concatenate([rows[field.per].numpy() for rows in batches])
             found[name] = _Ranges(shards, numbers, field.row_bytes)
+            if self.check_rows and not self._keeps_heads:
+                found[f"{CHECKSUMS}{name}"] = _Ranges(shards, numbers, 8)
+        self._fetch_rows(shards, found)
+        return found
+
+    def _fetch_rows(self, shards: np.ndarray, found: dict[str, "_Ranges"]) -> None:
         for part, _ in self._open(shards):
             opened = np.unique(shards[part])
             for name, ranges in found.items():
                 ranges.fetch(opened, lambda *run, name=name: self._pool.submit(self._fetch, name, *run))
-        return found
 
     def _fetch(self, name: str, shard: int, row: int, target: Tensor) -> None:
         """Reads rows of a field from number `row` on into `target`, uint8 [rows, bytes]."""
@@ -289,17 +330,18 @@ class RangedShards(_RemoteShards):
     def _read(
         self, name: str, shards: np.ndarray, offsets: np.ndarray, size: int, out: Tensor, sums: Tensor | None = None
     ) -> None:
-        if name not in self.fields:
+        if self._keeps_heads and name not in self.fields:
             super()._read(name, shards, offsets, size, out, sums)
             return
-        numbers = offsets // size
-        if self._ready:
-            ranges = self._ready[name]
-        else:
-            ranges = _Ranges(shards, numbers, size)
-            for part, _ in self._open(shards):
-                ranges.fetch(np.unique(shards[part]), lambda *run: self._pool.submit(self._fetch, name, *run))
-        waited = ranges.take(shards, numbers, bytes_of(out).view(len(out), -1))
+        row_bytes = self.fields[name].row_bytes if name in self.fields else 8
+        count = size // row_bytes  # of numbers several are read from one on
+        numbers = (offsets[:, None] // row_bytes + np.arange(count)).ravel()
+        shards = np.repeat(shards, count)
+        ranges = self._ready.get(name) if self._ready else None
+        if ranges is None:
+            ranges = _Ranges(shards, numbers, row_bytes)
+            self._fetch_rows(shards, {name: ranges})
+        waited = ranges.take(shards, numbers, bytes_of(out).view(-1, row_bytes))
         if sums is not None:
             sums.copy_(checksums_of(out))
         self._taken += out.nbytes
@@ -316,38 +358,38 @@ class RangedShards(_RemoteShards):
 
     def _forget(self, number: int) -> None:
         super()._forget(number)
+        self._starts["source"][number] = 0
         self._ready = None
 
     def _open_one(self, number: int) -> None:
-        descriptor = os.memfd_create(self._name(number), os.MFD_CLOEXEC)
-        try:
-            self._fetch_head(number, descriptor)
-            self._judge(number, descriptor)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        self._files[number] = descriptor
-
-    def _fetch_head(self, number: int, descriptor: int) -> None:
-        """Reads of a shard all but its fields and texts into a sparse file, at their places."""
-        size = int(self.index.shards["bytes"][number])
-        os.ftruncate(descriptor, size)
+        """Reads of a shard its header, and, once that is judged, what leads to its rows, into a sparse file at their places."""
+        name, size = self._name(number), int(self.index.shards["bytes"][number])
+        there = 0  # of what is wanted, all up to here was read
 
         def fetch(start: int, end: int) -> None:
-            os.pwrite(descriptor, self.storage.read(self._name(number), start, end), start)
+            nonlocal there
+            if (start := max(start, there)) < end:
+                for piece in self.storage.pieces(name, start, end):
+                    start += os.pwrite(descriptor, piece, start)
+                there = end
 
-        fetch(0, there := min(size, self._head_bytes))
-        (length,) = struct.unpack("<Q", os.pread(descriptor, 8, 0)) if size >= 8 else (0,)
-        if there < 8 + length <= min(size, LARGEST_HEADER):
-            fetch(there, 8 + length)
-        header: dict[str, Any] = {}
-        data = 0
-        with contextlib.suppress(ValueError, RecursionError):  # what is no shard is refused when it is judged
-            header, _, data = read_header(Path(f"/proc/self/fd/{descriptor}"))
-        needed = (header[name]["data_offsets"] for name in header if name not in self.fields and name not in TEXTS)
-        for start, end in _joined((data + start, data + end) for start, end in needed):
-            if there < end <= start + LARGEST_TEXT:
-                fetch(max(start, there), end)
+        def fetch_numbers(shard: Shard) -> None:
+            header, first = shard.file.header, shard.file.data_start
+            wanted = (of for of in header if of in NUMBERS or (self._keeps_heads and of.startswith(CHECKSUMS)))
+            for start, end in _joined(header[of]["data_offsets"] for of in wanted):
+                fetch(first + start, first + end)
+
+        descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(descriptor, size)
+            fetch(0, min(size, self._first_bytes))
+            (length,) = struct.unpack("<Q", os.pread(descriptor, 8, 0))
+            fetch(0, min(8 + length, size, LARGEST_HEADER))
+            self._judge(number, descriptor, fetch_numbers)
+            if self._keeps_heads:
+                self._files[number] = os.dup(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 class _Ranges:
@@ -356,7 +398,7 @@ class _Ranges:
     def __init__(self, shards: np.ndarray, numbers: np.ndarray, row_bytes: int) -> None:
         keys = np.unique(_keys(shards, numbers))
         longest = max(LONGEST // row_bytes, 1)
-        far = np.diff(keys) > 1 + min(GAP // row_bytes, GAP_ROWS)
+        far = np.diff(keys) > 1 + min(GAP // row_bytes, max(GAP_BYTES // row_bytes, GAP_ROWS))
         begins = np.flatnonzero(np.append(True, far))
         ends = keys[np.append(begins[1:] - 1, len(keys) - 1)] + 1
         counts = -(-(ends - keys[begins]) // longest)  # of pieces that each is divided into

@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -202,6 +202,7 @@ class Shard:
 
     Args:
         identity: of the index, as far as it is known, which says how many rows an image has and what these depend on.
+        accept: is given it once its header is judged, before anything else of it is read.
 
     said: what its header says of it.
     numbers: the tensors that tie rows to records.
@@ -210,12 +211,19 @@ class Shard:
         UserError: what it says is not so; also by `texts`, `refused` and `text`.
     """
 
-    def __init__(self, path: Path, fields: dict[str, Field], identity: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        fields: dict[str, Field],
+        identity: dict[str, Any],
+        accept: Callable[["Shard"], None] = lambda shard: None,
+    ) -> None:
         self.path, self.fields, self.identity = path, fields, identity
         with reading(path, BUILD_AGAIN):
             self.file = TensorFile(path, LARGEST_HEADER)
             self.said = Header.model_validate(self.file.metadata)
             self._check_tensors()
+            accept(self)
             self.numbers = {name: self.file.tensor(name) for name in NUMBERS if name in self.file.header}
             if checksum_of(NUMBERS, self.numbers) != self.said.checksum:
                 raise ValueError("altered: what ties its rows to records does not match the checksum in its header")
@@ -275,10 +283,9 @@ class Shard:
         return self.file.data_start + described["data_offsets"][0] if described else 0
 
     def agree(self, entry: np.void, made_by: Collection[str]) -> None:
-        """Raises `UserError` where the index says something else of this shard."""
-        found = self.said.model_dump() | {"bytes": self.file.size, "contents": self.content.hex()}
-        indexed = {name: entry[name].item() for name in found if ENTRY.fields and name in ENTRY.fields and name != "contents"}
-        indexed["contents"] = entry["contents"].tobytes().hex()
+        """Raises `UserError` where the index says something else of this shard than its header."""
+        found = self.said.model_dump() | {"bytes": self.file.size}
+        indexed = {name: entry[name].item() for name in found if ENTRY.fields and name in ENTRY.fields}
         indexed["fingerprint"] = found["fingerprint"] if found["fingerprint"] in made_by else " or ".join(made_by)
         for name, value in indexed.items():
             if (said := found[name]) != value:
@@ -449,16 +456,25 @@ def entry_of(shard: Shard, number: int) -> tuple:
     return tuple(said[name] for name in ENTRY.names or ())
 
 
-def open_shard(directory: Path, index: Index, number: int, path: Path | None = None) -> Shard:
+def open_shard(
+    directory: Path, index: Index, number: int, path: Path | None = None, fetch: Callable[[Shard], None] = lambda shard: None
+) -> Shard:
     """Shard `number` of those in an index, as that describes it.
 
     Args:
         path: its file, where that has not its name in the directory.
+        fetch: brings its `numbers` there, where so far there is its header alone.
 
     Raises:
         UserError: it is not.
     """
     entry = index.shards[number]
-    shard = Shard(path or directory / shard_name(entry["number"]), index.fields, index.identity)
-    shard.agree(entry, (*index.made_by, index.fingerprint))
+
+    def accept(shard: Shard) -> None:
+        shard.agree(entry, (*index.made_by, index.fingerprint))
+        fetch(shard)
+
+    shard = Shard(path or directory / shard_name(entry["number"]), index.fields, index.identity, accept)
+    if (found := shard.content.hex()) != (indexed := entry["contents"].tobytes().hex()):
+        raise UserError(f"{shard.path}: contents is {found}, and {indexed} in {INDEX}; {BUILD_AGAIN}")
     return shard
