@@ -77,7 +77,7 @@ def records_of(directory: Path) -> Counter[tuple[int, int]]:
     assert verify(directory, index, range(len(index.shards)), rows=True) == {}
     found: Counter[tuple[int, int]] = Counter()
     for number in index.shards["number"].tolist():
-        shard = Shard(directory / shard_name(number), index.fields)
+        shard = Shard(directory / shard_name(number), index.fields, index.identity)
         values, captions = shard.file.tensor("value"), shard.file.tensor("text")
         for record, sample in enumerate(shard.numbers["source"].tolist()):
             value = round(float(values[shard.image_rows(record).start]) - sample / 1000, 2)
