@@ -40,6 +40,10 @@ def build_command(arguments: list[str]) -> int:
     return 0
 
 
+def _given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, str]:
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
+
+
 def local(text: str) -> Path:
     """What reads a directory of this machine for a `Parser`."""
     if is_remote(text):
@@ -72,12 +76,19 @@ def convert_command(arguments: list[str]) -> int:
     parser.add_argument(
         "--output", type=local, help="a directory for the new ones (default: the same; they take the place of the old ones)"
     )
+    for name in (*_DATA, "cache_dir"):
+        parser.add_argument(
+            f"--{name}",
+            help="the data set as it was: its files are read, so that the shards grow as others do",
+        )
     options = parser.parse_args(arguments)
+    from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     from engine.data.convert import convert
-    from engine.data.describe import summary
+    from engine.data.describe import DATA, summary
 
+    quiet_libraries()
     output = options.output or options.directory
-    print(summary(output, convert(options.directory, output)))
+    print(summary(output, convert(options.directory, output, _given(options, DATA))))
     return 0
 
 
@@ -99,14 +110,11 @@ def info_command(arguments: list[str]) -> int:
     from engine.data.describe import contact_sheet, summary
     from engine.data.format.index import INDEX, Index
 
-    def given(names: Iterable[str]) -> dict[str, str]:
-        return {name: value for name in names if (value := getattr(options, name)) is not None}
-
     index = Index.read(options.directory)
     if options.record is not None:
         from engine.data.describe import DATA, describe_record
 
-        print(describe_record(options.directory, index, options.record, given(DATA)))
+        print(describe_record(options.directory, index, options.record, _given(options, DATA)))
         return 0
     if options.refused:
         from engine.data.describe import list_refused
@@ -115,7 +123,7 @@ def info_command(arguments: list[str]) -> int:
             print(line)
         return 0
     output = options.output or options.directory / "contact-sheet.png"
-    models = given(_MODELS)
+    models = _given(options, _MODELS)
     if options.records and models:
         check_picture("--output", output)
     print(summary(options.directory, index))

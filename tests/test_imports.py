@@ -11,7 +11,7 @@ LAYERS = [
     "engine.philox", "engine.diffusion", "engine.kernels", "engine.data.format", "engine.data.samples",
     "engine.data.transforms", "engine.data.report", "engine.data.sources", "engine.models", "engine.data.identity",
     "engine.data.plan", "engine.data.claims", "engine.data.records",
-    "engine.data.encode", "engine.data.convert", "engine.data.describe", "engine.data", "engine.loop", "engine.run",
+    "engine.data.encode", "engine.data.describe", "engine.data.convert", "engine.data", "engine.loop", "engine.run",
     "engine.shards", "engine.cache", "engine.checkpoint", "engine.sample", "engine.export", "benchmarks.tools", "benchmarks",
 ]  # fmt: skip
 # Folders -> what their files import of the project at the most; questions import tools and never each other.

@@ -1,5 +1,6 @@
 """Shards of version 1 written again as version 2: the same records, rows, fingerprint and identity, without an encoder."""
 
+import concurrent.futures
 import contextlib
 import os
 import re
@@ -12,9 +13,11 @@ from annotated_types import Ge, Le
 from pydantic import AfterValidator, ConfigDict, StringConstraints, model_validator
 from torch import Tensor
 
+from engine.data.describe import open_as_built
 from engine.data.format.gather import best_gather
 from engine.data.format.index import (
     BUILD_AGAIN,
+    CONTENT,
     ENTRY,
     FORMAT_VERSION,
     INDEX,
@@ -42,9 +45,10 @@ from engine.data.format.shard import (
     is_written,
     write_shard,
 )
+from engine.data.sources.interface import Source
 from engine.errors import UserError
 from engine.files import digest, excludes_others, lock, open_regular, reading
-from engine.messages import Progress
+from engine.messages import Progress, say
 from engine.tensors import DTYPES, TensorFile, read_header
 
 _OF_RECORDS = ("source", "image_offsets", "caption_offsets", "caption_numbers")
@@ -178,8 +182,12 @@ class _Captions:
         return rows
 
 
-def convert(directory: Path, output: Path) -> Index:
+def convert(directory: Path, output: Path, given: dict[str, str] | None = None) -> Index:
     """Writes the shards of a directory as version 2; a conversion that was interrupted is gone on with.
+
+    Args:
+        given: options that name the data set, as it was when they were built; its files are read, and their digests written
+            down. None where the shards shall know none.
 
     Within the same directory the new shards have numbers that are not taken; the new index takes the place of the old one at
     once, and then the old shards are removed.
@@ -203,7 +211,9 @@ def convert(directory: Path, output: Path) -> Index:
         if alone:
             sweep(output)
         if old and (in_place or not _is_converted(output, old)):
-            _write(directory, old, output, in_place)
+            _write(directory, old, output, in_place, _source_of(directory, old, given) if given else None)
+        elif given:
+            say(f"{output}: the shards were converted before; what they know of the data set stays as it is")
         index = Index.read(output)
         if in_place:
             _remove_old(output, index.fingerprint)
@@ -229,7 +239,30 @@ def _is_converted(output: Path, old: _Index) -> bool:
     raise UserError(f"{output}: shards are there already; name another --output")
 
 
-def _write(directory: Path, old: _Index, output: Path, in_place: bool) -> None:
+def _source_of(directory: Path, old: _Index, given: dict[str, str]) -> Source:
+    """The data set that the shards of a directory were built of.
+
+    Raises:
+        UserError: the one that is given is another, or has changed.
+    """
+    config, source = open_as_built(directory, old.config, given)
+    if source.identity() != old.identity.get("source") or len(source) != old.records + old.refused_count:
+        raise UserError(
+            f"{config.data}: is not, or no longer, what the shards of {directory} were built of; give that, as it was, or none"
+        )
+    return source
+
+
+def _contents_of(source: Source, covers: range, captioned: bool) -> np.ndarray:
+    """Digests of what samples hold: uint8 [samples, CONTENT]."""
+    from engine.data.records import read_sample  # whose libraries take seconds
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        digests = pool.map(lambda place: read_sample(source, place, captioned).content, covers)
+        return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, CONTENT)
+
+
+def _write(directory: Path, old: _Index, output: Path, in_place: bool, source: Source | None) -> None:
     fields = {name: field.to_field() for name, field in old.fields.items()}
     taken = [int(found[1]) for entry in old.shards if (found := re.fullmatch(_NAME, entry.file))] if in_place else []
     numbers = range(first := max(taken, default=-1) + 1, first + len(old.shards))
@@ -249,7 +282,11 @@ def _write(directory: Path, old: _Index, output: Path, in_place: bool) -> None:
             captions.add(shard)
             covers = range(first_sample, first_sample := first_sample + len(shard.source) + len(shard.said.refused))
             path = output / shard_name(number)
-            _write_shard(path, shard, fields, captions, covers)
+            with reading(directory / INDEX, BUILD_AGAIN):
+                if first_sample > old.records + old.refused_count:
+                    raise ValueError(f"refused_count is {old.refused_count}, those in the shards are more")
+            digests = _contents_of(source, covers, bool(captions.fields)) if source else None
+            _write_shard(path, shard, fields, captions, covers, digests)
             entries.append(entry_of(Shard(path, fields, old.identity), number))
             refused += shard.said.refused
             bar.update()
@@ -276,7 +313,9 @@ def _refuse_foreign(path: Path, fingerprint: str) -> None:
         raise UserError(f"{path}: is no shard of these, and one is to be written there; move it, or name another --output")
 
 
-def _write_shard(path: Path, shard: _Shard, fields: dict[str, Field], captions: _Captions, covers: range) -> None:
+def _write_shard(
+    path: Path, shard: _Shard, fields: dict[str, Field], captions: _Captions, covers: range, digests: np.ndarray | None
+) -> None:
     """Writes one shard, unless a conversion left that very one, with those captions that its records have, in the order in
     which they first appear in it."""
     row_of = {number: row for row, number in enumerate(dict.fromkeys(shard.numbers.tolist()))}
@@ -290,6 +329,7 @@ def _write_shard(path: Path, shard: _Shard, fields: dict[str, Field], captions: 
         captions=[[row_of[number] for number in of.tolist()] for of in shard.numbers.split(shard.lengths)],
         texts=[captions.texts[number] for number in row_of],
         refused=shard.said.refused,
+        contents=digests,
     )
     if not is_written(path, rows, contents, shard.said.fingerprint):
         write_shard(path, rows, contents, shard.said.fingerprint)

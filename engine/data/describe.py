@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -18,6 +18,7 @@ from engine.data.identity import without_source
 from engine.data.plan import known, place_of, read_plan
 from engine.data.report import by_count
 from engine.data.sources import open_source
+from engine.data.sources.interface import Source
 from engine.errors import UserError, printable
 from engine.files import digest_of, reading
 from engine.picture import labelled_grid
@@ -87,10 +88,7 @@ def _file_of(directory: Path, index: Index, sample: int, name: str, given: dict[
     if not given.keys() & {"dataset_name", "train_data_dir"}:
         return name or "give the data set to name it: --train_data_dir or --dataset_name"
     try:
-        with reading(directory / INDEX, "build the shards again"):
-            built = {key: value for key, value in index.config.items() if key not in DATA}
-            config = load(CacheConfig, built | given, str(directory / INDEX))
-            source = open_source(config, FAMILIES[config.family].captioned)
+        config, source = open_as_built(directory, index.config, given)
     except UserError as error:
         return f"unknown: {error}"
     place = None
@@ -101,6 +99,18 @@ def _file_of(directory: Path, index: Index, sample: int, name: str, given: dict[
     if place is not None and place < len(source):
         return f"{source.name(place)} of {config.data}"
     return f"{name} when it was encoded" if name else f"unknown: {config.data} has changed since, or is a copy"
+
+
+def open_as_built(directory: Path, built: dict[str, Any], given: dict[str, str]) -> tuple[CacheConfig, Source]:
+    """The data set that is given, opened with all other options as the index of a directory has them.
+
+    Raises:
+        UserError: it cannot be.
+    """
+    with reading(directory / INDEX, "build the shards again"):
+        others = {key: value for key, value in built.items() if key not in DATA}
+        config = load(CacheConfig, others | given, str(directory / INDEX))
+        return config, open_source(config, FAMILIES[config.family].captioned)
 
 
 def contact_sheet(directory: Path, index: Index, encoding: "Encoding", count: int) -> Image.Image:

@@ -284,7 +284,9 @@ def _planned(task: Task, found: Found, runs: np.ndarray) -> Plan:
     blocks = found.blocks.copy()
     if len(blocks) and not there.counts(blocks).any():
         if found.index:
-            raise _built_otherwise(task, "other files or rows of data")
+            converted = "content" not in found.index.identity.get("source", {})
+            once = "; converted shards know of files only what a first build on the data set as it was wrote down"
+            raise _built_otherwise(task, f"other files or rows of data{once if converted else ''}")
         blocks = blocks[:0]
     if found.index:  # whose shards stay what they are: those that lose samples are written anew, under other numbers
         begun = {(first, samples): number for first, samples, number in found.planned[~np.isin(found.planned, blocks)].tolist()}

@@ -284,6 +284,29 @@ def test_shards_that_were_converted_grow(model, images, shards, encoded, tmp_pat
     assert texts_of(tmp_path / "old") == [*"bcdefghijkl", "new.png"]
 
 
+def test_shards_that_were_converted_with_their_data_set_are_as_any_others(model, images, encoded, tmp_path, capsys):
+    (images / "3.png").write_bytes(b"no image")
+    built, old, copy = (tmp_path / name for name in ("built", "old", "copy"))
+    build(model, images, built)
+    as_built_before(built)
+    write_version_1(built, old)
+    shutil.copytree(images, copy, copy_function=shutil.copyfile)
+    with pytest.raises(UserError, match=f"{copy}: is not, or no longer, what the shards of"):
+        convert(old, old, {"train_data_dir": str(copy)})
+    index = convert(old, old, {"train_data_dir": str(images)})
+    assert index.fingerprint == Index.read(built).fingerprint
+    for name, other in zip(sorted(contents(old)), sorted(contents(built)), strict=True):
+        ours, theirs = (Shard(path, index.fields, index.identity) for path in (old / name, built / other))
+        assert torch.equal(ours.numbers["contents"], theirs.numbers["contents"])
+    convert(old, old, {"train_data_dir": str(images)})
+    assert "what they know of the data set stays" in capsys.readouterr().err
+    add(copy, "new.png")
+    encoded.clear()
+    build(model, copy, old)
+    assert encoded == [1]
+    assert texts_of(old) == [*"abcefghijkl", "new.png"]
+
+
 @pytest.mark.parametrize("crops", ["--random_crops=2", "--center_crop"])
 def test_other_crops_are_another_fingerprint(crops, model, images, tmp_path):
     few = write_captions(tmp_path / "few", list("cde"))
@@ -305,7 +328,7 @@ def test_what_was_converted_is_told_from_other_data_when_it_has_grown(model, tmp
         write_version_1(tmp_path / name / "new", tmp_path / name / "old")
         convert(tmp_path / name / "old", tmp_path / name / "old")
         add(images, "new.png")
-        with pytest.raises(UserError):
+        with pytest.raises(UserError, match="only what a first build on the data set as it was wrote down"):
             build(model, images, tmp_path / name / "old", "--center_crop")
         remove(images, "new.png")
         build(model, images, tmp_path / name / "old", "--center_crop")
