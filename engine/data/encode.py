@@ -34,7 +34,7 @@ from engine.data.format.index import (
 )
 from engine.data.format.shard import Header, Shard, entry_of, open_shard, without_samples, write_shard
 from engine.data.identity import differences, recipe_of, without_source
-from engine.data.plan import BLOCK, RUN, UNNUMBERED, Plan, beside, known, planned, read_plan, recognised
+from engine.data.plan import BLOCK, RUN, UNNUMBERED, Plan, begun_with, beside, known, planned, read_plan, recognised
 from engine.data.records import Outcome, all_refused, encode_shard, none_usable, read_sample, strict
 from engine.data.report import describe_refused, say_refused
 from engine.data.sources.interface import Source
@@ -176,11 +176,13 @@ def _look(task: Task) -> Found:
     """What is in the directory of the shards.
 
     Raises:
-        UserError: a complete build of something else.
+        UserError: a build of something else.
     """
     recipe = digest_of(task.recipe)
     index = Index.read(task.directory) if (task.directory / INDEX).exists() else None
     plan = read_plan(task.directory, recipe, index.fingerprint if index else None)
+    if not index and begun_with(task.directory) not in (None, recipe):
+        _refuse_begun(task, "other options or models")
     if index:
         _refuse_other(task, index)
         blocks, made_by = _blocks_of(index), index.made_by or (index.fingerprint,)
@@ -213,6 +215,16 @@ def _built_otherwise(task: Task, changed: str) -> UserError:
         f"{task.directory}: the shards there were built otherwise ({changed}); give the same options, name another "
         f"--shards_dir, give no data options to train on these, or delete {task.directory / INDEX} to build them again"
     )
+
+
+def _refuse_begun(task: Task, what: str) -> None:
+    """Raises `UserError` where a build of something else did not come to its end."""
+    building = task.directory / BUILDING
+    if building.exists() and building.stat().st_size:
+        raise UserError(
+            f"{task.directory}: a build there, of {what}, is not complete; end it as it was begun, name another --shards_dir, "
+            f"or delete {building} to build these instead"
+        )
 
 
 def _blocks_of(index: Index) -> np.ndarray:
@@ -287,6 +299,7 @@ def _planned(task: Task, found: Found, runs: np.ndarray) -> Plan:
             converted = "content" not in found.index.identity.get("source", {})
             once = "; converted shards know of files only what a first build on the data set as it was wrote down"
             raise _built_otherwise(task, f"other files or rows of data{once if converted else ''}")
+        _refuse_begun(task, "other files or rows of data")
         blocks = blocks[:0]
     if found.index:  # whose shards stay what they are: those that lose samples are written anew, under other numbers
         begun = {(first, samples): number for first, samples, number in found.planned[~np.isin(found.planned, blocks)].tolist()}

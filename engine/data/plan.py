@@ -130,6 +130,14 @@ def read_plan(directory: Path, recipe: str, index: str | None) -> Plan | None:
     )
 
 
+def begun_with(directory: Path) -> str | None:
+    """The recipe of the plan that a build left."""
+    try:
+        return TensorFile(directory / SAMPLES).metadata["recipe"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
 def _check_of(content: list[bytes]) -> str:
     total = xxhash.xxh3_64()
     for piece in content:

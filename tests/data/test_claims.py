@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from engine.data.claims import BUILDING, Claims
+from engine.data.encode import _sweep_halves
 from engine.data.plan import Plan, planned
 from engine.data.plan import known as runs_known
+from engine.files import lock
 
 HOLD = """
 import sys, time
@@ -53,6 +55,32 @@ def test_a_claim_ends_with_the_process_that_holds_it(claims, tmp_path):
     with claims.shard(1) as mine:
         assert mine
     assert claims.alone()
+
+
+PLAN = """
+import sys
+from pathlib import Path
+from engine.data.claims import Claims
+claims = Claims(Path(sys.argv[1]))
+print(claims.alone(), claims.share())
+"""
+
+
+def test_nobody_plans_while_another_process_begins(tmp_path):
+    claims = Claims(tmp_path)
+    assert claims.alone()
+    claims.begin(plan_of(10))
+    other = subprocess.run([sys.executable, "-c", PLAN, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert other.stdout == "False False\n"
+    os.close(claims.descriptor)
+
+
+def test_who_asked_to_be_alone_in_vain_still_holds_the_directory(tmp_path):
+    mine, other = lock(tmp_path, shared=True), lock(tmp_path, shared=True)
+    _sweep_halves(tmp_path, mine)
+    os.close(other)
+    assert lock(tmp_path) is None
+    os.close(mine)
 
 
 def test_what_is_complete_is_known_until_its_samples_change(claims):

@@ -13,6 +13,7 @@ import torch
 
 from engine.data.claims import BUILDING, Claims
 from engine.data.format.index import INDEX, SAMPLES, Index, shard_name
+from engine.data.format.reader import Shards
 from engine.data.format.shard import Shard
 from engine.data.format.verify import verify
 from engine.data.sources.interface import Refused, stamp_of, told_apart
@@ -210,6 +211,86 @@ def test_what_ends_without_a_record_leaves_the_shards_that_were_there(tmp_path):
     source = ten((9, unreadable))
     assert build(source, tmp_path).fingerprint == index.fingerprint
     assert source.prepared == 0
+
+
+def killed(source: Samples, directory: Path, **options: object) -> None:
+    source.captions_left = 1
+    with pytest.raises(KeyboardInterrupt):
+        build(source, directory, **options)
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_a_build_of_something_else_that_is_not_complete_is_kept(tmp_path):
+    killed(ten(), tmp_path)
+    before = files_of(tmp_path)
+    with pytest.raises(UserError, match=r"other options or models, is not complete; .*/building to build these instead"):
+        build(ten(), tmp_path, background="white")
+    with pytest.raises(UserError, match="other files or rows of data, is not complete"):
+        build(Samples([Sample("a.png", 1, 1, 1)]), tmp_path)
+    assert files_of(tmp_path) == before
+    (tmp_path / BUILDING).unlink()
+    other = ten()
+    build(other, tmp_path, background="white")
+    assert other.prepared == 10
+
+
+def test_a_run_that_may_not_go_on_leaves_no_trace(tmp_path):
+    build(ten(), tmp_path)
+    before = files_of(tmp_path)
+
+    def refuse(identity):
+        if "source" in identity:
+            raise UserError("other records")
+
+    with pytest.raises(UserError, match="other records"):
+        build(ten((10, Sample("10.png", 1, 20, 10))), tmp_path, check=refuse)
+    assert files_of(tmp_path) == before
+
+
+def test_shards_that_may_not_be_written_say_that_the_data_set_has_changed(tmp_path, monkeypatch):
+    build(ten(), tmp_path)
+    monkeypatch.setattr("engine.data.encode._may_write", lambda directory: False)
+    changed = ten((10, Sample("10.png", 1, 20, 10)), (3, Sample("3.png", 2, 99, 3)))
+    with pytest.raises(
+        UserError, match=r"has changed: 2 samples are new, 1 of 10 are gone; the shards there cannot be written"
+    ):
+        build(changed, tmp_path)
+
+
+def test_strict_does_not_pass_over_what_an_earlier_build_refused(tmp_path):
+    source = ten((9, Sample("9.png", 1, None, 9)))
+    build(source, tmp_path)
+    with pytest.raises(UserError, match=r"--strict: 1 no image in it \(9.png\)"):
+        build(source, tmp_path, strict=True)
+
+
+def test_shards_that_lost_samples_are_not_opened_at_every_start(tmp_path, monkeypatch):
+    build(ten(), tmp_path)
+    less = Samples(ten().of[1:])
+    index = build(less, tmp_path)
+    monkeypatch.setattr("engine.data.encode.open_shard", lambda *arguments: pytest.fail("opened"))
+    assert build(less, tmp_path).fingerprint == index.fingerprint
+    again = Samples(less.of[1:])
+    assert build(again, tmp_path).records == 8
+    assert again.prepared == 0
+
+
+def test_a_training_reads_on_when_its_shards_are_replaced_once_and_is_told_when_twice(tmp_path):
+    build(ten(), tmp_path)
+    reader = Shards(tmp_path)
+    build(Samples(ten().of[1:]), tmp_path)
+    wanted = reader.rows_of(reader.find(torch.arange(4)))
+    value = torch.empty(4, 1)
+    reader.gather("value", wanted, value)
+    assert value[:, 0].int().tolist() == [10, 11, 12, 13]
+    late = Shards(tmp_path)
+    build(Samples(ten().of[2:]), tmp_path)
+    build(Samples(ten().of[3:]), tmp_path)
+    with pytest.raises(UserError, match=r"the shards were built again .* --continue_on_grown_data"):
+        late.gather("value", late.rows_of(late.find(torch.arange(3))), value[:3])
 
 
 def test_who_comes_late_to_the_index_leaves_the_next_build_alone(tmp_path, monkeypatch):

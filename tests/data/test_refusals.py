@@ -94,12 +94,12 @@ class Chain(Encoding, Encoder):
         return Chain(self.place, self.error)
 
 
-def build(chain: Chain, directory, **options) -> Index:
+def build(chain: Chain, directory, check=lambda identity: None, **options) -> Index:
     values = {"shard_records": 4, "encode_batch_size": 4} | options
     config = CacheConfig(
         family="sd", pretrained_model_name_or_path="unused", train_data_dir="unused", shards_dir=str(directory), **values
     )
-    return encode.encode_source(config, chain, chain, Processes())
+    return encode.encode_source(config, chain, chain, Processes(), check)
 
 
 def listed(index: Index) -> list[dict[str, str]]:

@@ -28,6 +28,10 @@ AHEAD = 64  # samples that the kernel fetches from a disk while others are gathe
 OPEN_SHARDS = 1024  # files open at a time, at the most
 Rows = dict[str, Tensor]  # of records [B]: their shards, and rows within these, as `Shards.rows_of` says
 Rest = TypeVar("Rest")
+_REBUILT = (
+    "the shards were built again from a data set that changed, more than once since this run opened them; go on with "
+    "--resume_from_checkpoint latest --continue_on_grown_data"
+)
 _READ_SINGLY = ("image_offsets", "caption_offsets", "caption_numbers")
 
 
@@ -192,7 +196,14 @@ class Shards:
 
     def _error(self, shard: int, problem: str) -> UserError:
         file = self.directory / shard_name(self.index.shards["number"][shard])
-        return UserError(f"{file}: {problem}; {BUILD_AGAIN}", alone=True)
+        return UserError(f"{file}: {problem}; {_REBUILT if self._rebuilt() else BUILD_AGAIN}", alone=True)
+
+    def _rebuilt(self) -> bool:
+        """Whether the index that is there now is another one."""
+        try:
+            return Index.read(self.directory).fingerprint != self.index.fingerprint
+        except (UserError, OSError):
+            return False
 
     def _ranges(self, offsets: str, counts_name: str, shards: np.ndarray, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where the rows of records begin, counted within their shards as these are, and how many there are."""
@@ -289,6 +300,8 @@ class Shards:
         try:
             shard = open_shard(self.directory, self.index, number)
         except UserError as error:
+            if self._rebuilt():
+                raise self._error(number, "no longer what it was") from None
             raise UserError(*error.lines, alone=True) from None
         for name, starts in self._starts.items():
             starts[number] = shard.start(name)
