@@ -76,11 +76,11 @@ def convert_command(arguments: list[str]) -> int:
     parser.add_argument(
         "--output", type=local, help="a directory for the new ones (default: the same; they take the place of the old ones)"
     )
-    for name in (*_DATA, "cache_dir"):
+    for name in _DATA:
         parser.add_argument(
-            f"--{name}",
-            help="the data set as it was: its files are read, so that the shards grow as others do",
+            f"--{name}", help="the data set as it was, whose files are read, so that the shards grow as others do"
         )
+    parser.add_argument("--cache_dir", help="where the hub's data sets are kept")
     options = parser.parse_args(arguments)
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     from engine.data.convert import convert
