@@ -26,7 +26,7 @@ INDEX = "index.json"
 TABLE = "index-"  # what the names of files with arrays over shards begin with
 BUILD_AGAIN = f"delete what is damaged and {INDEX} to build it again, or get a whole copy"
 SHARD_NAME = "shard-"  # what the names of all begin with
-SAMPLES = "known-samples"  # which samples they are of, for the next build; runs keep pictures in `samples`
+SAMPLES = "sample-numbers"  # which samples they are of, for the next build; runs keep pictures in `samples`
 # What the index says of a shard. `variants` and `captions`: how many every record has, or one of those below.
 ENTRY = np.dtype(
     [(name, np.int64) for name in ("number", "records", "image_rows", "caption_rows", "bytes", "variants", "captions",
