@@ -20,7 +20,7 @@ _OF_THE_DISK = (
     errno.ESTALE, errno.EREMOTEIO, errno.ENOLCK, errno.ENODEV, errno.ENXIO, errno.EMFILE, errno.ENFILE,
 )  # fmt: skip
 # What is wrong with a file, or with its name, where the disk is sound.
-_OF_THE_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.ENAMETOOLONG)
+OF_THE_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.ENAMETOOLONG)
 MEND_THE_PLACE = "mend what is wrong with that place (room, permissions, the mount), and start the same again"
 CLOSED_PIPE = 128 + 13  # as a program that SIGPIPE ends
 LONGEST = 1000  # characters of a line that is printed; names and values in files of others may have any length
@@ -98,7 +98,7 @@ def blame_the_machine(path: Path, error: BaseException) -> None:
     """
     if out_of_memory(error):
         raise error
-    of_the_file = isinstance(error, OSError) and error.errno in _OF_THE_FILE
+    of_the_file = isinstance(error, OSError) and error.errno in OF_THE_FILE
     if not of_the_file and (problem := disk_problem(error)):
         raise UserError(f"{path}: cannot be read: {problem}; {MEND_THE_PLACE}") from None
 

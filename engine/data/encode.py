@@ -11,7 +11,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from engine.data.format.index import (
     SAMPLES,
     UNKNOWN,
     Index,
+    Refusals,
     add_refused,
     content_of,
     count_refused,
@@ -34,8 +35,20 @@ from engine.data.format.index import (
 )
 from engine.data.format.shard import Header, Shard, entry_of, open_shard, without_samples, write_shard
 from engine.data.identity import differences, recipe_of, without_source
-from engine.data.plan import BLOCK, RUN, UNNUMBERED, Plan, begun_with, beside, known, planned, read_plan, recognised
-from engine.data.records import Outcome, all_refused, encode_shard, none_usable, read_sample, strict
+from engine.data.plan import (
+    BLOCK,
+    RUN,
+    UNNUMBERED,
+    Plan,
+    begun_with,
+    beside,
+    known,
+    planned,
+    read_plan,
+    recognised,
+    without_numbers,
+)
+from engine.data.records import Outcome, all_refused, encode_shard, none_usable, read_sample, still_refused, strict
 from engine.data.report import describe_refused, say_refused
 from engine.data.sources.interface import Source
 from engine.data.sources.subset import Subset
@@ -89,6 +102,7 @@ class Found:
     runs: of dtype `RUN`, the numbers of samples that were known.
     remembered: whether these are written down.
     made_by: the fingerprints in the headers of the shards.
+    again: the numbers of samples to be tried again.
     taken: the numbers of files of shards, of the index's and of others that new ones may not replace.
     """
 
@@ -98,7 +112,8 @@ class Found:
     runs: np.ndarray
     remembered: bool
     made_by: tuple[str, ...]
-    taken: frozenset[int] = frozenset()
+    again: np.ndarray
+    taken: frozenset[int]
 
 
 def encode_source(
@@ -190,13 +205,13 @@ def _look(task: Task) -> Found:
     else:
         blocks, made_by = _shards_left(task, recipe)
         blocks, taken = beside(plan.blocks if plan else blocks[:0], blocks), frozenset(blocks["number"].tolist())
-    runs = plan.runs if plan else np.zeros(0, RUN)
+    runs, again = (plan.runs, plan.again) if plan else (np.zeros(0, RUN), np.zeros(0, np.int64))
     if not plan and made_by != (recipe,) and made_by and digest_of(task.earlier_identity) in made_by:
         runs = np.zeros(len(task.stamps), RUN)
         runs["stamp"], runs["count"] = task.stamps, task.counts
         runs["first"] = np.cumsum(task.counts) - task.counts
         runs = runs[task.counts > 0]
-    return Found(index, blocks, plan.blocks if plan else blocks[:0], runs, plan is not None, made_by, taken)
+    return Found(index, blocks, plan.blocks if plan else blocks[:0], runs, plan is not None, made_by, again, taken)
 
 
 def _refuse_other(task: Task, index: Index) -> None:
@@ -261,7 +276,7 @@ def _complete(task: Task, found: Found, read: bool) -> Index | None:
         UserError: with `read`, it is of others.
     """
     runs = known(found.runs, task.stamps, task.counts)
-    unknown, unfinished = (runs["first"] < 0).any(), (task.directory / BUILDING).exists()
+    unknown, unfinished = (runs["first"] < 0).any() or len(found.again) > 0, (task.directory / BUILDING).exists()
     if found.index is None or ((unknown or unfinished) and not read):
         return None
     plan = _planned(task, found, _recognise(task, found, runs) if read else runs)
@@ -305,7 +320,8 @@ def _planned(task: Task, found: Found, runs: np.ndarray) -> Plan:
         begun = {(first, samples): number for first, samples, number in found.planned[~np.isin(found.planned, blocks)].tolist()}
         for place in _shrunk(task, found, found.index, there):
             blocks["number"][place] = begun.get((*blocks[place].item()[:2],), UNNUMBERED)
-    return planned(runs, beside(blocks, found.planned), task.config.shard_records, found.taken)
+    plan = planned(runs, beside(blocks, found.planned), task.config.shard_records, found.taken)
+    return replace(plan, again=found.again)
 
 
 def _shrunk(task: Task, found: Found, index: Index, there: Plan) -> list[int]:
@@ -335,12 +351,17 @@ def _recognise(task: Task, found: Found, runs: np.ndarray) -> np.ndarray:
     for block in found.blocks[there.counts(found.blocks) < found.blocks["samples"]]:
         with contextlib.suppress(UserError):  # a damaged one is built again
             shard = Shard(task.directory / shard_name(block["number"]), task.encoding.record_spec, task.recipe)
+            refused = _passing(shard)
             for number in np.setdiff1d(shard.here, there.samples(block)[0]).tolist():
                 content = shard.numbers["contents"][number - shard.said.first_sample].numpy().tobytes()
-                if content != UNKNOWN:
-                    numbers.setdefault(content, []).append(number)
+                if content != UNKNOWN or number in refused:
+                    numbers.setdefault(refused.get(number, content), []).append(number)
     if not numbers:
         return runs
+
+    def told(place: int) -> bytes:
+        read, name = read_sample(task.source, place, task.encoding.captioned), _name_of(task.source.name(place))
+        return name if name in numbers and still_refused(task.source, read) else read.content
 
     def contents() -> Iterator[bytes]:
         starts = np.cumsum(runs["count"]) - runs["count"]
@@ -354,9 +375,9 @@ def _recognise(task: Task, found: Found, runs: np.ndarray) -> np.ndarray:
             Progress(unknown, "Reading files that changed", "image") as progress,
         ):
             while some := list(itertools.islice(places, _AT_ONCE)):
-                for content in pool.map(lambda place: read_sample(task.source, place, task.encoding.captioned).content, some):
+                for digest in pool.map(told, some):
                     progress.update()
-                    yield content
+                    yield digest
 
     return recognised(runs, contents(), numbers)
 
@@ -414,8 +435,27 @@ def _agreed(task: Task, held: int | None, check: Callable[[dict[str, Any]], None
         time.sleep(PAUSE)
 
 
+def _passing(shard: Shard) -> dict[int, bytes]:
+    """The numbers of samples that were refused for what may be over, with what tells them by their names."""
+    refused = np.setdiff1d(shard.here, shard.numbers["source"].numpy())
+    unknown = (shard.numbers["contents"].numpy() == np.frombuffer(UNKNOWN, np.uint8)).all(1)[refused - shard.covers.start]
+    if not unknown.any():
+        return {}
+    return {
+        number: _name_of(item["source"])
+        for number, item, is_it in zip(refused.tolist(), shard.refused, unknown, strict=True)
+        if is_it
+    }
+
+
+def _name_of(name: str) -> bytes:
+    return b"name " + name.encode(errors="backslashreplace")
+
+
 def _replanned(task: Task, found: Found) -> Plan:
-    return _planned(task, found, _recognise(task, found, known(found.runs, task.stamps, task.counts)))
+    return _planned(
+        task, found, _recognise(task, found, without_numbers(known(found.runs, task.stamps, task.counts), found.again))
+    )
 
 
 def _plan_of_others(task: Task, found: Found) -> Plan | None:
@@ -591,8 +631,13 @@ def _write_index(task: Task, found: Found, plan: Plan, claims: Claims, seconds: 
         return None
     shards = np.array(entries, ENTRY)
     refusing = np.flatnonzero(shards["records"] < plan.counts(plan.blocks))
-    paths = (task.directory / shard_name(number) for number in shards["number"][refusing])
-    refused = add_refused(count_refused(Shard(path, task.encoding.record_spec, task.recipe).refused) for path in paths)
+    refused_of: list[dict[str, Refusals]] = []
+    again: list[int] = []
+    for number in shards["number"][refusing].tolist():
+        shard = Shard(task.directory / shard_name(number), task.encoding.record_spec, task.recipe)
+        refused_of.append(count_refused(shard.refused))
+        again += _passing(shard) if shard.said.fingerprint == digest_of(task.recipe) else ()
+    refused, plan = add_refused(refused_of), replace(plan, again=np.array(again, np.int64))
     if not shards["records"].any():
         _sweep(task.directory, {number for _, _, number in before})
         claims.path.unlink()

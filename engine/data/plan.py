@@ -9,7 +9,7 @@ Nothing here grows with the samples of a file: rows of a table that lie in one f
 import itertools
 import json
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +34,12 @@ class Plan:
 
     runs: of dtype `RUN`, one after another as the source has its samples.
     blocks: of dtype `BLOCK`, in the order of their numbers; each has a sample.
+    again: int64 [samples], the numbers of those to be tried again: they were refused for what may be over.
     """
 
     runs: np.ndarray
     blocks: np.ndarray
+    again: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __post_init__(self) -> None:
         order = np.argsort(self.runs["first"], kind="stable")
@@ -91,6 +93,7 @@ class Plan:
             for kind, table in (("runs", self.runs), ("blocks", self.blocks))
             for name in table.dtype.names or ()
         }
+        arrays["again"] = torch.from_numpy(self.again)
         content = [bytes_of(array).numpy().tobytes() for array in arrays.values()]
         said = {"recipe": recipe, "indexes": [*filter(None, indexes)], "check": _check_of(content)}
         content.insert(0, header_of(arrays, {"engine": json.dumps(said)})[0])
@@ -111,7 +114,7 @@ def read_plan(directory: Path, recipe: str, index: str | None) -> Plan | None:
         arrays = {name: file.tensor(name).numpy() for name in file.header}
         if file.metadata["check"] != _check_of([array.tobytes() for array in arrays.values()]):
             return None
-        tables = []
+        again, tables = arrays["again"].astype(np.int64), []
         for kind, dtype in (("runs", RUN), ("blocks", BLOCK)):
             columns = {name: arrays[f"{kind}.{name}"] for name in dtype.names or ()}
             table = np.zeros(len(next(iter(columns.values()))), dtype)
@@ -126,7 +129,9 @@ def read_plan(directory: Path, recipe: str, index: str | None) -> Plan | None:
     if any(len(column) and (column.min() < least or column.max() > _MOST) for column, least in limits):
         return None
     return (
-        None if _overlap(runs["first"], runs["count"]) or len(beside(blocks[:0], blocks)) < len(blocks) else Plan(runs, blocks)
+        None
+        if _overlap(runs["first"], runs["count"]) or len(beside(blocks[:0], blocks)) < len(blocks)
+        else Plan(runs, blocks, again)
     )
 
 
@@ -159,6 +164,24 @@ def known(before: np.ndarray, stamps: np.ndarray, counts: np.ndarray) -> np.ndar
     runs["stamp"], runs["count"], runs["first"] = stamps[file], counts[file], UNNUMBERED
     runs[same[file]] = before[(low[file] + within)[same[file]]]
     return runs
+
+
+def without_numbers(runs: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Runs in which samples of these numbers have none."""
+    numbers = np.unique(numbers)
+    low, high = (np.searchsorted(numbers, end) for end in (runs["first"], runs["first"] + runs["count"]))
+    pieces, last = [], 0
+    for place in np.flatnonzero(low < high).tolist():
+        stamp, offset, first, count = runs[place].item()
+        of_it = numbers[low[place] : high[place]].tolist()
+        starts = sorted({first, *of_it, *(number + 1 for number in of_it)} - {first + count})
+        cut = [
+            (stamp, offset + start - first, UNNUMBERED if start in of_it else start, end - start)
+            for start, end in itertools.pairwise([*starts, first + count])
+        ]
+        pieces += [runs[last:place], np.array(cut, RUN)]
+        last = place + 1
+    return np.concatenate([*pieces, runs[last:]])
 
 
 def place_of(number: int, runs: np.ndarray) -> int | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.config.options import CacheConfig
-from engine.data.format.index import CONTENT, Refusals, count_refused
+from engine.data.format.index import CONTENT, UNKNOWN, Refusals, count_refused
 from engine.data.format.shard import Contents
 from engine.data.report import describe_refused
 from engine.data.sources.decode import refuse_extreme
@@ -42,7 +42,7 @@ class Encoded:
     captions: of each sample that has any, their texts; of records in the end, those that the encoder took.
     rows: of the samples that became records, in order, one image row for every variant.
     refused: sample -> why it did not.
-    contents: of every sample, a digest of its content.
+    contents: of every sample, a digest of its content; `UNKNOWN` of those that were refused for what may be over.
     texts: text -> its caption row's number, distinct and in order of first appearance in the records.
     caption_rows: one for each.
     """
@@ -156,10 +156,22 @@ def read_sample(source: Source, place: int, captioned: bool) -> Read:
         with refusing("unreadable image"):
             image = source.content(place)
     except Refused as why:
-        refused = Refused(why.reason, why.detail)  # `why` itself holds the frames with the image
+        refused = Refused(why.reason, why.detail, why.passing)  # `why` itself holds the frames with the image
     told = hashlib.sha256(image).hexdigest() if image is not None else (source.name(place), str(refused))
     content = hashlib.sha256(json.dumps([captions, told]).encode()).digest()[:CONTENT]
     return Read(captions, image, refused, content)
+
+
+def still_refused(source: Source, read: Read) -> bool:
+    """Whether a sample that was refused for what may be over is so now."""
+    if read.image is None:
+        return read.refused is not None and read.refused.passing
+    try:
+        with room.turn(), refusing("unreadable image"):
+            source.decode(read.image)
+    except Refused as why:
+        return why.passing
+    return False
 
 
 # The number of a sample with its decoded and transformed variants, or with the reason why there are none.
@@ -179,6 +191,8 @@ def _prepare(
     def prepare(number: int) -> Prepared:
         with room.turn():
             made = make(number)
+        if isinstance(made, Refused) and made.passing:
+            shard.contents[number] = UNKNOWN
         if config.strict and isinstance(made, Refused):
             raise strict(source, samples[number], made)
         return number, made
@@ -197,7 +211,7 @@ def _prepare(
             with refusing("image cannot be transformed"):
                 return encoding.prepare(image, number)
         except Refused as why:
-            return Refused(why.reason, why.detail)
+            return Refused(why.reason, why.detail, why.passing)
 
     if config.dataloader_num_workers == 0:
         yield from map(prepare, samples)

@@ -1,6 +1,7 @@
 """Whatever becomes of a data set, of builds that are killed and of files that are lost: the shards hold what there is."""
 
 import contextlib
+import errno
 import random
 import re
 from collections import Counter
@@ -16,7 +17,7 @@ from engine.data.format.index import INDEX, SAMPLES, Index, shard_name
 from engine.data.format.reader import Shards
 from engine.data.format.shard import Shard
 from engine.data.format.verify import verify
-from engine.data.sources.interface import Refused, stamp_of, told_apart
+from engine.data.sources.interface import Refused, refusing, stamp_of, told_apart
 from engine.errors import UserError
 from tests.data.test_refusals import Chain, build
 
@@ -291,6 +292,47 @@ def test_a_training_reads_on_when_its_shards_are_replaced_once_and_is_told_when_
     build(Samples(ten().of[3:]), tmp_path)
     with pytest.raises(UserError, match=r"the shards were built again .* --continue_on_grown_data"):
         late.gather("value", late.rows_of(late.find(torch.arange(3))), value[:3])
+
+
+def test_what_was_refused_for_what_is_over_is_tried_again(tmp_path, monkeypatch):
+    class Failing(Samples):
+        error: Exception | None = None
+        failing = "content"
+
+        def content(self, index):
+            if index == 2 and self.error and self.failing == "content":
+                with refusing("unreadable image"):
+                    raise self.error
+            return super().content(index)
+
+        def decode(self, content):
+            if content == b"12" and self.error:
+                with refusing("unreadable image"):
+                    raise self.error
+            return super().decode(content)
+
+    def build_with(error: Exception | None, directory: Path) -> tuple[Index, int]:
+        source = Failing(ten().of)
+        source.error, source.failing = error, failing
+        return build(source, directory), source.prepared
+
+    for failing in ("content", "decode"):
+        for error in (OSError(errno.EIO, "broken"), PermissionError(errno.EACCES, "no"), MemoryError()):
+            directory = tmp_path / failing / type(error).__name__
+            index, _ = build_with(error, directory)
+            assert (index.records, index.refused_count) == (9, 1)
+            before = files_of(directory)
+            assert build_with(error, directory)[0].fingerprint == index.fingerprint
+            assert files_of(directory) == before
+            with monkeypatch.context() as patch:
+                patch.setattr("engine.data.encode._may_write", lambda directory: False)
+                assert build_with(None, directory)[0].fingerprint == index.fingerprint
+            index, prepared = build_with(None, directory)
+            assert (index.records, index.refused_count, prepared) == (10, 0, 1)
+            assert records_of(directory) == Counter({(number + 10, number): 1 for number in range(10)})
+            assert build_with(None, directory)[1] == 0
+    index, _ = build_with(ValueError("bad"), tmp_path / "other")
+    assert build_with(None, tmp_path / "other")[0].refused_count == 1, "that is the sample's own"
 
 
 def test_who_comes_late_to_the_index_leaves_the_next_build_alone(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engine.data.plan import BLOCK, RUN, Plan, beside, known, place_of, planned, read_plan, recognised
+from engine.data.plan import BLOCK, RUN, Plan, beside, known, place_of, planned, read_plan, recognised, without_numbers
 from engine.data.sources.interface import told_apart
 
 
@@ -48,6 +48,15 @@ def test_rows_are_known_by_their_contents():
     numbers = {b"a": [3], b"b": [4, 11], b"c": [12]}
     found = recognised(runs, iter([b"a", b"b", b"b", b"c", b"x", b"y", b"a"]), numbers)
     assert found.tolist() == [(7, 0, 3, 2), (7, 2, 11, 2), (7, 4, -1, 1), (8, 0, 20, 2), (9, 0, -1, 2)]
+
+
+def test_numbers_are_taken_from_runs():
+    runs = runs_of((7, 0, 3, 5), (8, 0, 20, 2), (9, 4, 10, 1))
+    cut = without_numbers(runs, np.array([10, 5, 3, 21, 99]))
+    assert cut.tolist() == [
+        (7, 0, -1, 1), (7, 1, 4, 1), (7, 2, -1, 1), (7, 3, 6, 2), (8, 0, 20, 1), (8, 1, -1, 1), (9, 4, -1, 1)
+    ]  # fmt: skip
+    assert without_numbers(runs, np.zeros(0, np.int64)).tolist() == runs.tolist()
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def _decode_content(content: bytes, decoding: Decoding) -> Image.Image:
         if isinstance(why.__cause__, Image.DecompressionBombError):
             raise Refused("image too large to decode safely", first_line(why.__cause__)) from None
         if better := what_it_is(content):
-            raise Refused(*better) from None
+            raise better from None
         if isinstance(why.__cause__, UnidentifiedImageError):
             raise Refused("unreadable image", "nothing that Pillow opens") from None
         raise

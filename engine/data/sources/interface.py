@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from engine.errors import UserError, first_line
+from engine.errors import OF_THE_FILE, UserError, first_line, out_of_memory, system_number
 
 _ODD = 0x9E3779B97F4A7C15  # whose multiples are spread over 64 bits
 
@@ -22,11 +22,12 @@ class Refused(Exception):
 
     reason: why, in a few words without names or numbers, so that equal reasons add up.
     detail: what is particular to this sample.
+    passing: whether it may be over at another time, because the fault is not the sample's.
     """
 
-    def __init__(self, reason: str, detail: str = "") -> None:
+    def __init__(self, reason: str, detail: str = "", passing: bool = False) -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason, self.detail = reason, detail
+        self.reason, self.detail, self.passing = reason, detail, passing
 
 
 # After these the device does nothing right any more, for no sample.
@@ -47,7 +48,9 @@ def refusing(reason: str) -> Iterator[None]:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
             raise
-        raise Refused(reason, f"{type(error).__name__}: {first_line(error)[:200]}") from error
+        number = system_number(error)
+        passing = out_of_memory(error) or (number is not None and number not in OF_THE_FILE)
+        raise Refused(reason, f"{type(error).__name__}: {first_line(error)[:200]}", passing) from error
 
 
 def is_address(path: str) -> bool:

@@ -7,6 +7,8 @@ from pathlib import PurePosixPath
 
 from PIL import Image
 
+from engine.data.sources.interface import Refused
+
 _PLUGINS = {"pillow_heif": "pillow-heif", "pillow_jxl": "pillow-jxl-plugin"}  # module -> package
 # What is opened, whatever a file is called: no format that starts another program, holds a file of any other, or has a name in
 # Pillow and no decoder.
@@ -20,23 +22,23 @@ _OTHER_PICTURES = {
 }  # fmt: skip
 
 
-def what_it_is(content: bytes) -> tuple[str, str] | None:
+def what_it_is(content: bytes) -> Refused | None:
     """What a file that is no readable image is, where its first bytes say so."""
     begin = content[:64].lstrip().lower()
     heif = content[4:8] == b"ftyp" and content[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
     for is_it, module in ((heif, "pillow_heif"), (content.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")), "pillow_jxl")):
         if is_it and importlib.util.find_spec(module) is None:
-            return f"unreadable image without {_PLUGINS[module]}; install the extra `images`", ""
+            return Refused(f"unreadable image without {_PLUGINS[module]}; install the extra `images`", passing=True)
     if not content:
-        return "unreadable image", "an empty file"
+        return Refused("unreadable image", "an empty file")
     if begin.startswith(b"version https://git-lfs"):
-        return "unreadable image", "a Git LFS pointer; run `git lfs pull`"
+        return Refused("unreadable image", "a Git LFS pointer; run `git lfs pull`")
     if begin.startswith((b"<!doctype", b"<html")):
-        return "unreadable image", "a web page, perhaps of a download that failed"
+        return Refused("unreadable image", "a web page, perhaps of a download that failed")
     if begin.startswith((b"<svg", b"<?xml")):
-        return "unreadable image", "a drawing (SVG or XML); convert it to pixels"
+        return Refused("unreadable image", "a drawing (SVG or XML); convert it to pixels")
     if begin.startswith((b"%!ps", b"%pdf", b"\xc5\xd0\xd3\xc6")):
-        return "unreadable image", "a page (PostScript or PDF); convert it to pixels"
+        return Refused("unreadable image", "a page (PostScript or PDF); convert it to pixels")
     return None
 
 
