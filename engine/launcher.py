@@ -25,4 +25,5 @@ def local_rank(otherwise: int = 0) -> int:
 
 def local_world() -> int:
     """How many processes its node has; where the launcher does not say, as many as there are."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world())
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
+    return min(int(next(filter(None, map(os.environ.get, names)), world())), world())

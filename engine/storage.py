@@ -11,16 +11,19 @@ import re
 import ssl
 import threading
 import urllib.request
+from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit, urlunsplit
 
 from engine.errors import UserError, first_line, system_number
 
 PAUSES = (0.1, 0.5, 2.0, 5.0, 15.0)  # seconds before an object that could not be read is asked for again
 CONNECTIONS = 64  # requests of a process at a time
 TIMEOUT = 30.0  # seconds without a byte
-_PIECE = 2**24  # bytes asked of fsspec at a time
+_LONGEST_PAUSE = 60  # seconds that a server may ask for
+_REDIRECTIONS = 6
+_PIECE, _PIECE_TIMEOUT = 2**24, 300.0  # bytes asked of fsspec at a time, and seconds that these may take
 _CHUNK = 2**20  # bytes taken from a connection at a time
 _PROGRESS = 2**20  # bytes, or a quarter of those that are left, after which a connection that breaks counts as the first one
 _PASSING = (408, 425, 429)  # and all from 500 on: statuses that may be other ones in a second
@@ -45,14 +48,24 @@ class _Refused(Exception):
     """What will be answered again however often it is asked: what is wrong, and the remedy."""
 
 
+class _Later(OSError):
+    """What may be answered otherwise after so many seconds, by what the server says."""
+
+    def __init__(self, said: str, seconds: int) -> None:
+        super().__init__(said)
+        self.seconds = min(seconds, _LONGEST_PAUSE)
+
+
 def is_remote(place: str) -> bool:
     """Whether a directory is an address, and not a path."""
-    return _ADDRESS.fullmatch(place) is not None
+    return re.match(r"[a-z][a-z0-9+.-]*(::.*)?://", place, re.IGNORECASE | re.DOTALL) is not None
 
 
 def shown(address: str) -> str:
     """An address as it may be printed and written down: without a password, and without a query, which may hold a token."""
     scheme, user, host, path, _ = _parts(address)
+    if _ambiguous(address):
+        return f"{address.partition(':')[0]}://..."
     if user:
         user = "" if scheme.lower() in ("http", "https") else f"{user[:-1].split(':')[0]}@"  # a token may stand there alone
     return f"{scheme}://{user}{host}{path.rstrip('/')}"
@@ -62,6 +75,17 @@ def _parts(address: str) -> list[str]:
     """Scheme, user (with the @ after it), host, path and the rest of an address."""
     found = _ADDRESS.fullmatch(address)
     return [part or "" for part in found.groups()] if found else ["", "", "", address, ""]
+
+
+def _ambiguous(address: str) -> str | None:
+    """Why the parts of an address, of which one may be a password, cannot be told from each other."""
+    if "::" in re.sub(r"\[[^]]*\]", "", address):  # which an IPv6 address has within brackets
+        return "is an address within another; give that of a directory alone"
+    _, user, host, path, _ = _parts(address)
+    port = host.rpartition("]")[2].partition(":")[2]
+    if (port and not port.isdecimal()) or ("@" in path and (port or ":" in user)):
+        return "cannot be read; write / ? # @ of a user or a password as %2F %3F %23 %40"
+    return None
 
 
 class Storage:
@@ -75,6 +99,8 @@ class Storage:
         self.address = address
         self._closed = threading.Event()
         self._reader: _Http | _Fsspec
+        if why := _ambiguous(address):
+            raise UserError(f"{shown(address)}: {why}")
         try:
             if re.match("https?:", address, re.IGNORECASE):
                 parts = urlsplit(address)
@@ -83,6 +109,8 @@ class Storage:
                 self._reader = _from_hub(address)
             else:
                 self._reader = _Fsspec(address)
+        except UserError:
+            raise
         except ImportError as error:
             raise UserError(f"{shown(address)}: cannot be opened: {self._masked(first_line(error))}") from None
         except Exception as error:  # libraries raise anything
@@ -155,7 +183,7 @@ class Storage:
         """
         pauses = list(PAUSES)
         while True:
-            remedy = MEND_THE_STORAGE
+            remedy, at_least = MEND_THE_STORAGE, 0
             self._check_open(name)
             try:
                 yield from ask()
@@ -169,6 +197,7 @@ class Storage:
                 if isinstance(error, MemoryError) or system_number(error) == errno.ENOMEM:
                     raise
                 problem = self._masked(_cause(error))
+                at_least = error.seconds if isinstance(error, _Later) else 0
                 if type(error).__name__ in _CREDENTIALS:
                     pauses, remedy = [], GIVE_CREDENTIALS
                 elif came_on():
@@ -177,7 +206,7 @@ class Storage:
                     problem += f", {len(PAUSES) + 1} times"
             if not pauses:
                 raise StorageError(f"{self.named(name)}{which}: {problem}; {remedy}", alone=True)
-            self._closed.wait(pauses.pop(0) * random.uniform(0.5, 1.5))
+            self._closed.wait(max(pauses.pop(0) * random.uniform(0.5, 1.5), at_least))
 
     def _check_open(self, name: str) -> None:
         if self._closed.is_set():
@@ -187,7 +216,8 @@ class Storage:
         """What a library says, which may quote the address."""
         _, user, _, _, rest = _parts(self.address)
         for secret in (rest, rest[1:], user, user[:-1].partition(":")[2]):
-            said = said.replace(secret, "...") if secret else said
+            for form in (secret, unquote(secret)):
+                said = said.replace(form, "...") if form else said
         return re.sub(r"([?&][\w.-]+=)[^\s&'\"]+", r"\1...", re.sub(r"//[^/@\s]+@", "//", said))
 
 
@@ -218,17 +248,19 @@ class _Http:
         if not parts.hostname:
             raise ValueError("it names no host")
         self.url, self.headers = url, {"Accept-Encoding": "identity"} | headers
-        if parts.username is not None:
-            given = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-            self.headers |= urllib3.make_headers(basic_auth=given)
+        self.headers |= _credentials("Authorization", parts)
         context = ssl.create_default_context()
         context.load_verify_locations(certifi.where())  # beside the system's, which may have none
         options: dict[str, Any] = {
             "maxsize": CONNECTIONS, "block": True, "ssl_context": context, "timeout": urllib3.Timeout(TIMEOUT),
-            "retries": urllib3.Retry(connect=0, read=0, status=0, other=0, redirect=5),
+            "retries": False,
         }  # fmt: skip
-        proxy = None if urllib.request.proxy_bypass(parts.hostname) else urllib.request.getproxies().get(parts.scheme)
-        self.pool = urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
+        proxy = _proxy_for(parts)
+        if proxy is None:
+            self.pool = urllib3.PoolManager(**options)
+        else:
+            address = f"{proxy.scheme}://{proxy.netloc.rpartition('@')[2]}"
+            self.pool = urllib3.ProxyManager(address, proxy_headers=_credentials("Proxy-Authorization", proxy), **options)
 
     def size(self, name: str) -> int:
         with self._asked(name, 0, 1) as response:
@@ -264,8 +296,7 @@ class _Http:
         """The server's answer to a question for a range."""
         parts = urlsplit(self.url(name))
         url = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-        headers = self.headers | {"Range": f"bytes={start}-{end - 1}"}
-        response = self.pool.request("GET", url, headers=headers, preload_content=False)
+        response = self._answer(url, self.headers | {"Range": f"bytes={start}-{end - 1}"})
         try:
             said = f"{response.status} {response.reason or ''}".strip()
             if response.status in (401, 403):
@@ -273,30 +304,77 @@ class _Http:
             if response.status in (404, 410):
                 raise _Refused(said, NOT_THERE)
             if response.status in _PASSING or response.status >= 500:
-                raise OSError(said)
+                seconds = response.headers.get("Retry-After", "")
+                raise _Later(said, int(seconds) if seconds.isdecimal() else 0)
             if response.status == 416:
                 raise _Refused("it ends before that", NOT_THERE)
             if response.status not in (200, 206):
                 raise _Refused(said, "give an address that answers with the object")
+            if (encoding := response.headers.get("Content-Encoding", "identity")) not in ("identity", "aws-chunked"):
+                raise _Refused(f"the server sends it as {encoding}, unasked", "have it serve these files as they are")
             yield response
         finally:
             response.close()  # which is kept open where all was read
             response.release_conn()
 
+    def _answer(self, url: str, headers: dict[str, str]) -> Any:
+        """What a server says in the end, where others may have been named before. What these say beside that is not read."""
+        for _ in range(_REDIRECTIONS):
+            response = self.pool.request("GET", url, headers=headers, preload_content=False, redirect=False)
+            if not (target := response.get_redirect_location()):
+                return response
+            response.close()
+            response.release_conn()
+            before, url = url, urljoin(url, target)
+            if urlsplit(before).netloc != urlsplit(url).netloc:
+                headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
+        raise _Refused(f"redirected {_REDIRECTIONS} times", "give the address of the directory itself")
+
+
+def _credentials(header: str, parts: SplitResult) -> dict[str, str]:
+    """What says the user and the password of an address."""
+    if parts.username is None:
+        return {}
+    given = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    return {header: f"Basic {b64encode(given.encode()).decode()}"}
+
+
+def _proxy_for(parts: SplitResult) -> SplitResult | None:
+    """The proxy that the environment names for an address.
+
+    Raises:
+        UserError: it is none over HTTP.
+    """
+    named = urllib.request.getproxies()
+    scheme = next((scheme for scheme in (parts.scheme, "all") if named.get(scheme)), None)
+    if scheme is None or urllib.request.proxy_bypass(parts.hostname or ""):
+        return None
+    proxy = urlsplit(named[scheme] if "://" in named[scheme] else f"http://{named[scheme]}")
+    with contextlib.suppress(ValueError):
+        if proxy.scheme in ("http", "https") and proxy.hostname and proxy.port != 0:
+            return proxy
+    raise UserError(
+        f"{scheme}_proxy: no proxy over HTTP, which alone is used; set it to http://host:port, or no_proxy to {parts.hostname}"
+    )
+
 
 def _from_hub(address: str) -> _Http:
-    """A folder of a repository on the hub, whose files are read over HTTP: one question for each range."""
-    from huggingface_hub import HfFileSystem, hf_hub_url
+    """A folder of a repository on the hub, as it is now, whose files are read over HTTP: one question for each range."""
+    from huggingface_hub import HfApi, HfFileSystem, hf_hub_url
     from huggingface_hub.utils import build_hf_headers
 
     files = HfFileSystem()
     place: Any = files.resolve_path(address)
 
+    if not hasattr(place, "bucket_id"):
+        api = HfApi(files.endpoint, token=files.token)
+        revision = api.repo_info(place.repo_id, repo_type=place.repo_type, revision=place.revision).sha
+
     def url(name: str) -> str:
         if hasattr(place, "bucket_id"):
             return f"{files.endpoint}/buckets/{place.bucket_id}/resolve/{quote(f'{place.path}/{name}'.lstrip('/'))}"
         path = f"{place.path_in_repo}/{name}".lstrip("/")
-        return hf_hub_url(place.repo_id, path, repo_type=place.repo_type, revision=place.revision, endpoint=files.endpoint)
+        return hf_hub_url(place.repo_id, path, repo_type=place.repo_type, revision=revision, endpoint=files.endpoint)
 
     return _Http(url, build_hf_headers())
 
@@ -309,16 +387,17 @@ class _Fsspec:
 
         self.files, path = fsspec.core.url_to_fs(address)
         self.path = path.rstrip("/")
+        self.limit = {"timeout": _PIECE_TIMEOUT} if isinstance(self.files, fsspec.asyn.AsyncFileSystem) else {}
 
     def size(self, name: str) -> int:
         with self._asked():
-            return int(self.files.info(f"{self.path}/{name}")["size"])
+            return int(self.files.info(f"{self.path}/{name}", **self.limit)["size"])
 
     def pieces(self, name: str, position: int, end: int, start: int) -> Iterator[bytes]:
         while position < end:
             stop = min(position + _PIECE, end)
             with self._asked():
-                piece = self.files.cat_file(f"{self.path}/{name}", start=position, end=stop)
+                piece = self.files.cat_file(f"{self.path}/{name}", start=position, end=stop, **self.limit)
             if not piece:
                 return
             if len(piece) > stop - position:

@@ -8,20 +8,24 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from unittest import mock
+from urllib.parse import urlsplit
 
 # What becomes of an answer: given the path and the range that was asked for, and how often it was asked for before; None, or
 # one of a status, "cut" (half the body, then the connection is closed), "short" (half the body, and nothing said of more),
 # "wrong" (another byte in its middle), "whole" (no ranges), "slow" (a tenth of a second later) or "hang" (a second).
-Fault = Callable[[str, tuple[int, int], int], int | str | None]
+# Or a status and headers beside the others: without a body, if the status is not 206.
+Fault = Callable[[str, tuple[int, int], int], int | str | tuple[int, dict[str, str]] | None]
 
 
 class Server:
-    """address: of the directory. asked: the paths and ranges of all questions, in order."""
+    """address: of the directory. asked: the paths and ranges of all questions, in order. told: the headers of the last one."""
 
     def __init__(self, directory: Path, fault: Fault, secret: str) -> None:
         self.directory, self.fault, self.secret = directory, fault, secret
         self.asked: list[tuple[str, tuple[int, int]]] = []
+        self.told: Any = None
         self.address = ""
 
 
@@ -34,7 +38,7 @@ def serving(directory: Path, fault: Fault = lambda *question: None, secret: str 
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            path, _, query = self.path.partition("?")
+            _, _, path, query, _ = urlsplit(self.path)  # a proxy is given the whole address
             file = directory / path.removeprefix("/data/")
             if secret and query != secret:
                 return self.send_error(403)
@@ -46,8 +50,10 @@ def serving(directory: Path, fault: Fault = lambda *question: None, secret: str 
             question = (file.name, (start, end))
             fault = server.fault(*question, server.asked.count(question))
             server.asked.append(question)
+            server.told = self.headers
             if isinstance(fault, int):
                 return self.send_error(fault)
+            status, headers = fault if isinstance(fault, tuple) else (206, {})
             if start >= len(content):
                 return self.send_error(416)
             if fault in ("slow", "hang"):
@@ -58,7 +64,11 @@ def serving(directory: Path, fault: Fault = lambda *question: None, secret: str 
             if fault == "wrong":
                 body[len(body) // 2] ^= 255
             sent = body[: len(body) // 2] if fault in ("cut", "short") else body
-            self.send_response(200 if fault == "whole" or not said else 206)
+            if status != 206:
+                body = sent = bytearray()
+            self.send_response(200 if fault == "whole" or not said else status)
+            for name, value in headers.items():
+                self.send_header(name, value)
             self.send_header("Content-Length", str(len(sent if fault == "short" else body)))
             self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
             self.end_headers()

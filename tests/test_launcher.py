@@ -11,3 +11,21 @@ def test_the_environment_wins_over_the_option(environment, given, expected, monk
     if environment:
         monkeypatch.setenv("LOCAL_RANK", environment)
     assert launcher.local_rank(given) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, 8),
+        ({"LOCAL_WORLD_SIZE": "2", "SLURM_NTASKS_PER_NODE": "1"}, 2),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, 4),
+        ({"SLURM_NTASKS_PER_NODE": "2"}, 2),
+        ({"SLURM_NTASKS_PER_NODE": "16"}, 8),
+    ],
+)
+def test_every_launcher_says_how_many_processes_a_node_has(environment, expected, monkeypatch):
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"WORLD_SIZE": "8"} | environment).items():
+        monkeypatch.setenv(name, value)
+    assert launcher.local_world() == expected

@@ -53,7 +53,7 @@ def _check_data(config: CacheConfig) -> None:
 
 def _check_reading(config: TrainConfig) -> None:
     address = config.shards_address
-    if config.shuffle_window and config.shuffle != "blocks":
+    if config.shuffle_window and config.shuffle != "blocks" and (config.shuffle or not address):
         raise UserError("--shuffle_window needs --shuffle blocks")
     if config.shards_cache and not address:
         raise UserError(

@@ -1,5 +1,6 @@
 """What comes before the first step: the division of the batch, the shards, and the numbers of the run."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,16 +78,18 @@ def prepare_shards(
             f"{config.shards_place}/{INDEX}: the shards hold other records than this run reads ({changed}); give the options "
             "that they were built with, or name another --shards_dir"
         )
-    if remote:
-        return remote
-    if config.verify_shards != "none":
+    if not remote and config.verify_shards != "none":
         mine = range(processes.rank, len(index.shards), processes.world)
         with Progress(len(mine), "Verifying shards", "shard") as bar:
             problems = verify(directory, index, mine, config.verify_shards == "all", progress=bar.update)
         problems = {file: problem for part in processes.gather_objects(problems) for file, problem in part.items()}
         if problems:
             raise _damaged(config, problems)
-    return Shards(directory, check_rows=config.verify_shards != "none")
+    shards = remote or Shards(directory, check_rows=config.verify_shards != "none")
+    opened = {(of.fingerprint, hashlib.sha256(of.shards.tobytes()).digest()) for of in (index, shards.index)}
+    if len(set().union(*processes.gather_objects(opened))) > 1:
+        raise UserError(f"{config.shards_place}/{INDEX}: replaced while the processes opened it; start the same again")
+    return shards
 
 
 def _open_remote(config: TrainConfig) -> RangedShards | CachedShards:
@@ -97,11 +100,13 @@ def _open_remote(config: TrainConfig) -> RangedShards | CachedShards:
         cache = ShardsCache(Path(config.shards_cache), config.cache_bytes)
         shards = CachedShards(storage, cache, local_world(), check_rows)
     count = len(shards.index.shards)
-    needed = min(config.shuffle_window or count, count)
-    if config.cache_bytes is not None and (room := config.cache_bytes // int(shards.index.shards["bytes"].max())) < needed:
+    read, largest = min(config.shuffle_window or count, count), int(shards.index.shards["bytes"].max())
+    needed = min(2 * read, count)  # those of the next window are fetched while those of one are read
+    if config.cache_bytes is not None and (room := config.cache_bytes // largest) < needed:
         warn(
-            f"--shards_cache_limit {config.shards_cache_limit} holds {room} shards, and {needed} are read at a time (--shuffle "
-            f"{config.shuffle}), so they are fetched again and again; raise it, or lower --shuffle_window"
+            f"--shards_cache_limit {config.shards_cache_limit} holds {room} shards, and {read} are read at a time (--shuffle "
+            f"{config.shuffle}), so they may be fetched again and again; give {needed * largest} bytes, or --shuffle blocks "
+            f"--shuffle_window {room // 2}"
         )
     return shards
 

@@ -232,6 +232,9 @@ def test_leaving_early_does_not_wait_for_the_storage(shards, monkeypatch):
         ("s3://bucket/a/", "s3://bucket/a"),
         ("sftp://me:secret@host/a", "sftp://me@host/a"),
         ("abfs://container@account.dfs.core.windows.net/a", "abfs://container@account.dfs.core.windows.net/a"),
+        ("hf://datasets/me/data@main/a", "hf://datasets/me/data@main/a"),
+        ("https://[::1]:8/a", "https://[::1]:8/a"),
+        ("https://host/@me/a?at=10:20@x", "https://host/@me/a"),
     ],
 )
 def test_secrets_of_an_address_are_not_shown(address, said):
@@ -258,11 +261,18 @@ def test_secrets_are_sent_and_not_said(shards, tmp_path):
         ("nowhere://x/y", "cannot be opened: Protocol not known: nowhere"),
         ("memory://not/there", "index.json: no such object; look at the address"),
         ("https://[", "cannot be opened: "),
+        ("https://me:ge/heim@host/a", "https://...: cannot be read; write / ? # @ of a user or a password as %2F"),
+        ("https://me:ge#heim@host/a", "https://...: cannot be read; write / ? # @"),
+        ("sftp://me:12/heim@host/a", "sftp://...: cannot be read; write / ? # @"),
+        ("zip://x::https://me:geheim@host/a.zip", "zip://...: is an address within another; give"),
+        ("simplecache::s3://me:geheim@b/a", "simplecache://...: is an address within another; give"),
     ],
 )
 def test_an_address_that_leads_nowhere_is_one_line(address, said):
-    with pytest.raises(UserError, match=re.escape(said)):
+    assert is_remote(address)
+    with pytest.raises(UserError, match=re.escape(said)) as error:
         RangedShards(Storage(address))
+    assert "heim" not in str(error.value) + shown(address)
 
 
 def test_anything_that_fsspec_knows_is_read(shards):

@@ -14,6 +14,7 @@ from engine.config.options import TrainConfig
 from engine.errors import UserError
 from engine.files import digest
 from engine.loop.trainer import train
+from engine.processes import Processes
 from engine.shards import build_command, verify_command
 from tests.commands import Command
 from tests.loop.runs import command, config
@@ -84,7 +85,7 @@ def test_a_killed_run_leaves_nothing_half_written_in_the_cache(on_disk, shards, 
         ({"shards_cache_limit": "1GB"}, "--shards_cache_limit needs --shards_cache"),
         ({"shards_cache": "c", "shards_cache_limit": "much"}, "--shards_cache_limit much: give a size, for example 500GB"),
         ({"shards_dir": "https://h/a?token=geheim", "report_to": "wandb"}, "--shards_dir with a password or token and"),
-        ({"shuffle_window": 3}, "--shuffle_window needs --shuffle blocks"),
+        ({"shuffle": "global", "shuffle_window": 3}, "--shuffle_window needs --shuffle blocks"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options, said, model, tmp_path, monkeypatch):
@@ -104,7 +105,14 @@ def test_sizes_are_read_as_people_write_them(said, meant):
         family="sd", pretrained_model_name_or_path="m", shards_dir="s3://b/a", shards_cache_limit=said, shards_cache="c"
     )
     check_options(run)
+    check_options(run.model_copy(update={"shuffle_window": 3}))  # blocks is the default there
     assert run.cache_bytes == meant
+
+
+def test_shards_that_are_replaced_while_processes_open_them_are_refused(on_disk, monkeypatch):
+    monkeypatch.setattr(Processes, "gather_objects", lambda self, value: [value, {("another", b"")}])
+    with pytest.raises(UserError, match="/index.json: replaced while the processes opened it; start the same again"):
+        train(on_disk.model_copy(update={"train_data_dir": None, "verify_shards": "none"}))
 
 
 def test_nothing_is_written_to_remote_storage(model, images, tmp_path):
