@@ -272,7 +272,7 @@ def test_shards_that_lost_samples_are_not_opened_at_every_start(tmp_path, monkey
     build(ten(), tmp_path)
     less = Samples(ten().of[1:])
     index = build(less, tmp_path)
-    monkeypatch.setattr("engine.data.encode.open_shard", lambda *arguments: pytest.fail("opened"))
+    monkeypatch.setattr("engine.data.found.open_shard", lambda *arguments: pytest.fail("opened"))
     assert build(less, tmp_path).fingerprint == index.fingerprint
     again = Samples(less.of[1:])
     assert build(again, tmp_path).records == 8
