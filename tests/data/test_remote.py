@@ -214,6 +214,15 @@ def test_who_gives_up_asks_for_nothing_more(way, shards, tmp_path, monkeypatch):
         assert len(server.asked) == asked
 
 
+def test_a_shard_that_has_no_room_to_stay_is_fetched_once_for_all_fields(shards, tmp_path):
+    with serving(shards) as server:
+        reader = opened("cache", server.address, tmp_path)
+        reader.cache.limit, reader._most_open, reader._ahead = 1, 1, 0
+        assert_same(records(reader, None, 4), records(Shards(shards), None, 4))
+        finding = 2 * 3  # numbers of captions, and their checksums
+        assert len([name for name, _ in server.asked if SHARD.match(name)]) <= 4 * (finding + 3)
+
+
 def test_leaving_early_does_not_wait_for_the_storage(shards, monkeypatch):
     monkeypatch.setattr(storage, "PAUSES", (60.0,) * 5)
     with serving(shards, lambda name, span, before: 500 if SHARD.match(name) else None) as server:

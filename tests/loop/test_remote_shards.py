@@ -13,10 +13,12 @@ from engine.config.command_line import load
 from engine.config.options import TrainConfig
 from engine.errors import UserError
 from engine.files import digest
+from engine.loop.prepare import _open_remote
 from engine.loop.trainer import train
 from engine.processes import Processes
 from engine.shards import build_command, verify_command
 from tests.commands import Command
+from tests.data.test_shards import build
 from tests.loop.runs import command, config
 from tests.storage_server import serving
 
@@ -113,6 +115,18 @@ def test_shards_that_are_replaced_while_processes_open_them_are_refused(on_disk,
     monkeypatch.setattr(Processes, "gather_objects", lambda self, value: [value, {("another", b"")}])
     with pytest.raises(UserError, match="/index.json: replaced while the processes opened it; start the same again"):
         train(on_disk.model_copy(update={"train_data_dir": None, "verify_shards": "none"}))
+
+
+@pytest.mark.parametrize(("room", "warned"), [(4, True), (6, False)])
+def test_a_cache_that_does_not_hold_two_windows_is_warned_of(room, warned, on_disk, model, images, tmp_path, capsys):
+    index = build(model, images, tmp_path / "shards", "--shard_records", "2")
+    largest = int(index.shards["bytes"].max())
+    with serving(tmp_path / "shards") as server:
+        kept = {"shards_cache": str(tmp_path / "cache"), "shards_cache_limit": str(room * largest)}
+        _open_remote(elsewhere(on_disk, server.address, shuffle_window=3, **kept)).close()
+    said = f"holds {room} shards, and 3 are read at a time (--shuffle blocks), so they may be fetched again and again; give "
+    said += f"{6 * largest} bytes, or --shuffle blocks --shuffle_window {room // 2}"
+    assert (said in capsys.readouterr().err) == warned
 
 
 def test_nothing_is_written_to_remote_storage(model, images, tmp_path):

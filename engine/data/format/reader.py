@@ -9,7 +9,7 @@ import os
 import resource
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -188,6 +188,20 @@ class Shards:
             for place in np.argwhere((found < 0) | (found >= limit))[:1]:
                 row = f"row {numbers[place[0]]} of {name}"
                 raise self._error(shards[place[0]], f"{row} holds {found[*place]}, where numbers are below {limit}")
+
+    def gather_fields(self, rows: Rows, out: Mapping[str, Tensor], limits: Mapping[str, int]) -> None:
+        """The same of several fields, all of a shard while it is open."""
+        shards = rows["shard"].numpy()
+        if len(shards) <= self._most_open:
+            for name, target in out.items():
+                self.gather(name, rows, target, limits.get(name))
+            return
+        for part in (torch.from_numpy(part) for part, _ in self._open(shards)):
+            some = {of: numbers[part] if numbers.ndim else numbers for of, numbers in rows.items()}
+            for name, target in out.items():
+                found = target[part]
+                self.gather(name, some, found, limits.get(name))
+                target[part] = found
 
     def _altered(self, name: str, record: int, shard: int, row: int) -> UserError:
         sample = self._numbers("source", shards := np.array([shard]), record - self._first_records[shards], 1)[0, 0]

@@ -116,8 +116,8 @@ class _RemoteShards(Shards):
     def rows_of(self, *arguments: Any) -> Rows:
         return self._once_more(super().rows_of, *arguments)
 
-    def gather(self, *arguments: Any) -> None:
-        self._once_more(super().gather, *arguments)
+    def gather_fields(self, *arguments: Any) -> None:
+        self._once_more(super().gather_fields, *arguments)
 
     def _once_more(self, read: Callable[..., Any], *arguments: Any) -> Any:
         """What `read` returns; of every shard of which it refuses something, all is fetched once more."""
@@ -280,7 +280,7 @@ class RangedShards(_RemoteShards):
     def _arrived(self, number: int, size: int, group: list[tuple[Rows, Rest]]) -> Iterator[tuple[Rows, Rest]]:
         for rows, rest in group:
             yield rows | {"group": torch.tensor(number)}, rest
-        del self._groups[number]
+        self._groups.pop(number, None)
 
     @property
     def found_together(self) -> int:
@@ -359,7 +359,7 @@ class RangedShards(_RemoteShards):
     def _forget(self, number: int) -> None:
         super()._forget(number)
         self._starts["source"][number] = 0
-        self._ready = None
+        self._groups.clear()  # what is there of its rows, and, as this is seldom, of all
 
     def _open_one(self, number: int) -> None:
         """Reads of a shard its header, and, once that is judged, what leads to its rows, into a sparse file at their places."""

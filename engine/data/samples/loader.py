@@ -89,7 +89,8 @@ class Loader:
     def _host_batches(self) -> Iterator[Batch]:
         for rows, draws in self.shards.ahead(self._draws()):
             slots, timesteps, coefficients = draws
-            yield Batch(self._gather(rows, self._buffers()), slots, timesteps, coefficients)
+            self.shards.gather_fields(rows, buffers := self._buffers(), self.limits)
+            yield Batch(buffers, slots, timesteps, coefficients)
 
     def _device_batches(self) -> Iterator[Batch]:
         """Micro-batches that are being copied to the device from a ring of pinned buffers."""
@@ -97,7 +98,8 @@ class Loader:
         for number, (rows, draws) in enumerate(self.shards.ahead(self._draws())):
             buffers, copied = ring[number % len(ring)]
             copied.synchronize()
-            record = {name: self._send(tensor) for name, tensor in self._gather(rows, buffers).items()}
+            self.shards.gather_fields(rows, buffers, self.limits)
+            record = {name: self._send(tensor) for name, tensor in buffers.items()}
             slots, timesteps, coefficients = map(self._send, draws)
             copied.record()
             yield Batch(record, slots, timesteps, coefficients, copied)
@@ -110,11 +112,6 @@ class Loader:
             name: torch.empty(self.plan.micro_batch, *field.shape, dtype=field.dtype, pin_memory=self.on_gpu)
             for name, field in self.shards.fields.items()
         }
-
-    def _gather(self, rows: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-        for name, buffer in buffers.items():
-            self.shards.gather(name, rows, buffer, self.limits.get(name))
-        return buffers
 
     def _draws(self) -> Iterator[tuple[dict[str, Tensor], list[Tensor]]]:
         """Of every micro-batch, in order: the rows that it reads; and its slots, timesteps and coefficients.
