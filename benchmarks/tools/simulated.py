@@ -77,7 +77,7 @@ def write_index(directory: Path, records: int) -> None:
     shards["first_sample"] = shards["number"] * SHARD
     for name in ("records", "samples", "image_rows", "caption_rows"):
         shards[name] = np.minimum(records - shards["first_sample"], SHARD)
-    shards["variants"], shards["captions"] = 1, OWN
+    shards["variants"], shards["captions"], shards["bytes"] = 1, OWN, 2**20
     read = set((records_of(SEED, torch.arange(BATCH * BATCHES), records) // SHARD).tolist())
     for number in range(count):
         path = directory / shard_name(number)
