@@ -19,6 +19,7 @@ the rounds; of the peers with 0 and with 2 workers, whichever is better in a fig
 the engine's order of all records reads each from anywhere, `blocks` from two shards at a time.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -35,7 +36,7 @@ from typing import Any
 from benchmarks.tools import formats
 from benchmarks.tools.nginx import nginx, served
 from benchmarks.tools.question import command_line
-from benchmarks.tools.rows import Rows, write_result
+from benchmarks.tools.rows import Rows
 from benchmarks.tools.simulated import simulate
 from benchmarks.tools.tables import problem
 
@@ -124,20 +125,7 @@ def print_simulated(measured: dict[str, Any]) -> None:
         print(f"{name:26}{value:,.3f}" if isinstance(value, float) else f"{name:26}{value:,}")
 
 
-def main() -> int:
-    parser = command_line(__doc__)
-    parser.add_argument("--simulate", type=int, metavar="RECORDS", help="open an index that counts so many, and nothing else")
-    parser.add_argument("--peers_python", type=Path, help="a Python with the peers; default: one is made and removed")
-    parser.add_argument("--sides", nargs="+", choices=formats.SIDES, default=[*formats.SIDES], help="default: all")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each is measured; default: %(default)s")
-    parser.add_argument("--records", type=int, help="of each kind; default: enough for seconds of reading")
-    options = parser.parse_args()
-    if options.simulate:
-        measured = simulate(options.simulate)
-        print_simulated(measured)
-        write_result(options.json, __doc__, **measured)
-        return 0
-    rows = Rows(options.json, __doc__, options.minutes)
+def compare_kinds(rows: Rows, options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as directory:
         peers = [side for side in options.sides if side in formats.PEERS]
         python = options.peers_python or (install(Path(directory)) if peers else Path())
@@ -148,7 +136,21 @@ def main() -> int:
             work = partial(compare, kind, records, options.rounds, pythons)
             row = rows.measure(f"{kind}, {records:,} records", expected, work)
             print(problem(row) or table(row), end="\n\n")
-    for records in SIMULATED if options.records is None else ():
+
+
+def main() -> int:
+    parser = command_line(__doc__)
+    parser.add_argument("--simulate", type=int, metavar="RECORDS", help="open an index that counts so many, and nothing else")
+    parser.add_argument("--peers_python", type=Path, help="a Python with the peers; default: one is made and removed")
+    parser.add_argument("--sides", nargs="+", choices=formats.SIDES, default=[*formats.SIDES], help="default: all")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each is measured; default: %(default)s")
+    parser.add_argument("--records", type=int, help="of each kind; default: enough for seconds of reading")
+    options = parser.parse_args()
+    rows = Rows(options.json, __doc__, options.minutes)
+    if not options.simulate:
+        compare_kinds(rows, options)
+    usual = SIMULATED if options.records is None else ()
+    for records in [options.simulate] if options.simulate else usual:
         row = rows.measure(f"simulated, {records:,} records", records / 10**7, partial(simulate, records))
         print(problem(row) or row["name"])
         print_simulated({name: value for name, value in row.items() if isinstance(value, int | float)})

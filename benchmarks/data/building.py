@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,9 @@ from torch import Tensor
 
 from benchmarks.tools.place import ENVIRONMENT
 from benchmarks.tools.question import command_line
-from benchmarks.tools.rows import write_result
+from benchmarks.tools.rows import Rows
 from benchmarks.tools.simulated import resident_bytes
+from benchmarks.tools.tables import problem
 from engine.config.options import CacheConfig
 from engine.data.encode import encode_source
 from engine.data.format.index import INDEX, Field
@@ -49,6 +51,8 @@ from examples.tiny_models import write_stable_diffusion
 GROUP = 10**6  # rows of a row group
 TOGETHER = (1, 2, 4)
 TURNS = 3
+IMAGES = 10_000  # of the data set that grows
+PLAN_SECONDS, RATES_SECONDS = 20, 180  # that these take
 BUILD = """
 import sys, time
 from pathlib import Path
@@ -198,7 +202,7 @@ def rate(directory: Path, model: str, images: Path, together: int) -> float:
     return len(list(images.glob("*.jpg"))) / (ended.stat().st_mtime - started.stat().st_mtime)
 
 
-def rates(directory: Path, count: int) -> list[dict[str, Any]]:
+def rates(directory: Path, count: int) -> dict[str, Any]:
     model = write_stable_diffusion(directory / "model")["pretrained_model_name_or_path"]
     images = write_images(directory / "images")
     lines = (images / "metadata.jsonl").read_text().splitlines()
@@ -212,7 +216,9 @@ def rates(directory: Path, count: int) -> list[dict[str, Any]]:
     measured: dict[int, list[float]] = {together: [] for together in TOGETHER}
     for turn, together in itertools.product(range(TURNS), TOGETHER):  # in turns, because others may use the machine
         measured[together].append(rate(directory / f"turn-{turn}-{together}", model, images, together))
-    return [{"processes": together, "images_per_second": max(found), "all": found} for together, found in measured.items()]
+    return {"rates": [
+        {"processes": together, "images_per_second": max(found), "all": found} for together, found in measured.items()
+    ]}  # fmt: skip
 
 
 def main() -> int:
@@ -220,19 +226,19 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=10**8, help="of the table that is planned (default: %(default)s)")
     parser.add_argument("--images", type=int, default=448, help="that are encoded by commands together (default: %(default)s)")
     given = parser.parse_args()
+    kept = Rows(given.json, __doc__, given.minutes)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        plans = [plan(directory / f"rows-{rows}", rows) for rows in (max(given.rows // 1000, 1), given.rows)]
-        grown = grow(directory / "grown", 10_000)
-        built = rates(directory, given.images)
-    for row in plans:
-        print(f"{row['rows']:>13,} rows  planned in {row['seconds']:.2f} s and {row['mib']:.1f} MiB")
-    print(f"one image more than {grown['images']:,}: {grown['encoded_bytes_for_one_more']} bytes are encoded, "
-          f"of {grown['bytes_of_a_shard']} of a shard")  # fmt: skip
-    for row in built:
-        print(f"{row['processes']} processes  {row['images_per_second']:.1f} images/s")
-    write_result(given.json, __doc__, plans=plans, grown=grown, rates=built)
-    return 0
+        for rows in (max(given.rows // 1000, 1), given.rows):
+            row = kept.measure(f"plan, {rows:,} rows", PLAN_SECONDS, partial(plan, directory / f"rows-{rows}", rows))
+            print(f"{rows:>13,} rows ", problem(row) or f"planned in {row['seconds']:.2f} s and {row['mib']:.1f} MiB")
+        row = kept.measure(f"growth, {IMAGES:,} images", PLAN_SECONDS, partial(grow, directory / "grown", IMAGES))
+        print(f"one image more than {IMAGES:,}:", problem(row) or f"{row['encoded_bytes_for_one_more']} bytes are encoded, "
+              f"of {row['bytes_of_a_shard']} of a shard")  # fmt: skip
+        row = kept.measure(f"rates, {given.images} images", RATES_SECONDS, partial(rates, directory, given.images))
+        print(problem(row) or "\n".join(
+            f"{of['processes']} processes  {of['images_per_second']:.1f} images/s" for of in row["rates"]))  # fmt: skip
+    return kept.exit_code
 
 
 if __name__ == "__main__":

@@ -9,9 +9,12 @@ from benchmarks.tools import simulated
 
 def test_a_large_index_is_simulated(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(simulated, "BATCHES", 2)
+    kept = {"environments": [], "rows": [{"name": "sd, 1 records", "environment": 0}]}
+    (tmp_path / "data.json").write_text(json.dumps(kept))
     monkeypatch.setattr(sys, "argv", ["data", "--simulate", "1000000", "--json", str(tmp_path / "data.json")])
     assert data.main() == 0
-    measured = json.loads((tmp_path / "data.json").read_text())
+    comparison, measured = json.loads((tmp_path / "data.json").read_text())["rows"]
+    assert comparison == kept["rows"][0]
     assert (measured["records"], measured["shards"]) == (1_000_000, 977)
     assert measured["open_seconds"] < 5
     assert measured["samples_per_second_again"] > 0
