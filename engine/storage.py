@@ -36,6 +36,7 @@ _CREDENTIALS = (
 )
 GIVE_CREDENTIALS = "give credentials that may read it"
 NOT_THERE = "look at the address, or put the whole directory there"
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # of this package, that read such addresses
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*)://([^/?#]*@)?([^/?#]*)([^?#]*)(.*)", re.IGNORECASE | re.DOTALL)
 MEND_THE_STORAGE = "look at the storage and the network, and start the same again"
 
@@ -112,7 +113,8 @@ class Storage:
         except UserError:
             raise
         except ImportError as error:
-            raise UserError(f"{shown(address)}: cannot be opened: {self._masked(first_line(error))}") from None
+            remedy = f"; install the extra `{extra}`" if (extra := _EXTRAS.get(address.partition(":")[0].lower())) else ""
+            raise UserError(f"{shown(address)}: cannot be opened: {self._masked(first_line(error))}{remedy}") from None
         except Exception as error:  # libraries raise anything
             raise UserError(
                 f"{shown(address)}: cannot be opened: {self._masked(first_line(error)).rstrip('.')}; look at the address "

@@ -89,7 +89,7 @@ def test_info_maps_a_record_to_its_file(shards, images, capsys, monkeypatch):
     ("arguments", "named"),
     [
         (["mend"], "unknown command 'mend'"),
-        (["verify", "/nowhere"], "/nowhere: no index.json there"),
+        (["verify", "/nowhere"], "/nowhere: no index.json there; give the directory of shards"),
         (["info", "/nowhere", "--records", "-1"], "--records: must be at least 0"),
         (["info"], "the following arguments are required: directory"),
         (["build", "--family", "sd"], "--pretrained_model_name_or_path is required"),

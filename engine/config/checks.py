@@ -13,6 +13,7 @@ from engine.storage import shown
 
 LARGEST = 2**31 - 1  # of the integer options but seeds, so that sums and products of them are integers everywhere
 
+NEEDS_BLOCKS = "--shuffle_window needs --shuffle blocks"
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth")
 
 
@@ -53,8 +54,9 @@ def _check_data(config: CacheConfig) -> None:
 
 def _check_reading(config: TrainConfig) -> None:
     address = config.shards_address
-    if config.shuffle_window and config.shuffle != "blocks" and (config.shuffle or not address):
-        raise UserError("--shuffle_window needs --shuffle blocks")
+    unsaid = not (config.shuffle or address or config.resume_from_checkpoint)  # which may each mean blocks
+    if config.shuffle_window and (config.shuffle == "global" or unsaid):
+        raise UserError(NEEDS_BLOCKS)
     if config.shards_cache and not address:
         raise UserError(
             "--shards_cache keeps shards of remote storage; give the address of some as --shards_dir, or leave it out"
@@ -65,6 +67,8 @@ def _check_reading(config: TrainConfig) -> None:
         _ = config.cache_bytes
     except ValueError:
         raise UserError(f"--shards_cache_limit {config.shards_cache_limit}: give a size, for example 500GB or 2TiB") from None
+    if address and shown(address).endswith("/index.json"):
+        raise UserError(f"--shards_dir {shown(address)}: is a file; give the address of its directory")
     if address and config.verify_shards == "all":
         raise UserError("--verify_shards all would read every shard over the network; rows, the default, compares what is read")
     if address and config.report_to in ("wandb", "all") and shown(address) != address.rstrip("/"):
@@ -76,6 +80,8 @@ def _check_outputs(config: TrainConfig) -> None:
         raise UserError("--hub_token with --report_to wandb would expose the token; log in with `hf auth login` instead")
     if config.overwrite and config.resume_from_checkpoint == "latest":
         raise UserError("--overwrite removes what --resume_from_checkpoint latest goes on with; leave one out")
+    if config.continue_on_grown_data and not config.resume_from_checkpoint:
+        raise UserError("--continue_on_grown_data needs --resume_from_checkpoint")
     for name in ("compile_cache_dir", "compile_mode"):
         if not config.compile and getattr(config, name) not in (None, "default"):
             raise UserError(f"--{name} needs --compile")
@@ -145,6 +151,8 @@ def check_machine(config: CacheConfig) -> None:
         if name not in lacking:
             _check_pipeline(name, Path(getattr(config, name)))
     check_writable("--output_dir", Path(config.output_dir))
+    if not (config.data or config.shards_address):
+        _check_shards_are_there(config.shards_path)
     if not config.shards_address and not _has_index(config.shards_path):  # nothing is written beside shards that are there
         check_writable("--shards_dir", config.shards_path)
     if isinstance(config, TrainConfig):
@@ -184,6 +192,15 @@ def installed(package: str) -> bool:
     """Whether a package can be imported; a folder of its name in the working directory, as wandb leaves one, is none."""
     spec = importlib.util.find_spec(package)
     return spec is not None and spec.origin is not None
+
+
+def _check_shards_are_there(directory: Path) -> None:
+    if directory.is_file():
+        raise UserError(f"--shards_dir {directory}: is a file; name the directory of the shards")
+    if not directory.is_dir():
+        address = ":" in directory.parts[0]  # with a slash too few, or without a scheme
+        remedy = "an address begins with https://, s3:// or the like" if address else "name the directory of the shards"
+        raise UserError(f"--shards_dir {directory}: no such directory; {remedy}")
 
 
 def _has_index(directory: Path) -> bool:

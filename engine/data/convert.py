@@ -212,8 +212,9 @@ def convert(directory: Path, output: Path, given: dict[str, str] | None = None) 
             sweep(output)
         if old and (in_place or not _is_converted(output, old)):
             _write(directory, old, output, in_place, _source_of(directory, old, given) if given else None)
-        elif given:
-            say(f"{output}: the shards were converted before; what they know of the data set stays as it is")
+        else:
+            stays = "; what they know of the data set stays as it is" if given else ""
+            say(f"{output}: the shards are of format version {FORMAT_VERSION} already{stays}")
         index = Index.read(output)
         if in_place:
             _remove_old(output, index.fingerprint)

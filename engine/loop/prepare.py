@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engine.config.options import ALTER_THE_RESULT, TrainConfig, options_of
 from engine.data.encode import encode_source
 from engine.data.format.cache import ShardsCache
@@ -98,17 +100,19 @@ def _open_remote(config: TrainConfig) -> RangedShards | CachedShards:
         if config.shards_cache is None:
             return RangedShards(storage, check_rows, config.shuffle_window)
         cache = ShardsCache(Path(config.shards_cache), config.cache_bytes)
-        shards = CachedShards(storage, cache, local_world(), check_rows)
-    count = len(shards.index.shards)
-    read, largest = min(config.shuffle_window or count, count), int(shards.index.shards["bytes"].max())
+        return CachedShards(storage, cache, local_world(), check_rows)
+
+
+def _warn_of_a_small_cache(config: TrainConfig, shards: np.ndarray, resumed: bool) -> None:
+    count = len(shards)
+    read, largest = min(config.shuffle_window or count, count), int(shards["bytes"].max())
     needed = min(2 * read, count)  # those of the next window are fetched while those of one are read
     if config.cache_bytes is not None and (room := config.cache_bytes // largest) < needed:
+        other = "" if resumed else f", or --shuffle blocks --shuffle_window {room // 2}"  # the order stays what it was
         warn(
             f"--shards_cache_limit {config.shards_cache_limit} holds {room} shards, and {read} are read at a time (--shuffle "
-            f"{config.shuffle}), so they may be fetched again and again; give {needed * largest} bytes, or --shuffle blocks "
-            f"--shuffle_window {room // 2}"
+            f"{config.shuffle}), so they may be fetched again and again; give {needed * largest} bytes{other}"
         )
-    return shards
 
 
 def _damaged(config: TrainConfig, problems: dict[str, str]) -> UserError:
@@ -147,5 +151,6 @@ def open_run(config: TrainConfig, seed: int, shards: Shards, plan: BatchPlan, st
         steps = done + 1
     options = {name: value for name, value in options_of(config).items() if name in ALTER_THE_RESULT}
     options["max_train_steps"] = steps
+    _warn_of_a_small_cache(config, shards.index.shards, resumed=state is not None)
     order = order_of(seed, shards.index.shards["records"], config.shuffle_window)
     return Run(seed, plan.global_batch, shards.index.fingerprint, len(shards), steps, options, shards.index.identity, order)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.catalogue import FAMILIES, PIPELINES
+from engine.config.checks import NEEDS_BLOCKS
 from engine.config.command_line import CONFIG
 from engine.config.options import SHUFFLE_WINDOW, TrainConfig
 from engine.data.identity import differences, without_source
@@ -129,6 +130,8 @@ def with_order(config: TrainConfig, checkpoint: Path | None, state: State | None
     window: Any = config.shuffle_window
     if state is None:
         shuffle = shuffle or ("blocks" if config.shards_address else "global")
+        if window and shuffle == "global":
+            raise UserError(NEEDS_BLOCKS)
         window = (window or SHUFFLE_WINDOW) if shuffle == "blocks" else None
     else:
         before, of = state.options.get("shuffle", "global"), state.options.get("shuffle_window")

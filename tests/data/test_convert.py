@@ -245,13 +245,14 @@ def test_captions_may_lie_in_more_shards_than_files_may_be_open(model, tmp_path)
     assert same(rows_of(tmp_path / "old"), before)
 
 
-def test_what_is_no_version_1_is_named(shards, tmp_path):
+def test_what_is_no_version_1_is_named(shards, tmp_path, capsys):
     with pytest.raises(UserError, match=f"{tmp_path}: no index.json there"):
         convert(tmp_path, tmp_path)
     copy = shutil.copytree(shards, tmp_path / "shards")
     before = contents(copy, "*")
     convert(copy, copy)
     assert contents(copy, "*") == before
+    assert f"{copy}: the shards are of format version 2 already\n" in capsys.readouterr().err
     with pytest.raises(UserError, match="of format version 2; there is nothing to convert"):
         convert(copy, tmp_path / "other")
     with pytest.raises(UserError, match=f"{tmp_path / 'typo'}: no index.json there"):

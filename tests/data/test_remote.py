@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 
@@ -282,6 +283,13 @@ def test_an_address_that_leads_nowhere_is_one_line(address, said):
     with pytest.raises(UserError, match=re.escape(said)) as error:
         RangedShards(Storage(address))
     assert "heim" not in str(error.value) + shown(address)
+
+
+@pytest.mark.parametrize(("scheme", "library", "extra"), [("s3", "s3fs", "s3"), ("gs", "gcsfs", "gs")])
+def test_a_library_that_is_not_installed_is_named_with_its_extra(scheme, library, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(UserError, match=f"^{scheme}://bucket/a: cannot be opened: .*{library}.*; install the extra `{extra}`$"):
+        Storage(f"{scheme}://bucket/a")
 
 
 def test_anything_that_fsspec_knows_is_read(shards):

@@ -5,20 +5,21 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engine import storage
 from engine.config.checks import check_machine, check_options
 from engine.config.command_line import load
 from engine.config.options import TrainConfig
+from engine.data.format.index import ENTRY
 from engine.errors import UserError
 from engine.files import digest
-from engine.loop.prepare import _open_remote
+from engine.loop.prepare import _warn_of_a_small_cache
 from engine.loop.trainer import train
 from engine.processes import Processes
 from engine.shards import build_command, verify_command
 from tests.commands import Command
-from tests.data.test_shards import build
 from tests.loop.runs import command, config
 from tests.storage_server import serving
 
@@ -88,6 +89,12 @@ def test_a_killed_run_leaves_nothing_half_written_in_the_cache(on_disk, shards, 
         ({"shards_cache": "c", "shards_cache_limit": "much"}, "--shards_cache_limit much: give a size, for example 500GB"),
         ({"shards_dir": "https://h/a?token=geheim", "report_to": "wandb"}, "--shards_dir with a password or token and"),
         ({"shuffle": "global", "shuffle_window": 3}, "--shuffle_window needs --shuffle blocks"),
+        ({"shards_dir": "here", "shuffle_window": 3}, "--shuffle_window needs --shuffle blocks"),
+        ({"shards_dir": "https://h/a/index.json?token=geheim"}, "--shards_dir https://h/a/index.json: is a file; give the"),
+        ({"shards_dir": "http:/h/a"}, "--shards_dir http:/h/a: no such directory; an address begins with https://"),
+        ({"shards_dir": "host:80/a"}, "--shards_dir host:80/a: no such directory; an address begins with https://"),
+        ({"shards_dir": "typo"}, "--shards_dir typo: no such directory; name the directory of the shards"),
+        ({"continue_on_grown_data": True}, "--continue_on_grown_data needs --resume_from_checkpoint"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options, said, model, tmp_path, monkeypatch):
@@ -111,22 +118,31 @@ def test_sizes_are_read_as_people_write_them(said, meant):
     assert run.cache_bytes == meant
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_cache_for_fewer_shards_than_are_read_is_told_what_it_may_do(resumed, capsys):
+    run = TrainConfig(
+        family="sd", pretrained_model_name_or_path="m", shards_dir="s3://b/a", shards_cache="c", shards_cache_limit="500",
+        shuffle="blocks", shuffle_window=8,
+    )  # fmt: skip
+    shards = np.zeros(100, ENTRY)
+    shards["bytes"] = 100
+    _warn_of_a_small_cache(run, shards, resumed)
+    said = capsys.readouterr().err
+    other = "" if resumed else ", or --shuffle blocks --shuffle_window 2"
+    expected = (
+        "holds 5 shards, and 8 are read at a time (--shuffle blocks), so they may be fetched again and again; give 1600 bytes"
+    )
+    assert said.endswith(f"{expected}{other}\n")
+    for options in ({"shards_cache_limit": "1600"}, {"shuffle_window": 2}):
+        check_options(taken := run.model_copy(update=options))
+        _warn_of_a_small_cache(taken, shards, resumed)
+    assert not capsys.readouterr().err
+
+
 def test_shards_that_are_replaced_while_processes_open_them_are_refused(on_disk, monkeypatch):
     monkeypatch.setattr(Processes, "gather_objects", lambda self, value: [value, {("another", b"")}])
     with pytest.raises(UserError, match="/index.json: replaced while the processes opened it; start the same again"):
         train(on_disk.model_copy(update={"train_data_dir": None, "verify_shards": "none"}))
-
-
-@pytest.mark.parametrize(("room", "warned"), [(4, True), (6, False)])
-def test_a_cache_that_does_not_hold_two_windows_is_warned_of(room, warned, on_disk, model, images, tmp_path, capsys):
-    index = build(model, images, tmp_path / "shards", "--shard_records", "2")
-    largest = int(index.shards["bytes"].max())
-    with serving(tmp_path / "shards") as server:
-        kept = {"shards_cache": str(tmp_path / "cache"), "shards_cache_limit": str(room * largest)}
-        _open_remote(elsewhere(on_disk, server.address, shuffle_window=3, **kept)).close()
-    said = f"holds {room} shards, and 3 are read at a time (--shuffle blocks), so they may be fetched again and again; give "
-    said += f"{6 * largest} bytes, or --shuffle blocks --shuffle_window {room // 2}"
-    assert (said in capsys.readouterr().err) == warned
 
 
 def test_nothing_is_written_to_remote_storage(model, images, tmp_path):

@@ -251,6 +251,10 @@ def test_an_order_by_locality_goes_on_in_the_middle_of_an_epoch(model, images, s
     said = "was written with --shuffle blocks --shuffle_window 2; leave both out, or give the same"
     with pytest.raises(UserError, match=said):
         run("rest", resume_from_checkpoint="latest", shuffle="blocks", shuffle_window=3)
+    with pytest.raises(UserError, match=said):
+        run("rest", resume_from_checkpoint="latest", shuffle_window=3)
+    with pytest.raises(UserError, match="--shuffle_window needs --shuffle blocks"):
+        run("none", resume_from_checkpoint="latest", shuffle_window=3)
     assert run("rest", resume_from_checkpoint="latest") == 0
     file = "checkpoint-3/unet/diffusion_pytorch_model.safetensors"
     assert digest(tmp_path / "whole" / file) == digest(tmp_path / "rest" / file)

@@ -25,6 +25,7 @@ FORMAT_VERSION = 2
 INDEX = "index.json"
 TABLE = "index-"  # what the names of files with arrays over shards begin with
 BUILD_AGAIN = f"delete what is damaged and {INDEX} to build it again, or get a whole copy"
+_GIVE_SHARDS = "give the directory of shards (a run's --shards_dir), or build some with `python -m engine.shards build`"
 SHARD_NAME = "shard-"  # what the names of all begin with
 SAMPLES = "sample-numbers"  # which samples they are of, for the next build; runs keep pictures in `samples`
 # What the index says of a shard. `variants` and `captions`: how many every record has, or one of those below.
@@ -317,7 +318,7 @@ def read_json(path: Path, *versions: int) -> Any:
         try:
             value = parse_json(read_text(path))
         except FileNotFoundError:
-            raise UserError(f"{path.parent}: no {INDEX} there; build shards with `python -m engine.shards build`") from None
+            raise UserError(f"{path.parent}: no {INDEX} there; {_GIVE_SHARDS}") from None
         found = value.get("format_version") if isinstance(value, dict) else None
         if type(found) is int and found not in versions:
             convert = f"convert them with `python -m engine.shards convert {path.parent}`"
