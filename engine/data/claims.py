@@ -35,14 +35,9 @@ class Claims:
 
     def leave(self) -> None:
         """Closes the file, and removes it where nothing was begun."""
-        if self.is_there() and not self.begun and self.alone():
+        if self.is_there() and not os.fstat(self.descriptor).st_size and self.alone():
             self.path.unlink()
         os.close(self.descriptor)
-
-    @property
-    def begun(self) -> bool:
-        """Whether there are slots, of this build or of one that did not come to its end."""
-        return os.fstat(self.descriptor).st_size > 0
 
     def is_there(self) -> bool:
         """Whether the file was not removed since it was opened, by a process whose build was complete."""

@@ -194,13 +194,11 @@ def _begin(task: Task, found: Found, plan: Plan, claims: Claims) -> None:
     What the last build replaced goes now: until now a training may have read it.
     """
     recipe, index = digest_of(task.recipe), found.index.fingerprint if found.index else None
-    changed = not is_of(found.index, plan)
-    if changed or claims.begun:
-        of_index = found.index.shards["number"].tolist() if found.index else ()
-        _sweep(task.directory, {*plan.blocks["number"].tolist(), *of_index})
     if not plan.equals(read_plan(task.directory, recipe, index)):
         plan.write(task.directory, recipe, index)
-    if changed:
+    if not is_of(found.index, plan):
+        of_index = found.index.shards["number"].tolist() if found.index else ()
+        _sweep(task.directory, {*plan.blocks["number"].tolist(), *of_index})
         claims.begin(plan)
 
 
