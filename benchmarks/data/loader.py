@@ -21,40 +21,29 @@ from typing import Any
 
 import torch
 
+from benchmarks.tools.drawing import draw
 from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
-from benchmarks.tools.shards import write_shards
+from benchmarks.tools.shards import FAMILIES, fields_of, write_shards
 from benchmarks.tools.tables import problem
 from benchmarks.tools.timing import synchronize
-from engine.data.format.index import Field
 from engine.data.format.reader import Shards
-from engine.data.samples.batch import Batch, BatchPlan
-from engine.data.samples.loader import Loader
-from engine.diffusion import DiscreteSchedule, unweighted
+from engine.data.samples.batch import Batch
 
 RECORDS = [4096, 65_537, 70_000, 100_000]
 BATCHES = [16, 64]
 WINDOWS, WINDOW_SECONDS = 7, 1.0
-FIELDS = {
-    "image_embedding": Field((1280,), torch.bfloat16, "image"),
-    "text_embedding": Field((1280,), torch.bfloat16, "caption"),
-}
 
 
 def measure(shards: Shards, batch: int, device: torch.device) -> dict[str, Any]:
     """Milliseconds to the first micro-batch, samples per second (the median over windows, and the slowest), and the processor's
     microseconds per sample over all threads, which other work on the machine changes least."""
-    schedule = DiscreteSchedule(torch.linspace(0.999, 0.001, 1000), "epsilon", unweighted)
     started = time.perf_counter()
-    loader = Loader(shards, BatchPlan(batch, 1, 0, 1), 7, schedule, device, 0, 10**9)
-    try:
-        batches = iter(loader)
+    with draw(shards, batch, device=device) as batches:
         next(batches)
         first = time.perf_counter() - started
         _window(batches, device)
         rates, busy = zip(*(_window(batches, device) for _ in range(WINDOWS)), strict=True)
-    finally:
-        loader.close()
     return {
         "records": len(shards), "batch": batch, "first_milliseconds": first * 1e3,
         "samples_per_second": statistics.median(rates), "slowest_window": min(rates),
@@ -87,7 +76,7 @@ def main() -> int:
     rows, measured = Rows(options.json, __doc__, options.minutes), []
     for records in options.records:
         with tempfile.TemporaryDirectory() as directory:
-            write_shards(Path(directory), records, "kandinsky-prior", FIELDS)
+            write_shards(Path(directory), records, FAMILIES["prior"], fields_of("prior"))
             shards = Shards(Path(directory))
             for batch in options.batch:
                 name, expected = f"{records} records, batch {batch}", (WINDOWS + 2) * WINDOW_SECONDS

@@ -26,41 +26,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.tools.formats import KINDS, SEED
+from benchmarks.tools.drawing import draw
 from benchmarks.tools.question import command_line
 from benchmarks.tools.rows import Rows
 from benchmarks.tools.served import served
-from benchmarks.tools.shards import write_shards
+from benchmarks.tools.shards import FAMILIES, fields_of, write_shards
 from benchmarks.tools.tables import problem
 from engine.data.format.cache import ShardsCache
-from engine.data.format.index import Field
 from engine.data.format.reader import Shards
 from engine.data.format.remote import CachedShards, RangedShards
-from engine.data.samples.batch import BatchPlan
-from engine.data.samples.loader import Loader
-from engine.data.samples.order import order_of
-from engine.diffusion import DiscreteSchedule, unweighted
 from engine.files import digest
 from engine.storage import Storage
 
-FAMILIES = {"sd": "sd", "prior": "kandinsky-prior"}
 SHARDS, SHARD = 8, {"sd": 256, "prior": 1024}  # and records of each
 CACHED, WINDOW = 5, 2  # shards that the cache has room for, and that are read at a time
 BATCH, SECONDS, KILLS = 64, 5.0, 40
 LATENCIES = [0.0, 0.02, 0.1]
 
 
-def draw(shards: Shards, window: int | None) -> dict[str, Any]:
+def read(shards: Shards, window: int | None) -> dict[str, Any]:
     """Seconds to the first batch, and samples per second after it: over an epoch, or `SECONDS`."""
-    schedule = DiscreteSchedule(torch.linspace(0.999, 0.001, 1000), "epsilon", unweighted)
-    order = order_of(SEED, shards.index.shards["records"], window)
-    steps = len(shards) // BATCH
     started, busy, done = time.perf_counter(), time.process_time(), 0
-    loader = Loader(shards, BatchPlan(BATCH, 1, 0, 1), SEED, schedule, torch.device("cpu"), 0, steps, order)
-    with contextlib.closing(loader), contextlib.closing(shards):
-        batches = iter(loader)
+    with draw(shards, BATCH, range(len(shards) // BATCH), window) as batches, contextlib.closing(shards):
         next(batches)
         first = time.perf_counter()
         for _ in batches:
@@ -78,12 +65,12 @@ def draw(shards: Shards, window: int | None) -> dict[str, Any]:
 def measure(directory: Path, way: str, latency: float) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         if way == "disk":
-            return draw(Shards(directory), None)
+            return read(Shards(directory), None)
         storage = Storage(stack.enter_context(served(directory, latency)))
         if way != "cache":
-            return draw(RangedShards(storage), WINDOW if "blocks" in way else None)
+            return read(RangedShards(storage), WINDOW if "blocks" in way else None)
         cache = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        return draw(CachedShards(storage, ShardsCache(cache, some_shards(directory)), 1), WINDOW)
+        return read(CachedShards(storage, ShardsCache(cache, some_shards(directory)), 1), WINDOW)
 
 
 def some_shards(directory: Path) -> int:
@@ -93,7 +80,7 @@ def some_shards(directory: Path) -> int:
 
 def read_for_ever(address: str, cache: Path, limit: int) -> None:
     while True:
-        draw(CachedShards(Storage(address), ShardsCache(cache, limit), 1), WINDOW)
+        read(CachedShards(Storage(address), ShardsCache(cache, limit), 1), WINDOW)
 
 
 def kills(directory: Path) -> dict[str, Any]:
@@ -134,10 +121,9 @@ def main() -> int:
     options = parser.parse_args()
     kept = Rows(options.json, __doc__, options.minutes)
     with tempfile.TemporaryDirectory() as name:
-        for kind, family in FAMILIES.items():
-            fields = {field: Field(shape, torch.bfloat16, per) for field, (shape, per) in KINDS[kind].items()}  # type: ignore[arg-type]
+        for kind, size in SHARD.items():
             (directory := Path(name) / kind).mkdir()
-            write_shards(directory, SHARDS * SHARD[kind], family, fields, SHARD[kind])
+            write_shards(directory, SHARDS * size, FAMILIES[kind], fields_of(kind), size)
             ways = itertools.product(LATENCIES, ("ranges, global", "ranges, blocks", "cache"))
             for latency, way in [(0.0, "disk"), *ways]:
                 named = f"{kind}, {way}" + (f", {latency * 1e3:.0f} ms" if way != "disk" else "")

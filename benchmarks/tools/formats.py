@@ -20,13 +20,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 # Kind -> fields of a record: what bf16 numbers they are, and whether they belong to the image or to the caption.
-KINDS: dict[str, dict[str, tuple[tuple[int, ...], str]]] = {
+KINDS: dict[str, dict[str, tuple[tuple[int, ...], Literal["image", "caption"]]]] = {
     "sd": {"latent_mean": ((4, 64, 64), "image"), "latent_std": ((4, 64, 64), "image"),
            "encoder_hidden_states": ((77, 768), "caption")},
     "prior": {"image_embedding": ((1280,), "image"), "text_embedding": ((1280,), "caption")},
@@ -62,19 +62,16 @@ class Engine:
         self.window, self.checked = window, checked
 
     def load(self) -> None:
-        for name in ("engine.data.samples.loader", "engine.data.format.remote", "numpy.ma"):
+        for name in ("benchmarks.tools.drawing", "engine.data.format.remote", "numpy.ma"):
             importlib.import_module(name)
 
     def write(self, directory: Path, kind: str, records: int) -> None:
-        from benchmarks.tools.shards import write_shards
-        from engine.data.format.index import Field
-
-        fields: dict[str, Any] = {name: Field(shape, torch.bfloat16, per) for name, (shape, per) in KINDS[kind].items()}  # type: ignore[arg-type]
+        from benchmarks.tools.shards import FAMILIES, fields_of, write_shards
 
         def rows_of(numbers: range) -> dict[str, torch.Tensor]:
             return collate([record_of(kind, number) for number in numbers])
 
-        write_shards(directory, records, kind, fields, SHARD, rows_of)
+        write_shards(directory, records, FAMILIES[kind], fields_of(kind), SHARD, rows_of)
 
     def open(self, directory: str, kind: str, batch: int) -> Any:
         from engine.data.format.reader import Shards
@@ -94,16 +91,10 @@ class Engine:
 
     @contextlib.contextmanager
     def batches(self, shards: Any, batch: int, workers: int, start: int = 0) -> Iterator[Iterator[Any]]:
-        from engine.data.samples.batch import BatchPlan
-        from engine.data.samples.loader import Loader
-        from engine.data.samples.order import order_of
-        from engine.diffusion import DiscreteSchedule, unweighted
+        from benchmarks.tools.drawing import draw
 
-        schedule = DiscreteSchedule(torch.linspace(0.999, 0.001, 1000), "epsilon", unweighted)
-        order, plan = order_of(SEED, shards.index.shards["records"], self.window), BatchPlan(batch, 1, 0, 1)
-        loader = Loader(shards, plan, SEED, schedule, torch.device("cpu"), start // batch, 10**9, order)
-        with contextlib.closing(loader), contextlib.closing(shards):
-            yield (item.record for item in loader)
+        with draw(shards, batch, range(start // batch, 10**9), self.window) as drawn, contextlib.closing(shards):
+            yield (item.record for item in drawn)
 
 
 class Mds:

@@ -10,11 +10,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from benchmarks.tools.formats import KINDS
 from engine.data.format.index import ENTRY, INDEX, Field, Index, shard_name
 from engine.data.format.shard import Contents, Shard, entry_of, write_shard
 from engine.files import digest, digest_of, write_json
 
 SHARD = 8192  # records of a shard
+FAMILIES = {"sd": "sd", "prior": "kandinsky-prior"}  # of the kinds of records
+
+
+def fields_of(kind: str) -> dict[str, Field]:
+    """The fields of a kind of records, of bf16 numbers."""
+    return {name: Field(shape, torch.bfloat16, per) for name, (shape, per) in KINDS[kind].items()}
 
 
 def write_shards(

@@ -8,7 +8,6 @@ Counted before: 104 bytes of arrays for every shard of 1,024 records, and 48 for
 look at every name costs a microsecond. So 100 million records take 0.2 s and 10 MiB.
 """
 
-import contextlib
 import os
 import tempfile
 import time
@@ -19,23 +18,19 @@ import numpy as np
 import torch
 import xxhash
 
-from engine.data.format.index import CHECKSUMS, CONTENT, ENTRY, NUMBERS, OWN, TEXTS, Field, Index, shard_name
+from benchmarks.tools.drawing import draw
+from benchmarks.tools.formats import SEED
+from benchmarks.tools.shards import FAMILIES, fields_of
+from engine.data.format.index import CHECKSUMS, CONTENT, ENTRY, NUMBERS, OWN, TEXTS, Index, shard_name
 from engine.data.format.reader import Shards
 from engine.data.format.shard import Header, Shard, checksum_of, offsets_of
-from engine.data.samples.batch import BatchPlan
-from engine.data.samples.loader import Loader
 from engine.data.samples.order import records_of
-from engine.diffusion import DiscreteSchedule, unweighted
 from engine.files import digest_of
 from engine.tensors import bytes_of, header_of, in_file_order
 
 SHARD = 1024  # records of a shard
-BATCH, BATCHES, SEED = 64, 64, 7
-# The rows of a Kandinsky prior, without the states of its text.
-FIELDS = {
-    "image_embedding": Field((1280,), torch.bfloat16, "image"),
-    "text_embedding": Field((1280,), torch.bfloat16, "caption"),
-}
+BATCH, BATCHES = 64, 64
+FIELDS = fields_of("prior")
 
 
 def write_sparse_shard(path: Path, covers: range) -> None:
@@ -87,21 +82,17 @@ def write_index(directory: Path, records: int) -> None:
             shards["contents"][number] = np.frombuffer(Shard(path, FIELDS, {}).content, np.uint8)
         else:
             path.touch()
-    Index("kandinsky-prior", digest_of({}), {}, {}, FIELDS, shards).write(directory)
+    Index(FAMILIES["prior"], digest_of({}), {}, {}, FIELDS, shards).write(directory)
 
 
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def draw(shards: Shards) -> tuple[float, float]:
+def measure(shards: Shards) -> tuple[float, float]:
     """Seconds to the first batch, and samples per second over all."""
-    schedule = DiscreteSchedule(torch.linspace(0.999, 0.001, 1000), "epsilon", unweighted)
     started = time.perf_counter()
-    with contextlib.closing(
-        Loader(shards, BatchPlan(BATCH, 1, 0, 1), SEED, schedule, torch.device("cpu"), 0, BATCHES)
-    ) as loader:
-        batches = iter(loader)
+    with draw(shards, BATCH, range(BATCHES)) as batches:
         next(batches)
         first = time.perf_counter() - started
         samples = BATCH + sum(len(batch.slots) for batch in batches)
@@ -115,8 +106,8 @@ def simulate(records: int) -> dict[str, Any]:
         before, started = resident_bytes(), time.perf_counter()
         shards = Shards(Path(directory))
         seconds, opened = time.perf_counter() - started, resident_bytes()
-        first, rate = draw(shards)
-        _, again = draw(shards)
+        first, rate = measure(shards)
+        _, again = measure(shards)
     return {
         "records": records, "shards": len(shards.index.shards), "open_seconds": seconds,
         "open_mib": (opened - before) / 2**20, "first_batch_seconds": first, "samples_per_second": rate,

@@ -7,7 +7,7 @@ from benchmarks.data import remote
 
 
 def test_reading_from_a_server_is_measured(monkeypatch, tmp_path, capsys):
-    small = {"FAMILIES": {"prior": "kandinsky-prior"}, "SHARDS": 6, "SHARD": {"prior": 32}, "LATENCIES": [0.0], "BATCH": 8}
+    small = {"SHARDS": 6, "SHARD": {"prior": 32}, "LATENCIES": [0.0], "BATCH": 8}
     for name, value in (small | {"KILLS": 2}).items():
         monkeypatch.setattr(remote, name, value)
     monkeypatch.setattr(sys, "argv", ["remote", "--json", str(tmp_path / "remote.json")])

@@ -1,0 +1,30 @@
+"""Micro-batches drawn from shards as a training draws them, as fast as they come."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.tools.formats import SEED
+from engine.data.format.reader import Shards
+from engine.data.samples.batch import Batch, BatchPlan
+from engine.data.samples.loader import Loader
+from engine.data.samples.order import order_of
+from engine.diffusion import DiscreteSchedule, unweighted
+
+CPU = torch.device("cpu")
+
+
+@contextlib.contextmanager
+def draw(
+    shards: Shards, batch: int, steps: range = range(10**9), window: int | None = None, device: torch.device = CPU
+) -> Iterator[Iterator[Batch]]:
+    """The micro-batches of steps, in the order of all records or in that by locality.
+
+    Args:
+        window: shards of the order by locality, None for that of all records.
+    """
+    schedule = DiscreteSchedule(torch.linspace(0.999, 0.001, 1000), "epsilon", unweighted)
+    order, plan = order_of(SEED, shards.index.shards["records"], window), BatchPlan(batch, 1, 0, 1)
+    with contextlib.closing(Loader(shards, plan, SEED, schedule, device, steps.start, steps.stop, order)) as loader:
+        yield iter(loader)
