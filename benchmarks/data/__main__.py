@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tools import formats
-from benchmarks.tools.nginx import nginx, served
+from benchmarks.tools.nginx import nginx, served_by_nginx
 from benchmarks.tools.question import command_line
 from benchmarks.tools.rows import Rows
 from benchmarks.tools.simulated import simulate
@@ -81,7 +81,7 @@ def compare(kind: str, records: int, rounds: int, pythons: dict[str, Path]) -> d
         directory = Path(name)
         for side in {folder_of(side): side for side in pythons}.values():
             ask(pythons[side], "write", side, kind, directory, records)
-        with served(directory) if nginx() else contextlib.nullcontext() as address:
+        with served_by_nginx(directory) if nginx() else contextlib.nullcontext() as address:
             turns = [(side, workers) for side, of in ways.items() for workers in of]
             for turn in range(rounds):
                 for side, workers in random.Random(turn).sample(turns, len(turns)):

@@ -29,7 +29,7 @@ from typing import Any
 from benchmarks.tools.drawing import draw
 from benchmarks.tools.question import command_line
 from benchmarks.tools.rows import Rows
-from benchmarks.tools.served import served
+from benchmarks.tools.served import served_late
 from benchmarks.tools.shards import FAMILIES, fields_of, write_shards
 from benchmarks.tools.tables import problem
 from engine.data.format.cache import ShardsCache
@@ -58,7 +58,7 @@ def read(shards: Shards, window: int | None) -> dict[str, Any]:
     return {
         "first_seconds": first - started, "samples_per_second": done * BATCH / (end - first),
         "processor_microseconds": (time.process_time() - busy) / (done + 1) / BATCH * 1e6,
-        "depth_mib": getattr(shards, "_depth", 0) / 2**20,
+        "depth_mib": shards.depth / 2**20 if isinstance(shards, RangedShards) else 0.0,
     }  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def measure(directory: Path, way: str, latency: float) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         if way == "disk":
             return read(Shards(directory), None)
-        storage = Storage(stack.enter_context(served(directory, latency)))
+        storage = Storage(stack.enter_context(served_late(directory, latency)))
         if way != "cache":
             return read(RangedShards(storage), WINDOW if "blocks" in way else None)
         cache = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -87,7 +87,7 @@ def kills(directory: Path) -> dict[str, Any]:
     """What `KILLS` kills leave in a cache that has not room for all shards, so that these come and go."""
     limit, context, moments = some_shards(directory), multiprocessing.get_context("fork"), random.Random(4)
     corrupt, half_written = 0, 0
-    with tempfile.TemporaryDirectory() as name, served(directory, 0.002) as address:
+    with tempfile.TemporaryDirectory() as name, served_late(directory, 0.002) as address:
         cache = Path(name)
         start: Callable[[], Any] = partial(context.Process, target=read_for_ever, args=(address, cache, limit), daemon=True)
         readers = [start(), start()]

@@ -27,7 +27,7 @@ def nginx() -> str | None:
 
 
 @contextlib.contextmanager
-def served(directory: Path) -> Iterator[str]:
+def served_by_nginx(directory: Path) -> Iterator[str]:
     """The address of a directory, for as long as the context lasts."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def served(directory: Path, seconds: float) -> Iterator[str]:
+def served_late(directory: Path, seconds: float) -> Iterator[str]:
     """The address of a directory whose server takes so long to begin each answer."""
     command = [sys.executable, "-m", "benchmarks.tools.served", str(directory), str(seconds)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

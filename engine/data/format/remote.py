@@ -250,7 +250,7 @@ class RangedShards(_RemoteShards):
         self._first_bytes = min(_HEADER + numbers * self._keeps_heads, _LARGEST_GUESS)
         self._pool = concurrent.futures.ThreadPoolExecutor(CONNECTIONS, "fetch rows")
         self._row_bytes = sum(field.row_bytes for field in self.fields.values())
-        self._depth = self._taken = 0  # bytes on their way, and those gathered since `_since`
+        self.depth = self._taken = 0  # bytes on their way, and those gathered since `_since`
         self._rate, self._since = 0.0, time.perf_counter()
         self._groups: dict[int, dict[str, _Ranges]] = {}
 
@@ -259,9 +259,9 @@ class RangedShards(_RemoteShards):
         for number, group in enumerate(self._grouped(batches)):
             self._groups[number] = self._once_more(self._ask, [rows for rows, _ in group])
             size = sum(ranges.rows.numel() for ranges in self._groups[number].values())
-            self._depth = max(self._depth, 2 * size)
+            self.depth = max(self.depth, 2 * size)
             waiting.append((number, size, group))
-            while sum(size for _, size, _ in waiting) >= self._depth:
+            while sum(size for _, size, _ in waiting) >= self.depth:
                 yield from self._arrived(*waiting.popleft())
         while waiting:
             yield from self._arrived(*waiting.popleft())
@@ -271,7 +271,7 @@ class RangedShards(_RemoteShards):
         group: list[tuple[Rows, Rest]] = []
         for batch in batches:
             group.append(batch)
-            if self._row_bytes * sum(len(rows["shard"]) for rows, _ in group) >= self._depth // 4:
+            if self._row_bytes * sum(len(rows["shard"]) for rows, _ in group) >= self.depth // 4:
                 yield group
                 group = []
         if group:
@@ -345,7 +345,7 @@ class RangedShards(_RemoteShards):
         if sums is not None:
             sums.copy_(checksums_of(out))
         self._taken += out.nbytes
-        if waited and self._taken > 4 * self._depth:
+        if waited and self._taken > 4 * self.depth:
             self._deepen()
 
     def _deepen(self) -> None:
@@ -353,7 +353,7 @@ class RangedShards(_RemoteShards):
         now = time.perf_counter()
         rate = self._taken / (now - self._since)
         if rate > 1.1 * self._rate:
-            self._rate, self._depth = rate, min(2 * self._depth, MEMORY)
+            self._rate, self.depth = rate, min(2 * self.depth, MEMORY)
         self._taken, self._since = 0, now
 
     def _forget(self, number: int) -> None:
