@@ -57,7 +57,7 @@ def verify_command(arguments: list[str]) -> int:
     directory = parser.parse_args(arguments).directory
     from tqdm import tqdm
 
-    from engine.data.format.index import Index
+    from engine.data.format.index import BUILD_AGAIN, Index
     from engine.data.format.verify import verify
 
     index = Index.read(directory)
@@ -66,7 +66,7 @@ def verify_command(arguments: list[str]) -> int:
         problems = verify(directory, index, range(count), rows=True, progress=progress.update)
     for file, problem in problems.items():
         print(printable(f"{directory / file}: {problem}"))
-    print(f"{count - len(problems)} of {count} shards are whole")
+    print(f"{count - len(problems)} of {count} shards are whole" + (f"; {BUILD_AGAIN}" if problems else ""))
     return 1 if problems else 0
 
 

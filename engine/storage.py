@@ -45,7 +45,7 @@ class StorageError(UserError):
     """An object that could not be read."""
 
 
-class _Refused(Exception):
+class _Final(Exception):
     """What will be answered again however often it is asked: what is wrong, and the remedy."""
 
 
@@ -162,7 +162,7 @@ class Storage:
                 yield piece
             if position != end:
                 if (size := self._reader.size(name)) < end:
-                    raise _Refused(f"is {size} bytes long", NOT_THERE)
+                    raise _Final(f"is {size} bytes long", NOT_THERE)
                 raise EOFError(f"ended after {position - start} bytes")
 
         def came_on() -> bool:
@@ -192,7 +192,7 @@ class Storage:
                 return
             except StorageError:
                 raise
-            except _Refused as error:
+            except _Final as error:
                 problem, remedy = error.args
                 pauses = []
             except Exception as error:  # every library has its own
@@ -268,7 +268,7 @@ class _Http:
         with self._asked(name, 0, 1) as response:
             total = response.headers.get("Content-Range", "").rpartition("/")[2] or response.headers.get("Content-Length", "")
             if not total.isdecimal():
-                raise _Refused("the server does not say how long it is", "serve it as a file")
+                raise _Final("the server does not say how long it is", "serve it as a file")
             return int(total)
 
     def pieces(self, name: str, position: int, end: int, start: int) -> Iterator[bytes]:
@@ -280,7 +280,7 @@ class _Http:
             if response.status == 200:
                 # Of a whole object that broke off, what is there already is read once more, but no object is read for a row.
                 if start > 0:
-                    raise _Refused("the server gives no ranges of it", "keep whole shards with --shards_cache")
+                    raise _Final("the server gives no ranges of it", "keep whole shards with --shards_cache")
                 skip = position
             elif not response.headers.get("Content-Range", "").startswith(f"bytes {position}-"):
                 raise ValueError("the server gave another range")
@@ -302,18 +302,18 @@ class _Http:
         try:
             said = f"{response.status} {response.reason or ''}".strip()
             if response.status in (401, 403):
-                raise _Refused(said, GIVE_CREDENTIALS)
+                raise _Final(said, GIVE_CREDENTIALS)
             if response.status in (404, 410):
-                raise _Refused(said, NOT_THERE)
+                raise _Final(said, NOT_THERE)
             if response.status in _PASSING or response.status >= 500:
                 seconds = response.headers.get("Retry-After", "")
                 raise _Later(said, int(seconds) if seconds.isdecimal() else 0)
             if response.status == 416:
-                raise _Refused("it ends before that", NOT_THERE)
+                raise _Final("it ends before that", NOT_THERE)
             if response.status not in (200, 206):
-                raise _Refused(said, "give an address that answers with the object")
+                raise _Final(said, "give an address that answers with the object")
             if (encoding := response.headers.get("Content-Encoding", "identity")) not in ("identity", "aws-chunked"):
-                raise _Refused(f"the server sends it as {encoding}, unasked", "have it serve these files as they are")
+                raise _Final(f"the server sends it as {encoding}, unasked", "have it serve these files as they are")
             yield response
         finally:
             response.close()  # which is kept open where all was read
@@ -330,7 +330,7 @@ class _Http:
             before, url = url, urljoin(url, target)
             if urlsplit(before).netloc != urlsplit(url).netloc:
                 headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
-        raise _Refused(f"redirected {_REDIRECTIONS} times", "give the address of the directory itself")
+        raise _Final(f"redirected {_REDIRECTIONS} times", "give the address of the directory itself")
 
 
 def _credentials(header: str, parts: SplitResult) -> dict[str, str]:
@@ -403,7 +403,7 @@ class _Fsspec:
             if not piece:
                 return
             if len(piece) > stop - position:
-                raise _Refused("the storage gives no ranges of it", "keep whole shards on a disk")
+                raise _Final("the storage gives no ranges of it", "keep whole shards on a disk")
             yield piece
             position += len(piece)
 
@@ -412,8 +412,8 @@ class _Fsspec:
         try:
             yield
         except (FileNotFoundError, IsADirectoryError):
-            raise _Refused("no such object", NOT_THERE) from None
+            raise _Final("no such object", NOT_THERE) from None
         except PermissionError as error:
-            raise _Refused(f"not permitted ({first_line(error)})", GIVE_CREDENTIALS) from None
+            raise _Final(f"not permitted ({first_line(error)})", GIVE_CREDENTIALS) from None
         except NotImplementedError:
-            raise _Refused("the storage gives no ranges of it", "keep whole shards on a disk") from None
+            raise _Final("the storage gives no ranges of it", "keep whole shards on a disk") from None

@@ -24,6 +24,8 @@ import torch
 import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 
 # isort: split
+from functools import partial
+
 from safetensors.torch import load_file
 from torch import nn
 
@@ -33,6 +35,7 @@ from benchmarks.tools.sides import random_batch
 from benchmarks.tools.traffic import Collectives
 from engine.config.command_line import parse
 from engine.config.options import TrainConfig
+from engine.data.samples.order import records_of
 from engine.files import write_json
 from engine.loop.checkpoints.writer import Writer
 from engine.loop.metrics import Metrics
@@ -56,7 +59,8 @@ def worker(arguments: list[str]) -> int:
     processes = Processes(config.local_rank).connect()  # before the run, which would leave the group at its end
     code = train(config)
     family = open_family(config)
-    run = Run(config.seed or 0, config.train_batch_size * processes.world, "", records=100, steps=STEPS)
+    seed, size = config.seed or 0, config.train_batch_size * processes.world
+    run = Run(seed, size, "", records=100, steps=STEPS, order=partial(records_of, seed, count=100))
     training = Training(config, run, family, family.load_model(), processes)
     batches = itertools.repeat(random_batch(family, config.train_batch_size, processes.device))
     training.train_step(batches, 1)
@@ -158,7 +162,7 @@ def pauses(place: Place, parameters: int = 25_000_000) -> dict[str, Any]:
     config = TrainConfig(family="sd", pretrained_model_name_or_path="unused", use_ema=True)
     processes = Processes()
     partition = FlatPartition(nn.Linear(side, side, bias=False), config, processes)
-    run = Run(seed=0, global_batch=1, fingerprint="", records=1, steps=2)
+    run = Run(seed=0, global_batch=1, fingerprint="", records=1, steps=2, order=partial(records_of, 0, count=1))
     metrics = Metrics(run, processes)
     result: dict[str, Any] = {"parameters": side * side, "bytes": 16 * side * side}
     for name, beside in (("between", False), ("beside", True)):

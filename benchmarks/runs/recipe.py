@@ -70,7 +70,8 @@ class _Images(Dataset[Prepared]):
 
     def __getitem__(self, index: int) -> Prepared:
         captions = self.source.captions(index) if self.family.encoding.captioned else [""]
-        return self.family.encoding.prepare(self.source.image(index), index)[0], captions[0]
+        image = self.source.decode(self.source.content(index))
+        return self.family.encoding.prepare(image, index)[0], captions[0]
 
 
 def _loader(family: Family, config: TrainConfig, best: bool) -> DataLoader[Prepared]:

@@ -28,6 +28,7 @@ from benchmarks.tools.tables import markdown
 from engine.catalogue import FAMILIES
 from engine.data.format.reader import Shards
 from engine.data.samples.loader import BatchPlan, Loader
+from engine.data.samples.order import order_of
 from engine.quiet import quiet_libraries
 
 STEPS = 12
@@ -47,7 +48,8 @@ def watch(name: str, graphs: str, device: torch.device) -> dict[str, Any]:
         write_shards(Path(directory), RECORDS, name, family.encoding.record_spec)
         training = open_training(family, checkpoint.load_model(), device, BATCH)
         shards, plan = Shards(Path(directory)), BatchPlan(BATCH, 1, 0, 1)
-        with contextlib.closing(Loader(shards, plan, 7, family.schedule, device, 0, STEPS)) as loader:
+        order = order_of(7, shards.index.shards["records"], None)
+        with contextlib.closing(Loader(shards, plan, 7, family.schedule, device, 0, STEPS, order)) as loader:
             batches = iter(loader)
             for number in range(1, STEPS + 1):
                 if number < FIRST or device.type != "cuda":

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from benchmarks.tools.levers import Lever
 from benchmarks.tools.plain import PlainTraining
 from engine.backends import configure
 from engine.data.samples.batch import Batch
+from engine.data.samples.order import records_of
 from engine.loop import capture
 from engine.loop.run import Run
 from engine.loop.trainer import Training
@@ -61,7 +63,7 @@ def open_training(family: Family, model: Any, device: torch.device, size: int, s
     defaults = {"use_ema": True, "train_batch_size": size, "learning_rate": LEARNING_RATE}
     config = family.config.model_copy(update=defaults | options)
     configure(config)
-    run = Run(seed=7, global_batch=size, fingerprint="", records=1000, steps=steps)
+    run = Run(seed=7, global_batch=size, fingerprint="", records=1000, steps=steps, order=partial(records_of, 7, count=1000))
     return Training(config, run, family, model, Processes(device=device))
 
 

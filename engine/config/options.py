@@ -446,7 +446,8 @@ class TrainConfig(CacheConfig):
 
 
 # What changes the result of a run that is resumed, beside what is refused then: another seed, global batch or other shards, and
-# what the checkpoint has no state for. Checkpoints hold these, and what has changed is said.
+# what the checkpoint has no state for. Checkpoints hold these, and what has changed is said; or refused, of the order of the
+# samples (shuffle, shuffle_window).
 ALTER_THE_RESULT = (
     "max_train_steps", "gradient_accumulation_dtype", "matrix_precision", "shuffle", "shuffle_window",
     "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps",

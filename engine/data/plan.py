@@ -46,10 +46,6 @@ class Plan:
         places = np.cumsum(self.runs["count"]) - self.runs["count"]
         object.__setattr__(self, "_by_number", (self.runs["first"][order], self.runs["count"][order], places[order]))
 
-    @classmethod
-    def none(cls) -> "Plan":
-        return cls(np.zeros(0, RUN), np.zeros(0, BLOCK))
-
     def samples(self, block: np.void) -> tuple[np.ndarray, np.ndarray]:
         """The numbers of a block's samples, increasing, and their places in the source: int64 [samples] each."""
         firsts, counts, places = self._by_number  # type: ignore[attr-defined]

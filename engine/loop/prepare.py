@@ -153,4 +153,4 @@ def open_run(config: TrainConfig, seed: int, shards: Shards, plan: BatchPlan, st
     options["max_train_steps"] = steps
     _warn_of_a_small_cache(config, shards.index.shards, resumed=state is not None)
     order = order_of(seed, shards.index.shards["records"], config.shuffle_window)
-    return Run(seed, plan.global_batch, shards.index.fingerprint, len(shards), steps, options, shards.index.identity, order)
+    return Run(seed, plan.global_batch, shards.index.fingerprint, len(shards), steps, order, options, shards.index.identity)

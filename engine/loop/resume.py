@@ -126,19 +126,16 @@ def with_order(config: TrainConfig, checkpoint: Path | None, state: State | None
     Raises:
         UserError: an epoch that was begun in one order would go on in another.
     """
-    shuffle: Any = config.shuffle
-    window: Any = config.shuffle_window
-    if state is None:
-        shuffle = shuffle or ("blocks" if config.shards_address else "global")
-        if window and shuffle == "global":
-            raise UserError(NEEDS_BLOCKS)
-        window = (window or SHUFFLE_WINDOW) if shuffle == "blocks" else None
-    else:
+    if state is not None:
         before, of = state.options.get("shuffle", "global"), state.options.get("shuffle_window")
-        if shuffle not in (None, before) or (window not in (None, of)):
+        if config.shuffle not in (None, before) or config.shuffle_window not in (None, of):
             said = f"--shuffle {before}" + (f" --shuffle_window {of}" if of else "")
             raise UserError(f"{checkpoint}: was written with {said}; leave both out, or give the same")
-        shuffle, window = before, of
+        return config.model_copy(update={"shuffle": before, "shuffle_window": of})
+    shuffle = config.shuffle or ("blocks" if config.shards_address else "global")
+    if config.shuffle_window and shuffle == "global":
+        raise UserError(NEEDS_BLOCKS)
+    window = (config.shuffle_window or SHUFFLE_WINDOW) if shuffle == "blocks" else None
     return config.model_copy(update={"shuffle": shuffle, "shuffle_window": window})
 
 

@@ -14,9 +14,9 @@ class Run:
     fingerprint: of the latent shards.
     records: how many the shards hold.
     steps: optimizer steps in all.
-    options: those that alter the result and may change when the run is resumed.
+    order: of the records.
+    options: those that alter the result; when the run is resumed all may change but the order.
     data: what shaped the shards.
-    order: of their records.
     """
 
     seed: int
@@ -24,6 +24,6 @@ class Run:
     fingerprint: str
     records: int
     steps: int
+    order: Order
     options: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
-    order: Order | None = None

@@ -317,7 +317,6 @@ class Training:
         if skipped <= self.config.max_skipped_steps:
             return
         slots = self.metrics.offending_slots()
-        assert self.run.order is not None
         records = self.run.order(torch.tensor(slots, dtype=torch.int64)).tolist()
         raise UserError(
             f"{skipped} steps were skipped because a loss or gradient was not finite; {cause_of_skips(slots, records)}; these "

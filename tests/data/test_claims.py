@@ -11,7 +11,7 @@ import pytest
 
 from engine.data.claims import BUILDING, Claims
 from engine.data.encode import _sweep_halves
-from engine.data.plan import Plan, planned
+from engine.data.plan import BLOCK, RUN, Plan, planned
 from engine.data.plan import known as runs_known
 from engine.files import lock
 
@@ -29,7 +29,7 @@ with claims.shard(int(sys.argv[2])) as mine:
 
 def plan_of(samples: int) -> Plan:
     stamps, counts = np.arange(samples, dtype=np.uint64), np.ones(samples, np.int64)
-    return planned(runs_known(Plan.none().runs, stamps, counts), Plan.none().blocks, 4)
+    return planned(runs_known(np.zeros(0, RUN), stamps, counts), np.zeros(0, BLOCK), 4)
 
 
 @pytest.fixture

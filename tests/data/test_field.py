@@ -51,7 +51,7 @@ def samples_of(source, captioned: bool = True) -> dict[str, tuple[int, list[str]
     for index in range(len(source)):
         try:
             captions = source.captions(index) if captioned else []
-            found[source.name(index)] = (source.image(index).getpixel((0, 0))[0], captions)
+            found[source.name(index)] = (source.decode(source.content(index)).getpixel((0, 0))[0], captions)
         except Refused as why:
             found[source.name(index)] = str(why)
     return found

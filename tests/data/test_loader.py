@@ -11,7 +11,7 @@ from engine.data.samples import loader as loader_module
 from engine.data.samples.batch import BatchPlan
 from engine.data.samples.draw import draw_rows
 from engine.data.samples.loader import Loader
-from engine.data.samples.order import order_of, records_of
+from engine.data.samples.order import Order, order_of, records_of
 from engine.diffusion import CosineSchedule, DiscreteSchedule, min_snr, unweighted
 from engine.errors import UserError
 
@@ -23,8 +23,13 @@ CPU = torch.device("cpu")
 SCHEDULES = [DiscreteSchedule(torch.linspace(0.99, 0.01, 1000), "epsilon", min_snr(5.0)), CosineSchedule(unweighted)]
 
 
+def whole(reader: Shards) -> Order:
+    return order_of(SEED, reader.index.shards["records"], None)
+
+
 def batches(shards, first: int, last: int, schedule=SCHEDULES[0]) -> list:
-    loader = Loader(Shards(shards), PLAN, SEED, schedule, CPU, first, last)
+    reader = Shards(shards)
+    loader = Loader(reader, PLAN, SEED, schedule, CPU, first, last, whole(reader))
     return list(loader)
 
 
@@ -72,7 +77,7 @@ def test_draws_are_made_for_many_micro_batches_at_a_time(shards, monkeypatch):
     """A draw costs as much for one micro-batch as for many: the first is there soon, and none is drawn that is not needed."""
     reader, drawn = Shards(shards), []
     monkeypatch.setattr(loader_module, "draw_rows", lambda *task: drawn.append(len(task[2])) or draw_rows(*task))
-    found = list(Loader(reader, PLAN, SEED, SCHEDULES[0], CPU, 5, 1105))
+    found = list(Loader(reader, PLAN, SEED, SCHEDULES[0], CPU, 5, 1105, whole(reader)))
     assert drawn == [2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 2 * 3 * 1100 - 4094]
     assert torch.equal(torch.stack([batch.slots for batch in found]), PLAN.slots(3 * 5, 3 * 1105))
 
@@ -84,7 +89,7 @@ def test_an_error_of_the_thread_reaches_the_consumer(shards, monkeypatch):
         raise UserError("the disk is gone")
 
     monkeypatch.setattr(reader, "gather", fail)
-    loader = Loader(reader, PLAN, SEED, SCHEDULES[0], CPU, 0, 4)
+    loader = Loader(reader, PLAN, SEED, SCHEDULES[0], CPU, 0, 4, whole(reader))
     with pytest.raises(UserError, match="the disk is gone"):
         next(iter(loader))
     loader.close()
@@ -92,7 +97,8 @@ def test_an_error_of_the_thread_reaches_the_consumer(shards, monkeypatch):
 
 def test_leaving_early_ends_the_thread(shards):
     before = loader_threads()
-    loader = Loader(Shards(shards), PLAN, SEED, SCHEDULES[0], CPU, 0, 10_000)
+    reader = Shards(shards)
+    loader = Loader(reader, PLAN, SEED, SCHEDULES[0], CPU, 0, 10_000, whole(reader))
     next(iter(loader))
     assert loader_threads() == before + 1
     loader.close()
@@ -102,7 +108,8 @@ def test_leaving_early_ends_the_thread(shards):
 @pytest.mark.gpu
 def test_batches_on_the_device_are_those_of_the_host(shards):
     device = torch.device("cuda")
-    loader = Loader(Shards(shards), PLAN, SEED, SCHEDULES[0], device, 0, 20)
+    reader = Shards(shards)
+    loader = Loader(reader, PLAN, SEED, SCHEDULES[0], device, 0, 20, whole(reader))
     for ours, theirs in zip(loader, batches(shards, 0, 20), strict=True):
         assert torch.equal(ours.slots.cpu(), theirs.slots)
         assert all(torch.equal(ours.record[name].cpu(), theirs.record[name]) for name in theirs.record)

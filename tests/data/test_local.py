@@ -83,7 +83,7 @@ def test_columns_of_texts_and_bytes_are_read(text, image, tmp_path, cache):
     value = {"bytes": encoded(7), "path": None} if image == STRUCT else encoded(7)
     packed(tmp_path / "data" / "train.parquet", pa.table({"image": pa.array([value], image), "text": pa.array([said], text)}))
     source = opened(tmp_path / "data", **cache)
-    assert source.image(0).getpixel((0, 0))[0] == 7
+    assert source.decode(source.content(0)).getpixel((0, 0))[0] == 7
     assert said is None or source.captions(0) == ["a"]
 
 

@@ -20,7 +20,7 @@ def files(*named: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(stamps, np.uint64), np.array(counts, np.int64)
 
 
-NOTHING = Plan.none()
+NOTHING = Plan(np.zeros(0, RUN), np.zeros(0, BLOCK))
 
 
 def test_samples_are_numbered_as_the_source_has_them_and_keep_their_numbers():

@@ -205,7 +205,8 @@ def test_who_gives_up_asks_for_nothing_more(way, shards, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "CONNECTIONS", 2)
     with serving(shards, lambda name, span, before: "slow" if SHARD.match(name) else None) as server:
         reader = opened(way, server.address, tmp_path)
-        loader = Loader(reader, BatchPlan(4, 1, 0, 1), 3, SCHEDULE, torch.device("cpu"), 0, 20)
+        order = order_of(3, reader.index.shards["records"], None)
+        loader = Loader(reader, BatchPlan(4, 1, 0, 1), 3, SCHEDULE, torch.device("cpu"), 0, 20, order)
         next(iter(loader))
         reader.close()
         loader.close()
@@ -228,7 +229,8 @@ def test_leaving_early_does_not_wait_for_the_storage(shards, monkeypatch):
     monkeypatch.setattr(storage, "PAUSES", (60.0,) * 5)
     with serving(shards, lambda name, span, before: 500 if SHARD.match(name) else None) as server:
         reader = RangedShards(Storage(server.address))
-        loader = Loader(reader, BatchPlan(4, 1, 0, 1), 3, SCHEDULE, torch.device("cpu"), 0, 20)
+        order = order_of(3, reader.index.shards["records"], None)
+        loader = Loader(reader, BatchPlan(4, 1, 0, 1), 3, SCHEDULE, torch.device("cpu"), 0, 20, order)
         reader.close()
         loader.close()
     with pytest.raises(StorageError, match="closed"):

@@ -53,7 +53,7 @@ def folder(directory, rows, files, name="metadata.jsonl"):
 def reason(source, index: int) -> str:
     try:
         source.captions(index)
-        source.image(index)
+        source.decode(source.content(index))
     except Refused as refused:
         return str(refused)
     pytest.fail(f"{source.name(index)} was not refused")
@@ -64,7 +64,7 @@ def test_a_folder_gives_images_and_captions(name, tmp_path):
     rows = [{"file_name": "a.png", "text": "an apple"}, {"file_name": "deep/b.png", "text": "a bear"}]
     source = ImageFolder(folder(tmp_path, rows, {"a.png": png(), "deep/b.png": png((1, 2, 3))}, name), "image", "text")
     assert [source.captions(i) for i in range(2)] == [["an apple"], ["a bear"]]
-    assert source.image(1).getpixel((0, 0)) == (1, 2, 3)
+    assert source.decode(source.content(1)).getpixel((0, 0)) == (1, 2, 3)
     assert [source.name(i) for i in range(2)] == ["a.png", "deep/b.png"]
 
 
@@ -139,8 +139,8 @@ def test_every_mode_becomes_rgb(mode, tmp_path):
     image.save(tmp_path / ("a.jpg" if mode == "CMYK" else "a.png"))
     name = "a.jpg" if mode == "CMYK" else "a.png"
     source = ImageFolder(folder(tmp_path, [{"file_name": name, "text": "a"}], {}), "image", "text")
-    assert source.image(0).mode == "RGB"
-    assert source.image(0).getpixel((0, 0)) == (255, 255, 255)
+    assert source.decode(source.content(0)).mode == "RGB"
+    assert source.decode(source.content(0)).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_images_are_turned_upright(tmp_path):
@@ -149,7 +149,7 @@ def test_images_are_turned_upright(tmp_path):
     buffer = io.BytesIO()
     Image.new("RGB", (8, 2)).save(buffer, "JPEG", exif=exif)
     source = ImageFolder(folder(tmp_path, [{"file_name": "a.jpg", "text": "a"}], {"a.jpg": buffer.getvalue()}), "image", "text")
-    assert source.image(0).size == (2, 8)
+    assert source.decode(source.content(0)).size == (2, 8)
 
 
 def test_the_identity_follows_the_content(tmp_path):
@@ -208,7 +208,7 @@ def test_local_parquet_opens(struct_images, single_file, tmp_path):
     source = open_source(options(dataset_name=name, cache_dir=str(tmp_path / "cache")))
     assert len(source) == 3
     assert source.captions(1) == ["b"]
-    assert source.image(0).getpixel((0, 0)) == (9, 9, 9)
+    assert source.decode(source.content(0)).getpixel((0, 0)) == (9, 9, 9)
     assert "unreadable image" in reason(source, 2)
     assert source.identity()["rows"] == 3
 
@@ -254,7 +254,7 @@ def test_without_captions_every_image_counts(tmp_path):
     config = CacheConfig(family="kandinsky-decoder", train_data_dir=str(tmp_path / "plain"))
     source = open_source(config, captioned=False)
     assert [source.name(index) for index in range(len(source))] == ["a/c.png", "b.png"]
-    assert source.image(1).size == (6, 4)
+    assert source.decode(source.content(1)).size == (6, 4)
     with pytest.raises(UserError, match="no metadata.jsonl or metadata.csv"):
         open_source(config, captioned=True)
 
@@ -275,4 +275,4 @@ def test_a_data_set_without_captions_serves_a_family_without_captions(tmp_path):
     )
     source = open_source(config, captioned=False)
     assert len(source) == 1
-    assert source.image(0).size == (6, 4)
+    assert source.decode(source.content(0)).size == (6, 4)

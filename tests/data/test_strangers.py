@@ -30,7 +30,7 @@ def opened(place) -> list:
     for number in range(len(source)):
         try:
             with refusing("unreadable"):
-                found.append((source.captions(number), source.image(number).size))
+                found.append((source.captions(number), source.decode(source.content(number)).size))
         except Refused as why:
             found.append(str(why))
     return found
@@ -194,7 +194,7 @@ def test_room_is_taken_for_a_member_before_it_is_unpacked(tmp_path, monkeypatch)
     source, events = open_source(options(train_data_dir=str(tmp_path / "x.zip")), captioned=False), []
     monkeypatch.setattr(room, "take", lambda size, take=room.take: (events.append(size), take(size)))
     monkeypatch.setattr(zipfile.ZipFile, "open", lambda *a, open=zipfile.ZipFile.open: (events.append("open"), open(*a))[1])
-    assert source.image(0).size == (6, 4)
+    assert source.decode(source.content(0)).size == (6, 4)
     assert (events[0], events[1]) == (2 * (len(png()) + 2**20), "open")
     assert room.left == room.size
 

@@ -13,7 +13,7 @@ from engine.loop.run import Run
 from engine.loop.step import Step
 from engine.models.family import open_family
 from engine.processes import Processes
-from tests.loop.runs import config
+from tests.loop.runs import config, in_order
 
 READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::unique2"}
 
@@ -135,7 +135,7 @@ def test_a_step_sends_nothing_to_the_device(family_name, options, published, tmp
     processes = Processes(device=torch.device("meta"))
     family = open_family(run)
     accumulation = run.gradient_accumulation_steps
-    numbers = Run(seed=1, global_batch=2 * accumulation, fingerprint="", records=12, steps=4)
+    numbers = Run(seed=1, global_batch=2 * accumulation, fingerprint="", records=12, steps=4, order=in_order)
     training = trainer.Training(run, numbers, family, family.load_model().to("meta"), processes)
     slots = torch.arange(2)
     timesteps = family.schedule.draw(torch.tensor([1]), slots)

@@ -35,7 +35,7 @@ from engine.data.format.index import (
     shard_name,
 )
 from engine.data.format.reader import Rest, Rows, Shards, identity_of
-from engine.data.format.shard import LARGEST_HEADER, Shard, open_shard
+from engine.data.format.shard import LARGEST_SHARD_HEADER, Shard, open_shard
 from engine.errors import UserError
 from engine.files import LARGEST_TEXT
 from engine.storage import CONNECTIONS, Storage, StorageError
@@ -52,7 +52,7 @@ _HEADER = 2**14  # bytes that a shard's header is thought to take
 _LARGEST_GUESS = 2**20  # bytes that are asked for before the header is judged, and with it
 
 
-class _Refused(UserError):
+class _Altered(UserError):
     """A shard of which something is not so; it may be once it is fetched again."""
 
     def __init__(self, shard: int, *lines: str) -> None:
@@ -102,7 +102,7 @@ class _RemoteShards(Shards):
             raise type(error)(*(line.replace(BUILD_AGAIN, WHOLE_COPY) for line in said), alone=True) from None
 
     def _error(self, shard: int, problem: str) -> UserError:
-        return _Refused(int(shard), f"{self.storage.named(self._name(shard))}: {problem}; {WHOLE_COPY}")
+        return _Altered(int(shard), f"{self.storage.named(self._name(shard))}: {problem}; {WHOLE_COPY}")
 
     def _name(self, shard: int) -> str:
         return shard_name(self.index.shards["number"][shard])
@@ -125,7 +125,7 @@ class _RemoteShards(Shards):
         while True:
             try:
                 return read(*arguments)
-            except _Refused as error:
+            except _Altered as error:
                 if error.shard in again:
                     raise
                 again.add(error.shard)
@@ -144,7 +144,7 @@ class _RemoteShards(Shards):
         except StorageError:
             raise
         except UserError as error:
-            raise _Refused(number, *error.lines) from None
+            raise _Altered(number, *error.lines) from None
         for name, starts in self._starts.items():
             starts[number] = shard.start(name)
 
@@ -255,16 +255,16 @@ class RangedShards(_RemoteShards):
         self._groups: dict[int, dict[str, _Ranges]] = {}
 
     def ahead(self, batches: Iterable[tuple[Rows, Rest]]) -> Iterator[tuple[Rows, Rest]]:
-        waiting: deque[tuple[int, int, list[tuple[Rows, Rest]]]] = deque()  # number, bytes and micro-batches of every group
+        waiting: deque[tuple[int, tuple[int, list[tuple[Rows, Rest]]]]] = deque()  # bytes, number and micro-batches of groups
         for number, group in enumerate(self._grouped(batches)):
             self._groups[number] = self._once_more(self._ask, [rows for rows, _ in group])
             size = sum(ranges.rows.numel() for ranges in self._groups[number].values())
             self.depth = max(self.depth, 2 * size)
-            waiting.append((number, size, group))
-            while sum(size for _, size, _ in waiting) >= self.depth:
-                yield from self._arrived(*waiting.popleft())
+            waiting.append((size, (number, group)))
+            while sum(size for size, _ in waiting) >= self.depth:
+                yield from self._arrived(*waiting.popleft()[1])
         while waiting:
-            yield from self._arrived(*waiting.popleft())
+            yield from self._arrived(*waiting.popleft()[1])
 
     def _grouped(self, batches: Iterable[tuple[Rows, Rest]]) -> Iterator[list[tuple[Rows, Rest]]]:
         """Micro-batches that are asked for together, a quarter of those that are on their way: so that ranges may meet."""
@@ -277,7 +277,7 @@ class RangedShards(_RemoteShards):
         if group:
             yield group
 
-    def _arrived(self, number: int, size: int, group: list[tuple[Rows, Rest]]) -> Iterator[tuple[Rows, Rest]]:
+    def _arrived(self, number: int, group: list[tuple[Rows, Rest]]) -> Iterator[tuple[Rows, Rest]]:
         for rows, rest in group:
             yield rows | {"group": torch.tensor(number)}, rest
         self._groups.pop(number, None)
@@ -384,7 +384,7 @@ class RangedShards(_RemoteShards):
             os.ftruncate(descriptor, size)
             fetch(0, min(size, self._first_bytes))
             (length,) = struct.unpack("<Q", os.pread(descriptor, 8, 0))
-            fetch(0, min(8 + length, size, LARGEST_HEADER))
+            fetch(0, min(8 + length, size, LARGEST_SHARD_HEADER))
             self._judge(number, descriptor, fetch_numbers)
             if self._keeps_heads:
                 self._files[number] = os.dup(descriptor)

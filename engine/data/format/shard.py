@@ -44,7 +44,7 @@ from engine.errors import UserError
 from engine.files import digest, parse_json, reading, write_atomically
 from engine.tensors import DTYPES, TensorFile, bytes_of, header_of, in_file_order, pieces_of, write_pieces
 
-LARGEST_HEADER = 2**20  # bytes
+LARGEST_SHARD_HEADER = 2**20  # bytes
 _LARGEST_TEXTS = 2**28  # bytes of the captions, the names or the refused samples of a shard
 MOST_NUMBERS = 2**24  # of records of a shard, and of their captions
 
@@ -220,7 +220,7 @@ class Shard:
     ) -> None:
         self.path, self.fields, self.identity = path, fields, identity
         with reading(path, BUILD_AGAIN):
-            self.file = TensorFile(path, LARGEST_HEADER)
+            self.file = TensorFile(path, LARGEST_SHARD_HEADER)
             self.said = Header.model_validate(self.file.metadata)
             self._check_tensors()
             accept(self)
@@ -272,7 +272,7 @@ class Shard:
         """The samples that it holds no records of, as JSON."""
         content = self.texts["refused"].numpy().tobytes()
         with reading(self.path, BUILD_AGAIN):
-            refused = [_Refused.model_validate({"item": parse_json(line.decode())}).item for line in content.splitlines()]
+            refused = [_RefusedLine.model_validate({"item": parse_json(line.decode())}).item for line in content.splitlines()]
             if len(refused) + self.said.records != len(self.here):
                 raise ValueError(f"{len(refused)} refused and {self.said.records} records of {len(self.here)} samples")
             return refused
@@ -427,7 +427,7 @@ def _rows(tensor: Tensor, numbers: list[int]) -> Tensor:
     return taken.view(tensor.dtype).view(len(numbers), *tensor.shape[1:])
 
 
-class _Refused(Stored):
+class _RefusedLine(Stored):
     item: RefusedSample
 
 

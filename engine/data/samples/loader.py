@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.data.format.reader import Shards
 from engine.data.samples.batch import Batch, BatchPlan
 from engine.data.samples.draw import draw_rows
-from engine.data.samples.order import Order, order_of
+from engine.data.samples.order import Order
 from engine.diffusion import Schedule
 
 DEPTH = 2  # micro-batches ready ahead of the step
@@ -27,7 +27,7 @@ class Loader:
     The host knows the slots, so it draws the timesteps and their coefficients for the device.
 
     Args:
-        order: of the samples; None for that of all records.
+        order: of the records.
         limits: what the numbers of some fields must stay below.
     """
 
@@ -40,11 +40,11 @@ class Loader:
         device: torch.device,
         first_step: int,
         last_step: int,
-        order: Order | None = None,
+        order: Order,
         limits: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self.shards, self.plan, self.seed, self.schedule, self.device = shards, plan, seed, schedule, device
-        self.order = order or order_of(seed, shards.index.shards["records"], None)
+        self.order = order
         self.limits = limits
         self.on_gpu = device.type == "cuda"
         self.steps = range(first_step, last_step)

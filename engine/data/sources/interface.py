@@ -86,9 +86,6 @@ class Source(Protocol):
         """The image in RGB."""
         ...
 
-    def image(self, index: int) -> Image.Image:
-        return self.decode(self.content(index))
-
     def stamps(self) -> tuple[np.ndarray, np.ndarray]:
         """What tells the files of the samples from others without reading them, by name, size and time of change: uint64
         [files], each another; and how many samples lie in each, one after another: int64 [files]."""

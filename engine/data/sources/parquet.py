@@ -3,16 +3,13 @@
 import threading
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from engine.data.sources.tables import rows_at_once
 from engine.errors import UserError
 from engine.files import open_regular
-
-if TYPE_CHECKING:
-    pass
 
 _KEPT = 4  # pieces of a column, of at most 64 rows each: threads that decode ask for rows before and behind one another
 _BUFFER = 2**20  # bytes of a column that are read from its file at a time
