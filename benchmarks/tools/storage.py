@@ -132,6 +132,10 @@ def instants(operations: Sequence[Sequence[str]]) -> list[int]:
 def _serve() -> None:
     """Forks each command that comes as a line of JSON, and answers with its exit status."""
     import engine.quiet  # isort: skip (before the libraries that it quiets)
+    import datasets  # noqa: F401
+    import diffusers.models.autoencoders.autoencoder_kl  # noqa: F401
+    import transformers.models.clip.modeling_clip  # noqa: F401
+
     import engine.loop.trainer
     import engine.models.stable_diffusion  # noqa: F401
 
