@@ -200,7 +200,7 @@ class Index:
     config: how the shards were asked for; only `identity` is in the fingerprint.
     shards: of dtype `ENTRY` [shards], in the order of the samples that they cover.
     refused: by reason.
-    encode_seconds: what the last build spent encoding.
+    encode_seconds: from the beginning of the last build to its index, waiting for other processes included.
     made_by: what the headers of shards may have as their fingerprint; where nothing is said, that of the index.
     """
 
