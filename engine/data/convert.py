@@ -5,7 +5,7 @@ import contextlib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -24,10 +24,10 @@ from engine.data.format.index import (
     Count,
     Digest,
     Field,
-    Fields,
     Index,
     RefusedSample,
     Stored,
+    StoredTotals,
     check_fields,
     count_refused,
     read_json,
@@ -72,18 +72,7 @@ class _Entry(Stored):
     sha256: Digest
 
 
-class _Index(Stored):
-    format_version: int
-    family: str
-    fingerprint: Digest
-    records: Count
-    image_rows: Count
-    caption_rows: Count
-    encode_seconds: Annotated[float, Ge(0)]
-    refused_count: Count
-    identity: dict[str, Any]
-    config: dict[str, Any]
-    fields: Fields
+class _Index(StoredTotals):
     shards: list[_Entry]
     refused: list[RefusedSample]
 

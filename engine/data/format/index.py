@@ -154,8 +154,8 @@ def check_fields(fields: Fields, identity: dict[str, Any], fingerprint: str) -> 
         raise ValueError("the fingerprint is not that of the identity")
 
 
-class _StoredIndex(Stored):
-    """The object in the file, and what must be so within it."""
+class StoredTotals(Stored):
+    """What the object in the file holds in every version."""
 
     format_version: int
     family: str
@@ -165,10 +165,15 @@ class _StoredIndex(Stored):
     caption_rows: Count
     encode_seconds: Annotated[float, Ge(0)]
     refused_count: Count
-    refused: dict[str, Refusals]
     identity: dict[str, Any]
     config: dict[str, Any]
     fields: Fields
+
+
+class _StoredIndex(StoredTotals):
+    """The object in the file, and what must be so within it."""
+
+    refused: dict[str, Refusals]
     shards: Digest
     made_by: Annotated[list[Digest], MaxLen(64)] = []
 
