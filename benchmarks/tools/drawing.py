@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.tools.formats import SEED
 from engine.data.format.reader import Shards
 from engine.data.samples.batch import Batch, BatchPlan
 from engine.data.samples.loader import Loader
@@ -13,6 +12,7 @@ from engine.data.samples.order import order_of
 from engine.diffusion import DiscreteSchedule, unweighted
 
 CPU = torch.device("cpu")
+SEED = 7
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ KINDS: dict[str, dict[str, tuple[tuple[int, ...], Literal["image", "caption"]]]]
 CHUNK = 2**26  # bytes of the peers' files; that is their default
 SHARD = 1024  # records of the engine's shards, as by default
 BUFFER = 1000  # samples that WebDataset shuffles
-SEED = 7
+SEED = 7  # of the peers, in whose environment nothing of the engine is imported
 
 
 def record_of(kind: str, number: int) -> dict[str, np.ndarray]:

@@ -198,7 +198,11 @@ def read_source(place: Place) -> Any:
     source = open_source(config)
     source.identity()
     return [
-        (source.name(sample), _attempt(source.captions, sample), _attempt(source.image, sample))
+        (
+            source.name(sample),
+            _attempt(source.captions, sample),
+            _attempt(lambda number: decode(source.content(number)), sample),
+        )
         for sample in range(len(source))
     ]
 
