@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
+from benchmarks.tools.kinds import SEED
 from engine.data.format.reader import Shards
 from engine.data.samples.batch import Batch, BatchPlan
 from engine.data.samples.loader import Loader
@@ -12,7 +13,6 @@ from engine.data.samples.order import order_of
 from engine.diffusion import DiscreteSchedule, unweighted
 
 CPU = torch.device("cpu")
-SEED = 7
 
 
 @contextlib.contextmanager

@@ -20,21 +20,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-# Kind -> fields of a record: what bf16 numbers they are, and whether they belong to the image or to the caption.
-KINDS: dict[str, dict[str, tuple[tuple[int, ...], Literal["image", "caption"]]]] = {
-    "sd": {"latent_mean": ((4, 64, 64), "image"), "latent_std": ((4, 64, 64), "image"),
-           "encoder_hidden_states": ((77, 768), "caption")},
-    "prior": {"image_embedding": ((1280,), "image"), "text_embedding": ((1280,), "caption")},
-}  # fmt: skip
+from benchmarks.tools.kinds import KINDS, SEED
+
 CHUNK = 2**26  # bytes of the peers' files; that is their default
 SHARD = 1024  # records of the engine's shards, as by default
 BUFFER = 1000  # samples that WebDataset shuffles
-SEED = 7  # of the peers, in whose environment nothing of the engine is imported
 
 
 def record_of(kind: str, number: int) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.tools.formats import KINDS
+from benchmarks.tools.kinds import KINDS
 from engine.data.format.index import ENTRY, INDEX, Field, Index, shard_name
 from engine.data.format.shard import Contents, Shard, entry_of, write_shard
 from engine.files import digest, digest_of, write_json

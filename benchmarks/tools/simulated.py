@@ -18,7 +18,8 @@ import numpy as np
 import torch
 import xxhash
 
-from benchmarks.tools.drawing import SEED, draw
+from benchmarks.tools.drawing import draw
+from benchmarks.tools.kinds import SEED
 from benchmarks.tools.shards import FAMILIES, fields_of
 from engine.data.format.index import CHECKSUMS, CONTENT, ENTRY, NUMBERS, OWN, TEXTS, Index, shard_name
 from engine.data.format.reader import Shards
