@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 
 from engine.data.format.index import ENTRY
-from engine.data.plan import Plan, told_of
+from engine.data.plan import Plan
 
 BUILDING = "building"
 # told: what tells the samples of its block from others; check: XXH3 of the bytes before it.
@@ -114,7 +114,7 @@ class Claims:
     def complete(self, place: int, numbers: np.ndarray, entry: tuple) -> None:
         """Says that the shard of a block of these samples is written."""
         slot = np.zeros(1, SLOT)
-        slot["done"], slot["told"], slot["entry"] = len(numbers), told_of(numbers), np.array([entry], ENTRY)
+        slot["done"], slot["told"], slot["entry"] = len(numbers), _told_of(numbers), np.array([entry], ENTRY)
         slot["check"] = _check_of(slot[0])
         os.pwrite(self.descriptor, slot.tobytes(), place * SLOT.itemsize)
 
@@ -122,10 +122,15 @@ class Claims:
         """What the index says of the shard of a block; None where that is not known to be complete, with these samples."""
         content = os.pread(self.descriptor, SLOT.itemsize, place * SLOT.itemsize)
         slot = np.frombuffer(content, SLOT)[0] if len(content) == SLOT.itemsize else None
-        if slot is None or not _is_whole(slot) or slot["told"] != told_of(numbers):
+        if slot is None or not _is_whole(slot) or slot["told"] != _told_of(numbers):
             return None
         entry = slot["entry"]
         return entry if all(entry[name] == block[name] for name in ("first_sample", "samples", "number")) else None
+
+
+def _told_of(numbers: np.ndarray) -> int:
+    """What tells the samples of a block from others."""
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(numbers).data)
 
 
 def _check_of(slot: np.void) -> int:

@@ -10,7 +10,7 @@ import itertools
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -131,8 +131,8 @@ def _may_write(directory: Path) -> bool:
     return not directory.exists() or os.access(directory, os.W_OK)
 
 
-def _place_of(index: Index, block: np.void) -> int:
-    return int(np.searchsorted(index.shards["first_sample"], block["first_sample"], side="right")) - 1
+def _place_of(index: Index, sample: int) -> int:
+    return int(np.searchsorted(index.shards["first_sample"], sample, side="right")) - 1
 
 
 def _build(task: Task, processes: Processes, held: int | None, check: Callable[[dict[str, Any]], None]) -> Index:
@@ -193,9 +193,8 @@ def _begin(task: Task, found: Found, plan: Plan, claims: Claims) -> None:
 
     What the last build replaced goes now: until now a training may have read it.
     """
-    recipe, index = digest_of(task.recipe), found.index.fingerprint if found.index else None
-    if not plan.equals(read_plan(task.directory, recipe, index)):
-        plan.write(task.directory, recipe, index)
+    if not plan.equals(read_plan(task.directory, task.recipe_digest, found.fingerprint)):
+        plan.write(task.directory, task.recipe_digest, found.fingerprint)
     if not is_of(found.index, plan):
         of_index = found.index.shards["number"].tolist() if found.index else ()
         _sweep(task.directory, {*plan.blocks["number"].tolist(), *of_index})
@@ -286,51 +285,41 @@ def _complete_shard(
         show()
 
     claims.advance(place, 0)
-    if not _is_whole(task, found, block, path, numbers):
-        old = _shard_with(task, found, block, path, numbers)
-        if old:
-            rows, contents = without_samples(old, numbers)
-            fingerprint = old.said.fingerprint
+    covers = range(int(block["first_sample"]), int(block["first_sample"] + block["samples"]))
+    shard = _shard_with(task, found, covers, path, numbers)
+    if shard is None or shard.path != path or not np.array_equal(shard.here, numbers):
+        if shard:
+            rows, contents = without_samples(shard, numbers)
+            fingerprint = shard.said.fingerprint
         else:
-            covers = range(int(block["first_sample"]), int(block["first_sample"] + block["samples"]))
             samples = dict(zip(numbers.tolist(), places.tolist(), strict=True))
             rows, contents = encode_shard(
                 task.config, task.encoding, encoder(), task.source, covers, samples, pool, outcome, advance
             )
             fingerprint = _fingerprint(task, found)
         write_shard(path, rows, contents, fingerprint)
-    claims.complete(place, numbers, entry_of(Shard(path, task.encoding.record_spec, task.recipe), int(block["number"])))
+        shard = Shard(path, task.encoding.record_spec, task.recipe)
+    claims.complete(place, numbers, entry_of(shard, int(block["number"])))
 
 
 def _fingerprint(task: Task, found: Found) -> str:
     """That of shards that are encoded: as those beside them that were built before contents had digests."""
-    recipe = digest_of(task.recipe)
-    return found.made_by[0] if not found.index and len(found.made_by) == 1 else recipe
+    return found.made_by[0] if not found.index and len(found.made_by) == 1 else task.recipe_digest
 
 
-def _opened(task: Task, block: np.void, path: Path, made_by: Iterable[str]) -> Shard | None:
-    """The shard of a block, if it is there and of these makers."""
-    try:
-        shard = Shard(path, task.encoding.record_spec, task.recipe)
-    except UserError:
-        return None
-    covers = range(int(block["first_sample"]), int(block["first_sample"] + block["samples"]))
-    return shard if shard.covers == covers and shard.said.fingerprint in made_by and not shard.damage() else None
-
-
-def _is_whole(task: Task, found: Found, block: np.void, path: Path, numbers: np.ndarray) -> bool:
-    """Whether an earlier build left the shard of a block, with these samples and no others."""
-    shard = _opened(task, block, path, {*found.made_by, digest_of(task.recipe)})
-    return shard is not None and np.array_equal(shard.here, numbers)
-
-
-def _shard_with(task: Task, found: Found, block: np.void, path: Path, numbers: np.ndarray) -> Shard | None:
-    """A shard that holds these samples and others that are gone."""
+def _shard_with(task: Task, found: Found, covers: range, path: Path, numbers: np.ndarray) -> Shard | None:
+    """A whole shard of this range that an earlier build left, at `path` or in the index, and that holds these samples."""
     paths = [path]
     if found.index and len(found.index.shards):
-        paths.append(task.directory / shard_name(found.index.shards["number"][_place_of(found.index, block)]))
-    shards = (_opened(task, block, path, {*found.made_by, digest_of(task.recipe)}) for path in paths)
-    return next((shard for shard in shards if shard and not len(np.setdiff1d(numbers, shard.here))), None)
+        paths.append(task.directory / shard_name(found.index.shards["number"][_place_of(found.index, covers.start)]))
+    made_by = {*found.made_by, task.recipe_digest}
+    for candidate in dict.fromkeys(paths):
+        with contextlib.suppress(UserError):
+            shard = Shard(candidate, task.encoding.record_spec, task.recipe)
+            known = shard.covers == covers and shard.said.fingerprint in made_by and not shard.damage()
+            if known and not len(np.setdiff1d(numbers, shard.here)):
+                return shard
+    return None
 
 
 def _write_index(task: Task, found: Found, plan: Plan, claims: Claims, seconds: float) -> Index | None:
@@ -353,7 +342,7 @@ def _write_index(task: Task, found: Found, plan: Plan, claims: Claims, seconds: 
     for number in shards["number"][refusing].tolist():
         shard = Shard(task.directory / shard_name(number), task.encoding.record_spec, task.recipe)
         refused_of.append(count_refused(shard.refused))
-        again += passing(shard) if shard.said.fingerprint == digest_of(task.recipe) else ()
+        again += passing(shard) if shard.said.fingerprint == task.recipe_digest else ()
     refused, plan = add_refused(refused_of), replace(plan, again=np.array(again, np.int64))
     if not shards["records"].any():
         _sweep(task.directory, {number for _, _, number in before})
@@ -377,7 +366,7 @@ def _write_index(task: Task, found: Found, plan: Plan, claims: Claims, seconds: 
         made_by=made_by if made_by != (digest_of(identity),) else (),
     )
     index.check()
-    plan.write(task.directory, digest_of(task.recipe), found.index.fingerprint if found.index else None, index.fingerprint)
+    plan.write(task.directory, task.recipe_digest, found.fingerprint, index.fingerprint)
     index.write(task.directory)
     say_refused(len(task.source), refused, task.directory)
     return index

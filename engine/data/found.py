@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,13 +13,7 @@ import numpy as np
 
 from engine.config.options import CacheConfig
 from engine.data.claims import BUILDING
-from engine.data.format.index import (
-    INDEX,
-    UNKNOWN,
-    Index,
-    shard_name,
-    shards_in,
-)
+from engine.data.format.index import INDEX, UNKNOWN, Index, shard_name, shards_in
 from engine.data.format.shard import Header, Shard, open_shard
 from engine.data.identity import differences, without_source
 from engine.data.plan import (
@@ -66,6 +61,10 @@ class Task:
     def directory(self) -> Path:
         return self.config.shards_path
 
+    @functools.cached_property
+    def recipe_digest(self) -> str:
+        return digest_of(self.recipe)
+
     @property
     def subset(self) -> dict[str, int]:
         """How samples were drawn, as an identity has it."""
@@ -99,6 +98,11 @@ class Found:
     again: np.ndarray
     taken: frozenset[int]
 
+    @property
+    def fingerprint(self) -> str | None:
+        """That of the index."""
+        return self.index.fingerprint if self.index else None
+
 
 def look(task: Task) -> Found:
     """What is in the directory of the shards.
@@ -106,7 +110,7 @@ def look(task: Task) -> Found:
     Raises:
         UserError: a build of something else.
     """
-    recipe = digest_of(task.recipe)
+    recipe = task.recipe_digest
     index = Index.read(task.directory) if (task.directory / INDEX).exists() else None
     plan = read_plan(task.directory, recipe, index.fingerprint if index else None)
     if not index and begun_with(task.directory) not in (None, recipe):
@@ -202,7 +206,7 @@ def complete_index(task: Task, found: Found, read: bool) -> Index | None:
         return None
     if not found.remembered:
         with contextlib.suppress(OSError):  # of others, who let it be read; it only saves work
-            plan.write(task.directory, digest_of(task.recipe), found.index.fingerprint)
+            plan.write(task.directory, task.recipe_digest, found.fingerprint)
     return found.index
 
 
@@ -223,7 +227,7 @@ def replanned(task: Task, found: Found) -> Plan:
 
 
 def plan_of_others(task: Task, found: Found) -> Plan | None:
-    plan = read_plan(task.directory, digest_of(task.recipe), found.index.fingerprint if found.index else None)
+    plan = read_plan(task.directory, task.recipe_digest, found.fingerprint)
     return plan if plan and plan.is_of(task.stamps, task.counts) else None
 
 

@@ -6,6 +6,7 @@ that come later from the last number on. A shard covers a block of numbers; a sa
 Nothing here grows with the samples of a file: rows of a table that lie in one file, under consecutive numbers, are one run.
 """
 
+import functools
 import itertools
 import json
 from collections.abc import Collection, Iterator
@@ -41,14 +42,16 @@ class Plan:
     blocks: np.ndarray
     again: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
-    def __post_init__(self) -> None:
+    @functools.cached_property
+    def _by_number(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The first number of each run, its samples and its place in the source, in the order of numbers."""
         order = np.argsort(self.runs["first"], kind="stable")
         places = np.cumsum(self.runs["count"]) - self.runs["count"]
-        object.__setattr__(self, "_by_number", (self.runs["first"][order], self.runs["count"][order], places[order]))
+        return self.runs["first"][order], self.runs["count"][order], places[order]
 
     def samples(self, block: np.void) -> tuple[np.ndarray, np.ndarray]:
         """The numbers of a block's samples, increasing, and their places in the source: int64 [samples] each."""
-        firsts, counts, places = self._by_number  # type: ignore[attr-defined]
+        firsts, counts, places = self._by_number
         begin, end = block["first_sample"], block["first_sample"] + block["samples"]
         part = slice(np.searchsorted(firsts + counts, begin, side="right"), np.searchsorted(firsts, end))
         starts, stops = np.maximum(firsts[part], begin), np.minimum(firsts[part] + counts[part], end)
@@ -62,7 +65,7 @@ class Plan:
 
     def _below(self, numbers: np.ndarray) -> np.ndarray:
         """How many samples have smaller numbers."""
-        firsts, counts, _ = self._by_number  # type: ignore[attr-defined]
+        firsts, counts, _ = self._by_number
         if not len(firsts):
             return np.zeros(len(numbers), np.int64)
         run = np.searchsorted(firsts, numbers, side="right") - 1
@@ -124,11 +127,9 @@ def read_plan(directory: Path, recipe: str, index: str | None) -> Plan | None:
     limits += [(blocks[name], least) for name, least in (("first_sample", 0), ("samples", 1), ("number", 0))]
     if any(len(column) and (column.min() < least or column.max() > _MOST) for column, least in limits):
         return None
-    return (
-        None
-        if _overlap(runs["first"], runs["count"]) or len(beside(blocks[:0], blocks)) < len(blocks)
-        else Plan(runs, blocks, again)
-    )
+    if _overlap(runs["first"], runs["count"]) or len(beside(blocks[:0], blocks)) < len(blocks):
+        return None
+    return Plan(runs, blocks, again)
 
 
 def begun_with(directory: Path) -> str | None:
@@ -287,8 +288,3 @@ def beside(blocks: np.ndarray, others: np.ndarray) -> np.ndarray:
             end = stop
     together = np.concatenate([blocks, np.array(kept, BLOCK)])
     return together[np.argsort(together["first_sample"], kind="stable")]
-
-
-def told_of(numbers: np.ndarray) -> int:
-    """What tells the samples of a block from others."""
-    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(numbers).data)
