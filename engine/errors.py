@@ -46,12 +46,22 @@ class UserError(Exception):
 
     lines: what is said, made `printable`; one for each mistake.
     alone: only this process of several met it, so that no other will say it.
+    shared: every process raises it, so that the first says it for all.
     """
 
-    def __init__(self, *lines: str, alone: bool = False) -> None:
+    def __init__(self, *lines: str, alone: bool = False, shared: bool = False) -> None:
         self.lines = [printable(line) for line in lines]
-        self.alone = alone
+        self.alone, self.shared = alone, shared
         super().__init__("\n".join(self.lines))
+
+
+class LostProcess(Exception):
+    """Another process, without which this one cannot go on, is gone or does not answer. Exit code `TRY_AGAIN`."""
+
+
+def leaving(line: str) -> str:
+    """What a process says that leaves for no fault of its own."""
+    return f"{line}. Leaving with exit code {TRY_AGAIN}; a training continues with --resume_from_checkpoint latest"
 
 
 def first_line(error: BaseException) -> str:
@@ -119,17 +129,23 @@ def _pipe_closed() -> bool:
 
 
 def lost_a_process(error: BaseException) -> bool:
-    """Whether a collective failed because another process is gone, from what gloo or NCCL says."""
-    return bool(re.search(r"gloo/transport|remote process exited or there was a network error", str(error)))
+    """Whether another process is gone, from what gloo, NCCL or the store of the processes says."""
+    of_the_store = type(error).__name__ in ("DistNetworkError", "DistStoreError")
+    return (
+        isinstance(error, LostProcess)
+        or of_the_store
+        or bool(re.search(r"gloo/transport|remote process exited or there was a network error", str(error)))
+    )
 
 
 def exit_code(program: str, main: Callable[[], int]) -> int:
     """Runs a command line, turning a `UserError` into its lines on standard error and exit code 2, Ctrl-C into 130.
 
-    A process that lost another in a collective says so in one line and leaves with `TRY_AGAIN`: the cause is the other's. One
-    whose output nobody reads any more leaves without a word.
+    A process that lost another says so in one line and leaves with `TRY_AGAIN`: the cause is the other's. One whose output
+    nobody reads any more leaves without a word.
 
-    Under a launcher every process meets most mistakes; only the first process of each node says them.
+    Under a launcher every process meets most mistakes; only the first process of each node says them. Of a lost one the second
+    speaks too, because the first may be the one that is gone.
     """
 
     def say(*lines: str) -> None:
@@ -142,7 +158,7 @@ def exit_code(program: str, main: Callable[[], int]) -> int:
         finally:
             sys.stdout.flush()  # here, where a closed pipe can be handled, and not when Python ends
     except UserError as error:
-        if error.alone or local_rank() == 0:
+        if error.alone or (rank() == 0 if error.shared else local_rank() == 0):
             say(*error.lines)
         return 2
     except KeyboardInterrupt:
@@ -152,10 +168,9 @@ def exit_code(program: str, main: Callable[[], int]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to be flushed goes there
             return CLOSED_PIPE
         if lost_a_process(error):
-            say(
-                f"process {rank()}: another process is gone; its own message, or the launcher's, says why. Leaving with exit "
-                f"code {TRY_AGAIN}; a training continues with --resume_from_checkpoint latest"
-            )
+            gone = "another process is gone; its own message, or the launcher's, says why"
+            if local_rank() < 2:
+                say(f"process {rank()}: {leaving(first_line(error) if isinstance(error, LostProcess) else gone)}")
             return TRY_AGAIN
         if out_of_memory(error):
             say(f"out of memory: {first_line(error)}; lower the batch size, the resolution or the number of images, or, in a "

@@ -1,30 +1,61 @@
 """The processes of a run: who this one is, which device it has, and how all of them agree."""
 
+import contextlib
 import datetime
 import os
 import signal
-from typing import Any
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from engine import launcher
-from engine.errors import UserError
+from engine.errors import TRY_AGAIN, LostProcess, UserError, first_line, leaving
 
-_TIMEOUT = datetime.timedelta(minutes=60)
+T = TypeVar("T")
+_TIMEOUT = datetime.timedelta(minutes=60)  # of a collective
+JOIN_LIMIT = 900.0  # seconds for all processes to come: imports from a cold shared disk, and nodes that start late
+NETWORK_LIMIT = 300.0  # seconds for the first collective on the host, and as many on the devices
+BEAT = 10.0  # seconds between two signs of life
+SILENCE = (
+    300.0  # seconds without one after which a process is taken for dead; C code may hold Python's lock for a minute or two
+)
+GRACE = 30.0  # seconds between the loss of the store and leaving, in which the main thread may say more of it
+NAMED = 16  # processes in a line
+
+
+def named(ranks: list[int]) -> str:
+    """Processes for a line: the first of them, and how many more there are."""
+    more = f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
+    return f"process{'es' * (len(ranks) > 1)} {', '.join(map(str, ranks[:NAMED]))}{more}"
 
 
 class Processes:
     """This process among all: rank, world, local rank and device. One process needs no launcher and opens no port.
+
+    Several share a store, which torchrun or the first process keeps: a dictionary for a few bytes each. Every process has two
+    connections to it, and one more for each `own_store`. Each tells it every `BEAT` seconds that it lives, so that whoever
+    waits knows for whom; for 1,024 processes the store does 100 operations a second for that, and 1,000 while all wait, of
+    some 100,000 that it can do.
 
     Args:
         local_rank: where no launcher says; negative for none.
         device: instead of the GPU of that number, or of the CPU where there is none.
     """
 
+    store: dist.Store | None = None  # of this attempt, once several processes are connected; for the main thread
+
     def __init__(self, local_rank: int = 0, device: torch.device | None = None) -> None:
         self.rank, self.world, self.local_rank = launcher.rank(), launcher.world(), launcher.local_rank(local_rank)
+        self.step = -1  # told to the others with each sign of life
         self._connected = False
+        self._waits = 0  # how often all waited for each other so far, which tells the store's keys apart
+        self._seen: dict[int, tuple[bytes, float]] = {}  # the last sign of life of a process, and when it was first seen
+        self._closed = threading.Event()
         if device is not None:
             self.device = device
         elif torch.cuda.is_available():
@@ -44,31 +75,211 @@ class Processes:
         return self.rank == 0
 
     def connect(self) -> "Processes":
-        """Joins the process group; NCCL for GPUs, gloo beside it for what stays on the host."""
+        """Joins the process group; NCCL for GPUs, gloo beside it for what stays on the host.
+
+        Raises:
+            LostProcess: some process did not come.
+        """
         if dist.is_initialized():
             return self
         self._connected = True
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         if self.world == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
-        else:
-            dist.init_process_group(backend, store=self._store(), rank=self.rank, world_size=self.world, timeout=_TIMEOUT)
+            return self
+        self.store = self._open_store()
+        self._beats = self.own_store()
+        self._thread = threading.Thread(target=self._live, name="heartbeat", daemon=True)
+        self.beat()
+        self._thread.start()
+        self._meet()
+        dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.world, timeout=_TIMEOUT)
         return self
 
-    def _store(self) -> dist.Store:
+    def _open_store(self) -> dist.Store:
         """The launcher's store; what a killed attempt left in it is out of sight.
 
         torchrun on one node keeps its store over restarts, with the addresses of processes that are gone. On several nodes the
         count of restarts may differ, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun start a new store instead.
         """
-        store = next(iter(dist.rendezvous("env://", self.rank, self.world, timeout=_TIMEOUT)))[0]
+        host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+        if not host or not port.isdecimal():
+            raise UserError(
+                f"WORLD_SIZE is {self.world}, but MASTER_ADDR and MASTER_PORT do not say where the processes meet; start them "
+                "with torchrun or deepspeed"
+            )
+        serves = self.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        try:
+            store = dist.TCPStore(
+                host, int(port), self.world, serves, datetime.timedelta(seconds=JOIN_LIMIT),
+                wait_for_workers=False, multi_tenant=True,
+            )  # fmt: skip
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" in str(error):
+                raise UserError(
+                    f"port {port} of this node is in use; give the launcher another --master_port", alone=True
+                ) from None
+            raise LostProcess(f"nobody answers at {host}:{port}, where the processes meet: {first_line(error)}") from None
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if os.environ.get("GROUP_WORLD_SIZE") == "1" else "0"
         return dist.PrefixStore(f"attempt-{attempt}", store)
 
+    def _meet(self) -> None:
+        """Waits until every process has come to the store, each with its first sign of life."""
+        assert self.store is not None
+        self.store.append("came", f"{self.rank} ")  # type: ignore[attr-defined]
+        if self.store.add("count", 1) == self.world:
+            self.store.set("all came", "")
+        started = time.monotonic()
+        while not self.store.check(["all came"]):
+            if time.monotonic() - started > JOIN_LIMIT:
+                missing = set(range(self.world)) - set(map(int, self.store.get("came").split()))
+                raise LostProcess(f"{named(sorted(missing))} did not come within {JOIN_LIMIT:g} seconds; look at the node")
+            _sleep(started)
+
+    def own_store(self) -> dist.Store:
+        """Another client of the store: whoever waits blocks all that share its client. It costs the store's host a descriptor.
+
+        Only where several processes are connected.
+        """
+        assert self.store is not None
+        return self.store.clone()  # type: ignore[attr-defined]
+
+    def beat(self) -> None:
+        """Tells the others that this process lives, and at which step; any thread may. Does nothing for one process.
+
+        Raises:
+            dist.DistNetworkError: the store is gone; not before the second time.
+        """
+        if self.store is not None:
+            self._beats.set(f"alive/{self.rank}", f"{time.monotonic_ns()} {self.step}")
+
+    def _live(self) -> None:
+        """Gives signs of life, and ends the process when there is nobody to give them to."""
+        try:
+            while not self._closed.wait(BEAT):
+                self.beat()
+        except RuntimeError:
+            if self._closed.wait(GRACE):
+                return
+            # The store's host is on the first node, so that its first process is perhaps the one that is gone.
+            self.leave(
+                "what keeps the processes' store (the first process, or torchrun on its node) is gone",
+                says=self.local_rank == (1 if self.rank < launcher.local_world() else 0),
+            )
+
+    def leave(self, line: str, says: bool) -> NoReturn:
+        """Ends the process from any thread, whatever the others are blocked in, with exit code `TRY_AGAIN`."""
+        if says:
+            print(f"engine.run: error: process {self.rank}: {leaving(line)}", file=sys.stderr, flush=True)
+        os._exit(TRY_AGAIN)
+
     def close(self) -> None:
-        """Leaves the process group, if it was joined here."""
+        """Leaves the process group, if it was joined here; who still waits for this process learns of it."""
+        self._closed.set()
+        if self.store is not None:
+            self._thread.join()
+            with contextlib.suppress(RuntimeError):  # the store is gone
+                self._beats.set(f"alive/{self.rank}", "left")
         if self._connected and dist.is_initialized():
             dist.destroy_process_group()
+
+    def signs_of_life(self, ranks: list[int]) -> list[bytes]:
+        """What processes told last: b"left", or a time and a step; one look-up for all of them."""
+        assert self.store is not None
+        return self.store.multi_get([f"alive/{rank}" for rank in ranks])
+
+    def _look(self) -> None:
+        """Raises `LostProcess` where one that is waited for is gone: the first looks at all, the others at the first."""
+        ranks, now = list(range(self.world) if self.is_first else [0]), time.monotonic()
+        left, silent = [], []
+        for rank, sign in zip(ranks, self.signs_of_life(ranks), strict=True):
+            if self._seen.get(rank, (b"", 0.0))[0] != sign:
+                self._seen[rank] = sign, now
+            if sign == b"left":
+                left.append(rank)
+            elif now - self._seen[rank][1] > SILENCE:
+                silent.append(rank)
+        if left:
+            raise LostProcess(f"{named(left)} left; the message of that one, or the launcher's, says why")
+        if silent:
+            raise LostProcess(f"{named(silent)} gave no sign of life for {SILENCE:g} seconds")
+
+    def _wait(self, key: str) -> None:
+        """Waits for a key of the store, as long as those live for whom this process waits."""
+        assert self.store is not None
+        started = looked = time.monotonic()
+        while not self.store.check([key]):
+            if time.monotonic() - looked > BEAT / 2:
+                looked = time.monotonic()
+                self._look()
+            _sleep(started)
+
+    def wait_for_all(self) -> None:
+        """Waits until every process has come here, however long it takes, as long as all live.
+
+        Raises:
+            LostProcess: a process left, or gives no sign of life.
+        """
+        if self.store is None:
+            return
+        self._waits += 1
+        key = f"wait/{self._waits}"
+        if self.store.add(f"{key}/count", 1) == self.world:
+            self.store.set(key, "")
+        self._wait(key)
+
+    def computed_by_first(self, work: Callable[[], T]) -> T:
+        """What the first process's `work` returns, on every process; it may take any time. One process just calls it.
+
+        The result travels in pickled form by broadcast.
+
+        Raises:
+            UserError: that of `work`, on every process; the first says it.
+            LostProcess: the first process left, or gives no sign of life.
+        """
+        if self.store is None:
+            return work()
+        self._waits += 1
+        value: T | None = None
+        error: UserError | None = None
+        if self.is_first:
+            try:
+                value = work()
+            except UserError as raised:
+                error = raised
+            self.store.set(f"wait/{self._waits}", "")
+        else:
+            self._wait(f"wait/{self._waits}")
+        value, lines = self.from_first((value, error and error.lines))
+        if lines is not None:
+            raise error or UserError(*lines, shared=True)
+        return value
+
+    def first_before_others(self, work: Callable[[], T]) -> T:
+        """Calls `work` on every process: the first before all, then the first of each node, then the others, without the hub.
+
+        So what is downloaded comes once to a shared cache, and once to each node's where they have their own.
+
+        Raises:
+            UserError: that of any process, on every process; the first says it.
+            LostProcess: another process left, or gives no sign of life.
+        """
+        if self.store is None:
+            return work()
+        mine = 0 if self.is_first else 1 if self.local_rank == 0 else 2
+        value: T | None = None
+        for turn in range(3):
+            error: UserError | None = None
+            if turn == mine:
+                try:
+                    with _offline() if turn == 2 else contextlib.nullcontext():
+                        value = work()
+                except UserError as raised:
+                    error = raised
+            told = self.gather_patiently(error and error.lines)
+            if lines := list(dict.fromkeys(line for lines in told for line in lines or ())):
+                raise UserError(*lines, shared=True)
+        return value  # type: ignore[return-value]
 
     def barrier(self) -> None:
         if self.world > 1:
@@ -87,6 +298,15 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
+    def gather_patiently(self, value: Any) -> list[Any]:
+        """As `gather_objects`, after work that may take any time.
+
+        Raises:
+            LostProcess: a process left, or gives no sign of life.
+        """
+        self.wait_for_all()
+        return self.gather_objects(value)
+
     def from_first(self, value: Any) -> Any:
         """The first process's `value` on every process."""
         if self.world == 1:
@@ -100,6 +320,36 @@ class Processes:
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
+
+
+def _sleep(started: float) -> None:
+    """Between two looks at what is waited for since `started`: a tenth of the time so far, a second at most."""
+    time.sleep(min(1.0, 0.01 + (time.monotonic() - started) / 10))
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Keeps the hub's libraries to what is on the disk, whether they were imported before or are inside."""
+    variables, before = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"), dict(os.environ)
+    modules = ("huggingface_hub.constants", "datasets.config")  # which read the variables once
+
+    def switch(offline: bool) -> None:
+        for module in filter(None, map(sys.modules.get, modules)):
+            for name in variables:
+                if hasattr(module, name):
+                    setattr(module, name, offline)
+
+    was = any(before.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in (*variables, "TRANSFORMERS_OFFLINE"))
+    os.environ.update(dict.fromkeys(variables, "1"))
+    switch(True)
+    try:
+        yield
+    finally:
+        for name in variables:
+            os.environ.pop(name)
+            if name in before:
+                os.environ[name] = before[name]
+        switch(was)
 
 
 class StopSignal:

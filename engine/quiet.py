@@ -5,6 +5,8 @@ import os
 import sys
 import warnings
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else the loss of a process is told in pages; read on import
+
 import torch
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -110,13 +110,13 @@ def run(command: list[str], **variables: str) -> Command:
     return started
 
 
-def start_two(command: list[str]) -> list[Command]:
-    """Two processes of one group without a launcher, which would end one when it misses the other."""
+def start_two(command: list[str], world: int = 2, **variables: str) -> list[Command]:
+    """Two processes of one group, or more, without a launcher, which would end one when it misses the other."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    return [Command(command, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)} | variables
+    return [Command(command, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(world)]
 
 
 def run_two(command: list[str]) -> None:

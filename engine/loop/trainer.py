@@ -76,6 +76,8 @@ def train(config: TrainConfig) -> int:
 
 def _train(config: TrainConfig, processes: Processes) -> int:
     config = divide_global_batch(config, processes.world)
+    with busy("Waiting for the other processes"):
+        processes.connect()
     checkpoint = find_checkpoint(config)
     with busy("Opening the models, downloads included"):
         family = open_family(config)
@@ -87,8 +89,6 @@ def _train(config: TrainConfig, processes: Processes) -> int:
     if processes.is_first:
         config = check_trackers(config)
     repository = create_repository(config) if config.push_to_hub and processes.is_first else None
-    with busy("Waiting for the other processes"):
-        processes.connect()
     output = Path(config.output_dir)
     with only_run(output, processes):
         with busy(f"Comparing {checkpoint} with its digests"):

@@ -1,0 +1,157 @@
+"""How processes wait for each other, and what becomes of one that waits for another that is gone."""
+
+import signal
+import sys
+import time
+
+import pytest
+
+from tests.commands import Command, start_two
+
+BEGIN = """
+import os, sys, time
+import torch
+from engine import processes as module
+from engine.errors import UserError, exit_code
+from engine.processes import Processes
+
+module.BEAT, module.SILENCE, module.GRACE, module.JOIN_LIMIT = 0.2, 1.0, 1.0, 2.0
+
+def say(*words):
+    print(*words, flush=True)
+
+def main():
+    processes = Processes(device=torch.device("cpu"))
+    try:
+        story(processes.connect())
+    finally:
+        processes.close()
+    return 0
+"""
+END = "\nsys.exit(exit_code('engine.run', main))\n"
+
+
+def start(story: str, world: int = 2, **variables: str) -> list[Command]:
+    """Processes that do what `story(processes)` says, with limits of seconds."""
+    return start_two([sys.executable, "-c", BEGIN + story + END], world, **variables)
+
+
+def codes(processes: list[Command]) -> list[int]:
+    return [process.wait(30) for process in processes]
+
+
+def wait_until_said(word: str, *processes: Command) -> None:
+    while not all(word in process.output for process in processes):
+        assert all(process.poll() is None for process in processes), [process.errors for process in processes]
+        time.sleep(0.01)
+
+
+TURNS = """
+import huggingface_hub.constants as hub
+hub.HF_HUB_OFFLINE = False  # whatever the tests run with
+os.environ.pop("HF_HUB_OFFLINE", None)
+os.environ.pop("TRANSFORMERS_OFFLINE", None)
+def story(processes):
+    assert processes.computed_by_first(lambda: (time.sleep(0.3), os.getpid())[1]) == processes.from_first(os.getpid())
+    if processes.rank == 2:
+        processes.local_rank = 0  # the first of another node
+    def turn():
+        before = time.monotonic()
+        time.sleep(0.1)
+        return before, time.monotonic(), hub.HF_HUB_OFFLINE
+    times = processes.gather_patiently(processes.first_before_others(turn))
+    first, second_node, (others, _, offline) = times[0], times[2], min(times[1], times[3])
+    assert first[1] < second_node[0] < second_node[1] < others
+    assert (first[2], second_node[2], offline, hub.HF_HUB_OFFLINE) == (False, False, True, False)
+    assert "HF_HUB_OFFLINE" not in os.environ
+"""
+
+
+def test_the_first_works_before_the_first_of_each_node_and_these_before_the_others():
+    four = start(TURNS, world=4)
+    assert codes(four) == [0] * 4, [process.errors for process in four]
+
+
+MISTAKE = """
+def story(processes):
+    def work():
+        if processes.rank == WHO:
+            raise UserError("this is wrong")
+    processes.METHOD(work)
+"""
+
+
+@pytest.mark.parametrize(("method", "who"), [("computed_by_first", 0), ("first_before_others", 0), ("first_before_others", 1)])
+def test_a_mistake_that_one_meets_is_everybodys_and_is_said_once(method, who):
+    three = start(MISTAKE.replace("METHOD", method).replace("WHO", str(who)), world=3)
+    assert codes(three) == [2] * 3
+    assert [process.errors for process in three] == ["engine.run: error: this is wrong\n", "", ""]
+
+
+WAITING = """
+def story(processes):
+    say("here")
+    if processes.rank == WHO:
+        ACT
+    processes.METHOD
+"""
+
+
+@pytest.mark.parametrize("method", ["computed_by_first(lambda: time.sleep(60))", "gather_patiently(0)"])
+def test_those_that_wait_for_a_killed_store_host_leave(method):
+    three = start(WAITING.replace("METHOD", method).replace("WHO", "0").replace("ACT", "time.sleep(60)"), world=3)
+    wait_until_said("here", *three)
+    three[0].kill()
+    assert codes(three) == [-signal.SIGKILL, 75, 75]
+    assert [len(process.errors.splitlines()) for process in three] == [0, 1, 0], [process.errors for process in three]
+    assert "process 1: another process is gone" in three[1].errors
+
+
+@pytest.mark.parametrize(
+    ("act", "said"),
+    [
+        ("raise UserError('mine', alone=True)", "process 1 left; the message of that one"),
+        ("time.sleep(1.8) if os.fork() else os._exit(0)", None),
+        ("os.kill(os.getpid(), 9)", "process 1 gave no sign of life for 1 seconds"),
+    ],
+    ids=["leaves", "slow", "killed"],
+)
+def test_who_waits_for_one_that_is_gone_leaves_and_says_which(act, said):
+    three = start(WAITING.replace("METHOD", "gather_patiently(0)").replace("WHO", "1").replace("ACT", act), world=3)
+    ends = codes(three)
+    assert ends[0] == ends[2] == (75 if said else 0), [process.errors for process in three]
+    assert (said or "") in three[0].errors
+    assert three[2].errors == ""
+
+
+def test_a_process_that_does_not_come_is_named():
+    three = start("def story(processes): pass", world=3, WORLD_SIZE="4")
+    assert codes(three) == [75] * 3
+    assert three[0].errors.startswith("engine.run: error: process 0: process 3 did not come within 2 seconds")
+    assert [len(process.errors.splitlines()) for process in three] == [1, 1, 0], [process.errors for process in three]
+
+
+def test_a_process_without_a_first_one_says_where_it_looked():
+    started = start("def story(processes): pass", world=2, MASTER_PORT="1", TORCHELASTIC_USE_AGENT_STORE="True")
+    assert codes(started) == [75, 75]
+    assert "nobody answers at 127.0.0.1:1, where the processes meet" in started[0].errors
+
+
+BLOCKED = """
+def story(processes):
+    say("here")
+    import ctypes
+    if processes.rank == 0:
+        time.sleep(60)
+    torch.distributed.all_reduce = None
+    time.sleep(60)  # as in a collective of NCCL, which notices nothing
+"""
+
+
+def test_a_process_that_is_blocked_while_the_store_dies_leaves():
+    both = start(BLOCKED)
+    wait_until_said("here", *both)
+    both[0].kill()
+    assert both[1].wait(10) == 75
+    assert "process 1: what keeps the processes' store" in both[1].errors
+    assert len(both[1].errors.splitlines()) == 1
