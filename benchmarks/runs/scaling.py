@@ -30,7 +30,7 @@ from benchmarks.tools.charts import save
 from benchmarks.tools.cost import payload, sizes_of
 from benchmarks.tools.rows import write_result
 from engine.loop.overlap import UTILISATION, hidden_seconds, overlap_gain
-from engine.loop.weights.zero_options import OVERLAPPED_BUCKET
+from engine.loop.weights.zero_options import FP32_REDUCTION, OVERLAPPED_BUCKET
 
 FAMILIES = {"SD 1.5, 512 px": 32, "Kandinsky 2.2 prior": 128, "Kandinsky 2.2 decoder, 768 px": 16,
             "Wuerstchen v2 prior, 768 px": 32}  # fmt: skip
@@ -83,6 +83,8 @@ def communication_seconds(row: dict[str, Any], stage: int, gpus: int, buckets: i
     if gpus == 1:
         return 0.0, 0.0
     moved = payload(stage, row["parameters"])
+    if gpus >= FP32_REDUCTION:
+        moved["reduced"] *= 2
     reduced, gathered = (buckets * collective_seconds(size / buckets, gpus, hardware) for size in moved.values())
     # Stages 1 and 2 all-reduce: a reduce-scatter, and then everything is gathered once more.
     return (1 if stage == 3 else 2) * reduced, gathered

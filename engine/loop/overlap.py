@@ -13,9 +13,8 @@ from torch import nn
 
 from engine.config.options import TrainConfig
 from engine.loop.flops import Flops
-from engine.loop.weights.zero_options import OVERLAPPED_BUCKET, machinery_stage
+from engine.loop.weights.zero_options import OVERLAPPED_BUCKET, machinery_stage, reduction_precision
 from engine.messages import say
-from engine.models.encoder import PRECISIONS
 from engine.processes import Processes
 
 UTILISATION = 0.45  # of a matrix product's speed, over a whole step: assumed
@@ -61,7 +60,7 @@ def overlap_pays(config: TrainConfig, model: nn.Module, flops: Flops | None, pro
         return False
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     elements = sum(parameter.numel() for parameter in trained)
-    size = elements * PRECISIONS[config.mixed_precision].itemsize
+    size = elements * (4 if reduction_precision(config, processes.world) == "fp32" else 2)
     operations, micro_batches = flops.step * config.train_batch_size, config.gradient_accumulation_steps
     gain = processes.from_first(
         overlap_gain(

@@ -13,7 +13,7 @@ from engine.loop.capture import reason_against
 from engine.loop.run import Run
 from engine.loop.weights import needs_deepspeed
 from engine.loop.weights.partition import Partition
-from engine.loop.weights.zero_options import machinery_stage
+from engine.loop.weights.zero_options import machinery_stage, reduction_precision
 from engine.messages import duration, warn
 from engine.models.family import Family
 from engine.processes import Processes
@@ -52,7 +52,7 @@ def opening(
         "steps": f"{run.steps:,}, {run.steps * run.global_batch / run.records:.1f} epochs"
         + (f"; going on after step {done:,}" if done else ""),
         "optimizer": optimizer(config),
-        "precision": precision(config),
+        "precision": precision(config, processes.world),
         "device": f"{device_name(processes)}, ZeRO stage {config.zero_stage}",
         "step runs": how_steps_run(config, partition.module, processes.device, captures),
         "memory": f"{gigabytes(state)} a process, by estimate, for weights, gradients, optimizer and average; activations come "
@@ -97,10 +97,12 @@ def optimizer(config: TrainConfig) -> str:
     return f"{name}, learning rate {config.learning_rate:g} {schedule}{warm_up}{', moving average' if config.use_ema else ''}"
 
 
-def precision(config: TrainConfig) -> str:
+def precision(config: TrainConfig, world: int) -> str:
     masters = "" if config.weights_precision == "fp32" else " with fp32 masters"
     products = f", {config.matrix_precision} products" if config.matrix_precision else ""
-    return f"{config.weights_precision}{masters}{products}"
+    reduced = reduction_precision(config, world) if needs_deepspeed(config, world) else config.weights_precision
+    sums = f"; gradients add up over processes in {reduced}" if reduced != config.weights_precision else ""
+    return f"{config.weights_precision}{masters}{products}{sums}"
 
 
 def device_name(processes: Processes) -> str:

@@ -15,6 +15,9 @@ _BUCKET = 200_000_000  # elements that a collective moves at once
 # Where reductions overlap the backward pass the last bucket cannot: many, but each as large as any parameter, because DeepSpeed
 # frees a larger one's gradient while it is still being reduced.
 OVERLAPPED_BUCKET = 50_000_000
+# Processes from which gradients add up in fp32, which doubles their bytes. Around a ring of 192 bf16 loses at most 1.8 % of a
+# gradient that is no more alike on all processes than noise as large as its mean leaves it, of 256 3.3 %, of 1,024 50 %.
+FP32_REDUCTION = 256
 
 
 def machinery_stage(config: TrainConfig) -> int:
@@ -27,6 +30,15 @@ def machinery_stage(config: TrainConfig) -> int:
     if config.zero_stage:
         return config.zero_stage
     return 2 if config.gradient_accumulation_steps > 1 and config.mixed_precision != "no" else 1
+
+
+def reduction_precision(config: TrainConfig, world: int) -> str:
+    """In what gradients add up over so many processes, as DeepSpeed names it: what the user's file says, or as the weights, and
+    in fp32 from `FP32_REDUCTION` processes on."""
+    theirs = read_file(config).get("communication_data_type")
+    if theirs not in (None, "auto"):
+        return str(theirs).lower()
+    return "fp32" if world >= FP32_REDUCTION else config.weights_precision
 
 
 def deepspeed_config(config: TrainConfig, elements: int, overlap: bool) -> dict[str, Any]:
@@ -66,7 +78,8 @@ def deepspeed_config(config: TrainConfig, elements: int, overlap: bool) -> dict[
         ours["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 2000}
     if low_precision and stage > 1:
         ours["data_types"] = {"grad_accum_dtype": config.accumulation_precision}
-    return _merge(ours, read_file(config), config, "")
+    reduced = {"communication_data_type": reduction_precision(config, launcher.world())}
+    return _merge(ours, read_file(config), config, "") | reduced
 
 
 def _decided(config: TrainConfig) -> dict[str, tuple[str, Any]]:
