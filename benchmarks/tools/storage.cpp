@@ -6,46 +6,23 @@
 // STORAGE_AT         the number of the operation, from 1; 0 for none
 // STORAGE_ACTION     "kill", "short" (a write that takes half), "vanish" (the directory is renamed), or the number of an error
 // STORAGE_LASTING    "1": also what comes after it
+// STORAGE_ONLY       a text; other operations than those whose line holds it are not counted
 // STORAGE_LOG        a file that every operation is written to: its name and its paths, divided by tabs
-#include <dlfcn.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <signal.h>
 #include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/sendfile.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <sys/uio.h>
-#include <unistd.h>
 
 #include <atomic>
-#include <string>
+
+#include "preloaded.h"
 
 namespace {
 
 std::atomic<long> count{0};
-
-std::string setting(const char* name) {
-  const char* value = getenv(name);
-  return value ? value : "";
-}
-
-std::string path_of(int descriptor) {
-  char link[64], target[4096];
-  snprintf(link, sizeof link, "/proc/self/fd/%d", descriptor);
-  ssize_t length = syscall(SYS_readlink, link, target, sizeof target);
-  return length < 0 ? "" : std::string(target, length);
-}
-
-std::string path_at(int directory, const char* path) {
-  if (path == nullptr || path[0] == '/') return path ? path : "";
-  if (directory != AT_FDCWD) return path_of(directory) + "/" + path;
-  char here[4096];
-  return syscall(SYS_getcwd, here, sizeof here) > 0 ? std::string(here) + "/" + path : path;
-}
 
 enum class Fate { well, fails, halved, killed };
 
@@ -54,11 +31,12 @@ Fate fate(const char* kind, const char* operation, const std::string& path, cons
   std::string directory = setting("STORAGE_DIRECTORY");
   if (directory.empty() || setting("STORAGE_OPERATIONS") != kind) return Fate::well;
   if (path.compare(0, directory.size(), directory) != 0) return Fate::well;
+  std::string line = std::string(operation) + "\t" + path + (other.empty() ? "" : "\t" + other) + "\n";
+  if (line.find(setting("STORAGE_ONLY")) == std::string::npos) return Fate::well;
   long number = ++count;
   std::string log = setting("STORAGE_LOG");
   if (!log.empty()) {
     int file = syscall(SYS_openat, AT_FDCWD, log.c_str(), O_WRONLY | O_CREAT | O_APPEND, 0666);
-    std::string line = std::string(operation) + "\t" + path + (other.empty() ? "" : "\t" + other) + "\n";
     (void)!syscall(SYS_write, file, line.data(), line.size());
     syscall(SYS_close, file);
   }
@@ -80,11 +58,6 @@ Fate fate(const char* kind, const char* operation, const std::string& path, cons
 [[noreturn]] void die() {
   kill(getpid(), SIGKILL);
   for (;;) pause();
-}
-
-template <typename Function>
-Function next(const char* name) {
-  return reinterpret_cast<Function>(dlsym(RTLD_NEXT, name));
 }
 
 }  // namespace

@@ -4,7 +4,8 @@ import pytest
 
 from benchmarks.data.kills import Trial
 from benchmarks.tools.place import Place
-from benchmarks.tools.storage import FaultyRuns, can_be_built, instants
+from benchmarks.tools.preloaded import can_be_built
+from benchmarks.tools.storage import FaultyRuns, instants
 
 pytestmark = pytest.mark.skipif(not can_be_built(), reason="needs Linux and g++")
 

@@ -9,7 +9,8 @@ import torch
 
 from benchmarks.runs.storage import FAULTS, Trial
 from benchmarks.tools.place import Place
-from benchmarks.tools.storage import Fault, FaultyRuns, can_be_built, instants, unsynced
+from benchmarks.tools.preloaded import can_be_built
+from benchmarks.tools.storage import Fault, FaultyRuns, instants, unsynced
 
 pytestmark = [
     pytest.mark.skipif(not can_be_built(), reason="needs Linux and g++"),
