@@ -11,14 +11,18 @@ import os
 import secrets
 import shutil
 import stat
+import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError, blame_the_machine, first_line, system_number
+from engine.messages import warn
 
 PARTIAL = ".partial"
+LOCK = ".lock"  # in a directory that a process holds
+_FLOCK = struct.Struct("hhqqi0q")  # type, whence, start, length, process: as C has them, 64 bits of an offset
 _PASSING = (errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EAGAIN)  # may be over in a second
 # Bytes of a file that is read as text, whole: Python's objects of a table take several times as many.
 LARGEST_TEXT = max(2**30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8)
@@ -187,32 +191,75 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def lock(directory: Path, shared: bool = False) -> int | None:
-    """Holds a directory for this process, or with others that share it; the descriptor to keep, or None where another process
-    holds it."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    except OSError:
-        pass  # a file system without locks
-    return descriptor
+    """Holds a directory for this process, or with others that share it; the descriptor for `unlock`, or None where another
+    process holds it.
+
+    What is locked is a file in it, opened for writing: of a directory, NFS cannot lock any, nor Lustre one on another node.
+    """
+    path = directory / LOCK
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        if hold(descriptor, directory, fcntl.F_RDLCK if shared else fcntl.F_WRLCK) is False:
+            os.close(descriptor)
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(descriptor)):
+                _permit(path, stat.S_IFREG | stat.S_IMODE(directory.stat().st_mode) & 0o666)  # to whoever may write there
+                return descriptor
+        os.close(descriptor)  # removed since it was opened, by who held it before
 
 
-def excludes_others(descriptor: int) -> bool:
-    """Whether what `lock` gave is held against others; not so on a file system without locks."""
+def unlock(descriptor: int, directory: Path) -> None:
+    """Lets go of what `lock` gave. Who is last removes the file."""
+    if excludes_others(descriptor, directory):
+        with contextlib.suppress(OSError):
+            (directory / LOCK).unlink()
+    os.close(descriptor)
+
+
+def hold(descriptor: int, place: Path, kind: int = fcntl.F_WRLCK, byte: int = 0) -> bool | None:
+    """Locks a byte of a file, which need not be there, until the descriptor is closed; None where there are no locks.
+
+    The lock is that of the open file: closing another descriptor of the same file, which ends the locks of `lockf`, leaves it.
+
+    Args:
+        place: the directory, for a warning.
+        kind: `fcntl.F_WRLCK` against all others, `F_RDLCK` with others, `F_UNLCK` to let go.
+    """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # once more changes nothing
-    except OSError:
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
+    except (BlockingIOError, PermissionError):
         return False
+    except OSError as error:
+        warn(
+            f"{place}: locks are not supported there ({error.strerror}), so nothing keeps another run from writing there too; "
+            "start none beside this one"
+        )
+        return None
     return True
 
 
-def share(descriptor: int) -> None:
+def is_held(directory: Path) -> bool | None:
+    """Whether somebody holds a directory by `lock`, as far as this node knows; None where nothing can be known."""
+    try:
+        descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_NOFOLLOW)
+        try:
+            asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)
+            return bool(_FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked))[0] != fcntl.F_UNLCK)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        return None
+
+
+def excludes_others(descriptor: int, directory: Path) -> bool:
+    """Whether what `lock` gave is held against others; not so on a file system without locks."""
+    return hold(descriptor, directory) is True  # once more changes nothing
+
+
+def share(descriptor: int, directory: Path) -> None:
     """Shares what `excludes_others` asked to be held alone."""
-    with contextlib.suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    hold(descriptor, directory, fcntl.F_RDLCK)
 
 
 def publish_directory(temporary: Path, final: Path) -> None:

@@ -2,22 +2,29 @@
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
 from torch import ones
 
-from engine import files
+from engine import files, messages
 from engine.config.options import TrainConfig
 from engine.errors import UserError
 from engine.files import (
+    LOCK,
+    excludes_others,
+    is_held,
+    lock,
     open_regular,
     parse_json,
     publish_directory,
     read_bytes,
     read_text,
     reading,
+    unlock,
     write_atomically,
     write_text,
 )
@@ -154,3 +161,72 @@ def test_what_a_library_says_of_a_full_disk_gets_the_files_name(tmp_path):
     with pytest.raises(OSError, match="No space left on device") as raised:
         write_atomically(tmp_path / "file", write)
     assert raised.value.filename == str(tmp_path / "file")
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_directory_is_held_until_it_is_let_go_or_its_process_ends(shared, tmp_path):
+    held = lock(tmp_path, shared)
+    assert lock(tmp_path) is None
+    again = lock(tmp_path, shared=True)
+    assert (again is not None) == shared
+    open_regular(tmp_path / LOCK).close()  # which ends the locks of `lockf`
+    assert is_held(tmp_path)
+    other = subprocess.run([sys.executable, "-c", HELD, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert other.stdout == "True None\n"
+    for descriptor in filter(None, (again, held)):
+        unlock(descriptor, tmp_path)
+    assert not list(tmp_path.iterdir())
+    os.close(lock(tmp_path))  # as one that is killed
+    assert is_held(tmp_path) is False
+    unlock(lock(tmp_path), tmp_path)
+
+
+HELD = """
+import sys
+from pathlib import Path
+from engine.files import is_held, lock
+print(is_held(Path(sys.argv[1])), lock(Path(sys.argv[1])))
+"""
+
+
+def test_who_waits_for_a_file_that_is_removed_holds_the_next(tmp_path, monkeypatch):
+    held, opened = lock(tmp_path), os.open
+
+    def removed_meanwhile(path, *arguments):
+        descriptor = opened(path, *arguments)
+        if os.path.lexists(tmp_path / LOCK) and not removed:
+            removed.append(path)
+            unlock(held, tmp_path)
+        return descriptor
+
+    removed: list[Path] = []
+    monkeypatch.setattr(os, "open", removed_meanwhile)
+    mine = lock(tmp_path)
+    assert removed
+    assert os.path.samestat(os.fstat(mine), (tmp_path / LOCK).stat())
+    assert lock(tmp_path) is None
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named_once(number, tmp_path, monkeypatch, capsys):
+    def fails(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.fcntl", fails)
+    messages.begin(quiet=True)
+    held = lock(tmp_path)
+    assert held is not None
+    assert lock(tmp_path, shared=True) is not None
+    assert not excludes_others(held, tmp_path)
+    assert is_held(tmp_path) is None
+    unlock(held, tmp_path)
+    said = capsys.readouterr().err
+    assert said.count(f"{tmp_path}: locks are not supported there ({os.strerror(number)})") == said.count("\n") == 1
+
+
+def test_a_lock_is_no_way_out_of_its_directory(tmp_path):
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "inside" / LOCK).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic links"):
+        lock(tmp_path / "inside")
+    assert not (tmp_path / "elsewhere").exists()

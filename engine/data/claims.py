@@ -18,6 +18,7 @@ import xxhash
 
 from engine.data.format.index import ENTRY
 from engine.data.plan import Plan
+from engine.files import hold
 
 BUILDING = "building"
 # told: what tells the samples of its block from others; check: XXH3 of the bytes before it.
@@ -27,16 +28,16 @@ PAUSE = 0.2  # seconds between two looks at what another process holds
 
 
 class Claims:
-    """The file of a directory, opened by this process; to close another descriptor of it here would end all locks."""
+    """The file of a directory, opened by this process."""
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / BUILDING
-        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
 
     def leave(self) -> None:
         """Closes the file, and removes it where nothing was begun."""
         if self.is_there() and not os.fstat(self.descriptor).st_size and self.alone():
-            self.path.unlink()
+            self.path.unlink(missing_ok=True)
         os.close(self.descriptor)
 
     def is_there(self) -> bool:
@@ -46,19 +47,9 @@ class Claims:
         except FileNotFoundError:
             return False
 
-    def _lock(self, byte: int, kind: int = fcntl.LOCK_EX) -> bool:
+    def _lock(self, byte: int, kind: int = fcntl.F_WRLCK) -> bool:
         """Locks a byte for this process; whether no other one holds it."""
-        try:
-            fcntl.lockf(self.descriptor, kind | fcntl.LOCK_NB, 1, byte)
-        except (BlockingIOError, PermissionError):
-            return False
-        except OSError:
-            pass  # a file system without locks
-        return True
-
-    def _unlock(self, byte: int) -> None:
-        with contextlib.suppress(OSError):
-            fcntl.lockf(self.descriptor, fcntl.LOCK_UN, 1, byte)
+        return hold(self.descriptor, self.path.parent, kind, byte) is not False
 
     def alone(self) -> bool:
         """Whether no other process builds here; none begins until `share`."""
@@ -66,7 +57,7 @@ class Claims:
 
     def share(self) -> bool:
         """Builds beside others; False while one of them is planning."""
-        return self._lock(_PLAN, fcntl.LOCK_SH)
+        return self._lock(_PLAN, fcntl.F_RDLCK)
 
     @contextlib.contextmanager
     def shard(self, place: int) -> Iterator[bool]:
@@ -76,7 +67,7 @@ class Claims:
             yield mine
         finally:
             if mine:
-                self._unlock(_SLOTS + place)
+                self._lock(_SLOTS + place, fcntl.F_UNLCK)
 
     @contextlib.contextmanager
     def index(self) -> Iterator[None]:
@@ -86,7 +77,7 @@ class Claims:
         try:
             yield
         finally:
-            self._unlock(_INDEX)
+            self._lock(_INDEX, fcntl.F_UNLCK)
 
     def begin(self, plan: Plan) -> None:
         """Makes the slots of a plan, with what is known of shards that are complete."""

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import os
 import re
 from pathlib import Path
 from typing import Annotated
@@ -47,7 +46,7 @@ from engine.data.format.shard import (
 )
 from engine.data.sources.interface import Source
 from engine.errors import UserError
-from engine.files import digest, excludes_others, lock, open_regular, reading
+from engine.files import digest, excludes_others, lock, open_regular, reading, unlock
 from engine.messages import Progress, say
 from engine.tensors import DTYPES, TensorFile, read_header
 
@@ -196,7 +195,7 @@ def convert(directory: Path, output: Path, given: dict[str, str] | None = None) 
     if (held := lock(output)) is None:
         raise UserError(f"{output}: another run is building or converting shards there; wait for its end")
     try:
-        alone = excludes_others(held)
+        alone = excludes_others(held, output)
         if alone:
             sweep(output)
         if old and (in_place or not _is_converted(output, old)):
@@ -211,7 +210,7 @@ def convert(directory: Path, output: Path, given: dict[str, str] | None = None) 
             sweep(output)
         return index
     finally:
-        os.close(held)
+        unlock(held, output)
 
 
 def _is_converted(output: Path, old: _Index) -> bool:

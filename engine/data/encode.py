@@ -50,7 +50,7 @@ from engine.data.records import Outcome, all_refused, encode_shard, none_usable,
 from engine.data.report import describe_refused, say_refused
 from engine.data.sources.interface import Source
 from engine.errors import UserError
-from engine.files import digest_of, excludes_others, lock, share
+from engine.files import digest_of, excludes_others, lock, share, unlock
 from engine.messages import Progress, busy, say, warn
 from engine.models.encoder import Encoder, Encoding
 from engine.processes import Processes
@@ -119,7 +119,7 @@ def _directory(config: CacheConfig) -> Iterator[int | None]:
     try:
         yield held
     finally:
-        os.close(held)
+        unlock(held, directory)
 
 
 def _say_waiting(directory: Path) -> bool:
@@ -151,7 +151,7 @@ def _build(task: Task, processes: Processes, held: int | None, check: Callable[[
                         index = _write_index(task, found, plan, claims, time.perf_counter() - started)
                     if index:
                         _sweep_halves(task.directory, held)
-                        claims.path.unlink()
+                        claims.path.unlink(missing_ok=True)
                 if index and is_of(index, plan):
                     return index
 
@@ -204,9 +204,9 @@ def _begin(task: Task, found: Found, plan: Plan, claims: Claims) -> None:
 def _sweep_halves(directory: Path, held: int | None) -> None:
     """Removes what processes that were killed left half written, and old arrays, where it is sure that no other one writes."""
     if held is not None:
-        if excludes_others(held):
+        if excludes_others(held, directory):
             sweep(directory)
-        share(held)  # to have asked may have lost it
+        share(held, directory)  # to have asked may have lost it
 
 
 def _say_changes(task: Task, found: Found, plan: Plan) -> None:
@@ -346,7 +346,7 @@ def _write_index(task: Task, found: Found, plan: Plan, claims: Claims, seconds: 
     refused, plan = add_refused(refused_of), replace(plan, again=np.array(again, np.int64))
     if not shards["records"].any():
         _sweep(task.directory, {number for _, _, number in before})
-        claims.path.unlink()
+        claims.path.unlink(missing_ok=True)
         if not before:
             (task.directory / SAMPLES).unlink(missing_ok=True)
         raise UserError(none_usable(refused))

@@ -1,7 +1,6 @@
 """The output directory of a run: what an earlier one left there, and whether this one goes on with it."""
 
 import contextlib
-import os
 import re
 import secrets
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from engine.config.command_line import CONFIG
 from engine.config.options import SHUFFLE_WINDOW, TrainConfig
 from engine.data.identity import differences, without_source
 from engine.errors import UserError
-from engine.files import PARTIAL, digest_of, discard, lock, parse_json, read_text, reading, write_text
+from engine.files import PARTIAL, digest_of, discard, lock, parse_json, read_text, reading, unlock, write_text
 from engine.launcher import restarted
 from engine.loop.checkpoints.layout import Checkpoint, bring_back, find, open_checked
 from engine.loop.checkpoints.names import CHECKPOINT, LATEST, REPLACED, complete_checkpoints, displaced_checkpoints, step_of
@@ -252,4 +251,4 @@ def only_run(output: Path, processes: Processes) -> Iterator[None]:
         yield
     finally:
         if held is not None:
-            os.close(held)
+            unlock(held, output)

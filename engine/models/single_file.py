@@ -5,7 +5,6 @@ The file's parts are written once, as a pipeline's folder, where downloads are k
 
 import contextlib
 import itertools
-import os
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -26,7 +25,18 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from engine.config.options import CacheConfig, TrainConfig
 from engine.errors import UserError, disk_problem, first_line, out_of_memory
-from engine.files import PARTIAL, digest_of, discard, lock, parse_json, publish_directory, read_text, reading, write_json
+from engine.files import (
+    PARTIAL,
+    digest_of,
+    discard,
+    lock,
+    parse_json,
+    publish_directory,
+    read_text,
+    reading,
+    unlock,
+    write_json,
+)
 from engine.messages import busy, say
 from engine.models.check import bounded, empty_model
 from engine.models.configurations import TOKENIZER_FILES, configured, read_part
@@ -289,7 +299,7 @@ def _held(directory: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        os.close(held)
+        unlock(held, directory)
 
 
 def _write_parts(file: Path, configurations: Configurations, tokenizer: Any, folder: Path) -> None:

@@ -112,7 +112,7 @@ def test_where_there_are_no_locks_everyone_may_do_everything(claims, monkeypatch
     def fails(*arguments):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr("fcntl.lockf", fails)
+    monkeypatch.setattr("fcntl.fcntl", fails)
     assert claims.alone()
     with claims.shard(0) as mine, claims.index():
         assert mine

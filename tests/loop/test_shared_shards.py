@@ -114,9 +114,12 @@ def test_an_index_is_written_once(run, tmp_path):
 
 WITHOUT_LOCKS = """
 import fcntl, errno
-def flock(*arguments):
-    raise OSError(errno.ENOLCK, "No locks available")
-fcntl.flock = flock
+whole = fcntl.fcntl
+def locks(descriptor, command, *arguments):
+    if command in (fcntl.F_OFD_SETLK, fcntl.F_OFD_GETLK):
+        raise OSError(errno.ENOLCK, "No locks available")
+    return whole(descriptor, command, *arguments)
+fcntl.fcntl = locks
 """
 BUILD = """
 import sys

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import UserError, blame_the_machine, first_line
-from engine.files import digest, lies_inside, lock, open_regular, parse_json, read_text
+from engine.files import digest, lies_inside, lock, open_regular, parse_json, read_text, unlock
 from engine.loop.checkpoints.names import (
     LATEST,
     MANIFEST,
@@ -64,19 +64,20 @@ def bring_back(directory: Path) -> None:
     """
     given_up = time.monotonic() + 5
     while displaced_checkpoints(directory) and time.monotonic() < given_up:
-        held = lock(directory)
-        if held is None:
-            time.sleep(0.01)
-            continue
         try:
-            for displaced in displaced_checkpoints(directory):
-                displaced.rename(displaced.with_suffix(""))
-                say(f"{displaced}: brought back; the run that was replacing it was killed")
+            held = lock(directory)
+            if held is None:
+                time.sleep(0.01)
+                continue
+            try:
+                for displaced in displaced_checkpoints(directory):
+                    displaced.rename(displaced.with_suffix(""))
+                    say(f"{displaced}: brought back; the run that was replacing it was killed")
+            finally:
+                unlock(held, directory)
         except OSError as error:
-            warn(f"{displaced}: cannot be brought back, after the run that was replacing it was killed: {first_line(error)}")
+            warn(f"{directory}: a checkpoint that was being replaced when its run was killed stays aside: {first_line(error)}")
             return
-        finally:
-            os.close(held)
 
 
 def find(directory: Path, resume: str, depth: Depth = Depth.DIGESTS) -> Path | None:
