@@ -220,13 +220,13 @@ class Processes:
         Raises:
             LostProcess: a process left, or gives no sign of life.
         """
-        if self.store is None:
-            return
-        self._waits += 1
-        key = f"wait/{self._waits}"
-        if self.store.add(f"{key}/count", 1) == self.world:
-            self.store.set(key, "")
-        self._wait(key)
+        if self.store is not None:
+            self._waits += 1
+            key = f"wait/{self._waits}"
+            if self.store.add(f"{key}/count", 1) == self.world:
+                self.store.set(key, "")
+            self._wait(key)
+        self.barrier()  # so that the store does not end with the first process while others still look
 
     def computed_by_first(self, work: Callable[[], T]) -> T:
         """What the first process's `work` returns, on every process; it may take any time. One process just calls it.
@@ -306,6 +306,20 @@ class Processes:
         """
         self.wait_for_all()
         return self.gather_objects(value)
+
+    def gather_to_first(self, value: T, ranks: list[int]) -> dict[int, T]:
+        """The `value` of these processes, by rank, on the first; all must be there, and know the same ranks."""
+        host, got = torch.device("cpu"), {}
+        for rank in ranks:
+            if self.rank == rank == 0:
+                got[rank] = value
+            elif self.is_first:
+                received: list[Any] = [None]
+                dist.recv_object_list(received, src=rank, device=host)
+                got[rank] = received[0]
+            elif self.rank == rank:
+                dist.send_object_list([value], dst=0, device=host)
+        return got
 
     def from_first(self, value: Any) -> Any:
         """The first process's `value` on every process."""

@@ -1,44 +1,123 @@
-"""Validation images."""
+"""Validation images, divided over the processes."""
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from engine.config.options import TrainConfig
 from engine.errors import first_line
 from engine.loop.weights.partition import Partition
-from engine.loop.weights.whole import assemble
+from engine.loop.weights.whole import gather_state, published_model
 from engine.messages import warn
 from engine.models.family import Family
 from engine.models.pipelines import draw
 from engine.picture import labelled_grid, save_png
 
+Drawn = tuple[dict[int, np.ndarray], str | None]  # a process's images, uint8 [H, W, 3], by their number; what went wrong
+
 
 def validate(config: TrainConfig, family: Family, partition: Partition, seed: int, step: int) -> Image.Image | None:
     """Draws the validation images into samples/step-N.png, and returns them, on the first process; all must call it.
 
-    Pictures never cost a training: what keeps them from being drawn is a warning.
+    Every image is drawn by itself, the n-th of a prompt from seed + n, so that the number of processes does not show. At
+    most as many processes as there are images open a pipeline and keep the whole model; all others only pass their part of the
+    weights on.
+
+    Pictures never cost a training: what keeps any process from drawing is one warning by the first, beside the images of the
+    others. Nothing can fail alone while others wait for it in a collective: what these need is allocated before, and agreed on.
     """
-    grid = None
+    processes, prompts, each = partition.processes, config.validation_prompts or [], config.num_validation_images
+    wanted = [(prompt, seed + number) for prompt in prompts for number in range(each)]
+    room, failure = None, None
     try:
-        model = assemble(partition, family.encoding.dtype)
-        if model is not None:
-            grid = _grid(config, family, model, partition.processes.device, seed)
-            save_png(grid, Path(config.output_dir) / "samples" / f"step-{step}.png")
+        room = partition.room_to_gather()
+    except Exception as error:  # of memory
+        failure = _described(error)
+    told = processes.gather_objects((processes.local_rank, failure))
+    drawers = who_draws([local for local, _ in told], len(wanted))
+    if any(failure for _, failure in told):
+        drawn: dict[int, Drawn] = {rank: ({}, failure) for rank, (_, failure) in enumerate(told)}
+    else:
+        own = list(enumerate(wanted))[drawers.index(processes.rank) :: len(drawers)] if processes.rank in drawers else []
+        state = gather_state(partition, family.encoding.dtype, bool(own), room)  # a collective, whose failure ends the run
+        del room  # pictures may need it
+        result = _draw_own(family, partition, state, own)
+        processes.wait_for_all()
+        drawn = processes.gather_to_first(result, drawers)
+    if not processes.is_first:
+        return None
+    return _show(prompts, each, drawn, Path(config.output_dir) / "samples" / f"step-{step}.png", step)
+
+
+def who_draws(local_ranks: list[int], images: int) -> list[int]:
+    """The processes that draw so many images: one of every node, then a second one of each, and so on.
+
+    So the frozen parts lie in the memory of as many hosts as possible, and a node's network and memory carry no more of them
+    than they must. What is read again on another node is small: of at most so many pipelines as there are images.
+
+    Args:
+        local_ranks: of all processes, by rank.
+    """
+    return sorted(range(len(local_ranks)), key=lambda rank: (local_ranks[rank], rank))[:images]
+
+
+def _draw_own(
+    family: Family, partition: Partition, state: dict[str, Tensor] | Exception, own: list[tuple[int, tuple[str, int]]]
+) -> Drawn:
+    """This process's images, as far as they could be drawn.
+
+    Args:
+        own: number, prompt and seed of each.
+    """
+    images: dict[int, np.ndarray] = {}
+    try:
+        if isinstance(state, Exception):
+            raise state
+        if own:
+            for number, image in _draw(family, published_model(partition.module, state), partition.processes.device, own):
+                images[number] = np.asarray(image.convert("RGB"))
     except Exception as error:  # of diffusers, of the disk, of memory: any
-        if not partition.processes.is_first:
-            raise  # a collective failed
-        warn(f"validation images of step {step}: {type(error).__name__}: {first_line(error)}; the training goes on")
-    partition.processes.barrier()
-    return grid
+        return images, _described(error)
+    return images, None
 
 
 @torch.no_grad()
-def _grid(config: TrainConfig, family: Family, model: Any, device: torch.device, seed: int) -> Image.Image:
+def _draw(
+    family: Family, model: Any, device: torch.device, own: list[tuple[int, tuple[str, int]]]
+) -> Iterator[tuple[int, Image.Image]]:
     pipeline, arguments = family.preview(model)
     pipeline = pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
-    prompts = config.validation_prompts or []
-    return labelled_grid(list(draw(pipeline, prompts, config.num_validation_images, seed, **arguments)))
+    for number, (prompt, seed) in own:
+        for _, (image,) in draw(pipeline, [prompt], 1, seed, **arguments):
+            yield number, image
+
+
+def _show(prompts: list[str], each: int, drawn: dict[int, Drawn], path: Path, step: int) -> Image.Image | None:
+    """The grid of what was drawn of so many images of each prompt, saved; a warning of what was not."""
+    images = {number: image for of_one, _ in drawn.values() for number, image in of_one.items()}
+    failures = [f"process {rank}: {failure}" if len(drawn) > 1 else failure for rank, (_, failure) in drawn.items() if failure]
+    grid = None
+    try:
+        if images:
+            numbers = itertools.groupby(sorted(images), key=lambda number: number // each)
+            rows = [(prompts[row], [Image.fromarray(images[number]) for number in some]) for row, some in numbers]
+            grid = labelled_grid(rows)
+            save_png(grid, path)
+    except Exception as error:  # of the disk
+        failures.append(_described(error))
+    if failures:
+        number = each * len(prompts)
+        missing = f"{number - len(images)} of {number} are missing: " if 0 < len(images) < number else ""
+        warn(f"validation images of step {step}: {missing}{failures[0]}; the training goes on")
+    return grid
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"

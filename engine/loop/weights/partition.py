@@ -107,8 +107,18 @@ class Partition(ABC):
         """The elements of a slice in tensors laid out as `masters`."""
         return tensors[piece.holder].detach().view(-1)[piece.offset : piece.offset + piece.length]
 
-    def gather(self, tensors: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Whole parameters, one at a time, from tensors laid out as `masters`. Every process must iterate to the end."""
+    def room_to_gather(self) -> Tensor | None:
+        """Memory on the device for any one parameter in fp32, if gathering needs it."""
+        if self.processes.world == 1:
+            return None
+        return torch.empty(max(map(torch.Size.numel, self.shapes.values())), device=self.processes.device)
+
+    def gather(self, tensors: list[Tensor], room: Tensor | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Whole parameters, one at a time, from tensors laid out as `masters`. Every process must iterate to the end.
+
+        Args:
+            room: from `room_to_gather`, where nothing must be allocated meanwhile; holds each parameter until the next.
+        """
         if self.processes.world == 1:
             for piece in self.slices:
                 yield piece.name, self.view(piece, tensors).view(piece.shape)
@@ -116,10 +126,11 @@ class Partition(ABC):
         pieces = {piece.name: piece for piece in self.slices}
         for name, shape in self.shapes.items():
             # Every element is held once, so that adding the parts over processes moves it without rounding.
-            whole = torch.zeros(shape.numel(), dtype=torch.float32, device=self.processes.device)
+            size = shape.numel()
+            whole = torch.zeros(size, device=self.processes.device) if room is None else room[:size].zero_()
             if name in pieces:
                 piece = pieces[name]
-                whole[piece.start : piece.start + piece.length] = self.view(piece, tensors).to(whole.device)
+                whole[piece.start : piece.start + piece.length].copy_(self.view(piece, tensors))
             yield name, self.processes.sum_(whole).view(shape)
 
     @abstractmethod

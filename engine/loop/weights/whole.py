@@ -14,35 +14,43 @@ from engine.models.training_form import to_published_form
 from engine.tensors import write_one_by_one
 
 
-def whole_tensors(partition: Partition) -> Iterator[tuple[str, Tensor]]:
+def whole_tensors(partition: Partition, room: Tensor | None = None) -> Iterator[tuple[str, Tensor]]:
     """Parameters, with the weights that are exported, and buffers of the published model, one at a time.
 
     Every process must iterate to the end. On a single one they are views of what training holds.
+
+    Args:
+        room: as `Partition.gather` takes it.
     """
     partition.processes.synchronize()
     others = partition.frozen.items(), partition.module.named_buffers()
-    return to_published_form(partition.module, itertools.chain(partition.gather(partition.exported), *others))
+    return to_published_form(partition.module, itertools.chain(partition.gather(partition.exported, room), *others))
 
 
-def assemble(partition: Partition, dtype: torch.dtype) -> Any:
-    """The published model to draw with, on the first process; None on the others. Every process must call it.
+def gather_state(partition: Partition, dtype: torch.dtype, keeps: bool, room: Tensor | None) -> dict[str, Tensor] | Exception:
+    """The published model's tensors on the device, where `keeps`. Every process must call it.
 
-    Where the exported weights have this dtype, their memory is the model's.
+    Where the exported weights of a single process have this dtype, their memory is the tensors'. Several add up one parameter
+    after another in `room`, over all of them: to send it to D of them alone would move D times its bytes, this twice.
+
+    What keeps this process from keeping them, a lack of memory say, is returned: the others need its parts all the same.
     """
     state: dict[str, Tensor] = {}
     failed: Exception | None = None
-    for name, tensor in whole_tensors(partition):
-        if partition.processes.is_first and failed is None:
+    for name, tensor in whole_tensors(partition, room):
+        if keeps and failed is None:
             try:
-                state[name] = tensor.to(partition.processes.device, dtype if tensor.is_floating_point() else None)
-            except Exception as error:  # of memory, say: the others still go through all tensors
+                kind = dtype if tensor.is_floating_point() else None
+                state[name] = tensor.to(partition.processes.device, kind, copy=room is not None)
+            except Exception as error:
                 failed = error
                 state.clear()
-    if failed is not None:
-        raise failed
-    if not state:
-        return None
-    model = empty_published_model(partition.module)
+    return failed or state
+
+
+def published_model(module: Any, state: dict[str, Tensor]) -> Any:
+    """The published model of one in training form, to draw with, around tensors of `gather_state`."""
+    model = empty_published_model(module)
     model.load_state_dict(state, assign=True, strict=False)
     for name, _ in list(model.named_buffers()):
         # Some are no part of a state dictionary.
