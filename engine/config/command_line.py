@@ -103,7 +103,10 @@ def parse(model: type[Model], program: str, description: str, arguments: Sequenc
     given = vars(namespace)
     file = given.pop("config", None)
     try:
-        values = read_toml(model, Path(file), f"--config {file}", open_any) if file else {}
+        # A recipe of a training also says what its shards hold.
+        recipe = TrainConfig if model is CacheConfig else model
+        values = read_toml(recipe, Path(file), f"--config {file}", open_any) if file else {}
+        values = {name: value for name, value in values.items() if name in model.model_fields}
         logs = values.get("logging_dir")
         if isinstance(logs, str) and leads_out(Path(logs)) and "logging_dir" not in given:
             # Runs of earlier versions wrote their curves anywhere, and stored where.
