@@ -179,23 +179,27 @@ class Processes:
         if self.store is not None:
             self._thread.join()
             with contextlib.suppress(RuntimeError):  # the store is gone
-                self._beats.set(f"alive/{self.rank}", "left")
+                self._beats.set(f"alive/{self.rank}", f"left {self.step}")
         if self._connected and dist.is_initialized():
             dist.destroy_process_group()
 
-    def signs_of_life(self, ranks: list[int]) -> list[bytes]:
-        """What processes told last: b"left", or a time and a step; one look-up for all of them."""
-        assert self.store is not None
-        return self.store.multi_get([f"alive/{rank}" for rank in ranks])
+    def steps(self) -> list[int]:
+        """The step that each process told last, in one look-up; any thread may. Only where several processes are connected."""
+        return [int(sign.split()[1]) for sign in self._beats.multi_get([f"alive/{rank}" for rank in range(self.world)])]
+
+    def speaks(self, what: str) -> bool:
+        """Whether this is the first process of its node to ask, so that it says something for all; any thread may."""
+        return self._beats.add(f"{what}/{self.rank - self.local_rank}", 1) == 1
 
     def _look(self) -> None:
         """Raises `LostProcess` where one that is waited for is gone: the first looks at all, the others at the first."""
+        assert self.store is not None
         ranks, now = list(range(self.world) if self.is_first else [0]), time.monotonic()
         left, silent = [], []
-        for rank, sign in zip(ranks, self.signs_of_life(ranks), strict=True):
+        for rank, sign in zip(ranks, self.store.multi_get([f"alive/{rank}" for rank in ranks]), strict=True):
             if self._seen.get(rank, (b"", 0.0))[0] != sign:
                 self._seen[rank] = sign, now
-            if sign == b"left":
+            if sign.startswith(b"left"):
                 left.append(rank)
             elif now - self._seen[rank][1] > SILENCE:
                 silent.append(rank)
@@ -369,14 +373,21 @@ def _offline() -> Iterator[None]:
 class StopSignal:
     """SIGTERM, SIGUSR1 and the first Ctrl-C, turned into one step at which every process stops. A second Ctrl-C ends at once.
 
-    A process may be told before the others. Each step starts a reduction of the flags on the host, and the next step reads
-    its result, so that all processes see the same answer at the same step and none waits for it.
+    A process may be told before the others. Every few steps a reduction of the flags is started on the host, and read when the
+    next is due, so that all processes see the same answer at the same step and none waits for it. How many steps lie between
+    two follows from the slowest process's time for a step, which the reduction finds too: 2 seconds' worth, 10 at most. A
+    signal is obeyed after twice as many at most.
+
+    Args:
+        every_step: agree as soon as can be: with the next step.
     """
 
-    def __init__(self, processes: Processes) -> None:
+    def __init__(self, processes: Processes, every_step: bool = False) -> None:
         self.processes = processes
         self.received = False
+        self._most = 1 if every_step else 10
         self._pending: tuple[torch.Tensor, Any] | None = None
+        self._steps, self._due, self._since = 0, 1, time.perf_counter()  # since the last reduction began
         numbers = [signal.SIGTERM, signal.SIGUSR1]
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell leaves it for what runs in its background
             numbers.append(signal.SIGINT)
@@ -394,14 +405,20 @@ class StopSignal:
         """Whether to stop after this step. To be called once a step by every process."""
         if self.processes.world == 1:
             return self.received
-        stop = False
+        self._steps += 1
+        if self._steps < self._due:
+            return False
+        stop = 0.0
         if self._pending is not None:
-            flag, work = self._pending
+            largest, work = self._pending
             work.wait()
-            stop = bool(flag[0] > 0)
-        flag = torch.tensor([float(self.received)])
-        self._pending = (flag, dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True))
-        return stop
+            stop, seconds = largest.tolist()
+            self._due = int(min(max(2 / seconds, 1), self._most))
+        now = time.perf_counter()
+        largest = torch.tensor([float(self.received), (now - self._since) / self._steps])
+        self._pending = (largest, dist.all_reduce(largest, dist.ReduceOp.MAX, async_op=True))
+        self._steps, self._since = 0, now
+        return stop > 0
 
     def close(self) -> None:
         for number, handler in self._previous.items():

@@ -397,6 +397,13 @@ class TrainConfig(CacheConfig):
         "checkpoints",
         gt=0,
     )
+    first_step_timeout: float | None = option(
+        None,
+        "The same for the first step, in which a model may be compiled. Default, with several processes or --step_timeout: "
+        "1800, with --compile 3600.",
+        "checkpoints",
+        gt=0,
+    )
     checkpoints_total_limit: int | None = option(None, "How many checkpoints to keep. Default: all.", "checkpoints", ge=1)
     resume_from_checkpoint: str | None = option(
         None, "A checkpoint directory, or `latest` for the newest in the output directory.", "checkpoints"

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from engine.loop.run import Run
 from engine.processes import Processes
 
 OFFENDING = 16  # slots that are kept for a message
+TAKEN_BACK = 32  # lines that can be taken back; processes agree to leave within 20 steps
 
 
 class Metrics:
@@ -28,6 +30,7 @@ class Metrics:
         self.loss_sum = torch.zeros((), device=device)
         self.offending = torch.full((OFFENDING,), -1, device=device)
         self.steps = 0
+        self._read: deque[tuple[Tensor, int]] = deque(maxlen=TAKEN_BACK)  # loss_sum and steps of the last lines
         self._since = 0.0
 
     def start(self) -> None:
@@ -50,7 +53,11 @@ class Metrics:
         self.steps += 1
 
     def take_back(self, steps: int) -> None:
-        """Forgets the last steps, which trained nothing and whose losses count as 0."""
+        """Forgets the last steps, which trained nothing and whose losses count as 0; some may have been read."""
+        while self.steps < steps and self._read:
+            loss_sum, count = self._read.pop()
+            self.loss_sum += loss_sum
+            self.steps += count
         self.steps = max(self.steps - steps, 0)
 
     def resume(self, loss_sum: float, steps: int) -> None:
@@ -88,6 +95,7 @@ class Metrics:
             line["mfu"] = self.flops.step * per_second / self.processes.world / self.flops.per_second
         if self.loss_sum.is_cuda:
             line["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self._read.append((self.loss_sum.clone(), self.steps))
         self.loss_sum.zero_()
         self.steps = 0
         self._since = now

@@ -58,6 +58,9 @@ from engine.messages import busy, say, shows_bars
 from engine.models.family import Family, open_family
 from engine.processes import Processes, StopSignal
 
+FIRST_STEP, COMPILING = 1800.0, 3600.0  # seconds for the first step, and where it compiles everything at maximum effort
+BESIDE = 3600.0  # seconds for a checkpoint or a validation between two steps
+
 
 def train(config: TrainConfig) -> int:
     """Runs a whole training; returns the exit code.
@@ -226,9 +229,10 @@ class Training:
         Raises:
             UserError: the shards are damaged; the steps before are saved.
         """
-        started, batches = self.step, SoundBatches(given)
-        stop = StopSignal(self.processes)
-        self.watchdog = Watchdog(self.processes, self.config.step_timeout) if self.config.step_timeout else None
+        self.started, self.batches = self.step, SoundBatches(given)
+        # Under fp16 every step that is skipped halves the loss scale.
+        stop = StopSignal(self.processes, every_step=self.config.mixed_precision == "fp16")
+        self.watchdog = self._watchdog()
         bar = {"desc": "Training", "unit": "step", "disable": not shows_bars()}
         progress = tqdm(total=self.run.steps, initial=self.step, **bar)
 
@@ -244,16 +248,16 @@ class Training:
         try:
             while self.step < self.run.steps:
                 with first:
-                    self.train_step(batches, self.step + 1)
+                    self.train_step(self.batches, self.step + 1)
                 first = contextlib.nullcontext()
                 self.step += 1
                 self.pace.given(self.step)
-                stop.received |= batches.damage is not None
-                leave = stop.agreed()
-                if leave or self.step == self.run.steps:
-                    self._leave_damaged(started, batches)
+                stop.received |= self.batches.damage is not None
+                leave, saves = stop.agreed(), self.step % self.config.checkpointing_steps == 0
+                if leave or saves or self.step == self.run.steps:
+                    self._leave_damaged()
                 leave &= self.step < self.run.steps
-                self._after_step(progress, log, leave)
+                self._after_step(progress, log, leave or saves)
                 if leave:
                     return False
             return True
@@ -263,7 +267,15 @@ class Training:
             if self.watchdog:
                 self.watchdog.close()
 
-    def _after_step(self, progress: tqdm, log: Log | None, leave: bool) -> None:
+    def _watchdog(self) -> Watchdog | None:
+        """What gives up steps that do not end, where that is asked for or others would wait for this process."""
+        config = self.config
+        if self.processes.world == 1 and config.step_timeout is None and config.first_step_timeout is None:
+            return None
+        first = config.first_step_timeout or max(COMPILING if config.compile else FIRST_STEP, config.step_timeout or 0.0)
+        return Watchdog(self.processes, first, config.step_timeout, self.step)
+
+    def _after_step(self, progress: tqdm, log: Log | None, save: bool) -> None:
         """Metrics, checkpoint and validation, where they are due."""
         config = self.config
         if self.step % config.log_every == 0 or self.step == self.run.steps:
@@ -276,18 +288,15 @@ class Training:
             if log:
                 log.write(line)
             self._stop_when_skipping(int(line["skipped_steps"] or 0))
-        if leave or self.step % config.checkpointing_steps == 0:
+        if save:
             self._beside_training(self.save)
         if config.validation_prompts and self.step < self.run.steps and self._epoch_to_validate():
             self._beside_training(lambda: self.validate(log))
 
-    def _leave_damaged(self, started: int, batches: SoundBatches) -> None:
-        """Saves what was trained before any process met damage, and says what that is.
-
-        Args:
-            started: the step before the first.
-        """
-        whole = started + batches.given // self.config.gradient_accumulation_steps  # those of which all micro-batches came
+    def _leave_damaged(self) -> None:
+        """Saves what was trained before any process met damage, and says what that is; to be called by all."""
+        batches = self.batches
+        whole = self.started + batches.given // self.config.gradient_accumulation_steps  # those of which all micro-batches came
         met = self.processes.gather_objects((whole, batches.damage.lines) if batches.damage else None)
         if not (found := [damage for damage in met if damage]):
             return
@@ -309,13 +318,14 @@ class Training:
     def _beside_training(self, work: Callable[[], Any]) -> None:
         """Runs work that is not a step, on nobody's clock, once the steps before it are finished."""
         self.pace.wait()
-        with self.watchdog.paused() if self.watchdog else contextlib.nullcontext():
+        with self.watchdog.paused(BESIDE) if self.watchdog else contextlib.nullcontext():
             self.metrics.exclude(work)
 
     def _stop_when_skipping(self, skipped: int) -> None:
         """Gives up a run that skips steps again and again, and says what is to blame."""
         if skipped <= self.config.max_skipped_steps:
             return
+        self._leave_damaged()
         slots = self.metrics.offending_slots()
         records = self.run.order(torch.tensor(slots, dtype=torch.int64)).tolist()
         raise UserError(

@@ -1,80 +1,88 @@
 """A step that does not end is given up: the processes that are behind are named, and a launcher may start again."""
 
 import contextlib
-import os
-import sys
+import math
 import threading
 import time
 from collections.abc import Iterator
 
-import torch.distributed as dist
+from engine.processes import Processes, named
 
-from engine.errors import TRY_AGAIN
-from engine.processes import Processes
+LAST_LOOK = 10.0  # seconds for asking the store how far the others are, whose host may be gone
+NO_STORE = "what the others do cannot be told: their store does not answer"
 
 
 class Watchdog:
-    """A thread that watches the step number of this process, and tells it to the others through the rendezvous store.
+    """A thread that ends this process with `TRY_AGAIN` when a step takes too long, whatever the training is blocked in.
 
-    The training only counts; whatever it is blocked in, a collective with a process that died say, the thread goes on.
+    The training only counts; the step travels to the others with the signs of life.
 
     Args:
-        timeout: seconds without a new step after which the process leaves with `TRY_AGAIN`.
+        first: seconds for the first step, which may compile.
+        timeout: seconds for each of the others; None for no limit.
+        step: the one before the first.
     """
 
-    def __init__(self, processes: Processes, timeout: float) -> None:
-        self.processes, self.timeout = processes, timeout
-        self.step = -1
-        self._paused = 0
+    def __init__(self, processes: Processes, first: float, timeout: float | None, step: int = 0) -> None:
+        self.processes, self.timeout = processes, timeout or math.inf
+        processes.step = step
+        self._allow("the first step has not ended", first, "--first_step_timeout")
         self._stop = threading.Event()
-        self._store = dist.distributed_c10d._get_default_store() if processes.world > 1 else None
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
     def finished(self, step: int) -> None:
         """To be called with the number of every step that ended."""
-        self.step = step
+        self.processes.step = step
+        self._allow("no step has ended", self.timeout, "--step_timeout")
 
     def close(self) -> None:
         self._stop.set()
         self._thread.join()
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Work inside may take as long as it takes."""
-        self._paused += 1
+    def paused(self, seconds: float, work: str = "what is done between two steps") -> Iterator[None]:
+        """Work inside, which no step may end in, has a limit of its own."""
+        _, what, limit, option = self._limit
+        self._allow(f"{work} has not ended", seconds, "")
         try:
             yield
         finally:
-            self._paused -= 1
+            self._allow(what, limit, option)
+
+    def _allow(self, what: str, seconds: float, option: str) -> None:
+        self._limit = time.monotonic(), what, seconds, option  # one assignment, for the other thread
 
     def _watch(self) -> None:
-        seen, since = self.step, time.monotonic()
-        while not self._stop.wait(min(self.timeout / 10, 5.0)):
-            if self._store is not None:
-                self._store.set(f"watchdog/{self.processes.rank}", str(self.step))
-            # The first step may compile; counting begins when it has ended.
-            if self.step != seen or self._paused or self.step < 0:
-                seen, since = self.step, time.monotonic()
-            elif time.monotonic() - since > self.timeout:
-                self._give_up()
+        while True:
+            since, what, seconds, option = self._limit
+            if time.monotonic() - since > seconds:
+                self._give_up(f"{what} for {seconds:g} seconds{f' ({option})' if option else ''}")
+            with contextlib.suppress(RuntimeError):  # the store is gone
+                self.processes.beat()
+            if self._stop.wait(min(seconds / 10, 5.0)):
+                return
 
-    def _give_up(self) -> None:
-        steps = {rank: self._step_of(rank) for rank in range(self.processes.world)}
-        newest = max(steps.values())
-        behind = [f"process {rank} (step {step})" for rank, step in steps.items() if step < newest]
-        named = f"behind are {', '.join(behind)}" if behind else f"all are at step {newest}"
-        print(
-            f"engine.run: error: process {self.processes.rank}: no step has ended for {self.timeout:g} seconds "
-            f"(--step_timeout); {named}. Leaving with exit code {TRY_AGAIN}; continue with --resume_from_checkpoint latest",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
-        os._exit(TRY_AGAIN)
+    def _give_up(self, said: str) -> None:
+        """Says which processes are behind, one process of each node, and leaves. The look at the others has a deadline."""
+        heard: list[tuple[str, bool]] = []
+        look = threading.Thread(target=lambda: heard.append(self._look()), daemon=True)
+        look.start()
+        look.join(LAST_LOOK)
+        others, says = heard[0] if heard else (NO_STORE, self.processes.local_rank < 2)
+        self.processes.leave(f"{said}; {others}", says)
 
-    def _step_of(self, rank: int) -> int:
-        if self._store is None or rank == self.processes.rank:
-            return self.step
+    def _look(self) -> tuple[str, bool]:
+        """How far the others are, and whether this process is the one of its node to say so."""
+        if self.processes.store is None:
+            return f"it is at step {self.processes.step}", True
         try:
-            return int(self._store.get(f"watchdog/{rank}")) if self._store.check([f"watchdog/{rank}"]) else -1
-        except RuntimeError:  # the process that kept the store is gone
-            return -1
+            self.processes.beat()
+            steps, says = self.processes.steps(), self.processes.speaks("gave up")
+        except RuntimeError:
+            return NO_STORE, self.processes.local_rank < 2
+        newest = max(steps)
+        behind = [rank for rank, step in enumerate(steps) if step < newest]
+        if not behind:
+            return f"all are at step {newest}", says
+        return f"behind {'is' if len(behind) == 1 else 'are'} {named(behind)} (step {min(steps)} of {newest})", says

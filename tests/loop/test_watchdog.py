@@ -12,30 +12,74 @@ from tests.loop.runs import command, config
 WATCHER = """
 import os, sys, time
 import torch
+from engine.loop import watchdog as module
 from engine.loop.watchdog import Watchdog
 from engine.processes import Processes
 
+module.LAST_LOOK = 1.0
 processes = Processes(device=torch.device("cpu")).connect()
-watchdog = Watchdog(processes, timeout=2.0)
+first = processes.rank == 0
+"""
+BEHIND = """
+watchdog = Watchdog(processes, 30.0, 1.0)
 for step in range(1, 4):
     watchdog.finished(step)
     time.sleep(0.1)
-with watchdog.paused():
-    time.sleep(3)
-if processes.rank == 0:
+with watchdog.paused(30.0):
+    time.sleep(1.5)
+if first:
     watchdog.finished(4)
 time.sleep(60)
 """
 
 
-def test_the_process_that_is_behind_is_named():
+def test_the_process_that_is_behind_is_named_once_a_node():
     started = time.monotonic()
-    both = start_two([sys.executable, "-c", WATCHER])
+    both = start_two([sys.executable, "-c", WATCHER + BEHIND])
     assert [process.wait(60) for process in both] == [75, 75]
-    errors = [process.errors for process in both]
-    assert time.monotonic() - started > 3, "work that was paused for ran out of time"
-    said = [line for error in errors for line in error.splitlines() if "no step has ended for 2 seconds" in line]
-    assert any("behind are process 1 (step 3)" in line for line in said), errors
+    said = "".join(process.errors for process in both)
+    assert time.monotonic() - started > 2.5, "work that was paused for ran out of time"
+    assert said.count("\n") == 1, said
+    assert "no step has ended for 1 seconds (--step_timeout); behind is process 1 (step 3 of 4). Leaving with" in said
+
+
+@pytest.mark.parametrize(
+    ("blocked", "said"),
+    [
+        ("time.sleep(60)", "the first step has not ended for 1 seconds (--first_step_timeout); all are at step 0"),
+        (
+            "watchdog.finished(1)\nwith watchdog.paused(0.5, 'a checkpoint'): time.sleep(60)",
+            "a checkpoint has not ended for 0.5",
+        ),
+        ("watchdog.finished(1)\ntime.sleep(1.5)\nsys.exit()", None),
+    ],
+    ids=["first", "paused", "later"],
+)
+def test_each_kind_of_work_has_its_limit(blocked, said):
+    both = start_two([sys.executable, "-c", f"{WATCHER}\nwatchdog = Watchdog(processes, 1.0, None)\n{blocked}"])
+    assert [process.wait(60) for process in both] == ([75, 75] if said else [0, 0])
+    assert (said or "") in "".join(process.errors for process in both)
+
+
+DEAD_STORE = """
+processes._closed.set()  # the signs of life notice it as well
+watchdog = Watchdog(processes, 1.0, None)
+print("here", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "frozen"])
+def test_a_step_is_given_up_without_the_store(number):
+    both = start_two([sys.executable, "-c", WATCHER + DEAD_STORE])
+    while not all(process.output for process in both):
+        time.sleep(0.01)
+    both[0].send_signal(number)
+    assert both[1].wait(20) == 75
+    if both[0].poll() is None:
+        both[0].kill()
+    assert "(--first_step_timeout); what the others do cannot be told: their store" in both[1].errors
+    assert both[1].errors.count("\n") == 1, both[1].errors
 
 
 def test_a_run_that_hangs_is_given_up(model, images, shards, tmp_path):
@@ -50,18 +94,20 @@ def test_a_run_that_hangs_is_given_up(model, images, shards, tmp_path):
     )
     result = run([sys.executable, "-c", hang, *options[3:]])
     assert result.returncode == 75, result.errors
-    assert "process 0: no step has ended for 2 seconds (--step_timeout); all are at step" in result.errors
+    assert "process 0: no step has ended for 2 seconds (--step_timeout); it is at step" in result.errors
 
 
 @pytest.mark.two_processes
-@pytest.mark.parametrize("stage", [1, 3])
-def test_a_process_that_loses_another_says_so_without_a_trace(stage, model, images, shards, tmp_path):
+@pytest.mark.parametrize(("stage", "killed"), [(1, 1), (3, 0)])
+def test_a_process_that_loses_another_says_so_without_a_trace(stage, killed, model, images, shards, tmp_path):
+    """The first process keeps the store, so that its loss is that of the store too."""
     options = {"train_batch_size": 2, "max_train_steps": 100_000, "checkpointing_steps": 2, "zero_stage": stage}
-    first, second = start_two(command(config(model, images, shards, tmp_path / "out", **options)))
-    while not (tmp_path / "out" / "checkpoint-4").exists() and first.poll() is None:
+    both = start_two(command(config(model, images, shards, tmp_path / "out", **options)))
+    while not (tmp_path / "out" / "checkpoint-4").exists() and both[0].poll() is None:
         time.sleep(0.01)
-    second.kill()
-    assert first.wait(60) == 75, first.errors
-    assert "engine.run: error: process 0: another process is gone" in first.errors
-    assert "Traceback" not in first.errors
-    assert second.wait() == -signal.SIGKILL
+    other = both[1 - killed]
+    both[killed].kill()
+    assert other.wait(60) == 75, other.errors
+    assert f"engine.run: error: process {1 - killed}: another process is gone" in other.errors
+    assert "Traceback" not in other.errors
+    assert both[killed].wait() == -signal.SIGKILL
