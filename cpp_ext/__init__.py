@@ -1,5 +1,6 @@
 """C++ extensions: plain shared libraries without torch headers, built on first use in about a second and kept."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -9,9 +10,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+from engine.files import lock, unlock
+
 _FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", "-Wall", "-Wextra")
+_PATIENCE = 60  # seconds that another process may take for a library, of which each takes some
 
 
 def _cache_directory() -> Path:
@@ -26,6 +32,21 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+@contextlib.contextmanager
+def _turn(library: Path) -> Iterator[None]:
+    """Waits until the library is there or no other process builds any: all those of a cluster may want it at once."""
+    given_up, held = time.monotonic() + _PATIENCE, None
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        while (held := lock(library.parent)) is None and not library.exists() and time.monotonic() < given_up:
+            time.sleep(0.1)
+    try:
+        yield
+    finally:
+        if held is not None:
+            unlock(held, library.parent)
 
 
 @functools.cache
@@ -45,13 +66,13 @@ def load(name: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:
     key = hashlib.sha256(source.read_bytes() + " ".join([*words, machine]).encode()).hexdigest()[:16]
     library = _cache_directory() / f"{name}-{key}.so"
     try:
-        if not library.exists():
-            library.parent.mkdir(parents=True, exist_ok=True)
-            # Built aside and renamed: several processes may build at once.
-            with tempfile.TemporaryDirectory(dir=library.parent) as directory:
-                built = Path(directory) / library.name
-                subprocess.run([*words, str(source), "-o", str(built)], check=True, capture_output=True, text=True)
-                built.replace(library)
+        with _turn(library):
+            if not library.exists():
+                # Built aside and renamed: where turns cannot be taken, several processes build at once.
+                with tempfile.TemporaryDirectory(dir=library.parent) as directory:
+                    built = Path(directory) / library.name
+                    subprocess.run([*words, str(source), "-o", str(built)], check=True, capture_output=True, text=True)
+                    built.replace(library)
         return ctypes.CDLL(str(library))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).splitlines()[0]

@@ -1,16 +1,26 @@
 """What the compilers and libraries beneath torch may do: cuBLAS, cuDNN, inductor and Triton."""
 
 import os
+import stat
+import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import nn
 
+from engine import launcher
 from engine.config.options import TrainConfig
+
+# Where libraries keep what they compile, by the variables that say so.
+_CODE = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "TORCH_EXTENSIONS_DIR": "extensions"}
+_MOST_THREADS = 32  # of inductor, as by itself
 
 
 def configure(config: TrainConfig) -> None:
-    """Sets the process-wide switches of cuBLAS and cuDNN; to be called before the first matrix product on a GPU.
+    """Sets the process-wide switches of cuBLAS, cuDNN and the compilers; to be called before the first matrix product on a GPU.
 
     By default cuDNN times its algorithms for every shape of a convolution and keeps the fastest, and gradients may be summed in
     any order: two runs differ in their last bits. Under `--deterministic` every operation repeats its bits, or raises.
@@ -24,16 +34,45 @@ def configure(config: TrainConfig) -> None:
     if config.deterministic:
         # Read when a process first uses cuBLAS: workspaces that do not depend on the order of streams.
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    if config.compile_cache_dir:
+        keep_compiled_code(Path(config.compile_cache_dir))
+    elif launcher.world() > 1:
+        keep_compiled_code(_directory_of_the_node(), os.environ)
+    if launcher.local_world() > 1:
+        _share_processors()
 
 
-def keep_compiled_code(directory: Path) -> None:
-    """Makes torch.compile and Triton keep what they compile in a directory that outlives the process."""
-    for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
-        os.environ[variable] = str((directory / name).absolute())
+def keep_compiled_code(directory: Path, unless: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Makes torch.compile, Triton and DeepSpeed keep what they compile in a directory that outlives the process.
+
+    Args:
+        unless: variables that stay what they are, where they say something.
+    """
+    for variable, name in _CODE.items():
+        if not unless.get(variable):
+            os.environ[variable] = str((directory / name).absolute())
+
+
+def _directory_of_the_node() -> Path:
+    """A directory of this user's alone on a disk of the node. A home directory may be a network's: all nodes would compile into
+    the same files there, each as slowly as that is."""
+    directory = Path(tempfile.gettempdir(), f"compiled-code-{os.getuid()}")
+    directory.mkdir(mode=0o700, exist_ok=True)
+    status = directory.lstat()
+    if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
+        return directory
+    return Path(tempfile.mkdtemp(prefix=f"{directory.name}-"))  # for what another user put there would run here
+
+
+def _share_processors() -> None:
+    """Has each of a node's processes compile in its part of the threads, unless it was said in how many."""
+    if not os.environ.get(variable := "TORCHINDUCTOR_COMPILE_THREADS"):
+        part = min(len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // launcher.local_world(), _MOST_THREADS)
+        os.environ[variable] = str(max(part, 1))
+        if inductor := sys.modules.get("torch._inductor.config"):  # which has read the variable
+            inductor.compile_threads = max(part, 1)  # type: ignore[attr-defined]
 
 
 def compile_model(model: nn.Module, config: TrainConfig) -> None:
     """Has the model compiled when it is called, in place."""
-    if config.compile_cache_dir:
-        keep_compiled_code(Path(config.compile_cache_dir))
     model.compile(mode=config.compile_mode)

@@ -30,8 +30,8 @@ def build_command(arguments: list[str]) -> int:
     quiet_libraries()
     processes = Processes()
     try:
-        encoding = open_encoding(config)
         processes.connect()
+        encoding = processes.first_before_others(lambda: open_encoding(config))
         index = encode_source(config, encoding, open_source(config, encoding.captioned), processes)
     finally:
         processes.close()

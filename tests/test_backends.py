@@ -2,11 +2,15 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
+import cpp_ext
 from engine.backends import configure
+from engine.config.options import TrainConfig
 from engine.loop.trainer import train
 from tests.loop.runs import config
 
@@ -62,6 +66,64 @@ def test_the_mode_of_compilation_reaches_torch(mode, model, images, shards, tmp_
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: modes.append(options["mode"]))
     assert train(config(model, images, shards, tmp_path, max_train_steps=1, compile=True, compile_mode=mode)) == 0
     assert modes == [mode]
+
+
+@pytest.fixture
+def several(tmp_path, monkeypatch):
+    """Two nodes of four processes, with 16 processors each; returns what their variables become."""
+    for name in CODE:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(16))
+
+    def variables(world: int = 8, **given: str) -> dict[str, str | None]:
+        for name, value in ({"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(min(world, 4))} | given).items():
+            monkeypatch.setenv(name, value)
+        configure(TrainConfig.model_validate({"family": "sd", "pretrained_model_name_or_path": "unused"}))
+        return {name: os.environ.get(name) for name in CODE}
+
+    with torch._inductor.config.patch({"compile_threads": 16}):
+        yield variables
+    for name in CODE:
+        os.environ.pop(name, None)
+
+
+CODE = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_COMPILE_THREADS")
+
+
+def test_several_processes_compile_on_their_node_and_each_in_its_part_of_the_threads(several, tmp_path):
+    inductor, triton, extensions, threads = several().values()
+    assert {os.path.dirname(path) for path in (inductor, triton, extensions)} == {  # noqa: PTH120
+        str(tmp_path / f"compiled-code-{os.getuid()}")
+    }
+    assert threads == "4"
+    assert torch._inductor.config.compile_threads == 4
+
+
+def test_one_process_and_what_a_person_said_stay_as_they_are(several):
+    assert set(several(world=1).values()) == {None}
+    assert several(TRITON_CACHE_DIR="mine", TORCHINDUCTOR_COMPILE_THREADS="2")["TRITON_CACHE_DIR"] == "mine"
+    assert torch._inductor.config.compile_threads == 16
+
+
+def test_code_that_others_could_have_written_is_not_run(several, tmp_path):
+    (tmp_path / f"compiled-code-{os.getuid()}").mkdir()
+    (tmp_path / f"compiled-code-{os.getuid()}").chmod(0o777)
+    assert not several()["TRITON_CACHE_DIR"].startswith(f"{tmp_path}/compiled-code-{os.getuid()}/")
+
+
+def test_a_library_is_built_once_by_all_processes_that_want_it(tmp_path):
+    library = cpp_ext.load("order")._name
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\necho once >> {tmp_path}/calls\nsleep 0.5\nfor last; do :; done\ncp {library} "$last"\n')
+    compiler.chmod(0o755)
+    variables = os.environ | {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", "import cpp_ext; assert cpp_ext.load('order')"]
+    started = [subprocess.Popen(command, env=variables) for _ in range(3)]
+    assert [process.wait(60) for process in started] == [0, 0, 0]
+    assert (tmp_path / "calls").read_text() == "once\n"
+    assert [path.suffix for path in (tmp_path / "cache" / "diffusion-training-engine").iterdir()] == [".so"]
 
 
 @pytest.mark.gpu

@@ -83,7 +83,7 @@ def _train(config: TrainConfig, processes: Processes) -> int:
         processes.connect()
     checkpoint = find_checkpoint(config)
     with busy("Opening the models, downloads included"):
-        family = open_family(config)
+        family = processes.first_before_others(partial(open_family, config))
     with busy("Checking the files of the models"):
         family.check_files()
     if needs_deepspeed(config, processes.world):
