@@ -92,6 +92,17 @@ def read_bytes(path: Path, check: Callable[[int], None] = lambda size: None) -> 
         time.sleep(pauses.pop(0))
 
 
+def appears(path: Path, seconds: float) -> bool:
+    """Whether a path is there, or comes within some time: a network's file system shows it later to one node than to others."""
+    given_up, pause = time.monotonic() + seconds, 0.01
+    while not os.path.lexists(path):
+        if time.monotonic() > given_up:
+            return False
+        pause = min(2 * pause, 1.0)
+        time.sleep(pause)
+    return True
+
+
 def read_text(path: Path) -> str:
     """A regular file of UTF-8.
 

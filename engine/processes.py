@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import math
 import os
 import signal
 import sys
@@ -193,10 +194,9 @@ class Processes:
 
     def _look(self) -> None:
         """Raises `LostProcess` where one that is waited for is gone: the first looks at all, the others at the first."""
-        assert self.store is not None
         ranks, now = list(range(self.world) if self.is_first else [0]), time.monotonic()
         left, silent = [], []
-        for rank, sign in zip(ranks, self.store.multi_get([f"alive/{rank}" for rank in ranks]), strict=True):
+        for rank, sign in zip(ranks, self._beats.multi_get([f"alive/{rank}" for rank in ranks]), strict=True):
             if self._seen.get(rank, (b"", 0.0))[0] != sign:
                 self._seen[rank] = sign, now
             if sign.startswith(b"left"):
@@ -208,15 +208,32 @@ class Processes:
         if silent:
             raise LostProcess(f"{named(silent)} gave no sign of life for {SILENCE:g} seconds")
 
-    def _wait(self, key: str) -> None:
-        """Waits for a key of the store, as long as those live for whom this process waits."""
-        assert self.store is not None
+    def wait(self, key: str, store: dist.Store | None = None, limit: float = math.inf) -> bool:
+        """Waits for a key of the store, as long as those live for whom this process waits; False when that took too long.
+
+        Args:
+            store: a thread's own client, where it is not the main one that waits.
+            limit: seconds.
+
+        Raises:
+            LostProcess: a process left, or gives no sign of life.
+        """
+        store = store or self.store
+        assert store is not None
         started = looked = time.monotonic()
-        while not self.store.check([key]):
-            if time.monotonic() - looked > BEAT / 2:
-                looked = time.monotonic()
-                self._look()
+        while not store.check([key]):
+            now = time.monotonic()
+            if now - started > limit:
+                return False
+            if now - looked > BEAT / 2:
+                looked = now
+                try:
+                    self._look()
+                except LostProcess:  # which may have come here before it left
+                    if not store.check([key]):
+                        raise
             _sleep(started)
+        return True
 
     def wait_for_all(self) -> None:
         """Waits until every process has come here, however long it takes, as long as all live.
@@ -229,7 +246,7 @@ class Processes:
             key = f"wait/{self._waits}"
             if self.store.add(f"{key}/count", 1) == self.world:
                 self.store.set(key, "")
-            self._wait(key)
+            self.wait(key)
         self.barrier()  # so that the store does not end with the first process while others still look
 
     def computed_by_first(self, work: Callable[[], T]) -> T:
@@ -253,7 +270,7 @@ class Processes:
                 error = raised
             self.store.set(f"wait/{self._waits}", "")
         else:
-            self._wait(f"wait/{self._waits}")
+            self.wait(f"wait/{self._waits}")
         value, lines = self.from_first((value, error and error.lines))
         if lines is not None:
             raise error or UserError(*lines, shared=True)

@@ -406,7 +406,9 @@ class TrainConfig(CacheConfig):
     )
     checkpoints_total_limit: int | None = option(None, "How many checkpoints to keep. Default: all.", "checkpoints", ge=1)
     resume_from_checkpoint: str | None = option(
-        None, "A checkpoint directory, or `latest` for the newest in the output directory.", "checkpoints"
+        None,
+        "A checkpoint directory, or `latest` for the newest in the output directory that is whole.",
+        "checkpoints",
     )
     continue_on_grown_data: bool = option(
         False,

@@ -15,7 +15,7 @@ from engine.data.identity import differences, without_source
 from engine.errors import UserError
 from engine.files import PARTIAL, digest_of, discard, lock, parse_json, read_text, reading, unlock, write_text
 from engine.launcher import restarted
-from engine.loop.checkpoints.layout import Checkpoint, bring_back, find, open_checked
+from engine.loop.checkpoints.layout import Checkpoint, Depth, bring_back, find, open_checked, open_newest
 from engine.loop.checkpoints.names import CHECKPOINT, LATEST, REPLACED, complete_checkpoints, displaced_checkpoints, step_of
 from engine.loop.checkpoints.state import State
 from engine.loop.log import CURVES, METRICS
@@ -26,17 +26,20 @@ from engine.processes import Processes
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:
-    """The checkpoint to go on from, if that is asked for and there is one. A command that a launcher starts again goes on.
+    """The checkpoint to go on from, if that is asked for and there is one. The first process looks, for all.
+
+    A command that a launcher starts again goes on from what it saved before, whatever it began from.
 
     Raises:
         UserError: an earlier run left something in the output directory, and it was not said what becomes of that.
     """
     output, resume = Path(config.output_dir), config.resume_from_checkpoint or (LATEST if restarted() else None)
+    named = dict.fromkeys(filter(None, (LATEST if restarted() else None, resume)))
     for name in (LATEST, METRICS, CONFIG):
         if (output / name).is_dir():
             raise UserError(f"{output / name}: is a directory, where this run writes a file; move it away")
     bring_back(output)
-    checkpoint = find(output, resume) if resume else None
+    checkpoint = next(filter(None, (find(output, name, Depth.HEADERS) for name in named)), None)
     within = checkpoint is not None and _lies_in(checkpoint, output)
     if config.overwrite and not restarted():
         if within:
@@ -45,7 +48,7 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
         for name in PIPELINES:
             if (value := getattr(config, name)) and Path(value).resolve() in removed:
                 raise UserError(f"--overwrite would remove the pipeline of --{name}; name another --output_dir")
-    elif not within and (left := left_by_a_run(output)):
+    elif not within and (left := left_by_a_run(output)) and not (restarted() and checkpoint):
         # A run that was killed before its first checkpoint left metrics alone, and the same command begins it again.
         if resume == LATEST and checkpoint is None:
             if _index_of_the_pipeline(config).exists():
@@ -138,14 +141,18 @@ def with_order(config: TrainConfig, checkpoint: Path | None, state: State | None
     return config.model_copy(update={"shuffle": shuffle, "shuffle_window": window})
 
 
-def open_checkpoint(checkpoint: Path, config: TrainConfig, world: int) -> Checkpoint:
-    """A checkpoint, once all of it was checked that can be before there are shards and a model.
+def open_checkpoint(checkpoint: Path, config: TrainConfig, processes: Processes) -> Checkpoint:
+    """A checkpoint, once all of it was checked that can be before there are shards and a model; every process must call it.
+
+    Where the latest is damaged, the newest other that is whole takes its place; one that is given by name is refused.
 
     Raises:
         UserError: it is damaged, or was written by another run or with other state.
     """
-    opened = open_checked(checkpoint)
-    before, batch = opened.state.run, config.train_batch_size * config.gradient_accumulation_steps * world
+    latest = _lies_in(checkpoint, Path(config.output_dir)) and (restarted() or config.resume_from_checkpoint == LATEST)
+    opened = open_newest(checkpoint, processes) if latest else open_checked(checkpoint, processes=processes)
+    checkpoint = opened.path
+    before, batch = opened.state.run, config.train_batch_size * config.gradient_accumulation_steps * processes.world
     if config.seed not in (None, before.seed):
         seeds = f"seed {before.seed}, this run has {config.seed}"
         raise UserError(f"{checkpoint}: was written with {seeds}; leave out --seed, or give the same")

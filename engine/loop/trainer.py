@@ -81,7 +81,7 @@ def _train(config: TrainConfig, processes: Processes) -> int:
     config = divide_global_batch(config, processes.world)
     with busy("Waiting for the other processes"):
         processes.connect()
-    checkpoint = find_checkpoint(config)
+    checkpoint = processes.computed_by_first(lambda: find_checkpoint(config))
     with busy("Opening the models, downloads included"):
         family = processes.first_before_others(partial(open_family, config))
     with busy("Checking the files of the models"):
@@ -95,8 +95,8 @@ def _train(config: TrainConfig, processes: Processes) -> int:
     output = Path(config.output_dir)
     with only_run(output, processes):
         with busy(f"Comparing {checkpoint} with its digests"):
-            opened = open_checkpoint(checkpoint, config, processes.world) if checkpoint else None
-        state = opened.state if opened else None
+            opened = open_checkpoint(checkpoint, config, processes) if checkpoint else None
+        checkpoint, state = (opened.path, opened.state) if opened else (None, None)
         seed = processes.from_first(seed_of(config, state))
         config = with_order(config, checkpoint, state)
         same = partial(check_same_shards, checkpoint, state, config.continue_on_grown_data)
@@ -105,7 +105,7 @@ def _train(config: TrainConfig, processes: Processes) -> int:
         run = open_run(config, seed, shards, plan, state)
         subset_seed = config.sample_seed if config.max_train_samples else None
         config = config.model_copy(update={"seed": run.seed, "max_train_steps": run.steps, "subset_seed": subset_seed})
-        if opened:
+        if opened and processes.is_first:
             announce(opened, config, run, processes.world)
 
         # Dropout draws from torch's generator; each process its own numbers.

@@ -134,7 +134,7 @@ def read_checkpoint(place: Place) -> Any:
     checkpoint.info_command([directory])
     checkpoint.verify_command([directory])
     config, training = training_beside(place.support)
-    opened = open_checkpoint(place.given, config, 1)
+    opened = open_checkpoint(place.given, config, Processes())
     training.resume(opened)
     shapes = training.partition.shapes
     with or_another(place.given):

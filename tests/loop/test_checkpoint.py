@@ -13,12 +13,14 @@ import safetensors.torch
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
+from torch.distributed import HashStore
 
 from engine.config.options import TrainConfig
 from engine.errors import UserError
 from engine.files import digest, discard, lock, write_json
 from engine.loop.checkpoints import layout, writer
 from engine.loop.checkpoints.names import rank_file
+from engine.loop.checkpoints.slices import open_slices
 from engine.loop.checkpoints.snapshot import restore, take
 from engine.loop.checkpoints.writer import Writer
 from engine.loop.metrics import Metrics
@@ -382,7 +384,7 @@ def keep(directory: Path, monkeypatch) -> tuple[FlatPartition, Metrics]:
 def test_state_is_kept_by_what_the_optimizer_declares_and_not_by_its_size(tmp_path, monkeypatch):
     partition, metrics = keep(tmp_path, monkeypatch)
     found = tmp_path / "checkpoint-9"
-    files = layout.SliceFiles(found, 1)
+    files = open_slices(found, 1)
     assert files.kinds == ["momentum", "weight"]
     assert files.elements("momentum") == 8 * 8 + 8, "without the padding of the flat buffer"
     names = [name for name in files.files[0].header if name.startswith("optimizer/")]
@@ -425,62 +427,26 @@ def test_a_checkpoint_that_fails_leaves_nothing_on_a_full_disk(beside, tmp_path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-9", "latest"]
 
 
-def two_writers(directory: Path) -> tuple[Writer, Writer]:
-    processes = [Processes(), Processes()]
-    for rank, process in enumerate(processes):
-        process.rank, process.world = rank, 2
-    first, second = (Writer(directory, None, process, None, False, "token") for process in processes)
-    return first, second
-
-
-def test_the_first_process_removes_a_checkpoint_once_the_others_have_stopped(tmp_path, monkeypatch):
-    """Whichever fails first; what is written into a directory that is gone would be a mistake of its own."""
-    first, second = two_writers(tmp_path)
-    aside = first._aside(3)
-    aside.mkdir()
-    for rank in range(2):
-        (aside / rank_file(rank)).write_bytes(b"half")
-    removing = threading.Thread(target=first._remove_half, args=(aside,))
-    removing.start()
-    time.sleep(0.1)
-    assert [path.name for path in sorted(aside.iterdir())] == ["rank-0.failed", rank_file(1)]
-    second._remove_half(aside)
-    removing.join()
-    assert not aside.exists()
-
-
-def test_nothing_is_waited_for_once_all_parts_are_written(tmp_path, monkeypatch):
+def test_what_keeps_the_first_process_from_publishing_is_raised_by_all(tmp_path, monkeypatch):
     partition, metrics = keep(tmp_path, monkeypatch)
-    first, second = two_writers(tmp_path)
-    snapshot = take(10, metrics.run, partition, metrics)
+    snapshot, store = take(10, metrics.run, partition, metrics), HashStore()
+    writers = [Writer(tmp_path, metrics.run, Processes(), None, False, "token", _store=store) for _ in range(2)]
+    for rank, one in enumerate(writers):
+        one.processes.rank, one.processes.world = rank, 2
+    first, second = writers
 
     def full(*others):
+        assert {path.name for path in first._aside(10).iterdir()} == {rank_file(0), rank_file(1), "state.json", "manifest.json"}
         raise OSError(28, "No space left on device")
 
-    second._write(snapshot, pieces_of(snapshot.tensors))
-    assert not list(first._aside(10).glob("*.partial"))
     monkeypatch.setattr(first, "_publish", full)
-    started = time.monotonic()
+    writing = threading.Thread(target=second._work, args=(snapshot, pieces_of(snapshot.tensors)))
+    writing.start()
     first._work(snapshot, pieces_of(snapshot.tensors))
+    writing.join()
     assert "No space left on device; the last complete one is" in str(first._error)
-    assert time.monotonic() - started < writer.LONGEST_WAIT / 4
+    assert str(second._error) == str(first._error)
     assert not first._aside(10).exists()
-
-
-def test_a_part_that_takes_long_is_removed_by_the_process_that_writes_it(tmp_path, monkeypatch):
-    partition, metrics = keep(tmp_path, monkeypatch)
-    first, second = two_writers(tmp_path)
-    snapshot, aside = take(10, metrics.run, partition, metrics), first._aside(10)
-    monkeypatch.setattr(writer, "LONGEST_WAIT", 0.1)
-
-    def slow():
-        yield from pieces_of(snapshot.tensors)
-        first._remove_half(aside)
-        assert (aside / rank_file(1)).is_file()
-
-    second._work(snapshot, slow())
-    assert "checkpoint-10 cannot be written: process 0 could not write its part" in str(second._error)
-    assert sorted(path.name for path in aside.iterdir()) == ["rank-0.failed", "rank-1.failed"]
 
 
 def test_a_checkpoint_that_made_room_in_vain_has_its_name_back(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from engine.errors import UserError
 from engine.files import digest, lock, open_regular, write_json
 from engine.loop.checkpoints import layout
 from engine.loop.checkpoints.names import LATEST, MANIFEST, STATE, checkpoint_name, rank_file
-from engine.loop.checkpoints.slices import SliceFiles
+from engine.loop.checkpoints.slices import open_slices
 from engine.loop.checkpoints.snapshot import restore, sliced_tensors
 from engine.loop.checkpoints.writer import Writer
 from engine.loop.metrics import Metrics
@@ -264,7 +264,7 @@ def test_a_start_opens_each_file_of_a_checkpoint_once_to_compare_and_once_to_rea
         monkeypatch.setattr(module, "open_regular", count)
     values = {"family": "sd", "pretrained_model_name_or_path": "unused", "train_batch_size": 1}
     config = TrainConfig.model_validate(values | {"output_dir": str(checkpoint.parent)})
-    found = open_checkpoint(checkpoint, config, 1)
+    found = open_checkpoint(checkpoint, config, Processes())
     announce(found, config, trained.metrics.run, 1)
     restore(found, trained.partition, trained.metrics)
     assert sorted(opened) == [MANIFEST, RANK, RANK, STATE, STATE]
@@ -337,7 +337,7 @@ def test_slices_that_do_not_fit_together_are_refused(entries, named, checkpoint)
 
 
 def test_parameters_of_another_model_are_named(trained, checkpoint):
-    files = SliceFiles(checkpoint, 1)
+    files = open_slices(checkpoint, 1)
     for shapes, named in (
         ({"weight": (5, 6)}, "holds bias, which the model has not"),
         ({"weight": (5, 6), "bias": (5,), "more": (1,)}, "lacks more of the model"),

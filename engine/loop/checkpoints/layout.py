@@ -13,12 +13,13 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from engine.errors import UserError, blame_the_machine, first_line
-from engine.files import digest, lies_inside, lock, open_regular, parse_json, read_text, unlock
+from engine.files import appears, digest, digest_of, lies_inside, lock, open_regular, parse_json, read_text, unlock
 from engine.loop.checkpoints.names import (
     LATEST,
     MANIFEST,
@@ -26,11 +27,18 @@ from engine.loop.checkpoints.names import (
     complete_checkpoints,
     displaced_checkpoints,
     rank_file,
+    rank_of,
     step_of,
 )
-from engine.loop.checkpoints.slices import Damaged, SliceFiles, damage
+from engine.loop.checkpoints.slices import Damaged, Part, RankFiles, SliceFiles, damage, part_of
 from engine.loop.checkpoints.state import State, parse_state
 from engine.messages import busy, say, warn
+from engine.processes import Processes
+from engine.processes import named as named_processes
+
+T = TypeVar("T")
+SAME_DIRECTORY = 600.0  # seconds that a network's file system may take to show a node what another sees
+_NO_OTHER = "there is no other that is whole; start again in an empty directory"
 
 # What libraries look for in the folder of a model, and this engine in a checkpoint; nothing reads a README.md.
 _READ = (
@@ -115,24 +123,49 @@ def _named_in(pointer: Path) -> Path | None:
 
 def _has_manifest(checkpoint: Path) -> bool:
     try:
-        return bool(_manifest(checkpoint))
+        return bool(_manifest(checkpoint)[0])
     except Damaged:
         return False
 
 
-def open_checked(checkpoint: Path, whole: bool = False) -> Checkpoint:
+def open_checked(checkpoint: Path, whole: bool = False, processes: Processes | None = None) -> Checkpoint:
     """Checks what a training continues from, or with every value in it the `whole` checkpoint, and opens it.
+
+    Args:
+        processes: among which the work is divided; all must call it. None for this one alone.
 
     Raises:
         UserError: a file is missing, altered or not named, the slices do not fit together, or the format is another.
     """
-    with or_another(checkpoint):
-        return _checked(checkpoint, Depth.MODELS if whole else Depth.DIGESTS)
+    with or_another(checkpoint, processes):
+        return _checked(checkpoint, Depth.MODELS if whole else Depth.DIGESTS, processes)
+
+
+def open_newest(checkpoint: Path, processes: Processes) -> Checkpoint:
+    """As `open_checked`, the checkpoint that is the latest; where it is damaged, the newest other that is whole, and says so.
+
+    Those of earlier steps come first: of later ones are those that the run was taken back from.
+    """
+    try:
+        return _checked(checkpoint, Depth.DIGESTS, processes)
+    except Damaged as error:
+        damaged = error
+
+    def others() -> list[Path]:
+        newest_first = reversed(_others(checkpoint))
+        return sorted(newest_first, key=lambda other: step_of(other) > step_of(checkpoint))
+
+    for other in processes.computed_by_first(others):
+        with contextlib.suppress(Damaged):
+            found = _checked(other, Depth.DIGESTS, processes)
+            warn(f"{checkpoint}: {damaged}; going on from {other.name}, the newest other that is whole")
+            return found
+    raise UserError(f"{checkpoint}: {damaged}; {_NO_OTHER}", shared=True)
 
 
 @contextlib.contextmanager
-def or_another(checkpoint: Path) -> Iterator[None]:
-    """What is found damaged inside is said with the newest other checkpoint that is whole.
+def or_another(checkpoint: Path, processes: Processes | None = None) -> Iterator[None]:
+    """What is found damaged inside, by all processes, is said with the newest other checkpoint that is whole.
 
     Raises:
         UserError: in the place of `Damaged`.
@@ -140,14 +173,22 @@ def or_another(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except Damaged as error:
-        with busy(f"Looking for another checkpoint beside {checkpoint}"):
-            others = [path for path in complete_checkpoints(checkpoint.parent) if path.name != checkpoint.name]
-            other = _newest_whole(others, Depth.VALUES, passed_over=(Damaged, UserError))
+
+        def another() -> Path | None:
+            with busy(f"Looking for another checkpoint beside {checkpoint}"):
+                return _newest_whole(_others(checkpoint), Depth.VALUES, passed_over=(Damaged, UserError))
+
+        other = processes.computed_by_first(another) if processes else another()
         remedy = (
             f"resume from {other} instead: --resume_from_checkpoint {shlex.quote(str(other))}" if other
-            else "there is no other that is whole; start again in an empty directory"
+            else _NO_OTHER
         )  # fmt: skip
-        raise UserError(f"{checkpoint}: {error}; {remedy}") from None
+        raise UserError(f"{checkpoint}: {error}; {remedy}", shared=processes is not None) from None
+
+
+def _others(checkpoint: Path) -> list[Path]:
+    """The checkpoints beside one, oldest first."""
+    return [path for path in complete_checkpoints(checkpoint.parent) if path.name != checkpoint.name]
 
 
 def _newest_whole(checkpoints: list[Path], depth: Depth, passed_over: tuple[type[Exception], ...] = (Damaged,)) -> Path | None:
@@ -158,27 +199,59 @@ def _newest_whole(checkpoints: list[Path], depth: Depth, passed_over: tuple[type
     return None
 
 
-def _checked(checkpoint: Path, depth: Depth) -> Checkpoint:
-    """A checkpoint that holds what it should.
+def agreed(processes: Processes | None, work: Callable[[], T]) -> list[T]:
+    """What `work` gives on every process, by rank, however long it takes; what one finds wrong is raised by all.
 
     Raises:
-        Damaged: what is wrong.
+        Damaged, UserError: what the first of those said for whose `work` raised it.
     """
-    manifest, present = _manifest(checkpoint), _files(checkpoint)
-    strays = sorted(present - manifest.keys())
-    read = [name for name in strays if Path(name).suffix.lower() in _READ or (checkpoint / name).is_dir()]
-    faults = [f"{name} is not named in {MANIFEST}" for name in read]
-    if depth >= Depth.MODELS and len(strays) > len(read):
-        say(f"{checkpoint}: named in no manifest, and read by nothing: {', '.join(sorted({*strays} - {*read}))}")
-    for name, expected in manifest.items():
-        compared = depth >= (Depth.MODELS if "/" in name else Depth.DIGESTS)
-        problem = "missing" if name not in present else _problem(checkpoint, name, expected, compared)
-        if problem:
-            faults.append(f"{name} {problem}")
+    if processes is None or processes.world == 1:
+        return [work()]
+    value, damaged, lines = None, None, None
+    try:
+        value = work()
+    except Damaged as error:
+        damaged = str(error)
+    except UserError as error:
+        lines = error.lines
+    told = processes.gather_patiently((value, damaged, lines))
+    for _, damaged, lines in told:
+        if lines is not None:
+            raise UserError(*lines, shared=True)
+        if damaged is not None:
+            raise Damaged(damaged)
+    return [value for value, _, _ in told]
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What a process found in its share of the files: what is wrong with them, by name, else what they hold."""
+
+    faults: dict[str, str]
+    parts: dict[int, Part]
+    state: State | None
+
+
+def _checked(checkpoint: Path, depth: Depth, processes: Processes | None = None) -> Checkpoint:
+    """A checkpoint that holds what it should.
+
+    Of n files and as many processes, each opens the manifest, its own file (once to compare it with its digest, and once to
+    read from) and a share of the n others where there are more; the first also state.json, and it alone lists the directory.
+
+    Raises:
+        Damaged: what is wrong; by all processes.
+    """
+    rank, world = (processes.rank, processes.world) if processes else (0, 1)
+    manifest, faults = _seen(checkpoint, depth, processes)
+    files = RankFiles(checkpoint, patience=SAME_DIRECTORY if world > 1 else 0.0)
+    mine = {name: value for name, value in manifest.items() if name not in faults and (rank_of(name) or 0) % world == rank}
+    shares = agreed(processes, lambda: _look(files, mine, depth))
+    found = {name: problem for share in shares for name, problem in share.faults.items()}
+    faults = faults | {name: found[name] for name in manifest if name in found}
     if faults:
-        raise Damaged(f"damaged: {', '.join(faults)}")
-    with damage(checkpoint / STATE):
-        state = parse_state(parse_json(read_text(checkpoint / STATE)))
+        raise Damaged(f"damaged: {', '.join(f'{name} {problem}' for name, problem in faults.items())}")
+    state, parts = shares[0].state, {number: part for share in shares for number, part in share.parts.items()}
+    assert state is not None
     named = sorted(name for name in manifest if "/" not in name)
     if len(named) != state.world + 1 or named != sorted([STATE, *map(rank_file, range(state.world))]):
         raise Damaged(
@@ -188,14 +261,97 @@ def _checked(checkpoint: Path, depth: Depth) -> Checkpoint:
         raise Damaged(f"{STATE}: of step {state.step}")
     if state.loss_steps > state.step or any(count > state.step for count in state.optimizer_counters.values()):
         raise Damaged(f"{STATE}: counts more steps than the {state.step} that were taken")
-    files = SliceFiles(checkpoint, state.world)
+    slices = SliceFiles(files, [parts[number] for number in range(state.world)])
     if depth >= Depth.VALUES:
-        files.check_values()
-    return Checkpoint(checkpoint, state, files)
+        slices.check_values()
+    return Checkpoint(checkpoint, state, slices)
 
 
-def _manifest(checkpoint: Path) -> dict[str, str]:
-    """The digests of a checkpoint's files by name.
+def _seen(checkpoint: Path, depth: Depth, processes: Processes | None) -> tuple[dict[str, str], dict[str, str]]:
+    """The manifest, once this process sees the one that the first sees, and what is wrong with the files that there are.
+
+    Raises:
+        Damaged, UserError: there is none, or this process does not come to see the same; by all processes.
+    """
+    if processes is None or processes.world == 1:
+        manifest, _ = _manifest(checkpoint)
+        return manifest, _misplaced(checkpoint, manifest, depth)
+
+    mine: dict[str, str] | None = None
+
+    def first() -> tuple[str, dict[str, str]] | str:
+        nonlocal mine
+        try:
+            mine, seal = _manifest(checkpoint)
+            return seal, _misplaced(checkpoint, mine, depth)
+        except Damaged as error:
+            return str(error)
+
+    told = processes.computed_by_first(first)
+    if isinstance(told, str):
+        raise Damaged(told)
+    seal, faults = told
+
+    def see() -> dict[str, str] | None:
+        given_up, pause = time.monotonic() + SAME_DIRECTORY, 0.01
+        while True:
+            with contextlib.suppress(Damaged, UserError):  # a stale handle, say
+                manifest, ours = _manifest(checkpoint)
+                if ours == seal:
+                    return manifest
+            if time.monotonic() > given_up:
+                return None
+            pause = min(2 * pause, 1.0)
+            time.sleep(pause)
+
+    mine = mine or see()
+    blind = [rank for rank, sees in enumerate(processes.gather_patiently(mine is not None)) if not sees]
+    if mine is None or blind:
+        raise UserError(
+            f"{checkpoint}: {named_processes(blind)} did not come to see it as the first process does within "
+            f"{SAME_DIRECTORY:g} seconds: the output directory is an older or another one there; mount the same on all nodes, "
+            "and start the same again",
+            shared=True,
+        )
+    return mine, faults
+
+
+def _misplaced(checkpoint: Path, manifest: dict[str, str], depth: Depth) -> dict[str, str]:
+    """What is wrong with the files that there are and those that the manifest names: file -> problem."""
+    present = _files(checkpoint)
+    strays = sorted(present - manifest.keys())
+    read = [name for name in strays if Path(name).suffix.lower() in _READ or (checkpoint / name).is_dir()]
+    if depth >= Depth.MODELS and len(strays) > len(read):
+        say(f"{checkpoint}: named in no manifest, and read by nothing: {', '.join(sorted({*strays} - {*read}))}")
+    faults = dict.fromkeys(read, f"is not named in {MANIFEST}")
+    return faults | {name: "missing" for name in manifest if name not in present}
+
+
+def _look(files: RankFiles, share: dict[str, str], depth: Depth) -> _Share:
+    """Compares files with their digests, and reads what they hold where all are whole.
+
+    Args:
+        share: file -> digest.
+
+    Raises:
+        Damaged: one is whole, and is not what it should be.
+    """
+    faults: dict[str, str] = {}
+    for name, expected in share.items():
+        appears(files.checkpoint / name, files.patience)
+        problem = _problem(files.checkpoint, name, expected, depth >= (Depth.MODELS if "/" in name else Depth.DIGESTS))
+        if problem:
+            faults[name] = problem
+    state = None
+    if not faults and STATE in share:
+        with damage(files.checkpoint / STATE):
+            state = parse_state(parse_json(read_text(files.checkpoint / STATE)))
+    ranks = [] if faults else [number for name in share if (number := rank_of(name)) is not None]
+    return _Share(faults, {number: part_of(files[number]) for number in sorted(ranks)}, state)
+
+
+def _manifest(checkpoint: Path) -> tuple[dict[str, str], str]:
+    """The digests of a checkpoint's files by name, and that of the manifest itself.
 
     Raises:
         Damaged: there is none, or it is not what it should be.
@@ -203,7 +359,8 @@ def _manifest(checkpoint: Path) -> dict[str, str]:
     try:
         if not lies_inside(checkpoint / MANIFEST, checkpoint):
             raise ValueError(f"{MANIFEST} is a link that leads out of it")
-        manifest = parse_json(read_text(checkpoint / MANIFEST))
+        text = read_text(checkpoint / MANIFEST)
+        manifest = parse_json(text)
         if not isinstance(manifest, dict):
             raise ValueError(f"{MANIFEST} is no JSON object")
         for name, value in manifest.items():
@@ -216,7 +373,7 @@ def _manifest(checkpoint: Path) -> dict[str, str]:
     except Exception as error:  # files of others raise anything
         blame_the_machine(checkpoint / MANIFEST, error)
         raise Damaged(f"not a complete checkpoint ({first_line(error)})") from None
-    return manifest
+    return manifest, digest_of(text)
 
 
 def _files(checkpoint: Path) -> set[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.loop.checkpoints.slices import SliceFiles
+from engine.loop.checkpoints.slices import SliceFiles, open_slices
 from engine.loop.weights.whole import write_published
 from engine.models.training_form import to_published_form
 
@@ -50,7 +50,7 @@ def write_models(
         part: what the pipeline calls the module.
         world: how many processes wrote slices.
     """
-    files = SliceFiles(checkpoint, world)
+    files = open_slices(checkpoint, world)
     others = {**frozen, **dict(module.named_buffers())}
     folders = {kind: checkpoint / name.format(part) for kind, name in FOLDERS.items() if kind in files.kinds}
     for kind, folder in folders.items():

@@ -26,6 +26,12 @@ def rank_file(rank: int) -> str:
     return f"rank-{rank}.safetensors"
 
 
+def rank_of(name: str) -> int | None:
+    """Whose file it is, by its name; None for what is none of a process."""
+    match = re.fullmatch(r"rank-(0|[1-9][0-9]{0,8})\.safetensors", name)
+    return int(match[1]) if match else None
+
+
 def complete_checkpoints(directory: Path) -> list[Path]:
     """The checkpoints in a directory, oldest first."""
     return sorted((path for path in directory.glob(f"{CHECKPOINT}*") if step_of(path) >= 0 and path.is_dir()), key=step_of)

@@ -2,14 +2,17 @@
 
 import contextlib
 import re
-from collections.abc import Collection, Iterator, Mapping
+import zlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.errors import UserError, blame_the_machine, first_line
+from engine.files import appears
 from engine.loop.checkpoints.names import rank_file
 from engine.loop.weights.partition import Slice
 from engine.tensors import DTYPES, PIECE, TensorFile
@@ -17,6 +20,7 @@ from engine.tensors import DTYPES, PIECE, TensorFile
 _FP32 = ("weight", "ema")  # kinds that are never anything else
 _NOT_NEGATIVE = ("exp_avg_sq",)
 _OF_EVERY_PROCESS = {"metrics/loss_sum", "random/cpu"}
+_LACKS_STATE = "does not hold the state that every process has"
 _SLICE = re.compile(r"([A-Za-z0-9_]+)/([^/@]+)@(0|[1-9][0-9]{0,17})")
 _OTHER = re.compile(r"optimizer/([0-9]+/)?[A-Za-z0-9_]+|metrics/loss_sum|random/(cpu|cuda)")
 
@@ -38,63 +42,116 @@ def damage(path: Path) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where elements `start` to `stop` of a parameter lie: in a tensor of a file."""
+class Part:
+    """What the file of a process holds, without its values, small enough to be told to all.
 
-    start: int
-    stop: int
-    file: TensorFile
-    name: str
+    Of SD 1.5 on 1,024 processes at most 2 KB each, and 60 KB at ZeRO stage 3, where each has a slice of every parameter; to put
+    all together takes 0.04 s, and 2 s.
+
+    names: `kind/parameter` of its slices, as `_packed` has them; spans [n, 2], int64: which elements, from where to where.
+    others: the names of the optimizer's state that has no place within a parameter.
+    """
+
+    names: bytes
+    spans: np.ndarray
+    others: tuple[str, ...]
+
+
+def _packed(names: list[str]) -> bytes:
+    return zlib.compress("@".join(names).encode(), 1)  # no name of a parameter has an @
+
+
+def _unpacked(names: bytes) -> list[str]:
+    text = zlib.decompress(names).decode()
+    return text.split("@") if text else []
+
+
+def part_of(file: TensorFile) -> Part:
+    """What a file holds, by its header.
+
+    Raises:
+        Damaged: it is not what a process writes.
+    """
+    names, spans = [], []
+    with damage(file.path):
+        for name, described in file.header.items():
+            match, shape = _SLICE.fullmatch(name), described["shape"]
+            kind, parameter, start = match.groups() if match else ("", "", "")
+            if kind in ("optimizer", "metrics", "random") or not (match or _OTHER.fullmatch(name)):
+                raise ValueError(f"{name} is no name of a slice")
+            if match:
+                if len(shape) != 1 or (kind in _FP32 and described["dtype"] != "F32"):
+                    raise ValueError(f"{name} is {described['dtype']} {shape}, and not a row of numbers in fp32")
+                names.append(f"{kind}/{parameter}")
+                spans.append((int(start), int(start) + shape[0]))
+        packed = _packed(names)
+    if file.header.keys() & _OF_EVERY_PROCESS != _OF_EVERY_PROCESS:
+        raise Damaged(f"{file.path.name}: {_LACKS_STATE}")
+    others = tuple(sorted(name for name in file.header if name.startswith("optimizer/")))
+    return Part(packed, np.array(spans, np.int64).reshape(-1, 2), others)
+
+
+class RankFiles(dict[int, TensorFile]):
+    """The files of a checkpoint by rank, each opened when it is first asked for, and once.
+
+    Args:
+        patience: seconds to wait for a file that another process has seen.
+    """
+
+    def __init__(self, checkpoint: Path, patience: float = 0.0) -> None:
+        super().__init__()
+        self.checkpoint, self.patience = checkpoint, patience
+
+    def __missing__(self, rank: int) -> TensorFile:
+        path = self.checkpoint / rank_file(rank)
+        appears(path, self.patience)
+        with damage(path):
+            self[rank] = TensorFile(path)
+        return self[rank]
+
+
+def open_slices(checkpoint: Path, world: int) -> "SliceFiles":
+    """The slices of the files of `world` processes, all of which are opened.
+
+    Raises:
+        Damaged: a file cannot be read, or the slices do not fit together.
+    """
+    files = RankFiles(checkpoint)
+    return SliceFiles(files, [part_of(files[rank]) for rank in range(world)])
 
 
 class SliceFiles:
     """The slices of a checkpoint's files, by kind and parameter; of each kind they cover every parameter exactly once.
 
-    files: by rank.
-    places: kind -> parameter -> where its elements lie, from the first to the last.
+    files: by rank; opened where values are read.
+    places: `kind/parameter` -> where its elements lie, [n, 3] int64: from which element to which, in the file of which rank.
+
+    Args:
+        parts: of all files, by rank.
 
     Raises:
-        Damaged: a file cannot be read, or the slices do not fit together.
+        Damaged: the slices do not fit together.
     """
 
-    def __init__(self, checkpoint: Path, world: int) -> None:
-        self.files: list[TensorFile] = []
-        self.places: dict[str, dict[str, list[Place]]] = {}
-        for rank in range(world):
-            path = checkpoint / rank_file(rank)
-            with damage(path):
-                file = TensorFile(path)
-                for name in file.header:
-                    self._add(file, name)
-                self.files.append(file)
-        for file in self.files:
-            if file.header.keys() & _OF_EVERY_PROCESS != _OF_EVERY_PROCESS or self._others(file) != self._others(self.files[0]):
-                raise Damaged(f"{file.path.name}: does not hold the state that every process has")
-        for kind, parameters in self.places.items():
-            for parameter, places in parameters.items():
-                places.sort(key=lambda place: (place.start, place.stop))
-                _check_cover(f"{kind}/{parameter}", places)
-        self.sizes = {parameter: places[-1].stop for parameter, places in self.places.get("weight", {}).items()}
+    def __init__(self, files: RankFiles, parts: Sequence[Part]) -> None:
+        self.files, self.world, self.others = files, len(parts), set(parts[0].others)
+        for rank, part in enumerate(parts):
+            if part.others != parts[0].others:
+                raise Damaged(f"{rank_file(rank)}: {_LACKS_STATE}")
+        self.places = _places(parts)
+        for name, rows in self.places.items():
+            _check_cover(name, rows)
+        self.kinds = sorted({name.split("/")[0] for name in self.places})
+        self.sizes = self._sizes("weight")
         if not self.sizes:
             raise Damaged("it holds no weights")
-        for kind, parameters in self.places.items():
-            self._compare({parameter: places[-1].stop for parameter, places in parameters.items()}, kind, "weight")
+        for kind in self.kinds:
+            self._compare(self._sizes(kind), kind, "weight")
 
-    def _add(self, file: TensorFile, name: str) -> None:
-        match, shape = _SLICE.fullmatch(name), file.header[name]["shape"]
-        kind, parameter, start = match.groups() if match else ("", "", "")
-        if kind in ("optimizer", "metrics", "random") or not (match or _OTHER.fullmatch(name)):
-            raise ValueError(f"{name} is no name of a slice")
-        if match:
-            if len(shape) != 1 or (kind in _FP32 and file.header[name]["dtype"] != "F32"):
-                raise ValueError(f"{name} is {file.header[name]['dtype']} {shape}, and not a row of numbers in fp32")
-            place = Place(int(start), int(start) + shape[0], file, name)
-            self.places.setdefault(kind, {}).setdefault(parameter, []).append(place)
-
-    @staticmethod
-    def _others(file: TensorFile) -> set[str]:
-        """The names of the optimizer's state that has no place within a parameter."""
-        return {name for name in file.header if name.startswith("optimizer/")}
+    def _sizes(self, kind: str) -> dict[str, int]:
+        """Parameter -> its elements."""
+        of = f"{kind}/"
+        return {name.removeprefix(of): int(rows[-1, 1]) for name, rows in self.places.items() if name.startswith(of)}
 
     def check_state(self, kinds: Collection[str], others: Collection[str]) -> None:
         """Refuses state of another optimizer; a moving average may end here.
@@ -105,7 +162,7 @@ class SliceFiles:
         Raises:
             Damaged: there is state that this one has not.
         """
-        if unknown := sorted({*self.places, *self._others(self.files[0])} - {*kinds, *others, "ema"}):
+        if unknown := sorted({*self.kinds, *self.others} - {*kinds, *others, "ema"}):
             raise Damaged(f"holds {_some(unknown)}, which this optimizer has not; was it trained with the same options?")
 
     def _compare(self, sizes: Mapping[str, int], one: str, other: str) -> None:
@@ -140,7 +197,7 @@ class SliceFiles:
             Damaged: a value is not finite.
         """
         buffers: dict[torch.dtype, Tensor] = {}
-        for file in self.files:
+        for file in map(self.files.__getitem__, range(self.world)):
             for name, described in file.header.items():
                 dtype = DTYPES[described["dtype"]]
                 if not dtype.is_floating_point:
@@ -151,13 +208,9 @@ class SliceFiles:
                     _read(file, name, first, buffer[: min(len(buffer), size - first)])
             generator_state(file)
 
-    @property
-    def kinds(self) -> list[str]:
-        return sorted(self.places)
-
     def elements(self, kind: str) -> int:
         """How many numbers of a kind the files hold."""
-        return sum(places[-1].stop for places in self.places[kind].values())
+        return sum(self._sizes(kind).values())
 
     def fill_parameter(self, kind: str, name: str, parameter: Tensor) -> None:
         """Copies a whole parameter from whichever files hold its pieces; it must be contiguous."""
@@ -169,14 +222,19 @@ class SliceFiles:
         Raises:
             Damaged: they are not there, are of another dtype, or are not finite.
         """
-        filled = 0
-        for place in self.places.get(kind, {}).get(piece.name, []):
-            first, last = max(place.start, piece.start), min(place.stop, piece.start + piece.length)
+        filled, end = 0, piece.start + piece.length
+        rows = self.places.get(f"{kind}/{piece.name}", np.empty((0, 3), np.int64))
+        overlapping = slice(np.searchsorted(rows[:, 1], piece.start, "right"), np.searchsorted(rows[:, 0], end))
+        for start, stop, rank in rows[overlapping].tolist():
+            first, last = max(start, piece.start), min(stop, end)
             if first < last:
-                stored = place.file.header[place.name]["dtype"]
-                if DTYPES[stored] != target.dtype:
-                    raise Damaged(f"{place.file.path.name}: {place.name} is {stored}, and not {target.dtype}")
-                _read(place.file, place.name, first - place.start, target[first - piece.start : last - piece.start])
+                file, name = self.files[rank], f"{kind}/{piece.name}@{start}"
+                stored = file.header.get(name)
+                if stored is None or stored["shape"] != [stop - start]:
+                    raise Damaged(f"{file.path.name}: is another file than was compared with its digest")
+                if DTYPES[stored["dtype"]] != target.dtype:
+                    raise Damaged(f"{file.path.name}: {name} is {stored['dtype']}, and not {target.dtype}")
+                _read(file, name, first - start, target[first - piece.start : last - piece.start])
                 filled += last - first
         if filled != piece.length:
             raise Damaged(
@@ -197,13 +255,27 @@ def generator_state(file: TensorFile) -> Tensor:
     return state
 
 
-def _check_cover(name: str, places: list[Place]) -> None:
+def _places(parts: Sequence[Part]) -> dict[str, np.ndarray]:
+    """`SliceFiles.places`."""
+    numbers: dict[str, int] = {}  # in the order in which the files have them
+    rows = np.empty((sum(len(part.spans) for part in parts), 4), np.int64)
     end = 0
-    for place in places:
-        if place.start != end:
-            what = "overlap" if place.start < end else "leave a gap"
-            raise Damaged(f"{place.file.path.name}: the slices of {name} {what} at element {min(place.start, end)}")
-        end = place.stop
+    for rank, part in enumerate(parts):
+        own = rows[end : (end := end + len(part.spans))]
+        own[:, 0] = [numbers.setdefault(name, len(numbers)) for name in _unpacked(part.names)]
+        own[:, 1:3], own[:, 3] = part.spans, rank
+    rows = rows[np.lexsort((rows[:, 2], rows[:, 1], rows[:, 0]))]
+    bounds = np.searchsorted(rows[:, 0], np.arange(len(numbers) + 1))
+    return {name: rows[bounds[number] : bounds[number + 1], 1:] for name, number in numbers.items()}
+
+
+def _check_cover(name: str, rows: np.ndarray) -> None:
+    ends = np.concatenate(([0], rows[:-1, 1]))  # of what comes before each
+    if len(wrong := np.flatnonzero(rows[:, 0] != ends)):
+        start, _, rank = rows[wrong[0]].tolist()
+        end = int(ends[wrong[0]])
+        what = "overlap" if start < end else "leave a gap"
+        raise Damaged(f"{rank_file(rank)}: the slices of {name} {what} at element {min(start, end)}")
 
 
 def _read(file: TensorFile, name: str, first: int, target: Tensor) -> None:

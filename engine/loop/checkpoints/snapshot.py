@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.loop.checkpoints.layout import Checkpoint, or_another
+from engine.loop.checkpoints.layout import Checkpoint, agreed, or_another
 from engine.loop.checkpoints.names import STATE
 from engine.loop.checkpoints.slices import Damaged, SliceFiles, damage, generator_state
 from engine.loop.checkpoints.state import Identity, State
@@ -97,27 +97,35 @@ def take(step: int, run: Run, partition: Partition, metrics: Metrics) -> Snapsho
 
 
 def restore(checkpoint: Checkpoint, partition: Partition, metrics: Metrics) -> None:
-    """Brings weights, optimizer, averages, loss scale and generators back.
+    """Brings weights, optimizer, averages, loss scale and generators back. Every process must call it.
 
     Raises:
-        UserError: the checkpoint does not hold what this training needs, or values that are not finite.
+        UserError: the checkpoint does not hold what this training needs, or values that are not finite; by all processes.
     """
-    with or_another(checkpoint.path), torch.no_grad():
-        _restore(checkpoint.files, checkpoint.state, partition, metrics)
+    processes, files, state = partition.processes, checkpoint.files, checkpoint.state
+    with or_another(checkpoint.path, processes), torch.no_grad():
+        sums = agreed(processes, lambda: _restore(files, state, partition))
+    by_rank = [sums[rank % processes.world][rank // processes.world] for rank in range(state.world)]
+    own = state.world == processes.world
+    metrics.resume(by_rank[processes.rank] if own else float(torch.tensor(by_rank).mean()), state.loss_steps)
     partition.refresh_weights()
 
 
-def _restore(files: SliceFiles, state: State, partition: Partition, metrics: Metrics) -> None:
+def _restore(files: SliceFiles, state: State, partition: Partition) -> list[float]:
+    """Brings back what this process has; opens the files that hold some of it, and those of its share.
+
+    Returns:
+        The sums of the metrics of the processes whose files are its share.
+    """
     processes = partition.processes
     files.check_model(partition.shapes)
     kinds, others = sliced_tensors(partition), other_state(partition)
     files.check_state(kinds, others)
-    for kind, holders in kinds.items():
-        for piece in partition.slices:
+    for piece in partition.slices:
+        for kind, holders in kinds.items():
             files.fill(kind, piece, partition.view(piece, holders))
     same_world = state.world == processes.world
-    rank = processes.rank if same_world else 0
-    own = files.files[rank]
+    own = files.files[processes.rank if same_world else 0]
     for name, values in others.items():
         stored = _stored(own, name, values[0])
         if name.removeprefix("optimizer/") in partition.optimizer.counters and not (
@@ -136,8 +144,8 @@ def _restore(files: SliceFiles, state: State, partition: Partition, metrics: Met
                 torch.cuda.set_rng_state(own.tensor("random/cuda"), processes.device)
     if partition.loss_scaler and state.loss_scaler:
         _set_loss_scaler(vars(partition.loss_scaler), state.loss_scaler)
-    sums = [_stored(file, "metrics/loss_sum", torch.empty(1)) for file in ([own] if same_world else files.files)]
-    metrics.resume(float(torch.cat(sums).mean()), state.loss_steps)
+    share = range(processes.rank, state.world, processes.world)
+    return [float(_stored(files.files[rank], "metrics/loss_sum", torch.empty(1))) for rank in share]
 
 
 def _stored(file: TensorFile, name: str, like: Tensor) -> Tensor:

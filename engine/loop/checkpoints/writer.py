@@ -1,10 +1,13 @@
 """Writing checkpoints: aside, synced, published when every process's part is there, beside the training if asked for.
 
 Between steps, a file is written from where the state lies. To be written beside the training, the state is copied to host
-memory first. Writing needs no other process but the first, which waits until every process's digest is there and publishes.
+memory first. No collective is involved: every process syncs its file and its entry in the directory and tells the first its
+digest through the processes' store; the first publishes once all have told, and tells what became of it. For each checkpoint
+that is some 5 operations of the store a process, and a look every second while it waits.
 """
 
 import contextlib
+import json
 import os
 import threading
 import time
@@ -12,9 +15,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch.distributed as dist
 from torch import Tensor
 
-from engine.errors import UserError, disk_problem, first_line
+from engine.errors import LostProcess, UserError, disk_problem, first_line
 from engine.files import PARTIAL, digest, discard, sync, sync_files, write_json, write_text
 from engine.loop.checkpoints.layout import Depth, find
 from engine.loop.checkpoints.names import (
@@ -32,10 +36,12 @@ from engine.loop.metrics import Metrics
 from engine.loop.run import Run
 from engine.loop.weights.partition import Partition
 from engine.messages import say, warn
-from engine.processes import Processes
+from engine.processes import Processes, named
 from engine.tensors import PIECE, host_buffer, pieces_of, staged, write_pieces
 
-LONGEST_WAIT = 60.0  # seconds that a failed checkpoint takes room while others still write their parts of it
+PARTS_LIMIT = 600.0  # seconds that the first process waits for the others' parts once its own is written
+HEARD_LIMIT = 10.0  # seconds until the first, which may keep the store, leaves after a checkpoint that failed
+_FAILED = "!"  # what a process tells in place of a digest begins with it
 
 
 @dataclass
@@ -56,7 +62,8 @@ class Writer:
     token: str
     models: Callable[[Path], list[Path]] | None = None
     copy_seconds: float = 0.0
-    _parts_written: bool = False  # by all processes, as the first knows
+    _saves: int = 0
+    _store: dist.Store | None = None  # a client of its own: one that another thread waits with may be busy
     _thread: threading.Thread | None = None
     _error: BaseException | None = None
     _buffers: list[Tensor] = field(default_factory=list)
@@ -65,9 +72,12 @@ class Writer:
         """Every process must call it. Returns when the state is copied, or without `beside` when all of it is written.
 
         Raises:
-            UserError: this checkpoint, or the one before it, could not be written.
+            UserError, LostProcess: this checkpoint, or the one before it, could not be written; by all processes.
         """
         self.wait()
+        self._saves += 1
+        if self._store is None and self.processes.store is not None:
+            self._store = self.processes.own_store()
         self.processes.synchronize()
         snapshot = take(step, self.run, partition, metrics)
         if self.beside:
@@ -79,7 +89,6 @@ class Writer:
         else:
             self._work(snapshot, pieces_of(snapshot.tensors))
             self.wait()
-            self.processes.barrier()
 
     def wait(self) -> None:
         """Until what is being written is complete."""
@@ -102,16 +111,7 @@ class Writer:
         try:
             self._write(snapshot, pieces)
         except Exception as error:
-            problem = disk_problem(error) or (error.strerror or str(error) if isinstance(error, OSError) else None)
-            self._remove_half(self._aside(snapshot.step))
-            if problem is None:
-                self._error = error
-                return
-            self._error = UserError(
-                f"{self.directory / checkpoint_name(snapshot.step)} cannot be written: {problem}; {self._kept()}. Make "
-                "room or permit writing there, and continue with --resume_from_checkpoint latest",
-                alone=True,
-            )
+            self._error = error
         else:
             if self.processes.is_first:
                 written = time.perf_counter() - started
@@ -130,69 +130,129 @@ class Writer:
         return self.directory / f"{checkpoint_name(step)}-{self.token}{PARTIAL}"
 
     def _write(self, snapshot: Snapshot, pieces: Iterable[Tensor]) -> None:
-        rank = self.processes.rank
+        """Writes this process's part and tells it; returns when the checkpoint is published.
+
+        Raises:
+            UserError, LostProcess: it is not, and why; by all processes.
+        """
         aside = self._aside(snapshot.step)
-        self._parts_written = False
-        aside.mkdir(parents=True, exist_ok=True)
-        written = write_pieces(aside / rank_file(rank), snapshot.header, pieces)
-        if not self.processes.is_first and _failed(aside, 0).exists():
-            raise OSError("process 0 could not write its part")
-        half = _note(aside, rank).with_suffix(PARTIAL)
-        half.write_text(written)
-        sync(half)
-        half.rename(_note(aside, rank))  # from here on the first process may remove everything
-        if self.processes.is_first:
-            digests = self._digests(aside)
-            self._parts_written = True
+        file, failure = aside / rank_file(self.processes.rank), None
+        try:
+            aside.mkdir(parents=True, exist_ok=True)
+            note = write_pieces(file, snapshot.header, pieces)
+            sync(aside)  # its entry
+        except Exception as error:
+            failure, note = error, f"{_FAILED}{_problem(error) or first_line(error)}"
+            with contextlib.suppress(OSError):  # what it took of a full disk
+                discard(file)
+        try:
+            if self.processes.is_first:
+                self._complete(snapshot, note)
+            else:
+                self._tell(note)
+                self._hear()
+        except Exception:
+            with contextlib.suppress(OSError):
+                discard(file)
+            with contextlib.suppress(OSError):  # of those that did not fail in time, the last removes what is left
+                aside.rmdir()
+            if failure is not None and _problem(failure) is None:
+                raise failure from None
+            raise
+
+    def _complete(self, snapshot: Snapshot, note: str) -> None:
+        """Publishes the parts of all processes, and tells these what became of it.
+
+        Raises:
+            UserError, LostProcess: what is told.
+        """
+        aside, final = self._aside(snapshot.step), self.directory / checkpoint_name(snapshot.step)
+        try:
+            digests = self._digests(note)
             digests |= self._models(aside)
             write_json(aside / STATE, snapshot.state.model_dump())
             digests[STATE] = digest(aside / STATE)
             write_json(aside / MANIFEST, digests)
-            self._publish(aside, self.directory / checkpoint_name(snapshot.step))
-
-    def _digests(self, aside: Path) -> dict[str, str]:
-        """File -> digest, once every process has written its part; their notes of it are taken away."""
-        ranks = range(self.processes.world)
-        while not all(_note(aside, rank).exists() for rank in ranks):
-            for rank in ranks:
-                if _failed(aside, rank).exists():
-                    raise OSError(f"process {rank} could not write its part")
-            time.sleep(0.01)
-        digests = {rank_file(rank): _note(aside, rank).read_text() for rank in ranks}
-        for rank in ranks:
-            _note(aside, rank).unlink()
-        return digests
-
-    def _remove_half(self, aside: Path) -> None:
-        """Frees what a checkpoint that failed has taken of the disk: each process its part, the first also what is left.
-
-        The directory stays for the next start to sweep where other processes do not come to an end.
-        """
-        rank = self.processes.rank
-        with contextlib.suppress(OSError):
-            discard(aside / rank_file(rank))
-        with contextlib.suppress(OSError):
-            _failed(aside, rank).touch()  # the first process must not wait for this one
-        if self.processes.is_first and (self._parts_written or self._others_stopped(aside)):
+            self._publish(aside, final)
+        except LostProcess as error:  # which may still write there
+            said: Exception = LostProcess(f"{final} cannot be written: {error}; {self._kept()}")
+            self._tell_outcome(said)
+            raise said from None
+        except Exception as error:
             with contextlib.suppress(OSError):
                 discard(aside)
+            problem = _problem(error)
+            remedy = "Make room or permit writing there, and continue with --resume_from_checkpoint latest"
+            line = f"{final} cannot be written: {problem or first_line(error)}; {self._kept()}. {remedy}"
+            said = UserError(line, shared=True)
+            self._tell_outcome(said)
+            raise error if problem is None else said from None
+        self._tell_outcome(None)
 
-    def _others_stopped(self, aside: Path) -> bool:
-        """Whether no other process writes its part any more; this is waited for, if not for ever."""
-        given_up = time.monotonic() + LONGEST_WAIT
-        others = range(1, self.processes.world)
-        while not all(_note(aside, other).exists() or _failed(aside, other).exists() for other in others):
-            if time.monotonic() > given_up:
-                return False
-            time.sleep(0.01)
-        return True
+    def _key(self, name: object) -> str:
+        return f"checkpoint-{self.token}/{self._saves}/{name}"
+
+    def _tell(self, note: str) -> None:
+        """Tells the digest of this process's part, or what kept it from writing that."""
+        assert self._store is not None
+        self._store.set(self._key(self.processes.rank), note)
+        if self._store.add(self._key("count"), 1) == self.processes.world:
+            self._store.set(self._key("all"), "")
+
+    def _digests(self, note: str) -> dict[str, str]:
+        """File -> digest, once every process has told that of its part.
+
+        Raises:
+            OSError: some could not write theirs.
+            LostProcess: some did not tell in time.
+        """
+        notes, ranks = [note], range(self.processes.world)
+        if self._store is not None:
+            self._tell(note)
+            if not self.processes.wait(self._key("all"), self._store, PARTS_LIMIT):
+                late = [rank for rank in ranks if not self._store.check([self._key(rank)])]
+                raise LostProcess(f"{named(late)} did not write {'their parts' if len(late) > 1 else 'its part'} within "
+                                  f"{PARTS_LIMIT:g} seconds after the first")  # fmt: skip
+            notes = [told.decode() for told in self._store.multi_get([self._key(rank) for rank in ranks])]
+        failed = [rank for rank in ranks if notes[rank].startswith(_FAILED)]
+        if failed:
+            problem = notes[failed[0]].removeprefix(_FAILED)
+            raise OSError(f"{named(failed)}: {problem}" if len(ranks) > 1 else problem)
+        return {rank_file(rank): notes[rank] for rank in ranks}
+
+    def _tell_outcome(self, error: Exception | None) -> None:
+        """Tells the others that the checkpoint is published, or what they, too, are to raise; this they have then heard."""
+        if self._store is None:
+            return
+        self._store.set(self._key("outcome"), json.dumps([isinstance(error, LostProcess), str(error or "")]))
+        if error is not None:
+            with contextlib.suppress(LostProcess):
+                self.processes.wait(self._key("heard"), self._store, HEARD_LIMIT)
+
+    def _hear(self) -> None:
+        """Waits until the first process has told what became of the checkpoint.
+
+        Raises:
+            UserError, LostProcess: it is not published.
+        """
+        assert self._store is not None
+        self.processes.wait(self._key("outcome"), self._store)
+        lost, line = json.loads(self._store.get(self._key("outcome")))
+        self._store.delete_key(self._key(self.processes.rank))
+        if line:
+            if self._store.add(self._key("hearing"), 1) == self.processes.world - 1:
+                self._store.set(self._key("heard"), "")
+            raise LostProcess(line) if lost else UserError(line, shared=True)
 
     def _models(self, aside: Path) -> dict[str, str]:
         """File -> digest of the models for others to open. The training needs none of it: what keeps them away is a warning."""
         if self.models is None:
             return {}
         try:
-            return {path.relative_to(aside).as_posix(): digest(path) for path in self.models(aside)}
+            digests = {path.relative_to(aside).as_posix(): digest(path) for path in self.models(aside)}
+            for folder in {(aside / name).parent for name in digests}:
+                sync_files(folder)
+            return digests
         except Exception as error:  # a full disk, say
             for folder in (path for path in aside.iterdir() if path.is_dir()):
                 discard(folder)
@@ -201,7 +261,7 @@ class Writer:
 
     def _publish(self, aside: Path, final: Path) -> None:
         replaced = final.with_name(f"{final.name}{REPLACED}")
-        sync_files(aside)  # before the one of the same step is out of the way
+        sync(aside)  # before the one of the same step is out of the way
         if os.path.lexists(final):
             discard(replaced)
             final.rename(replaced)
@@ -221,14 +281,9 @@ class Writer:
                 _remove_old(old)
 
 
-def _note(aside: Path, rank: int) -> Path:
-    """Where a process leaves the digest of its part, once this is written."""
-    return aside / f"rank-{rank}.digest"
-
-
-def _failed(aside: Path, rank: int) -> Path:
-    """What a process leaves that could not write its part."""
-    return aside / f"rank-{rank}.failed"
+def _problem(error: Exception) -> str | None:
+    """What the disk, or another process's, did wrong."""
+    return disk_problem(error) or (error.strerror or str(error) if isinstance(error, OSError) else None)
 
 
 def _remove_old(checkpoint: Path) -> None:
