@@ -14,24 +14,37 @@ computed as DeepSpeed 0.19.8 and the collectives below it do:
 The error is relative to the exact mean of the same gradients, L2 over elements. The gradients differ in how those of the
 processes are related; noise is normal, independent, and in units of the mean, which is normal over elements:
 
-- `equal`: all have the same; `noise 0.1`, `noise 1`, `noise 10`: a mean and noise; `noise alone`: no mean;
+- `equal`: all have the same; `noise 0.1`, `noise 0.5`, `noise 1`, `noise 10`: a mean and noise; `noise alone`: no mean;
 - `equal signs`: the mean times what is uniform in 0.5 to 1.5;
 - `wide range`: noise, of which each process's size and each element's is log-normal, a factor of 20 either way.
+
+`--model` adds gradients of a tiny Stable Diffusion, of which each process has a micro-batch of 4 random records, before
+training and after 100 steps, and says how large their noise is in units of their mean.
 
 fp16 gradients are scaled so that the largest is near the largest number, as the loss scale comes to do; small ones lose digits
 when they are divided.
 """
 
 import argparse
+import itertools
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+import engine.quiet  # noqa: F401 (before the libraries that it quiets)
+
+# isort: split
 from torch import Tensor
 
+from benchmarks.tools.published import open_tiny
 from benchmarks.tools.rows import write_result
+from benchmarks.tools.sides import batch_of, open_training, random_records
+from engine.loop.step import predict_and_compare
+from engine.quiet import quiet_libraries
 
 WORLDS = [8, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
 ELEMENTS = 4096
@@ -51,6 +64,7 @@ def wide_range(mean: Tensor, noise: Tensor) -> Tensor:
 STRUCTURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "equal": lambda mean, noise: mean.expand_as(noise),
     "noise 0.1": with_noise(0.1),
+    "noise 0.5": with_noise(0.5),
     "noise 1": with_noise(1.0),
     "noise 10": with_noise(10.0),
     "noise alone": lambda mean, noise: noise,
@@ -103,13 +117,48 @@ def errors(values: Tensor) -> dict[str, float]:
     }
 
 
-def measure(worlds: list[int], elements: int) -> list[dict[str, Any]]:
+def gradients_of_a_model(steps: tuple[int, ...], world: int, elements: int) -> dict[str, Tensor]:
+    """Some elements [world, elements] of a tiny model's gradients after so many steps of training, one row for each process."""
+    device, size, seed = torch.device("cpu"), 4, 7
+    with tempfile.TemporaryDirectory() as directory:
+        family = open_tiny("sd", Path(directory))
+        training = open_training(family, family.load_model(), device, size, learning_rate=1e-3)
+    generator, partition = _generator(4), training.partition
+    batches = (batch_of(family, random_records(family, size, device, generator), size * n, device) for n in itertools.count())
+    shown = torch.randperm(sum(weight.numel() for weight in partition.parameters), generator=_generator(5))[:elements]
+    found = {}
+    numbers = itertools.count(1)
+    for before, until in itertools.pairwise((0, *steps)):
+        for number in itertools.islice(numbers, until - before):
+            training.train_step(batches, number)
+        rows = []
+        for batch in itertools.islice(batches, world):
+            scale = torch.full((1,), 1 / size)
+            _, prediction, gradient = predict_and_compare(
+                partition.module, family, batch, training.config, torch.tensor([seed]), scale
+            )
+            parts = torch.autograd.grad(prediction, partition.parameters, gradient, materialize_grads=True)
+            rows.append(torch.cat([part.flatten() for part in parts])[shown])
+        found[f"tiny model after {until} steps"] = torch.stack(rows)
+    return found
+
+
+def noise(gradients: Tensor) -> float:
+    """The noise of each of gradients [N, elements] in units of their mean, both L2 and as they would be over endless N."""
+    variance = gradients.var(0).sum()
+    mean = gradients.mean(0).square().sum() - variance / len(gradients)
+    return float((variance / mean).sqrt())
+
+
+def measure(worlds: list[int], elements: int, found: dict[str, Tensor] | None = None) -> list[dict[str, Any]]:
+    """A row for each number of processes and kind of gradients, those `found` among them."""
+    mean, apart = (torch.randn(count, elements, generator=_generator(count)) for count in (1, max(worlds)))
     rows: list[dict[str, Any]] = []
     for world in worlds:
         for name, structure in STRUCTURES.items():
-            mean = torch.randn(1, elements, generator=_generator(2))
-            noise = torch.randn(world, elements, generator=_generator(3))
-            rows.append({"processes": world, "gradients": name, **errors(structure(mean, noise))})
+            rows.append({"processes": world, "gradients": name, **errors(structure(mean, apart[:world]))})
+        for name, gradients in (found or {}).items():
+            rows.append({"processes": world, "gradients": name, "noise": noise(gradients), **errors(gradients[:world])})
     return rows
 
 
@@ -117,10 +166,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: the error by number of processes; of other sums than in bf16 around a ring only that of the worst gradients."""
     worlds = list(dict.fromkeys(row["processes"] for row in rows))
     lines = [f"| sum | gradients | {' | '.join(f'{world:,}' for world in worlds)} |", "|---" * (len(worlds) + 2) + "|"]
-    for name in STRUCTURES:
+    for name in dict.fromkeys(row["gradients"] for row in rows):
         cells = [f"{row['bf16 ring']:.1%}" for row in rows if row["gradients"] == name]
         lines.append(f"| bf16 ring | {name} | {' | '.join(cells)} |")
-    for way in [name for name in rows[0] if name not in ("processes", "gradients", "bf16 ring")]:
+    for way in [name for name in rows[0] if name not in ("processes", "gradients", "bf16 ring", "noise")]:
         worst = [max(row[way] for row in rows if row["processes"] == world) for world in worlds]
         cells = [f"{value:.2%}" if value > 1e-5 else f"{value:.0e}" for value in worst]
         lines.append(f"| {way} | the worst | {' | '.join(cells)} |")
@@ -130,10 +179,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser("benchmarks.operations.reduction", description=__doc__.splitlines()[0])
     parser.add_argument("--elements", type=int, default=ELEMENTS, help="of a gradient (default: %(default)s)")
+    parser.add_argument("--model", action="store_true", help="gradients of a tiny model too (minutes)")
     parser.add_argument("--json", type=Path, help="write the results there too")
     options = parser.parse_args()
-    rows = measure(WORLDS, options.elements)
-    print(table(rows))
+    quiet_libraries()
+    found = gradients_of_a_model((0, 100), max(WORLDS), options.elements) if options.model else {}
+    rows = measure(WORLDS, options.elements, found)
+    print(table(rows), *(f"{name}: noise {noise(gradients):.1f}" for name, gradients in found.items()), sep="\n")
     write_result(options.json, __doc__, elements=options.elements, rows=rows)
     return 0
 

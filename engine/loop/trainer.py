@@ -50,7 +50,7 @@ from engine.loop.resume import (
 )
 from engine.loop.run import Run
 from engine.loop.step import Step
-from engine.loop.validation import validate
+from engine.loop.validation import seconds_at_most, validate
 from engine.loop.watchdog import Watchdog
 from engine.loop.weights import needs_deepspeed, open_partition
 from engine.loop.weights.zero import check_deepspeed
@@ -59,7 +59,7 @@ from engine.models.family import Family, open_family
 from engine.processes import Processes, StopSignal
 
 FIRST_STEP, COMPILING = 1800.0, 3600.0  # seconds for the first step, and where it compiles everything at maximum effort
-BESIDE = 3600.0  # seconds for a checkpoint or a validation between two steps
+BESIDE = 3600.0  # seconds for a checkpoint between two steps
 
 
 def train(config: TrainConfig) -> int:
@@ -291,7 +291,7 @@ class Training:
         if save:
             self._beside_training(self.save)
         if config.validation_prompts and self.step < self.run.steps and self._epoch_to_validate():
-            self._beside_training(lambda: self.validate(log))
+            self._beside_training(lambda: self.validate(log), seconds_at_most(config, self.processes.world))
 
     def _leave_damaged(self) -> None:
         """Saves what was trained before any process met damage, and says what that is; to be called by all."""
@@ -315,10 +315,14 @@ class Training:
         self.checkpoints.save(self.step, self.partition, self.metrics)
         self.saved = self.step
 
-    def _beside_training(self, work: Callable[[], Any]) -> None:
-        """Runs work that is not a step, on nobody's clock, once the steps before it are finished."""
+    def _beside_training(self, work: Callable[[], Any], limit: float = BESIDE) -> None:
+        """Runs work that is not a step, on nobody's clock, once the steps before it are finished.
+
+        Args:
+            limit: seconds after which it is given up for hung.
+        """
         self.pace.wait()
-        with self.watchdog.paused(BESIDE) if self.watchdog else contextlib.nullcontext():
+        with self.watchdog.paused(limit) if self.watchdog else contextlib.nullcontext():
             self.metrics.exclude(work)
 
     def _stop_when_skipping(self, skipped: int) -> None:

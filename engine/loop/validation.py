@@ -19,7 +19,15 @@ from engine.models.family import Family
 from engine.models.pipelines import draw
 from engine.picture import labelled_grid, save_png
 
+LOADING_LIMIT, DRAWING_LIMIT = 900.0, 600.0  # seconds for the parts of a pipeline from a cold shared disk, and for an image
+
 Drawn = tuple[dict[int, np.ndarray], str | None]  # a process's images, uint8 [H, W, 3], by their number; what went wrong
+
+
+def seconds_at_most(config: TrainConfig, world: int) -> float:
+    """After which time a drawing that has not ended is given up for hung."""
+    images = len(config.validation_prompts or []) * config.num_validation_images
+    return LOADING_LIMIT + DRAWING_LIMIT * -(-images // min(images, world))
 
 
 def validate(config: TrainConfig, family: Family, partition: Partition, seed: int, step: int) -> Image.Image | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from engine.loop.validation import who_draws
+from engine.loop.validation import DRAWING_LIMIT, LOADING_LIMIT, seconds_at_most, who_draws
 from tests.commands import start_two
 from tests.loop import pictures
 from tests.loop.runs import command, config
@@ -56,3 +56,10 @@ def test_one_process_of_each_node_draws_before_a_second_one():
     assert who_draws(nodes_of_four, 4) == [0, 4, 8, 1]
     assert who_draws(list(range(8)) * 128, 4) == [0, 8, 16, 24]
     assert who_draws([0, 1], 5) == [0, 1]
+
+
+def test_a_drawing_may_take_as_long_as_the_images_of_one_process():
+    options = {"validation_prompts": ["a", "b"], "num_validation_images": 2}
+    run = config(Path("model"), Path("images"), Path("shards"), Path("out"), **options)
+    assert seconds_at_most(run, 1024) == LOADING_LIMIT + DRAWING_LIMIT
+    assert seconds_at_most(run, 3) == LOADING_LIMIT + 2 * DRAWING_LIMIT
