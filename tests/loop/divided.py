@@ -111,7 +111,7 @@ def patch(words: list[str], others: bool) -> None:
             raise layout.Damaged("not there yet")
         return manifest(checkpoint)
 
-    processes.BEAT, processes.SILENCE, writer.HEARD_LIMIT = 0.2, 2.0, 1.0
+    processes.BEAT, processes.SILENCE = 0.2, 2.0
     writer.PARTS_LIMIT = 1.0 if "stuck" in words else 60.0
     layout.SAME_DIRECTORY = 1.0 if "blind" in words else 600.0
     if others:

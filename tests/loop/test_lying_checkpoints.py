@@ -431,6 +431,19 @@ def test_a_pointer_is_followed_and_what_it_names_is_never_passed_over_in_silence
     assert "taking the newest that is whole" in capsys.readouterr().err
 
 
+def test_in_place_of_the_latest_earlier_steps_come_first_and_then_what_the_run_was_taken_back_from(output, capsys):
+    later = Path(shutil.copytree(output / "checkpoint-4", output / "checkpoint-6"))
+    write_json(later / STATE, json.loads((later / STATE).read_text()) | {"step": 6})
+    agree(later)
+    flip_last_byte(output / "checkpoint-4" / RANK)
+    for taken, damaged in (("checkpoint-2", RANK), ("checkpoint-6", STATE)):
+        assert layout.open_newest(output / "checkpoint-4", Processes()).path.name == taken
+        assert f"checkpoint-4: damaged: {RANK} missing or altered; going on from {taken}" in capsys.readouterr().err
+        flip_last_byte(output / taken / damaged)
+    with pytest.raises(UserError, match=f"checkpoint-4: damaged: {RANK} missing or altered; there is no other that is whole"):
+        layout.open_newest(output / "checkpoint-4", Processes())
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOSPC])
 @pytest.mark.parametrize("name", [MANIFEST, STATE, RANK])
 def test_a_failing_disk_is_named_and_no_other_checkpoint_is_advised(name, number, checkpoint, monkeypatch):

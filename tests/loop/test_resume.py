@@ -11,9 +11,9 @@ from engine.config.options import ALTER_THE_RESULT, TrainConfig
 from engine.errors import UserError
 from engine.files import digest, write_json
 from engine.loop import trainer
-from engine.loop.checkpoints.layout import complete_checkpoints
+from engine.loop.checkpoints.layout import complete_checkpoints, open_checked
 from engine.loop.trainer import train
-from tests.loop.runs import config
+from tests.loop.runs import config, flip_last_byte
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +217,33 @@ def test_what_a_launcher_starts_again_goes_on(model, images, shards, tmp_path, m
     assert train(run) == 0
     assert "Continuing from" in capsys.readouterr().err
     assert [path.name for path in sorted(output.glob("checkpoint-*"))] == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_what_a_launcher_starts_again_goes_on_from_what_it_saved_and_not_from_where_it_began(output, run, monkeypatch, capsys):
+    moved = output.rename(output.with_name("elsewhere")) / "checkpoint-2"
+    begun = {"resume_from_checkpoint": str(moved), "checkpointing_steps": 1}
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    output.mkdir()
+    (output / "metrics.jsonl").write_text('{"step": 2}\n')
+    assert run(max_train_steps=3, **begun) == 0, "an attempt that saved nothing is no reason to refuse"
+    assert f"Continuing from {moved}" in capsys.readouterr().err
+    assert run(max_train_steps=4, **begun) == 0
+    assert f"Continuing from {output / 'checkpoint-3'}" in capsys.readouterr().err
+
+
+def test_where_the_latest_is_damaged_the_run_goes_on_from_the_newest_that_is_whole(output, run, capsys):
+    weights = digest(output / "unet" / "diffusion_pytorch_model.safetensors")
+    for step, name in ((8, "rank-0.safetensors"), (6, "state.json")):
+        flip_last_byte(output / f"checkpoint-{step}" / name)
+    with pytest.raises(UserError, match=r"checkpoint-8: damaged: .*; resume from .*checkpoint-4 instead"):
+        run(resume_from_checkpoint="checkpoint-8", max_train_steps=8)
+    assert run(resume_from_checkpoint="latest", max_train_steps=8, checkpointing_steps=2) == 0
+    said = capsys.readouterr().err
+    damaged = f"warning: {output / 'checkpoint-8'}: damaged: rank-0.safetensors missing or altered"
+    assert f"{damaged}; going on from checkpoint-4, the newest other that is whole\n" in said
+    assert f"Continuing from {output / 'checkpoint-4'}" in said
+    assert digest(output / "unet" / "diffusion_pytorch_model.safetensors") == weights
+    assert open_checked(output / "checkpoint-8").state.step == 8, "written again"
 
 
 def test_a_run_that_left_no_checkpoint_is_not_said_to_go_on(model, images, shards, tmp_path):

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.errors import LostProcess, UserError, disk_problem, first_line
+from engine.errors import LostProcess, UserError, disk_problem, first_line, lost_a_process
 from engine.files import PARTIAL, digest, discard, sync, sync_files, write_json, write_text
 from engine.loop.checkpoints.layout import Depth, find
 from engine.loop.checkpoints.names import (
@@ -40,7 +40,6 @@ from engine.processes import Processes, named
 from engine.tensors import PIECE, host_buffer, pieces_of, staged, write_pieces
 
 PARTS_LIMIT = 600.0  # seconds that the first process waits for the others' parts once its own is written
-HEARD_LIMIT = 10.0  # seconds until the first, which may keep the store, leaves after a checkpoint that failed
 _FAILED = "!"  # what a process tells in place of a digest begins with it
 
 
@@ -63,6 +62,7 @@ class Writer:
     models: Callable[[Path], list[Path]] | None = None
     copy_seconds: float = 0.0
     _saves: int = 0
+    _saving: bool = False
     _store: dist.Store | None = None  # a client of its own: one that another thread waits with may be busy
     _thread: threading.Thread | None = None
     _error: BaseException | None = None
@@ -75,7 +75,7 @@ class Writer:
             UserError, LostProcess: this checkpoint, or the one before it, could not be written; by all processes.
         """
         self.wait()
-        self._saves += 1
+        self._saves, self._saving = self._saves + 1, True
         if self._store is None and self.processes.store is not None:
             self._store = self.processes.own_store()
         self.processes.synchronize()
@@ -91,12 +91,19 @@ class Writer:
             self.wait()
 
     def wait(self) -> None:
-        """Until what is being written is complete."""
+        """Until what is being written is complete. Every process must call it.
+
+        Raises:
+            UserError, LostProcess: it could not be written; by all processes.
+        """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
+        error, self._error = self._error, None
+        if self._saving and not (error and lost_a_process(error)):
+            self.processes.barrier()  # the first process may keep the store, and must not leave while others look there
+        self._saving = False
+        if error is not None:
             raise error
 
     def _copied(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -221,13 +228,9 @@ class Writer:
         return {rank_file(rank): notes[rank] for rank in ranks}
 
     def _tell_outcome(self, error: Exception | None) -> None:
-        """Tells the others that the checkpoint is published, or what they, too, are to raise; this they have then heard."""
-        if self._store is None:
-            return
-        self._store.set(self._key("outcome"), json.dumps([isinstance(error, LostProcess), str(error or "")]))
-        if error is not None:
-            with contextlib.suppress(LostProcess):
-                self.processes.wait(self._key("heard"), self._store, HEARD_LIMIT)
+        """Tells the others that the checkpoint is published, or what they, too, are to raise."""
+        if self._store is not None:
+            self._store.set(self._key("outcome"), json.dumps([isinstance(error, LostProcess), str(error or "")]))
 
     def _hear(self) -> None:
         """Waits until the first process has told what became of the checkpoint.
@@ -240,8 +243,6 @@ class Writer:
         lost, line = json.loads(self._store.get(self._key("outcome")))
         self._store.delete_key(self._key(self.processes.rank))
         if line:
-            if self._store.add(self._key("hearing"), 1) == self.processes.world - 1:
-                self._store.set(self._key("heard"), "")
             raise LostProcess(line) if lost else UserError(line, shared=True)
 
     def _models(self, aside: Path) -> dict[str, str]:
