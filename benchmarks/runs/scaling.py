@@ -4,9 +4,9 @@ Nothing is measured. A step's time is
 
 - operations: batch x training operations / (matrix product x utilisation);
 - optimizer: 38 bytes per parameter that a process updates, at the memory's speed;
-- communication: the bytes of `payload`, by the faster of ring and tree (Thakur et al., "Optimization of collective
-  communication operations in MPICH", 2005), within a node over NVLink and between nodes over one network card per GPU, the two
-  at the same time;
+- communication: the bytes of `payload`, of reductions twice where the engine makes them in fp32, by the faster of ring and tree
+  (Thakur et al., "Optimization of collective communication operations in MPICH", 2005), within a node over NVLink and between
+  nodes over one network card per GPU, the two at the same time;
 - captured (stages 1 and 2): nothing else. Reductions follow the backward pass, and nothing waits for the host;
 - overlapped: what of the reductions hides behind the backward pass comes off, and what the device waits for the host is added,
   as `engine.loop.overlap` estimates both. `--cuda_graphs auto` takes the faster; stage 3 is never captured. `compiled` models

@@ -49,7 +49,8 @@ def main(arguments: list[str]) -> None:
         )  # fmt: skip
         of_a_file = config.model_copy(update={"deepspeed_config": theirs})
         row = {"precision": precision, "stage": stage, "captured": captured, "offload": offload, "micro_batches": steps}
-        for name, threshold, given in (("above", 2, config), ("below", 3, config), ("file", 2, of_a_file)):
+        cases = [("above", 2, config), ("below", 3, config), ("file", 2, of_a_file)]
+        for name, threshold, given in cases if (precision, steps) == ("bf16", 2) else cases[:1]:
             zero_options.FP32_REDUCTION = threshold
             row[name], row[f"{name}_weights"] = count(given, processes, captured)
         if processes.is_first:

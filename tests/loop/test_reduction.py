@@ -24,11 +24,13 @@ def test_many_processes_reduce_in_fp32_at_every_stage_and_in_every_way(tmp_path)
     run_two([sys.executable, "-m", "tests.loop.reductions", str(rows), str(theirs)])
     counted = [json.loads(line) for line in rows.read_text().splitlines()]
     assert len(counted) == 2 * 7 * 2
+    assert sum("below" in row for row in counted) == 7
     for row in counted:
         reductions = 1 if row["stage"] == 1 else row["micro_batches"]  # stage 1 reduces the sum of its micro-batches
         assert row["above"] == 4 * PARAMETERS * reductions, row
-        assert row["below"] == row["file"] == 2 * PARAMETERS * reductions, row
-        assert row["above_weights"] == pytest.approx(row["below_weights"], rel=1e-2), row
+        if "below" in row:
+            assert row["below"] == row["file"] == 2 * PARAMETERS * reductions, row
+            assert row["above_weights"] == pytest.approx(row["below_weights"], rel=1e-2), row
 
 
 def test_the_precision_of_reductions_is_the_files_else_by_the_number_of_processes(tmp_path, monkeypatch):
