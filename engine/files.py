@@ -221,8 +221,8 @@ def lock(directory: Path, shared: bool = False) -> int | None:
 
 
 def unlock(descriptor: int, directory: Path) -> None:
-    """Lets go of what `lock` gave. Who is last removes the file."""
-    if excludes_others(descriptor, directory):
+    """Lets go of what `lock` gave. Who is last removes the file; where nobody can know that, each does."""
+    if hold(descriptor, directory) is not False:
         with contextlib.suppress(OSError):
             (directory / LOCK).unlink()
     os.close(descriptor)

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -16,6 +17,8 @@ import torch.distributed as dist
 
 from engine import launcher
 from engine.errors import TRY_AGAIN, LostProcess, UserError, first_line, leaving
+from engine.files import is_held
+from engine.messages import warn
 
 T = TypeVar("T")
 _TIMEOUT = datetime.timedelta(minutes=60)  # of a collective
@@ -192,10 +195,9 @@ class Processes:
         """Whether this is the first process of its node to ask, so that it says something for all; any thread may."""
         return self._beats.add(f"{what}/{self.rank - self.local_rank}", 1) == 1
 
-    def _look(self) -> None:
-        """Raises `LostProcess` where one that is waited for is gone: the first looks at all, the others at the first."""
-        ranks, now = list(range(self.world) if self.is_first else [0]), time.monotonic()
-        left, silent = [], []
+    def _gone(self, ranks: list[int]) -> tuple[list[int], list[int]]:
+        """Which of the processes left, and which give no sign of life any more."""
+        now, left, silent = time.monotonic(), [], []
         for rank, sign in zip(ranks, self._beats.multi_get([f"alive/{rank}" for rank in ranks]), strict=True):
             if self._seen.get(rank, (b"", 0.0))[0] != sign:
                 self._seen[rank] = sign, now
@@ -203,6 +205,20 @@ class Processes:
                 left.append(rank)
             elif now - self._seen[rank][1] > SILENCE:
                 silent.append(rank)
+        return left, silent
+
+    def is_mine(self, what: str) -> bool:
+        """Whether this process may do what one alone should: the first that asks, and when that is gone the next."""
+        if self.store is None:
+            return True
+        holder, mine = self.store.compare_set(what, "", str(self.rank)), str(self.rank).encode()
+        if holder != mine and any(self._gone([int(holder)])):
+            holder = self.store.compare_set(what, holder.decode(), str(self.rank))
+        return bool(holder == mine)
+
+    def _look(self) -> None:
+        """Raises `LostProcess` where one that is waited for is gone: the first looks at all, the others at the first."""
+        left, silent = self._gone(list(range(self.world) if self.is_first else [0]))
         if left:
             raise LostProcess(f"{named(left)} left; the message of that one, or the launcher's, says why")
         if silent:
@@ -385,6 +401,17 @@ def _offline() -> Iterator[None]:
             if name in before:
                 os.environ[name] = before[name]
         switch(was)
+
+
+def warn_of_local_locks(directory: Path, processes: Processes) -> None:
+    """Has the first process of another node look whether it sees that the first of all holds a directory with `files.lock`."""
+    if processes.world > launcher.local_world():
+        looks = processes.rank == launcher.local_world()
+        if False in processes.gather_objects(is_held(directory) if looks else None):
+            warn(
+                f"{directory}: locks there hold on one node only (as mounted with `nolock`, `local_lock` or `localflock`), so "
+                "nothing keeps a run of another node from writing there too; start none beside this one"
+            )
 
 
 class StopSignal:

@@ -10,7 +10,7 @@ LAYERS = [
     "engine.storage", "engine.tensors", "engine.picture", "engine.config", "engine.processes", "engine.backends", "cpp_ext",
     "engine.philox", "engine.diffusion", "engine.kernels", "engine.data.format", "engine.data.samples",
     "engine.data.transforms", "engine.data.report", "engine.data.sources", "engine.models", "engine.data.identity",
-    "engine.data.plan", "engine.data.claims", "engine.data.records", "engine.data.found",
+    "engine.data.plan", "engine.data.handed", "engine.data.claims", "engine.data.records", "engine.data.found",
     "engine.data.encode", "engine.data.describe", "engine.data.convert", "engine.data", "engine.loop", "engine.run",
     "engine.shards", "engine.cache", "engine.checkpoint", "engine.sample", "engine.export", "benchmarks.tools", "benchmarks",
 ]  # fmt: skip

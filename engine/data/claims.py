@@ -2,8 +2,9 @@
 
 A file beside the shards, which is there while they are built, has a slot for each: how many of its samples are done and, once
 it is complete, what the index will say of it. A byte of the file is locked by whoever works on a shard; the operating system
-gives it back when that process ends, however it does. Where there are no locks, everyone may work on everything: complete
-shards are the same whoever wrote them.
+gives it back when that process ends, however it does. The processes of a launch claim shards through their store too, where one
+that gives no sign of life loses its own. Where there are no locks, launches may work on the same: complete shards are the same
+whoever wrote them.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ import xxhash
 from engine.data.format.index import ENTRY
 from engine.data.plan import Plan
 from engine.files import hold
+from engine.processes import Processes
 
 BUILDING = "building"
 # told: what tells the samples of its block from others; check: XXH3 of the bytes before it.
@@ -28,11 +30,17 @@ PAUSE = 0.2  # seconds between two looks at what another process holds
 
 
 class Claims:
-    """The file of a directory, opened by this process."""
+    """The file of a directory, opened by this process.
 
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / BUILDING
-        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    Args:
+        processes: of this launch, which agree beside the file, as locks may hold on one node only, or not at all.
+        build: which one of this launch this is.
+        create: the file, where there is none.
+    """
+
+    def __init__(self, directory: Path, processes: Processes | None = None, build: int = 0, create: bool = True) -> None:
+        self.path, self.processes, self.build = directory / BUILDING, processes, build
+        self.descriptor = os.open(self.path, os.O_RDWR | (os.O_CREAT if create else 0) | os.O_NOFOLLOW, 0o666)
 
     def leave(self) -> None:
         """Closes the file, and removes it where nothing was begun."""
@@ -62,11 +70,11 @@ class Claims:
     @contextlib.contextmanager
     def shard(self, place: int) -> Iterator[bool]:
         """Claims the shard of a block by its place in the plan; gives whether it is this process's now."""
-        mine = self._lock(_SLOTS + place)
+        free = self._lock(_SLOTS + place)
         try:
-            yield mine
+            yield free and (self.processes is None or self.processes.is_mine(f"shard/{self.build}/{place}"))
         finally:
-            if mine:
+            if free:
                 self._lock(_SLOTS + place, fcntl.F_UNLCK)
 
     @contextlib.contextmanager

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,50 +45,59 @@ from engine.data.found import (
     plan_of_others,
     replanned,
 )
+from engine.data.handed import VISIBLE, Handed, hand_over
 from engine.data.identity import recipe_of
 from engine.data.plan import Plan, read_plan
 from engine.data.records import Outcome, all_refused, encode_shard, none_usable, strict
 from engine.data.report import describe_refused, say_refused
+from engine.data.sources import open_source
 from engine.data.sources.interface import Source
 from engine.errors import UserError
 from engine.files import digest_of, excludes_others, lock, share, unlock
 from engine.messages import Progress, busy, say, warn
 from engine.models.encoder import Encoder, Encoding
-from engine.processes import Processes
+from engine.processes import Processes, warn_of_local_locks
 
 
 def encode_source(
     config: CacheConfig,
     encoding: Encoding,
-    source: Source,
+    source: Source | None,
     processes: Processes,
     check: Callable[[dict[str, Any]], None] = lambda identity: None,
 ) -> Index:
     """Encodes what is missing of the shards and returns the index.
 
     Args:
+        source: None in all processes but the first, which alone lists and looks, and tells the others.
         check: is given the identity of the shards, to raise what is against it: at the end, and without what is not known yet
             before anything is encoded.
 
     Raises:
         UserError: the directory holds shards of something else, no sample can be used, or `--strict` met one that cannot.
     """
-    with busy("Hashing the frozen models and listing the data set"):
-        task = Task(config, encoding, source, recipe_of(config, encoding), *source.stamps())
-        found = look(task)
-        index = complete_index(task, found, read=False) or (
-            None if _may_write(task.directory) else complete_index(task, found, read=True)
-        )
-    complete = all(processes.gather_objects(index is not None))
-    if index is None or not complete:
-        check(task.recipe)
-        _refuse_known(task)
-        task.directory.mkdir(parents=True, exist_ok=True)
-        with _directory(config) as held:
-            index = complete_index(task, look(task), read=False) or _build(task, processes, held, check)
-        processes.barrier()
-        for noticed, count in sum(processes.gather_objects(source.noticed), Counter()).items():
-            say(f"{count} of {len(source)} images: {noticed}")
+    tasks: list[Task] = []  # the first process's
+
+    def complete() -> Index | None:
+        assert source is not None
+        with busy("Hashing the frozen models and listing the data set"):
+            task = Task(config, encoding, source, recipe_of(config, encoding), *source.stamps())
+            tasks.append(task)
+            found = look(task)
+            index = complete_index(task, found, read=False) or (
+                None if _may_write(task.directory) else complete_index(task, found, read=True)
+            )
+        if index is None:
+            check(task.recipe)
+            _refuse_known(task)
+            task.directory.mkdir(parents=True, exist_ok=True)
+        return index
+
+    index = processes.computed_by_first(complete)
+    if index is None:
+        with _directory(config, processes) as held:
+            index = processes.computed_by_first(lambda: complete_index(tasks[0], look(tasks[0]), read=False))
+            index = index or _build(config, encoding, tasks, processes, held, check)
     check(index.identity)
     if config.strict and index.refused_count:
         raise UserError(f"--strict: {describe_refused(index.refused)}")
@@ -106,20 +116,30 @@ def _refuse_known(task: Task) -> None:
 
 
 @contextlib.contextmanager
-def _directory(config: CacheConfig) -> Iterator[int | None]:
-    """Holds the directory of the shards together with others that build there, once nobody has it alone."""
+def _directory(config: CacheConfig, processes: Processes) -> Iterator[int | None]:
+    """Holds the directory of the shards together with others that build there, once nobody has it alone; for a launch its first
+    process does."""
     directory, said = config.shards_path, False
     # A training holds its output directory already.
     if isinstance(config, TrainConfig) and directory.resolve() == Path(config.output_dir).resolve():
         yield None
         return
-    while (held := lock(directory, shared=True)) is None:
-        said = said or _say_waiting(directory)
-        time.sleep(1)
+
+    held: int | None = None
+
+    def wait() -> None:
+        nonlocal held, said
+        while (held := lock(directory, shared=True)) is None:
+            said = said or _say_waiting(directory)
+            time.sleep(1)
+
+    processes.computed_by_first(wait)
     try:
+        warn_of_local_locks(directory, processes)
         yield held
     finally:
-        unlock(held, directory)
+        if held is not None:
+            unlock(held, directory)
 
 
 def _say_waiting(directory: Path) -> bool:
@@ -135,30 +155,122 @@ def _place_of(index: Index, sample: int) -> int:
     return int(np.searchsorted(index.shards["first_sample"], sample, side="right")) - 1
 
 
-def _build(task: Task, processes: Processes, held: int | None, check: Callable[[dict[str, Any]], None]) -> Index:
-    """Builds beside whoever else does; once more where others ended that build and began another meanwhile."""
-    started = time.perf_counter()
+def _build(
+    config: CacheConfig,
+    encoding: Encoding,
+    tasks: list[Task],
+    processes: Processes,
+    held: int | None,
+    check: Callable[[dict[str, Any]], None],
+) -> Index:
+    """Builds beside whoever else does; once more where others ended that build and began another meanwhile.
+
+    Args:
+        tasks: the first process's.
+    """
+    started, builds = time.perf_counter(), itertools.count()
     while True:
-        with _agreed(task, held, check) as (claims, found, plan):
-            if not is_of(found.index, plan):
+        with _together(config, encoding, tasks, processes, held, check, next(builds)) as (task, claims, found, plan):
+            if claims and not is_of(found.index, plan):
                 _say_changes(task, found, plan)
                 _encode_missing(task, found, plan, claims, processes)
-            with claims.index():
-                found = look(task)
-                index = found.index  # of another process; or files were but touched
-                if claims.is_there():
-                    if index is None or not is_of(index, plan):
-                        index = _write_index(task, found, plan, claims, time.perf_counter() - started)
-                    if index:
-                        _sweep_halves(task.directory, held)
-                        claims.path.unlink(missing_ok=True)
-                if index and is_of(index, plan):
-                    return index
+            processes.wait_for_all()  # who may look at what was handed over, which then goes
+            ended = partial(_end, task, plan, claims, held, started)
+            if index := processes.computed_by_first(ended):
+                for noticed, count in sum(processes.gather_objects(task.source.noticed), Counter()).items():
+                    say(f"{count} of {len(task.source)} images: {noticed}")
+                return index
+
+
+def _end(task: Task, plan: Plan, claims: Claims | None, held: int | None, started: float) -> Index | None:
+    """Writes the index, unless another launch did; None where there is none of this plan after all."""
+    assert claims is not None  # the first process's
+    with claims.index():
+        found = look(task)
+        index = found.index  # of another launch; or files were but touched
+        if claims.is_there():
+            if index is None or not is_of(index, plan):
+                index = _write_index(task, found, plan, claims, time.perf_counter() - started)
+            if index:
+                _sweep_halves(task.directory, held)
+                claims.path.unlink(missing_ok=True)
+        return index if is_of(index, plan) else None
 
 
 @contextlib.contextmanager
-def _agreed(task: Task, held: int | None, check: Callable[[dict[str, Any]], None]) -> Iterator[tuple[Claims, Found, Plan]]:
-    """The plan that all processes follow, and their claims: whoever comes first makes it, others read it.
+def _together(
+    config: CacheConfig,
+    encoding: Encoding,
+    tasks: list[Task],
+    processes: Processes,
+    held: int | None,
+    check: Callable[[dict[str, Any]], None],
+    build: int,
+) -> Iterator[tuple[Task, Claims | None, Found, Plan]]:
+    """What a launch builds: its first process agrees with other launches, and hands the others what it listed, found and
+    planned. There are no claims where other launches have ended that build meanwhile."""
+    with contextlib.ExitStack() as stack:
+        mine: list[tuple[Task, Claims | None, Found, Plan]] = []
+
+        def agree() -> tuple[Handed, int, bool] | None:
+            claims, found, plan = stack.enter_context(_agreed(tasks[0], held, check, processes, build))
+            mine.append((tasks[0], claims, found, plan))
+            return _hand_over(tasks[0], claims, found, plan) if processes.world > 1 else None
+
+        if (told := processes.computed_by_first(agree)) is None:
+            yield mine[0]
+            return
+        handed, building, portable = told
+        if not mine:
+            source, recipe, stamps, counts, found, plan = handed.take(config.shards_path)
+            joined = stack.enter_context(_joined(config.shards_path, processes, build, building, plan))
+            mine.append((Task(config, encoding, source, recipe, stamps, counts), joined, found, plan))
+        task, claims, found, plan = mine[0]
+        if not portable:
+            source = processes.first_before_others(lambda: task.source or open_source(config, encoding.captioned))
+            task = replace(task, source=source)
+        if not processes.is_first:
+            task.source.noticed.clear()  # which the first one tells
+        yield task, claims, found, plan
+        if processes.is_first:
+            (task.directory / handed.name).unlink(missing_ok=True)
+
+
+def _hand_over(task: Task, claims: Claims, found: Found, plan: Plan) -> tuple[Handed, int, bool]:
+    """What the other processes take, which `building` is theirs too, and whether they have the source from here."""
+    plan.counts(plan.blocks)  # what the plan keeps of it goes along
+    source = task.source if task.source.portable else None
+    values = (source, task.recipe, task.stamps, task.counts, replace(found, runs=found.runs[:0]), plan)
+    return hand_over(values, task.directory), os.fstat(claims.descriptor).st_ino, task.source.portable
+
+
+@contextlib.contextmanager
+def _joined(directory: Path, processes: Processes, build: int, building: int, plan: Plan) -> Iterator[Claims | None]:
+    """The claims that the first process of a launch agreed on; None where they are over before this one sees them."""
+    started = time.monotonic()
+    while time.monotonic() < started + VISIBLE:
+        claims = None
+        with contextlib.suppress(FileNotFoundError):
+            claims = Claims(directory, processes, build, create=False)
+        if claims:
+            try:
+                if os.fstat(claims.descriptor).st_ino == building and claims.share():
+                    yield claims
+                    return
+            finally:
+                claims.leave()
+        with contextlib.suppress(UserError):
+            if is_of(Index.read(directory), plan):
+                break
+        time.sleep(PAUSE)
+    yield None
+
+
+@contextlib.contextmanager
+def _agreed(
+    task: Task, held: int | None, check: Callable[[dict[str, Any]], None], processes: Processes, build: int
+) -> Iterator[tuple[Claims, Found, Plan]]:
+    """The plan that all launches follow, and their claims: whoever comes first makes it, others read it.
 
     Args:
         held: the directory, held with others.
@@ -166,7 +278,7 @@ def _agreed(task: Task, held: int | None, check: Callable[[dict[str, Any]], None
     """
     said = False
     while True:
-        claims = Claims(task.directory)
+        claims = Claims(task.directory, processes, build)
         try:
             alone = claims.alone() and claims.is_there()
             if alone or (claims.share() and claims.is_there()):
@@ -221,7 +333,7 @@ def _say_changes(task: Task, found: Found, plan: Plan) -> None:
 
 def _encode_missing(task: Task, found: Found, plan: Plan, claims: Claims, processes: Processes) -> None:
     """Has every shard of the plan complete, by this process or by others."""
-    outcome, started = Outcome(), [time.monotonic()]
+    outcome = Outcome()
     counts = plan.counts(plan.blocks)
     missing = np.flatnonzero(~np.isin(plan.blocks, blocks_of(found.index))) if found.index else np.arange(len(plan.blocks))
     with contextlib.ExitStack() as stack:
@@ -235,11 +347,11 @@ def _encode_missing(task: Task, found: Found, plan: Plan, claims: Claims, proces
             return encoders[0]
 
         def show() -> None:
-            if time.monotonic() >= started[0] + 1:
-                started[0] = time.monotonic()
+            if processes.is_first:
                 progress.update(max(claims.done() - progress.done, 0))
 
-        waiting = missing.tolist()
+        # Each process begins elsewhere, and meets others only in the end.
+        waiting = np.roll(missing, -len(missing) * processes.rank // processes.world).tolist()
         while waiting and claims.is_there():
             others = []
             for place in waiting:
@@ -250,7 +362,7 @@ def _encode_missing(task: Task, found: Found, plan: Plan, claims: Claims, proces
                         elif _entry(task, plan, claims, place) is None:
                             _complete_shard(task, found, plan, claims, place, encoder, pool, outcome, show)
             if waiting == others:  # all are in the hands of other processes, of which any may end before its shard is done
-                time.sleep(PAUSE)
+                time.sleep(PAUSE * max(1, processes.world // 16))  # who has nothing to do must not keep the others from it
                 show()
             waiting = others
 
@@ -278,11 +390,15 @@ def _complete_shard(
     block = plan.blocks[place]
     numbers, places = plan.samples(block)
     path = task.directory / shard_name(block["number"])
-    done = itertools.count(1)
+    done, said = 0, time.monotonic()
 
     def advance() -> None:
-        claims.advance(place, next(done))
-        show()
+        nonlocal done, said
+        done += 1
+        if time.monotonic() > said + 1:  # which other nodes must be told each time
+            said = time.monotonic()
+            claims.advance(place, done)
+            show()
 
     claims.advance(place, 0)
     covers = range(int(block["first_sample"]), int(block["first_sample"] + block["samples"]))

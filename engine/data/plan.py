@@ -43,18 +43,20 @@ class Plan:
     again: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @functools.cached_property
-    def _by_number(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The first number of each run, its samples and its place in the source, in the order of numbers."""
+    def by_number(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The first number of each run, that behind its last, its place in the source, and how many samples have smaller
+        numbers, in the order of numbers."""
         order = np.argsort(self.runs["first"], kind="stable")
         places = np.cumsum(self.runs["count"]) - self.runs["count"]
-        return self.runs["first"][order], self.runs["count"][order], places[order]
+        firsts, counts = self.runs["first"][order], self.runs["count"][order]
+        return firsts, firsts + counts, places[order], np.cumsum(counts) - counts
 
     def samples(self, block: np.void) -> tuple[np.ndarray, np.ndarray]:
         """The numbers of a block's samples, increasing, and their places in the source: int64 [samples] each."""
-        firsts, counts, places = self._by_number
+        firsts, ends, places, _ = self.by_number
         begin, end = block["first_sample"], block["first_sample"] + block["samples"]
-        part = slice(np.searchsorted(firsts + counts, begin, side="right"), np.searchsorted(firsts, end))
-        starts, stops = np.maximum(firsts[part], begin), np.minimum(firsts[part] + counts[part], end)
+        part = slice(np.searchsorted(ends, begin, side="right"), np.searchsorted(firsts, end))
+        starts, stops = np.maximum(firsts[part], begin), np.minimum(ends[part], end)
         lengths = stops - starts
         within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         return within + np.repeat(starts, lengths), within + np.repeat(places[part] + starts - firsts[part], lengths)
@@ -65,12 +67,11 @@ class Plan:
 
     def _below(self, numbers: np.ndarray) -> np.ndarray:
         """How many samples have smaller numbers."""
-        firsts, counts, _ = self._by_number
+        firsts, ends, _, before = self.by_number
         if not len(firsts):
             return np.zeros(len(numbers), np.int64)
         run = np.searchsorted(firsts, numbers, side="right") - 1
-        before = np.cumsum(counts) - counts
-        return np.where(run < 0, 0, before[run] + np.minimum(numbers - firsts[run], counts[run]))
+        return np.where(run < 0, 0, before[run] + np.minimum(numbers, ends[run]) - firsts[run])
 
     def is_of(self, stamps: np.ndarray, counts: np.ndarray) -> bool:
         """Whether it is a plan of these files, in this order."""

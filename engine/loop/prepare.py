@@ -14,10 +14,11 @@ from engine.data.format.index import INDEX, Index
 from engine.data.format.reader import Shards
 from engine.data.format.remote import CachedShards, RangedShards
 from engine.data.format.verify import verify
+from engine.data.handed import wait_until_seen
 from engine.data.identity import differences
 from engine.data.samples.batch import BatchPlan
 from engine.data.samples.order import order_of
-from engine.data.sources import open_source
+from engine.data.sources import open_by_first
 from engine.errors import UserError
 from engine.launcher import local_world
 from engine.loop.checkpoints.state import State
@@ -61,13 +62,12 @@ def prepare_shards(
     """
     directory, remote = config.shards_path, _open_remote(config) if config.shards_address else None
     if config.data:
-        with busy("Opening the data set"):
-            source = open_source(config, family.encoding.captioned)
+        source = open_by_first(config, family.encoding.captioned, processes)
         index = encode_source(config, family.encoding, source, processes, check)
     else:
-        index = remote.index if remote else Index.read(directory)
+        index = remote.index if remote else processes.computed_by_first(lambda: Index.read(directory))
         check(index.identity)
-        if not config.trust_shards and (other := processes.from_first(_other_models(index, family, processes))):
+        if not config.trust_shards and (other := processes.computed_by_first(lambda: _other_models(index, family))):
             raise UserError(
                 f"{config.shards_place}: the shards were built with other models than this run is given ({other}); give those, "
                 "or train on them all the same with --trust_shards"
@@ -80,18 +80,25 @@ def prepare_shards(
             f"{config.shards_place}/{INDEX}: the shards hold other records than this run reads ({changed}); give the options "
             "that they were built with, or name another --shards_dir"
         )
+    if not remote and not processes.is_first:
+        wait_until_seen(lambda: _told_apart(Index.read(directory)) == _told_apart(index), directory / INDEX)
     if not remote and config.verify_shards != "none":
         mine = range(processes.rank, len(index.shards), processes.world)
         with Progress(len(mine), "Verifying shards", "shard") as bar:
             problems = verify(directory, index, mine, config.verify_shards == "all", progress=bar.update)
-        problems = {file: problem for part in processes.gather_objects(problems) for file, problem in part.items()}
+        problems = {file: problem for part in processes.gather_patiently(problems) for file, problem in part.items()}
         if problems:
             raise _damaged(config, problems)
     shards = remote or Shards(directory, check_rows=config.verify_shards != "none")
-    opened = {(of.fingerprint, hashlib.sha256(of.shards.tobytes()).digest()) for of in (index, shards.index)}
+    opened = {_told_apart(of) for of in (index, shards.index)}
     if len(set().union(*processes.gather_objects(opened))) > 1:
         raise UserError(f"{config.shards_place}/{INDEX}: replaced while the processes opened it; start the same again")
     return shards
+
+
+def _told_apart(index: Index) -> tuple[str, bytes]:
+    """What tells an index from others, whenever and by whomever it was written."""
+    return index.fingerprint, hashlib.sha256(index.shards.tobytes()).digest()
 
 
 def _open_remote(config: TrainConfig) -> RangedShards | CachedShards:
@@ -121,9 +128,9 @@ def _damaged(config: TrainConfig, problems: dict[str, str]) -> UserError:
     return UserError(f"{config.shards_path}: damaged shards: {listed}; {remedy}")
 
 
-def _other_models(index: Index, family: Family, processes: Processes) -> str:
-    """Which of the frozen models that are at hand did not build the shards; the first process looks."""
-    if not processes.is_first or index.family != family.config.family:
+def _other_models(index: Index, family: Family) -> str:
+    """Which of the frozen models that are at hand did not build the shards."""
+    if index.family != family.config.family:
         return ""
     now: dict[str, str] = {}
     with busy("Comparing the frozen models with those that built the shards"):

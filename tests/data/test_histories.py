@@ -19,6 +19,7 @@ from engine.data.format.shard import Shard
 from engine.data.format.verify import verify
 from engine.data.sources.interface import Refused, refusing, stamp_of, told_apart
 from engine.errors import UserError
+from engine.files import LOCK
 from tests.data.test_refusals import Chain, build
 
 
@@ -350,7 +351,7 @@ def test_who_comes_late_to_the_index_leaves_the_next_build_alone(tmp_path, monke
             grown.captions_left = 1
             with contextlib.suppress(KeyboardInterrupt):
                 build(grown, tmp_path)  # and begins to build what the data set has become
-            came.extend(sorted(path.name for path in tmp_path.iterdir()))
+            came.extend(sorted({path.name for path in tmp_path.iterdir()} - {LOCK}))
         with wait(claims):
             yield
 

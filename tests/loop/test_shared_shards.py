@@ -17,7 +17,6 @@ from engine.errors import UserError
 from engine.files import lock
 from engine.loop.prepare import _other_models
 from engine.loop.trainer import train
-from engine.processes import Processes
 from engine.shards import build_command
 from tests.commands import Command
 from tests.loop.runs import config
@@ -102,7 +101,7 @@ def test_models_that_are_not_at_hand_are_not_compared():
         digests = {"movq": lambda now=now: now, "image_encoder": absent}
         encoding = SimpleNamespace(encoder_digests=lambda digests=digests: digests)
         family = SimpleNamespace(config=SimpleNamespace(family="sd"), encoding=encoding)
-        assert _other_models(index, family, Processes()) == said
+        assert _other_models(index, family) == said
 
 
 def test_an_index_is_written_once(run, tmp_path):

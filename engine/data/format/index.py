@@ -28,6 +28,7 @@ BUILD_AGAIN = f"delete what is damaged and {INDEX} to build it again, or get a w
 _GIVE_SHARDS = "give the directory of shards (a run's --shards_dir), or build some with `python -m engine.shards build`"
 SHARD_NAME = "shard-"  # what the names of all begin with
 SAMPLES = "sample-numbers"  # which samples they are of, for the next build; runs keep pictures in `samples`
+HANDED = "handed-"  # what the names of files that a launch passes around begin with
 # What the index says of a shard. `variants` and `captions`: how many every record has, or one of those below.
 ENTRY = np.dtype(
     [(name, np.int64) for name in ("number", "records", "image_rows", "caption_rows", "bytes", "variants", "captions",
@@ -337,7 +338,7 @@ def sweep(directory: Path) -> None:
 
     For who holds a lock of the directory that excludes others: another writer's arrays have no index yet.
     """
-    for name in (INDEX, TABLE, SHARD_NAME, SAMPLES):
+    for name in (INDEX, TABLE, SHARD_NAME, SAMPLES, HANDED):
         for leftover in directory.glob(f"{name}*{PARTIAL}"):
             leftover.unlink(missing_ok=True)
     try:

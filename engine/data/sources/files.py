@@ -6,11 +6,13 @@ import functools
 import io
 import os
 import tarfile
+import threading
 import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import unquote
 
 from engine.data.sources.interface import Refused, refusing
@@ -46,14 +48,24 @@ class Files:
         self._members: dict[str, tuple[Callable[[], bytes], int, int]] = {}  # name -> its content, size and date or checksum
         self._links: list[str] = []  # to folders, not followed
         self.looked_into: set[str] = set()
+        self._listed: set[str] = set()  # archives whose files are among the members; "" is the root itself
+        self._lock = threading.Lock()
         self._alike: dict[str, str] = {}
         if self.root.is_file():
             self.folder = self.root.parent
+            self._listed.add("")
             self.names = self._open_archive(self.root, "")
         else:
             self.folder = self.root
             self.names = sorted(self._walk(), key=lambda name: name.split("/"))
         self._known = set(self.names)
+
+    def forget_names(self) -> None:
+        """To be called when all that is wanted was found: from then on files are only opened."""
+        self.names, self._known, self._alike = [], set(), {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"names": [], "_known": set(), "_alike": {}, "_members": {}, "_listed": set()}
 
     def _walk(self) -> list[str]:
         names, seen = [], {str(self.folder)}
@@ -81,6 +93,7 @@ class Files:
         found = []
         for name in [name for name in self.names if name.lower().endswith(ARCHIVES) and name not in self.looked_into]:
             self.looked_into.add(name)
+            self._listed.add(name)
             try:
                 self.open(name)  # as for what lies unpacked: a link may lead out
                 found += self._open_archive(self.folder / name, f"{name}/")
@@ -173,7 +186,7 @@ class Files:
         Raises:
             Refused: it lies elsewhere.
         """
-        if name in self._members:
+        if self._is_member(name):
             return io.BytesIO(self._member(name))
         path = self.folder / name
         resolved = Path(os.path.realpath(path))
@@ -201,6 +214,19 @@ class Files:
         with room.turn():  # which is the caller's where that decodes what it is given
             room.take(room.size if size > LARGE else 2 * size)
             return read()
+
+    def _is_member(self, name: str) -> bool:
+        """Whether an archive holds a file. One that another process listed is listed here when a file of it is first asked
+        for."""
+        if name not in self._members:
+            with self._lock:
+                archives = (
+                    [""] if self.root.is_file() else [archive for archive in self.looked_into if name.startswith(f"{archive}/")]
+                )
+                for archive in set(archives) - self._listed:
+                    self._listed.add(archive)
+                    self._open_archive(self.folder / archive if archive else self.root, f"{archive}/" if archive else "")
+        return name in self._members
 
 
 def _stem(name: str) -> str:

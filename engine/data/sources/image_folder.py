@@ -1,10 +1,10 @@
 """Images in a folder or an archive, with captions in tables or in a text file beside each image."""
 
+import concurrent.futures
 import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,6 +15,7 @@ from engine.data.sources.decode import Decoding, clean_captions, content_of, dec
 from engine.data.sources.files import Files, check_size, some
 from engine.data.sources.interface import Refused, Source, is_address, stamp_of, told_apart
 from engine.data.sources.kinds import looks_like_image
+from engine.data.sources.packed import Sample, Samples
 from engine.data.sources.room import room
 from engine.data.sources.tables import TABLES, Row, decode_text, read_table, undecoded
 from engine.errors import UserError, first_line
@@ -23,16 +24,8 @@ from engine.messages import say
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 _LONGEST = 4096  # characters of a path
+_ASKING, _AT_ONCE = 8, 1024  # threads that ask a file system, which may be a network's, for so many files at a time
 _CAPTION_SUFFIXES = (".txt", ".TXT", ".caption", ".json")
-
-
-@dataclass(slots=True)
-class Sample:
-    """An image by its name, with its caption as it stands in the table, or with the reason why it is none."""
-
-    name: str
-    caption: Any = None
-    refused: Refused | None = None
 
 
 class ImageFolder(Source):
@@ -50,6 +43,8 @@ class ImageFolder(Source):
     Raises:
         UserError: no captions, or none that can be read.
     """
+
+    portable = True
 
     def __init__(
         self,
@@ -70,10 +65,12 @@ class ImageFolder(Source):
         self.digests: dict[str, str] = {}  # of tables
         self.tables = [table] if table else self._metadata()
         self.beside = caption_column is not None and not self.tables
-        self.samples = [sample for name in self.tables for sample in self._samples_of(name)]
+        samples = [sample for name in self.tables for sample in self._samples_of(name)]
         if not table:
-            self.samples += [self._beside(name) if self.beside else Sample(name) for name in self._unnamed()]
-        self._note()
+            samples += [self._beside(name) if self.beside else Sample(name) for name in self._unnamed(samples)]
+        self._note(samples)
+        self.samples = Samples(samples)
+        self.files.forget_names()
         for remark in self.files.remarks:
             say(f"{folder}: {remark}")
 
@@ -154,10 +151,10 @@ class ImageFolder(Source):
         close = self.files.like(name)
         return Refused("no such image file", f"{name!r} was looked for" + (f"; {close!r} is there" if close else ""))
 
-    def _unnamed(self) -> list[str]:
+    def _unnamed(self, samples: list[Sample]) -> list[str]:
         """The images that no table names."""
         # Compared as written, without resolving links: a link that leaves the folder is refused when it is read.
-        named = {os.path.normpath(sample.name) for sample in self.samples}
+        named = {os.path.normpath(sample.name) for sample in samples}
         if not self.tables and not any(looks_like_image(name) for name in self.files.names):
             self.files.look_into_archives()
         # An archive that no table needs may be a copy of what lies unpacked beside it.
@@ -197,9 +194,9 @@ class ImageFolder(Source):
             return Sample(name, refused=Refused(f"caption file {problem.reason}", f"{beside}: {problem.detail}"))
         return Sample(name, lines or "")
 
-    def _note(self) -> None:
+    def _note(self, samples: list[Sample]) -> None:
         """Notes what a person may not expect."""
-        names = [sample.name for sample in self.samples if not sample.refused]
+        names = [sample.name for sample in samples if not sample.refused]
         if twice := len(names) - len(set(names)):
             self.files.remarks.append(
                 f"{twice} rows name an image that another row names too ({', '.join(self.tables)}); each counts as a sample"
@@ -210,12 +207,12 @@ class ImageFolder(Source):
         if "train" in folders and (others := folders & {"test", "val", "valid", "validation", "eval", "dev"}):
             self.files.remarks.append(f"{', '.join(sorted(others))} is trained on too; give the folder train to leave it out")
         if self.beside:
-            self._note_beside(folders)
+            self._note_beside(samples, folders)
 
-    def _note_beside(self, folders: set[str]) -> None:
+    def _note_beside(self, samples: list[Sample], folders: set[str]) -> None:
         if repeated := sorted(folder for folder in folders if re.match(r"\d{1,3}_", folder)):
             self.files.remarks.append(f"numbers of repeats in names of folders are not applied ({repeated[0]}, ...)")
-        if many := sum(isinstance(sample.caption, list) and len(sample.caption) > 1 for sample in self.samples):
+        if many := sum(isinstance(sample.caption, list) and len(sample.caption) > 1 for sample in samples):
             self.files.remarks.append(f"{many} caption files have several lines, of which each is a caption")
         if alone := self._captions_alone():
             self.files.remarks.append(f"caption files without an image are left out: {some(alone)}")
@@ -224,10 +221,10 @@ class ImageFolder(Source):
         return len(self.samples)
 
     def name(self, index: int) -> str:
-        return self.samples[index].name
+        return self.samples.names[index]
 
     def refusal(self, index: int) -> Refused | None:
-        return self.samples[index].refused
+        return self.samples.refused.get(index)
 
     def captions(self, index: int) -> list[str]:
         sample = self.samples[index]
@@ -247,11 +244,18 @@ class ImageFolder(Source):
         return decode(content, self.decoding)
 
     def stamps(self) -> tuple[np.ndarray, np.ndarray]:
-        stamps = [
-            stamp_of(sample.name, *self._stat(sample.name), sample.caption, sample.refused and str(sample.refused))
-            for sample in self.samples
-        ]
-        return told_apart(stamps), np.ones(len(stamps), np.int64)
+        def stamps_of(places: range) -> list[int]:
+            return [
+                stamp_of(sample.name, *self._stat(sample.name), sample.caption, sample.refused and str(sample.refused))
+                for sample in map(self.samples.__getitem__, places)
+            ]
+
+        parts = [range(len(self))[first : first + _AT_ONCE] for first in range(0, len(self), _AT_ONCE)]
+        stamps = np.zeros(len(self), np.uint64)
+        with concurrent.futures.ThreadPoolExecutor(_ASKING) as pool:
+            for part, found in zip(parts, pool.map(stamps_of, parts), strict=True):
+                stamps[part.start : part.stop] = found
+        return told_apart(stamps), np.ones(len(self), np.int64)
 
     def identity(self) -> dict[str, Any]:
         files = [[sample.name, *self._stat(sample.name)] for sample in self.samples]

@@ -29,6 +29,9 @@ class Refused(Exception):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason, self.detail, self.passing = reason, detail, passing
 
+    def __reduce__(self) -> tuple[type["Refused"], tuple[str, str, bool]]:
+        return Refused, (self.reason, self.detail, self.passing)
+
 
 # After these the device does nothing right any more, for no sample.
 _OF_THE_DEVICE = (torch.OutOfMemoryError, torch.AcceleratorError)
@@ -62,9 +65,11 @@ class Source(Protocol):
     """Samples by their places. `content` and `captions` raise `Refused` for a sample that cannot be used.
 
     noticed: what was decided about images that were read, and for how many.
+    portable: whether another process can be handed it, as `engine/data/handed.py` does, without listing anything again.
     """
 
     noticed: Counter[str]
+    portable: bool = False
 
     def __len__(self) -> int: ...
 

@@ -48,6 +48,7 @@ class LibraryDataset(Source):
         except Exception as error:  # the library raises whatever a builder, a file system or a connection does
             said = first_line(error.__cause__ or error)
             raise UserError(f"--dataset_name {name}: cannot be loaded: {said}") from None
+        self.portable = isinstance(rows, ParquetRows)  # what the library unpacked may lie on this node alone
         self._image_at, self._texts_at = _column(rows, image_column), _column(rows, caption_column)
         self.folder = Path(name) if Path(name).is_dir() else Path(name).resolve().parent
         # Where the library may have put its files, and where a local data set keeps its own.
@@ -137,10 +138,14 @@ class LibraryDataset(Source):
         return self.fingerprint
 
 
+def _nothing(row: int) -> None:
+    """The value of a column that is not asked for."""
+
+
 def _column(rows: Any, name: str | None) -> Callable[[int], Any]:
     """The values of a column by row."""
     if name is None:
-        return lambda index: None
+        return _nothing
     if isinstance(rows, ParquetRows):
         return Column(rows, name).__getitem__
     selected = rows.with_format(None).select_columns([name])

@@ -71,6 +71,9 @@ class Column:
         self._group, self._batches, self._next = (-1, -1), iter(()), 0  # the row group that is read, and its next row
         self._broken: dict[tuple[int, int], tuple[int, Exception]] = {}  # row group -> from which row on, and why
 
+    def __reduce__(self) -> tuple[type["Column"], tuple[ParquetRows, str]]:
+        return Column, (self.rows, self.name)
+
     def __getitem__(self, row: int) -> Any:
         with self._lock:
             return self._piece_of(row)

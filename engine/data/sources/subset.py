@@ -13,7 +13,7 @@ class Subset(Source):
 
     def __init__(self, source: Source, count: int, seed: int) -> None:
         self.source, self.count, self.seed = source, count, seed
-        self.noticed = source.noticed
+        self.noticed, self.portable = source.noticed, source.portable
         self.indices = np.random.default_rng(seed).permutation(len(source))[:count]
 
     def __len__(self) -> int:

@@ -1,0 +1,99 @@
+"""What the first process hands to all others of its launch: objects, whose arrays all map from one file beside the shards.
+
+The objects travel by the processes' own store and carry what the file is called, so that no file is run as a program. Ten
+million images with captions are some 2.5 GB, once on the disk and once in the memory of a node, whatever processes it has.
+"""
+
+import io
+import mmap
+import os
+import pickle
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.data.format.index import HANDED
+from engine.errors import UserError
+from engine.files import PARTIAL, open_regular
+
+VISIBLE = 600.0  # seconds until what one node wrote must be seen on another
+_ALIGNED = 64
+
+
+class _Pickler(pickle.Pickler):
+    """Whose locks are other locks, free ones."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (threading.Lock, ()) if isinstance(value, type(threading.Lock())) else NotImplemented
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What tells a process how to take what it is handed.
+
+    ends: where each array ends in the file; it begins at the next multiple of 64 after the one before it.
+    """
+
+    name: str
+    ends: list[int]
+    head: bytes
+
+    def take(self, directory: Path) -> Any:
+        """The objects, as soon as this node sees the file; their arrays cannot be written.
+
+        Raises:
+            UserError: it does not within `VISIBLE` seconds.
+        """
+        size, path = (self.ends or [0])[-1], directory / self.name
+        wait_until_seen(lambda: path.stat().st_size == size, path)
+        with open_regular(path) as file:
+            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b"")
+        begins = [0, *(-(-end // _ALIGNED) * _ALIGNED for end in self.ends)]
+        return pickle.loads(self.head, buffers=[content[begin:end] for begin, end in zip(begins, self.ends, strict=False)])
+
+
+def hand_over(value: Any, directory: Path) -> Handed:
+    """Writes the arrays of objects to a file of a directory."""
+    arrays: list[pickle.PickleBuffer] = []
+    head, ends = io.BytesIO(), list[int]()
+    _Pickler(head, protocol=5, buffer_callback=arrays.append).dump(value)
+    name = f"{HANDED}{secrets.token_hex(4)}{PARTIAL}"  # which is swept, should this process be killed
+    with (directory / name).open("xb") as file:
+        for array in arrays:
+            file.write(bytes(-file.tell() % _ALIGNED))
+            file.write(array.raw())
+            ends.append(file.tell())
+        file.flush()
+        os.fsync(file.fileno())
+    return Handed(name, ends, head.getvalue())
+
+
+def wait_until_seen(is_seen: Callable[[], bool], path: Path) -> None:
+    """Waits until this node sees what the first process wrote: a network's file system may show it late.
+
+    Args:
+        is_seen: an `OSError` or a `UserError` counts as False.
+
+    Raises:
+        UserError: it is not seen within `VISIBLE` seconds.
+    """
+    started = time.monotonic()
+    while True:
+        try:
+            os.close(os.open(path.parent, os.O_RDONLY))  # has NFS ask whether what it knows of the directory still is so
+            if is_seen():
+                return
+        except (OSError, UserError):
+            pass
+        waited = time.monotonic() - started
+        if waited > VISIBLE:
+            raise UserError(
+                f"{path}: this node does not see what the first process wrote there, {VISIBLE:g} seconds later; see that all "
+                "nodes mount the same directory, and that it is not cached for longer",
+                alone=True,
+            )
+        time.sleep(min(1.0, 0.01 + waited / 10))
