@@ -6,6 +6,7 @@ code 0 after two seconds, as a run does that has saved its checkpoint, what the 
 """
 
 import argparse
+import base64
 import contextlib
 import os
 import signal
@@ -25,9 +26,11 @@ TIMEOUT = 45  # seconds, as TORCH_ELASTIC_SHUTDOWN_TIMEOUT
 LONGEST = 80.0  # seconds that are waited for the end of what never leaves
 SAVING = 2.0  # seconds that what leaves needs for it
 ELASTIC = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3"]
+ONE_NODE = base64.urlsafe_b64encode(b'{"localhost": [0, 1]}').decode()
 LAUNCHERS = {
     "torchrun": ELASTIC,
     f"torchrun, TORCH_ELASTIC_SHUTDOWN_TIMEOUT={TIMEOUT}": ELASTIC,
+    "what deepspeed runs on each node": ["deepspeed.launcher.launch", f"--world_info={ONE_NODE}", "--no_local_rank"],
     "deepspeed": ["deepspeed.launcher.runner", "--num_gpus", "2", "--no_local_rank"],
 }
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")

@@ -346,6 +346,13 @@ def distance(output: Path, whole: Path) -> float:
     return (apart / sum(float(theirs[name].double().square().sum()) for name in theirs)) ** 0.5
 
 
+def anywhere(text: str, root: Path) -> str:
+    """A text without the paths of this machine."""
+    for path in (Path(sys.prefix).resolve(), Path(sys.prefix), Path.cwd(), root):
+        text = text.replace(f"{path}/", "")
+    return text
+
+
 def jobs(results: Path | None) -> dict[str, Any]:
     """Runs all jobs on a cluster of their own; what became of them."""
     with tempfile.TemporaryDirectory() as directory:
@@ -355,10 +362,11 @@ def jobs(results: Path | None) -> dict[str, Any]:
         def kept(name: str) -> None:
             if results:
                 results.mkdir(parents=True, exist_ok=True)
-                write_text(results / f"{name}.log", (root / f"{name}.log").read_text().replace(str(root), "."))
+                write_text(results / f"{name}.log", anywhere((root / f"{name}.log").read_text(), root))
 
         def report(job: Job, what: str | None) -> dict[str, Any]:
             row = {"what": what, **job.report()}
+            row["last_line"] = anywhere(row["last_line"], root)
             kept(job.name)
             print(row, flush=True)
             cluster.revive()
