@@ -465,7 +465,16 @@ class StopSignal:
         return stop > 0
 
     def close(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        """Ends the agreement. A process that was told to stop passes over what it is told again, until `release`.
+
+        Launchers and SLURM send SIGTERM more than once, and the checkpoint may still be on its way.
+        """
+        if not self.received:
+            self.release()
         if self._pending is not None:
             self._pending[1].wait()
+
+    def release(self) -> None:
+        """Gives the signals back to who had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

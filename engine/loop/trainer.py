@@ -159,6 +159,8 @@ def _run(training: "Training", shards: Shards, plan: BatchPlan) -> bool:
     finally:
         if log:
             log.close()
+        if training.stop:
+            training.stop.release()
 
 
 def cause_of_skips(slots: list[int], records: list[int]) -> str:
@@ -206,6 +208,7 @@ class Training:
         models = self._writes_models() if config.openable_checkpoints and processes.is_first else None
         self.checkpoints = Writer(Path(config.output_dir), run, processes, limit, beside, token, models)
         self.watchdog: Watchdog | None = None
+        self.stop: StopSignal | None = None
         self.step = self.saved = 0  # the last step, and the one whose checkpoint was loaded or saved last
 
     def _writes_models(self) -> Callable[[Path], list[Path]]:
@@ -231,7 +234,7 @@ class Training:
         """
         self.started, self.batches = self.step, SoundBatches(given)
         # Under fp16 every step that is skipped halves the loss scale.
-        stop = StopSignal(self.processes, every_step=self.config.mixed_precision == "fp16")
+        self.stop = stop = StopSignal(self.processes, every_step=self.config.mixed_precision == "fp16")
         self.watchdog = self._watchdog()
         bar = {"desc": "Training", "unit": "step", "disable": not shows_bars()}
         progress = tqdm(total=self.run.steps, initial=self.step, **bar)
@@ -259,6 +262,7 @@ class Training:
                 leave &= self.step < self.run.steps
                 self._after_step(progress, log, leave or saves)
                 if leave:
+                    stop.received = True  # in all processes, of which some may be told only now
                     return False
             return True
         finally:

@@ -99,6 +99,23 @@ def test_a_second_interrupt_ends_at_once(capfd):
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
     stop.close()
+    stop.release()
+
+
+def test_a_process_that_was_told_to_stop_is_not_ended_by_being_told_again():
+    before = signal.getsignal(signal.SIGTERM)
+    stop = StopSignal(Processes())
+    signal.raise_signal(signal.SIGTERM)
+    stop.close()
+    signal.raise_signal(signal.SIGTERM)  # while the checkpoint is written
+    stop.release()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_signals_are_given_back_where_nobody_was_told_to_stop():
+    before = signal.getsignal(signal.SIGTERM)
+    StopSignal(Processes()).close()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.fixture(scope="module")
