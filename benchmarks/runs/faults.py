@@ -149,7 +149,8 @@ def faults(place: Place) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for fault, result in itertools.chain(disks(place), damaged_files(place), bad_samples(place), running_jobs(place)):
         lines = [line for line in result.stderr.splitlines() if "engine.run: error" in line or "Error: " in line]
-        said = (lines if result.returncode else result.stdout.strip().splitlines() or [""])[-1]
+        warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: ") and " damaged: " in line]
+        said = (lines if result.returncode else warnings or result.stdout.strip().splitlines() or [""])[-1]
         rows.append({
             "fault": fault, "exit_code": result.returncode, "said": said.replace(str(place.root), "."),
             "trace": "Traceback" in result.stderr,

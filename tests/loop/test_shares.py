@@ -5,6 +5,7 @@ import pickle
 import shutil
 import signal
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import pytest
 
 from engine.files import digest
 from engine.loop.checkpoints import layout
-from engine.loop.checkpoints.slices import RankFiles, SliceFiles, part_of
+from engine.loop.checkpoints.slices import RankFiles, SliceFiles, open_slices, part_of
 from tests.commands import Command, start_two
 from tests.loop.runs import checkpoint_tensors, flip_last_byte
 
@@ -169,3 +170,10 @@ def test_what_keeps_one_process_from_writing_is_raised_by_all(beside, tmp_path):
     assert expected in processes[0].errors
     assert not any(process.errors for process in processes[1:])
     assert not list((tmp_path / "out").iterdir()), "the disk is full"
+
+
+def test_the_first_process_waits_until_it_sees_what_others_wrote(output):
+    file = output / "checkpoint-4" / "rank-3.safetensors"
+    file.rename(output / "late")
+    threading.Timer(0.3, (output / "late").rename, (file,)).start()
+    assert open_slices(output / "checkpoint-4", 4).kinds == ["ema", "exp_avg", "exp_avg_sq", "weight"]

@@ -30,14 +30,13 @@ from engine.loop.checkpoints.names import (
     rank_of,
     step_of,
 )
-from engine.loop.checkpoints.slices import Damaged, Part, RankFiles, SliceFiles, damage, part_of
+from engine.loop.checkpoints.slices import SAME_DIRECTORY, Damaged, Part, RankFiles, SliceFiles, damage, part_of
 from engine.loop.checkpoints.state import State, parse_state
 from engine.messages import busy, say, warn
 from engine.processes import Processes
 from engine.processes import named as named_processes
 
 T = TypeVar("T")
-SAME_DIRECTORY = 600.0  # seconds that a network's file system may take to show a node what another sees
 _NO_OTHER = "there is no other that is whole; start again in an empty directory"
 
 # What libraries look for in the folder of a model, and this engine in a checkpoint; nothing reads a README.md.

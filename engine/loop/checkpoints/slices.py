@@ -17,6 +17,7 @@ from engine.loop.checkpoints.names import rank_file
 from engine.loop.weights.partition import Slice
 from engine.tensors import DTYPES, PIECE, TensorFile
 
+SAME_DIRECTORY = 600.0  # seconds that a network's file system may take to show a node what another sees
 _FP32 = ("weight", "ema")  # kinds that are never anything else
 _NOT_NEGATIVE = ("exp_avg_sq",)
 _OF_EVERY_PROCESS = {"metrics/loss_sum", "random/cpu"}
@@ -111,12 +112,12 @@ class RankFiles(dict[int, TensorFile]):
 
 
 def open_slices(checkpoint: Path, world: int) -> "SliceFiles":
-    """The slices of the files of `world` processes, all of which are opened.
+    """The slices of the files of `world` processes, all of which are opened, as soon as this one sees them.
 
     Raises:
         Damaged: a file cannot be read, or the slices do not fit together.
     """
-    files = RankFiles(checkpoint)
+    files = RankFiles(checkpoint, SAME_DIRECTORY if world > 1 else 0.0)
     return SliceFiles(files, [part_of(files[rank]) for rank in range(world)])
 
 
