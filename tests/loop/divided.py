@@ -61,7 +61,6 @@ class Divided:
         run = Run(seed=3, global_batch=4, fingerprint="", records=1, steps=9, order=in_order)
         self.metrics = Metrics(run, self.processes)
         self.writer = Writer(output, run, self.processes, None, "beside" in sys.argv, "01234567")
-        self.writer.directory.mkdir(exist_ok=True)
 
     def save(self, step: int) -> None:
         self.partition.optimizer.apply([torch.full_like(self.partition.masters[0], 1.0 / step)])

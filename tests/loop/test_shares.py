@@ -1,6 +1,7 @@
 """Several processes save and resume: each opens and reads its share, and all go on from the same checkpoint or say the same."""
 
 import json
+import os
 import pickle
 import shutil
 import signal
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from engine.files import digest
-from engine.loop.checkpoints import layout
+from engine.loop.checkpoints import layout, writer
 from engine.loop.checkpoints.slices import RankFiles, SliceFiles, open_slices, part_of
 from tests.commands import Command, start_two
 from tests.loop.runs import checkpoint_tensors, flip_last_byte
@@ -177,3 +178,13 @@ def test_the_first_process_waits_until_it_sees_what_others_wrote(output):
     file.rename(output / "late")
     threading.Timer(0.3, (output / "late").rename, (file,)).start()
     assert open_slices(output / "checkpoint-4", 4).kinds == ["ema", "exp_avg", "exp_avg_sq", "weight"]
+
+
+def test_a_directory_that_another_node_made_is_waited_for(tmp_path, monkeypatch):
+    def exists(*unused, **options):
+        raise FileExistsError(17, "File exists", "out")
+
+    monkeypatch.setattr(Path, "mkdir", exists)
+    threading.Timer(0.3, os.makedirs, (tmp_path / "out" / "checkpoint-2.partial",)).start()
+    writer._make(tmp_path / "out" / "checkpoint-2.partial")
+    assert (tmp_path / "out" / "checkpoint-2.partial").is_dir()

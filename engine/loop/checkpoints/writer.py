@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.errors import LostProcess, UserError, disk_problem, first_line, lost_a_process
-from engine.files import PARTIAL, digest, discard, sync, sync_files, write_json, write_text
+from engine.files import PARTIAL, appears, digest, discard, sync, sync_files, write_json, write_text
 from engine.loop.checkpoints.layout import Depth, find
 from engine.loop.checkpoints.names import (
     LATEST,
@@ -31,6 +31,7 @@ from engine.loop.checkpoints.names import (
     rank_file,
     step_of,
 )
+from engine.loop.checkpoints.slices import SAME_DIRECTORY
 from engine.loop.checkpoints.snapshot import Snapshot, take
 from engine.loop.metrics import Metrics
 from engine.loop.run import Run
@@ -145,7 +146,7 @@ class Writer:
         aside = self._aside(snapshot.step)
         file, failure = aside / rank_file(self.processes.rank), None
         try:
-            aside.mkdir(parents=True, exist_ok=True)
+            _make(aside)
             note = write_pieces(file, snapshot.header, pieces)
             sync(aside)  # its entry
         except Exception as error:
@@ -280,6 +281,15 @@ class Writer:
             older = [path for path in complete_checkpoints(self.directory) if step_of(path) < step_of(final)]
             for old in older[: -self.total_limit + 1 or None]:
                 _remove_old(old)
+
+
+def _make(aside: Path) -> None:
+    """Makes the directory of a checkpoint, which several processes do, on nodes that may see it late."""
+    try:
+        aside.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        if not (appears(aside, SAME_DIRECTORY) and aside.is_dir()):
+            raise
 
 
 def _problem(error: Exception) -> str | None:
