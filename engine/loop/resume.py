@@ -22,7 +22,7 @@ from engine.loop.log import CURVES, METRICS
 from engine.loop.optimizers.rates import peak_rate, rate_factors
 from engine.loop.run import Run
 from engine.messages import say
-from engine.processes import Processes
+from engine.processes import Processes, warn_of_local_locks
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:
@@ -255,6 +255,7 @@ def only_run(output: Path, processes: Processes) -> Iterator[None]:
     try:
         if not processes.from_first(held is not None):
             raise UserError(f"{output}: another run is writing there; wait for its end, or name another --output_dir")
+        warn_of_local_locks(output, processes)
         yield
     finally:
         if held is not None:
