@@ -214,3 +214,22 @@ def test_who_does_not_see_what_the_first_wrote_waits_and_then_says_so(tmp_path, 
         wait_until_seen(lambda: (tmp_path / "file").stat().st_size == 0, tmp_path / "file")
     with pytest.raises(OSError, match=os.strerror(errno.ENOENT)):
         (tmp_path / "file").stat()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_rows_of_the_library_are_built_together_too(kind, model, images, tmp_path):
+    import datasets
+
+    lines = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()][:4]
+    columns = {"image": [{"bytes": (images / row["file_name"]).read_bytes()} for row in lines],
+               "text": [row["text"] for row in lines]}  # fmt: skip
+    rows, data = datasets.Dataset.from_dict(columns), tmp_path / "data"
+    if kind == "saved":
+        rows.save_to_disk(data)
+    else:
+        data.mkdir()
+        rows.to_parquet(data / "train.parquet")
+    both = build(options(model, data, tmp_path / "shards"))
+    assert codes(both) == [0, 0], [process.errors for process in both]
+    assert build_command(options(model, data, tmp_path / "alone")) == 0
+    assert contents(tmp_path / "shards") == contents(tmp_path / "alone")
