@@ -7,6 +7,7 @@ counts what each of them opens, looks up and reads.
 import ctypes
 import itertools
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -95,6 +96,7 @@ class Job:
     def __init__(self, forks: Forks, processes: Sequence[int], said: Sequence[Path]) -> None:
         self.forks, self.processes, self._said = forks, processes, said
         self._status: dict[int, int | None] = {}
+        self._silent: set[int] = set()
 
     def ended(self, rank: int) -> bool:
         if rank not in self._status and (status := self.forks.wait(self.processes[rank], 0)) is not None:
@@ -102,7 +104,7 @@ class Job:
         return rank in self._status
 
     def kill(self, rank: int) -> None:
-        os.kill(self.processes[rank], 9)
+        os.kill(self.processes[rank], signal.SIGKILL)
 
     def when(self, condition: Callable[[], bool]) -> "Job":
         """Waits until a condition holds, or a process has ended."""
@@ -110,16 +112,21 @@ class Job:
             time.sleep(0.01)
         return self
 
+    def stop(self, rank: int) -> None:
+        """Lets a process fall silent, as on a node without power: no connection to it is closed, and `wait` leaves it out."""
+        os.kill(self.processes[rank], signal.SIGSTOP)
+        self._silent.add(rank)
+
     def wait(self, seconds: float = LIMIT) -> list[Ended]:
         """How each process ended; those that have not by then are killed, and hang."""
         end = time.monotonic() + seconds
         ranks = range(len(self.processes))
-        while not all(self.ended(rank) for rank in ranks) and time.monotonic() < end:
+        while not all(self.ended(rank) or rank in self._silent for rank in ranks) and time.monotonic() < end:
             time.sleep(0.02)
         for rank in ranks:
             if not self.ended(rank):
                 self.forks.kill(self.processes[rank])
-                self._status[rank] = None
+                self._status[rank] = -signal.SIGKILL if rank in self._silent else None
         return [Ended(self._status[rank], self._said[rank].read_text(errors="replace"), []) for rank in ranks]
 
 
