@@ -8,15 +8,18 @@
 //                   file that is there already is seen at once
 // SHARED_RENAME     seconds that renaming takes, half of them before others can see it
 // SHARED_LOCKS      "none": locks fail with ENOLCK; "node": byte ranges are locked against this node's processes alone
+// MASTER_PORT       of the processes' store: messages that are sent there are counted
 //
 // A change is made and written down under the journal's lock, with a link to what it took away. A path is looked up under the
 // same lock: what others did within the delay is taken back in thought, which leads to what the path meant before.
 #include <dirent.h>
 #include <errno.h>
+#include <netinet/in.h>
 #include <stdarg.h>
 #include <string.h>
 #include <sys/file.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <time.h>
@@ -32,6 +35,7 @@
 namespace {
 
 enum Count { OPENED, LOOKED_UP, LISTED, READ, MAPPED, KINDS };
+std::atomic<long> messages{0};  // to the store
 std::atomic<long> counts[2][KINDS];  // below the directory, and elsewhere
 
 struct Event {
@@ -223,9 +227,23 @@ int changed(const char* kind, const std::string& given, Function call, const std
 
 }  // namespace
 
-// What this process has opened, looked up, listed, read and mapped (the last two in bytes), below the directory and elsewhere.
+// What this process has opened, looked up, listed, read and mapped (the last two in bytes), below the directory and elsewhere;
+// and what it told the store.
 extern "C" void shared_counts(long* values) {
   for (int where = 0; where < 2; ++where) for (int kind = 0; kind < KINDS; ++kind) *values++ = counts[where][kind];
+  *values = messages;
+}
+
+extern "C" ssize_t send(int socket, const void* data, size_t size, int flags) {
+  static auto real = next<ssize_t (*)(int, const void*, size_t, int)>("send");
+  sockaddr_storage peer;
+  socklen_t room = sizeof peer;
+  if (getpeername(socket, reinterpret_cast<sockaddr*>(&peer), &room) == 0) {
+    in_port_t port = peer.ss_family == AF_INET6 ? reinterpret_cast<sockaddr_in6&>(peer).sin6_port
+                     : peer.ss_family == AF_INET ? reinterpret_cast<sockaddr_in&>(peer).sin_port : 0;
+    messages += port && ntohs(port) == atoi(setting("MASTER_PORT").c_str());
+  }
+  return real(socket, data, size, flags);
 }
 
 #define LOOKS(type, failure, kind, name, at, parameters, arguments)                                                    \

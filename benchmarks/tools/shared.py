@@ -44,15 +44,16 @@ class Node:
         }  # fmt: skip
 
 
-def counted() -> dict[str, dict[str, int]]:
-    """What this process has opened, looked up, listed, read and mapped so far, below the shared directory and elsewhere.
+def counted() -> dict[str, int]:
+    """What this process has opened, looked up, listed, read and mapped so far below the shared directory; the same names after
+    "other_" of what lies elsewhere; and the messages that it sent to the processes' store.
 
     The library must be preloaded.
     """
-    values = (ctypes.c_long * (2 * len(COUNTED)))()
+    names = [*COUNTED, *(f"other_{name}" for name in COUNTED), "store_messages"]
+    values = (ctypes.c_long * len(names))()
     ctypes.CDLL(None).shared_counts(values)
-    below, elsewhere = values[: len(COUNTED)], values[len(COUNTED) :]
-    return {"below": dict(zip(COUNTED, below, strict=True)), "elsewhere": dict(zip(COUNTED, elsewhere, strict=True))}
+    return dict(zip(names, values, strict=True))
 
 
 class Cluster:
@@ -71,7 +72,7 @@ class Cluster:
 
     def start(self, command: Sequence[str], nodes: Sequence[Node], **variables: str) -> "Job":
         """What follows `python -m` once on every node, as a launcher that does not watch over them starts it."""
-        number, port = next(self._numbers), _free_port()
+        number, port = next(self._numbers), free_port()
         common = {
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(nodes)), "LOCAL_RANK": "0",
             "LOCAL_WORLD_SIZE": "1", **variables,
@@ -130,7 +131,7 @@ class Job:
         return [Ended(self._status[rank], self._said[rank].read_text(errors="replace"), []) for rank in ranks]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -107,7 +107,7 @@ def test_what_a_process_opens_and_reads_is_counted(on):
 import ctypes, mmap
 file = open(here / "file", "rb"); file.read(10); (here / "file").stat(); os.listdir(here)
 mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ); (here / "file").read_bytes()
-counts = (ctypes.c_long * 10)(); ctypes.CDLL(None).shared_counts(counts); print(*counts[:5])
+counts = (ctypes.c_long * 11)(); ctypes.CDLL(None).shared_counts(counts); print(*counts[:5])
 """
     opened, looked_up, listed, read, mapped = map(int, on("a", program)[0].split())
     assert len(COUNTED) == 5
