@@ -44,7 +44,8 @@ class Phases:
     """
 
     def __init__(self, started: float, note: Path) -> None:
-        self.note, self.phases = note, {}
+        self.note = note
+        self.phases: dict[str, dict[str, Any]] = {}
         self._inside: list[str] = [IMPORTS]
         self._time, self._counts = started, dict.fromkeys(counted(), 0)
 
@@ -85,7 +86,7 @@ def worker(arguments: list[str]) -> int:
     config = parse(TrainConfig, "benchmarks.runs.startup worker", "", arguments)
     rank = os.environ.get("RANK", "0")
     phases = Phases(float(os.environ["STARTED"]), Path(f"{config.output_dir}.rank-{rank}.json"))
-    messages.busy = phases.busy  # type: ignore[assignment]  # before others take it by its name
+    messages.busy = phases.busy  # before others take it by its name
 
     from engine.loop.trainer import train
     from engine.quiet import quiet_libraries

@@ -135,7 +135,8 @@ class Journal {
       bool renames = event.kind == "rename";
       const std::string& taken = renames ? event.other : event.path;
       if (event.node == node) {
-        if (within(path, event.path) || (renames && within(path, event.other))) at = path, follows = true;
+        for (const std::string* own : {&event.path, &event.other})
+          if (!own->empty() && (within(path, *own) || within(*own, path))) at = path, follows = true;
       } else if (follows && renames && within(at, event.path)) {
         at = event.other + at.substr(event.path.size());
       } else if (follows && event.kind != "seen" && within(at, taken)) {
@@ -218,6 +219,7 @@ int changed(const char* kind, const std::string& given, Function call, const std
     std::string kept = takes ? journal.keep(to.empty() ? path : to) : "";
     result = call();
     if (result == 0) journal.write(kind, path, to, kept);
+    else if (errno == EEXIST || errno == ENOTEMPTY) journal.write("seen", to.empty() ? path : to);  // the server has said so
   }
   int error = errno;
   usleep(pause * 1e6);

@@ -62,11 +62,12 @@ for name in ("tree", "moved"): (here / name).mkdir(); (here / name / "file").wri
 
 
 def test_what_a_stale_node_does_itself_it_sees_and_the_server_knows_what_there_is(on):
-    on("a", "(here / 'taken').write_text('by a')")
+    on("a", "(here / 'taken').write_text('by a'); (here / 'folder').mkdir()")
     tries = "try:\n    os.open(here / 'taken', os.O_CREAT | os.O_EXCL)\nexcept FileExistsError: print('exists')\n"
-    own = "(here / 'own').mkdir(); (here / 'own' / 'file').write_text('b')\n"
-    assert on("b", "print((here / 'taken').exists())\n" + tries + own + LISTED, Node(delay=60)) == [
-        "False", "exists", "own", "own/file b",
+    own = "(here / 'own').mkdir(); (here / 'own' / 'file').write_text('b'); (here / 'folder' / 'file').write_text('b')\n"
+    looks = "print((here / 'taken').exists(), (here / 'folder').exists())\n"
+    assert on("b", looks + tries + own + LISTED, Node(delay=60)) == [
+        "False False", "exists", "folder", "folder/file b", "own", "own/file b", "taken by a",
     ]  # fmt: skip
 
 
