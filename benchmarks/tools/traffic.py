@@ -18,12 +18,13 @@ SCALARS = 8  # numbers up to which a tensor is a metric, a flag or a norm
 class Collectives(TorchDispatchMode):
     """Adds up the bytes of the collectives that are called inside, in this thread and in backward passes on a CPU.
 
-    bytes: by collective, without metrics, flags and norms.
+    bytes, calls: by collective, without metrics, flags and norms.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         package, _, name = function._schema.name.partition("::")
@@ -31,6 +32,7 @@ class Collectives(TorchDispatchMode):
             tensors = [tensor for tensor in tree_leaves(args[WHOLE[name]]) if torch.is_tensor(tensor)]
             if sum(tensor.numel() for tensor in tensors) > SCALARS:
                 self.bytes[name.strip("_")] += sum(tensor.nbytes for tensor in tensors)
+                self.calls[name.strip("_")] += 1
         return function(*args, **(kwargs or {}))
 
     @property
