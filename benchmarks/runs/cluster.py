@@ -2,8 +2,9 @@
 
 Jobs of two to four processes, each on a node of its own, share a file system that shows late what other nodes did
 (benchmarks/tools/shared.cpp). Nobody watches over them: every process must end by itself, well or in lines with exit code 2 or
-75, within two minutes. The same command, started again, must end in the weights of a job that nobody disturbed: in the same
-bits where the number of processes is the same, else up to the order of summation.
+75, within two minutes, or seven where a silent process must first be taken for dead. The same command, started again, must end
+in the weights of a job that nobody disturbed: in the same bits where the number of processes is the same, else up to the order
+of summation.
 """
 
 import argparse
@@ -27,7 +28,8 @@ from benchmarks.tools.shared import Cluster, Job, Node
 from benchmarks.tools.storage import Ended, Fault
 from engine.quiet import quiet_libraries
 
-STEPS, EVERY = 9, 3
+STEPS = 9  # with checkpoints of 3, 6 and 9
+SILENT = 420.0  # seconds to wait where nothing but the lack of signs of life tells that a process is gone
 GLOBAL_BATCH = 4
 CLOSE = 1e-3  # of how far training moved the weights: the order of summation, and no other samples
 FRESH = Node()
@@ -131,10 +133,21 @@ def killed_host(trial: Trial, output: Path) -> Attempts:
 
 
 def silent_host(trial: Trial, output: Path) -> Attempts:
-    """The first process stops without a word, as on a node that lost its power: no connection to it is closed."""
-    job = trial.start(output, PAIR, "--step_timeout", "10", steps=100_000).when((output / "checkpoint-3").exists)
+    """The first process stops without a word in a step, as on a node that lost its power: no connection to it is closed."""
+    metrics = output / "metrics.jsonl"
+    job = trial.start(output, PAIR, "--step_timeout", "10", "--checkpointing_steps", "100000", steps=100_000).when(
+        lambda: metrics.exists() and metrics.read_text().count("\n") > 4
+    )
     job.stop(0)
     yield job.wait()
+    yield trial.start(output, PAIR).wait()
+
+
+def silent_publisher(trial: Trial, output: Path) -> Attempts:
+    """The same while it writes a checkpoint."""
+    fault = Fault(at=1, action="stop", only=f"\t{output}/checkpoint-6\n")
+    job = trial.start(output, [Node(fault=fault), FRESH], "--step_timeout", "10")
+    yield job.wait(SILENT, silent=0)
     yield trial.start(output, PAIR).wait()
 
 
@@ -148,7 +161,7 @@ def killed_publisher(trial: Trial, output: Path) -> Attempts:
 def killed_writer(trial: Trial, output: Path, *options: str) -> Attempts:
     """The second process is killed while it writes its part of a checkpoint: the first must not wait for it."""
     fault = Fault(at=2, only="/rank-1.safetensors\n")
-    yield trial.start(output, [FRESH, Node(fault=fault)], "--step_timeout", "10", *options).wait()
+    yield trial.start(output, [FRESH, Node(fault=fault)], "--step_timeout", "10", *options).wait(SILENT)
     yield trial.start(output, PAIR).wait()
 
 
@@ -207,7 +220,8 @@ SCENARIOS: dict[str, Callable[[Trial, Path], Attempts]] = {
     "the first node sees an older directory": stale_first,
     "renaming takes 3 s and is seen 2 s later": slow_rename,
     "the store's host is killed": killed_host,
-    "the store's host falls silent": silent_host,
+    "the store's host falls silent in a step": silent_host,
+    "the store's host falls silent during publication": silent_publisher,
     "killed during publication": killed_publisher,
     "killed while it writes its part": killed_writer,
     "killed while it writes its part beside the training": killed_writer_beside,

@@ -70,8 +70,9 @@ def measure(world: int, way: str, layers: int = LAYERS, steps: int = 5) -> dict[
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1e-3), dist_init_required=False,
         config={
-            "train_micro_batch_size_per_gpu": 1, "zero_optimization": options | {"overlap_comm": False}, "gradient_clipping": 0.0,
-            "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": None,
+            "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "steps_per_print": None,
+            "zero_optimization": options | {"overlap_comm": False}, "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
         },
     )  # fmt: skip
     seconds, collectives = [], Collectives()

@@ -6,10 +6,13 @@ Nothing is measured. A step's time is
 - optimizer: 38 bytes per parameter that a process updates, at the memory's speed;
 - communication: the bytes of `payload`, of reductions twice where the engine makes them in fp32, by the faster of ring and tree
   (Thakur et al., "Optimization of collective communication operations in MPICH", 2005), within a node over NVLink and between
-  nodes over one network card per GPU, the two at the same time;
+  nodes over one network card per GPU, the two at the same time. DeepSpeed all-reduces at stages 1 and 2 whatever
+  `reduce_scatter` says (counted by `benchmarks.runs.host_time`), which moves twice the bytes of stage 3's reduce-scatter.
+  Stage 3 gathers the weights of every module by itself, in both passes: so many latencies;
 - captured (stages 1 and 2): nothing else. Reductions follow the backward pass, and nothing waits for the host;
 - overlapped: what of the reductions hides behind the backward pass comes off, and what the device waits for the host is added,
-  as `engine.loop.overlap` estimates both. `--cuda_graphs auto` takes the faster; stage 3 is never captured. `compiled` models
+  as `engine.loop.overlap` estimates both. `--cuda_graphs auto` takes the faster; stage 3 is never captured, and its Python
+  takes longer with every process: `STAGE_3_HOST` per tensor and process, from `benchmarks.runs.host_time`. `compiled` models
   hand over all their gradients at once and overlap nothing.
 
 `--zero_stage 0` runs on several processes as stage 1 does.
@@ -29,7 +32,7 @@ from matplotlib.figure import Figure
 from benchmarks.tools.charts import save
 from benchmarks.tools.cost import payload, sizes_of
 from benchmarks.tools.rows import write_result
-from engine.loop.overlap import UTILISATION, hidden_seconds, overlap_gain
+from engine.loop.overlap import UTILISATION, hidden_seconds, host_seconds, overlap_gain
 from engine.loop.weights.zero_options import FP32_REDUCTION, OVERLAPPED_BUCKET
 
 FAMILIES = {"SD 1.5, 512 px": 32, "Kandinsky 2.2 prior": 128, "Kandinsky 2.2 decoder, 768 px": 16,
@@ -44,6 +47,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "4 GPUs, PCIe 25 GB/s": {"gpus": 4, "nvlink": 25e9},
 }
 OPTIMIZER_BYTES = 38
+STAGE_3_HOST = 10e-6  # seconds: 8 to 12 on one core (`benchmarks.runs.host_time`), where stages 1 and 2 show no growth
 STATE_BYTES = {"weights": 2, "gradients": 2, "optimizer": 16}  # per parameter: masters, moments, average
 
 
@@ -79,13 +83,16 @@ def collective_seconds(size: float, gpus: int, hardware: Hardware) -> float:
 
 
 def communication_seconds(row: dict[str, Any], stage: int, gpus: int, buckets: int, hardware: Hardware) -> tuple[float, float]:
-    """What a step's reductions and gatherings take, each in so many collectives of equal size."""
+    """What a step's reductions and gatherings take: both in so many collectives of equal size, but at stage 3 every module is
+    gathered by itself, in both passes."""
     if gpus == 1:
         return 0.0, 0.0
     moved = payload(stage, row["parameters"])
     if gpus >= FP32_REDUCTION:
         moved["reduced"] *= 2
-    reduced, gathered = (buckets * collective_seconds(size / buckets, gpus, hardware) for size in moved.values())
+    reduced = buckets * collective_seconds(moved["reduced"] / buckets, gpus, hardware)
+    gathers = 2 * row["modules"] if stage == 3 else buckets
+    gathered = gathers * collective_seconds(moved["gathered"] / gathers, gpus, hardware)
     # Stages 1 and 2 all-reduce: a reduce-scatter, and then everything is gathered once more.
     return (1 if stage == 3 else 2) * reduced, gathered
 
@@ -96,12 +103,14 @@ def step_seconds(row: dict[str, Any], batch: int, stage: int, gpus: int, hardwar
     reduction, gathering = communication_seconds(row, stage, gpus, buckets, hardware)
     operations = batch * 3 * row["forward_flops"] / (hardware.matrix_flops * hardware.utilisation)
     hidden = hidden_seconds(reduction, operations, buckets)
+    growth = STAGE_3_HOST * row["tensors"] * gpus if stage == 3 and gpus > 1 else 0.0
+    slack = max(0.0, operations - host_seconds(row["tensors"]))  # while the device works, the host may
     return {
         "operations": operations,
         "optimizer": OPTIMIZER_BYTES * row["parameters"] / gpus / hardware.memory,
         "communication": reduction + gathering,
         "hidden": hidden,
-        "waiting": hidden - overlap_gain(operations, reduction, row["tensors"], buckets),
+        "waiting": hidden - overlap_gain(operations, reduction, row["tensors"], buckets) + max(0.0, growth - slack),
     }
 
 

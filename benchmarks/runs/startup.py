@@ -1,4 +1,4 @@
-"""What does the start of a run take? `python -m benchmarks.runs.startup [--json FILE] [--measured FILE]`, figures of a cluster
+"""What does the start of a run take? `python -m benchmarks.runs.startup [--json FILE] [--measured FILE] [--before FILE]`
 
 Measured on 1, 2 and 4 processes of this machine with a tiny Stable Diffusion on prebuilt shards, going on from a checkpoint
 of four processes: seconds of every phase, until the first step has ended; and what every process did, counted by a preloaded
@@ -6,7 +6,10 @@ library (files opened, looked up, read; messages to the processes' store; descri
 images, four times the shards, and a checkpoint of one process: what grows with what.
 
 From these counts, and the sizes of SD 1.5 and 10 million samples, a model computes the phases at 8, 128 and 1,024 processes, 8
-per node. Nothing of that is measured; the figures of the file system are options.
+per node; nothing of that is measured, and the figures of the cluster are options. What a process does does not depend on the
+number of processes, where there are as many as wrote the checkpoint, but for messages to the store, which grow with it. With
+`--before`, the counts of commit 30efb6f (this file was copied there), the model also computes what was: there every process
+opened, compared and looked at all files of the checkpoint, and at every image.
 """
 
 import argparse
@@ -19,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +30,45 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 
 # isort: split
 from benchmarks.tools.preloaded import Forks, build
-from benchmarks.tools.shared import counted, free_port
+from benchmarks.tools.shared import COUNTED, counted, free_port
 
 WORLDS = (1, 2, 4)
 AT = 3  # the checkpoint's step
-LAST = "The first step"
+LAST, GROUP = "The first step", "Laying out weights and optimizer"
 IMPORTS, BETWEEN = "Interpreter and imports", "Between these"
+CLUSTERS = (8, 128, 1024)
+PER_NODE = 8
+# SD 1.5: parameters that are trained, bytes of the frozen models, samples, and records of a shard.
+TRAINED, FROZEN, SAMPLES, SHARD_RECORDS = 859_520_964, 827_000_000, 10_000_000, 1024
+MODEL, CHECKPOINT = 4 * TRAINED, 16 * TRAINED
+ENTRY = 136  # bytes of a shard in the index
+BATCH, AHEAD, RECORD, NUMBERS = 32, 64, 184_000, 50_000  # samples of a process; bytes of one, and of what opening a shard reads
 VARIANTS = ("", "four times the images", "four times the shards", "a checkpoint of one process")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of a cluster and its file system; all assumed.
+
+    node_bandwidth, bandwidth: bytes per second that a node reads, and that all of them do.
+    metadata: operations per second of the metadata server; opens come from every process, look-ups once from every node.
+    latency: seconds of one operation.
+    store: messages per second of the processes' store.
+    hashing: bytes per second of a process.
+    imports: seconds of the processor for Python's imports, from a disk of the node.
+    image: seconds of the processor for an image of a folder that is looked at.
+    file: the same for a file of a checkpoint.
+    """
+
+    node_bandwidth: float = 5e9
+    bandwidth: float = 100e9
+    metadata: float = 50_000.0
+    latency: float = 0.2e-3
+    store: float = 100_000.0
+    hashing: float = 1.5e9
+    imports: float = 12.0
+    image: float = 60e-6
+    file: float = 1e-3
 
 
 class Phases:
@@ -212,6 +248,95 @@ def measured_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def phase_seconds(
+    figures: Figures,
+    world: int,
+    opened: float = 0,
+    looked_up: float = 0,
+    same: float = 0,
+    own: float = 0,
+    cpu: float = 0,
+    messages: float = 0,
+    once: bool = False,
+) -> float:
+    """Of a phase in which every process, or `once` the first alone, does so much.
+
+    Args:
+        opened, looked_up: files.
+        same, own: bytes that all processes read, which come to a node once; and bytes of its own.
+        cpu: seconds.
+        messages: to the store.
+    """  # fmt: skip
+    processes, nodes = (1, 1) if once else (world, -(-world // PER_NODE))
+    return cpu + messages * processes / figures.store + max(
+        (opened + looked_up) * figures.latency,
+        (opened * processes + looked_up * nodes) / figures.metadata,
+        (same + own * min(processes, PER_NODE)) / figures.node_bandwidth,
+        (same * nodes + own * processes) / figures.bandwidth,
+    )  # fmt: skip
+
+
+def modelled(rows: list[dict[str, Any]], before: bool, world: int, figures: Figures) -> dict[str, float]:
+    """Seconds of the phases of a start, going on from a checkpoint of as many processes."""
+    plain = {row["processes"]: row["ranks"][-1] for row in rows if not row["variant"]}
+    two, one_file, images = ({row["variant"]: totals(row["ranks"][-1]) for row in rows if row["processes"] == 2}[variant]
+                             for variant in ("", VARIANTS[3], VARIANTS[1]))  # fmt: skip
+
+    def count(name: str, *starts: str) -> int:
+        return sum(phase[name] for what, phase in plain[4]["phases"].items() if what.startswith(starts))
+
+    def files(*starts: str) -> dict[str, Any]:
+        return {name: count(name, *starts) for name in ("opened", "looked_up")}
+
+    # Of the two groups of all processes DeepSpeed's is made without waits, in which a process asks again and again.
+    by_processes = {row["processes"]: row["ranks"] for row in rows if not row["variant"]}
+    made = {of: min(rank["phases"][GROUP]["store_messages"] for rank in ranks) for of, ranks in by_processes.items()}
+    messages = min(totals(rank)["store_messages"] for rank in by_processes[4]) + 2 * ((made[4] - made[2]) // 2) * (world - 4)
+    shards = SAMPLES / SHARD_RECORDS
+    imports = [sum(phase[f"other_{name}"] for phase in plain[4]["phases"].values()) for name in COUNTED[:4]]
+    known = ("Opening the models", "Checking the files", "Loading the model", "Hashing the frozen")
+    compared = files("Comparing ", "Reading the checkpoint", "Deciding")
+    checkpoint: dict[str, Any] = compared | {"own": 2 * CHECKPOINT / world, "cpu": CHECKPOINT / world / figures.hashing}
+    source: dict[str, Any] = {
+        "looked_up": SAMPLES * (images["looked_up"] - two["looked_up"]) / 42,
+        "cpu": SAMPLES * figures.image,
+    }
+    if before:
+        per_file = {name: (two[name] - one_file[name]) / 3 * world for name in ("opened", "looked_up")}
+        checkpoint = {
+            **per_file, "same": CHECKPOINT, "own": CHECKPOINT / world,
+            "cpu": CHECKPOINT / figures.hashing + world * figures.file,
+        }  # fmt: skip
+    first = BATCH + AHEAD
+    return {
+        "imports, from a disk of the node": figures.imports,
+        "joining": phase_seconds(figures, world, messages=messages),
+        "models opened and checked": phase_seconds(figures, world, **files(*known[:2])),
+        "checkpoint compared and read": phase_seconds(figures, world, **checkpoint),
+        "shards' index": phase_seconds(figures, world, opened=4, looked_up=shards / 100, same=shards * ENTRY),
+        "frozen models compared": phase_seconds(figures, world, same=FROZEN, cpu=FROZEN / figures.hashing, once=True),
+        "model loaded": phase_seconds(figures, world, **files(known[2]), same=MODEL),
+        "first step: shards opened, rows read": phase_seconds(
+            figures, world, opened=min(first, shards), own=first * (RECORD + NUMBERS)
+        ),
+        "only with --train_data_dir: images looked at": phase_seconds(figures, world, **source, once=not before),
+        "only where Python lies on the shared file system": phase_seconds(
+            figures, world, opened=imports[0], looked_up=imports[1] + imports[2], same=imports[3]
+        ),
+    }  # fmt: skip
+
+
+def modelled_table(kinds: dict[str, list[dict[str, float]]]) -> str:
+    """Markdown: seconds by phase at `CLUSTERS`; the sum is without what is the case only sometimes."""
+    lines = [f"| phase | {' | '.join(f'{of}: {world}' for of in kinds for world in CLUSTERS)} |"]
+    lines.append("|---" * (1 + len(CLUSTERS) * len(kinds)) + "|")
+    columns = [phases for of in kinds.values() for phases in of]
+    for what in columns[0]:
+        lines.append(f"| {what} | {' | '.join(f'{phases[what]:.1f}' for phases in columns)} |")
+    sums = [sum(seconds for what, seconds in phases.items() if not what.startswith("only")) for phases in columns]
+    return "\n".join([*lines, f"| in all | {' | '.join(f'{seconds:.0f}' for seconds in sums)} |"])
+
+
 def main() -> int:
     if sys.argv[1:2] == ["worker"]:
         return worker(sys.argv[2:])
@@ -220,10 +345,18 @@ def main() -> int:
     parser = argparse.ArgumentParser("benchmarks.runs.startup", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the results there too")
     parser.add_argument("--measured", type=Path, help="take the measured rows from there instead")
-    options = parser.parse_args()
-    rows = json.loads(options.measured.read_text())["measured"] if options.measured else measure()
+    parser.add_argument("--before", type=Path, help="the measured rows of the engine before the first process decided for all")
+    for item in fields(Figures):
+        parser.add_argument(f"--{item.name}", type=float, default=item.default, help="default: %(default)s")
+    options = vars(parser.parse_args())
+    json_file, kept, earlier = (options.pop(name) for name in ("json", "measured", "before"))
+    rows = json.loads(kept.read_text())["measured"] if kept else measure()
     print(measured_table(rows))
-    write_result(options.json, __doc__, measured=rows)
+    sets = {"before": json.loads(earlier.read_text())["measured"]} if earlier else {}
+    sets["now"] = rows
+    kinds = {of: [modelled(each, of == "before", world, Figures(**options)) for world in CLUSTERS] for of, each in sets.items()}
+    print(f"\n{modelled_table(kinds)}")
+    write_result(json_file, __doc__, measured=rows, figures=options, modelled=kinds)
     return 0
 
 

@@ -98,6 +98,7 @@ def sizes_of(checkpoint: str) -> dict[str, Any]:
         "checkpoint": checkpoint,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "tensors": sum(1 for _ in model.parameters()),
+        "modules": sum(1 for module in model.modules() if sum(1 for _ in module.parameters(recurse=False))),
         "forward_flops": cost.training_flops / 3,
         "image_bytes": sum(field.row_bytes for field in fields if field.per == "image"),
         "caption_bytes": sum(field.row_bytes for field in fields if field.per == "caption"),

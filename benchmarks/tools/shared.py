@@ -118,8 +118,13 @@ class Job:
         os.kill(self.processes[rank], signal.SIGSTOP)
         self._silent.add(rank)
 
-    def wait(self, seconds: float = LIMIT) -> list[Ended]:
-        """How each process ended; those that have not by then are killed, and hang."""
+    def wait(self, seconds: float = LIMIT, silent: int | None = None) -> list[Ended]:
+        """How each process ended; those that have not by then are killed, and hang.
+
+        Args:
+            silent: one that will fall silent by itself.
+        """
+        self._silent |= set() if silent is None else {silent}
         end = time.monotonic() + seconds
         ranks = range(len(self.processes))
         while not all(self.ended(rank) or rank in self._silent for rank in ranks) and time.monotonic() < end:

@@ -4,7 +4,8 @@
 // STORAGE_DIRECTORY  absolute; without it nothing is counted
 // STORAGE_OPERATIONS "changes" (what alters a file or directory) or "reads" (opening for reading, and reading)
 // STORAGE_AT         the number of the operation, from 1; 0 for none
-// STORAGE_ACTION     "kill", "short" (a write that takes half), "vanish" (the directory is renamed), or the number of an error
+// STORAGE_ACTION     "kill", "stop" (as SIGSTOP does), "short" (a write that takes half), "vanish" (the directory is renamed), or
+//                    the number of an error
 // STORAGE_LASTING    "1": also what comes after it
 // STORAGE_ONLY       a text; other operations than those whose line holds it are not counted
 // STORAGE_LOG        a file that every operation is written to: its name and its paths, divided by tabs
@@ -44,6 +45,10 @@ Fate fate(const char* kind, const char* operation, const std::string& path, cons
   if (at == 0 || (setting("STORAGE_LASTING") == "1" ? number < at : number != at)) return Fate::well;
   std::string action = setting("STORAGE_ACTION");
   if (action == "kill") return Fate::killed;
+  if (action == "stop") {
+    kill(getpid(), SIGSTOP);
+    return Fate::well;
+  }
   if (action == "short") return Fate::halved;
   if (action == "vanish") {
     syscall(SYS_rename, directory.c_str(), (directory + ".gone").c_str());

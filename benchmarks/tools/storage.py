@@ -13,7 +13,7 @@ class Fault:
 
     operations: "changes" or "reads".
     at: the number of the operation below the directory, from 1; 0 for none.
-    action: "kill", "short", "vanish", or the number of an error.
+    action: "kill", "stop", "short", "vanish", or the number of an error.
     lasting: whether it befalls all operations from there on too.
     only: a text; of the operations those alone count of which a line, the name and the paths with tabs between, holds it.
     """

@@ -20,7 +20,7 @@ def trial(tmp_path_factory):
         yield Trial(root, cluster)
 
 
-@pytest.mark.parametrize("name", ["a node sees an older directory", "killed while it writes its part"])
+@pytest.mark.parametrize("name", ["a node sees an older directory", "killed during publication"])
 def test_a_job_ends_in_the_same_weights_or_in_lines(name, trial):
     row = trial.meet(name)
     assert not row["wrong"]
