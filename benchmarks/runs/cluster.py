@@ -8,6 +8,7 @@ of summation.
 """
 
 import argparse
+import json
 import shutil
 import signal
 import sys
@@ -248,7 +249,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser("benchmarks.runs.cluster", description=__doc__.splitlines()[0])
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS), help="default: all")
-    parser.add_argument("--json", type=Path, help="write the results there too")
+    parser.add_argument("--json", type=Path, help="write the results there too, beside those of other scenarios")
     options = parser.parse_args()
     quiet_libraries()
     rows = []
@@ -258,6 +259,9 @@ def main() -> int:
             rows.append(trial.meet(name))
             print(f"{name}: {rows[-1]['exit_codes']} {rows[-1]['seconds']} s {rows[-1]['wrong']}", flush=True)
     print(table(rows))
+    if options.json and options.json.exists():
+        kept = {row["scenario"]: row for row in [*json.loads(options.json.read_text())["scenarios"], *rows]}
+        rows = [kept[name] for name in SCENARIOS if name in kept]
     write_result(options.json, __doc__, scenarios=rows)
     return 0
 

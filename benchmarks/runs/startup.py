@@ -201,7 +201,7 @@ class Bench:
             raise RuntimeError((self.root / "said").read_text()[-3000:])
         notes = [json.loads(Path(f"{output}.rank-{rank}.json").read_text()) for rank in range(world)]
         for note in notes:
-            note["phases"] = {what.replace(f"{self.root}/", ""): phase for what, phase in note["phases"].items()}
+            note["phases"] = {what.replace(f"{output}/", ""): phase for what, phase in note["phases"].items()}
         return notes
 
 
@@ -258,6 +258,7 @@ def phase_seconds(
     cpu: float = 0,
     messages: float = 0,
     once: bool = False,
+    threads: int = 1,
 ) -> float:
     """Of a phase in which every process, or `once` the first alone, does so much.
 
@@ -266,10 +267,11 @@ def phase_seconds(
         same, own: bytes that all processes read, which come to a node once; and bytes of its own.
         cpu: seconds.
         messages: to the store.
-    """  # fmt: skip
+        threads: that ask for files side by side.
+    """
     processes, nodes = (1, 1) if once else (world, -(-world // PER_NODE))
     return cpu + messages * processes / figures.store + max(
-        (opened + looked_up) * figures.latency,
+        (opened + looked_up) * figures.latency / threads,
         (opened * processes + looked_up * nodes) / figures.metadata,
         (same + own * min(processes, PER_NODE)) / figures.node_bandwidth,
         (same * nodes + own * processes) / figures.bandwidth,
@@ -279,8 +281,8 @@ def phase_seconds(
 def modelled(rows: list[dict[str, Any]], before: bool, world: int, figures: Figures) -> dict[str, float]:
     """Seconds of the phases of a start, going on from a checkpoint of as many processes."""
     plain = {row["processes"]: row["ranks"][-1] for row in rows if not row["variant"]}
-    two, one_file, images = ({row["variant"]: totals(row["ranks"][-1]) for row in rows if row["processes"] == 2}[variant]
-                             for variant in ("", VARIANTS[3], VARIANTS[1]))  # fmt: skip
+    two, one_file = ({row["variant"]: totals(row["ranks"][-1]) for row in rows if row["processes"] == 2}[variant]
+                     for variant in ("", VARIANTS[3]))  # fmt: skip
 
     def count(name: str, *starts: str) -> int:
         return sum(phase[name] for what, phase in plain[4]["phases"].items() if what.startswith(starts))
@@ -297,10 +299,11 @@ def modelled(rows: list[dict[str, Any]], before: bool, world: int, figures: Figu
     known = ("Opening the models", "Checking the files", "Loading the model", "Hashing the frozen")
     compared = files("Comparing ", "Reading the checkpoint", "Deciding")
     checkpoint: dict[str, Any] = compared | {"own": 2 * CHECKPOINT / world, "cpu": CHECKPOINT / world / figures.hashing}
+    looks = {row["variant"]: totals(row["ranks"][0])["looked_up"] for row in rows if row["processes"] == 2}
     source: dict[str, Any] = {
-        "looked_up": SAMPLES * (images["looked_up"] - two["looked_up"]) / 42,
-        "cpu": SAMPLES * figures.image,
-    }
+        "looked_up": SAMPLES * (looks[VARIANTS[1]] - looks[""]) / 42, "cpu": SAMPLES * figures.image, "once": not before,
+        "threads": 1 if before else 8,
+    }  # fmt: skip
     if before:
         per_file = {name: (two[name] - one_file[name]) / 3 * world for name in ("opened", "looked_up")}
         checkpoint = {
@@ -319,7 +322,7 @@ def modelled(rows: list[dict[str, Any]], before: bool, world: int, figures: Figu
         "first step: shards opened, rows read": phase_seconds(
             figures, world, opened=min(first, shards), own=first * (RECORD + NUMBERS)
         ),
-        "only with --train_data_dir: images looked at": phase_seconds(figures, world, **source, once=not before),
+        "only with --train_data_dir: images looked at": phase_seconds(figures, world, **source),
         "only where Python lies on the shared file system": phase_seconds(
             figures, world, opened=imports[0], looked_up=imports[1] + imports[2], same=imports[3]
         ),
