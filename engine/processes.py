@@ -171,10 +171,16 @@ class Processes:
                 says=self.local_rank == (1 if self.rank < launcher.local_world() else 0),
             )
 
-    def leave(self, line: str, says: bool) -> NoReturn:
-        """Ends the process from any thread, whatever the others are blocked in, with exit code `TRY_AGAIN`."""
+    def leave(self, line: str, says: bool, lingers: float = 0.0) -> NoReturn:
+        """Ends the process from any thread, whatever the others are blocked in, with exit code `TRY_AGAIN`.
+
+        Args:
+            says: whether it prints the line, as one of its node's processes should.
+            lingers: seconds for which the first process of several stays, which may keep the store that others still ask.
+        """
         if says:
             print(f"engine.run: error: process {self.rank}: {leaving(line)}", file=sys.stderr, flush=True)
+        time.sleep(lingers if self.is_first and self.store is not None else 0.0)
         os._exit(TRY_AGAIN)
 
     def close(self) -> None:

@@ -70,7 +70,7 @@ class Watchdog:
         look.start()
         look.join(LAST_LOOK)
         others, says = heard[0] if heard else (NO_STORE, self.processes.local_rank < 2)
-        self.processes.leave(f"{said}; {others}", says)
+        self.processes.leave(f"{said}; {others}", says, lingers=LAST_LOOK)
 
     def _look(self) -> tuple[str, bool]:
         """How far the others are, and whether this process is the one of its node to say so."""

@@ -21,11 +21,11 @@ processes = Processes(device=torch.device("cpu")).connect()
 first = processes.rank == 0
 """
 BEHIND = """
-watchdog = Watchdog(processes, 30.0, 1.0)
+watchdog = Watchdog(processes, 5.0, 1.0)
 for step in range(1, 4):
     watchdog.finished(step)
     time.sleep(0.1)
-with watchdog.paused(30.0):
+with watchdog.paused(5.0):
     time.sleep(1.5)
 if first:
     watchdog.finished(4)
