@@ -47,11 +47,12 @@ class UserError(Exception):
     lines: what is said, made `printable`; one for each mistake.
     alone: only this process of several met it, so that no other will say it.
     shared: every process raises it, so that the first says it for all.
+    passing: the same command may succeed on another node, or another time, without anything in it being mended.
     """
 
-    def __init__(self, *lines: str, alone: bool = False, shared: bool = False) -> None:
+    def __init__(self, *lines: str, alone: bool = False, shared: bool = False, passing: bool = False) -> None:
         self.lines = [printable(line) for line in lines]
-        self.alone, self.shared = alone, shared
+        self.alone, self.shared, self.passing = alone, shared, passing
         super().__init__("\n".join(self.lines))
 
 
@@ -110,7 +111,7 @@ def blame_the_machine(path: Path, error: BaseException) -> None:
         raise error
     of_the_file = isinstance(error, OSError) and error.errno in OF_THE_FILE
     if not of_the_file and (problem := disk_problem(error)):
-        raise UserError(f"{path}: cannot be read: {problem}; {MEND_THE_PLACE}") from None
+        raise UserError(f"{path}: cannot be read: {problem}; {MEND_THE_PLACE}", passing=True) from None
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -13,9 +13,25 @@ def world() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
+def launched() -> bool:
+    """Whether a launcher started this process."""
+    return "RANK" in os.environ
+
+
 def restarted() -> bool:
     """Whether torchrun has started this command anew, after a process of it failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+
+
+def keeps_its_store() -> bool:
+    """Whether torchrun, over restarts on several nodes, keeps the store in which processes find each other."""
+    several, restarts = (int(os.environ.get(name) or 0) for name in ("GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS"))
+    return several > 1 and restarts > 0 and hosts_the_store()
+
+
+def hosts_the_store() -> bool:
+    """Whether the store in which processes find each other is torchrun's, and not the first process's."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def local_rank(otherwise: int = 0) -> int:

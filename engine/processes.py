@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import math
 import os
+import resource
 import signal
 import sys
 import threading
@@ -28,6 +29,8 @@ BEAT = 10.0  # seconds between two signs of life
 SILENCE = (
     300.0  # seconds without one after which a process is taken for dead; C code may hold Python's lock for a minute or two
 )
+LAST_LOOK = 10.0  # seconds for asking the store about the others before leaving
+SPARE = 512  # open files for libraries, NCCL, shards and checkpoints
 GRACE = 30.0  # seconds between the loss of the store and leaving, in which the main thread may say more of it
 NAMED = 16  # processes in a line
 
@@ -67,8 +70,8 @@ class Processes:
             if self.local_rank >= count:
                 raise UserError(
                     f"local rank {self.local_rank} has no GPU (this node has {count}); start fewer processes",
-                    alone=True,
-                )
+                    alone=True, passing=True,
+                )  # fmt: skip
             self.device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(self.device)
         else:
@@ -81,8 +84,11 @@ class Processes:
     def connect(self) -> "Processes":
         """Joins the process group; NCCL for GPUs, gloo beside it for what stays on the host.
 
+        The first exchange has a limit of its own, so that a bad network card does not hold up all others.
+
         Raises:
             LostProcess: some process did not come.
+            UserError: this node allows too few open files, or the launcher would bring processes of two attempts together.
         """
         if dist.is_initialized():
             return self
@@ -91,14 +97,55 @@ class Processes:
         if self.world == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
             return self
+        if launcher.keeps_its_store():
+            raise UserError(
+                "torchrun with --max-restarts on several nodes keeps the store of the attempt before, in which processes wait "
+                "for those that are gone: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node, or give --max-restarts 0"
+            )
+        self._allow_descriptors()
         self.store = self._open_store()
         self._beats = self.own_store()
         self._thread = threading.Thread(target=self._live, name="heartbeat", daemon=True)
         self.beat()
         self._thread.start()
         self._meet()
+        limit = threading.Timer(
+            NETWORK_LIMIT, self.leave, ("the first exchange over the network has not ended", self._not_through)
+        )
+        limit.daemon = True
+        limit.start()
         dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.world, timeout=_TIMEOUT)
+        self.barrier()
+        if self.device.type == "cuda":
+            self.sum_(torch.zeros(1, device=self.device))
+            self.synchronize()
+        self._beats.append("through", f"{self.rank} ")  # type: ignore[attr-defined]
+        limit.cancel()
         return self
+
+    def _not_through(self) -> str:
+        """Which processes have not ended the first exchange."""
+        through = self._beats.get("through").split() if self._beats.check(["through"]) else []
+        left = sorted(set(range(self.world)) - set(map(int, through)))
+        return (
+            f"in {NETWORK_LIMIT:g} seconds by {named(left)}; look at the network of these nodes (GLOO_SOCKET_IFNAME and "
+            "NCCL_SOCKET_IFNAME say which interface to take, NCCL_DEBUG=INFO what NCCL does)"
+        )
+
+    def _allow_descriptors(self) -> None:
+        """Raises the limit of open files to what the connections need, and to what the store's host needs for its.
+
+        A group of gloo takes world + 3 descriptors, and there are two: ours, and DeepSpeed's, which takes one more. The store's
+        host has three connections with every process, each process three. So 1,024 need 2,056, and the host of the store 5,128.
+        """
+        own, hosts = 2 * (self.world + 4) + SPARE, 3 * self.world + SPARE
+        torchrun_hosts = launcher.hosts_the_store()
+        if self.is_first and not torchrun_hosts:
+            _allow_open_files(0, own + hosts, f"process 0 of {self.world}, which keeps their store,")
+        else:
+            _allow_open_files(0, own, f"each of {self.world} processes")
+        if self.is_first and torchrun_hosts:
+            _allow_open_files(os.getppid(), hosts, f"torchrun, which keeps the store of {self.world} processes,")
 
     def _open_store(self) -> dist.Store:
         """The launcher's store; what a killed attempt left in it is out of sight.
@@ -112,7 +159,7 @@ class Processes:
                 f"WORLD_SIZE is {self.world}, but MASTER_ADDR and MASTER_PORT do not say where the processes meet; start them "
                 "with torchrun or deepspeed"
             )
-        serves = self.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        serves = self.is_first and not launcher.hosts_the_store()
         try:
             store = dist.TCPStore(
                 host, int(port), self.world, serves, datetime.timedelta(seconds=JOIN_LIMIT),
@@ -121,7 +168,9 @@ class Processes:
         except dist.DistNetworkError as error:
             if "EADDRINUSE" in str(error):
                 raise UserError(
-                    f"port {port} of this node is in use; give the launcher another --master_port", alone=True
+                    f"port {port} of this node is in use; give the launcher another --master_port",
+                    alone=True,
+                    passing=True,
                 ) from None
             raise LostProcess(f"nobody answers at {host}:{port}, where the processes meet: {first_line(error)}") from None
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if os.environ.get("GROUP_WORLD_SIZE") == "1" else "0"
@@ -165,22 +214,32 @@ class Processes:
         except RuntimeError:
             if self._closed.wait(GRACE):
                 return
-            # The store's host is on the first node, so that its first process is perhaps the one that is gone.
-            self.leave(
-                "what keeps the processes' store (the first process, or torchrun on its node) is gone",
-                says=self.local_rank == (1 if self.rank < launcher.local_world() else 0),
-            )
+            self.leave("this process can tell no other that it lives;", lambda: f"it is at step {self.steps()[self.rank]}")
 
-    def leave(self, line: str, says: bool, lingers: float = 0.0) -> NoReturn:
+    def leave(self, line: str, look: Callable[[], str]) -> NoReturn:
         """Ends the process from any thread, whatever the others are blocked in, with exit code `TRY_AGAIN`.
 
+        One process of each node says the line. Where the store is gone two of each do, of which the first may be gone too. The
+        first process, which may keep the store, stays until the others have looked.
+
         Args:
-            says: whether it prints the line, as one of its node's processes should.
-            lingers: seconds for which the first process of several stays, which may keep the store that others still ask.
+            look: what is known of the others, for the end of the line; the store, which it asks, has `LAST_LOOK` seconds.
         """
+        heard: list[tuple[str, bool]] = []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):
+                heard.append((look(), self.store is None or self.first_to(f"leave/{self.rank - self.local_rank}")))
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(LAST_LOOK)
+        silent = "the store of the processes, which the first one or torchrun on its node keeps, does not answer"
+        others, says = heard[0] if heard else (silent, self.local_rank < 2)
         if says:
-            print(f"engine.run: error: process {self.rank}: {leaving(line)}", file=sys.stderr, flush=True)
-        time.sleep(lingers if self.is_first and self.store is not None else 0.0)
+            print(f"engine.run: error: process {self.rank}: {leaving(f'{line} {others}')}", file=sys.stderr, flush=True)
+        if self.is_first and self.store is not None:
+            time.sleep(LAST_LOOK)
         os._exit(TRY_AGAIN)
 
     def close(self) -> None:
@@ -197,9 +256,12 @@ class Processes:
         """The step that each process told last, in one look-up; any thread may. Only where several processes are connected."""
         return [int(sign.split()[1]) for sign in self._beats.multi_get([f"alive/{rank}" for rank in range(self.world)])]
 
-    def speaks(self, what: str) -> bool:
-        """Whether this is the first process of its node to ask, so that it says something for all; any thread may."""
-        return self._beats.add(f"{what}/{self.rank - self.local_rank}", 1) == 1
+    def first_to(self, what: str) -> bool:
+        """Whether no other process asked this before; any thread may. Without a store it is the first process."""
+        with contextlib.suppress(RuntimeError):  # the store is gone
+            if self.store is not None:
+                return self._beats.add(what, 1) == 1
+        return self.is_first
 
     def _gone(self, ranks: list[int]) -> tuple[list[int], list[int]]:
         """Which of the processes left, and which give no sign of life any more."""
@@ -377,6 +439,25 @@ class Processes:
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
+
+
+def _allow_open_files(process: int, needed: int, who: str) -> None:
+    """Raises the limit of a process, 0 for this one, as far as it is lower.
+
+    Raises:
+        UserError: its hard limit is lower.
+    """
+    try:
+        soft, hard = resource.prlimit(process, resource.RLIMIT_NOFILE)
+        if resource.RLIM_INFINITY != soft < needed:
+            if resource.RLIM_INFINITY != hard < needed:
+                raise UserError(
+                    f"{who} needs {needed:,} open files, and this node allows {hard:,}: raise its hard limit (ulimit -Hn, or "
+                    "LimitNOFILE of the service that starts the job)"
+                )
+            resource.prlimit(process, resource.RLIMIT_NOFILE, (needed, hard))
+    except (PermissionError, ProcessLookupError):
+        pass  # of the parent, which may be another's
 
 
 def _sleep(started: float) -> None:

@@ -153,5 +153,69 @@ def test_a_process_that_is_blocked_while_the_store_dies_leaves():
     wait_until_said("here", *both)
     both[0].kill()
     assert both[1].wait(10) == 75
-    assert "process 1: what keeps the processes' store" in both[1].errors
+    assert "process 1: this process can tell no other that it lives; the store of the processes" in both[1].errors
     assert len(both[1].errors.splitlines()) == 1
+
+
+GROUPS = """
+def open_files():
+    return len(os.listdir("/proc/self/fd"))
+
+def story(processes):
+    before = open_files()
+    torch.distributed.new_group()
+    assert processes.gather_objects(open_files() - before) == [processes.world + 3] * processes.world
+    assert max(processes.gather_objects(open_files())) < 2 * (processes.world + 4) + 3 * processes.world + 64
+"""
+
+
+def test_a_group_takes_as_many_open_files_as_are_counted():
+    four = start(GROUPS, world=4)
+    assert codes(four) == [0] * 4, [process.errors for process in four]
+
+
+LIMITED = """
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (128, HARD))
+def story(processes):
+    say(resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_needed_or_refused():
+    both = start(LIMITED.replace("HARD", "4096"))
+    assert codes(both) == [0, 0], [process.errors for process in both]
+    assert [process.output for process in both] == ["(1042, 4096)\n", "(524, 4096)\n"]
+    first = start(LIMITED.replace("HARD", "600"))[0]
+    assert first.wait(30) == 2
+    assert "process 0 of 2, which keeps their store, needs 1,042 open files, and this node allows 600: raise" in first.errors
+
+
+HUNG = """
+module.NETWORK_LIMIT = module.LAST_LOOK = 1.0
+Processes.barrier = lambda self: time.sleep(60 if self.rank else 0)
+def story(processes):
+    time.sleep(60)
+"""
+
+
+def test_a_network_that_hangs_is_given_up_and_the_processes_are_named():
+    three = start(HUNG, world=3)
+    assert codes(three[1:]) == [75, 75]
+    three[0].kill()
+    said = "".join(process.errors for process in three[1:])
+    assert "the first exchange over the network has not ended in 1 seconds by processes 1, 2; look at the network" in said
+    assert said.count("\n") == 1, "one process of a node speaks"
+
+
+def test_torchrun_that_keeps_its_store_over_restarts_of_several_nodes_is_refused():
+    torchrun = {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    both = start("def story(processes): pass", **torchrun)
+    assert codes(both) == [2, 2]
+    assert "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node, or give --max-restarts 0" in both[0].errors
+
+
+def test_processes_without_a_place_to_meet_say_so():
+    first = start("def story(processes): pass", MASTER_PORT="")[0]
+    assert first.wait(30) == 2
+    assert "WORLD_SIZE is 2, but MASTER_ADDR and MASTER_PORT do not say where the processes meet" in first.errors

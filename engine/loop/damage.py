@@ -34,7 +34,8 @@ class SoundBatches:
             except (UserError, OSError) as error:
                 if self._like is None:  # nothing was trained that could be lost
                     raise
-                self.damage = error if isinstance(error, UserError) else UserError(f"{first_line(error)}; {MEND_THE_PLACE}")
+                mend = f"{first_line(error)}; {MEND_THE_PLACE}"
+                self.damage = error if isinstance(error, UserError) else UserError(mend, passing=True)
             else:
                 self.given += 1
                 self._like = self._like or _in_meta(batch)

@@ -21,6 +21,7 @@ from engine.data.format.reader import Shards
 from engine.data.samples.batch import Batch, BatchPlan
 from engine.data.samples.loader import Loader
 from engine.errors import UserError
+from engine.failed import leave_note, leave_note_unless_held, obey_note
 from engine.files import write_text
 from engine.loop import attention
 from engine.loop.capture import wanted
@@ -73,6 +74,10 @@ def train(config: TrainConfig) -> int:
     processes = Processes(config.local_rank)
     try:
         return _train(config, processes)
+    except UserError as error:
+        if processes.is_first:
+            leave_note_unless_held(Path(config.output_dir), error, processes.step)
+        raise
     finally:
         processes.close()
 
@@ -81,6 +86,8 @@ def _train(config: TrainConfig, processes: Processes) -> int:
     config = divide_global_batch(config, processes.world)
     with busy("Waiting for the other processes"):
         processes.connect()
+    output = Path(config.output_dir)
+    processes.computed_by_first(partial(obey_note, output))
     checkpoint = processes.computed_by_first(lambda: find_checkpoint(config))
     with busy("Opening the models, downloads included"):
         family = processes.first_before_others(partial(open_family, config))
@@ -92,8 +99,7 @@ def _train(config: TrainConfig, processes: Processes) -> int:
     if processes.is_first:
         config = check_trackers(config)
     repository = create_repository(config) if config.push_to_hub and processes.is_first else None
-    output = Path(config.output_dir)
-    with only_run(output, processes):
+    with only_run(output, processes), _noting_mistakes(output, processes):
         with busy(f"Comparing {checkpoint} with its digests"):
             opened = open_checkpoint(checkpoint, config, processes) if checkpoint else None
         checkpoint, state = (opened.path, opened.state) if opened else (None, None)
@@ -134,6 +140,17 @@ def _train(config: TrainConfig, processes: Processes) -> int:
             saved = output / checkpoint_name(training.step)
             print(f"Stopped after step {training.step}, saved in {saved}; continue with --resume_from_checkpoint latest")
     return 0
+
+
+@contextlib.contextmanager
+def _noting_mistakes(output: Path, processes: Processes) -> Iterator[None]:
+    """Leaves a note of a mistake that another than the first process meets alone, which holds the directory."""
+    try:
+        yield
+    except UserError as error:
+        if not error.shared and not processes.is_first and processes.first_to("note"):
+            leave_note(output, error, processes.step)
+        raise
 
 
 def _run(training: "Training", shards: Shards, plan: BatchPlan) -> bool:

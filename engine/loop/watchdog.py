@@ -8,9 +8,6 @@ from collections.abc import Iterator
 
 from engine.processes import Processes, named
 
-LAST_LOOK = 10.0  # seconds for asking the store how far the others are, whose host may be gone
-NO_STORE = "what the others do cannot be told: their store does not answer"
-
 
 class Watchdog:
     """A thread that ends this process with `TRY_AGAIN` when a step takes too long, whatever the training is blocked in.
@@ -57,32 +54,20 @@ class Watchdog:
         while True:
             since, what, seconds, option = self._limit
             if time.monotonic() - since > seconds:
-                self._give_up(f"{what} for {seconds:g} seconds{f' ({option})' if option else ''}")
+                self.processes.leave(f"{what} for {seconds:g} seconds{f' ({option})' if option else ''};", self._behind)
             with contextlib.suppress(RuntimeError):  # the store is gone
                 self.processes.beat()
             if self._stop.wait(min(seconds / 10, 5.0)):
                 return
 
-    def _give_up(self, said: str) -> None:
-        """Says which processes are behind, one process of each node, and leaves. The look at the others has a deadline."""
-        heard: list[tuple[str, bool]] = []
-        look = threading.Thread(target=lambda: heard.append(self._look()), daemon=True)
-        look.start()
-        look.join(LAST_LOOK)
-        others, says = heard[0] if heard else (NO_STORE, self.processes.local_rank < 2)
-        self.processes.leave(f"{said}; {others}", says, lingers=LAST_LOOK)
-
-    def _look(self) -> tuple[str, bool]:
-        """How far the others are, and whether this process is the one of its node to say so."""
+    def _behind(self) -> str:
+        """Which processes are behind."""
         if self.processes.store is None:
-            return f"it is at step {self.processes.step}", True
-        try:
-            self.processes.beat()
-            steps, says = self.processes.steps(), self.processes.speaks("gave up")
-        except RuntimeError:
-            return NO_STORE, self.processes.local_rank < 2
+            return f"it is at step {self.processes.step}"
+        self.processes.beat()
+        steps = self.processes.steps()
         newest = max(steps)
         behind = [rank for rank, step in enumerate(steps) if step < newest]
         if not behind:
-            return f"all are at step {newest}", says
-        return f"behind {'is' if len(behind) == 1 else 'are'} {named(behind)} (step {min(steps)} of {newest})", says
+            return f"all are at step {newest}"
+        return f"behind {'is' if len(behind) == 1 else 'are'} {named(behind)} (step {min(steps)} of {newest})"

@@ -12,7 +12,7 @@ from tests.loop.runs import command, config
 WATCHER = """
 import os, sys, time
 import torch
-from engine.loop import watchdog as module
+from engine import processes as module
 from engine.loop.watchdog import Watchdog
 from engine.processes import Processes
 
@@ -78,7 +78,7 @@ def test_a_step_is_given_up_without_the_store(number):
     assert both[1].wait(20) == 75
     if both[0].poll() is None:
         both[0].kill()
-    assert "(--first_step_timeout); what the others do cannot be told: their store" in both[1].errors
+    assert "(--first_step_timeout); the store of the processes" in both[1].errors
     assert both[1].errors.count("\n") == 1, both[1].errors
 
 

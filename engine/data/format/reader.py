@@ -346,8 +346,9 @@ def _close(files: np.ndarray) -> None:
 def _allow_open_files() -> int:
     """Raises this process's limit of open files as far as it may; returns how many shards may be open at a time."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = OPEN_SHARDS + 256
+    others = 256 + len(list(Path("/dev/fd").iterdir()))  # connections with a thousand processes, say
+    wanted = OPEN_SHARDS + others
     if 0 <= soft < wanted:
         soft = min(wanted, hard) if hard >= 0 else wanted
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return OPEN_SHARDS if soft < 0 else max(min(OPEN_SHARDS, soft - 256), 2)
+    return OPEN_SHARDS if soft < 0 else max(min(OPEN_SHARDS, soft - others), 2)

@@ -1,0 +1,55 @@
+"""The note that a run leaves in its output directory when the same command would fail again, which scripts obey."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from engine.errors import UserError
+from engine.files import discard, lock, read_text, unlock, write_text
+from engine.launcher import restarted
+
+FAILED = "failed"
+
+
+def leave_note(output: Path, error: UserError, step: int = 0) -> None:
+    """Writes what was wrong, a line each, and the step that was reached, if any; nothing where another attempt may succeed.
+
+    The directory must be this run's, and be there.
+    """
+    reached = [f"reached step {step}"] if step > 0 else []
+    if not error.passing and output.is_dir():
+        with contextlib.suppress(OSError, UserError):  # what was wrong matters more
+            write_text(output / FAILED, "".join(f"{line}\n" for line in [*error.lines, *reached]))
+
+
+def leave_note_unless_held(output: Path, error: UserError, step: int = 0) -> None:
+    """The same before the directory is this run's; nothing where another run is writing there."""
+    with contextlib.suppress(OSError, UserError), _held(output) as ours:
+        if ours:
+            leave_note(output, error, step)
+
+
+def obey_note(output: Path) -> None:
+    """Removes the note of an earlier run. One that torchrun started again heeds it instead of loading everything to fail again.
+
+    Raises:
+        UserError: what the attempt before this one said.
+    """
+    note = output / FAILED
+    if not note.is_file():
+        return
+    if restarted():
+        raise UserError(*read_text(note).splitlines())
+    with _held(output) as ours:
+        if ours:
+            discard(note)
+
+
+@contextlib.contextmanager
+def _held(output: Path) -> Iterator[bool]:
+    held = lock(output) if output.is_dir() else None
+    try:
+        yield held is not None
+    finally:
+        if held is not None:
+            unlock(held, output)
