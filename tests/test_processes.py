@@ -219,3 +219,31 @@ def test_processes_without_a_place_to_meet_say_so():
     first = start("def story(processes): pass", MASTER_PORT="")[0]
     assert first.wait(30) == 2
     assert "WORLD_SIZE is 2, but MASTER_ADDR and MASTER_PORT do not say where the processes meet" in first.errors
+
+
+AGREEING = """
+from engine.processes import StopSignal
+def story(processes):
+    stop, steps, reductions, reduce = StopSignal(processes), 0, [], torch.distributed.all_reduce
+    torch.distributed.all_reduce = lambda *given, **options: (reductions.append(steps), reduce(*given, **options))[1]
+    while True:
+        time.sleep(SECONDS)
+        steps += 1
+        if processes.rank == 1 and steps == 25:
+            stop.received = True
+        if stop.agreed():
+            break
+    torch.distributed.all_reduce = reduce
+    stop.close()
+    assert len(set(processes.gather_objects((steps, *reductions)))) == 1
+    say(steps, *(after - before for before, after in zip(reductions, reductions[1:])))
+"""
+
+
+@pytest.mark.parametrize(("seconds", "intervals"), [("0.001", {1, 10}), ("0.001 if processes.rank else 0.5", {1, 3, 4})])
+def test_processes_agree_to_stop_every_ten_steps_or_two_seconds_of_the_slowest(seconds, intervals):
+    both = start(AGREEING.replace("SECONDS", seconds).replace("== 25", "== 25" if seconds == "0.001" else "== 6"))
+    assert codes(both) == [0, 0], [process.errors for process in both]
+    steps, *between = map(int, both[0].output.split())
+    assert set(between) <= intervals
+    assert steps <= (25 + 20 if seconds == "0.001" else 6 + 8)

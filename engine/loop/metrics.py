@@ -14,7 +14,7 @@ from engine.loop.run import Run
 from engine.processes import Processes
 
 OFFENDING = 16  # slots that are kept for a message
-TAKEN_BACK = 32  # lines that can be taken back; processes agree to leave within 20 steps
+TAKEN_BACK = 32  # steps that can be taken back; processes agree to leave within 20
 
 
 class Metrics:
@@ -30,7 +30,8 @@ class Metrics:
         self.loss_sum = torch.zeros((), device=device)
         self.offending = torch.full((OFFENDING,), -1, device=device)
         self.steps = 0
-        self._read: deque[tuple[Tensor, int]] = deque(maxlen=TAKEN_BACK)  # loss_sum and steps of the last lines
+        # `loss_sum` and `steps` after each of the last steps, and before the first.
+        self._after: deque[tuple[Tensor, int]] = deque([(self.loss_sum.clone(), 0)], maxlen=TAKEN_BACK + 1)
         self._since = 0.0
 
     def start(self) -> None:
@@ -51,19 +52,19 @@ class Metrics:
     def end_step(self) -> None:
         """To be called when all micro-batches of a step were added."""
         self.steps += 1
+        self._after.append((self.loss_sum.clone(), self.steps))
 
     def take_back(self, steps: int) -> None:
-        """Forgets the last steps, which trained nothing and whose losses count as 0; some may have been read."""
-        while self.steps < steps and self._read:
-            loss_sum, count = self._read.pop()
-            self.loss_sum += loss_sum
-            self.steps += count
-        self.steps = max(self.steps - steps, 0)
+        """Forgets the last steps, which trained nothing, whether they were read or not."""
+        for _ in range(min(steps, len(self._after) - 1)):
+            self._after.pop()
+        self.resume(*self._after[-1])
 
-    def resume(self, loss_sum: float, steps: int) -> None:
+    def resume(self, loss_sum: float | Tensor, steps: int) -> None:
         """Goes on from the sum of losses and the number of steps that a checkpoint found since the last line."""
         self.loss_sum.fill_(loss_sum)
         self.steps = steps
+        self._after[-1] = self.loss_sum.clone(), steps
 
     def exclude(self, work: Callable[[], Any]) -> None:
         """Runs work that is not training (a checkpoint, validation) without counting its time; the steps must be finished."""
@@ -95,9 +96,7 @@ class Metrics:
             line["mfu"] = self.flops.step * per_second / self.processes.world / self.flops.per_second
         if self.loss_sum.is_cuda:
             line["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self._read.append((self.loss_sum.clone(), self.steps))
-        self.loss_sum.zero_()
-        self.steps = 0
+        self.resume(0.0, 0)
         self._since = now
         return line
 

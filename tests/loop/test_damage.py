@@ -1,6 +1,7 @@
 """Shards that turn out to be damaged in the middle of a run: what was trained is saved, and goes on once they are mended."""
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from engine.errors import UserError
 from engine.loop.trainer import train
 from engine.tensors import read_header
 from tests.commands import start_two
-from tests.loop.runs import checkpoint_tensors, command, config
+from tests.loop.runs import SLACK, checkpoint_tensors, command, config
 
 SLOT = 10  # of step 3, in its second half
 
@@ -66,19 +67,34 @@ def test_the_steps_before_are_saved(model, images, copy, tmp_path):
 
 
 @pytest.mark.two_processes
-def test_all_processes_leave_when_one_meets_damage(model, images, copy, tmp_path):
-    whole = config(model, images, copy, tmp_path / "whole", max_train_steps=3)
+@pytest.mark.parametrize(("most", "log_every"), [(3, 1), (40, 4)], ids=["at the end", "steps later"])
+def test_all_processes_leave_when_one_meets_damage(most, log_every, model, images, copy, tmp_path):
+    """Where the others hear of it steps later, what lines and checkpoints say of the steps between is taken back."""
+    whole = config(model, images, copy, tmp_path / "whole", max_train_steps=4, checkpointing_steps=3, log_every=log_every)
     assert train(whole) == 0
     damage(copy)
-    run = config(model, images, copy, tmp_path / "out", max_train_steps=3, train_batch_size=2, zero_stage=1)
+    options = {
+        "log_every": log_every,
+        "checkpointing_steps": 6,
+        "train_batch_size": 2,
+        "zero_stage": 1,
+        "max_train_steps": most,
+    }
+    run = config(model, images, copy, tmp_path / "out", **options)
     both = start_two(command(run))
     assert [process.wait() for process in both] == [2, 2]
     assert "step 2 is saved in" in both[0].errors
     assert "Traceback" not in both[0].errors + both[1].errors
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
     damage(copy)
     alone = whole.model_copy(update={"output_dir": run.output_dir, "resume_from_checkpoint": "latest"})
     assert train(alone) == 0
     assert same(tmp_path / "out" / "checkpoint-3", tmp_path / "whole" / "checkpoint-3", 1e-4)
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("out", "whole")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6 * SLACK)
 
 
 def test_a_disk_that_fails_while_rows_are_read_is_no_other(model, images, copy, tmp_path, monkeypatch):
