@@ -30,6 +30,7 @@ SILENCE = (
     300.0  # seconds without one after which a process is taken for dead; C code may hold Python's lock for a minute or two
 )
 LAST_LOOK = 10.0  # seconds for asking the store about the others before leaving
+FIRST_WORD = 5.0  # seconds that the first process may take to say for all what is wrong
 SPARE = 512  # open files for libraries, NCCL, shards and checkpoints
 GRACE = 30.0  # seconds between the loss of the store and leaving, in which the main thread may say more of it
 NAMED = 16  # processes in a line
@@ -250,6 +251,19 @@ class Processes:
                 self._beats.set(f"alive/{self.rank}", f"left {self.step}")
         if self._connected and dist.is_initialized():
             dist.destroy_process_group()
+
+    def let_the_first_speak(self, error: UserError) -> None:
+        """Before leaving for a mistake that all meet, waits a few seconds for the first process, which says it, to leave.
+
+        A launcher ends all processes when one has left.
+        """
+        started = time.monotonic()
+        with contextlib.suppress(RuntimeError):  # the store went with the first process
+            while self.store is not None and not (self.is_first or error.alone) and time.monotonic() - started < FIRST_WORD:
+                if self.store.get("alive/0").startswith(b"left"):
+                    time.sleep(0.5)
+                    return
+                _sleep(started)
 
     def steps(self) -> list[int]:
         """The step that each process told last, in one look-up; any thread may. Only where several processes are connected."""

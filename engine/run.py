@@ -1,5 +1,6 @@
 """Trains a model: `python -m engine.run --family sd ...`, also under `torchrun -m` and `deepspeed --module`."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -7,16 +8,20 @@ from engine.config.command_line import parse
 from engine.config.options import TrainConfig
 from engine.errors import UserError, exit_code
 from engine.failed import leave_note_unless_held
-from engine.launcher import launched, rank
+from engine.launcher import launched
 
 
 def main() -> int:
     try:
         config = parse(TrainConfig, "engine.run", "Train a text-to-image diffusion model.", sys.argv[1:])
     except UserError as error:
-        # A script that starts the command again looks there; a person reads the message.
-        if "--output_dir" in sys.argv[:-1] and launched() and rank() == 0:
-            leave_note_unless_held(Path(sys.argv[sys.argv.index("--output_dir") + 1]), error)
+        # A script that starts the command again looks there; a person reads the message. Each process may be the only one that
+        # comes so far: a launcher ends all when one has left.
+        named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        named.add_argument("--output_dir", nargs="?")
+        output = named.parse_known_args(sys.argv[1:])[0].output_dir
+        if output and launched():
+            leave_note_unless_held(Path(output), error)
         raise
     # After parsing, so that --help and mistakes answer at once.
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)

@@ -9,7 +9,7 @@ from engine.catalogue import DECODER, FAMILIES, IMAGE_ENCODER, MODEL, PRIOR
 from engine.config.checks import check_picture
 from engine.config.command_line import Parser, choose, load, parse, whole
 from engine.config.options import CacheConfig
-from engine.errors import exit_code, printable
+from engine.errors import UserError, exit_code, printable
 from engine.storage import is_remote, shown
 
 _DATA = ("dataset_name", "dataset_config_name", "train_data_dir")
@@ -34,6 +34,9 @@ def build_command(arguments: list[str]) -> int:
         encoding = processes.first_before_others(lambda: open_encoding(config))
         source = open_by_first(config, encoding.captioned, processes)
         index = encode_source(config, encoding, source, processes)
+    except UserError as error:
+        processes.let_the_first_speak(error)
+        raise
     finally:
         processes.close()
     if processes.is_first:

@@ -24,6 +24,9 @@ def main():
     processes = Processes(device=torch.device("cpu"))
     try:
         story(processes.connect())
+    except UserError as error:
+        processes.let_the_first_speak(error)
+        raise
     finally:
         processes.close()
     return 0
@@ -86,6 +89,26 @@ def test_a_mistake_that_one_meets_is_everybodys_and_is_said_once(method, who):
     three = start(MISTAKE.replace("METHOD", method).replace("WHO", str(who)), world=3)
     assert codes(three) == [2] * 3
     assert [process.errors for process in three] == ["engine.run: error: this is wrong\n", "", ""]
+
+
+SLOW_TO_SAY = """
+import engine.errors
+def story(processes):
+    def work():
+        raise UserError("this is wrong")
+    try:
+        processes.computed_by_first(work)
+    finally:
+        if processes.is_first:
+            time.sleep(1)
+"""
+
+
+def test_a_launcher_hears_of_a_mistake_only_when_it_was_said():
+    both = start(SLOW_TO_SAY)
+    assert both[1].wait(30) == 2
+    assert both[0].errors == "engine.run: error: this is wrong\n"
+    assert both[0].wait(30) == 2
 
 
 WAITING = """

@@ -75,8 +75,9 @@ def train(config: TrainConfig) -> int:
     try:
         return _train(config, processes)
     except UserError as error:
-        if processes.is_first:
+        if processes.is_first or processes.store is None:
             leave_note_unless_held(Path(config.output_dir), error, processes.step)
+        processes.let_the_first_speak(error)
         raise
     finally:
         processes.close()
