@@ -205,7 +205,7 @@ def shards_with_node_locks(trial: Trial, output: Path) -> Attempts:
 def shards_killed(trial: Trial, output: Path) -> Attempts:
     """The second process is killed while it writes a shard."""
     fault = Fault(at=1, only=".safetensors")
-    yield trial.start(output, [FRESH, Node(fault=fault)]).wait()
+    yield trial.start(output, [FRESH, Node(fault=fault)]).wait(SILENT)
     yield trial.start(output, PAIR).wait()
 
 
