@@ -27,6 +27,7 @@ from benchmarks.tools.place import Place, weights
 from benchmarks.tools.rows import write_result
 from benchmarks.tools.shared import Cluster, Job, Node
 from benchmarks.tools.storage import Ended, Fault
+from benchmarks.tools.tables import cell
 from engine.quiet import quiet_libraries
 
 STEPS = 9  # with checkpoints of 3, 6 and 9
@@ -242,7 +243,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         codes = "; ".join(", ".join("hangs" if code is None else str(code) for code in codes) for codes in row["exit_codes"])
         said = "; ".join(line.partition(": ")[2] for line in row["said"][:2]).replace("|", "\\|")
-        lines.append(f"| {row['scenario']} | {codes} | {said} | {row['seconds']:.0f} | {'; '.join(row['wrong'])[:300]} |")
+        lines.append(f"| {row['scenario']} | {codes} | {said} | {row['seconds']:.0f} | {cell('; '.join(row['wrong'])[:300])} |")
     return "\n".join(lines)
 
 
