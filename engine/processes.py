@@ -2,67 +2,38 @@
 
 import contextlib
 import datetime
-import math
-import os
-import resource
-import signal
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from engine import launcher
-from engine.errors import TRY_AGAIN, LostProcess, UserError, first_line, leaving
+from engine.descriptors import allow_descriptors
+from engine.errors import UserError
 from engine.files import is_held
+from engine.liveness import Liveness, named
 from engine.messages import warn
+from engine.offline import offline
 
 T = TypeVar("T")
 _TIMEOUT = datetime.timedelta(minutes=60)  # of a collective
-JOIN_LIMIT = 900.0  # seconds for all processes to come: imports from a cold shared disk, and nodes that start late
 NETWORK_LIMIT = 300.0  # seconds for the first collective on the host, and as many on the devices
-BEAT = 10.0  # seconds between two signs of life
-SILENCE = (
-    300.0  # seconds without one after which a process is taken for dead; C code may hold Python's lock for a minute or two
-)
-LAST_LOOK = 10.0  # seconds for asking the store about the others before leaving
-FIRST_WORD = 5.0  # seconds that the first process may take to say for all what is wrong
-SPARE = 512  # open files for libraries, NCCL, shards and checkpoints
-GRACE = 30.0  # seconds between the loss of the store and leaving, in which the main thread may say more of it
-NAMED = 16  # processes in a line
 
 
-def named(ranks: list[int]) -> str:
-    """Processes for a line: the first of them, and how many more there are."""
-    more = f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
-    return f"process{'es' * (len(ranks) > 1)} {', '.join(map(str, ranks[:NAMED]))}{more}"
-
-
-class Processes:
+class Processes(Liveness):
     """This process among all: rank, world, local rank and device. One process needs no launcher and opens no port.
-
-    Several share a store, which torchrun or the first process keeps: a dictionary for a few bytes each. Every process has two
-    connections to it, and one more for each `own_store`. Each tells it every `BEAT` seconds that it lives, so that whoever
-    waits knows for whom; for 1,024 processes the store does 102 operations a second for that, and 1,024 while all wait.
 
     Args:
         local_rank: where no launcher says; negative for none.
         device: instead of the GPU of that number, or of the CPU where there is none.
     """
 
-    store: dist.Store | None = None  # of this attempt, once several processes are connected; for the main thread
-
     def __init__(self, local_rank: int = 0, device: torch.device | None = None) -> None:
-        self.rank, self.world, self.local_rank = launcher.rank(), launcher.world(), launcher.local_rank(local_rank)
-        self.step = -1  # told to the others with each sign of life
+        super().__init__(launcher.rank(), launcher.world(), launcher.local_rank(local_rank))
         self._connected = False
-        self._waits = 0  # how often all waited for each other so far, which tells the store's keys apart
-        self._seen: dict[int, tuple[bytes, float]] = {}  # the last sign of life of a process, and when it was first seen
-        self._closed = threading.Event()
         if device is not None:
             self.device = device
         elif torch.cuda.is_available():
@@ -76,10 +47,6 @@ class Processes:
             torch.cuda.set_device(self.device)
         else:
             self.device = torch.device("cpu")
-
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
 
     def connect(self) -> "Processes":
         """Joins the process group; NCCL for GPUs, gloo beside it for what stays on the host.
@@ -102,13 +69,8 @@ class Processes:
                 "torchrun with --max-restarts on several nodes keeps the store of the attempt before, in which processes wait "
                 "for those that are gone: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node, or give --max-restarts 0"
             )
-        self._allow_descriptors()
-        self.store = self._open_store()
-        self._beats = self.own_store()
-        self._thread = threading.Thread(target=self._live, name="heartbeat", daemon=True)
-        self.beat()
-        self._thread.start()
-        self._meet()
+        allow_descriptors(self.rank, self.world)
+        self.meet()
         limit = threading.Timer(
             NETWORK_LIMIT, self.leave, ("the first exchange over the network has not ended", self._not_through)
         )
@@ -132,205 +94,11 @@ class Processes:
             "NCCL_SOCKET_IFNAME say which interface to take, NCCL_DEBUG=INFO what NCCL does)"
         )
 
-    def _allow_descriptors(self) -> None:
-        """Raises the limit of open files to what the connections need, and to what the store's host needs for its.
-
-        A group of gloo takes world + 3 descriptors, and there are two: ours, and DeepSpeed's, which takes one more. The store's
-        host has three connections with every process, each process three. So 1,024 need 2,056, and the host of the store 5,128.
-        """
-        own, hosts = 2 * (self.world + 4) + SPARE, 3 * self.world + SPARE
-        torchrun_hosts = launcher.hosts_the_store()
-        if self.is_first and not torchrun_hosts:
-            _allow_open_files(0, own + hosts, f"process 0 of {self.world}, which keeps their store,")
-        else:
-            _allow_open_files(0, own, f"each of {self.world} processes")
-        if self.is_first and torchrun_hosts:
-            _allow_open_files(os.getppid(), hosts, f"torchrun, which keeps the store of {self.world} processes,")
-
-    def _open_store(self) -> dist.Store:
-        """The launcher's store; what a killed attempt left in it is out of sight.
-
-        torchrun on one node keeps its store over restarts, with the addresses of processes that are gone. On several nodes the
-        count of restarts may differ, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun start a new store instead.
-        """
-        host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-        if not host or not port.isdecimal():
-            raise UserError(
-                f"WORLD_SIZE is {self.world}, but MASTER_ADDR and MASTER_PORT do not say where the processes meet; start them "
-                "with torchrun or deepspeed"
-            )
-        serves = self.is_first and not launcher.hosts_the_store()
-        try:
-            store = dist.TCPStore(
-                host, int(port), self.world, serves, datetime.timedelta(seconds=JOIN_LIMIT),
-                wait_for_workers=False, multi_tenant=True,
-            )  # fmt: skip
-        except dist.DistNetworkError as error:
-            if "EADDRINUSE" in str(error):
-                raise UserError(
-                    f"port {port} of this node is in use; give the launcher another --master_port",
-                    alone=True,
-                    passing=True,
-                ) from None
-            raise LostProcess(f"nobody answers at {host}:{port}, where the processes meet: {first_line(error)}") from None
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if os.environ.get("GROUP_WORLD_SIZE") == "1" else "0"
-        return dist.PrefixStore(f"attempt-{attempt}", store)
-
-    def _meet(self) -> None:
-        """Waits until every process has come to the store, each with its first sign of life."""
-        assert self.store is not None
-        self.store.append("came", f"{self.rank} ")  # type: ignore[attr-defined]
-        if self.store.add("count", 1) == self.world:
-            self.store.set("all came", "")
-        started = time.monotonic()
-        while not self.store.check(["all came"]):
-            if time.monotonic() - started > JOIN_LIMIT:
-                missing = set(range(self.world)) - set(map(int, self.store.get("came").split()))
-                raise LostProcess(f"{named(sorted(missing))} did not come within {JOIN_LIMIT:g} seconds; look at the node")
-            _sleep(started)
-
-    def own_store(self) -> dist.Store:
-        """Another client of the store: whoever waits blocks all that share its client. It costs the store's host a descriptor.
-
-        Only where several processes are connected.
-        """
-        assert self.store is not None
-        return self.store.clone()  # type: ignore[attr-defined]
-
-    def beat(self) -> None:
-        """Tells the others that this process lives, and at which step; any thread may. Does nothing for one process.
-
-        Raises:
-            dist.DistNetworkError: the store is gone; not before the second time.
-        """
-        if self.store is not None:
-            self._beats.set(f"alive/{self.rank}", f"{time.monotonic_ns()} {self.step}")
-
-    def _live(self) -> None:
-        """Gives signs of life, and ends the process when there is nobody to give them to."""
-        try:
-            while not self._closed.wait(BEAT):
-                self.beat()
-        except RuntimeError:
-            if self._closed.wait(GRACE):
-                return
-            self.leave("this process can tell no other that it lives;", lambda: f"it is at step {self.steps()[self.rank]}")
-
-    def leave(self, line: str, look: Callable[[], str]) -> NoReturn:
-        """Ends the process from any thread, whatever the others are blocked in, with exit code `TRY_AGAIN`.
-
-        One process of each node says the line. Where the store is gone two of each do, of which the first may be gone too. The
-        first process, which may keep the store, stays until the others have looked.
-
-        Args:
-            look: what is known of the others, for the end of the line; the store, which it asks, has `LAST_LOOK` seconds.
-        """
-        heard: list[tuple[str, bool]] = []
-
-        def ask() -> None:
-            with contextlib.suppress(RuntimeError):
-                heard.append((look(), self.store is None or self.first_to(f"leave/{self.rank - self.local_rank}")))
-
-        asking = threading.Thread(target=ask, daemon=True)
-        asking.start()
-        asking.join(LAST_LOOK)
-        silent = "the store of the processes, which the first one or torchrun on its node keeps, does not answer"
-        others, says = heard[0] if heard else (silent, self.local_rank < 2)
-        if says:
-            print(f"engine.run: error: process {self.rank}: {leaving(f'{line} {others}')}", file=sys.stderr, flush=True)
-        if self.is_first and self.store is not None:
-            time.sleep(LAST_LOOK)
-        os._exit(TRY_AGAIN)
-
     def close(self) -> None:
         """Leaves the process group, if it was joined here; who still waits for this process learns of it."""
-        self._closed.set()
-        if self.store is not None:
-            self._thread.join()
-            with contextlib.suppress(RuntimeError):  # the store is gone
-                self._beats.set(f"alive/{self.rank}", f"left {self.step}")
+        self.part()
         if self._connected and dist.is_initialized():
             dist.destroy_process_group()
-
-    def let_the_first_speak(self, error: UserError) -> None:
-        """Before leaving for a mistake that all meet, waits a few seconds for the first process, which says it, to leave.
-
-        A launcher ends all processes when one has left.
-        """
-        started = time.monotonic()
-        with contextlib.suppress(RuntimeError):  # the store went with the first process
-            while self.store is not None and not (self.is_first or error.alone) and time.monotonic() - started < FIRST_WORD:
-                if self.store.get("alive/0").startswith(b"left"):
-                    time.sleep(0.5)
-                    return
-                _sleep(started)
-
-    def steps(self) -> list[int]:
-        """The step that each process told last, in one look-up; any thread may. Only where several processes are connected."""
-        return [int(sign.split()[1]) for sign in self._beats.multi_get([f"alive/{rank}" for rank in range(self.world)])]
-
-    def first_to(self, what: str) -> bool:
-        """Whether no other process asked this before; any thread may. Without a store it is the first process."""
-        with contextlib.suppress(RuntimeError):  # the store is gone
-            if self.store is not None:
-                return self._beats.add(what, 1) == 1
-        return self.is_first
-
-    def _gone(self, ranks: list[int]) -> tuple[list[int], list[int]]:
-        """Which of the processes left, and which give no sign of life any more."""
-        now, left, silent = time.monotonic(), [], []
-        for rank, sign in zip(ranks, self._beats.multi_get([f"alive/{rank}" for rank in ranks]), strict=True):
-            if self._seen.get(rank, (b"", 0.0))[0] != sign:
-                self._seen[rank] = sign, now
-            if sign.startswith(b"left"):
-                left.append(rank)
-            elif now - self._seen[rank][1] > SILENCE:
-                silent.append(rank)
-        return left, silent
-
-    def is_mine(self, what: str) -> bool:
-        """Whether this process may do what one alone should: the first that asks, and when that is gone the next."""
-        if self.store is None:
-            return True
-        holder, mine = self.store.compare_set(what, "", str(self.rank)), str(self.rank).encode()
-        if holder != mine and any(self._gone([int(holder)])):
-            holder = self.store.compare_set(what, holder.decode(), str(self.rank))
-        return bool(holder == mine)
-
-    def _look(self) -> None:
-        """Raises `LostProcess` where one that is waited for is gone: the first looks at all, the others at the first."""
-        left, silent = self._gone(list(range(self.world) if self.is_first else [0]))
-        if left:
-            raise LostProcess(f"{named(left)} left; the message of that one, or the launcher's, says why")
-        if silent:
-            raise LostProcess(f"{named(silent)} gave no sign of life for {SILENCE:g} seconds")
-
-    def wait(self, key: str, store: dist.Store | None = None, limit: float = math.inf) -> bool:
-        """Waits for a key of the store, as long as those live for whom this process waits; False when that took too long.
-
-        Args:
-            store: a thread's own client, where it is not the main one that waits.
-            limit: seconds.
-
-        Raises:
-            LostProcess: a process left, or gives no sign of life.
-        """
-        store = store or self.store
-        assert store is not None
-        started = looked = time.monotonic()
-        while not store.check([key]):
-            now = time.monotonic()
-            if now - started > limit:
-                return False
-            if now - looked > BEAT / 2:
-                looked = now
-                try:
-                    self._look()
-                except LostProcess:  # which may have come here before it left
-                    if not store.check([key]):
-                        raise
-            _sleep(started)
-        return True
 
     def wait_for_all(self) -> None:
         """Waits until every process has come here, however long it takes, as long as all live.
@@ -390,7 +158,7 @@ class Processes:
             error: UserError | None = None
             if turn == mine:
                 try:
-                    with _offline() if turn == 2 else contextlib.nullcontext():
+                    with offline() if turn == 2 else contextlib.nullcontext():
                         value = work()
                 except UserError as raised:
                     error = raised
@@ -454,55 +222,6 @@ class Processes:
         return tensor
 
 
-def _allow_open_files(process: int, needed: int, who: str) -> None:
-    """Raises the limit of a process, 0 for this one, as far as it is lower.
-
-    Raises:
-        UserError: its hard limit is lower.
-    """
-    try:
-        soft, hard = resource.prlimit(process, resource.RLIMIT_NOFILE)
-        if resource.RLIM_INFINITY != soft < needed:
-            if resource.RLIM_INFINITY != hard < needed:
-                raise UserError(
-                    f"{who} needs {needed:,} open files, and this node allows {hard:,}: raise its hard limit (ulimit -Hn, or "
-                    "LimitNOFILE of the service that starts the job)"
-                )
-            resource.prlimit(process, resource.RLIMIT_NOFILE, (needed, hard))
-    except (PermissionError, ProcessLookupError):
-        pass  # of the parent, which may be another's
-
-
-def _sleep(started: float) -> None:
-    """Between two looks at what is waited for since `started`: a tenth of the time so far, a second at most."""
-    time.sleep(min(1.0, 0.01 + (time.monotonic() - started) / 10))
-
-
-@contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """Keeps the hub's libraries to what is on the disk, whether they were imported before or are inside."""
-    variables, before = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"), dict(os.environ)
-    modules = ("huggingface_hub.constants", "datasets.config")  # which read the variables once
-
-    def switch(offline: bool) -> None:
-        for module in filter(None, map(sys.modules.get, modules)):
-            for name in variables:
-                if hasattr(module, name):
-                    setattr(module, name, offline)
-
-    was = any(before.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in (*variables, "TRANSFORMERS_OFFLINE"))
-    os.environ.update(dict.fromkeys(variables, "1"))
-    switch(True)
-    try:
-        yield
-    finally:
-        for name in variables:
-            os.environ.pop(name)
-            if name in before:
-                os.environ[name] = before[name]
-        switch(was)
-
-
 def warn_of_local_locks(directory: Path, processes: Processes) -> None:
     """Has the first process of another node look whether it sees that the first of all holds a directory with `files.lock`."""
     if processes.world > launcher.local_world():
@@ -512,69 +231,3 @@ def warn_of_local_locks(directory: Path, processes: Processes) -> None:
                 f"{directory}: locks there hold on one node only (as mounted with `nolock`, `local_lock` or `localflock`), so "
                 "nothing keeps a run of another node from writing there too; start none beside this one"
             )
-
-
-class StopSignal:
-    """SIGTERM, SIGUSR1 and the first Ctrl-C, turned into one step at which every process stops. A second Ctrl-C ends at once.
-
-    A process may be told before the others. Every few steps a reduction of the flags is started on the host, and read when the
-    next is due, so that all processes see the same answer at the same step and none waits for it. How many steps lie between
-    two follows from the slowest process's time for a step, which the reduction finds too: 2 seconds' worth, 10 at most. A
-    signal is obeyed after twice as many at most.
-
-    Args:
-        every_step: agree as soon as can be: with the next step.
-    """
-
-    def __init__(self, processes: Processes, every_step: bool = False) -> None:
-        self.processes = processes
-        self.received = False
-        self._most = 1 if every_step else 10
-        self._pending: tuple[torch.Tensor, Any] | None = None
-        self._steps, self._due, self._since = 0, 1, time.perf_counter()  # since the last reduction began
-        numbers = [signal.SIGTERM, signal.SIGUSR1]
-        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell leaves it for what runs in its background
-            numbers.append(signal.SIGINT)
-        self._previous = {number: signal.signal(number, self._receive) for number in numbers}
-
-    def _receive(self, number: int, frame: Any) -> None:
-        self.received = True
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
-            if self.processes.is_first:
-                # Not through Python's stream, in the middle of whose work this may be.
-                os.write(2, b"\nLeaving after this step, with a checkpoint; Ctrl-C again ends at once\n")
-
-    def agreed(self) -> bool:
-        """Whether to stop after this step. To be called once a step by every process."""
-        if self.processes.world == 1:
-            return self.received
-        self._steps += 1
-        if self._steps < self._due:
-            return False
-        stop = 0.0
-        if self._pending is not None:
-            largest, work = self._pending
-            work.wait()
-            stop, seconds = largest.tolist()
-            self._due = int(min(max(2 / seconds, 1), self._most))
-        now = time.perf_counter()
-        largest = torch.tensor([float(self.received), (now - self._since) / self._steps])
-        self._pending = (largest, dist.all_reduce(largest, dist.ReduceOp.MAX, async_op=True))
-        self._steps, self._since = 0, now
-        return stop > 0
-
-    def close(self) -> None:
-        """Ends the agreement. A process that was told to stop passes over what it is told again, until `release`.
-
-        Launchers and SLURM send SIGTERM more than once, and the checkpoint may still be on its way.
-        """
-        if not self.received:
-            self.release()
-        if self._pending is not None:
-            self._pending[1].wait()
-
-    def release(self) -> None:
-        """Gives the signals back to who had them."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)

@@ -11,11 +11,11 @@ from tests.commands import Command, start_two
 BEGIN = """
 import os, sys, time
 import torch
-from engine import processes as module
+from engine import liveness
 from engine.errors import UserError, exit_code
 from engine.processes import Processes
 
-module.BEAT, module.SILENCE, module.GRACE, module.JOIN_LIMIT = 0.2, 1.0, 1.0, 2.0
+liveness.BEAT, liveness.SILENCE, liveness.GRACE, liveness.JOIN_LIMIT = 0.2, 1.0, 1.0, 2.0
 
 def say(*words):
     print(*words, flush=True)
@@ -215,7 +215,8 @@ def test_the_limit_of_open_files_is_raised_as_far_as_needed_or_refused():
 
 
 HUNG = """
-module.NETWORK_LIMIT = module.LAST_LOOK = 1.0
+from engine import processes as module
+module.NETWORK_LIMIT = liveness.LAST_LOOK = 1.0
 Processes.barrier = lambda self: time.sleep(60 if self.rank else 0)
 def story(processes):
     time.sleep(60)
@@ -245,7 +246,7 @@ def test_processes_without_a_place_to_meet_say_so():
 
 
 AGREEING = """
-from engine.processes import StopSignal
+from engine.loop.stop import StopSignal
 def story(processes):
     stop, steps, reductions, reduce = StopSignal(processes), 0, [], torch.distributed.all_reduce
     torch.distributed.all_reduce = lambda *given, **options: (reductions.append(steps), reduce(*given, **options))[1]

@@ -51,13 +51,14 @@ from engine.loop.resume import (
 )
 from engine.loop.run import Run
 from engine.loop.step import Step
+from engine.loop.stop import StopSignal
 from engine.loop.validation import seconds_at_most, validate
 from engine.loop.watchdog import Watchdog
 from engine.loop.weights import needs_deepspeed, open_partition
 from engine.loop.weights.zero import check_deepspeed
 from engine.messages import busy, say, shows_bars
 from engine.models.family import Family, open_family
-from engine.processes import Processes, StopSignal
+from engine.processes import Processes
 
 FIRST_STEP, COMPILING = 1800.0, 3600.0  # seconds for the first step, and where it compiles everything at maximum effort
 BESIDE = 3600.0  # seconds for a checkpoint between two steps

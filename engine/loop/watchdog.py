@@ -6,7 +6,8 @@ import threading
 import time
 from collections.abc import Iterator
 
-from engine.processes import Processes, named
+from engine.liveness import named
+from engine.processes import Processes
 
 
 class Watchdog:

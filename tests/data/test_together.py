@@ -30,7 +30,7 @@ import fcntl, os, struct, sys, time
 from engine.errors import exit_code
 from engine.shards import build_command
 from engine.data import encode
-from engine import processes as module
+from engine import liveness
 
 first = os.environ["RANK"] == "0"
 whole, locks = encode.encode_shard, fcntl.fcntl
@@ -117,7 +117,7 @@ def test_a_mistake_in_the_data_is_every_processs_and_said_once(model, tmp_path):
 
 
 SLOWLY = """
-module.BEAT, module.SILENCE = 0.1, 1.0
+liveness.BEAT, liveness.SILENCE = 0.1, 1.0
 def slowly(*arguments):
     print("encodes", flush=True)
     time.sleep(0.2 if first else 600)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from engine import files, processes, tensors
+from engine import files, liveness, tensors
 from engine.config.options import TrainConfig
 from engine.errors import exit_code
 from engine.launcher import rank
@@ -110,7 +110,7 @@ def patch(words: list[str], others: bool) -> None:
             raise layout.Damaged("not there yet")
         return manifest(checkpoint)
 
-    processes.BEAT, processes.SILENCE = 0.2, 2.0
+    liveness.BEAT, liveness.SILENCE = 0.2, 2.0
     writer.PARTS_LIMIT = 1.0 if "stuck" in words else 60.0
     layout.SAME_DIRECTORY = 1.0 if "blind" in words else 600.0
     if others:

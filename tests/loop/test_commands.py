@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 from benchmarks.runs import faults
 from benchmarks.tools.place import Place
+from engine.loop.stop import StopSignal
 from engine.loop.trainer import train
-from engine.processes import Processes, StopSignal
+from engine.processes import Processes
 from tests.commands import Command, run, run_two, start_two
 from tests.loop.runs import SLACK, checkpoint_tensors, command, config, published_order, relative_distance
 

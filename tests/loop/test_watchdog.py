@@ -12,11 +12,11 @@ from tests.loop.runs import command, config
 WATCHER = """
 import os, sys, time
 import torch
-from engine import processes as module
+from engine import liveness
 from engine.loop.watchdog import Watchdog
 from engine.processes import Processes
 
-module.LAST_LOOK = 1.0
+liveness.LAST_LOOK = 1.0
 processes = Processes(device=torch.device("cpu")).connect()
 first = processes.rank == 0
 """

@@ -20,6 +20,7 @@ from typing import TypeVar
 
 from engine.errors import UserError, blame_the_machine, first_line
 from engine.files import appears, digest, digest_of, lies_inside, lock, open_regular, parse_json, read_text, unlock
+from engine.liveness import named as named_processes
 from engine.loop.checkpoints.names import (
     LATEST,
     MANIFEST,
@@ -34,7 +35,6 @@ from engine.loop.checkpoints.slices import SAME_DIRECTORY, Damaged, Part, RankFi
 from engine.loop.checkpoints.state import State, parse_state
 from engine.messages import busy, say, warn
 from engine.processes import Processes
-from engine.processes import named as named_processes
 
 T = TypeVar("T")
 _NO_OTHER = "there is no other that is whole; start again in an empty directory"

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from engine.errors import LostProcess, UserError, disk_problem, first_line, lost_a_process
 from engine.files import PARTIAL, appears, digest, discard, sync, sync_files, write_json, write_text
+from engine.liveness import named
 from engine.loop.checkpoints.layout import Depth, find
 from engine.loop.checkpoints.names import (
     LATEST,
@@ -37,7 +38,7 @@ from engine.loop.metrics import Metrics
 from engine.loop.run import Run
 from engine.loop.weights.partition import Partition
 from engine.messages import say, warn
-from engine.processes import Processes, named
+from engine.processes import Processes
 from engine.tensors import PIECE, host_buffer, pieces_of, staged, write_pieces
 
 PARTS_LIMIT = 600.0  # seconds that the first process waits for the others' parts once its own is written

@@ -1,0 +1,248 @@
+"""What the processes of a run tell each other through a store: that they live, for as long as one waits for another."""
+
+import contextlib
+import datetime
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from engine import launcher
+from engine.errors import TRY_AGAIN, LostProcess, UserError, first_line, leaving
+
+JOIN_LIMIT = 900.0  # seconds for all processes to come: imports from a cold shared disk, and nodes that start late
+BEAT = 10.0  # seconds between two signs of life
+SILENCE = 300.0  # seconds without one that mean death; C code may hold Python's lock for a minute or two
+LAST_LOOK = 10.0  # seconds for asking the store about the others before leaving
+FIRST_WORD = 5.0  # seconds that the first process may take to say for all what is wrong
+GRACE = 30.0  # seconds between the loss of the store and leaving, in which the main thread may say more of it
+NAMED = 16  # processes in a line
+
+
+def named(ranks: list[int]) -> str:
+    """Processes for a line: the first of them, and how many more there are."""
+    more = f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
+    return f"process{'es' * (len(ranks) > 1)} {', '.join(map(str, ranks[:NAMED]))}{more}"
+
+
+class Liveness:
+    """The store that processes share, the signs of life that each gives in it, and waiting for others while they give theirs.
+
+    torchrun or the first process keeps the store: a dictionary for a few bytes each. Every process has two connections to it,
+    and one more for each `own_store`. Each tells it every `BEAT` seconds that it lives, so that whoever waits knows for whom;
+    for 1,024 processes the store does 102 operations a second for that, and 1,024 while all wait.
+    """
+
+    store: dist.Store | None = None  # of this attempt, once several processes are connected; for the main thread
+
+    def __init__(self, rank: int, world: int, local_rank: int) -> None:
+        self.rank, self.world, self.local_rank = rank, world, local_rank
+        self.step = -1  # told to the others with each sign of life
+        self._waits = 0  # how often all waited for each other so far, which tells the store's keys apart
+        self._seen: dict[int, tuple[bytes, float]] = {}  # the last sign of life of a process, and when it was first seen
+        self._closed = threading.Event()
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def meet(self) -> None:
+        """Gives signs of life from now on, and waits for those of all.
+
+        Raises:
+            LostProcess: some process did not come.
+        """
+        self.store = open_store(self.world, serves=self.is_first and not launcher.hosts_the_store())
+        self._beats = self.own_store()
+        self._thread = threading.Thread(target=self._live, name="heartbeat", daemon=True)
+        self.beat()
+        self._thread.start()
+        self.store.append("came", f"{self.rank} ")  # type: ignore[attr-defined]
+        if self.store.add("count", 1) == self.world:
+            self.store.set("all came", "")
+        started = time.monotonic()
+        while not self.store.check(["all came"]):
+            if time.monotonic() - started > JOIN_LIMIT:
+                missing = set(range(self.world)) - set(map(int, self.store.get("came").split()))
+                raise LostProcess(f"{named(sorted(missing))} did not come within {JOIN_LIMIT:g} seconds; look at the node")
+            _sleep(started)
+
+    def part(self) -> None:
+        """Gives no more signs of life; who still waits for this process learns of it."""
+        self._closed.set()
+        if self.store is not None:
+            self._thread.join()
+            with contextlib.suppress(RuntimeError):  # the store is gone
+                self._beats.set(f"alive/{self.rank}", f"left {self.step}")
+
+    def own_store(self) -> dist.Store:
+        """Another client of the store: whoever waits blocks all that share its client. It costs the store's host a descriptor.
+
+        Only where several processes are connected.
+        """
+        assert self.store is not None
+        return self.store.clone()  # type: ignore[attr-defined]
+
+    def beat(self) -> None:
+        """Tells the others that this process lives, and at which step; any thread may. Does nothing for one process.
+
+        Raises:
+            dist.DistNetworkError: the store is gone; not before the second time.
+        """
+        if self.store is not None:
+            self._beats.set(f"alive/{self.rank}", f"{time.monotonic_ns()} {self.step}")
+
+    def _live(self) -> None:
+        """Gives signs of life, and ends the process when there is nobody to give them to."""
+        try:
+            while not self._closed.wait(BEAT):
+                self.beat()
+        except RuntimeError:
+            if self._closed.wait(GRACE):
+                return
+            self.leave("this process can tell no other that it lives;", lambda: f"it is at step {self.steps()[self.rank]}")
+
+    def leave(self, line: str, look: Callable[[], str]) -> NoReturn:
+        """Ends the process from any thread, whatever the others are blocked in, with exit code `TRY_AGAIN`.
+
+        One process of each node says the line. Where the store is gone two of each do, of which the first may be gone too. The
+        first process, which may keep the store, stays until the others have looked.
+
+        Args:
+            look: what is known of the others, for the end of the line; the store, which it asks, has `LAST_LOOK` seconds.
+        """
+        heard: list[tuple[str, bool]] = []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):
+                heard.append((look(), self.store is None or self.first_to(f"leave/{self.rank - self.local_rank}")))
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(LAST_LOOK)
+        silent = "the store of the processes, which the first one or torchrun on its node keeps, does not answer"
+        others, says = heard[0] if heard else (silent, self.local_rank < 2)
+        if says:
+            print(f"engine.run: error: process {self.rank}: {leaving(f'{line} {others}')}", file=sys.stderr, flush=True)
+        if self.is_first and self.store is not None:
+            time.sleep(LAST_LOOK)
+        os._exit(TRY_AGAIN)
+
+    def let_the_first_speak(self, error: UserError) -> None:
+        """Before leaving for a mistake that all meet, waits a few seconds for the first process, which says it, to leave.
+
+        A launcher ends all processes when one has left.
+        """
+        started = time.monotonic()
+        with contextlib.suppress(RuntimeError):  # the store went with the first process
+            while self.store is not None and not (self.is_first or error.alone) and time.monotonic() - started < FIRST_WORD:
+                if self.store.get("alive/0").startswith(b"left"):
+                    time.sleep(0.5)
+                    return
+                _sleep(started)
+
+    def steps(self) -> list[int]:
+        """The step that each process told last, in one look-up; any thread may. Only where several processes are connected."""
+        return [int(sign.split()[1]) for sign in self._beats.multi_get([f"alive/{rank}" for rank in range(self.world)])]
+
+    def first_to(self, what: str) -> bool:
+        """Whether no other process asked this before; any thread may. Without a store it is the first process."""
+        with contextlib.suppress(RuntimeError):  # the store is gone
+            if self.store is not None:
+                return self._beats.add(what, 1) == 1
+        return self.is_first
+
+    def is_mine(self, what: str) -> bool:
+        """Whether this process may do what one alone should: the first that asks, and when that is gone the next."""
+        if self.store is None:
+            return True
+        holder, mine = self.store.compare_set(what, "", str(self.rank)), str(self.rank).encode()
+        if holder != mine and any(self._gone([int(holder)])):
+            holder = self.store.compare_set(what, holder.decode(), str(self.rank))
+        return bool(holder == mine)
+
+    def wait(self, key: str, store: dist.Store | None = None, limit: float = math.inf) -> bool:
+        """Waits for a key of the store, as long as those live for whom this process waits; False when that took too long.
+
+        Args:
+            store: a thread's own client, where it is not the main one that waits.
+            limit: seconds.
+
+        Raises:
+            LostProcess: a process left, or gives no sign of life.
+        """
+        store = store or self.store
+        assert store is not None
+        started = looked = time.monotonic()
+        while not store.check([key]):
+            now = time.monotonic()
+            if now - started > limit:
+                return False
+            if now - looked > BEAT / 2:
+                looked = now
+                try:
+                    self._look()
+                except LostProcess:  # which may have come here before it left
+                    if not store.check([key]):
+                        raise
+            _sleep(started)
+        return True
+
+    def _look(self) -> None:
+        """Raises `LostProcess` where one that is waited for is gone: the first looks at all, the others at the first."""
+        left, silent = self._gone(list(range(self.world) if self.is_first else [0]))
+        if left:
+            raise LostProcess(f"{named(left)} left; the message of that one, or the launcher's, says why")
+        if silent:
+            raise LostProcess(f"{named(silent)} gave no sign of life for {SILENCE:g} seconds")
+
+    def _gone(self, ranks: list[int]) -> tuple[list[int], list[int]]:
+        """Which of the processes left, and which give no sign of life any more."""
+        now, left, silent = time.monotonic(), [], []
+        for rank, sign in zip(ranks, self._beats.multi_get([f"alive/{rank}" for rank in ranks]), strict=True):
+            if self._seen.get(rank, (b"", 0.0))[0] != sign:
+                self._seen[rank] = sign, now
+            if sign.startswith(b"left"):
+                left.append(rank)
+            elif now - self._seen[rank][1] > SILENCE:
+                silent.append(rank)
+        return left, silent
+
+
+def open_store(world: int, serves: bool) -> dist.Store:
+    """The launcher's store; what a killed attempt left in it is out of sight.
+
+    torchrun on one node keeps its store over restarts, with the addresses of processes that are gone. On several nodes the
+    count of restarts may differ, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun start a new store instead.
+    """
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not host or not port.isdecimal():
+        raise UserError(
+            f"WORLD_SIZE is {world}, but MASTER_ADDR and MASTER_PORT do not say where the processes meet; start them "
+            "with torchrun or deepspeed"
+        )
+    try:
+        store = dist.TCPStore(
+            host, int(port), world, serves, datetime.timedelta(seconds=JOIN_LIMIT),
+            wait_for_workers=False, multi_tenant=True,
+        )  # fmt: skip
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"port {port} of this node is in use; give the launcher another --master_port",
+                alone=True,
+                passing=True,
+            ) from None
+        raise LostProcess(f"nobody answers at {host}:{port}, where the processes meet: {first_line(error)}") from None
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if os.environ.get("GROUP_WORLD_SIZE") == "1" else "0"
+    return dist.PrefixStore(f"attempt-{attempt}", store)
+
+
+def _sleep(started: float) -> None:
+    """Between two looks at what is waited for since `started`: a tenth of the time so far, a second at most."""
+    time.sleep(min(1.0, 0.01 + (time.monotonic() - started) / 10))
