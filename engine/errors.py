@@ -21,6 +21,8 @@ _OF_THE_DISK = (
 )  # fmt: skip
 # What is wrong with a file, or with its name, where the disk is sound.
 OF_THE_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.ENAMETOOLONG)
+# What a file system says of one file that it has lost, or does not reach; some of it is over in a second.
+OF_ONE_FILE = (errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ENXIO)
 MEND_THE_PLACE = "mend what is wrong with that place (room, permissions, the mount), and start the same again"
 CLOSED_PIPE = 128 + 13  # as a program that SIGPIPE ends
 LONGEST = 1000  # characters of a line that is printed; names and values in files of others may have any length
@@ -54,6 +56,10 @@ class UserError(Exception):
         self.lines = [printable(line) for line in lines]
         self.alone, self.shared, self.passing = alone, shared, passing
         super().__init__("\n".join(self.lines))
+
+
+class FailingDisk(UserError):
+    """A file cannot be read for now, or never again; others there may be."""
 
 
 class LostProcess(Exception):
@@ -105,13 +111,14 @@ def blame_the_machine(path: Path, error: BaseException) -> None:
     """Raises what is no fault of a file that was read: a lack of memory as it is, a failing disk as what to mend.
 
     Raises:
-        UserError: the disk is broken, full, gone or not permitted.
+        UserError: the disk is broken, full, gone or not permitted; `FailingDisk`, where that may be of this file alone.
     """
     if out_of_memory(error):
         raise error
     of_the_file = isinstance(error, OSError) and error.errno in OF_THE_FILE
     if not of_the_file and (problem := disk_problem(error)):
-        raise UserError(f"{path}: cannot be read: {problem}; {MEND_THE_PLACE}", passing=True) from None
+        kind = FailingDisk if system_number(error) in OF_ONE_FILE else UserError
+        raise kind(f"{path}: cannot be read: {problem}; {MEND_THE_PLACE}", passing=True) from None
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -15,15 +15,15 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from engine.errors import UserError, blame_the_machine, first_line, system_number
+from engine.errors import OF_ONE_FILE, UserError, blame_the_machine, first_line, system_number
 from engine.messages import warn
 
+T = TypeVar("T")
 PARTIAL = ".partial"
 LOCK = ".lock"  # in a directory that a process holds
 _FLOCK = struct.Struct("hhqqi0q")  # type, whence, start, length, process: as C has them, 64 bits of an offset
-_PASSING = (errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EAGAIN)  # may be over in a second
 # Bytes of a file that is read as text, whole: Python's objects of a table take several times as many.
 LARGEST_TEXT = max(2**30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8)
 
@@ -72,7 +72,7 @@ def open_regular(path: Path) -> io.BufferedReader:
 
 
 def read_bytes(path: Path, check: Callable[[int], None] = lambda size: None) -> bytes:
-    """A regular file, whole. A network's file system that fails is asked again, so that no sample is lost by one bad moment.
+    """A regular file, whole; the file system is `asked_again`, so that no sample is lost by one bad moment.
 
     Args:
         check: is given the size before anything is read, to raise or to wait.
@@ -80,16 +80,29 @@ def read_bytes(path: Path, check: Callable[[int], None] = lambda size: None) -> 
     Raises:
         OSError: there is none, it is no regular file, or it cannot be read.
     """
-    pauses = [0.1, 1.0]
-    while True:
+
+    def read() -> bytes:
+        with open_regular(path) as file:
+            check(os.fstat(file.fileno()).st_size)
+            return _whole(file)
+
+    return asked_again(read)
+
+
+def asked_again(read: Callable[[], T]) -> T:
+    """What `read` returns; where a network's file system fails, it is asked twice more within a second.
+
+    Raises:
+        OSError: it fails again.
+    """
+    for pause in (0.1, 1.0):
         try:
-            with open_regular(path) as file:
-                check(os.fstat(file.fileno()).st_size)
-                return _whole(file)
+            return read()
         except OSError as error:
-            if error.errno not in _PASSING or not pauses:
+            if error.errno not in (*OF_ONE_FILE, errno.EAGAIN):
                 raise
-        time.sleep(pauses.pop(0))
+        time.sleep(pause)
+    return read()
 
 
 def appears(path: Path, seconds: float) -> bool:

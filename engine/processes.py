@@ -136,9 +136,10 @@ class Processes(Liveness):
             self.store.set(f"wait/{self._waits}", "")
         else:
             self.wait(f"wait/{self._waits}")
-        value, lines = self.from_first((value, error and error.lines))
-        if lines is not None:
-            raise error or UserError(*lines, shared=True)
+        value, told = self.from_first((value, error))
+        if told is not None:
+            told.shared = True
+            raise error or told
         return value
 
     def first_before_others(self, work: Callable[[], T]) -> T:

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -110,6 +111,11 @@ def patch(words: list[str], others: bool) -> None:
             raise layout.Damaged("not there yet")
         return manifest(checkpoint)
 
+    def unreadable(path: Path) -> str:
+        if "checkpoint-4/rank" in str(path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return files.digest(path)
+
     liveness.BEAT, liveness.SILENCE = 0.2, 2.0
     writer.PARTS_LIMIT = 1.0 if "stuck" in words else 60.0
     layout.SAME_DIRECTORY = 1.0 if "blind" in words else 600.0
@@ -117,6 +123,8 @@ def patch(words: list[str], others: bool) -> None:
         writer.write_pieces = write
         if "stale" in words or "blind" in words:
             layout._manifest = stale
+        if "unreadable" in words:
+            layout.digest = unreadable
 
 
 def main() -> int:

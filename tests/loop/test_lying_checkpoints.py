@@ -1,12 +1,14 @@
 """Checkpoints whose digests agree and whose content lies: one line, or the same bits."""
 
 import errno
+import gc
 import json
 import os
 import random
 import shutil
 import struct
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -16,11 +18,11 @@ from torch import nn
 from engine import files, tensors
 from engine.checkpoint import verify_command
 from engine.config.options import TrainConfig
-from engine.errors import UserError
+from engine.errors import FailingDisk, UserError
 from engine.files import digest, lock, open_regular, write_json
 from engine.loop.checkpoints import layout
 from engine.loop.checkpoints.names import LATEST, MANIFEST, STATE, checkpoint_name, rank_file
-from engine.loop.checkpoints.slices import open_slices
+from engine.loop.checkpoints.slices import RankFiles, open_slices
 from engine.loop.checkpoints.snapshot import restore, sliced_tensors
 from engine.loop.checkpoints.writer import Writer
 from engine.loop.metrics import Metrics
@@ -454,8 +456,79 @@ def test_a_failing_disk_is_named_and_no_other_checkpoint_is_advised(name, number
 
     for module in (files, tensors):
         monkeypatch.setattr(module, "open_regular", fail)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
     line = said(checkpoint)
     assert line.startswith(f"{checkpoint / name}: cannot be read: {os.strerror(number)}; mend what is wrong with that place")
+
+
+@pytest.mark.parametrize("name", [MANIFEST, STATE, RANK])
+def test_where_the_disk_does_not_give_the_latest_the_run_goes_on_from_another(name, output, monkeypatch, capsys):
+    lost, failures = [output / "checkpoint-4" / name], []
+
+    def fail(path, *others):
+        if path in lost and len(failures) < 9:
+            failures.append(path)
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return open_regular(path)
+
+    for module in (files, tensors):
+        monkeypatch.setattr(module, "open_regular", fail)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    failures += 7 * lost  # it passes with the third time
+    found = layout.find(output, LATEST)
+    assert layout.open_newest(found, Processes()).path == output / "checkpoint-4"
+    failures.clear()
+    assert layout.open_newest(found, Processes()).path == output / "checkpoint-2"
+    assert f"{lost[0]}: cannot be read: Input/output error; mend" in capsys.readouterr().err
+    failures.clear()
+    lost.append(output / "checkpoint-2" / name)
+    for find in (lambda: layout.open_newest(found, Processes()), lambda: layout.find(output, LATEST)):
+        with pytest.raises(FailingDisk, match="checkpoint-4/.*: cannot be read") as error:
+            find()
+        assert error.value.passing
+        (output / LATEST).unlink(missing_ok=True)
+        failures.clear()
+
+
+def test_the_format_of_another_version_is_no_damage(output):
+    state = output / "checkpoint-4" / STATE
+    write_json(state, json.loads(state.read_text()) | {"format_version": 3})
+    agree(output / "checkpoint-4")
+    with pytest.raises(
+        UserError, match="checkpoint-4/state.json: format version 3, this engine reads 2; go on with the version"
+    ):
+        layout.open_newest(output / "checkpoint-4", Processes())
+
+
+def test_a_damaged_checkpoint_is_not_held_open(output):
+    flip_last_byte(output / "checkpoint-4" / STATE)
+    gc.disable()
+    try:
+        opened = layout.open_newest(output / "checkpoint-4", Processes())
+        held = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    finally:
+        gc.enable()
+    assert opened.path == output / "checkpoint-2"
+    assert str(output / "checkpoint-2" / RANK) in held
+    assert str(output / "checkpoint-4" / RANK) not in held
+
+
+def test_what_an_old_listing_lacks_is_looked_up_by_name(checkpoint, monkeypatch):
+    monkeypatch.setattr(layout, "_files", lambda checkpoint: set())
+    assert layout.open_checked(checkpoint).state.step == 4
+    (checkpoint / RANK).rename(checkpoint / "late")
+    threading.Timer(0.2, (checkpoint / "late").rename, (checkpoint / RANK,)).start()
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    assert layout._misplaced(checkpoint, manifest, layout.Depth.DIGESTS, patience=5.0) == {}
+
+
+def test_all_files_together_are_waited_for_so_long(checkpoint):
+    """One process names what it alone does not see."""
+    files, started = RankFiles(checkpoint, patience=0.2), time.monotonic()
+    with pytest.raises(UserError, match="checkpoint-4/rank-7.safetensors: process 0 does not come to see it"):
+        layout._look(files, {rank_file(7): ""}, layout.Depth.DIGESTS)
+    assert not any(files.sees(rank_file(number)) for number in range(1, 50))
+    assert time.monotonic() - started < 0.6
 
 
 def test_a_lack_of_memory_is_no_damage(checkpoint, monkeypatch):

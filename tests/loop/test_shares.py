@@ -127,6 +127,14 @@ def test_where_the_latest_is_damaged_all_go_on_from_the_newest_that_is_whole(ran
     assert f"{fault}; there is no other that is whole" in processes[0].errors
 
 
+def test_where_one_process_alone_cannot_read_the_latest_all_go_on_from_another(saved):
+    processes = run(2, saved, "resume", "unreadable")
+    assert {process["checkpoint"] for process in said(processes)} == {"checkpoint-2"}
+    expected = "checkpoint-4/rank-1.safetensors: cannot be read: Input/output error; mend what is wrong with that place"
+    assert expected in processes[0].errors
+    assert "going on from checkpoint-2" in processes[0].errors
+
+
 def test_what_one_process_finds_in_what_it_reads_is_raised_by_all(output):
     checkpoint = output / "checkpoint-4"
     content = bytearray((checkpoint / "rank-3.safetensors").read_bytes())

@@ -15,11 +15,13 @@ import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from engine.errors import UserError, blame_the_machine, first_line
-from engine.files import appears, digest, digest_of, lies_inside, lock, open_regular, parse_json, read_text, unlock
+from engine import launcher
+from engine.errors import FailingDisk, UserError, blame_the_machine, first_line
+from engine.files import appears, asked_again, digest, digest_of, lies_inside, lock, open_regular, parse_json, read_text, unlock
 from engine.liveness import named as named_processes
 from engine.loop.checkpoints.names import (
     LATEST,
@@ -31,7 +33,7 @@ from engine.loop.checkpoints.names import (
     rank_of,
     step_of,
 )
-from engine.loop.checkpoints.slices import SAME_DIRECTORY, Damaged, Part, RankFiles, SliceFiles, damage, part_of
+from engine.loop.checkpoints.slices import OLD_LISTING, SAME_DIRECTORY, Damaged, Part, RankFiles, SliceFiles, damage, part_of
 from engine.loop.checkpoints.state import State, parse_state
 from engine.messages import busy, say, warn
 from engine.processes import Processes
@@ -123,6 +125,8 @@ def _named_in(pointer: Path) -> Path | None:
 def _has_manifest(checkpoint: Path) -> bool:
     try:
         return bool(_manifest(checkpoint)[0])
+    except FailingDisk:
+        return True
     except Damaged:
         return False
 
@@ -141,25 +145,27 @@ def open_checked(checkpoint: Path, whole: bool = False, processes: Processes | N
 
 
 def open_newest(checkpoint: Path, processes: Processes) -> Checkpoint:
-    """As `open_checked`, the checkpoint that is the latest; where it is damaged, the newest other that is whole, and says so.
+    """As `open_checked`, the checkpoint that is the latest; where it is damaged, or the disk does not give it, the newest other
+    that is whole, and says so.
 
     Those of earlier steps come first: of later ones are those that the run was taken back from.
     """
     try:
         return _checked(checkpoint, Depth.DIGESTS, processes)
-    except Damaged as error:
-        damaged = error
+    except (Damaged, FailingDisk) as error:
+        fault = error.with_traceback(None)  # which would keep the files open that it leads to
+    said = str(fault) if isinstance(fault, FailingDisk) else f"{checkpoint}: {fault}"
 
     def others() -> list[Path]:
         newest_first = reversed(_others(checkpoint))
         return sorted(newest_first, key=lambda other: step_of(other) > step_of(checkpoint))
 
     for other in processes.computed_by_first(others):
-        with contextlib.suppress(Damaged):
+        with contextlib.suppress(Damaged, FailingDisk):
             found = _checked(other, Depth.DIGESTS, processes)
-            warn(f"{checkpoint}: {damaged}; going on from {other.name}, the newest other that is whole")
+            warn(f"{said}; going on from {other.name}, the newest other that is whole")
             return found
-    raise UserError(f"{checkpoint}: {damaged}; {_NO_OTHER}", shared=True)
+    raise fault if isinstance(fault, FailingDisk) else UserError(f"{said}; {_NO_OTHER}", shared=True)
 
 
 @contextlib.contextmanager
@@ -191,10 +197,21 @@ def _others(checkpoint: Path) -> list[Path]:
 
 
 def _newest_whole(checkpoints: list[Path], depth: Depth, passed_over: tuple[type[Exception], ...] = (Damaged,)) -> Path | None:
-    """The newest of checkpoints from which a training can continue."""
+    """The newest of checkpoints from which a training can continue.
+
+    Raises:
+        FailingDisk: there is none, and one of them may be.
+    """
+    failing: FailingDisk | None = None
     for checkpoint in reversed(checkpoints):
-        with contextlib.suppress(*passed_over):
+        try:
             return _checked(checkpoint, depth).path
+        except passed_over:
+            pass
+        except FailingDisk as error:
+            failing = failing or error.with_traceback(None)
+    if failing:
+        raise failing
     return None
 
 
@@ -206,20 +223,19 @@ def agreed(processes: Processes | None, work: Callable[[], T]) -> list[T]:
     """
     if processes is None or processes.world == 1:
         return [work()]
-    value, damaged, lines = None, None, None
+    value: T | None = None
+    error: Damaged | UserError | None = None
     try:
         value = work()
-    except Damaged as error:
-        damaged = str(error)
-    except UserError as error:
-        lines = error.lines
-    told = processes.gather_patiently((value, damaged, lines))
-    for _, damaged, lines in told:
-        if lines is not None:
-            raise UserError(*lines, shared=True)
-        if damaged is not None:
-            raise Damaged(damaged)
-    return [value for value, _, _ in told]
+    except (Damaged, UserError) as raised:
+        error = raised.with_traceback(None)
+    told = processes.gather_patiently((value, error))
+    for _, error in told:
+        if isinstance(error, UserError):
+            error.shared = True
+        if error is not None:
+            raise error
+    return [value for value, _ in told]
 
 
 @dataclass(frozen=True)
@@ -274,7 +290,7 @@ def _seen(checkpoint: Path, depth: Depth, processes: Processes | None) -> tuple[
     """
     if processes is None or processes.world == 1:
         manifest, _ = _manifest(checkpoint)
-        return manifest, _misplaced(checkpoint, manifest, depth)
+        return manifest, _misplaced(checkpoint, manifest, depth, patience=0.0)
 
     mine: dict[str, str] | None = None
 
@@ -282,7 +298,7 @@ def _seen(checkpoint: Path, depth: Depth, processes: Processes | None) -> tuple[
         nonlocal mine
         try:
             mine, seal = _manifest(checkpoint)
-            return seal, _misplaced(checkpoint, mine, depth)
+            return seal, _misplaced(checkpoint, mine, depth, OLD_LISTING)
         except Damaged as error:
             return str(error)
 
@@ -315,15 +331,23 @@ def _seen(checkpoint: Path, depth: Depth, processes: Processes | None) -> tuple[
     return mine, faults
 
 
-def _misplaced(checkpoint: Path, manifest: dict[str, str], depth: Depth) -> dict[str, str]:
-    """What is wrong with the files that there are and those that the manifest names: file -> problem."""
+def _misplaced(checkpoint: Path, manifest: dict[str, str], depth: Depth, patience: float) -> dict[str, str]:
+    """What is wrong with the files that there are and those that the manifest names: file -> problem.
+
+    What the listing lacks, which a node may have kept from when it wrote there itself, is looked up by name.
+
+    Args:
+        patience: seconds in which all that is named must come.
+    """
+    given_up = time.monotonic() + patience
     present = _files(checkpoint)
     strays = sorted(present - manifest.keys())
     read = [name for name in strays if Path(name).suffix.lower() in _READ or (checkpoint / name).is_dir()]
     if depth >= Depth.MODELS and len(strays) > len(read):
         say(f"{checkpoint}: named in no manifest, and read by nothing: {', '.join(sorted({*strays} - {*read}))}")
     faults = dict.fromkeys(read, f"is not named in {MANIFEST}")
-    return faults | {name: "missing" for name in manifest if name not in present}
+    lacking = [name for name in manifest if name not in present]
+    return faults | {name: "missing" for name in lacking if not appears(checkpoint / name, given_up - time.monotonic())}
 
 
 def _look(files: RankFiles, share: dict[str, str], depth: Depth) -> _Share:
@@ -334,17 +358,23 @@ def _look(files: RankFiles, share: dict[str, str], depth: Depth) -> _Share:
 
     Raises:
         Damaged: one is whole, and is not what it should be.
+        UserError: this process does not come to see one.
     """
     faults: dict[str, str] = {}
     for name, expected in share.items():
-        appears(files.checkpoint / name, files.patience)
+        if not files.sees(name):
+            raise UserError(
+                f"{files.checkpoint / name}: process {launcher.rank()} does not come to see it, as the first process "
+                "does; mount the same output directory on all nodes, and start the same again"
+            )
         problem = _problem(files.checkpoint, name, expected, depth >= (Depth.MODELS if "/" in name else Depth.DIGESTS))
         if problem:
             faults[name] = problem
     state = None
     if not faults and STATE in share:
         with damage(files.checkpoint / STATE):
-            state = parse_state(parse_json(read_text(files.checkpoint / STATE)))
+            path = files.checkpoint / STATE
+            state = parse_state(parse_json(asked_again(partial(read_text, path))), path)
     ranks = [] if faults else [number for name in share if (number := rank_of(name)) is not None]
     return _Share(faults, {number: part_of(files[number]) for number in sorted(ranks)}, state)
 
@@ -358,7 +388,7 @@ def _manifest(checkpoint: Path) -> tuple[dict[str, str], str]:
     try:
         if not lies_inside(checkpoint / MANIFEST, checkpoint):
             raise ValueError(f"{MANIFEST} is a link that leads out of it")
-        text = read_text(checkpoint / MANIFEST)
+        text = asked_again(partial(read_text, checkpoint / MANIFEST))
         manifest = parse_json(text)
         if not isinstance(manifest, dict):
             raise ValueError(f"{MANIFEST} is no JSON object")
@@ -395,7 +425,7 @@ def _problem(checkpoint: Path, name: str, expected: str, compared: bool) -> str 
     if not compared:
         return None
     try:
-        return None if digest(path) == expected else "missing or altered"
+        return None if asked_again(partial(digest, path)) == expected else "missing or altered"
     except OSError as error:
         blame_the_machine(path, error)
         return f"cannot be read ({first_line(error)})"

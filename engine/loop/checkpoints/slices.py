@@ -2,9 +2,11 @@
 
 import contextlib
 import re
+import time
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,13 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError, blame_the_machine, first_line
-from engine.files import appears
+from engine.files import appears, asked_again
 from engine.loop.checkpoints.names import rank_file
 from engine.loop.weights.partition import Slice
 from engine.tensors import DTYPES, PIECE, TensorFile
 
 SAME_DIRECTORY = 600.0  # seconds that a network's file system may take to show a node what another sees
+OLD_LISTING = 60.0  # seconds for which NFS keeps what it once knew of a directory (acdirmax)
 _FP32 = ("weight", "ema")  # kinds that are never anything else
 _NOT_NEGATIVE = ("exp_avg_sq",)
 _OF_EVERY_PROCESS = {"metrics/loss_sum", "random/cpu"}
@@ -96,18 +99,22 @@ class RankFiles(dict[int, TensorFile]):
     """The files of a checkpoint by rank, each opened when it is first asked for, and once.
 
     Args:
-        patience: seconds to wait for a file that another process has seen.
+        patience: seconds from now on in which files must come that another process has seen.
     """
 
     def __init__(self, checkpoint: Path, patience: float = 0.0) -> None:
         super().__init__()
-        self.checkpoint, self.patience = checkpoint, patience
+        self.checkpoint, self._given_up = checkpoint, time.monotonic() + patience
+
+    def sees(self, name: str) -> bool:
+        """Whether a file of the checkpoint is there, or comes in time."""
+        return appears(self.checkpoint / name, self._given_up - time.monotonic())
 
     def __missing__(self, rank: int) -> TensorFile:
         path = self.checkpoint / rank_file(rank)
-        appears(path, self.patience)
+        self.sees(path.name)
         with damage(path):
-            self[rank] = TensorFile(path)
+            self[rank] = asked_again(partial(TensorFile, path))
         return self[rank]
 
 

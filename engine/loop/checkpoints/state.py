@@ -1,11 +1,13 @@
 """What state.json holds."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from engine.config.checks import LARGEST
 from engine.config.options import ALTER_THE_RESULT, TrainConfig
+from engine.errors import UserError
 
 FORMAT_VERSION = 2
 
@@ -72,15 +74,17 @@ class State(_Strict):
         return scaler
 
 
-def parse_state(value: Any) -> State:
+def parse_state(value: Any, path: Path) -> State:
     """What was read from a state.json, judged.
 
     Raises:
-        ValueError: it is none of this version.
+        UserError: it is of another version.
+        ValueError: it is none.
     """
     version = value.get("format_version") if isinstance(value, dict) else None
     if isinstance(version, int) and version != FORMAT_VERSION:
-        raise ValueError(f"format version {version}, this engine reads {FORMAT_VERSION}")
+        remedy = "go on with the version of the engine that wrote it, or give another by --resume_from_checkpoint"
+        raise UserError(f"{path}: format version {version}, this engine reads {FORMAT_VERSION}; {remedy}")
     try:
         return State.model_validate(value)
     except ValidationError as error:
