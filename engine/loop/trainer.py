@@ -165,16 +165,18 @@ def _run(training: "Training", shards: Shards, plan: BatchPlan) -> bool:
         loader = Loader(shards, plan, run.seed, family.schedule, device, *span, run.order, limits)
         with contextlib.closing(loader), contextlib.closing(shards):  # these first, for which the loader may wait
             finished = training.run_steps(iter(loader), log)
-        if training.saved != training.step:
-            training.save()
-        training.checkpoints.wait()
+        training.save_to_the_end()
         processes.barrier()
         if finished:
             with busy("Writing the pipeline"):
                 export(config, training.family, training.partition)
             if config.validation_prompts:
                 training.validate(log)
+        training.checkpoints.close()
         return finished
+    except Exception:
+        training.checkpoints.close()
+        raise
     finally:
         if log:
             log.close()
@@ -326,9 +328,8 @@ class Training:
         before = min(step for step, _ in found)
         self.metrics.take_back(self.step - before)
         self.step = before  # those since were skipped by all
-        if before not in (0, self.saved):
-            self._beside_training(self.save)
-            self.checkpoints.wait()
+        if before:
+            self._beside_training(self.save_to_the_end)
         lines = dict.fromkeys(line for _, lines in found for line in lines)
         saved = Path(self.config.output_dir) / checkpoint_name(before)
         kept = f"; step {before} is saved in {saved}, from where --resume_from_checkpoint latest goes on" if before else ""
@@ -337,6 +338,12 @@ class Training:
     def save(self) -> None:
         self.checkpoints.save(self.step, self.partition, self.metrics)
         self.saved = self.step
+
+    def save_to_the_end(self) -> None:
+        """Until there is a complete checkpoint of this step."""
+        if self.step != self.saved:
+            self.save()
+        self.checkpoints.wait()
 
     def _beside_training(self, work: Callable[[], Any], limit: float = BESIDE) -> None:
         """Runs work that is not a step, on nobody's clock, once the steps before it are finished.

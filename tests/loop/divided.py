@@ -67,6 +67,8 @@ class Divided:
         self.partition.optimizer.apply([torch.full_like(self.partition.masters[0], 1.0 / step)])
         self.metrics.steps, self.metrics.loss_sum = step, torch.tensor(0.1 * step + self.processes.rank / 7)
         self.writer.save(step, self.partition, self.metrics)
+        if "training" in sys.argv:
+            time.sleep(30 if "killed" in sys.argv and step == 4 else 2.0)
         self.writer.wait()
 
     def resume(self) -> Path:
@@ -102,9 +104,14 @@ def patch(words: list[str], others: bool) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if "stuck" in words:
             time.sleep(3)
+        if "late" in words:
+            time.sleep(1.5)
         if "full" in words:
             raise OSError(28, "No space left on device")
         return written
+
+    def exhausted(*unused) -> list[torch.Tensor]:
+        raise RuntimeError("CUDA error: out of memory")
 
     def stale(checkpoint: Path):
         if checkpoint.name != "checkpoint-2" and ("blind" in words or time.monotonic() - began < 2):
@@ -116,13 +123,16 @@ def patch(words: list[str], others: bool) -> None:
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
         return files.digest(path)
 
-    liveness.BEAT, liveness.SILENCE = 0.2, 2.0
-    writer.PARTS_LIMIT = 1.0 if "stuck" in words else 60.0
+    liveness.BEAT, liveness.SILENCE, liveness.LAST_LOOK = 0.2, 2.0, 0.5
+    writer.LIMIT = 1.0 if {"stuck", "late"} & {*words} else 60.0
+    writer.GRACE = 0.5
     layout.SAME_DIRECTORY = 1.0 if "blind" in words else 600.0
     if others:
         writer.write_pieces = write
         if "stale" in words or "blind" in words:
             layout._manifest = stale
+        if "memory" in words:
+            Writer._copied = exhausted
         if "unreadable" in words:
             layout.digest = unreadable
 

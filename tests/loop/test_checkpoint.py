@@ -233,20 +233,54 @@ def test_a_checkpoint_holds_the_state_of_its_step_however_late_it_is_written(mod
 def test_a_checkpoint_that_cannot_be_written_names_the_last_good_one(beside, model, images, shards, tmp_path, monkeypatch):
     write_pieces = writer.write_pieces
 
+    failing = ["checkpoint-6", "checkpoint-8"] if beside else ["checkpoint-6"]
+
     def full(path, header, pieces):
-        if "checkpoint-6" in str(path):
+        if any(name in str(path) for name in failing):
             path.write_bytes(b"half")
             raise OSError(28, "No space left on device")
         return write_pieces(path, header, pieces)
 
     monkeypatch.setattr(writer, "write_pieces", full)
-    expected = r"checkpoint-6 cannot be written: No space left on device; the last complete one is .*checkpoint-3\."
+    expected = rf"{failing[-1]} cannot be written: No space left on device; the last complete one is .*checkpoint-3\."
     with pytest.raises(UserError, match=expected):
         train(config(model, images, shards, tmp_path / "out", checkpointing_steps=3, checkpoint_async=beside))
     assert layout.find(tmp_path / "out", "latest") == tmp_path / "out" / "checkpoint-3"
     monkeypatch.undo()
     assert train(config(model, images, shards, tmp_path / "out", resume_from_checkpoint="latest")) == 0
     assert not list((tmp_path / "out").glob("*.partial"))
+
+
+def test_the_step_after_one_that_could_not_be_written_beside_is_tried(model, images, shards, tmp_path, monkeypatch, capsys):
+    write_pieces = writer.write_pieces
+
+    def full(path, *others):
+        if "checkpoint-3" in str(path):
+            raise OSError(28, "No space left on device")
+        return write_pieces(path, *others)
+
+    monkeypatch.setattr(writer, "write_pieces", full)
+    options = {"checkpointing_steps": 3, "max_train_steps": 6, "checkpoint_async": True}
+    assert train(config(model, images, shards, tmp_path / "out", **options)) == 0
+    assert "checkpoint-3 cannot be written: No space left on device" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_what_is_written_beside_a_training_that_fails_is_ended(model, images, shards, tmp_path, monkeypatch):
+    write = Writer._write
+
+    def failing(self, *unused) -> None:
+        raise UserError("no")
+
+    def late(*arguments) -> None:
+        monkeypatch.setattr("engine.loop.trainer.Training._after_step", failing)
+        time.sleep(0.5)
+        write(*arguments)
+
+    monkeypatch.setattr(Writer, "_write", late)
+    with pytest.raises(UserError, match="^no$"):
+        train(config(model, images, shards, tmp_path / "out", checkpointing_steps=2, checkpoint_async=True))
+    assert layout.open_checked(tmp_path / "out" / "checkpoint-2").state.step == 2
 
 
 def test_two_runs_in_one_output_directory_are_refused(model, images, shards, tmp_path):
@@ -449,6 +483,36 @@ def test_what_keeps_the_first_process_from_publishing_is_raised_by_all(tmp_path,
     assert not first._aside(10).exists()
 
 
+def test_where_there_is_no_room_for_the_pointer_nothing_is_published(tmp_path, monkeypatch):
+    partition, metrics = keep(tmp_path, monkeypatch)
+
+    def full(path, text):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(writer, "write_text", full)
+    with pytest.raises(UserError, match="checkpoint-10 cannot be written: No space left.*the last complete one is .*-9"):
+        Writer(tmp_path, metrics.run, metrics.processes, None, False, "other").save(10, partition, metrics)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-9", "latest"]
+
+
+def test_nobody_waits_while_old_checkpoints_are_removed(tmp_path, monkeypatch):
+    partition, metrics = keep(tmp_path, monkeypatch)
+    gone_on = threading.Event()
+
+    def slow(path):
+        if path.name == "checkpoint-9":
+            assert gone_on.wait(10)
+        discard(path)
+
+    monkeypatch.setattr(writer, "discard", slow)
+    limited = Writer(tmp_path, metrics.run, metrics.processes, 1, False, "token")
+    limited.save(10, partition, metrics)
+    assert (tmp_path / "checkpoint-9").is_dir()
+    gone_on.set()
+    limited.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "latest"]
+
+
 def test_a_checkpoint_that_made_room_in_vain_has_its_name_back(tmp_path, monkeypatch):
     partition, metrics = keep(tmp_path, monkeypatch)
     rename = Path.rename
@@ -471,6 +535,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, monkeyp
     (tmp_path / "checkpoint-9").symlink_to(tmp_path / "elsewhere")
     limited = Writer(tmp_path, metrics.run, metrics.processes, 1, False, "token")
     limited.save(10, partition, metrics)
+    limited.close()
     assert not os.path.lexists(tmp_path / "checkpoint-9")
     assert (tmp_path / "elsewhere" / "state.json").is_file()
     (tmp_path / "checkpoint-11").symlink_to("nowhere")  # in the place of the one to come
@@ -482,6 +547,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, monkeyp
 
     monkeypatch.setattr(writer, "discard", refuse)
     limited.save(11, partition, metrics)
+    limited.close()
     assert "checkpoint-10: cannot be removed: Permission denied" in capsys.readouterr().err
     assert layout.open_checked(tmp_path / "checkpoint-11").state.step == 11
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from engine.data.format.index import shard_name
 from engine.data.format.reader import Shards
 from engine.data.samples.order import records_of
 from engine.errors import UserError
+from engine.loop.checkpoints.writer import Writer
 from engine.loop.trainer import train
 from engine.tensors import read_header
 from tests.commands import start_two
@@ -64,6 +66,21 @@ def test_the_steps_before_are_saved(model, images, copy, tmp_path):
     lines = [(tmp_path / name / "metrics.jsonl").read_text().count("\n") for name in ("out", "whole")]
     assert lines[0] == lines[1]
     assert same(tmp_path / "out" / "checkpoint-4", tmp_path / "whole" / "checkpoint-4")
+
+
+def test_what_is_being_written_is_waited_for(model, images, copy, tmp_path, monkeypatch):
+    write = Writer._write
+
+    def late(*arguments) -> None:
+        time.sleep(0.5)
+        write(*arguments)
+
+    monkeypatch.setattr(Writer, "_write", late)
+    damage(copy)
+    options = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "checkpoint_async": True, "checkpointing_steps": 2}
+    with pytest.raises(UserError, match="step 2 is saved in"):
+        train(config(model, images, copy, tmp_path / "out", max_train_steps=4, **options))
+    assert (tmp_path / "out" / "latest").read_text() == "checkpoint-2\n"
 
 
 @pytest.mark.two_processes

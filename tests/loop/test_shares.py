@@ -171,6 +171,27 @@ def test_a_digest_that_does_not_come_is_not_waited_for_without_limit(tmp_path):
     assert not layout.complete_checkpoints(tmp_path / "out")
 
 
+def test_a_part_that_comes_late_beside_the_training_is_waited_for(tmp_path):
+    processes = run(2, tmp_path / "out", "save", "late", "beside", "training")
+    assert [process.returncode for process in processes] == [0, 0], [process.errors for process in processes]
+    assert len(layout.complete_checkpoints(tmp_path / "out")) == 2
+
+
+def test_who_hears_beside_the_training_that_another_is_gone_leaves(tmp_path):
+    """The main thread may stand in a collective, which it never hears of again."""
+    first, second = run(2, tmp_path / "out", "save", "killed", "beside", "training")
+    assert second.returncode == -signal.SIGKILL
+    assert first.returncode == 75
+    assert "checkpoint-4 cannot be written: process 1 gave no sign of life for 2 seconds" in first.errors
+    assert "Leaving with exit code 75" in first.errors
+
+
+def test_what_keeps_one_process_from_copying_is_raised_by_all(tmp_path):
+    processes = run(2, tmp_path / "out", "save", "memory", "beside")
+    assert [process.returncode for process in processes] == [2, 2], [process.errors for process in processes]
+    assert "checkpoint-2 cannot be written: process 1: CUDA error: out of memory; there is no comp" in processes[0].errors
+
+
 @pytest.mark.parametrize("beside", [(), ("beside",)], ids=str)
 def test_what_keeps_one_process_from_writing_is_raised_by_all(beside, tmp_path):
     processes = run(4, tmp_path / "out", "save", "full", *beside)

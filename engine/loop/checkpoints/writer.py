@@ -8,10 +8,11 @@ that is some 5 operations of the store a process, and a look every second while 
 
 import contextlib
 import json
+import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from engine.errors import LostProcess, UserError, disk_problem, first_line, lost_a_process
 from engine.files import PARTIAL, appears, digest, discard, sync, sync_files, write_json, write_text
-from engine.liveness import named
+from engine.liveness import GRACE, named
 from engine.loop.checkpoints.layout import Depth, find
 from engine.loop.checkpoints.names import (
     LATEST,
@@ -41,7 +42,7 @@ from engine.messages import say, warn
 from engine.processes import Processes
 from engine.tensors import PIECE, host_buffer, pieces_of, staged, write_pieces
 
-PARTS_LIMIT = 600.0  # seconds that the first process waits for the others' parts once its own is written
+LIMIT = 3600.0  # seconds for what a training waits for: the parts of all, once the first's is written; a thread's end
 _FAILED = "!"  # what a process tells in place of a digest begins with it
 
 
@@ -49,8 +50,8 @@ _FAILED = "!"  # what a process tells in place of a digest begins with it
 class Writer:
     """Saves checkpoints under a directory, one at a time; older ones go only once a newer one is complete.
 
-    beside: copy the state to host memory and write in a thread; the next `save` and `wait` wait for it, and raise what it
-        raised.
+    beside: copy the state to host memory and write in a thread, for which the next `save` and `wait` wait. What it raised
+        `wait` raises; `save` tries the present step first, and raises only what keeps two in turn from being written.
     models: writes the models of a checkpoint into its directory, beside all slices, and returns their files; or None.
     token: tells this run's unfinished writing from that of a run that was killed; the same on all processes.
     """
@@ -65,8 +66,11 @@ class Writer:
     copy_seconds: float = 0.0
     _saves: int = 0
     _saving: bool = False
+    _failed: bool = False
     _store: dist.Store | None = None  # a client of its own: one that another thread waits with may be busy
     _thread: threading.Thread | None = None
+    _awaited: threading.Event = field(default_factory=threading.Event)
+    _removing: threading.Thread | None = None  # old checkpoints, which nobody waits for
     _error: BaseException | None = None
     _buffers: list[Tensor] = field(default_factory=list)
 
@@ -74,9 +78,18 @@ class Writer:
         """Every process must call it. Returns when the state is copied, or without `beside` when all of it is written.
 
         Raises:
-            UserError, LostProcess: this checkpoint, or the one before it, could not be written; by all processes.
+            UserError, LostProcess: this checkpoint, or the two before it, could not be written; by all processes.
         """
-        self.wait()
+        try:
+            self.wait()
+            self._failed = False
+        except Exception as error:
+            if self._failed or lost_a_process(error):
+                raise
+            self._failed = True
+            if self.processes.is_first:
+                warn(f"{first_line(error)}; trying again with step {step}")
+        self._join_removing()
         self._saves, self._saving = self._saves + 1, True
         if self._store is None and self.processes.store is not None:
             self._store = self.processes.own_store()
@@ -84,8 +97,12 @@ class Writer:
         snapshot = take(step, self.run, partition, metrics)
         if self.beside:
             started = time.perf_counter()
-            pieces = self._copied(snapshot.tensors)
+            try:
+                pieces: Iterable[Tensor] = self._copied(snapshot.tensors)
+            except Exception as error:  # of memory; the others are to hear of it
+                pieces = _raising(error)
             self.copy_seconds = time.perf_counter() - started
+            self._awaited.clear()
             self._thread = threading.Thread(target=self._work, args=(snapshot, pieces), name="checkpoint", daemon=True)
             self._thread.start()
         else:
@@ -98,15 +115,32 @@ class Writer:
         Raises:
             UserError, LostProcess: it could not be written; by all processes.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        if self._join():
+            raise LostProcess(f"what is written in {self.directory} does not end within {LIMIT:g} seconds")
         error, self._error = self._error, None
         if self._saving and not (error and lost_a_process(error)):
             self.processes.barrier()  # the first process may keep the store, and must not leave while others look there
         self._saving = False
         if error is not None:
             raise error
+
+    def close(self) -> None:
+        """Lets what is being written come to its end, whatever that is, so that it is of use where the training failed."""
+        self._join()
+        self._join_removing()
+
+    def _join(self) -> bool:
+        """Waits for the thread that writes; whether it does not end."""
+        self._awaited.set()
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join(LIMIT)
+        return thread is not None and thread.is_alive()
+
+    def _join_removing(self) -> None:
+        if self._removing is not None:
+            self._removing.join()
+            self._removing = None
 
     def _copied(self, tensors: list[Tensor]) -> list[Tensor]:
         """The bytes of tensors in buffers that are kept from one checkpoint to the next."""
@@ -121,6 +155,8 @@ class Writer:
             self._write(snapshot, pieces)
         except Exception as error:
             self._error = error
+            if self.beside and lost_a_process(error) and not self._awaited.wait(GRACE):  # the main thread may wait for ever
+                self.processes.leave(f"{first_line(error)};", lambda: f"it is at step {self.processes.step}")
         else:
             if self.processes.is_first:
                 written = time.perf_counter() - started
@@ -197,6 +233,8 @@ class Writer:
             self._tell_outcome(said)
             raise error if problem is None else said from None
         self._tell_outcome(None)
+        self._removing = threading.Thread(target=self._remove_old, args=(final,), daemon=True)
+        self._removing.start()
 
     def _key(self, name: object) -> str:
         return f"checkpoint-{self.token}/{self._saves}/{name}"
@@ -218,10 +256,10 @@ class Writer:
         notes, ranks = [note], range(self.processes.world)
         if self._store is not None:
             self._tell(note)
-            if not self.processes.wait(self._key("all"), self._store, PARTS_LIMIT):
+            if not self.processes.wait(self._key("all"), self._store, math.inf if self.beside else LIMIT):
                 late = [rank for rank in ranks if not self._store.check([self._key(rank)])]
                 raise LostProcess(f"{named(late)} did not write {'their parts' if len(late) > 1 else 'its part'} within "
-                                  f"{PARTS_LIMIT:g} seconds after the first")  # fmt: skip
+                                  f"{LIMIT:g} seconds after the first")  # fmt: skip
             notes = [told.decode() for told in self._store.multi_get([self._key(rank) for rank in ranks])]
         failed = [rank for rank in ranks if notes[rank].startswith(_FAILED)]
         if failed:
@@ -263,7 +301,8 @@ class Writer:
             return {}
 
     def _publish(self, aside: Path, final: Path) -> None:
-        replaced = final.with_name(f"{final.name}{REPLACED}")
+        replaced = _replaced(final)
+        write_text(aside / LATEST, final.name + "\n")  # where a full disk says so before anything has its name
         sync(aside)  # before the one of the same step is out of the way
         if os.path.lexists(final):
             discard(replaced)
@@ -274,14 +313,17 @@ class Writer:
             with contextlib.suppress(OSError):
                 replaced.rename(final)
             raise
+        (final / LATEST).replace(self.directory / LATEST)
         sync(self.directory)
-        write_text(self.directory / LATEST, final.name + "\n")
-        _remove_old(replaced)
+
+    def _remove_old(self, final: Path) -> None:
+        """Removes what a checkpoint replaced, and those that are more than are kept."""
+        _remove(_replaced(final))
         if self.total_limit is not None:
             # Of later steps are those of a run that went further before this one went on from an earlier checkpoint.
             older = [path for path in complete_checkpoints(self.directory) if step_of(path) < step_of(final)]
             for old in older[: -self.total_limit + 1 or None]:
-                _remove_old(old)
+                _remove(old)
 
 
 def _make(aside: Path) -> None:
@@ -298,7 +340,18 @@ def _problem(error: Exception) -> str | None:
     return disk_problem(error) or (error.strerror or str(error) if isinstance(error, OSError) else None)
 
 
-def _remove_old(checkpoint: Path) -> None:
+def _replaced(final: Path) -> Path:
+    """Where the checkpoint of the same step makes room."""
+    return final.with_name(f"{final.name}{REPLACED}")
+
+
+def _raising(error: Exception) -> Iterator[Tensor]:
+    """Pieces that could not be had."""
+    raise error
+    yield
+
+
+def _remove(checkpoint: Path) -> None:
     """One that stays after all costs room, and no training."""
     try:
         discard(checkpoint)
