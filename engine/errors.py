@@ -6,7 +6,7 @@ import re
 import select
 import sys
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pydantic_core import ValidationError
@@ -55,7 +55,18 @@ class UserError(Exception):
     def __init__(self, *lines: str, alone: bool = False, shared: bool = False, passing: bool = False) -> None:
         self.lines = [printable(line) for line in lines]
         self.alone, self.shared, self.passing = alone, shared, passing
-        super().__init__("\n".join(self.lines))
+        super().__init__(*self.lines)
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+
+def of_all(errors: Sequence[UserError]) -> UserError:
+    """What some processes met, for all to raise: the first that must be mended, if any, with what the others said."""
+    error = min(errors, key=lambda error: error.passing)
+    error.lines = list(dict.fromkeys(line for each in errors for line in each.lines))
+    error.alone, error.shared = False, True
+    return error
 
 
 class FailingDisk(UserError):

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ import torch.distributed as dist
 
 from engine import launcher
 from engine.descriptors import allow_descriptors
-from engine.errors import UserError
+from engine.errors import UserError, of_all
 from engine.files import is_held
 from engine.liveness import Liveness, named
 from engine.messages import warn
@@ -114,33 +115,54 @@ class Processes(Liveness):
             self.wait(key)
         self.barrier()  # so that the store does not end with the first process while others still look
 
-    def computed_by_first(self, work: Callable[[], T]) -> T:
+    def computed_by_first(self, work: Callable[[], T], kinds: tuple[type[Exception], ...] = (UserError,)) -> T:
         """What the first process's `work` returns, on every process; it may take any time. One process just calls it.
 
         The result travels in pickled form by broadcast.
 
         Raises:
-            UserError: that of `work`, on every process; the first says it.
+            UserError: that of `work`, or what else of `kinds` it raises, on every process; the first says it.
             LostProcess: the first process left, or gives no sign of life.
         """
         if self.store is None:
             return work()
         self._waits += 1
         value: T | None = None
-        error: UserError | None = None
+        error: Exception | None = None
         if self.is_first:
             try:
                 value = work()
-            except UserError as raised:
+            except kinds as raised:
                 error = raised
             self.store.set(f"wait/{self._waits}", "")
         else:
             self.wait(f"wait/{self._waits}")
         value, told = self.from_first((value, error))
         if told is not None:
-            told.shared = True
-            raise error or told
+            raise of_all([told]) if isinstance(told, UserError) else told
         return value
+
+    def all_or_none(self, work: Callable[[], T], kinds: tuple[type[Exception], ...] = (UserError,)) -> list[T]:
+        """What `work` returns on every process, by rank, however long it takes; what one raises is raised by all.
+
+        Raises:
+            UserError: those of all processes; the first says them.
+            LostProcess: a process left, or gives no sign of life.
+            Exception: else what the first of those raised that raised another of `kinds`.
+        """
+        if self.store is None:
+            return [work()]
+        value: T | None = None
+        error: Exception | None = None
+        try:
+            value = work()
+        except kinds as raised:
+            error = raised
+        told = self.gather_patiently((value, error))
+        if errors := [error for _, error in told if error is not None]:
+            mistakes = [error for error in errors if isinstance(error, UserError)]
+            raise of_all(mistakes) if mistakes else errors[0]
+        return [value for value, _ in told]
 
     def first_before_others(self, work: Callable[[], T]) -> T:
         """Calls `work` on every process: the first before all, then the first of each node, then the others, without the hub.
@@ -154,19 +176,16 @@ class Processes(Liveness):
         if self.store is None:
             return work()
         mine = 0 if self.is_first else 1 if self.local_rank == 0 else 2
-        value: T | None = None
-        for turn in range(3):
-            error: UserError | None = None
+        values: list[T] = []
+
+        def work_in(turn: int) -> None:
             if turn == mine:
-                try:
-                    with offline() if turn == 2 else contextlib.nullcontext():
-                        value = work()
-                except UserError as raised:
-                    error = raised
-            told = self.gather_patiently(error and error.lines)
-            if lines := list(dict.fromkeys(line for lines in told for line in lines or ())):
-                raise UserError(*lines, shared=True)
-        return value  # type: ignore[return-value]
+                with offline() if turn == 2 else contextlib.nullcontext():
+                    values.append(work())
+
+        for turn in range(3):
+            self.all_or_none(partial(work_in, turn))
+        return values[0]
 
     def barrier(self) -> None:
         if self.world > 1:

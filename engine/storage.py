@@ -207,7 +207,8 @@ class Storage:
                 elif not pauses:
                     problem += f", {len(PAUSES) + 1} times"
             if not pauses:
-                raise StorageError(f"{self.named(name)}{which}: {problem}; {remedy}", alone=True)
+                passing = remedy == MEND_THE_STORAGE
+                raise StorageError(f"{self.named(name)}{which}: {problem}; {remedy}", alone=True, passing=passing)
             self._closed.wait(max(pauses.pop(0) * random.uniform(0.5, 1.5), at_least))
 
     def _check_open(self, name: str) -> None:

@@ -1,12 +1,14 @@
 """What the disk did is told from what the program did."""
 
 import errno
+import pickle
 import subprocess
 import sys
 
 import pytest
 
-from engine.errors import UserError, disk_problem, exit_code, first_line
+from engine.errors import UserError, disk_problem, exit_code, first_line, of_all
+from engine.storage import StorageError
 
 
 @pytest.mark.parametrize(
@@ -159,3 +161,18 @@ def test_what_is_quoted_neither_breaks_a_line_nor_reaches_the_terminal(capsys):
 )
 def test_an_exception_says_one_line(error, said):
     assert first_line(error) == said
+
+
+def test_a_mistake_travels_whole_between_processes_and_is_one_of_all():
+    first, second = UserError("a full disk", "two\nlines", alone=True, passing=True), StorageError("no network", passing=True)
+    for error in (first, second):
+        told = pickle.loads(pickle.dumps(error))
+        assert (type(told), str(told), vars(told)) == (type(error), str(error), vars(error))
+    both = of_all([first, second, first])
+    assert (both.lines, both.alone, both.shared, both.passing) == (
+        ["a full disk", "two\\nlines", "no network"],
+        False,
+        True,
+        True,
+    )
+    assert not of_all([first, UserError("a bad option")]).passing, "which the next attempt would meet again"

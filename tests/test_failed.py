@@ -84,3 +84,45 @@ def test_a_process_that_meets_a_mistake_alone_notes_it(model, images, shards, ou
     assert both[1].errors == "engine.run: error: this one only\n"
     assert "process 0: process 1 left; " in both[0].errors
     assert (output / "failed").read_text() == "this one only\n"
+
+
+PASSING = """
+import errno, os, sys
+from engine.errors import blame_the_machine, exit_code
+from engine.launcher import rank
+from engine.loop import trainer
+from engine.loop.checkpoints import writer
+def failing(number, path="somewhere"):
+    raise OSError(number, os.strerror(number), str(path))
+def stale(config):
+    try:
+        failing(errno.ESTALE)
+    except OSError as error:
+        blame_the_machine(trainer.Path(config.pretrained_model_name_or_path), error)
+if rank() == 1:
+    FAILS
+from engine import run
+sys.argv[0] = "engine.run"
+sys.exit(exit_code("engine.run", run.main))
+"""
+
+
+@pytest.mark.two_processes
+@pytest.mark.parametrize(
+    ("fails", "said"),
+    [
+        (
+            "writer.write_pieces = lambda path, *rest: failing(errno.ENOSPC, path)",
+            "checkpoint-1 cannot be written: process 1: No",
+        ),
+        ("trainer.open_family = stale", "cannot be read: Stale file handle; mend"),
+    ],
+    ids=["full", "stale"],
+)
+def test_a_disk_that_fails_one_process_is_said_by_the_first_and_not_noted(fails, said, model, images, shards, output):
+    options = command(config(model, images, shards, output, train_batch_size=2, max_train_steps=1))
+    both = start_two([sys.executable, "-c", PASSING.replace("FAILS", fails), *options[3:]])
+    assert [process.wait(60) for process in both] == [2, 2], [process.errors for process in both]
+    assert said in both[0].errors
+    assert not both[1].errors
+    assert not (output / "failed").exists()

@@ -222,7 +222,7 @@ def check_writable(flag: str, path: Path) -> None:
             raise UserError(f"{flag} {path}: {existing} is a file; name a directory")
         tempfile.TemporaryDirectory(prefix=".", dir=existing).cleanup()
     except OSError as error:
-        raise UserError(f"{flag} {path}: cannot be written: {error.strerror}; name another directory") from None
+        raise UserError(f"{flag} {path}: cannot be written: {error.strerror}; name another directory", passing=True) from None
 
 
 def check_picture(flag: str, path: Path) -> None:

@@ -178,7 +178,8 @@ def load(model: type[Model], values: dict[str, Any], where: str = "") -> Model:
         config = _validate(model, values | home)
         check_options(config)
     except UserError as error:
-        raise UserError(*(f"{where}: {line}" if where else line for line in error.lines)) from None
+        error.lines = [f"{where}: {line}" if where else line for line in error.lines]
+        raise
     return config
 
 

@@ -94,6 +94,6 @@ def wait_until_seen(is_seen: Callable[[], bool], path: Path) -> None:
             raise UserError(
                 f"{path}: this node does not see what the first process wrote there, {VISIBLE:g} seconds later; see that all "
                 "nodes mount the same directory, and that it is not cached for longer",
-                alone=True,
-            )
+                alone=True, passing=True,
+            )  # fmt: skip
         time.sleep(min(1.0, 0.01 + waited / 10))

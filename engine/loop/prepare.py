@@ -92,7 +92,9 @@ def prepare_shards(
     shards = remote or Shards(directory, check_rows=config.verify_shards != "none")
     opened = {_told_apart(of) for of in (index, shards.index)}
     if len(set().union(*processes.gather_objects(opened))) > 1:
-        raise UserError(f"{config.shards_place}/{INDEX}: replaced while the processes opened it; start the same again")
+        raise UserError(
+            f"{config.shards_place}/{INDEX}: replaced while the processes opened it; start the same again", passing=True
+        )
     return shards
 
 

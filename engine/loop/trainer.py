@@ -20,7 +20,7 @@ from engine.config.options import TrainConfig
 from engine.data.format.reader import Shards
 from engine.data.samples.batch import Batch, BatchPlan
 from engine.data.samples.loader import Loader
-from engine.errors import UserError
+from engine.errors import UserError, of_all
 from engine.failed import leave_note, leave_note_unless_held, obey_note
 from engine.files import write_text
 from engine.loop import attention
@@ -322,7 +322,7 @@ class Training:
         """Saves what was trained before any process met damage, and says what that is; to be called by all."""
         batches = self.batches
         whole = self.started + batches.given // self.config.gradient_accumulation_steps  # those of which all micro-batches came
-        met = self.processes.gather_objects((whole, batches.damage.lines) if batches.damage else None)
+        met = self.processes.gather_objects((whole, batches.damage) if batches.damage else None)
         if not (found := [damage for damage in met if damage]):
             return
         before = min(step for step, _ in found)
@@ -330,10 +330,10 @@ class Training:
         self.step = before  # those since were skipped by all
         if before:
             self._beside_training(self.save_to_the_end)
-        lines = dict.fromkeys(line for _, lines in found for line in lines)
         saved = Path(self.config.output_dir) / checkpoint_name(before)
         kept = f"; step {before} is saved in {saved}, from where --resume_from_checkpoint latest goes on" if before else ""
-        raise UserError(*(line + kept for line in lines))
+        error = of_all([damage for _, damage in found])
+        raise UserError(*(line + kept for line in error.lines), shared=True, passing=error.passing)
 
     def save(self) -> None:
         self.checkpoints.save(self.step, self.partition, self.metrics)

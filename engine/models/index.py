@@ -130,7 +130,7 @@ def refuse_pointer(file: Path) -> None:
         with file.open("rb") as opened:
             start = opened.read(len(_POINTER))
     except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{file}: cannot be read: {error.strerror}", passing=True) from None
     if start == _POINTER:
         raise UserError(f"{file}: a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
 

@@ -295,7 +295,9 @@ def _held(directory: Path) -> Iterator[None]:
         while (held := lock(directory)) is None:
             time.sleep(0.5)
     except OSError as error:
-        raise UserError(f"--cache_dir: {directory} cannot be written: {error.strerror}; give another directory") from None
+        raise UserError(
+            f"--cache_dir: {directory} cannot be written: {error.strerror}; give another directory", passing=True
+        ) from None
     try:
         yield
     finally:

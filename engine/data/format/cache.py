@@ -211,8 +211,8 @@ class ShardsCache:
             raise UserError(
                 f"{self.directory}: cannot be written: {error.strerror or error}; make room there, give a lower "
                 "--shards_cache_limit, or name another --shards_cache",
-                alone=True,
-            ) from None
+                alone=True, passing=True,
+            ) from None  # fmt: skip
 
     def _path(self, digest: str) -> Path:
         return self.directory / f"{digest}{_SUFFIX}"

@@ -316,7 +316,8 @@ class Shards:
         except UserError as error:
             if self._rebuilt():
                 raise self._error(number, "no longer what it was") from None
-            raise UserError(*error.lines, alone=True) from None
+            error.alone = True
+            raise
         for name, starts in self._starts.items():
             starts[number] = shard.start(name)
         # One look at all checksums, which lie beside each other, instead of one for every row.

@@ -99,7 +99,8 @@ class _RemoteShards(Shards):
             yield
         except UserError as error:
             said = (line.replace(local, self.storage.named(name)) for line in error.lines)
-            raise type(error)(*(line.replace(BUILD_AGAIN, WHOLE_COPY) for line in said), alone=True) from None
+            error.lines, error.alone = [line.replace(BUILD_AGAIN, WHOLE_COPY) for line in said], True
+            raise
 
     def _error(self, shard: int, problem: str) -> UserError:
         return _Altered(int(shard), f"{self.storage.named(self._name(shard))}: {problem}; {WHOLE_COPY}")

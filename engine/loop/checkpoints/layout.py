@@ -13,11 +13,10 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from engine import launcher
 from engine.errors import FailingDisk, UserError, blame_the_machine, first_line
@@ -38,7 +37,7 @@ from engine.loop.checkpoints.state import State, parse_state
 from engine.messages import busy, say, warn
 from engine.processes import Processes
 
-T = TypeVar("T")
+FOUND = (Damaged, UserError)  # what a process finds that all raise
 _NO_OTHER = "there is no other that is whole; start again in an empty directory"
 
 # What libraries look for in the folder of a model, and this engine in a checkpoint; nothing reads a README.md.
@@ -215,29 +214,6 @@ def _newest_whole(checkpoints: list[Path], depth: Depth, passed_over: tuple[type
     return None
 
 
-def agreed(processes: Processes | None, work: Callable[[], T]) -> list[T]:
-    """What `work` gives on every process, by rank, however long it takes; what one finds wrong is raised by all.
-
-    Raises:
-        Damaged, UserError: what the first of those said for whose `work` raised it.
-    """
-    if processes is None or processes.world == 1:
-        return [work()]
-    value: T | None = None
-    error: Damaged | UserError | None = None
-    try:
-        value = work()
-    except (Damaged, UserError) as raised:
-        error = raised.with_traceback(None)
-    told = processes.gather_patiently((value, error))
-    for _, error in told:
-        if isinstance(error, UserError):
-            error.shared = True
-        if error is not None:
-            raise error
-    return [value for value, _ in told]
-
-
 @dataclass(frozen=True)
 class _Share:
     """What a process found in its share of the files: what is wrong with them, by name, else what they hold."""
@@ -260,7 +236,8 @@ def _checked(checkpoint: Path, depth: Depth, processes: Processes | None = None)
     manifest, faults = _seen(checkpoint, depth, processes)
     files = RankFiles(checkpoint, patience=SAME_DIRECTORY if world > 1 else 0.0)
     mine = {name: value for name, value in manifest.items() if name not in faults and (rank_of(name) or 0) % world == rank}
-    shares = agreed(processes, lambda: _look(files, mine, depth))
+    look = partial(_look, files, mine, depth)
+    shares = processes.all_or_none(look, FOUND) if processes else [look()]
     found = {name: problem for share in shares for name, problem in share.faults.items()}
     faults = faults | {name: found[name] for name in manifest if name in found}
     if faults:
@@ -294,18 +271,12 @@ def _seen(checkpoint: Path, depth: Depth, processes: Processes | None) -> tuple[
 
     mine: dict[str, str] | None = None
 
-    def first() -> tuple[str, dict[str, str]] | str:
+    def first() -> tuple[str, dict[str, str]]:
         nonlocal mine
-        try:
-            mine, seal = _manifest(checkpoint)
-            return seal, _misplaced(checkpoint, mine, depth, OLD_LISTING)
-        except Damaged as error:
-            return str(error)
+        mine, seal = _manifest(checkpoint)
+        return seal, _misplaced(checkpoint, mine, depth, OLD_LISTING)
 
-    told = processes.computed_by_first(first)
-    if isinstance(told, str):
-        raise Damaged(told)
-    seal, faults = told
+    seal, faults = processes.computed_by_first(first, FOUND)
 
     def see() -> dict[str, str] | None:
         given_up, pause = time.monotonic() + SAME_DIRECTORY, 0.01
@@ -326,8 +297,8 @@ def _seen(checkpoint: Path, depth: Depth, processes: Processes | None) -> tuple[
             f"{checkpoint}: {named_processes(blind)} did not come to see it as the first process does within "
             f"{SAME_DIRECTORY:g} seconds: the output directory is an older or another one there; mount the same on all nodes, "
             "and start the same again",
-            shared=True,
-        )
+            shared=True, passing=True,
+        )  # fmt: skip
     return mine, faults
 
 

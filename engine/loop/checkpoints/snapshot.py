@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.loop.checkpoints.layout import Checkpoint, agreed, or_another
+from engine.loop.checkpoints.layout import FOUND, Checkpoint, or_another
 from engine.loop.checkpoints.names import STATE
 from engine.loop.checkpoints.slices import Damaged, SliceFiles, damage, generator_state
 from engine.loop.checkpoints.state import Identity, State
@@ -104,7 +104,7 @@ def restore(checkpoint: Checkpoint, partition: Partition, metrics: Metrics) -> N
     """
     processes, files, state = partition.processes, checkpoint.files, checkpoint.state
     with or_another(checkpoint.path, processes), torch.no_grad():
-        sums = agreed(processes, lambda: _restore(files, state, partition))
+        sums = processes.all_or_none(lambda: _restore(files, state, partition), FOUND)
     by_rank = [sums[rank % processes.world][rank // processes.world] for rank in range(state.world)]
     own = state.world == processes.world
     metrics.resume(by_rank[processes.rank] if own else float(torch.tensor(by_rank).mean()), state.loss_steps)

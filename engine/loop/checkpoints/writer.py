@@ -7,9 +7,9 @@ that is some 5 operations of the store a process, and a look every second while 
 """
 
 import contextlib
-import json
 import math
 import os
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -229,7 +229,7 @@ class Writer:
             problem = _problem(error)
             remedy = "Make room or permit writing there, and continue with --resume_from_checkpoint latest"
             line = f"{final} cannot be written: {problem or first_line(error)}; {self._kept()}. {remedy}"
-            said = UserError(line, shared=True)
+            said = UserError(line, shared=True, passing=True)
             self._tell_outcome(said)
             raise error if problem is None else said from None
         self._tell_outcome(None)
@@ -270,7 +270,7 @@ class Writer:
     def _tell_outcome(self, error: Exception | None) -> None:
         """Tells the others that the checkpoint is published, or what they, too, are to raise."""
         if self._store is not None:
-            self._store.set(self._key("outcome"), json.dumps([isinstance(error, LostProcess), str(error or "")]))
+            self._store.set(self._key("outcome"), pickle.dumps(error))  # type: ignore[arg-type]
 
     def _hear(self) -> None:
         """Waits until the first process has told what became of the checkpoint.
@@ -280,10 +280,10 @@ class Writer:
         """
         assert self._store is not None
         self.processes.wait(self._key("outcome"), self._store)
-        lost, line = json.loads(self._store.get(self._key("outcome")))
+        error = pickle.loads(self._store.get(self._key("outcome")))
         self._store.delete_key(self._key(self.processes.rank))
-        if line:
-            raise LostProcess(line) if lost else UserError(line, shared=True)
+        if error is not None:
+            raise error
 
     def _models(self, aside: Path) -> dict[str, str]:
         """File -> digest of the models for others to open. The training needs none of it: what keeps them away is a warning."""
