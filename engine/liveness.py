@@ -35,7 +35,8 @@ class Liveness:
 
     torchrun or the first process keeps the store: a dictionary for a few bytes each. Every process has two connections to it,
     and one more for each `own_store`. Each tells it every `BEAT` seconds that it lives, so that whoever waits knows for whom;
-    for 1,024 processes the store does 102 operations a second for that, and 1,024 while all wait.
+    for 1,024 processes the store does 205 operations a second for that, and 1,024 while all wait. Calls of the store have no
+    deadline: when its host falls silent, and closes no connection, a thread that never calls it ends the process.
     """
 
     store: dist.Store | None = None  # of this attempt, once several processes are connected; for the main thread
@@ -45,7 +46,8 @@ class Liveness:
         self.step = -1  # told to the others with each sign of life
         self._waits = 0  # how often all waited for each other so far, which tells the store's keys apart
         self._seen: dict[int, tuple[bytes, float]] = {}  # the last sign of life of a process, and when it was first seen
-        self._closed = threading.Event()
+        self._answers = 0  # of the store, to signs of life
+        self._due, self._closed, self._ended = threading.Event(), threading.Event(), threading.Event()
 
     @property
     def is_first(self) -> bool:
@@ -57,6 +59,7 @@ class Liveness:
         Raises:
             LostProcess: some process did not come.
         """
+        threading.Thread(target=self._guard, name="guard", daemon=True).start()
         self.store = open_store(self.world, serves=self.is_first and not launcher.hosts_the_store())
         self._beats = self.own_store()
         self._thread = threading.Thread(target=self._live, name="heartbeat", daemon=True)
@@ -75,10 +78,12 @@ class Liveness:
     def part(self) -> None:
         """Gives no more signs of life; who still waits for this process learns of it."""
         self._closed.set()
+        self._due.set()
         if self.store is not None:
-            self._thread.join()
-            with contextlib.suppress(RuntimeError):  # the store is gone
-                self._beats.set(f"alive/{self.rank}", f"left {self.step}")
+            self._thread.join(LAST_LOOK)
+            if not self._thread.is_alive():  # else the store does not answer
+                with contextlib.suppress(RuntimeError):  # the store is gone
+                    self._beats.set(f"alive/{self.rank}", f"left {self.step}")
 
     def own_store(self) -> dist.Store:
         """Another client of the store: whoever waits blocks all that share its client. It costs the store's host a descriptor.
@@ -89,23 +94,46 @@ class Liveness:
         return self.store.clone()  # type: ignore[attr-defined]
 
     def beat(self) -> None:
-        """Tells the others that this process lives, and at which step; any thread may. Does nothing for one process.
+        """Tells the others that this process lives, and at which step, once the store has answered; any thread may.
+
+        Only where several processes are connected.
 
         Raises:
-            dist.DistNetworkError: the store is gone; not before the second time.
+            dist.DistNetworkError: the store is gone.
         """
-        if self.store is not None:
-            self._beats.set(f"alive/{self.rank}", f"{time.monotonic_ns()} {self.step}")
+        self._beats.set(f"alive/{self.rank}", f"{time.monotonic_ns()} {self.step}")
+        self._beats.check([f"alive/{self.rank}"])  # `set` waits for no answer
+        self._answers += 1
+
+    def beat_soon(self) -> None:
+        """Has the thread of the signs of life give one now, without waiting for it."""
+        self._due.set()
 
     def _live(self) -> None:
         """Gives signs of life, and ends the process when there is nobody to give them to."""
         try:
-            while not self._closed.wait(BEAT):
+            while not self._closed.is_set():
+                self._due.wait(BEAT)
+                self._due.clear()
                 self.beat()
         except RuntimeError:
-            if self._closed.wait(GRACE):
-                return
-            self.leave("this process can tell no other that it lives;", lambda: f"it is at step {self.steps()[self.rank]}")
+            if not self._closed.wait(GRACE):
+                self._leave_alone()
+
+    def _guard(self) -> None:
+        """Ends the process when the store has not answered for `SILENCE`, whatever threads wait for it, at the start too.
+
+        It counts its own looks: of minutes in which this process was stopped, or C code held Python's lock, it knows nothing.
+        """
+        looks = answers = 0
+        while not self._ended.wait(BEAT):
+            looks = looks + 1 if answers == self._answers else 0
+            answers = self._answers
+            if looks * BEAT > (SILENCE if answers else JOIN_LIMIT + GRACE):
+                self._leave_alone()
+
+    def _leave_alone(self) -> NoReturn:
+        self.leave("this process can tell no other that it lives;", lambda: f"it is at step {self.steps()[self.rank]}")
 
     def leave(self, line: str, look: Callable[[], str]) -> NoReturn:
         """Ends the process from any thread, whatever the others are blocked in, with exit code `TRY_AGAIN`.
@@ -119,6 +147,8 @@ class Liveness:
         heard: list[tuple[str, bool]] = []
 
         def ask() -> None:
+            if self.store is None and self.world > 1:
+                return  # which does not answer yet
             with contextlib.suppress(RuntimeError):
                 heard.append((look(), self.store is None or self.first_to(f"leave/{self.rank - self.local_rank}")))
 

@@ -155,7 +155,7 @@ def test_a_process_that_does_not_come_is_named():
 
 
 def test_a_process_without_a_first_one_says_where_it_looked():
-    started = start("def story(processes): pass", world=2, MASTER_PORT="1", TORCHELASTIC_USE_AGENT_STORE="True")
+    started = start("liveness.GRACE = 9.0\ndef story(processes): pass", MASTER_PORT="1", TORCHELASTIC_USE_AGENT_STORE="True")
     assert codes(started) == [75, 75]
     assert "nobody answers at 127.0.0.1:1, where the processes meet" in started[0].errors
 
@@ -178,6 +178,43 @@ def test_a_process_that_is_blocked_while_the_store_dies_leaves():
     assert both[1].wait(10) == 75
     assert "process 1: this process can tell no other that it lives; the store of the processes" in both[1].errors
     assert len(both[1].errors.splitlines()) == 1
+
+
+FROZEN = """
+import signal
+liveness.LAST_LOOK = 1.0
+if AT_START:
+    def hold(*arguments, open_store=liveness.open_store, **options):
+        if os.environ["RANK"] == "0":
+            store = open_store(*arguments, **options)
+            say("here")
+            time.sleep(60)
+        say("here")
+        time.sleep(1)
+        return open_store(*arguments, **options)
+    liveness.open_store = hold
+
+def story(processes):
+    say("here")
+    if processes.is_first:
+        time.sleep(60)
+    time.sleep(0.5)
+    ACT
+"""
+
+
+@pytest.mark.parametrize(
+    "act", [None, "torch.distributed.all_reduce(torch.zeros(1))", "processes.wait('never')", "processes.store.get('never')"]
+)
+def test_those_whose_store_falls_silent_leave(act):
+    """As on a node that lost its power: no connection is closed."""
+    both = start(FROZEN.replace("AT_START", str(act is None)).replace("ACT", str(act)))
+    wait_until_said("here", *both)
+    both[0].send_signal(signal.SIGSTOP)
+    assert both[1].wait(15) == 75, both[1].errors
+    both[0].kill()
+    assert "process 1: this process can tell no other that it lives; the store of the processes" in both[1].errors
+    assert len(both[1].errors.splitlines()) == 1, both[1].errors
 
 
 GROUPS = """

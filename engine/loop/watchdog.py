@@ -56,8 +56,7 @@ class Watchdog:
             since, what, seconds, option = self._limit
             if time.monotonic() - since > seconds:
                 self.processes.leave(f"{what} for {seconds:g} seconds{f' ({option})' if option else ''};", self._behind)
-            with contextlib.suppress(RuntimeError):  # the store is gone
-                self.processes.beat()
+            self.processes.beat_soon()
             if self._stop.wait(min(seconds / 10, 5.0)):
                 return
 
