@@ -14,8 +14,9 @@ def allow_descriptors(rank: int, world: int) -> None:
 
     A group of gloo takes world + 3 descriptors, and there are two: ours, and DeepSpeed's, which takes one more. The store's
     host has three connections with every process, each process three. So 1,024 need 2,056, and the host of the store 5,128.
+    The first opens all files of a checkpoint, from which it writes the models for others: 1,024 more.
     """
-    own, hosts = 2 * (world + 4) + SPARE, 3 * world + SPARE
+    own, hosts = 2 * (world + 4) + SPARE + (world if rank == 0 else 0), 3 * world + SPARE
     torchrun_hosts = launcher.hosts_the_store()
     if rank == 0 and not torchrun_hosts:
         _allow(0, own + hosts, f"process 0 of {world}, which keeps their store,")

@@ -221,7 +221,6 @@ class TensorFile:
         with open_regular(path) as file:
             self.header, self.metadata, self.data_start = _read_header(file, largest_header)
             self.descriptor = os.dup(file.fileno())
-        self.staging: Tensor | None = None
         weakref.finalize(self, os.close, self.descriptor)
 
     @property
@@ -239,24 +238,18 @@ class TensorFile:
         self.read(name, 0, whole.view(-1))
         return whole
 
-    def read(self, name: str, first: int, target: Tensor) -> None:
-        """Copies the elements of a tensor from number `first` on into `target` [n], contiguous and on any device."""
+    def position(self, name: str, first: int) -> int:
+        """Where in the file element number `first` of a tensor begins."""
         described = self.header[name]
-        dtype = DTYPES[described["dtype"]]
-        position = self.data_start + described["data_offsets"][0] + first * dtype.itemsize
-        direct = target.device.type == "cpu" and target.dtype == dtype
-        for part in target.split(PIECE // dtype.itemsize):
-            length = part.numel() * dtype.itemsize
-            if direct:
-                self._read(position, part.view(torch.uint8))
-            else:
-                self.staging = host_buffer() if self.staging is None else self.staging
-                self._read(position, self.staging[:length])
-                part.copy_(self.staging[:length].view(dtype))
-            position += length
+        return int(self.data_start + described["data_offsets"][0] + first * DTYPES[described["dtype"]].itemsize)
 
-    def _read(self, position: int, target: Tensor) -> None:
-        content = target.numpy().data
+    def read(self, name: str, first: int, target: Tensor) -> None:
+        """Copies the elements of a tensor from number `first` on into `target` [n], of its dtype, contiguous, on the host."""
+        self.read_at(self.position(name, first), target)
+
+    def read_at(self, position: int, target: Tensor) -> None:
+        """Copies the bytes from a position on into `target`, contiguous and on the host."""
+        content = bytes_of(target).numpy().data
         while content:
             count = os.preadv(self.descriptor, [content], position)
             if count == 0:

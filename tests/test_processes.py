@@ -245,10 +245,10 @@ def story(processes):
 def test_the_limit_of_open_files_is_raised_as_far_as_needed_or_refused():
     both = start(LIMITED.replace("HARD", "4096"))
     assert codes(both) == [0, 0], [process.errors for process in both]
-    assert [process.output for process in both] == ["(1042, 4096)\n", "(524, 4096)\n"]
+    assert [process.output for process in both] == ["(1044, 4096)\n", "(524, 4096)\n"]
     first = start(LIMITED.replace("HARD", "600"))[0]
     assert first.wait(30) == 2
-    assert "process 0 of 2, which keeps their store, needs 1,042 open files, and this node allows 600: raise" in first.errors
+    assert "process 0 of 2, which keeps their store, needs 1,044 open files, and this node allows 600: raise" in first.errors
 
 
 HUNG = """

@@ -62,17 +62,15 @@ def test_what_lies_on_the_host_is_written_from_where_it_lies():
     assert addresses == [value.data_ptr() + number * tensors.PIECE for number in range(4)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_any_elements_are_read(dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(tensors, "PIECE", 256)
+def test_any_elements_are_read(tmp_path):
     safetensors.torch.save_file(examples(), tmp_path / "file")
     file = TensorFile(tmp_path / "file")
     for name, value in examples().items():
         assert file.elements(name) == value.numel()
         assert torch.equal(file.tensor(name), value)
-    target = torch.zeros(300, dtype=dtype)
+    target = torch.zeros(300)
     file.read("weight/a.b@0", 500, target)
-    assert torch.equal(target, examples()["weight/a.b@0"][500:800].to(dtype))
+    assert torch.equal(target, examples()["weight/a.b@0"][500:800])
 
 
 def test_a_file_is_opened_once(tmp_path, monkeypatch):

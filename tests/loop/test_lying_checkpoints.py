@@ -535,7 +535,7 @@ def test_a_lack_of_memory_is_no_damage(checkpoint, monkeypatch):
     def fail(*others):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes")
 
-    monkeypatch.setattr(tensors.TensorFile, "read", fail)
+    monkeypatch.setattr(tensors.TensorFile, "read_at", fail)
     with pytest.raises(RuntimeError, match="allocate memory"):
         layout.open_checked(checkpoint, whole=True)
 

@@ -12,10 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from engine.files import digest
-from engine.loop.checkpoints import layout, writer
+from engine.loop.checkpoints import layout, slices, writer
 from engine.loop.checkpoints.slices import RankFiles, SliceFiles, open_slices, part_of
+from engine.loop.weights.partition import Slice
+from engine.tensors import TensorFile
 from tests.commands import Command, start_two
 from tests.loop.runs import checkpoint_tensors, flip_last_byte
 
@@ -77,6 +80,30 @@ def test_any_number_of_processes_goes_on_with_the_same_bits_and_opens_its_share(
         assert opened.keys() == share | overlap | first | others
         assert all(opened[name] == 1 + (name in share) for name in share | overlap)
         assert opened["manifest.json"] <= 2, "the first looks for one before it opens it"
+
+
+@pytest.mark.parametrize(("piece", "reads"), [(slices.PIECE, 16), (64, 60)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_one_file_is_read_after_another_and_at_once_what_lies_side_by_side(device, piece, reads, saved, monkeypatch):
+    monkeypatch.setattr(slices, "PIECE", piece)
+    checkpoint, read = saved / "checkpoint-4", []
+    files = open_slices(checkpoint, 4)
+    files.files = RankFiles(checkpoint, most=1)
+    read_at = TensorFile.read_at
+
+    def noted(file, position, target) -> None:
+        read.append((file.path.name, position))
+        read_at(file, position, target)
+
+    monkeypatch.setattr(TensorFile, "read_at", noted)
+    filled = {(kind, name): torch.empty(size, device=device) for kind in files.kinds for name, size in files.sizes.items()}
+    whole = {name: Slice(name, torch.Size([size]), 0, size, 0, 0) for name, size in files.sizes.items()}
+    files.fill((kind, whole[name], target) for (kind, name), target in filled.items())
+    for (kind, name), target in filled.items():
+        assert torch.equal(target.cpu(), checkpoint_tensors(checkpoint, kind)[name].view(-1))
+    assert read == sorted(read)
+    assert len(read) == reads, "of four files and kinds"
+    assert len(files.files) == 1
 
 
 def test_what_1024_files_hold_is_told_in_2_kb_each():

@@ -4,9 +4,9 @@ import contextlib
 import re
 import time
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +17,13 @@ from engine.errors import UserError, blame_the_machine, first_line
 from engine.files import appears, asked_again
 from engine.loop.checkpoints.names import rank_file
 from engine.loop.weights.partition import Slice
-from engine.tensors import DTYPES, PIECE, TensorFile
+from engine.tensors import DTYPES, PIECE, TensorFile, host_buffer
 
 SAME_DIRECTORY = 600.0  # seconds that a network's file system may take to show a node what another sees
 OLD_LISTING = 60.0  # seconds for which NFS keeps what it once knew of a directory (acdirmax)
+OPEN = 16  # files at a time; the header of one of stage 3 takes some 2 MB
+_Found = tuple[str, int, int, Tensor]  # a tensor of a file, its elements, the first that is wanted, and where to
+_Read = tuple[int, str, Tensor]  # a position in a file, the tensor that lies there, and where to
 _FP32 = ("weight", "ema")  # kinds that are never anything else
 _NOT_NEGATIVE = ("exp_avg_sq",)
 _OF_EVERY_PROCESS = {"metrics/loss_sum", "random/cpu"}
@@ -96,15 +99,22 @@ def part_of(file: TensorFile) -> Part:
 
 
 class RankFiles(dict[int, TensorFile]):
-    """The files of a checkpoint by rank, each opened when it is first asked for, and once.
+    """The files of a checkpoint by rank, each opened when it is asked for; only so many stay open, the others are forgotten.
 
     Args:
+        most: files that stay open.
         patience: seconds from now on in which files must come that another process has seen.
     """
 
-    def __init__(self, checkpoint: Path, patience: float = 0.0) -> None:
+    def __init__(self, checkpoint: Path, patience: float = 0.0, most: int = OPEN) -> None:
         super().__init__()
+        self.most = most
         self.checkpoint, self._given_up = checkpoint, time.monotonic() + patience
+
+    @cached_property
+    def room(self) -> Tensor:
+        """For what is read before it goes where it belongs; one for all files."""
+        return host_buffer()
 
     def sees(self, name: str) -> bool:
         """Whether a file of the checkpoint is there, or comes in time."""
@@ -113,18 +123,20 @@ class RankFiles(dict[int, TensorFile]):
     def __missing__(self, rank: int) -> TensorFile:
         path = self.checkpoint / rank_file(rank)
         self.sees(path.name)
+        if len(self) == self.most:
+            del self[next(iter(self))]
         with damage(path):
             self[rank] = asked_again(partial(TensorFile, path))
         return self[rank]
 
 
 def open_slices(checkpoint: Path, world: int) -> "SliceFiles":
-    """The slices of the files of `world` processes, all of which are opened, as soon as this one sees them.
+    """The slices of the files of `world` processes, all of which are opened, as soon as this one sees them, and stay open.
 
     Raises:
         Damaged: a file cannot be read, or the slices do not fit together.
     """
-    files = RankFiles(checkpoint, SAME_DIRECTORY if world > 1 else 0.0)
+    files = RankFiles(checkpoint, SAME_DIRECTORY if world > 1 else 0.0, most=world)
     return SliceFiles(files, [part_of(files[rank]) for rank in range(world)])
 
 
@@ -204,16 +216,13 @@ class SliceFiles:
         Raises:
             Damaged: a value is not finite.
         """
-        buffers: dict[torch.dtype, Tensor] = {}
+        room = torch.empty(PIECE, dtype=torch.uint8)
         for file in map(self.files.__getitem__, range(self.world)):
             for name, described in file.header.items():
-                dtype = DTYPES[described["dtype"]]
-                if not dtype.is_floating_point:
-                    continue
-                buffer = buffers.setdefault(dtype, torch.empty(PIECE // dtype.itemsize, dtype=dtype))
-                size = file.elements(name)
+                buffer = room.view(DTYPES[described["dtype"]])
+                size = file.elements(name) if buffer.is_floating_point() else 0
                 for first in range(0, size, len(buffer)):
-                    _read(file, name, first, buffer[: min(len(buffer), size - first)])
+                    self._read(file, [(file.position(name, first), name, buffer[: size - first])])
             generator_state(file)
 
     def elements(self, kind: str) -> int:
@@ -222,33 +231,68 @@ class SliceFiles:
 
     def fill_parameter(self, kind: str, name: str, parameter: Tensor) -> None:
         """Copies a whole parameter from whichever files hold its pieces; it must be contiguous."""
-        self.fill(kind, Slice(name, parameter.shape, 0, parameter.numel(), 0, 0), parameter.detach().view(-1))
+        self.fill([(kind, Slice(name, parameter.shape, 0, parameter.numel(), 0, 0), parameter.detach().view(-1))])
 
-    def fill(self, kind: str, piece: Slice, target: Tensor) -> None:
-        """Copies the elements of a slice from whichever files hold them.
+    def fill(self, wanted: Iterable[tuple[str, Slice, Tensor]]) -> None:
+        """Copies the elements of slices, each of a kind into a tensor, from whichever files hold them.
+
+        One file is read after another, from its beginning to its end, and what lies side by side there at once.
 
         Raises:
             Damaged: they are not there, are of another dtype, or are not finite.
         """
-        filled, end = 0, piece.start + piece.length
-        rows = self.places.get(f"{kind}/{piece.name}", np.empty((0, 3), np.int64))
-        overlapping = slice(np.searchsorted(rows[:, 1], piece.start, "right"), np.searchsorted(rows[:, 0], end))
-        for start, stop, rank in rows[overlapping].tolist():
-            first, last = max(start, piece.start), min(stop, end)
-            if first < last:
-                file, name = self.files[rank], f"{kind}/{piece.name}@{start}"
-                stored = file.header.get(name)
-                if stored is None or stored["shape"] != [stop - start]:
-                    raise Damaged(f"{file.path.name}: is another file than was compared with its digest")
-                if DTYPES[stored["dtype"]] != target.dtype:
-                    raise Damaged(f"{file.path.name}: {name} is {stored['dtype']}, and not {target.dtype}")
-                _read(file, name, first - start, target[first - piece.start : last - piece.start])
-                filled += last - first
-        if filled != piece.length:
-            raise Damaged(
-                f"holds {filled} of {piece.length} elements of {kind}/{piece.name}; was it trained with the same model and "
-                "options?"
-            )
+        found: dict[int, list[_Found]] = {}
+        for kind, piece, target in wanted:
+            filled, end = 0, piece.start + piece.length
+            rows = self.places.get(f"{kind}/{piece.name}", np.empty((0, 3), np.int64))
+            overlapping = slice(np.searchsorted(rows[:, 1], piece.start, "right"), np.searchsorted(rows[:, 0], end))
+            for start, stop, rank in rows[overlapping].tolist():
+                first, last = max(start, piece.start), min(stop, end)
+                if first < last:
+                    part = target[first - piece.start : last - piece.start]
+                    found.setdefault(rank, []).append((f"{kind}/{piece.name}@{start}", stop - start, first - start, part))
+                    filled += last - first
+            if filled != piece.length:
+                raise Damaged(
+                    f"holds {filled} of {piece.length} elements of {kind}/{piece.name}; was it trained with the same model and "
+                    "options?"
+                )
+        for rank in sorted(found):
+            self._read_file(self.files[rank], found.pop(rank))
+
+    def _read_file(self, file: TensorFile, found: list[_Found]) -> None:
+        reads: list[_Read] = []
+        for name, size, first, target in found:
+            stored = file.header.get(name)
+            if stored is None or stored["shape"] != [size]:
+                raise Damaged(f"{file.path.name}: is another file than was compared with its digest")
+            if DTYPES[stored["dtype"]] != target.dtype:
+                raise Damaged(f"{file.path.name}: {name} is {stored['dtype']}, and not {target.dtype}")
+            for part in target.split(PIECE // target.element_size()):
+                reads.append((file.position(name, first), name, part))
+                first += part.numel()
+        reads.sort(key=lambda read: read[0])
+        for side_by_side in _side_by_side(reads):
+            self._read(file, side_by_side)
+
+    def _read(self, file: TensorFile, reads: list[_Read]) -> None:
+        """Reads what lies side by side, of one kind, and looks at it while it is near."""
+        position, first_name, target = reads[0]
+        lengths = [part.numel() for _, _, part in reads]
+        direct = len(reads) == 1 and target.device.type == "cpu"
+        values = target if direct else self.files.room[: sum(lengths) * target.element_size()].view(target.dtype)
+        with damage(file.path):
+            asked_again(partial(file.read_at, position, values))
+        parts = values.split(lengths)
+        if _fault(first_name, values):
+            for (_, name, _), part in zip(reads, parts, strict=True):
+                if fault := _fault(name, part):
+                    raise Damaged(f"{file.path.name}: {name.split('@')[0]} holds {fault}")
+        if not direct:
+            for (_, _, to), part in zip(reads, parts, strict=True):
+                to.copy_(part, non_blocking=True)
+            if target.is_cuda:
+                torch.cuda.current_stream(target.device).synchronize()  # before the room is used again
 
 
 def generator_state(file: TensorFile) -> Tensor:
@@ -286,19 +330,32 @@ def _check_cover(name: str, rows: np.ndarray) -> None:
         raise Damaged(f"{rank_file(rank)}: the slices of {name} {what} at element {min(start, end)}")
 
 
-def _read(file: TensorFile, name: str, first: int, target: Tensor) -> None:
-    """Copies elements of a tensor, and looks at each piece while it is near."""
-    size = PIECE // target.element_size()
-    for start in range(0, target.numel(), size):
-        piece = target[start : start + size]
-        with damage(file.path):
-            file.read(name, first + start, piece)
-        if piece.is_floating_point():
-            least, most = (float(bound) for bound in torch.aminmax(piece))
-            if not (-torch.inf < least and most < torch.inf):
-                raise Damaged(f"{file.path.name}: {name.split('@')[0]} holds values that are not finite")
-            if least < 0 and name.startswith(_NOT_NEGATIVE):
-                raise Damaged(f"{file.path.name}: {name.split('@')[0]} holds values below zero")
+def _side_by_side(reads: list[_Read]) -> Iterator[list[_Read]]:
+    """Reads in the order of a file, in groups of one kind that follow one another there and fill a piece at most."""
+    group: list[_Read] = []
+    end, kind, room = -1, "", 0
+    for position, name, target in reads:
+        size = target.numel() * target.element_size()
+        if group and (position != end or name.split("/")[0] != kind or size > room):
+            yield group
+            group = []
+        if not group:
+            kind, room = name.split("/")[0], PIECE
+        group.append((position, name, target))
+        end, room = position + size, room - size
+    if group:
+        yield group
+
+
+def _fault(name: str, values: Tensor) -> str | None:
+    """What is wrong with numbers of a kind."""
+    if values.is_floating_point():
+        least, most = (float(bound) for bound in torch.aminmax(values))
+        if not (-torch.inf < least and most < torch.inf):
+            return "values that are not finite"
+        if least < 0 and name.startswith(_NOT_NEGATIVE):
+            return "values below zero"
+    return None
 
 
 def _some(names: list[str]) -> str:

@@ -121,9 +121,7 @@ def _restore(files: SliceFiles, state: State, partition: Partition) -> list[floa
     files.check_model(partition.shapes)
     kinds, others = sliced_tensors(partition), other_state(partition)
     files.check_state(kinds, others)
-    for piece in partition.slices:
-        for kind, holders in kinds.items():
-            files.fill(kind, piece, partition.view(piece, holders))
+    files.fill((kind, piece, partition.view(piece, holders)) for piece in partition.slices for kind, holders in kinds.items())
     same_world = state.world == processes.world
     own = files.files[processes.rank if same_world else 0]
     for name, values in others.items():

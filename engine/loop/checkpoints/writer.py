@@ -42,7 +42,7 @@ from engine.messages import say, warn
 from engine.processes import Processes
 from engine.tensors import PIECE, host_buffer, pieces_of, staged, write_pieces
 
-LIMIT = 3600.0  # seconds for what a training waits for: the parts of all, once the first's is written; a thread's end
+LIMIT = 3000.0  # seconds for what a training waits for: the parts of all, once the first's is written; a thread's end
 _FAILED = "!"  # what a process tells in place of a digest begins with it
 
 
