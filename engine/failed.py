@@ -1,11 +1,10 @@
 """The note that a run leaves in its output directory when the same command would fail again, which scripts obey."""
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 from engine.errors import UserError
-from engine.files import discard, lock, read_text, unlock, write_text
+from engine.files import discard, held, read_text, write_text
 from engine.launcher import restarted
 
 FAILED = "failed"
@@ -24,8 +23,8 @@ def leave_note(output: Path, error: UserError, step: int = 0) -> None:
 
 def leave_note_unless_held(output: Path, error: UserError, step: int = 0) -> None:
     """The same before the directory is this run's; nothing where another run is writing there."""
-    with contextlib.suppress(OSError, UserError), _held(output) as ours:
-        if ours:
+    with contextlib.suppress(OSError, UserError), held(output) as ours:
+        if ours is not None:
             leave_note(output, error, step)
 
 
@@ -40,16 +39,6 @@ def obey_note(output: Path) -> None:
         return
     if restarted():
         raise UserError(*read_text(note).splitlines())
-    with _held(output) as ours:
-        if ours:
+    with held(output) as ours:
+        if ours is not None:
             discard(note)
-
-
-@contextlib.contextmanager
-def _held(output: Path) -> Iterator[bool]:
-    held = lock(output) if output.is_dir() else None
-    try:
-        yield held is not None
-    finally:
-        if held is not None:
-            unlock(held, output)

@@ -14,6 +14,7 @@ import stat
 import struct
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from engine.messages import warn
 
 T = TypeVar("T")
 PARTIAL = ".partial"
+SEEN_WITHIN = 600.0  # seconds that a network's file system may take to show a node what another one wrote
 LOCK = ".lock"  # in a directory that a process holds
 _FLOCK = struct.Struct("hhqqi0q")  # type, whence, start, length, process: as C has them, 64 bits of an offset
 # Bytes of a file that is read as text, whole: Python's objects of a table take several times as many.
@@ -105,15 +107,37 @@ def asked_again(read: Callable[[], T]) -> T:
     return read()
 
 
-def appears(path: Path, seconds: float) -> bool:
-    """Whether a path is there, or comes within some time: a network's file system shows it later to one node than to others."""
-    given_up, pause = time.monotonic() + seconds, 0.01
-    while not os.path.lexists(path):
-        if time.monotonic() > given_up:
+def seen(path: Path, condition: Callable[[], bool] | None = None, seconds: float | None = None) -> bool:
+    """Whether this node comes to see what another one wrote: a network's file system may show it later to one than to others.
+
+    Args:
+        condition: on what is there, where it is not enough that something is; an `OSError` or a `UserError` counts as False.
+        seconds: to wait; `SEEN_WITHIN` unless given.
+    """
+    condition, started = condition or partial(os.path.lexists, path), time.monotonic()
+    while True:
+        with contextlib.suppress(OSError, UserError):
+            if condition():
+                return True
+        waited = time.monotonic() - started
+        if waited >= (SEEN_WITHIN if seconds is None else seconds):
             return False
-        pause = min(2 * pause, 1.0)
-        time.sleep(pause)
-    return True
+        with contextlib.suppress(OSError):  # has NFS ask whether what it knows of the directory still is so
+            os.close(os.open(path.parent, os.O_RDONLY))
+        time.sleep(min(1.0, 0.01 + waited / 10))
+
+
+def unseen(path: Path, who: str | None = None) -> UserError:
+    """What to raise where `seen` waited in vain.
+
+    Args:
+        who: the processes that do not see it, where all know that and raise it; else this one alone.
+    """
+    return UserError(
+        f"{path}: {who or 'this node'} did not come to see it as the first process does within {SEEN_WITHIN:g} seconds: an "
+        "older or another directory is there; mount the same on all nodes, cached for no longer, and start the same again",
+        alone=who is None, shared=who is not None, passing=True,
+    )  # fmt: skip
 
 
 def read_text(path: Path) -> str:
@@ -239,6 +263,22 @@ def unlock(descriptor: int, directory: Path) -> None:
         with contextlib.suppress(OSError):
             (directory / LOCK).unlink()
     os.close(descriptor)
+
+
+@contextlib.contextmanager
+def held(directory: Path, shared: bool = False, wait: Callable[[], None] | None = None) -> Iterator[int | None]:
+    """Holds a directory as `lock` does; gives the descriptor, or None where another process holds it.
+
+    Args:
+        wait: called instead, again and again, until nobody else does.
+    """
+    while (descriptor := lock(directory, shared)) is None and wait:
+        wait()
+    try:
+        yield descriptor
+    finally:
+        if descriptor is not None:
+            unlock(descriptor, directory)
 
 
 def hold(descriptor: int, place: Path, kind: int = fcntl.F_WRLCK, byte: int = 0) -> bool | None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from engine import launcher
 from engine.descriptors import allow_descriptors
 from engine.errors import UserError, of_all
-from engine.files import is_held
+from engine.files import LOCK, is_held, seen
 from engine.liveness import Liveness, named
 from engine.messages import warn
 from engine.offline import offline
@@ -244,10 +244,15 @@ class Processes(Liveness):
 
 
 def warn_of_local_locks(directory: Path, processes: Processes) -> None:
-    """Has the first process of another node look whether it sees that the first of all holds a directory with `files.lock`."""
+    """Has the first process of another node look whether it knows that the first of all holds a directory with `files.lock`.
+
+    It looks once it sees the very file that the first locked, and not before one that an earlier run left.
+    """
     if processes.world > launcher.local_world():
-        looks = processes.rank == launcher.local_world()
-        if False in processes.gather_objects(is_held(directory) if looks else None):
+        file = directory / LOCK
+        locked = processes.computed_by_first(lambda: file.stat().st_ino)
+        looks = processes.rank == launcher.local_world() and seen(file, lambda: file.stat().st_ino == locked)
+        if False in processes.gather_patiently(is_held(directory) if looks else None):
             warn(
                 f"{directory}: locks there hold on one node only (as mounted with `nolock`, `local_lock` or `localflock`), so "
                 "nothing keeps a run of another node from writing there too; start none beside this one"

@@ -24,7 +24,9 @@ from engine.files import (
     read_bytes,
     read_text,
     reading,
+    seen,
     unlock,
+    unseen,
     write_atomically,
     write_text,
 )
@@ -230,3 +232,15 @@ def test_a_lock_is_no_way_out_of_its_directory(tmp_path):
     with pytest.raises(OSError, match="symbolic links"):
         lock(tmp_path / "inside")
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_what_another_node_wrote_is_waited_for(tmp_path, monkeypatch):
+    asked: list[int] = []
+    assert seen(tmp_path / "file", lambda: bool(asked.append(1) or len(asked) == 3))
+    assert not seen(tmp_path / "file", seconds=0.1)
+    assert not seen(tmp_path / "nowhere" / "file", lambda: read_text(tmp_path / "file") == "", seconds=0)
+    monkeypatch.setattr(files, "SEEN_WITHIN", 0.1)
+    assert not seen(tmp_path / "file")
+    mine, ours = unseen(tmp_path / "file"), unseen(tmp_path / "file", "processes 1, 2")
+    assert (mine.alone, mine.passing, ours.shared, ours.passing) == (True, True, True, True)
+    assert "file: processes 1, 2 did not come to see it as the first process does within 0.1 seconds" in str(ours)

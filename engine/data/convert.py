@@ -46,7 +46,7 @@ from engine.data.format.shard import (
 )
 from engine.data.sources.interface import Source
 from engine.errors import UserError
-from engine.files import digest, excludes_others, lock, open_regular, reading, unlock
+from engine.files import digest, excludes_others, held, open_regular, reading
 from engine.messages import Progress, say
 from engine.tensors import DTYPES, TensorFile, read_header
 
@@ -192,10 +192,10 @@ def convert(directory: Path, output: Path, given: dict[str, str] | None = None) 
     if old is None and not in_place:
         raise UserError(f"{directory}: the shards there are of format version {FORMAT_VERSION}; there is nothing to convert")
     output.mkdir(parents=True, exist_ok=True)
-    if (held := lock(output)) is None:
-        raise UserError(f"{output}: another run is building or converting shards there; wait for its end")
-    try:
-        alone = excludes_others(held, output)
+    with held(output) as ours:
+        if ours is None:
+            raise UserError(f"{output}: another run is building or converting shards there; wait for its end")
+        alone = excludes_others(ours, output)
         if alone:
             sweep(output)
         if old and (in_place or not _is_converted(output, old)):
@@ -209,8 +209,6 @@ def convert(directory: Path, output: Path, given: dict[str, str] | None = None) 
         if alone:
             sweep(output)
         return index
-    finally:
-        unlock(held, output)
 
 
 def _is_converted(output: Path, old: _Index) -> bool:

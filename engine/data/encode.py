@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from engine.config.options import CacheConfig, TrainConfig, options_of
-from engine.data.claims import PAUSE, Claims
+from engine.data.claims import BUILDING, PAUSE, Claims
 from engine.data.format.index import (
     ENTRY,
     SAMPLES,
@@ -45,7 +45,7 @@ from engine.data.found import (
     plan_of_others,
     replanned,
 )
-from engine.data.handed import VISIBLE, Handed, hand_over
+from engine.data.handed import Handed, hand_over
 from engine.data.identity import recipe_of
 from engine.data.plan import Plan, read_plan
 from engine.data.records import Outcome, all_refused, encode_shard, none_usable, strict
@@ -53,7 +53,7 @@ from engine.data.report import describe_refused, say_refused
 from engine.data.sources import open_source
 from engine.data.sources.interface import Source
 from engine.errors import UserError
-from engine.files import digest_of, excludes_others, lock, share, unlock
+from engine.files import digest_of, excludes_others, held, seen, share, unseen
 from engine.messages import Progress, busy, say, warn
 from engine.models.encoder import Encoder, Encoding
 from engine.processes import Processes, warn_of_local_locks
@@ -95,9 +95,9 @@ def encode_source(
 
     index = processes.computed_by_first(complete)
     if index is None:
-        with _directory(config, processes) as held:
+        with _directory(config, processes) as ours:
             index = processes.computed_by_first(lambda: complete_index(tasks[0], look(tasks[0]), read=False))
-            index = index or _build(config, encoding, tasks, processes, held, check)
+            index = index or _build(config, encoding, tasks, processes, ours, check)
     check(index.identity)
     if config.strict and index.refused_count:
         raise UserError(f"--strict: {describe_refused(index.refused)}")
@@ -125,21 +125,15 @@ def _directory(config: CacheConfig, processes: Processes) -> Iterator[int | None
         yield None
         return
 
-    held: int | None = None
-
     def wait() -> None:
-        nonlocal held, said
-        while (held := lock(directory, shared=True)) is None:
-            said = said or _say_waiting(directory)
-            time.sleep(1)
+        nonlocal said
+        said = said or _say_waiting(directory)
+        time.sleep(1)
 
-    processes.computed_by_first(wait)
-    try:
+    with contextlib.ExitStack() as stack:
+        ours = processes.computed_by_first(lambda: stack.enter_context(held(directory, shared=True, wait=wait)))
         warn_of_local_locks(directory, processes)
-        yield held
-    finally:
-        if held is not None:
-            unlock(held, directory)
+        yield ours if processes.is_first else None
 
 
 def _say_waiting(directory: Path) -> bool:
@@ -246,24 +240,29 @@ def _hand_over(task: Task, claims: Claims, found: Found, plan: Plan) -> tuple[Ha
 
 @contextlib.contextmanager
 def _joined(directory: Path, processes: Processes, build: int, building: int, plan: Plan) -> Iterator[Claims | None]:
-    """The claims that the first process of a launch agreed on; None where they are over before this one sees them."""
-    started = time.monotonic()
-    while time.monotonic() < started + VISIBLE:
-        claims = None
+    """The claims that the first process of a launch agreed on; None where they are over before this one sees them.
+
+    Raises:
+        UserError: this process comes to see neither.
+    """
+    joined: list[Claims] = []
+
+    def joins() -> bool:
         with contextlib.suppress(FileNotFoundError):
             claims = Claims(directory, processes, build, create=False)
-        if claims:
-            try:
-                if os.fstat(claims.descriptor).st_ino == building and claims.share():
-                    yield claims
-                    return
-            finally:
-                claims.leave()
-        with contextlib.suppress(UserError):
-            if is_of(Index.read(directory), plan):
-                break
-        time.sleep(PAUSE)
-    yield None
+            if os.fstat(claims.descriptor).st_ino == building and claims.share():
+                joined.append(claims)
+                return True
+            claims.leave()
+        return is_of(Index.read(directory), plan)
+
+    if not seen(directory / BUILDING, joins):
+        raise unseen(directory / BUILDING)
+    try:
+        yield joined[0] if joined else None
+    finally:
+        for claims in joined:
+            claims.leave()
 
 
 @contextlib.contextmanager

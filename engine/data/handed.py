@@ -10,17 +10,13 @@ import os
 import pickle
 import secrets
 import threading
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.data.format.index import HANDED
-from engine.errors import UserError
-from engine.files import PARTIAL, open_regular
+from engine.files import PARTIAL, open_regular, seen, unseen
 
-VISIBLE = 600.0  # seconds until what one node wrote must be seen on another
 _ALIGNED = 64
 
 
@@ -46,10 +42,11 @@ class Handed:
         """The objects, as soon as this node sees the file; their arrays cannot be written.
 
         Raises:
-            UserError: it does not within `VISIBLE` seconds.
+            UserError: it does not in time.
         """
         size, path = (self.ends or [0])[-1], directory / self.name
-        wait_until_seen(lambda: path.stat().st_size == size, path)
+        if not seen(path, lambda: path.stat().st_size == size):
+            raise unseen(path)
         with open_regular(path) as file:
             content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b"")
         begins = [0, *(-(-end // _ALIGNED) * _ALIGNED for end in self.ends)]
@@ -70,30 +67,3 @@ def hand_over(value: Any, directory: Path) -> Handed:
         file.flush()
         os.fsync(file.fileno())
     return Handed(name, ends, head.getvalue())
-
-
-def wait_until_seen(is_seen: Callable[[], bool], path: Path) -> None:
-    """Waits until this node sees what the first process wrote: a network's file system may show it late.
-
-    Args:
-        is_seen: an `OSError` or a `UserError` counts as False.
-
-    Raises:
-        UserError: it is not seen within `VISIBLE` seconds.
-    """
-    started = time.monotonic()
-    while True:
-        try:
-            os.close(os.open(path.parent, os.O_RDONLY))  # has NFS ask whether what it knows of the directory still is so
-            if is_seen():
-                return
-        except (OSError, UserError):
-            pass
-        waited = time.monotonic() - started
-        if waited > VISIBLE:
-            raise UserError(
-                f"{path}: this node does not see what the first process wrote there, {VISIBLE:g} seconds later; see that all "
-                "nodes mount the same directory, and that it is not cached for longer",
-                alone=True, passing=True,
-            )  # fmt: skip
-        time.sleep(min(1.0, 0.01 + waited / 10))

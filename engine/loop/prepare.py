@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from engine.data.format.index import INDEX, Index
 from engine.data.format.reader import Shards
 from engine.data.format.remote import CachedShards, RangedShards
 from engine.data.format.verify import verify
-from engine.data.handed import wait_until_seen
 from engine.data.identity import differences
 from engine.data.samples.batch import BatchPlan
 from engine.data.samples.order import order_of
 from engine.data.sources import open_by_first
 from engine.errors import UserError
+from engine.files import seen, unseen
 from engine.launcher import local_world
 from engine.loop.checkpoints.state import State
 from engine.loop.run import Run
@@ -80,8 +81,8 @@ def prepare_shards(
             f"{config.shards_place}/{INDEX}: the shards hold other records than this run reads ({changed}); give the options "
             "that they were built with, or name another --shards_dir"
         )
-    if not remote and not processes.is_first:
-        wait_until_seen(lambda: _told_apart(Index.read(directory)) == _told_apart(index), directory / INDEX)
+    if not (remote or processes.is_first or seen(directory / INDEX, partial(_is_the_same, index, directory))):
+        raise unseen(directory / INDEX)
     if not remote and config.verify_shards != "none":
         mine = range(processes.rank, len(index.shards), processes.world)
         with Progress(len(mine), "Verifying shards", "shard") as bar:
@@ -101,6 +102,10 @@ def prepare_shards(
 def _told_apart(index: Index) -> tuple[str, bytes]:
     """What tells an index from others, whenever and by whomever it was written."""
     return index.fingerprint, hashlib.sha256(index.shards.tobytes()).digest()
+
+
+def _is_the_same(index: Index, directory: Path) -> bool:
+    return _told_apart(Index.read(directory)) == _told_apart(index)
 
 
 def _open_remote(config: TrainConfig) -> RangedShards | CachedShards:

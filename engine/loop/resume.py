@@ -13,7 +13,7 @@ from engine.config.command_line import CONFIG
 from engine.config.options import SHUFFLE_WINDOW, TrainConfig
 from engine.data.identity import differences, without_source
 from engine.errors import UserError
-from engine.files import PARTIAL, digest_of, discard, lock, parse_json, read_text, reading, unlock, write_text
+from engine.files import PARTIAL, digest_of, discard, held, parse_json, read_text, reading, write_text
 from engine.launcher import restarted
 from engine.loop.checkpoints.layout import Checkpoint, Depth, bring_back, find, open_checked, open_newest
 from engine.loop.checkpoints.names import CHECKPOINT, LATEST, REPLACED, complete_checkpoints, displaced_checkpoints, step_of
@@ -248,15 +248,13 @@ def take_over(config: TrainConfig, checkpoint: Path | None) -> None:
 @contextlib.contextmanager
 def only_run(output: Path, processes: Processes) -> Iterator[None]:
     """Holds the output directory, so that no second run writes there."""
-    held = None
-    if processes.is_first:
-        output.mkdir(parents=True, exist_ok=True)
-        held = lock(output)
-    try:
-        if not processes.from_first(held is not None):
-            raise UserError(f"{output}: another run is writing there; wait for its end, or name another --output_dir")
+    with contextlib.ExitStack() as stack:
+
+        def hold() -> None:
+            output.mkdir(parents=True, exist_ok=True)
+            if stack.enter_context(held(output)) is None:
+                raise UserError(f"{output}: another run is writing there; wait for its end, or name another --output_dir")
+
+        processes.computed_by_first(hold)
         warn_of_local_locks(output, processes)
         yield
-    finally:
-        if held is not None:
-            unlock(held, output)

@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,12 +30,11 @@ from engine.files import (
     PARTIAL,
     digest_of,
     discard,
-    lock,
+    held,
     parse_json,
     publish_directory,
     read_text,
     reading,
-    unlock,
     write_json,
 )
 from engine.messages import busy, say
@@ -290,18 +290,14 @@ def _read_tokenizer(file: Path, config: CacheConfig) -> Any:
 @contextlib.contextmanager
 def _held(directory: Path) -> Iterator[None]:
     """Has the processes of a machine go on one by one."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        while (held := lock(directory)) is None:
-            time.sleep(0.5)
-    except OSError as error:
-        raise UserError(
-            f"--cache_dir: {directory} cannot be written: {error.strerror}; give another directory", passing=True
-        ) from None
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(directory, wait=partial(time.sleep, 0.5)))
+        except OSError as error:
+            wrong = f"--cache_dir: {directory} cannot be written: {error.strerror}; give another directory"
+            raise UserError(wrong, passing=True) from None
         yield
-    finally:
-        unlock(held, directory)
 
 
 def _write_parts(file: Path, configurations: Configurations, tokenizer: Any, folder: Path) -> None:

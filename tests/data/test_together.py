@@ -1,8 +1,6 @@
 """Processes of one launch, as on two nodes: the first lists, finds and plans, all build, whatever locks the disk knows."""
 
-import errno
 import json
-import os
 import shutil
 import signal
 import sys
@@ -14,13 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.data import handed
 from engine.data.format.index import INDEX
-from engine.data.handed import hand_over, wait_until_seen
+from engine.data.handed import hand_over
 from engine.data.sources.image_folder import ImageFolder
 from engine.data.sources.packed import Sample, Samples
 from engine.data.sources.subset import Subset
-from engine.errors import TRY_AGAIN, UserError
+from engine.errors import TRY_AGAIN
 from engine.shards import build_command
 from tests.commands import start_two
 from tests.test_processes import codes, start
@@ -204,16 +201,6 @@ def test_packed_samples_are_what_they_were():
     ]  # fmt: skip
     assert list(Samples(samples)) == samples
     assert list(Samples([])) == []
-
-
-def test_who_does_not_see_what_the_first_wrote_waits_and_then_says_so(tmp_path, monkeypatch):
-    asked = []
-    wait_until_seen(lambda: bool(asked.append(1) or len(asked) == 3), tmp_path / "file")
-    monkeypatch.setattr(handed, "VISIBLE", 0.1)
-    with pytest.raises(UserError, match=r"file: this node does not see what the first process wrote there, 0.1 seconds later"):
-        wait_until_seen(lambda: (tmp_path / "file").stat().st_size == 0, tmp_path / "file")
-    with pytest.raises(OSError, match=os.strerror(errno.ENOENT)):
-        (tmp_path / "file").stat()
 
 
 @pytest.mark.parametrize("kind", ["parquet", "saved"])

@@ -96,7 +96,7 @@ def note_files(read: list[tuple[str, int]]) -> None:
 
 def patch(words: list[str], others: bool) -> None:
     """What goes otherwise than it should, in all processes but the first."""
-    write_pieces, manifest, began = writer.write_pieces, layout._manifest, time.monotonic()
+    write_pieces = writer.write_pieces
 
     def write(path: Path, *others) -> str:
         written = write_pieces(path, *others)
@@ -113,10 +113,8 @@ def patch(words: list[str], others: bool) -> None:
     def exhausted(*unused) -> list[torch.Tensor]:
         raise RuntimeError("CUDA error: out of memory")
 
-    def stale(checkpoint: Path):
-        if checkpoint.name != "checkpoint-2" and ("blind" in words or time.monotonic() - began < 2):
-            raise layout.Damaged("not there yet")
-        return manifest(checkpoint)
+    def blind(checkpoint: Path):
+        raise layout.Damaged("not there yet")
 
     def unreadable(path: Path) -> str:
         if "checkpoint-4/rank" in str(path):
@@ -126,11 +124,11 @@ def patch(words: list[str], others: bool) -> None:
     liveness.BEAT, liveness.SILENCE, liveness.LAST_LOOK = 0.2, 2.0, 0.5
     writer.LIMIT = 1.0 if {"stuck", "late"} & {*words} else 60.0
     writer.GRACE = 0.5
-    layout.SAME_DIRECTORY = 1.0 if "blind" in words else 600.0
+    files.SEEN_WITHIN = 1.0 if "blind" in words else 600.0
     if others:
         writer.write_pieces = write
-        if "stale" in words or "blind" in words:
-            layout._manifest = stale
+        if "blind" in words:
+            layout._manifest = blind
         if "memory" in words:
             Writer._copied = exhausted
         if "unreadable" in words:

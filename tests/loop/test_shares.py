@@ -129,10 +129,6 @@ def test_what_1024_files_hold_is_told_in_2_kb_each():
     assert not files.files, "none is opened for that"
 
 
-def test_a_process_that_sees_an_older_directory_waits_until_it_sees_the_same(saved):
-    assert {process["checkpoint"] for process in said(run(2, saved, "resume", "stale"))} == {"checkpoint-4"}
-
-
 def test_a_process_that_never_sees_the_same_is_named_and_none_trains(saved):
     first, second = run(2, saved, "resume", "blind")
     assert (first.returncode, second.returncode) == (2, 2)

@@ -20,7 +20,19 @@ from pathlib import Path
 
 from engine import launcher
 from engine.errors import FailingDisk, UserError, blame_the_machine, first_line
-from engine.files import appears, asked_again, digest, digest_of, lies_inside, lock, open_regular, parse_json, read_text, unlock
+from engine.files import (
+    SEEN_WITHIN,
+    asked_again,
+    digest,
+    digest_of,
+    held,
+    lies_inside,
+    open_regular,
+    parse_json,
+    read_text,
+    seen,
+    unseen,
+)
 from engine.liveness import named as named_processes
 from engine.loop.checkpoints.names import (
     LATEST,
@@ -32,7 +44,7 @@ from engine.loop.checkpoints.names import (
     rank_of,
     step_of,
 )
-from engine.loop.checkpoints.slices import OLD_LISTING, SAME_DIRECTORY, Damaged, Part, RankFiles, SliceFiles, damage, part_of
+from engine.loop.checkpoints.slices import OLD_LISTING, Damaged, Part, RankFiles, SliceFiles, damage, part_of
 from engine.loop.checkpoints.state import State, parse_state
 from engine.messages import busy, say, warn
 from engine.processes import Processes
@@ -73,16 +85,11 @@ def bring_back(directory: Path) -> None:
     given_up = time.monotonic() + 5
     while displaced_checkpoints(directory) and time.monotonic() < given_up:
         try:
-            held = lock(directory)
-            if held is None:
-                time.sleep(0.01)
-                continue
-            try:
-                for displaced in displaced_checkpoints(directory):
+            with held(directory) as ours:
+                for displaced in displaced_checkpoints(directory) if ours is not None else ():
                     displaced.rename(displaced.with_suffix(""))
                     say(f"{displaced}: brought back; the run that was replacing it was killed")
-            finally:
-                unlock(held, directory)
+            time.sleep(0.01)
         except OSError as error:
             warn(f"{directory}: a checkpoint that was being replaced when its run was killed stays aside: {first_line(error)}")
             return
@@ -234,7 +241,7 @@ def _checked(checkpoint: Path, depth: Depth, processes: Processes | None = None)
     """
     rank, world = (processes.rank, processes.world) if processes else (0, 1)
     manifest, faults = _seen(checkpoint, depth, processes)
-    files = RankFiles(checkpoint, patience=SAME_DIRECTORY if world > 1 else 0.0)
+    files = RankFiles(checkpoint, patience=SEEN_WITHIN if world > 1 else 0.0)
     mine = {name: value for name, value in manifest.items() if name not in faults and (rank_of(name) or 0) % world == rank}
     look = partial(_look, files, mine, depth)
     shares = processes.all_or_none(look, FOUND) if processes else [look()]
@@ -278,27 +285,17 @@ def _seen(checkpoint: Path, depth: Depth, processes: Processes | None) -> tuple[
 
     seal, faults = processes.computed_by_first(first, FOUND)
 
-    def see() -> dict[str, str] | None:
-        given_up, pause = time.monotonic() + SAME_DIRECTORY, 0.01
-        while True:
-            with contextlib.suppress(Damaged, UserError):  # a stale handle, say
-                manifest, ours = _manifest(checkpoint)
-                if ours == seal:
-                    return manifest
-            if time.monotonic() > given_up:
-                return None
-            pause = min(2 * pause, 1.0)
-            time.sleep(pause)
+    def same() -> bool:
+        nonlocal mine
+        with contextlib.suppress(Damaged):
+            manifest, ours = _manifest(checkpoint)
+            mine = manifest if ours == seal else None
+        return mine is not None
 
-    mine = mine or see()
-    blind = [rank for rank, sees in enumerate(processes.gather_patiently(mine is not None)) if not sees]
+    sees = mine is not None or seen(checkpoint / MANIFEST, same)
+    blind = [rank for rank, sees in enumerate(processes.gather_patiently(sees)) if not sees]
     if mine is None or blind:
-        raise UserError(
-            f"{checkpoint}: {named_processes(blind)} did not come to see it as the first process does within "
-            f"{SAME_DIRECTORY:g} seconds: the output directory is an older or another one there; mount the same on all nodes, "
-            "and start the same again",
-            shared=True, passing=True,
-        )  # fmt: skip
+        raise unseen(checkpoint, named_processes(blind))
     return mine, faults
 
 
@@ -318,7 +315,7 @@ def _misplaced(checkpoint: Path, manifest: dict[str, str], depth: Depth, patienc
         say(f"{checkpoint}: named in no manifest, and read by nothing: {', '.join(sorted({*strays} - {*read}))}")
     faults = dict.fromkeys(read, f"is not named in {MANIFEST}")
     lacking = [name for name in manifest if name not in present]
-    return faults | {name: "missing" for name in lacking if not appears(checkpoint / name, given_up - time.monotonic())}
+    return faults | {name: "missing" for name in lacking if not seen(checkpoint / name, seconds=given_up - time.monotonic())}
 
 
 def _look(files: RankFiles, share: dict[str, str], depth: Depth) -> _Share:

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError, blame_the_machine, first_line
-from engine.files import appears, asked_again
+from engine.files import SEEN_WITHIN, asked_again, seen
 from engine.loop.checkpoints.names import rank_file
 from engine.loop.weights.partition import Slice
 from engine.tensors import DTYPES, PIECE, TensorFile, host_buffer
 
-SAME_DIRECTORY = 600.0  # seconds that a network's file system may take to show a node what another sees
 OLD_LISTING = 60.0  # seconds for which NFS keeps what it once knew of a directory (acdirmax)
 OPEN = 16  # files at a time; the header of one of stage 3 takes some 2 MB
 _Found = tuple[str, int, int, Tensor]  # a tensor of a file, its elements, the first that is wanted, and where to
@@ -118,7 +117,7 @@ class RankFiles(dict[int, TensorFile]):
 
     def sees(self, name: str) -> bool:
         """Whether a file of the checkpoint is there, or comes in time."""
-        return appears(self.checkpoint / name, self._given_up - time.monotonic())
+        return seen(self.checkpoint / name, seconds=self._given_up - time.monotonic())
 
     def __missing__(self, rank: int) -> TensorFile:
         path = self.checkpoint / rank_file(rank)
@@ -136,7 +135,7 @@ def open_slices(checkpoint: Path, world: int) -> "SliceFiles":
     Raises:
         Damaged: a file cannot be read, or the slices do not fit together.
     """
-    files = RankFiles(checkpoint, SAME_DIRECTORY if world > 1 else 0.0, most=world)
+    files = RankFiles(checkpoint, SEEN_WITHIN if world > 1 else 0.0, most=world)
     return SliceFiles(files, [part_of(files[rank]) for rank in range(world)])
 
 

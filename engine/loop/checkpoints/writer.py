@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.errors import LostProcess, UserError, disk_problem, first_line, lost_a_process
-from engine.files import PARTIAL, appears, digest, discard, sync, sync_files, write_json, write_text
+from engine.files import PARTIAL, digest, discard, seen, sync, sync_files, write_json, write_text
 from engine.liveness import GRACE, named
 from engine.loop.checkpoints.layout import Depth, find
 from engine.loop.checkpoints.names import (
@@ -33,7 +33,6 @@ from engine.loop.checkpoints.names import (
     rank_file,
     step_of,
 )
-from engine.loop.checkpoints.slices import SAME_DIRECTORY
 from engine.loop.checkpoints.snapshot import Snapshot, take
 from engine.loop.metrics import Metrics
 from engine.loop.run import Run
@@ -331,7 +330,7 @@ def _make(aside: Path) -> None:
     try:
         aside.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        if not (appears(aside, SAME_DIRECTORY) and aside.is_dir()):
+        if not seen(aside, aside.is_dir):
             raise
 
 
