@@ -4,10 +4,12 @@ import contextlib
 import datetime
 import math
 import os
+import select
 import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import torch.distributed as dist
@@ -36,7 +38,8 @@ class Liveness:
     torchrun or the first process keeps the store: a dictionary for a few bytes each. Every process has two connections to it,
     and one more for each `own_store`. Each tells it every `BEAT` seconds that it lives, so that whoever waits knows for whom;
     for 1,024 processes the store does 205 operations a second for that, and 1,024 while all wait. Calls of the store have no
-    deadline: when its host falls silent, and closes no connection, a thread that never calls it ends the process.
+    deadline: when its host falls silent, and closes no connection, a thread that never calls it ends the process. Each process
+    also watches the next one of its node, whose end the system tells at once, and says so in the store for it.
     """
 
     store: dist.Store | None = None  # of this attempt, once several processes are connected; for the main thread
@@ -46,6 +49,7 @@ class Liveness:
         self.step = -1  # told to the others with each sign of life
         self._waits = 0  # how often all waited for each other so far, which tells the store's keys apart
         self._seen: dict[int, tuple[bytes, float]] = {}  # the last sign of life of a process, and when it was first seen
+        self._neighbour: tuple[int, int] | None = None  # the next of this node's processes, and a descriptor that knows its end
         self._answers = 0  # of the store, to signs of life
         self._due, self._closed, self._ended = threading.Event(), threading.Event(), threading.Event()
 
@@ -65,6 +69,7 @@ class Liveness:
         self._thread = threading.Thread(target=self._live, name="heartbeat", daemon=True)
         self.beat()
         self._thread.start()
+        self.store.set(f"place/{self.rank}", _place())
         self.store.append("came", f"{self.rank} ")  # type: ignore[attr-defined]
         if self.store.add("count", 1) == self.world:
             self.store.set("all came", "")
@@ -74,6 +79,7 @@ class Liveness:
                 missing = set(range(self.world)) - set(map(int, self.store.get("came").split()))
                 raise LostProcess(f"{named(sorted(missing))} did not come within {JOIN_LIMIT:g} seconds; look at the node")
             _sleep(started)
+        self._neighbour = self._open_neighbour()
 
     def part(self) -> None:
         """Gives no more signs of life; who still waits for this process learns of it."""
@@ -116,6 +122,7 @@ class Liveness:
                 self._due.wait(BEAT)
                 self._due.clear()
                 self.beat()
+                self._look_at_neighbour()
         except RuntimeError:
             if not self._closed.wait(GRACE):
                 self._leave_alone()
@@ -134,6 +141,32 @@ class Liveness:
 
     def _leave_alone(self) -> NoReturn:
         self.leave("this process can tell no other that it lives;", lambda: f"it is at step {self.steps()[self.rank]}")
+
+    def _open_neighbour(self) -> tuple[int, int] | None:
+        """The next of this node's processes, around to the first, where the system shows it."""
+        assert self.store is not None
+        rank = self.rank - self.local_rank + (self.local_rank + 1) % launcher.local_world()
+        if rank == self.rank or rank >= self.world:
+            return None
+        place, _, process = self.store.get(f"place/{rank}").decode().rpartition(" ")
+        with contextlib.suppress(OSError):  # an old kernel
+            if _place().startswith(f"{place} "):
+                return rank, os.pidfd_open(int(process))
+        return None
+
+    def _look_at_neighbour(self) -> None:
+        """Says of a process of this node that ended without saying so that it did."""
+        if self._neighbour is None:
+            return
+        rank, descriptor = self._neighbour
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        if poll.poll(0):
+            self._neighbour = None
+            os.close(descriptor)
+            sign, _, step = self._beats.get(f"alive/{rank}").decode().partition(" ")
+            if sign != "left":
+                self._beats.set(f"alive/{rank}", f"ended {step}")
 
     def leave(self, line: str, look: Callable[[], str]) -> NoReturn:
         """Ends the process from any thread, whatever the others are blocked in, with exit code `TRY_AGAIN`.
@@ -225,23 +258,27 @@ class Liveness:
 
     def _look(self) -> None:
         """Raises `LostProcess` where one that is waited for is gone: the first looks at all, the others at the first."""
-        left, silent = self._gone(list(range(self.world) if self.is_first else [0]))
+        left, ended, silent = self._gone(list(range(self.world) if self.is_first else [0]))
+        if ended:
+            raise LostProcess(f"{named(ended)} ended without a word; the launcher's message or the system's log says why")
         if left:
             raise LostProcess(f"{named(left)} left; the message of that one, or the launcher's, says why")
         if silent:
             raise LostProcess(f"{named(silent)} gave no sign of life for {SILENCE:g} seconds")
 
-    def _gone(self, ranks: list[int]) -> tuple[list[int], list[int]]:
-        """Which of the processes left, and which give no sign of life any more."""
-        now, left, silent = time.monotonic(), [], []
+    def _gone(self, ranks: list[int]) -> tuple[list[int], list[int], list[int]]:
+        """Which of the processes left, which ended without saying so, and which give no sign of life any more."""
+        now, left, ended, silent = time.monotonic(), [], [], []
         for rank, sign in zip(ranks, self._beats.multi_get([f"alive/{rank}" for rank in ranks]), strict=True):
             if self._seen.get(rank, (b"", 0.0))[0] != sign:
                 self._seen[rank] = sign, now
             if sign.startswith(b"left"):
                 left.append(rank)
+            elif sign.startswith(b"ended"):
+                ended.append(rank)
             elif now - self._seen[rank][1] > SILENCE:
                 silent.append(rank)
-        return left, silent
+        return left, ended, silent
 
 
 def open_store(world: int, serves: bool) -> dist.Store:
@@ -271,6 +308,14 @@ def open_store(world: int, serves: bool) -> dist.Store:
         raise LostProcess(f"nobody answers at {host}:{port}, where the processes meet: {first_line(error)}") from None
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if os.environ.get("GROUP_WORLD_SIZE") == "1" else "0"
     return dist.PrefixStore(f"attempt-{attempt}", store)
+
+
+def _place() -> str:
+    """What tells this process from all others that the system shows to it: machine, space of process numbers, and number."""
+    machine = "?"
+    with contextlib.suppress(OSError):
+        machine = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {Path('/proc/self/ns/pid').stat().st_ino}"
+    return f"{machine} {os.getpid()}"
 
 
 def _sleep(started: float) -> None:

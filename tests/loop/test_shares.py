@@ -181,7 +181,7 @@ def test_a_process_that_is_killed_between_its_file_and_its_digest_ends_the_run(b
     first, second = run(2, tmp_path / "out", "save", "killed", *beside)
     assert second.returncode == -signal.SIGKILL
     assert first.returncode == 75, first.errors
-    assert "checkpoint-4 cannot be written: process 1 gave no sign of life for 2 seconds; the last complete" in first.errors
+    assert "checkpoint-4 cannot be written: process 1 ended without a word; the launcher" in first.errors
     assert [process["checkpoint"] for process in said(run(1, tmp_path / "out", "resume"))] == ["checkpoint-2"]
 
 
@@ -205,7 +205,7 @@ def test_who_hears_beside_the_training_that_another_is_gone_leaves(tmp_path):
     first, second = run(2, tmp_path / "out", "save", "killed", "beside", "training")
     assert second.returncode == -signal.SIGKILL
     assert first.returncode == 75
-    assert "checkpoint-4 cannot be written: process 1 gave no sign of life for 2 seconds" in first.errors
+    assert "checkpoint-4 cannot be written: process 1 ended without a word" in first.errors
     assert "Leaving with exit code 75" in first.errors
 
 
