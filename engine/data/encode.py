@@ -46,7 +46,7 @@ from engine.data.found import (
     replanned,
 )
 from engine.data.handed import Handed, hand_over
-from engine.data.identity import recipe_of
+from engine.data.identity import recipe_of, refuse_other_models
 from engine.data.plan import Plan, read_plan
 from engine.data.records import Outcome, all_refused, encode_shard, none_usable, strict
 from engine.data.report import describe_refused, say_refused
@@ -342,6 +342,8 @@ def _encode_missing(task: Task, found: Found, plan: Plan, claims: Claims, proces
 
         def encoder() -> Encoder:
             if not encoders:
+                if not processes.is_first:  # whose models the recipe is of
+                    refuse_other_models(task.encoding, task.recipe, processes.rank)
                 encoders.append(stack.enter_context(task.encoding.encoder(processes.device)))
             return encoders[0]
 

@@ -1,8 +1,10 @@
 """What shapes the content of shards, and in which words two such differ."""
 
+import socket
 from typing import Any
 
 from engine.config.options import CacheConfig
+from engine.errors import UserError
 from engine.models.encoder import Encoding
 
 # What an identity calls an option -> the option.
@@ -28,6 +30,25 @@ def recipe_of(config: CacheConfig, encoding: Encoding) -> dict[str, Any]:
         "shard_records": config.shard_records,
         **{name: value for name in shaping if (value := getattr(config, name)) != CacheConfig.model_fields[name].default},
     }
+
+
+def refuse_other_models(encoding: Encoding, recipe: dict[str, Any], rank: int) -> None:
+    """To be called by a process that another one gave the recipe, before it encodes: each node may have models of its own.
+
+    Raises:
+        UserError: this process's frozen models are others than those of the recipe, or cannot be read.
+    """
+    where = f"process {rank} on {socket.gethostname()}"
+    try:
+        found = differences(recipe["models"], encoding.encoder_identity())
+    except UserError as error:
+        raise UserError(*(f"{where}: {line}" for line in error.lines), alone=True, passing=error.passing) from None
+    if found:
+        raise UserError(
+            f"{where}: {encoding.path}: {found} than the first process has, so their shards would not belong together; give "
+            "every node the same files",
+            alone=True,
+        )
 
 
 def without_source(identity: dict[str, Any]) -> dict[str, Any]:

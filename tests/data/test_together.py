@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import socket
 import sys
 import tarfile
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from engine.data.format.index import INDEX
 from engine.data.handed import hand_over
@@ -111,6 +113,35 @@ def test_a_mistake_in_the_data_is_every_processs_and_said_once(model, tmp_path):
     both = build(options(model, tmp_path / "none", tmp_path / "shards"), ALONE)
     assert codes(both) == [2, 2]
     assert [process.errors.count("none") for process in both] == [1, 0], [process.errors for process in both]
+
+
+OTHER_MODEL = """
+def slowly(*arguments):
+    assert first
+    time.sleep(0.3)
+    return whole(*arguments)
+encode.encode_shard = slowly
+liveness.BEAT = 0.1
+if not first:
+    sys.argv = [argument.replace("/model", "/other") for argument in sys.argv]
+"""
+
+
+@pytest.mark.parametrize("damage", ["altered", "cut"])
+def test_a_node_whose_models_are_others_encodes_nothing(damage, model, images, alone, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    file = next((other / "vae").glob("*.safetensors"))
+    if damage == "altered":
+        save_file({name: tensor * 1.5 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    else:
+        file.write_bytes(file.read_bytes()[:-100])
+    both = build(options(tmp_path / "model", images, tmp_path / "shards"), OTHER_MODEL)
+    assert codes(both) == [TRY_AGAIN, 2], [process.errors for process in both]
+    where = f"error: process 1 on {socket.gethostname()}: {other}"
+    assert (f"{where}: another vae than the first process has" if damage == "altered" else f"{where}/vae") in both[1].errors
+    for shard in alone.glob("shard-*"):
+        assert (tmp_path / "shards" / shard.name).read_bytes() == shard.read_bytes()
 
 
 SLOWLY = """
