@@ -132,6 +132,12 @@ def blame_the_machine(path: Path, error: BaseException) -> None:
         raise kind(f"{path}: cannot be read: {problem}; {MEND_THE_PLACE}", passing=True) from None
 
 
+def of_the_machine(error: Exception) -> UserError | None:
+    """What the disk did wrong, as a mistake that is mended there; None for any other exception."""
+    problem, where = disk_problem(error), f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+    return UserError(f"{where}{problem}; {MEND_THE_PLACE}", passing=True) if problem else None
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether the memory of the host or of a GPU ran out, from what Python or torch raises."""
     return isinstance(error, MemoryError) or bool(
@@ -195,9 +201,7 @@ def exit_code(program: str, main: Callable[[], int]) -> int:
             say(f"out of memory: {first_line(error)}; lower the batch size, the resolution or the number of images, or, in a "
                 "training, try --gradient_checkpointing or a higher --zero_stage")  # fmt: skip
             return 2
-        problem = disk_problem(error)
-        if problem is None:
+        if (mistake := of_the_machine(error)) is None:
             raise
-        where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-        say(f"{where}{problem}; {MEND_THE_PLACE}")
+        say(*mistake.lines)
         return 2

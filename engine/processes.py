@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from engine import launcher
 from engine.descriptors import allow_descriptors
-from engine.errors import UserError, of_all
+from engine.errors import UserError, of_all, of_the_machine
 from engine.files import LOCK, is_held, seen
 from engine.liveness import Liveness, named
 from engine.messages import warn
@@ -122,7 +122,8 @@ class Processes(Liveness):
         The result travels in pickled form by broadcast.
 
         Raises:
-            UserError: that of `work`, or what else of `kinds` it raises, on every process; the first says it.
+            UserError: that of `work`, or what else of `kinds` it raises, on every process; the first says it. What the disk did
+                wrong is one, too.
             LostProcess: the first process left, or gives no sign of life.
         """
         if self.store is None:
@@ -135,6 +136,9 @@ class Processes(Liveness):
                 value = work()
             except kinds as raised:
                 error = raised
+            except OSError as raised:
+                if (error := of_the_machine(raised)) is None:
+                    raise
             self.store.set(f"wait/{self._waits}", "")
         else:
             self.wait(f"wait/{self._waits}")

@@ -53,10 +53,17 @@ def test_a_mistake_on_the_command_line_is_noted_under_a_launcher(output):
 
 
 def test_an_attempt_that_is_started_again_heeds_the_note(model, images, shards, output, monkeypatch):
-    (output / "failed").write_text("--this is wrong\nreached step 3\n")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    with pytest.raises(UserError, match="^--this is wrong\nreached step 3$"):
-        train(config(model, images, shards, output))
+    run = config(model, images, shards, output, max_train_steps=1)
+    for launch in ("1", "2"):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"/logs/{launch}/attempt_0/0/error.json")
+        with pytest.raises(UserError, match="none: "):
+            train(run.model_copy(update={"pretrained_model_name_or_path": str(output / "none")}))
+        (output / "failed").write_text("--this is wrong\nreached step 3\n")
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"/logs/{launch}/attempt_1/0/error.json")
+        with pytest.raises(UserError, match="^--this is wrong\nreached step 3$"):
+            train(run)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/logs/3/attempt_1/0/error.json")
+    assert train(run) == 0, "whose first attempt ended before it came here"
 
 
 ALONE = """
@@ -90,7 +97,7 @@ PASSING = """
 import errno, os, sys
 from engine.errors import blame_the_machine, exit_code
 from engine.launcher import rank
-from engine.loop import trainer
+from engine.loop import resume, trainer
 from engine.loop.checkpoints import writer
 def failing(number, path="somewhere"):
     raise OSError(number, os.strerror(number), str(path))
@@ -99,7 +106,7 @@ def stale(config):
         failing(errno.ESTALE)
     except OSError as error:
         blame_the_machine(trainer.Path(config.pretrained_model_name_or_path), error)
-if rank() == 1:
+if rank() == RANK:
     FAILS
 from engine import run
 sys.argv[0] = "engine.run"
@@ -109,19 +116,21 @@ sys.exit(exit_code("engine.run", run.main))
 
 @pytest.mark.two_processes
 @pytest.mark.parametrize(
-    ("fails", "said"),
+    ("rank", "fails", "said"),
     [
         (
+            1,
             "writer.write_pieces = lambda path, *rest: failing(errno.ENOSPC, path)",
             "checkpoint-1 cannot be written: process 1: No",
         ),
-        ("trainer.open_family = stale", "cannot be read: Stale file handle; mend"),
+        (1, "trainer.open_family = stale", "cannot be read: Stale file handle; mend"),
+        (0, "resume.write_text = lambda path, text: failing(errno.ENOSPC, path)", "config.toml: No space left on device; mend"),
     ],
-    ids=["full", "stale"],
+    ids=["full", "stale", "taking over"],
 )
-def test_a_disk_that_fails_one_process_is_said_by_the_first_and_not_noted(fails, said, model, images, shards, output):
+def test_a_disk_that_fails_one_process_is_said_by_the_first_and_not_noted(rank, fails, said, model, images, shards, output):
     options = command(config(model, images, shards, output, train_batch_size=2, max_train_steps=1))
-    both = start_two([sys.executable, "-c", PASSING.replace("FAILS", fails), *options[3:]])
+    both = start_two([sys.executable, "-c", PASSING.replace("FAILS", fails).replace("RANK", str(rank)), *options[3:]])
     assert [process.wait(60) for process in both] == [2, 2], [process.errors for process in both]
     assert said in both[0].errors
     assert not both[1].errors
