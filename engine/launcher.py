@@ -1,6 +1,7 @@
 """What a launcher (torchrun, deepspeed) says of a process in its environment; without one there is a single process."""
 
 import os
+from pathlib import Path
 
 
 def rank() -> int:
@@ -18,9 +19,13 @@ def launched() -> bool:
     return "RANK" in os.environ
 
 
-def restarted() -> bool:
-    """Whether torchrun has started this command anew, after a process of it failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+def launch() -> str:
+    """What tells one torchrun of a node from all others: its folder of logs, the same in all attempts. Empty without torchrun.
+
+    Its count of restarts tells nothing: of several nodes some count an attempt, and others not.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # FOLDER/attempt_N/LOCAL_RANK/error.json
+    return str(Path(error_file).parents[2]) if error_file else os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 
 def keeps_its_store() -> bool:

@@ -13,6 +13,17 @@ def test_the_environment_wins_over_the_option(environment, given, expected, monk
     assert launcher.local_rank(given) == expected
 
 
+def test_the_attempts_of_torchrun_have_in_common_what_no_other_has(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    told = []
+    for attempt in ("one/attempt_0/0", "one/attempt_1/3", "two/attempt_0/0"):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"/tmp/none_{attempt}/error.json")
+        told.append(launcher.launch())
+    assert told == ["/tmp/none_one", "/tmp/none_one", "/tmp/none_two"]
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
+    assert launcher.launch() == ""
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [

@@ -9,12 +9,12 @@ from typing import Any
 
 from engine.catalogue import FAMILIES, PIPELINES
 from engine.config.checks import NEEDS_BLOCKS
-from engine.config.command_line import CONFIG
+from engine.config.command_line import CONFIG, to_toml
 from engine.config.options import SHUFFLE_WINDOW, TrainConfig
 from engine.data.identity import differences, without_source
 from engine.errors import UserError
+from engine.failed import mark_as_taken
 from engine.files import PARTIAL, digest_of, discard, held, parse_json, read_text, reading, write_text
-from engine.launcher import restarted
 from engine.loop.checkpoints.layout import Checkpoint, Depth, bring_back, find, open_checked, open_newest
 from engine.loop.checkpoints.names import CHECKPOINT, LATEST, REPLACED, complete_checkpoints, displaced_checkpoints, step_of
 from engine.loop.checkpoints.state import State
@@ -25,30 +25,32 @@ from engine.messages import say
 from engine.processes import Processes, warn_of_local_locks
 
 
-def find_checkpoint(config: TrainConfig) -> Path | None:
+def find_checkpoint(config: TrainConfig, again: bool = False) -> Path | None:
     """The checkpoint to go on from, if that is asked for and there is one. The first process looks, for all.
 
-    A command that a launcher starts again goes on from what it saved before, whatever it began from.
+    Args:
+        again: the launcher started the command anew, after it took the output directory over: it goes on from what it saved
+            since, whatever it began from.
 
     Raises:
         UserError: an earlier run left something in the output directory, and it was not said what becomes of that.
     """
-    output, resume = Path(config.output_dir), config.resume_from_checkpoint or (LATEST if restarted() else None)
-    named = dict.fromkeys(filter(None, (LATEST if restarted() else None, resume)))
+    output, resume = Path(config.output_dir), config.resume_from_checkpoint or (LATEST if again else None)
+    named = dict.fromkeys(filter(None, (LATEST if again else None, resume)))
     for name in (LATEST, METRICS, CONFIG):
         if (output / name).is_dir():
             raise UserError(f"{output / name}: is a directory, where this run writes a file; move it away")
     bring_back(output)
     checkpoint = next(filter(None, (find(output, name, Depth.HEADERS) for name in named)), None)
     within = checkpoint is not None and _lies_in(checkpoint, output)
-    if config.overwrite and not restarted():
+    if config.overwrite and not again:
         if within:
             raise UserError(f"--overwrite would remove {checkpoint}, which --resume_from_checkpoint names; leave one out")
         removed = output.resolve(), _index_of_the_pipeline(config).parent.resolve()
         for name in PIPELINES:
             if (value := getattr(config, name)) and Path(value).resolve() in removed:
                 raise UserError(f"--overwrite would remove the pipeline of --{name}; name another --output_dir")
-    elif not within and (left := left_by_a_run(output)) and not (restarted() and checkpoint):
+    elif not within and (left := left_by_a_run(output)) and not (again and checkpoint):
         # A run that was killed before its first checkpoint left metrics alone, and the same command begins it again.
         if resume == LATEST and checkpoint is None:
             if _index_of_the_pipeline(config).exists():
@@ -141,7 +143,7 @@ def with_order(config: TrainConfig, checkpoint: Path | None, state: State | None
     return config.model_copy(update={"shuffle": shuffle, "shuffle_window": window})
 
 
-def open_checkpoint(checkpoint: Path, config: TrainConfig, processes: Processes) -> Checkpoint:
+def open_checkpoint(checkpoint: Path, config: TrainConfig, processes: Processes, again: bool = False) -> Checkpoint:
     """A checkpoint, once all of it was checked that can be before there are shards and a model; every process must call it.
 
     Where the latest is damaged, the newest other that is whole takes its place; one that is given by name is refused.
@@ -149,7 +151,7 @@ def open_checkpoint(checkpoint: Path, config: TrainConfig, processes: Processes)
     Raises:
         UserError: it is damaged, or was written by another run or with other state.
     """
-    latest = _lies_in(checkpoint, Path(config.output_dir)) and (restarted() or config.resume_from_checkpoint == LATEST)
+    latest = _lies_in(checkpoint, Path(config.output_dir)) and (again or config.resume_from_checkpoint == LATEST)
     opened = open_newest(checkpoint, processes) if latest else open_checked(checkpoint, processes=processes)
     checkpoint = opened.path
     before, batch = opened.state.run, config.train_batch_size * config.gradient_accumulation_steps * processes.world
@@ -234,15 +236,17 @@ def unfinished(output: Path) -> list[Path]:
     return half + [path for path in replaced if path not in displaced_checkpoints(output)]
 
 
-def take_over(config: TrainConfig, checkpoint: Path | None) -> None:
+def take_over(config: TrainConfig, checkpoint: Path | None, again: bool, launches: set[str]) -> None:
     """Makes the output directory this run's: without another's remains, and with `latest` where this one goes on."""
     output = Path(config.output_dir)
-    if config.overwrite and not restarted():
+    if config.overwrite and not again:
         remove_run(config)
     for path in unfinished(output):
         discard(path)
     if checkpoint and _lies_in(checkpoint, output) and step_of(checkpoint) >= 0:
         write_text(output / LATEST, checkpoint.name + "\n")
+    write_text(output / CONFIG, to_toml(config))
+    mark_as_taken(output, launches)
 
 
 @contextlib.contextmanager

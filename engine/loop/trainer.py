@@ -12,17 +12,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from engine import messages
+from engine import launcher, messages
 from engine.backends import compile_model, configure
 from engine.catalogue import FAMILIES
-from engine.config.command_line import CONFIG, to_toml
 from engine.config.options import TrainConfig
 from engine.data.format.reader import Shards
 from engine.data.samples.batch import Batch, BatchPlan
 from engine.data.samples.loader import Loader
 from engine.errors import UserError, of_all
-from engine.failed import leave_note, leave_note_unless_held, obey_note
-from engine.files import write_text
+from engine.failed import begin, leave_note, leave_note_unless_held
 from engine.loop import attention
 from engine.loop.capture import wanted
 from engine.loop.checkpoints.layout import Checkpoint
@@ -89,8 +87,9 @@ def _train(config: TrainConfig, processes: Processes) -> int:
     with busy("Waiting for the other processes"):
         processes.connect()
     output = Path(config.output_dir)
-    processes.computed_by_first(partial(obey_note, output))
-    checkpoint = processes.computed_by_first(lambda: find_checkpoint(config))
+    launches = set(filter(None, processes.gather_objects(launcher.launch())))
+    again = processes.computed_by_first(partial(begin, output, launches))
+    checkpoint = processes.computed_by_first(lambda: find_checkpoint(config, again))
     with busy("Opening the models, downloads included"):
         family = processes.first_before_others(partial(open_family, config))
     with busy("Checking the files of the models"):
@@ -103,7 +102,7 @@ def _train(config: TrainConfig, processes: Processes) -> int:
     repository = create_repository(config) if config.push_to_hub and processes.is_first else None
     with only_run(output, processes), _noting_mistakes(output, processes):
         with busy(f"Comparing {checkpoint} with its digests"):
-            opened = open_checkpoint(checkpoint, config, processes) if checkpoint else None
+            opened = open_checkpoint(checkpoint, config, processes, again) if checkpoint else None
         checkpoint, state = (opened.path, opened.state) if opened else (None, None)
         seed = processes.from_first(seed_of(config, state))
         config = with_order(config, checkpoint, state)
@@ -120,9 +119,7 @@ def _train(config: TrainConfig, processes: Processes) -> int:
         torch.manual_seed(seed + processes.rank)
         with busy("Loading the model"):
             model = family.load_model()
-        if processes.is_first:
-            take_over(config, checkpoint)
-            write_text(output / CONFIG, to_toml(config))
+        processes.computed_by_first(partial(take_over, config, checkpoint, again, launches))
         with busy("Laying out weights and optimizer"):
             training = Training(config, run, family, model, processes)
         if opened:

@@ -555,11 +555,11 @@ def test_a_checkpoint_that_made_room_is_brought_back_before_anything_is_swept(po
         (output / LATEST).unlink()
     values = {"pretrained_model_name_or_path": "unused", "output_dir": str(output), "resume_from_checkpoint": LATEST}
     config = TrainConfig.model_validate({"family": "sd", **values})
-    take_over(config, None)
+    take_over(config, None, False, set())
     assert (output / "checkpoint-4.replaced").is_dir(), "also where a run is killed after this one looked"
     assert find_checkpoint(config) == lost
-    take_over(config, lost)
-    assert sorted(path.name for path in output.iterdir()) == ["checkpoint-4", LATEST]
+    take_over(config, lost, False, set())
+    assert sorted(path.name for path in output.iterdir()) == ["checkpoint-4", "config.toml", LATEST]
     assert "checkpoint-4.replaced: brought back" in capsys.readouterr().err
     assert trained.resume(lost)
 

@@ -9,9 +9,12 @@ import pytest
 from engine.config.checks import check_options
 from engine.config.options import ALTER_THE_RESULT, TrainConfig
 from engine.errors import UserError
+from engine.failed import FAILED, begin, mark_as_taken
 from engine.files import digest, write_json
+from engine.launcher import launch
 from engine.loop import trainer
 from engine.loop.checkpoints.layout import complete_checkpoints, open_checked
+from engine.loop.resume import find_checkpoint
 from engine.loop.trainer import train
 from tests.loop.runs import config, flip_last_byte
 
@@ -40,7 +43,9 @@ def run(model, images, shards, output):
 
 
 def content(directory: Path) -> dict[str, str]:
-    return {path.relative_to(directory).as_posix(): digest(path) for path in directory.rglob("*") if path.is_file()}
+    """What is there but for the note of a mistake."""
+    files = [path for path in directory.rglob("*") if path.is_file() and path.name != FAILED]
+    return {path.relative_to(directory).as_posix(): digest(path) for path in files}
 
 
 def steps(output: Path) -> list[int]:
@@ -209,11 +214,48 @@ def test_overwrite_spares_the_model_that_is_trained_and_other_peoples_logs(model
     assert (output / "model_index.json").is_file()
 
 
+def attempt(monkeypatch, number: int, launch: str = "one") -> None:
+    """The environment of an attempt of torchrun."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"/logs/{launch}/attempt_{number}/0/error.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "an earlier run left 4 checkpoints"),
+        ({"resume_from_checkpoint": "checkpoint-4"}, "checkpoint-4"),
+        ({"resume_from_checkpoint": "elsewhere/checkpoint-9"}, "an earlier run left 4 checkpoints"),
+        ({"overwrite": True}, None),
+    ],
+)
+def test_what_a_launcher_starts_again_before_it_took_the_directory_over_is_as_the_first(
+    options, expected, output, model, images, shards, monkeypatch
+):
+    monkeypatch.chdir(output.parent)
+    Path("elsewhere/checkpoint-9").mkdir(parents=True)
+    run = config(model, images, shards, output, **options)
+    attempt(monkeypatch, 0, "another")
+    assert not begin(output, {launch()})
+    mark_as_taken(output, {launch()})
+    for number in (0, 1, 2):
+        attempt(monkeypatch, number)
+        again = begin(output, {launch(), "of another node"})
+        if expected and expected.startswith("an"):
+            with pytest.raises(UserError, match=expected):
+                find_checkpoint(run, again)
+        else:
+            assert find_checkpoint(run, again) == (output / expected if expected else None)
+    mark_as_taken(output, {launch()})
+    assert begin(output, {launch(), "of a third node"})
+    assert find_checkpoint(run, again=True) == output / "checkpoint-8"
+
+
 def test_what_a_launcher_starts_again_goes_on(model, images, shards, tmp_path, monkeypatch, capsys):
     output = tmp_path / "out"
     run = config(model, images, shards, output, max_train_steps=4, overwrite=True)
+    attempt(monkeypatch, 0)
     assert train(run.model_copy(update={"max_train_steps": 2})) == 0
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    attempt(monkeypatch, 1)
     assert train(run) == 0
     assert "Continuing from" in capsys.readouterr().err
     assert [path.name for path in sorted(output.glob("checkpoint-*"))] == ["checkpoint-2", "checkpoint-4"]
@@ -222,9 +264,13 @@ def test_what_a_launcher_starts_again_goes_on(model, images, shards, tmp_path, m
 def test_what_a_launcher_starts_again_goes_on_from_what_it_saved_and_not_from_where_it_began(output, run, monkeypatch, capsys):
     moved = output.rename(output.with_name("elsewhere")) / "checkpoint-2"
     begun = {"resume_from_checkpoint": str(moved), "checkpointing_steps": 1}
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    output.mkdir()
+    attempt(monkeypatch, 0)
+    with monkeypatch.context() as failing:
+        failing.setattr("engine.loop.trainer.Training.run_steps", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(max_train_steps=3, **begun)
     (output / "metrics.jsonl").write_text('{"step": 2}\n')
+    attempt(monkeypatch, 1)
     assert run(max_train_steps=3, **begun) == 0, "an attempt that saved nothing is no reason to refuse"
     assert f"Continuing from {moved}" in capsys.readouterr().err
     assert run(max_train_steps=4, **begun) == 0
