@@ -23,7 +23,6 @@ def build_command(arguments: list[str]) -> int:
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     from engine.data.describe import summary
     from engine.data.encode import encode_source
-    from engine.data.sources import open_by_first
     from engine.models.encoder import open_encoding
     from engine.processes import Processes
 
@@ -32,8 +31,7 @@ def build_command(arguments: list[str]) -> int:
     try:
         processes.connect()
         encoding = processes.first_before_others(lambda: open_encoding(config))
-        source = open_by_first(config, encoding.captioned, processes)
-        index = encode_source(config, encoding, source, processes)
+        index = encode_source(config, encoding, processes)
     except UserError as error:
         processes.let_the_first_speak(error)
         raise

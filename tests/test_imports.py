@@ -8,12 +8,12 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     "engine.launcher", "engine.errors", "engine.messages", "engine.quiet", "engine.catalogue", "engine.files", "engine.failed",
     "engine.storage", "engine.tensors", "engine.picture", "engine.config", "engine.liveness", "engine.descriptors",
-    "engine.offline", "engine.processes", "engine.backends", "cpp_ext",
-    "engine.philox", "engine.diffusion", "engine.kernels", "engine.data.format", "engine.data.samples",
-    "engine.data.transforms", "engine.data.report", "engine.data.sources", "engine.models", "engine.data.identity",
-    "engine.data.plan", "engine.data.handed", "engine.data.claims", "engine.data.records", "engine.data.found",
-    "engine.data.encode", "engine.data.describe", "engine.data.convert", "engine.data", "engine.loop", "engine.run",
-    "engine.shards", "engine.cache", "engine.checkpoint", "engine.sample", "engine.export", "benchmarks.tools", "benchmarks",
+    "engine.offline", "engine.processes", "engine.backends", "cpp_ext", "engine.philox", "engine.diffusion", "engine.kernels",
+    "engine.data.format", "engine.data.samples", "engine.data.transforms", "engine.data.report", "engine.data.sources",
+    "engine.models", "engine.data.identity", "engine.data.plan", "engine.data.handed", "engine.data.claims",
+    "engine.data.records", "engine.data.found", "engine.data.together", "engine.data.encode", "engine.data.describe",
+    "engine.data.convert", "engine.data", "engine.loop", "engine.run", "engine.shards", "engine.cache", "engine.checkpoint",
+    "engine.sample", "engine.export", "benchmarks.tools", "benchmarks",
 ]  # fmt: skip
 # Folders -> what their files import of the project at the most; questions import tools and never each other.
 QUESTION = ("benchmarks.tools", "engine", "cpp_ext")

@@ -41,7 +41,6 @@ from benchmarks.tools.tables import problem
 from engine.config.options import CacheConfig
 from engine.data.encode import encode_source
 from engine.data.format.index import INDEX, Field
-from engine.data.sources import open_source
 from engine.data.sources.interface import Source
 from engine.models.encoder import Encoder, Encoding
 from engine.processes import Processes
@@ -164,7 +163,7 @@ def plan(directory: Path, rows: int) -> dict[str, Any]:
     config = options(directory, dataset_name=str(directory / "train.parquet"))
     before, started = resident_bytes(), time.perf_counter()
     with contextlib.suppress(Begun):
-        encode_source(config, Stub(begins=True), open_source(config, captioned=False), Processes())
+        encode_source(config, Stub(begins=True), Processes())
     seconds = time.perf_counter() - started
     return {"rows": rows, "shards": -(-rows // config.shard_records), "seconds": seconds,
             "mib": (resident_bytes() - before) / 2**20}  # fmt: skip
@@ -173,8 +172,8 @@ def plan(directory: Path, rows: int) -> dict[str, Any]:
 def grow(directory: Path, images: int) -> dict[str, Any]:
     """Bytes of rows that are encoded for all images, and for one more."""
     config, whole, more = options(directory, train_data_dir="none"), Stub(begins=False), Stub(begins=False)
-    encode_source(config, whole, Numbers(images), Processes())
-    encode_source(config, more, Numbers(images + 1), Processes())
+    encode_source(config, whole, Processes(), source=Numbers(images))
+    encode_source(config, more, Processes(), source=Numbers(images + 1))
     return {"images": images, "encoded_bytes": whole.encoded, "encoded_bytes_for_one_more": more.encoded,
             "bytes_of_a_shard": whole.encoded // images * config.shard_records}  # fmt: skip
 

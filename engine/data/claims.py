@@ -38,7 +38,7 @@ class Claims:
         create: the file, where there is none.
     """
 
-    def __init__(self, directory: Path, processes: Processes | None = None, build: int = 0, create: bool = True) -> None:
+    def __init__(self, directory: Path, processes: Processes, build: int = 0, create: bool = True) -> None:
         self.path, self.processes, self.build = directory / BUILDING, processes, build
         self.descriptor = os.open(self.path, os.O_RDWR | (os.O_CREAT if create else 0) | os.O_NOFOLLOW, 0o666)
 
@@ -60,10 +60,10 @@ class Claims:
         return hold(self.descriptor, self.path.parent, kind, byte) is not False
 
     def alone(self) -> bool:
-        """Whether no other process builds here; none begins until `share`."""
+        """Whether no other process builds here; none begins until `join`."""
         return self._lock(_PLAN)
 
-    def share(self) -> bool:
+    def join(self) -> bool:
         """Builds beside others; False while one of them is planning."""
         return self._lock(_PLAN, fcntl.F_RDLCK)
 
@@ -72,7 +72,7 @@ class Claims:
         """Claims the shard of a block by its place in the plan; gives whether it is this process's now."""
         free = self._lock(_SLOTS + place)
         try:
-            yield free and (self.processes is None or self.processes.is_mine(f"shard/{self.build}/{place}"))
+            yield free and self.processes.is_mine(f"shard/{self.build}/{place}")
         finally:
             if free:
                 self._lock(_SLOTS + place, fcntl.F_UNLCK)

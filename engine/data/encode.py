@@ -1,7 +1,8 @@
 """Encoding a source into latent shards: by any number of processes, resumable after any interruption, and only what is new.
 
-Every process plans the same (engine/data/found.py), takes one shard after another by claims (engine/data/claims.py) and works
-through it (engine/data/records.py); whoever finds all complete writes the index.
+The first process of a launch plans (engine/data/found.py) and hands the plan over (engine/data/together.py); all take one shard
+after another by claims (engine/data/claims.py) and work through it (engine/data/records.py); the first writes the index when
+all are complete.
 """
 
 import concurrent.futures
@@ -10,7 +11,7 @@ import itertools
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.config.options import CacheConfig, TrainConfig, options_of
-from engine.data.claims import BUILDING, PAUSE, Claims
+from engine.config.options import CacheConfig, options_of
+from engine.data.claims import PAUSE, Claims
 from engine.data.format.index import (
     ENTRY,
     SAMPLES,
@@ -29,8 +30,6 @@ from engine.data.format.index import (
     content_of,
     count_refused,
     shard_name,
-    shards_in,
-    sweep,
 )
 from engine.data.format.shard import Shard, entry_of, without_samples, write_shard
 from engine.data.found import (
@@ -42,47 +41,47 @@ from engine.data.found import (
     is_of,
     look,
     passing,
-    plan_of_others,
-    replanned,
 )
-from engine.data.handed import Handed, hand_over
 from engine.data.identity import recipe_of, refuse_other_models
-from engine.data.plan import Plan, read_plan
+from engine.data.plan import Plan
 from engine.data.records import Outcome, all_refused, encode_shard, none_usable, strict
 from engine.data.report import describe_refused, say_refused
 from engine.data.sources import open_source
 from engine.data.sources.interface import Source
+from engine.data.together import Launch, remove_shards, shards_held, sweep_halves, together
 from engine.errors import UserError
-from engine.files import digest_of, excludes_others, held, seen, share, unseen
+from engine.files import digest_of
 from engine.messages import Progress, busy, say, warn
 from engine.models.encoder import Encoder, Encoding
-from engine.processes import Processes, warn_of_local_locks
+from engine.processes import Processes
 
 
 def encode_source(
     config: CacheConfig,
     encoding: Encoding,
-    source: Source | None,
     processes: Processes,
     check: Callable[[dict[str, Any]], None] = lambda identity: None,
+    source: Source | None = None,
 ) -> Index:
-    """Encodes what is missing of the shards and returns the index.
+    """Encodes what is missing of the shards and returns the index. The first process alone lists and looks, and tells others.
 
     Args:
-        source: None in all processes but the first, which alone lists and looks, and tells the others.
         check: is given the identity of the shards, to raise what is against it: at the end, and without what is not known yet
             before anything is encoded.
+        source: instead of the one that the options name.
 
     Raises:
-        UserError: the directory holds shards of something else, no sample can be used, or `--strict` met one that cannot.
+        UserError: there is no such source, the directory holds shards of something else, no sample can be used, or `--strict`
+            met one that cannot.
     """
-    tasks: list[Task] = []  # the first process's
+    task: Task | None = None
 
     def complete() -> Index | None:
-        assert source is not None
+        nonlocal task
+        with busy("Opening the data set"):
+            opened = open_source(config, encoding.captioned) if source is None else source
         with busy("Hashing the frozen models and listing the data set"):
-            task = Task(config, encoding, source, recipe_of(config, encoding), *source.stamps())
-            tasks.append(task)
+            task = Task(config, encoding, opened, recipe_of(config, encoding), *opened.stamps())
             found = look(task)
             index = complete_index(task, found, read=False) or (
                 None if _may_write(task.directory) else complete_index(task, found, read=True)
@@ -93,11 +92,15 @@ def encode_source(
             task.directory.mkdir(parents=True, exist_ok=True)
         return index
 
+    def complete_meanwhile() -> Index | None:
+        assert task is not None
+        return complete_index(task, look(task), read=False)
+
     index = processes.computed_by_first(complete)
     if index is None:
-        with _directory(config, processes) as ours:
-            index = processes.computed_by_first(lambda: complete_index(tasks[0], look(tasks[0]), read=False))
-            index = index or _build(config, encoding, tasks, processes, ours, check)
+        with shards_held(config, processes) as held:
+            index = processes.computed_by_first(complete_meanwhile)
+            index = index or _build(Launch(config, encoding, processes, check, task, held))
     check(index.identity)
     if config.strict and index.refused_count:
         raise UserError(f"--strict: {describe_refused(index.refused)}")
@@ -115,32 +118,6 @@ def _refuse_known(task: Task) -> None:
         raise all_refused(task.source, ((place, task.source.refusal(place)) for place in range(len(task.source))))
 
 
-@contextlib.contextmanager
-def _directory(config: CacheConfig, processes: Processes) -> Iterator[int | None]:
-    """Holds the directory of the shards together with others that build there, once nobody has it alone; for a launch its first
-    process does."""
-    directory, said = config.shards_path, False
-    # A training holds its output directory already.
-    if isinstance(config, TrainConfig) and directory.resolve() == Path(config.output_dir).resolve():
-        yield None
-        return
-
-    def wait() -> None:
-        nonlocal said
-        said = said or _say_waiting(directory)
-        time.sleep(1)
-
-    with contextlib.ExitStack() as stack:
-        ours = processes.computed_by_first(lambda: stack.enter_context(held(directory, shared=True, wait=wait)))
-        warn_of_local_locks(directory, processes)
-        yield ours if processes.is_first else None
-
-
-def _say_waiting(directory: Path) -> bool:
-    say(f"{directory}: another run is building these shards; waiting for its end")
-    return True
-
-
 def _may_write(directory: Path) -> bool:
     return not directory.exists() or os.access(directory, os.W_OK)
 
@@ -149,27 +126,16 @@ def _place_of(index: Index, sample: int) -> int:
     return int(np.searchsorted(index.shards["first_sample"], sample, side="right")) - 1
 
 
-def _build(
-    config: CacheConfig,
-    encoding: Encoding,
-    tasks: list[Task],
-    processes: Processes,
-    held: int | None,
-    check: Callable[[dict[str, Any]], None],
-) -> Index:
-    """Builds beside whoever else does; once more where others ended that build and began another meanwhile.
-
-    Args:
-        tasks: the first process's.
-    """
-    started, builds = time.perf_counter(), itertools.count()
+def _build(launch: Launch) -> Index:
+    """Builds beside whoever else does; once more where others ended that build and began another meanwhile."""
+    started, builds, processes = time.perf_counter(), itertools.count(), launch.processes
     while True:
-        with _together(config, encoding, tasks, processes, held, check, next(builds)) as (task, claims, found, plan):
+        with together(launch, next(builds)) as (task, claims, found, plan):
             if claims and not is_of(found.index, plan):
                 _say_changes(task, found, plan)
                 _encode_missing(task, found, plan, claims, processes)
             processes.wait_for_all()  # who may look at what was handed over, which then goes
-            ended = partial(_end, task, plan, claims, held, started)
+            ended = partial(_end, task, plan, claims, launch.held, started)
             if index := processes.computed_by_first(ended):
                 for noticed, count in sum(processes.gather_objects(task.source.noticed), Counter()).items():
                     say(f"{count} of {len(task.source)} images: {noticed}")
@@ -186,138 +152,9 @@ def _end(task: Task, plan: Plan, claims: Claims | None, held: int | None, starte
             if index is None or not is_of(index, plan):
                 index = _write_index(task, found, plan, claims, time.perf_counter() - started)
             if index:
-                _sweep_halves(task.directory, held)
+                sweep_halves(task.directory, held)
                 claims.path.unlink(missing_ok=True)
         return index if is_of(index, plan) else None
-
-
-@contextlib.contextmanager
-def _together(
-    config: CacheConfig,
-    encoding: Encoding,
-    tasks: list[Task],
-    processes: Processes,
-    held: int | None,
-    check: Callable[[dict[str, Any]], None],
-    build: int,
-) -> Iterator[tuple[Task, Claims | None, Found, Plan]]:
-    """What a launch builds: its first process agrees with other launches, and hands the others what it listed, found and
-    planned. There are no claims where other launches have ended that build meanwhile."""
-    with contextlib.ExitStack() as stack:
-        mine: list[tuple[Task, Claims | None, Found, Plan]] = []
-
-        def agree() -> tuple[Handed, int, bool] | None:
-            claims, found, plan = stack.enter_context(_agreed(tasks[0], held, check, processes, build))
-            mine.append((tasks[0], claims, found, plan))
-            return _hand_over(tasks[0], claims, found, plan) if processes.world > 1 else None
-
-        if (told := processes.computed_by_first(agree)) is None:
-            yield mine[0]
-            return
-        handed, building, portable = told
-        if not mine:
-            source, recipe, stamps, counts, found, plan = handed.take(config.shards_path)
-            joined = stack.enter_context(_joined(config.shards_path, processes, build, building, plan))
-            mine.append((Task(config, encoding, source, recipe, stamps, counts), joined, found, plan))
-        task, claims, found, plan = mine[0]
-        if not portable:
-            source = processes.first_before_others(lambda: task.source or open_source(config, encoding.captioned))
-            task = replace(task, source=source)
-        if not processes.is_first:
-            task.source.noticed.clear()  # which the first one tells
-        yield task, claims, found, plan
-        if processes.is_first:
-            (task.directory / handed.name).unlink(missing_ok=True)
-
-
-def _hand_over(task: Task, claims: Claims, found: Found, plan: Plan) -> tuple[Handed, int, bool]:
-    """What the other processes take, which `building` is theirs too, and whether they have the source from here."""
-    plan.counts(plan.blocks)  # what the plan keeps of it goes along
-    source = task.source if task.source.portable else None
-    values = (source, task.recipe, task.stamps, task.counts, replace(found, runs=found.runs[:0]), plan)
-    return hand_over(values, task.directory), os.fstat(claims.descriptor).st_ino, task.source.portable
-
-
-@contextlib.contextmanager
-def _joined(directory: Path, processes: Processes, build: int, building: int, plan: Plan) -> Iterator[Claims | None]:
-    """The claims that the first process of a launch agreed on; None where they are over before this one sees them.
-
-    Raises:
-        UserError: this process comes to see neither.
-    """
-    joined: list[Claims] = []
-
-    def joins() -> bool:
-        with contextlib.suppress(FileNotFoundError):
-            claims = Claims(directory, processes, build, create=False)
-            if os.fstat(claims.descriptor).st_ino == building and claims.share():
-                joined.append(claims)
-                return True
-            claims.leave()
-        return is_of(Index.read(directory), plan)
-
-    if not seen(directory / BUILDING, joins):
-        raise unseen(directory / BUILDING)
-    try:
-        yield joined[0] if joined else None
-    finally:
-        for claims in joined:
-            claims.leave()
-
-
-@contextlib.contextmanager
-def _agreed(
-    task: Task, held: int | None, check: Callable[[dict[str, Any]], None], processes: Processes, build: int
-) -> Iterator[tuple[Claims, Found, Plan]]:
-    """The plan that all launches follow, and their claims: whoever comes first makes it, others read it.
-
-    Args:
-        held: the directory, held with others.
-        check: raises what is against records that are not those of the index that is there.
-    """
-    said = False
-    while True:
-        claims = Claims(task.directory, processes, build)
-        try:
-            alone = claims.alone() and claims.is_there()
-            if alone or (claims.share() and claims.is_there()):
-                found = look(task)
-                plan = replanned(task, found) if alone else plan_of_others(task, found)
-                if plan:
-                    if found.index and not is_of(found.index, plan):
-                        check(task.recipe | {"source": {}})
-                    if alone:
-                        _sweep_halves(task.directory, held)
-                        _begin(task, found, plan, claims)
-                    if claims.share():
-                        yield claims, found, plan
-                        return
-                else:
-                    said = said or _say_waiting(task.directory)
-        finally:
-            claims.leave()
-        time.sleep(PAUSE)
-
-
-def _begin(task: Task, found: Found, plan: Plan, claims: Claims) -> None:
-    """Leaves the plan to the others, in a directory that holds nothing but its shards and those of the index that is there.
-
-    What the last build replaced goes now: until now a training may have read it.
-    """
-    if not plan.equals(read_plan(task.directory, task.recipe_digest, found.fingerprint)):
-        plan.write(task.directory, task.recipe_digest, found.fingerprint)
-    if not is_of(found.index, plan):
-        of_index = found.index.shards["number"].tolist() if found.index else ()
-        _sweep(task.directory, {*plan.blocks["number"].tolist(), *of_index})
-        claims.begin(plan)
-
-
-def _sweep_halves(directory: Path, held: int | None) -> None:
-    """Removes what processes that were killed left half written, and old arrays, where it is sure that no other one writes."""
-    if held is not None:
-        if excludes_others(held, directory):
-            sweep(directory)
-        share(held, directory)  # to have asked may have lost it
 
 
 def _say_changes(task: Task, found: Found, plan: Plan) -> None:
@@ -462,7 +299,7 @@ def _write_index(task: Task, found: Found, plan: Plan, claims: Claims, seconds: 
         again += passing(shard) if shard.said.fingerprint == task.recipe_digest else ()
     refused, plan = add_refused(refused_of), replace(plan, again=np.array(again, np.int64))
     if not shards["records"].any():
-        _sweep(task.directory, {number for _, _, number in before})
+        remove_shards(task.directory, {number for _, _, number in before})
         claims.path.unlink(missing_ok=True)
         if not before:
             (task.directory / SAMPLES).unlink(missing_ok=True)
@@ -487,10 +324,3 @@ def _write_index(task: Task, found: Found, plan: Plan, claims: Claims, seconds: 
     index.write(task.directory)
     say_refused(len(task.source), refused, task.directory)
     return index
-
-
-def _sweep(directory: Path, numbers: set[int]) -> None:
-    """Removes the shards of other numbers."""
-    for number in list(shards_in(directory)):
-        if number not in numbers:
-            (directory / shard_name(number)).unlink()

@@ -1,7 +1,7 @@
 """What the first process hands to all others of its launch: objects, whose arrays all map from one file beside the shards.
 
 The objects travel by the processes' own store and carry what the file is called, so that no file is run as a program. Ten
-million images with captions are some 2.5 GB, once on the disk and once in the memory of a node, whatever processes it has.
+million images with captions are some 1.8 GB, once on the disk and once in the memory of a node, whatever processes it has.
 """
 
 import io
@@ -21,7 +21,7 @@ _ALIGNED = 64
 
 
 class _Pickler(pickle.Pickler):
-    """Whose locks are other locks, free ones."""
+    """Makes other locks of locks, which are free."""
 
     def reducer_override(self, value: Any) -> Any:
         return (threading.Lock, ()) if isinstance(value, type(threading.Lock())) else NotImplemented

@@ -18,7 +18,6 @@ from engine.data.format.verify import verify
 from engine.data.identity import differences
 from engine.data.samples.batch import BatchPlan
 from engine.data.samples.order import order_of
-from engine.data.sources import open_by_first
 from engine.errors import UserError
 from engine.files import seen, unseen
 from engine.launcher import local_world
@@ -63,8 +62,7 @@ def prepare_shards(
     """
     directory, remote = config.shards_path, _open_remote(config) if config.shards_address else None
     if config.data:
-        source = open_by_first(config, family.encoding.captioned, processes)
-        index = encode_source(config, family.encoding, source, processes, check)
+        index = encode_source(config, family.encoding, processes, check)
     else:
         index = remote.index if remote else processes.computed_by_first(lambda: Index.read(directory))
         check(index.identity)

@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 
 from engine.data.claims import BUILDING, Claims
-from engine.data.encode import _sweep_halves
 from engine.data.plan import BLOCK, RUN, Plan, planned
 from engine.data.plan import known as runs_known
+from engine.data.together import sweep_halves
 from engine.files import lock
+from engine.processes import Processes
 
 HOLD = """
 import sys, time
 from pathlib import Path
 from engine.data.claims import Claims
-claims = Claims(Path(sys.argv[1]))
-assert claims.share()
+from engine.processes import Processes
+claims = Claims(Path(sys.argv[1]), Processes())
+assert claims.join()
 with claims.shard(int(sys.argv[2])) as mine:
     print(mine, flush=True)
     time.sleep(600)
@@ -34,10 +36,10 @@ def plan_of(samples: int) -> Plan:
 
 @pytest.fixture
 def claims(tmp_path):
-    opened = Claims(tmp_path)
+    opened = Claims(tmp_path, Processes())
     assert opened.alone()
     opened.begin(plan_of(10))
-    assert opened.share()
+    assert opened.join()
     yield opened
     os.close(opened.descriptor)
 
@@ -61,13 +63,14 @@ PLAN = """
 import sys
 from pathlib import Path
 from engine.data.claims import Claims
-claims = Claims(Path(sys.argv[1]))
-print(claims.alone(), claims.share())
+from engine.processes import Processes
+claims = Claims(Path(sys.argv[1]), Processes())
+print(claims.alone(), claims.join())
 """
 
 
 def test_nobody_plans_while_another_process_begins(tmp_path):
-    claims = Claims(tmp_path)
+    claims = Claims(tmp_path, Processes())
     assert claims.alone()
     claims.begin(plan_of(10))
     other = subprocess.run([sys.executable, "-c", PLAN, str(tmp_path)], capture_output=True, text=True, check=True)
@@ -77,7 +80,7 @@ def test_nobody_plans_while_another_process_begins(tmp_path):
 
 def test_who_asked_to_be_alone_in_vain_still_holds_the_directory(tmp_path):
     mine, other = lock(tmp_path, shared=True), lock(tmp_path, shared=True)
-    _sweep_halves(tmp_path, mine)
+    sweep_halves(tmp_path, mine)
     os.close(other)
     assert lock(tmp_path) is None
     os.close(mine)
@@ -119,11 +122,11 @@ def test_where_there_are_no_locks_everyone_may_do_everything(claims, monkeypatch
 
 
 def test_a_file_that_was_removed_is_not_claimed(tmp_path):
-    claims = Claims(tmp_path)
+    claims = Claims(tmp_path, Processes())
     (tmp_path / BUILDING).unlink()
     assert not claims.is_there()
     claims.leave()
     started = time.monotonic()
-    Claims(tmp_path).leave()
+    Claims(tmp_path, Processes()).leave()
     assert not (tmp_path / BUILDING).exists(), "nothing was begun"
     assert time.monotonic() - started < 1

@@ -406,6 +406,6 @@ def test_shards_that_may_only_be_read_serve_a_copy(model, images, shards, encode
     index = Index.read(shards)
     monkeypatch.setattr("engine.data.encode._may_write", lambda directory: False)
     before = contents(shards, "*")
-    monkeypatch.setattr("engine.data.encode.lock", lambda *arguments, **options: pytest.fail("locked"))
+    monkeypatch.setattr("engine.files.lock", lambda *arguments, **options: pytest.fail("locked"))
     assert build(model, tmp_path / "copy", shards).fingerprint == index.fingerprint
     assert (encoded, contents(shards, "*")) == ([], before)

@@ -99,7 +99,7 @@ def build(chain: Chain, directory, check=lambda identity: None, **options) -> In
     config = CacheConfig(
         family="sd", pretrained_model_name_or_path="unused", train_data_dir="unused", shards_dir=str(directory), **values
     )
-    return encode.encode_source(config, chain, chain, Processes(), check)
+    return encode.encode_source(config, chain, Processes(), check, chain)
 
 
 def listed(index: Index) -> list[dict[str, str]]:

@@ -46,7 +46,7 @@ if not first:
     def refuse(*arguments, **named):
         raise AssertionError("another process than the first looks at the data set")
     files.Files._walk = files.Files.stat = image_folder.read_table = refuse
-    encode.look = encode.recipe_of = refuse
+    encode.look = encode.recipe_of = encode.open_source = refuse
 """
 END = "\nsys.exit(exit_code('program', lambda: build_command(sys.argv[1:])))\n"
 LOCKS = {

@@ -14,8 +14,6 @@ from engine.data.sources.local import PACKED, is_saved
 from engine.data.sources.subset import Subset
 from engine.data.sources.tables import TABLES
 from engine.errors import UserError
-from engine.messages import busy
-from engine.processes import Processes
 
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
@@ -60,14 +58,6 @@ def open_source(config: CacheConfig, captioned: bool = True) -> Source:
     if config.max_train_samples is not None and config.max_train_samples < len(source):
         return Subset(source, config.max_train_samples, config.sample_seed)
     return source
-
-
-def open_by_first(config: CacheConfig, captioned: bool, processes: Processes) -> Source | None:
-    """The source, in the first process alone; what is wrong with it is every process's mistake."""
-    opened: list[Source] = []
-    with busy("Opening the data set"):
-        processes.computed_by_first(lambda: opened.append(open_source(config, captioned)))
-    return opened[0] if opened else None
 
 
 def _local_place(config: CacheConfig) -> Path | None:
