@@ -1,5 +1,6 @@
 """Validation images, divided over the processes."""
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,9 @@ from engine.loop.weights.whole import gather_state, published_model
 from engine.messages import warn
 from engine.models.family import Family
 from engine.models.pipelines import draw
+from engine.offline import offline
 from engine.picture import labelled_grid, save_png
+from engine.processes import Processes
 
 LOADING_LIMIT, DRAWING_LIMIT = 900.0, 600.0  # seconds for the parts of a pipeline from a cold shared disk, and for an image
 
@@ -34,8 +37,8 @@ def validate(config: TrainConfig, family: Family, partition: Partition, seed: in
     """Draws the validation images into samples/step-N.png, and returns them, on the first process; all must call it.
 
     Every image is drawn by itself, the n-th of a prompt from seed + n, so that the number of processes does not show. At
-    most as many processes as there are images open a pipeline and keep the whole model; all others only pass their part of the
-    weights on.
+    most as many processes as there are images open a pipeline and keep the whole model, those of a node one after another; all
+    others only pass their part of the weights on.
 
     Pictures never cost a training: what keeps any process from drawing is one warning by the first, beside the images of the
     others. Nothing can fail alone while others wait for it in a collective: what these need is allocated before, and agreed on.
@@ -55,7 +58,8 @@ def validate(config: TrainConfig, family: Family, partition: Partition, seed: in
         own = list(enumerate(wanted))[drawers.index(processes.rank) :: len(drawers)] if processes.rank in drawers else []
         state = gather_state(partition, family.encoding.dtype, bool(own), room)  # a collective, whose failure ends the run
         del room  # pictures may need it
-        result = _draw_own(family, partition, state, own)
+        turn = _in_turn(processes, neighbour(processes.rank, [local for local, _ in told], drawers), step)
+        result = _draw_own(family, partition, state, own, turn)
         processes.wait_for_all()
         drawn = processes.gather_to_first(result, drawers)
     if not processes.is_first:
@@ -75,21 +79,50 @@ def who_draws(local_ranks: list[int], images: int) -> list[int]:
     return sorted(range(len(local_ranks)), key=lambda rank: (local_ranks[rank], rank))[:images]
 
 
+def neighbour(rank: int, local_ranks: list[int], drawers: list[int]) -> int | None:
+    """The one that draws on the same node and comes before this one, if any."""
+    node = rank - local_ranks[rank]
+    return max((other for other in drawers if other < rank and other - local_ranks[other] == node), default=None)
+
+
+@contextlib.contextmanager
+def _in_turn(processes: Processes, before: int | None, step: int) -> Iterator[None]:
+    """Opens a pipeline after the neighbour has, or could not, so that a node's memory holds the parts of one at a time."""
+    try:
+        if before is not None:
+            processes.wait(f"opened/{step}/{before}")
+        with offline():  # all of it was downloaded before the training
+            yield
+    finally:
+        if processes.store is not None:
+            processes.store.set(f"opened/{step}/{processes.rank}", "")
+
+
 def _draw_own(
-    family: Family, partition: Partition, state: dict[str, Tensor] | Exception, own: list[tuple[int, tuple[str, int]]]
+    family: Family,
+    partition: Partition,
+    state: dict[str, Tensor] | Exception,
+    own: list[tuple[int, tuple[str, int]]],
+    turn: contextlib.AbstractContextManager[None],
 ) -> Drawn:
     """This process's images, as far as they could be drawn.
 
     Args:
         own: number, prompt and seed of each.
+        turn: to open the pipeline in.
     """
     images: dict[int, np.ndarray] = {}
     try:
-        if isinstance(state, Exception):
-            raise state
         if own:
-            for number, image in _draw(family, published_model(partition.module, state), partition.processes.device, own):
+            with turn:
+                if isinstance(state, Exception):
+                    raise state
+                pipeline, arguments = family.preview(published_model(partition.module, state))
+                pipeline = pipeline.to(partition.processes.device)
+            for number, image in _draw(pipeline, arguments, own):
                 images[number] = np.asarray(image.convert("RGB"))
+        elif isinstance(state, Exception):
+            raise state
     except Exception as error:  # of diffusers, of the disk, of memory: any
         return images, _described(error)
     return images, None
@@ -97,10 +130,8 @@ def _draw_own(
 
 @torch.no_grad()
 def _draw(
-    family: Family, model: Any, device: torch.device, own: list[tuple[int, tuple[str, int]]]
+    pipeline: Any, arguments: dict[str, Any], own: list[tuple[int, tuple[str, int]]]
 ) -> Iterator[tuple[int, Image.Image]]:
-    pipeline, arguments = family.preview(model)
-    pipeline = pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     for number, (prompt, seed) in own:
         for _, (image,) in draw(pipeline, [prompt], 1, seed, **arguments):

@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+from huggingface_hub import constants
+
 from engine.config.command_line import parse
 from engine.config.options import TrainConfig
 from engine.loop import validation
@@ -32,7 +34,17 @@ def main(arguments: list[str]) -> None:
     for average in partition.exported:
         average.mul_(1.01)  # which the weights themselves do not follow
     opened, preview = [], StableDiffusion.preview
-    StableDiffusion.preview = lambda *given: opened.append(given) or preview(*given)
+
+    def open_alone(*given):
+        """Where no other process of the node does, and without the hub."""
+        opened.append(given)
+        assert constants.HF_HUB_OFFLINE
+        (Path(config.output_dir) / "opening").touch(exist_ok=False)
+        pipeline = preview(*given)
+        (Path(config.output_dir) / "opening").unlink()
+        return pipeline
+
+    StableDiffusion.preview = open_alone
     for number, fault in enumerate(FAULTS.values()):
         kept = fault and getattr(*fault)
         if fault and processes.rank == 1:

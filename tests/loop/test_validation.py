@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from engine.loop.validation import DRAWING_LIMIT, LOADING_LIMIT, seconds_at_most, who_draws
+from engine.loop.validation import DRAWING_LIMIT, LOADING_LIMIT, neighbour, seconds_at_most, who_draws
 from tests.commands import start_two
 from tests.loop import pictures
 from tests.loop.runs import command, config
@@ -63,3 +63,10 @@ def test_a_drawing_may_take_as_long_as_the_images_of_one_process():
     run = config(Path("model"), Path("images"), Path("shards"), Path("out"), **options)
     assert seconds_at_most(run, 1024) == LOADING_LIMIT + DRAWING_LIMIT
     assert seconds_at_most(run, 3) == LOADING_LIMIT + 2 * DRAWING_LIMIT
+
+
+def test_processes_of_a_node_open_their_pipelines_one_after_another():
+    nodes_of_two = [0, 1] * 2
+    assert [neighbour(rank, nodes_of_two, who_draws(nodes_of_two, 4)) for rank in range(4)] == [None, 0, None, 2]
+    assert neighbour(5, list(range(8)), [0, 1, 5]) == 1
+    assert neighbour(8, list(range(8)) * 2, [0, 8, 1]) is None
