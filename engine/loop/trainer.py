@@ -285,9 +285,11 @@ class Training:
             return True
         finally:
             progress.close()
-            stop.close()
-            if self.watchdog:
-                self.watchdog.close()
+            try:
+                stop.close()
+            finally:
+                if self.watchdog:
+                    self.watchdog.close()
 
     def _watchdog(self) -> Watchdog | None:
         """What gives up steps that do not end, where that is asked for or others would wait for this process."""
