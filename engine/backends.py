@@ -1,5 +1,6 @@
 """What the compilers and libraries beneath torch may do: cuBLAS, cuDNN, inductor and Triton."""
 
+import contextlib
 import os
 import stat
 import sys
@@ -57,7 +58,8 @@ def _directory_of_the_node() -> Path:
     """A directory of this user's alone on a disk of the node. A home directory may be a network's: all nodes would compile into
     the same files there, each as slowly as that is."""
     directory = Path(tempfile.gettempdir(), f"compiled-code-{os.getuid()}")
-    directory.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir(mode=0o700)
     status = directory.lstat()
     if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
         return directory

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,9 +108,11 @@ def test_one_process_and_what_a_person_said_stay_as_they_are(several):
     assert torch._inductor.config.compile_threads == 16
 
 
-def test_code_that_others_could_have_written_is_not_run(several, tmp_path):
-    (tmp_path / f"compiled-code-{os.getuid()}").mkdir()
-    (tmp_path / f"compiled-code-{os.getuid()}").chmod(0o777)
+@pytest.mark.parametrize(
+    "make", [lambda path: (path.mkdir(), path.chmod(0o777)), Path.touch, lambda path: path.symlink_to("nowhere")]
+)
+def test_code_that_others_could_have_written_is_not_run(make, several, tmp_path):
+    make(tmp_path / f"compiled-code-{os.getuid()}")
     assert not several()["TRITON_CACHE_DIR"].startswith(f"{tmp_path}/compiled-code-{os.getuid()}/")
 
 
