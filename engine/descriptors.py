@@ -38,7 +38,8 @@ def _allow(process: int, needed: int, who: str) -> None:
             if resource.RLIM_INFINITY != hard < needed:
                 raise UserError(
                     f"{who} needs {needed:,} open files, and this node allows {hard:,}: raise its hard limit (ulimit -Hn, or "
-                    "LimitNOFILE of the service that starts the job)"
+                    "LimitNOFILE of the service that starts the job)",
+                    passing=True,  # of this node
                 )
             resource.prlimit(process, resource.RLIMIT_NOFILE, (needed, hard))
     except (PermissionError, ProcessLookupError):

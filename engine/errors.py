@@ -1,17 +1,19 @@
 """Errors that are part of the interface."""
 
+import contextlib
 import errno
 import os
 import re
 import select
 import sys
+import traceback
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pydantic_core import ValidationError
 
-from engine.launcher import local_rank, rank
+from engine.launcher import local_rank, rank, world
 
 TRY_AGAIN = 75  # EX_TEMPFAIL: the same command may work when it is tried again
 # What files alone are the cause of; other numbers are, where a file is named.
@@ -50,7 +52,10 @@ class UserError(Exception):
     alone: only this process of several met it, so that no other will say it.
     shared: every process raises it, so that the first says it for all.
     passing: the same command may succeed on another node, or another time, without anything in it being mended.
+    said: whether another process says it; None where that is not known.
     """
+
+    said: bool | None = None
 
     def __init__(self, *lines: str, alone: bool = False, shared: bool = False, passing: bool = False) -> None:
         self.lines = [printable(line) for line in lines]
@@ -170,9 +175,24 @@ def exit_code(program: str, main: Callable[[], int]) -> int:
     nobody reads any more leaves without a word.
 
     Under a launcher every process meets most mistakes; only the first process of each node says them. Of a lost one the second
-    speaks too, because the first may be the one that is gone.
+    speaks too, because the first may be the one that is gone. One of several processes that leaves for an error ends here and
+    now: what libraries do at the end may wait for the others.
     """
+    try:
+        code = _exit_code(program, main)
+    except BaseException:
+        if world() == 1:
+            raise
+        traceback.print_exc()
+        code = 1
+    if code and world() > 1:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+        os._exit(code)
+    return code
 
+
+def _exit_code(program: str, main: Callable[[], int]) -> int:
     def say(*lines: str) -> None:
         for line in lines:
             print(f"{program}: error: {printable(line)}", file=sys.stderr)
@@ -183,7 +203,8 @@ def exit_code(program: str, main: Callable[[], int]) -> int:
         finally:
             sys.stdout.flush()  # here, where a closed pipe can be handled, and not when Python ends
     except UserError as error:
-        if error.alone or (rank() == 0 if error.shared else local_rank() == 0):
+        says = error.alone or (rank() == 0 if error.shared else local_rank() == 0)
+        if says if error.said is None else not error.said:
             say(*error.lines)
         return 2
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import hashlib
 import math
 import os
 import select
@@ -50,6 +51,7 @@ class Liveness:
         self._waits = 0  # how often all waited for each other so far, which tells the store's keys apart
         self._seen: dict[int, tuple[bytes, float]] = {}  # the last sign of life of a process, and when it was first seen
         self._neighbour: tuple[int, int] | None = None  # the next of this node's processes, and a descriptor that knows its end
+        self._thread: threading.Thread | None = None
         self._answers = 0  # of the store, to signs of life
         self._due, self._closed, self._ended = threading.Event(), threading.Event(), threading.Event()
 
@@ -64,10 +66,11 @@ class Liveness:
             LostProcess: some process did not come.
         """
         threading.Thread(target=self._guard, name="guard", daemon=True).start()
-        self.store = open_store(self.world, serves=self.is_first and not launcher.hosts_the_store())
-        self._beats = self.own_store()
-        self._thread = threading.Thread(target=self._live, name="heartbeat", daemon=True)
+        store = open_store(self.world, serves=self.is_first and not launcher.hosts_the_store())
+        self._beats = store.clone()  # type: ignore[attr-defined]
         self.beat()
+        self.store = store
+        self._thread = threading.Thread(target=self._live, name="heartbeat", daemon=True)
         self._thread.start()
         self.store.set(f"place/{self.rank}", _place())
         self.store.append("came", f"{self.rank} ")  # type: ignore[attr-defined]
@@ -85,7 +88,7 @@ class Liveness:
         """Gives no more signs of life; who still waits for this process learns of it."""
         self._closed.set()
         self._due.set()
-        if self.store is not None:
+        if self._thread is not None:
             self._thread.join(LAST_LOOK)
             if not self._thread.is_alive():  # else the store does not answer
                 with contextlib.suppress(RuntimeError):  # the store is gone
@@ -199,8 +202,14 @@ class Liveness:
     def let_the_first_speak(self, error: UserError) -> None:
         """Before leaving for a mistake that all meet, waits a few seconds for the first process, which says it, to leave.
 
-        A launcher ends all processes when one has left.
+        A launcher ends all processes when one has left. What the first does not meet, one of those that do says.
         """
+        self._wait_for_the_first(error)
+        if self.store is not None and not error.shared:
+            with contextlib.suppress(RuntimeError):
+                error.said = self._beats.add(f"said/{hashlib.sha256(str(error).encode()).hexdigest()}", 1) > 1
+
+    def _wait_for_the_first(self, error: UserError) -> None:
         started = time.monotonic()
         with contextlib.suppress(RuntimeError):  # the store went with the first process
             while self.store is not None and not (self.is_first or error.alone) and time.monotonic() - started < FIRST_WORD:

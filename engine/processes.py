@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import sys
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -68,7 +69,8 @@ class Processes(Liveness):
         if launcher.keeps_its_store():
             raise UserError(
                 "torchrun with --max-restarts on several nodes keeps the store of the attempt before, in which processes wait "
-                "for those that are gone: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node, or give --max-restarts 0"
+                "for those that are gone: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node, with --rdzv-backend c10d (a "
+                "static one keeps it all the same), or give --max-restarts 0"
             )
         allow_descriptors(self.rank, self.world)
         self.meet()
@@ -82,7 +84,7 @@ class Processes(Liveness):
         if self.device.type == "cuda":
             self.sum_(torch.zeros(1, device=self.device))
             self.synchronize()
-        self._beats.append("through", f"{self.rank} ")  # type: ignore[attr-defined]
+        self._beats.append("through", f"{self.rank} ")
         limit.cancel()
         return self
 
@@ -96,8 +98,14 @@ class Processes(Liveness):
         )
 
     def close(self) -> None:
-        """Leaves the process group, if it was joined here; who still waits for this process learns of it."""
+        """Leaves the process group, if it was joined here; who still waits for this process learns of it.
+
+        While an exception is under way several processes keep it: NCCL's end waits for all, and others may not come to it.
+        `errors.exit_code` ends such a process, and with it its connections.
+        """
         self.part()
+        if self.world > 1 and sys.exc_info()[0] is not None:
+            return
         if self._connected and dist.is_initialized():
             dist.destroy_process_group()
         self._ended.set()

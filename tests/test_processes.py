@@ -134,11 +134,15 @@ def test_those_that_wait_for_a_killed_store_host_leave(method):
     ("act", "said"),
     [
         ("raise UserError('mine', alone=True)", "process 1 left; the message of that one"),
+        (
+            "torch.distributed.destroy_process_group = lambda: time.sleep(600); raise UserError('mine', alone=True)",
+            "process 1 left; the message of that one",
+        ),
         ("time.sleep(1.8) if os.fork() else os._exit(0)", None),
         ("os.kill(os.getpid(), 9)", "process 1 ended without a word; the launcher's message"),
         ("os.kill(os.getpid(), 19)", "process 1 gave no sign of life for 1 seconds"),
     ],
-    ids=["leaves", "slow", "killed", "stopped"],
+    ids=["leaves", "leaves-nccl", "slow", "killed", "stopped"],
 )
 def test_who_waits_for_one_that_is_gone_leaves_and_says_which(act, said):
     three = start(WAITING.replace("METHOD", "gather_patiently(0)").replace("WHO", "1").replace("ACT", act), world=3)
@@ -148,6 +152,21 @@ def test_who_waits_for_one_that_is_gone_leaves_and_says_which(act, said):
     assert ends == ([75, 75] if said else [0, 0]), [process.errors for process in three]
     assert (said or "") in three[0].errors
     assert three[2].errors == ""
+
+
+def test_what_the_first_does_not_meet_is_said_by_one_of_those_that_do():
+    story = "def story(processes):\n    if processes.rank:\n        raise UserError('this disk')\n    processes.wait_for_all()"
+    three = start("liveness.FIRST_WORD = 0.5\n" + story, world=3)
+    assert codes(three) == [75, 2, 2]
+    assert "".join(process.errors for process in three[1:]) == "engine.run: error: this disk\n"
+
+
+def test_a_store_that_goes_while_processes_join_leaves_no_trace():
+    broken = "def broken(self): raise torch.distributed.DistNetworkError('Connection reset by peer')\n"
+    both = start(f"{broken}torch.distributed.PrefixStore.clone = broken\ndef story(processes): pass")
+    assert codes(both) == [75, 75]
+    assert "process 0: another process is gone" in both[0].errors
+    assert "Traceback" not in both[0].errors
 
 
 def test_a_process_that_does_not_come_is_named():
@@ -257,7 +276,7 @@ def test_the_limit_of_open_files_is_raised_as_far_as_needed_or_refused():
 HUNG = """
 from engine import processes as module
 module.NETWORK_LIMIT = liveness.LAST_LOOK = 1.0
-Processes.barrier = lambda self: time.sleep(60 if self.rank else 0)
+torch.distributed.all_reduce = lambda *arguments: time.sleep(60 * int(os.environ["RANK"]))
 def story(processes):
     time.sleep(60)
 """
@@ -276,7 +295,7 @@ def test_torchrun_that_keeps_its_store_over_restarts_of_several_nodes_is_refused
     torchrun = {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     both = start("def story(processes): pass", **torchrun)
     assert codes(both) == [2, 2]
-    assert "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node, or give --max-restarts 0" in both[0].errors
+    assert "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node, with --rdzv-backend c10d" in both[0].errors
 
 
 def test_processes_without_a_place_to_meet_say_so():

@@ -20,7 +20,7 @@ from engine.data.samples.batch import BatchPlan
 from engine.data.samples.order import order_of
 from engine.errors import UserError
 from engine.files import seen, unseen
-from engine.launcher import local_world
+from engine.launcher import launched, local_world
 from engine.loop.checkpoints.state import State
 from engine.loop.run import Run
 from engine.messages import Progress, busy, say, warn
@@ -44,7 +44,8 @@ def divide_global_batch(config: TrainConfig, world: int) -> TrainConfig:
         nearest = f"{below} or {above}" if below else str(above)
         raise UserError(
             f"--global_batch_size {whole} cannot be divided among {world} processes with --train_batch_size "
-            f"{config.train_batch_size}; the nearest that can: {nearest}"
+            f"{config.train_batch_size}; the nearest that can: {nearest}",
+            passing=launched(),  # which may start another number of them
         )
     return config.model_copy(update={"gradient_accumulation_steps": whole // part})
 
