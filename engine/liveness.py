@@ -24,6 +24,7 @@ SILENCE = 300.0  # seconds without one that mean death; C code may hold Python's
 LAST_LOOK = 10.0  # seconds for asking the store about the others before leaving
 FIRST_WORD = 5.0  # seconds that the first process may take to say for all what is wrong
 GRACE = 30.0  # seconds between the loss of the store and leaving, in which the main thread may say more of it
+LAG = 90.0  # seconds in which a node should see what another one did; NFS asks again after 60 at most
 NAMED = 16  # processes in a line
 
 
@@ -52,6 +53,7 @@ class Liveness:
         self._seen: dict[int, tuple[bytes, float]] = {}  # the last sign of life of a process, and when it was first seen
         self._neighbour: tuple[int, int] | None = None  # the next of this node's processes, and a descriptor that knows its end
         self._thread: threading.Thread | None = None
+        self._given_back: dict[tuple[str, str], float] = {}  # what by whom, and when this process first saw that
         self._answers = 0  # of the store, to signs of life
         self._due, self._closed, self._ended = threading.Event(), threading.Event(), threading.Event()
 
@@ -230,13 +232,26 @@ class Liveness:
         return self.is_first
 
     def is_mine(self, what: str) -> bool:
-        """Whether this process may do what one alone should: the first that asks, and when that is gone the next."""
+        """Whether this process may do what one alone should: the first that asks, and when that is gone the next.
+
+        What was given back is done; who still asks for it after `LAG` does not see that, and may do it again.
+        """
         if self.store is None:
             return True
-        holder, mine = self.store.compare_set(what, "", str(self.rank)), str(self.rank).encode()
-        if holder != mine and any(self._gone([int(holder)])):
-            holder = self.store.compare_set(what, holder.decode(), str(self.rank))
+        mine, now = str(self.rank), time.monotonic()
+        holder = self.store.compare_set(what, "", mine).decode()
+        if holder.isdigit():
+            free = holder != mine and any(self._gone([int(holder)]))
+        else:
+            free = now - self._given_back.setdefault((what, holder), now) > LAG
+        if free:
+            holder = self.store.compare_set(what, holder, mine).decode()
         return bool(holder == mine)
+
+    def give_back(self, what: str) -> None:
+        """Gives back what `is_mine`, once it is done."""
+        if self.store is not None:
+            self.store.compare_set(what, str(self.rank), f"done by {self.rank}")
 
     def wait(self, key: str, store: dist.Store | None = None, limit: float = math.inf) -> bool:
         """Waits for a key of the store, as long as those live for whom this process waits; False when that took too long.

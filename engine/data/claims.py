@@ -70,9 +70,12 @@ class Claims:
     @contextlib.contextmanager
     def shard(self, place: int) -> Iterator[bool]:
         """Claims the shard of a block by its place in the plan; gives whether it is this process's now."""
-        free = self._lock(_SLOTS + place)
+        free, key = self._lock(_SLOTS + place), f"shard/{self.build}/{place}"
         try:
-            yield free and self.processes.is_mine(f"shard/{self.build}/{place}")
+            mine = free and self.processes.is_mine(key)
+            yield mine
+            if mine:
+                self.processes.give_back(key)
         finally:
             if free:
                 self._lock(_SLOTS + place, fcntl.F_UNLCK)

@@ -165,6 +165,28 @@ def test_the_shard_of_a_process_that_died_is_built_by_another(model, images, alo
         assert (tmp_path / "shards" / shard.name).read_bytes() == shard.read_bytes()
 
 
+DELETED = """
+liveness.LAG = 0.3
+from pathlib import Path
+def deleting(*arguments):
+    if not first:
+        directory = Path(sys.argv[-1].removeprefix("--shards_dir="))
+        while not (directory / "shard-00001.safetensors").exists():
+            time.sleep(0.01)
+        (directory / "shard-00000.safetensors").unlink(missing_ok=True)
+        encode.encode_shard = whole
+    return whole(*arguments)
+encode.encode_shard = deleting
+"""
+
+
+def test_a_shard_that_is_deleted_meanwhile_is_built_again_though_its_builder_lives(model, images, alone, tmp_path):
+    arguments = sorted(options(model, images, tmp_path / "shards"), key=lambda option: option.startswith("--shards_dir"))
+    both = build(arguments, DELETED)
+    assert [process.wait(60) for process in both] == [0, 0], [process.errors for process in both]
+    assert contents(tmp_path / "shards") == contents(alone)
+
+
 CLAIM = """
 def story(processes):
     if processes.rank == 1:
