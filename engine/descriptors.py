@@ -1,10 +1,11 @@
 """The limit of open files, which the connections of many processes exceed."""
 
+import contextlib
 import os
-import resource
 
 from engine import launcher
 from engine.errors import UserError
+from engine.files import allow_open_files
 
 SPARE = 512  # open files for libraries, NCCL, shards and checkpoints
 
@@ -32,15 +33,10 @@ def _allow(process: int, needed: int, who: str) -> None:
     Raises:
         UserError: its hard limit is lower.
     """
-    try:
-        soft, hard = resource.prlimit(process, resource.RLIMIT_NOFILE)
-        if resource.RLIM_INFINITY != soft < needed:
-            if resource.RLIM_INFINITY != hard < needed:
-                raise UserError(
-                    f"{who} needs {needed:,} open files, and this node allows {hard:,}: raise its hard limit (ulimit -Hn, or "
-                    "LimitNOFILE of the service that starts the job)",
-                    passing=True,  # of this node
-                )
-            resource.prlimit(process, resource.RLIMIT_NOFILE, (needed, hard))
-    except (PermissionError, ProcessLookupError):
-        pass  # of the parent, which may be another's
+    with contextlib.suppress(OSError):  # of the parent, which may be another's
+        if (allowed := allow_open_files(needed, process)) < needed:
+            raise UserError(
+                f"{who} needs {needed:,} open files, and this node allows {allowed:,}: raise its hard limit (ulimit -Hn, or "
+                "LimitNOFILE of the service that starts the job)",
+                passing=True,  # of this node
+            )

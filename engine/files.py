@@ -8,10 +8,12 @@ import io
 import json
 import math
 import os
+import resource
 import secrets
 import shutil
 import stat
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -324,6 +326,19 @@ def excludes_others(descriptor: int, directory: Path) -> bool:
 def share(descriptor: int, directory: Path) -> None:
     """Shares what `excludes_others` asked to be held alone."""
     hold(descriptor, directory, fcntl.F_RDLCK)
+
+
+def allow_open_files(wanted: int, process: int = 0) -> int:
+    """Raises the limit of open files of a process, 0 for this one, as far as it is lower and may be; returns what it is then.
+
+    Raises:
+        OSError: the process is another user's, or gone.
+    """
+    soft, hard = (math.inf if limit < 0 else limit for limit in resource.prlimit(process, resource.RLIMIT_NOFILE))
+    if soft < wanted:
+        soft = min(wanted, hard)
+        resource.prlimit(process, resource.RLIMIT_NOFILE, (int(soft), -1 if hard == math.inf else int(hard)))
+    return int(min(soft, sys.maxsize))
 
 
 def publish_directory(temporary: Path, final: Path) -> None:

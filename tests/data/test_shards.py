@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import resource
 import shutil
 import sys
 from dataclasses import replace
@@ -17,7 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from engine.data.format import index
+from engine.data.format import index, reader
 from engine.data.format.index import Index, add_refused, count_refused, shard_name, sweep
 from engine.data.format.reader import Shards
 from engine.data.format.verify import verify
@@ -397,8 +398,8 @@ def test_no_more_is_looked_up_than_stays_open_until_it_is_read(model, shards, tm
     build(model, write_captions(tmp_path / "images", ["a", ["b", "c"]] * 5), tmp_path / "varying", "--shard_records", "2")
     varying, arithmetic = Shards(tmp_path / "varying"), Shards(shards)
     assert varying.found_together > 2**60, "all may be open"
-    for reader in (varying, arithmetic):
-        monkeypatch.setattr(reader, "_most_open", 4)
+    for opened in (varying, arithmetic):
+        monkeypatch.setattr(opened, "_most_open", 4)
     assert varying.found_together == 2
     assert Shards(shards).found_together > 2**60
 
@@ -455,3 +456,17 @@ def test_jpegs_and_greyscale_images_are_encoded_too(model, tmp_path):
     Image.effect_noise((30, 20), 40).save(buffer, "JPEG")
     (images / "1.png").write_bytes(buffer.getvalue())
     assert build(model, images, tmp_path / "shards", "--center_crop").records == 2
+
+
+def test_as_many_shards_stay_open_as_the_limit_of_open_files_lets(monkeypatch):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, limits[1]))
+        assert reader._allowed_open(1500) == 1500
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 1500 + reader.OTHERS
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    monkeypatch.setattr(reader, "allow_open_files", lambda wanted: 4096)
+    assert 2500 < reader._allowed_open(100_000) < 4096 - 1024
+    monkeypatch.setattr(reader, "allow_open_files", lambda wanted: wanted)
+    assert reader._allowed_open(100_000) == reader.OPEN_SHARDS

@@ -6,7 +6,6 @@ record's rows are not arithmetic, the numbers that lead to them are read where t
 
 import concurrent.futures
 import os
-import resource
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -22,10 +21,12 @@ from engine.data.format.gather import best_advise, best_gather, checksums_of
 from engine.data.format.index import BUILD_AGAIN, CHECKSUMS, INDEX, OWN, VARYING, Index, shard_name, shards_in
 from engine.data.format.shard import open_shard
 from engine.errors import UserError
-from engine.files import open_regular
+from engine.files import allow_open_files, open_regular
 
 AHEAD = 64  # samples that the kernel fetches from a disk while others are gathered
-OPEN_SHARDS = 1024  # files open at a time, at the most
+# Files open at a time, at the most. Linux keeps 0.23 KB for each in a process (counted with 9,766 that were opened): 4 MB.
+OPEN_SHARDS = 16384
+OTHERS = 1280  # that may be opened yet, a quarter at most of what is allowed: connections, and the files of a checkpoint
 Rows = dict[str, Tensor]  # of records [B]: their shards, and rows within these, as `Shards.rows_of` says
 Rest = TypeVar("Rest")
 _REBUILT = (
@@ -85,7 +86,7 @@ class Shards:
         self._starts = {
             name: np.zeros(count, np.int64) for name in (*singly, *(f"{CHECKSUMS}{name}" for name in singly), "source")
         }
-        self._most_open = _allow_open_files()
+        self._most_open = _allowed_open(count)
         self._openers = concurrent.futures.ThreadPoolExecutor(self.openers, "open shards")
         weakref.finalize(self, _close, self._files)
 
@@ -344,12 +345,8 @@ def _close(files: np.ndarray) -> None:
         os.close(descriptor)
 
 
-def _allow_open_files() -> int:
-    """Raises this process's limit of open files as far as it may; returns how many shards may be open at a time."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    others = 256 + len(list(Path("/dev/fd").iterdir()))  # connections with a thousand processes, say
-    wanted = OPEN_SHARDS + others
-    if 0 <= soft < wanted:
-        soft = min(wanted, hard) if hard >= 0 else wanted
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return OPEN_SHARDS if soft < 0 else max(min(OPEN_SHARDS, soft - others), 2)
+def _allowed_open(count: int) -> int:
+    """How many of so many shards may be open at a time; raises the limit of open files as far as it may."""
+    wanted, others = min(count, OPEN_SHARDS), len(list(Path("/dev/fd").iterdir()))
+    allowed = allow_open_files(wanted + others + OTHERS)
+    return max(min(wanted, allowed - others - min(OTHERS, allowed // 4)), 2)
