@@ -124,9 +124,11 @@ sys.exit(exit_code("engine.run", run.main))
             "checkpoint-1 cannot be written: process 1: No",
         ),
         (1, "trainer.open_family = stale", "cannot be read: Stale file handle; mend"),
+        (0, "trainer.check_trackers = lambda config: failing(errno.EDQUOT, 'cache')", "cache: Disk quota exceeded; mend"),
         (0, "resume.write_text = lambda path, text: failing(errno.ENOSPC, path)", "config.toml: No space left on device; mend"),
+        (0, "trainer.Log = lambda config, step: failing(errno.EACCES, 'metrics')", "metrics: Permission denied; mend"),
     ],
-    ids=["full", "stale", "taking over"],
+    ids=["full", "stale", "trackers", "taking over", "log"],
 )
 def test_a_disk_that_fails_one_process_is_said_by_the_first_and_not_noted(rank, fails, said, model, images, shards, output):
     options = command(config(model, images, shards, output, train_batch_size=2, max_train_steps=1))

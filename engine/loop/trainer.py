@@ -97,9 +97,8 @@ def _train(config: TrainConfig, processes: Processes) -> int:
     if needs_deepspeed(config, processes.world):
         with busy("Importing DeepSpeed"):
             check_deepspeed(config, processes)
-    if processes.is_first:
-        config = check_trackers(config)
-    repository = create_repository(config) if config.push_to_hub and processes.is_first else None
+    config = config.model_copy(update={"report_to": processes.computed_by_first(lambda: check_trackers(config).report_to)})
+    repository = processes.computed_by_first(lambda: create_repository(config)) if config.push_to_hub else None
     with only_run(output, processes), _noting_mistakes(output, processes):
         with busy(f"Comparing {checkpoint} with its digests"):
             opened = open_checkpoint(checkpoint, config, processes, again) if checkpoint else None
@@ -129,7 +128,7 @@ def _train(config: TrainConfig, processes: Processes) -> int:
         say(*opening(config, run, family, training.partition, shards.index, captures, training.step, text_encoder))
         warn_of_a_full_disk(config, run, training.partition, training.step)
         finished = _run(training, shards, plan)
-        if finished and repository:
+        if finished and repository and processes.is_first:
             with busy(f"Uploading to {repository}"):
                 push_to_hub(config, family, repository)
     if processes.is_first and not config.quiet:
@@ -155,7 +154,9 @@ def _noting_mistakes(output: Path, processes: Processes) -> Iterator[None]:
 def _run(training: "Training", shards: Shards, plan: BatchPlan) -> bool:
     """Steps, the last checkpoint, export, and then pictures; False when a signal asked to leave before the end."""
     config, run, processes = training.config, training.run, training.processes
-    log = Log(config, training.step) if processes.is_first else None
+    logs: list[Log] = []  # of the first process
+    processes.computed_by_first(lambda: logs.append(Log(config, training.step)))
+    log = logs[0] if logs else None
     try:
         family, device = training.family, processes.device
         span, limits = (training.step, run.steps), family.encoding.limits
