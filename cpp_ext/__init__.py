@@ -17,7 +17,7 @@ from pathlib import Path
 from engine.files import lock, unlock
 
 _FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", "-Wall", "-Wextra")
-_PATIENCE = 60  # seconds that another process may take for a library, of which each takes some
+_PATIENCE = 60  # seconds to wait for another process that builds libraries, each of which takes some
 
 
 def _cache_directory() -> Path:

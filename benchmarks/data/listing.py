@@ -1,6 +1,6 @@
 """What does listing a folder of images cost a launch? `python -m benchmarks.data.listing [--images 100000] [--json FILE]`
 
-Names and captions of so many images, of which none is ever opened, are listed and planned by a process of their own, as the
+Names and captions of so many images are listed and planned, without opening any, by a process of their own, as the
 first of a launch does it, and handed to another one, which reads the captions of one shard of 4,096, as all others do. Given
 are seconds, bytes of memory that is a process's own, the most at any time and what stays, and the files that it asks for or
 opens; then the same for 10 million images, as all of it grows with them.

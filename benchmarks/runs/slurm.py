@@ -348,7 +348,8 @@ def distance(output: Path, whole: Path) -> float:
 
 def anywhere(text: str, root: Path) -> str:
     """A text without the paths of this machine."""
-    for path in (Path(sys.prefix).resolve(), Path(sys.prefix), Path.cwd(), root):
+    python = (Path(prefix) for prefix in (sys.prefix, sys.base_prefix))
+    for path in (*(form for prefix in python for form in (prefix.resolve(), prefix)), Path.cwd(), root):
         text = text.replace(f"{path}/", "")
     return text
 

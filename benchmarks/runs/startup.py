@@ -43,7 +43,10 @@ TRAINED, FROZEN, SAMPLES, SHARD_RECORDS = 859_520_964, 827_000_000, 10_000_000, 
 MODEL, CHECKPOINT = 4 * TRAINED, 16 * TRAINED
 ENTRY = 136  # bytes of a shard in the index
 BATCH, AHEAD, RECORD, NUMBERS = 32, 64, 184_000, 50_000  # samples of a process; bytes of one, and of what opening a shard reads
-VARIANTS = ("", "four times the images", "four times the shards", "a checkpoint of one process")
+MORE_IMAGES, MORE_SHARDS, ONE_FILE = "four times the images", "four times the shards", "a checkpoint of one process"
+VARIANTS = ("", MORE_IMAGES, MORE_SHARDS, ONE_FILE)
+ADDED_IMAGES, ADDED_FILES = 3 * 14, 3  # by which variants differ: copies of all 14 images, files of the other processes
+NAMES = 100  # of a directory that a look-up gives
 
 
 @dataclass(frozen=True)
@@ -146,12 +149,12 @@ class Bench:
         for line, copy in copies:
             shutil.copy(many / line["file_name"], many / copy["file_name"])
         (many / "metadata.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in [*lines, *(c for _, c in copies)]))
-        self.images = {"": self.place.images, VARIANTS[1]: many}
+        self.images = {"": self.place.images, MORE_IMAGES: many}
 
     def command(self, output: Path, variant: str, steps: int) -> list[str]:
         command = self.place.command(
             output, "--train_batch_size", "1", "--global_batch_size", "4", "--zero_stage", "2", "--shard_records",
-            "2" if variant == VARIANTS[2] else "8", "--shards_dir", str(self.root / f"shards-{variant or 'base'}"),
+            "2" if variant == MORE_SHARDS else "8", "--shards_dir", str(self.root / f"shards-{variant or 'base'}"),
             "--checkpointing_steps", str(AT), steps=steps,
         )  # fmt: skip
         command[command.index("--train_data_dir") + 1] = str(self.images.get(variant, self.place.images))
@@ -165,7 +168,7 @@ class Bench:
 
     def train(self, output: Path, variant: str) -> None:
         """Leaves shards and a checkpoint of one process or of four."""
-        world = 1 if variant == VARIANTS[3] else 4
+        world = 1 if variant == ONE_FILE else 4
         command, common = self.command(output, variant, AT), self.environment(world)
         processes = [
             self.forks.start(
@@ -282,13 +285,11 @@ def modelled(rows: list[dict[str, Any]], before: bool, world: int, figures: Figu
     """Seconds of the phases of a start, going on from a checkpoint of as many processes."""
     plain = {row["processes"]: row["ranks"][-1] for row in rows if not row["variant"]}
     two, one_file = ({row["variant"]: totals(row["ranks"][-1]) for row in rows if row["processes"] == 2}[variant]
-                     for variant in ("", VARIANTS[3]))  # fmt: skip
-
-    def count(name: str, *starts: str) -> int:
-        return sum(phase[name] for what, phase in plain[4]["phases"].items() if what.startswith(starts))
+                     for variant in ("", ONE_FILE))  # fmt: skip
 
     def files(*starts: str) -> dict[str, Any]:
-        return {name: count(name, *starts) for name in ("opened", "looked_up")}
+        found = [next(phase for what, phase in plain[4]["phases"].items() if what.startswith(start)) for start in starts]
+        return {name: sum(phase[name] for phase in found) for name in ("opened", "looked_up")}
 
     # Of the two groups of all processes DeepSpeed's is made without waits, in which a process asks again and again.
     by_processes = {row["processes"]: row["ranks"] for row in rows if not row["variant"]}
@@ -296,29 +297,28 @@ def modelled(rows: list[dict[str, Any]], before: bool, world: int, figures: Figu
     messages = min(totals(rank)["store_messages"] for rank in by_processes[4]) + 2 * ((made[4] - made[2]) // 2) * (world - 4)
     shards = SAMPLES / SHARD_RECORDS
     imports = [sum(phase[f"other_{name}"] for phase in plain[4]["phases"].values()) for name in COUNTED[:4]]
-    known = ("Opening the models", "Checking the files", "Loading the model", "Hashing the frozen")
-    compared = files("Comparing ", "Reading the checkpoint", "Deciding")
-    checkpoint: dict[str, Any] = compared | {"own": 2 * CHECKPOINT / world, "cpu": CHECKPOINT / world / figures.hashing}
+    share = CHECKPOINT / world
+    checkpoint: dict[str, Any] = files("Comparing ") | {"own": 2 * share, "cpu": share / figures.hashing}
     looks = {row["variant"]: totals(row["ranks"][0])["looked_up"] for row in rows if row["processes"] == 2}
     source: dict[str, Any] = {
-        "looked_up": SAMPLES * (looks[VARIANTS[1]] - looks[""]) / 42, "cpu": SAMPLES * figures.image, "once": not before,
-        "threads": 1 if before else 8,
+        "looked_up": SAMPLES * (looks[MORE_IMAGES] - looks[""]) / ADDED_IMAGES, "cpu": SAMPLES * figures.image,
+        "once": not before, "threads": 1 if before else 8,
     }  # fmt: skip
     if before:
-        per_file = {name: (two[name] - one_file[name]) / 3 * world for name in ("opened", "looked_up")}
+        per_file = {name: (two[name] - one_file[name]) / ADDED_FILES * world for name in ("opened", "looked_up")}
         checkpoint = {
-            **per_file, "same": CHECKPOINT, "own": CHECKPOINT / world,
+            **per_file, "same": CHECKPOINT, "own": share,
             "cpu": CHECKPOINT / figures.hashing + world * figures.file,
         }  # fmt: skip
     first = BATCH + AHEAD
     return {
         "imports, from a disk of the node": figures.imports,
         "joining": phase_seconds(figures, world, messages=messages),
-        "models opened and checked": phase_seconds(figures, world, **files(*known[:2])),
+        "models opened and checked": phase_seconds(figures, world, **files("Opening the models", "Checking the files")),
         "checkpoint compared and read": phase_seconds(figures, world, **checkpoint),
-        "shards' index": phase_seconds(figures, world, opened=4, looked_up=shards / 100, same=shards * ENTRY),
+        "shards' index": phase_seconds(figures, world, opened=4, looked_up=shards / NAMES, same=shards * ENTRY),
         "frozen models compared": phase_seconds(figures, world, same=FROZEN, cpu=FROZEN / figures.hashing, once=True),
-        "model loaded": phase_seconds(figures, world, **files(known[2]), same=MODEL),
+        "model loaded": phase_seconds(figures, world, **files("Loading the model"), same=MODEL),
         "first step: shards opened, rows read": phase_seconds(
             figures, world, opened=min(first, shards), own=first * (RECORD + NUMBERS)
         ),

@@ -1,6 +1,6 @@
-"""Commands of the engine with libraries preloaded, forked from one process that has imported what they need.
+"""Commands of the engine with libraries preloaded.
 
-So that one takes a second or two.
+They are forked from one process that has imported what they need, and so take a second or two each.
 """
 
 import contextlib

@@ -400,7 +400,7 @@ class TrainConfig(CacheConfig):
     first_step_timeout: float | None = option(
         None,
         "The same for the first step, in which a model may be compiled. Default, with several processes or --step_timeout: "
-        "1800, with --compile 3600.",
+        "1800, with --compile 3600, and never less than --step_timeout.",
         "checkpoints",
         gt=0,
     )
