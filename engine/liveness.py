@@ -23,7 +23,7 @@ BEAT = 10.0  # seconds between two signs of life
 SILENCE = 300.0  # seconds without one that mean death; C code may hold Python's lock for a minute or two
 LAST_LOOK = 10.0  # seconds for asking the store about the others before leaving
 FIRST_WORD = 5.0  # seconds that the first process may take to say for all what is wrong
-GRACE = 30.0  # seconds between the loss of the store and leaving, in which the main thread may say more of it
+GRACE = 30.0  # seconds between the loss of the store or of a process and leaving, in which the main thread may say more
 LAG = 90.0  # seconds in which a node should see what another one did; NFS asks again after 60 at most
 NAMED = 16  # processes in a line
 
@@ -104,8 +104,11 @@ class Liveness:
         assert self.store is not None
         return self.store.clone()  # type: ignore[attr-defined]
 
-    def beat(self) -> None:
+    def beat(self) -> bool:
         """Tells the others that this process lives, and at which step, once the store has answered; any thread may.
+
+        Returns:
+            Whether some process is known to have ended without a word.
 
         Only where several processes are connected.
 
@@ -113,24 +116,33 @@ class Liveness:
             dist.DistNetworkError: the store is gone.
         """
         self._beats.set(f"alive/{self.rank}", f"{time.monotonic_ns()} {self.step}")
-        self._beats.check([f"alive/{self.rank}"])  # `set` waits for no answer
+        ended = self._beats.check(["ended"])  # `set` waits for no answer
         self._answers += 1
+        return ended
 
     def beat_soon(self) -> None:
         """Has the thread of the signs of life give one now, without waiting for it."""
         self._due.set()
 
     def _live(self) -> None:
-        """Gives signs of life, and ends the process when there is nobody to give them to."""
+        """Gives signs of life, and ends the process when there is nobody to give them to, or one that all need has ended.
+
+        The main thread has `GRACE` to meet that itself. In a collective of NCCL it might not for an hour.
+        """
         try:
             while not self._closed.is_set():
                 self._due.wait(BEAT)
                 self._due.clear()
-                self.beat()
                 self._look_at_neighbour()
+                if self.beat() and not self._closed.wait(GRACE):
+                    self.leave("another process is gone:", self._ended_ones)
         except RuntimeError:
             if not self._closed.wait(GRACE):
                 self._leave_alone()
+
+    def _ended_ones(self) -> str:
+        ranks = sorted(set(map(int, self._beats.get("ended").split())))
+        return f"{named(ranks)} ended without a word; the launcher's message or the system's log says why"
 
     def _guard(self) -> None:
         """Ends the process when the store has not answered for `SILENCE`, whatever threads wait for it, at the start too.
@@ -172,6 +184,7 @@ class Liveness:
             sign, _, step = self._beats.get(f"alive/{rank}").decode().partition(" ")
             if sign != "left":
                 self._beats.set(f"alive/{rank}", f"ended {step}")
+                self._beats.append("ended", f"{rank} ")
 
     def leave(self, line: str, look: Callable[[], str]) -> NoReturn:
         """Ends the process from any thread, whatever the others are blocked in, with exit code `TRY_AGAIN`.

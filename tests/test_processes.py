@@ -15,7 +15,7 @@ from engine import liveness
 from engine.errors import UserError, exit_code
 from engine.processes import Processes
 
-liveness.BEAT, liveness.SILENCE, liveness.GRACE, liveness.JOIN_LIMIT = 0.2, 1.0, 1.0, 2.0
+liveness.BEAT, liveness.SILENCE, liveness.GRACE, liveness.JOIN_LIMIT = 0.2, 2.0, 1.0, 2.0
 
 def say(*words):
     print(*words, flush=True)
@@ -87,7 +87,7 @@ def story(processes):
 @pytest.mark.parametrize(("method", "who"), [("computed_by_first", 0), ("first_before_others", 0), ("first_before_others", 1)])
 def test_a_mistake_that_one_meets_is_everybodys_and_is_said_once(method, who):
     three = start(MISTAKE.replace("METHOD", method).replace("WHO", str(who)), world=3)
-    assert codes(three) == [2] * 3
+    assert codes(three) == [2] * 3, [process.errors for process in three]
     assert [process.errors for process in three] == ["engine.run: error: this is wrong\n", "", ""]
 
 
@@ -138,9 +138,9 @@ def test_those_that_wait_for_a_killed_store_host_leave(method):
             "torch.distributed.destroy_process_group = lambda: time.sleep(600); raise UserError('mine', alone=True)",
             "process 1 left; the message of that one",
         ),
-        ("time.sleep(1.8)", None),
+        ("time.sleep(2.8)", None),
         ("os.kill(os.getpid(), 9)", "process 1 ended without a word; the launcher's message"),
-        ("os.kill(os.getpid(), 19)", "process 1 gave no sign of life for 1 seconds"),
+        ("os.kill(os.getpid(), 19)", "process 1 gave no sign of life for 2 seconds"),
     ],
     ids=["leaves", "leaves-nccl", "slow", "killed", "stopped"],
 )
@@ -189,6 +189,16 @@ def story(processes):
         time.sleep(60)
     time.sleep(60)  # as in a collective of NCCL, which notices nothing
 """
+
+
+def test_processes_that_are_blocked_while_another_is_killed_leave():
+    three = start(BLOCKED, world=3)
+    wait_until_said("here", *three)
+    three[1].kill()
+    assert codes(three) == [75, -signal.SIGKILL, 75]
+    said = three[0].errors + three[2].errors
+    assert said.count("\n") == 1, said
+    assert "another process is gone: process 1 ended without a word" in said
 
 
 def test_a_process_that_is_blocked_while_the_store_dies_leaves():

@@ -145,7 +145,7 @@ def test_a_node_whose_models_are_others_encodes_nothing(damage, model, images, a
 
 
 SLOWLY = """
-liveness.BEAT, liveness.SILENCE = 0.1, 1.0
+liveness.BEAT, liveness.SILENCE = 0.1, 2.0
 def slowly(*arguments):
     print("encodes", flush=True)
     time.sleep(0.2 if first else 600)
