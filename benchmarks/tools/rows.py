@@ -14,13 +14,19 @@ import torch
 
 from benchmarks.tools.environment import environment
 from engine.errors import TRY_AGAIN, first_line
-from engine.files import write_json
+from engine.files import write_json, write_text
+
+_INNERMOST = re.compile(r"[{\[][^{}\[\]]*[}\]]")  # of JSON: objects and arrays without others inside
 
 
 def write_result(path: Path | None, document: str, **measured: Any) -> None:
-    """Keeps what a benchmark measured, where a file is named, under its question: the first line of its docstring."""
+    """Keeps what a benchmark measured, where a file is named, under its question: the first line of its docstring.
+
+    What holds no other object or array takes a line.
+    """
     if path is not None:
-        write_json(path, {"question": document.splitlines()[0], **environment(), **measured})
+        text = json.dumps({"question": document.splitlines()[0], **environment(), **measured}, indent=1, ensure_ascii=False)
+        write_text(path, _INNERMOST.sub(lambda found: re.sub(r"\n\s*", " ", found[0]), text) + "\n")
 
 
 UNFINISHED = "begun and not ended: the process was killed, or crashed"
