@@ -180,7 +180,7 @@ def _encode_missing(task: Task, found: Found, plan: Plan, claims: Claims, proces
         def encoder() -> Encoder:
             if not encoders:
                 if not processes.is_first:  # whose models the recipe is of
-                    refuse_other_models(task.encoding, task.recipe, processes.rank)
+                    refuse_other_models(task.encoding, task.recipe)
                 encoders.append(stack.enter_context(task.encoding.encoder(processes.device)))
             return encoders[0]
 

@@ -32,20 +32,20 @@ def recipe_of(config: CacheConfig, encoding: Encoding) -> dict[str, Any]:
     }
 
 
-def refuse_other_models(encoding: Encoding, recipe: dict[str, Any], rank: int) -> None:
+def refuse_other_models(encoding: Encoding, recipe: dict[str, Any]) -> None:
     """To be called by a process that another one gave the recipe, before it encodes: each node may have models of its own.
 
     Raises:
         UserError: this process's frozen models are others than those of the recipe, or cannot be read.
     """
-    where = f"process {rank} on {socket.gethostname()}"
+    node = f"node {socket.gethostname()}"  # the same line in all of its processes
     try:
         found = differences(recipe["models"], encoding.encoder_identity())
     except UserError as error:
-        raise UserError(*(f"{where}: {line}" for line in error.lines), alone=True, passing=error.passing) from None
+        raise UserError(*(f"{node}: {line}" for line in error.lines), alone=True, passing=error.passing) from None
     if found:
         raise UserError(
-            f"{where}: {encoding.path}: {found} than the first process has, so their shards would not belong together; give "
+            f"{node}: {encoding.path}: {found} than the first process has, so their shards would not belong together; give "
             "every node the same files",
             alone=True,
         )
