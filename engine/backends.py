@@ -57,13 +57,20 @@ def keep_compiled_code(directory: Path, unless: Mapping[str, str] = MappingProxy
 def _directory_of_the_node() -> Path:
     """A directory of this user's alone on a disk of the node. A home directory may be a network's: all nodes would compile into
     the same files there, each as slowly as that is."""
-    directory = Path(tempfile.gettempdir(), f"compiled-code-{os.getuid()}")
-    with contextlib.suppress(FileExistsError):
-        directory.mkdir(mode=0o700)
-    status = directory.lstat()
-    if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
-        return directory
-    return Path(tempfile.mkdtemp(prefix=f"{directory.name}-"))  # for what another user put there would run here
+    name = f"compiled-code-{os.getuid()}"
+    # Anybody may have put something there; of a name that all this node's processes find, few others think.
+    for directory in (Path(tempfile.gettempdir(), known) for known in (name, f"{name}-{_boot()}")):
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir(mode=0o700)
+        status = directory.lstat()
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
+            return directory
+    return Path(tempfile.mkdtemp(prefix=f"{name}-"))  # for what another user put there would run here
+
+
+def _boot() -> str:
+    """What tells this start of the system from others."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def _share_processors() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import cpp_ext
-from engine.backends import configure
+from engine.backends import _directory_of_the_node, configure
 from engine.config.options import TrainConfig
 from engine.loop.trainer import train
 from tests.loop.runs import config
@@ -114,6 +114,11 @@ def test_one_process_and_what_a_person_said_stay_as_they_are(several):
 def test_code_that_others_could_have_written_is_not_run(make, several, tmp_path):
     make(tmp_path / f"compiled-code-{os.getuid()}")
     assert not several()["TRITON_CACHE_DIR"].startswith(f"{tmp_path}/compiled-code-{os.getuid()}/")
+    taken = _directory_of_the_node()
+    assert _directory_of_the_node() == taken, "all processes of the node share it"
+    taken.rmdir()
+    make(taken)
+    assert _directory_of_the_node() != taken
 
 
 def test_a_library_is_built_once_by_all_processes_that_want_it(tmp_path):
