@@ -13,7 +13,8 @@ from torch import Tensor
 
 from engine.config.options import TrainConfig
 from engine.errors import UserError, first_line
-from engine.files import PARTIAL, discard, lies_inside, sync, sync_files
+from engine.failed import FAILED, LAUNCH
+from engine.files import LOCK, PARTIAL, discard, lies_inside, sync, sync_files
 from engine.loop.checkpoints.names import CHECKPOINT, LATEST
 from engine.loop.weights.partition import Partition
 from engine.loop.weights.whole import empty_published_model, whole_tensors, write_published
@@ -22,6 +23,9 @@ from engine.models.configurations import TOKENIZER_FILES
 from engine.models.family import Family
 from engine.models.index import INDEX
 from engine.models.pipelines import use_portable_names
+
+# What is of the run and of no use to others; `attempt` is the script's for SLURM.
+_OF_THE_RUN = (LOCK, LAUNCH, FAILED, "attempt")
 
 
 def export(config: TrainConfig, family: Family, partition: Partition) -> None:
@@ -120,5 +124,5 @@ def push_to_hub(config: TrainConfig, family: Family, repository: str) -> None:
         repo_id=repository,
         folder_path=output,
         commit_message="End of training",
-        ignore_patterns=[f"{CHECKPOINT}*", "shards/*", "logs/*", "wandb/*", LATEST, *others],
+        ignore_patterns=[f"{CHECKPOINT}*", "shards/*", "logs/*", "wandb/*", LATEST, *_OF_THE_RUN, *others],
     )
