@@ -186,6 +186,30 @@ def test_a_job_without_shards_ends_before_it_begins(slurm):
     assert "--shards_dir https://host/shards" in slurm.calls.read_text()
 
 
+def test_a_node_that_lacks_a_mount_does_not_end_a_job_that_ran_before(slurm):
+    gone = str(slurm.root / "gone")
+    ended = slurm.run(SHARDS_DIR=gone, SLURM_RESTART_COUNT="3")
+    assert (ended.returncode, slurm.requeued, "srun" in slurm.calls.read_text()) == (1, True, False)
+    assert f"17: {gone} is not there on " in ended.stdout
+    slurm.run(SHARDS_DIR=gone, SLURM_RESTART_COUNT="3", MAX_RESTARTS="3")
+    assert not slurm.requeued
+    (slurm.root / "gone").mkdir()
+    assert slurm.run(SHARDS_DIR=gone, SLURM_RESTART_COUNT="3").returncode == 2
+    assert not slurm.requeued
+
+
+def test_a_controller_that_does_not_answer_is_asked_again(slurm):
+    slurm.command("sleep", "true")
+    slurm.command("squeue", "exit 1")
+    slurm.command("scontrol", "if [[ $1 == requeue ]]; then [[ $(grep -c requeue $CALLS) == 2 ]]; else echo n1; fi")
+    assert slurm.run(SAVES, STEP="5").returncode == 1
+    called = [line.split()[0] for line in slurm.calls.read_text().splitlines()]
+    assert (called.count("squeue"), called.count("scontrol")) == (3, 3)
+    slurm.command("squeue", "true")
+    slurm.command("scontrol", "echo n1; [[ $1 != requeue ]]")
+    assert "cannot be queued again" in slurm.run(SAVES, STEP="5").stderr
+
+
 @pytest.mark.parametrize("job", ["1", "15999", "16000", "67043327", "4294967294"])
 def test_what_torchrun_is_told(slurm, job):
     environment = slurm.run(SLURM_JOB_ID=job, SLURM_RESTART_COUNT="2").stdout.splitlines()
