@@ -42,8 +42,12 @@ def test_what_another_attempt_may_not_meet_is_not_noted(model, images, shards, o
     assert not (output / "failed").exists()
 
 
-def test_a_mistake_on_the_command_line_is_noted_under_a_launcher(output):
-    arguments = [sys.executable, "-m", "engine.run", "--output_dir", str(output), "--nonsense"]
+@pytest.mark.parametrize("how", ["two words", "one word", "recipe"])
+def test_a_mistake_on_the_command_line_is_noted_under_a_launcher(how, output, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f"output_dir = '{output}'\nunknown = 1\n")
+    named = {"two words": ["--output_dir", output], "one word": [f"--output_dir={output}"], "recipe": ["--config", recipe]}
+    arguments = [sys.executable, "-m", "engine.run", *map(str, named[how]), "--nonsense"]
     assert run(arguments).returncode == 2
     assert not (output / "failed").exists()
     result = run(arguments, RANK="0")
