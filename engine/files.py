@@ -27,6 +27,8 @@ T = TypeVar("T")
 PARTIAL = ".partial"
 SEEN_WITHIN = 600.0  # seconds that a network's file system may take to show a node what another one wrote
 LOCK = ".lock"  # in a directory that a process holds
+# What file systems without locks say, or without any on bytes as far as these.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EOVERFLOW)
 _FLOCK = struct.Struct("hhqqi0q")  # type, whence, start, length, process: as C has them, 64 bits of an offset
 # Bytes of a file that is read as text, whole: Python's objects of a table take several times as many.
 LARGEST_TEXT = max(2**30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8)
@@ -247,22 +249,35 @@ def lock(directory: Path, shared: bool = False) -> int | None:
     What is locked is a file in it, opened for writing: of a directory, NFS cannot lock any, nor Lustre one on another node.
     """
     path = directory / LOCK
-    while True:
+    for attempt in range(100):
+        time.sleep(min(0.01 * attempt, 0.1))
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        if hold(descriptor, directory, fcntl.F_RDLCK if shared else fcntl.F_WRLCK) is False:
-            os.close(descriptor)
+        free = hold(descriptor, directory, fcntl.F_RDLCK if shared else fcntl.F_WRLCK) is not False
+        there = is_at(path, descriptor)
+        if there and free:
+            _permit(path, stat.S_IFREG | stat.S_IMODE(directory.stat().st_mode) & 0o666)  # to whoever may write there
+            return descriptor
+        os.close(descriptor)
+        if there:
             return None
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(path.stat(), os.fstat(descriptor)):
-                _permit(path, stat.S_IFREG | stat.S_IMODE(directory.stat().st_mode) & 0o666)  # to whoever may write there
-                return descriptor
-        os.close(descriptor)  # removed since it was opened, by who held it before
+        # Removed since it was opened, by who held it before.
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+
+def is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESTALE):
+            raise
+        return False
 
 
 def unlock(descriptor: int, directory: Path) -> None:
     """Lets go of what `lock` gave. Who is last removes the file; where nobody can know that, each does."""
-    if hold(descriptor, directory) is not False:
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        if hold(descriptor, directory) is not False:
             (directory / LOCK).unlink()
     os.close(descriptor)
 
@@ -284,19 +299,27 @@ def held(directory: Path, shared: bool = False, wait: Callable[[], None] | None 
 
 
 def hold(descriptor: int, place: Path, kind: int = fcntl.F_WRLCK, byte: int = 0) -> bool | None:
-    """Locks a byte of a file, which need not be there, until the descriptor is closed; None where there are no locks.
+    """Locks a byte of a file, which need not be there, until the descriptor is closed; None where there are no locks, and False
+    where another process has it, or another node has removed the file.
 
     The lock is that of the open file: closing another descriptor of the same file, which ends the locks of `lockf`, leaves it.
 
     Args:
         place: the directory, for a warning.
         kind: `fcntl.F_WRLCK` against all others, `F_RDLCK` with others, `F_UNLCK` to let go.
+
+    Raises:
+        OSError: the disk fails.
     """
     try:
         fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
     except (BlockingIOError, PermissionError):
         return False
     except OSError as error:
+        if error.errno == errno.ESTALE:
+            return False
+        if error.errno not in _NO_LOCKS:
+            raise OSError(error.errno, error.strerror, str(place)) from None
         warn(
             f"{place}: locks are not supported there ({error.strerror}), so nothing keeps another run from writing there too; "
             "start none beside this one"

@@ -2,6 +2,8 @@
 
 import contextlib
 import datetime
+import os
+import secrets
 import sys
 import threading
 from collections.abc import Callable
@@ -15,7 +17,7 @@ import torch.distributed as dist
 from engine import launcher
 from engine.descriptors import allow_descriptors
 from engine.errors import UserError, of_all, of_the_machine
-from engine.files import LOCK, is_held, seen
+from engine.files import LOCK, is_held, read_text, seen
 from engine.liveness import Liveness, named
 from engine.messages import warn
 from engine.offline import offline
@@ -258,14 +260,25 @@ class Processes(Liveness):
 def warn_of_local_locks(directory: Path, processes: Processes) -> None:
     """Has the first process of another node look whether it knows that the first of all holds a directory with `files.lock`.
 
-    It looks once it sees the very file that the first locked, and not before one that an earlier run left.
+    It looks once it sees the very file that the first locked, which that marks, and not one that an earlier run left.
     """
     if processes.world > launcher.local_world():
         file = directory / LOCK
-        locked = processes.computed_by_first(lambda: file.stat().st_ino)
-        looks = processes.rank == launcher.local_world() and seen(file, lambda: file.stat().st_ino == locked)
+        mark = processes.computed_by_first(lambda: _marked(file))
+        looks = processes.rank == launcher.local_world() and mark and seen(file, lambda: mark in read_text(file))
         if False in processes.gather_patiently(is_held(directory) if looks else None):
             warn(
                 f"{directory}: locks there hold on one node only (as mounted with `nolock`, `local_lock` or `localflock`), so "
                 "nothing keeps a run of another node from writing there too; start none beside this one"
             )
+
+
+def _marked(file: Path) -> str | None:
+    """What was appended to a file, by which every node knows it, whatever number it has there; None where there is no room."""
+    mark = secrets.token_hex(8)
+    with contextlib.suppress(OSError), file.open("a") as opened:
+        opened.write(f"{mark}\n")
+        opened.flush()
+        os.fsync(opened.fileno())
+        return mark
+    return None

@@ -1,6 +1,7 @@
 """Files are shared as the umask says, whoever writes them."""
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -224,6 +225,25 @@ def test_a_file_system_without_locks_is_named_once(number, tmp_path, monkeypatch
     unlock(held, tmp_path)
     said = capsys.readouterr().err
     assert said.count(f"{tmp_path}: locks are not supported there ({os.strerror(number)})") == said.count("\n") == 1
+
+
+def test_a_failing_disk_is_not_taken_for_one_without_locks(tmp_path, monkeypatch, capsys):
+    answers, asks = [errno.ESTALE, errno.EIO], fcntl.fcntl
+
+    def fails(*arguments):
+        if answers:
+            raise OSError(answers[0], os.strerror(answers.pop(0)))
+        return asks(*arguments)
+
+    monkeypatch.setattr("fcntl.fcntl", fails)
+    moved = iter([False])
+    monkeypatch.setattr(files, "is_at", lambda *arguments, whole=files.is_at: next(moved, True) and whole(*arguments))
+    with pytest.raises(OSError, match=f"Input/output error: '{tmp_path}'"):
+        lock(tmp_path)
+    held = lock(tmp_path)
+    assert excludes_others(held, tmp_path)
+    unlock(held, tmp_path)
+    assert not capsys.readouterr().err
 
 
 def test_a_lock_is_no_way_out_of_its_directory(tmp_path):

@@ -10,6 +10,7 @@ whoever wrote them.
 import contextlib
 import fcntl
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,13 +20,14 @@ import xxhash
 
 from engine.data.format.index import ENTRY
 from engine.data.plan import Plan
-from engine.files import hold
+from engine.files import hold, is_at
 from engine.processes import Processes
 
 BUILDING = "building"
 # told: what tells the samples of its block from others; check: XXH3 of the bytes before it.
 SLOT = np.dtype([("done", np.int64), ("told", np.uint64), ("entry", ENTRY), ("check", np.uint64)])
 _PLAN, _INDEX, _SLOTS = 2**61, 2**61 + 1, 2**40  # bytes that are locked and never written, and the first of slots
+_TOKEN = 16  # bytes after the last slot, drawn at random
 PAUSE = 0.2  # seconds between two looks at what another process holds
 
 
@@ -50,10 +52,7 @@ class Claims:
 
     def is_there(self) -> bool:
         """Whether the file was not removed since it was opened, by a process whose build was complete."""
-        try:
-            return os.path.samestat(self.path.stat(), os.fstat(self.descriptor))
-        except FileNotFoundError:
-            return False
+        return is_at(self.path, self.descriptor)
 
     def _lock(self, byte: int, kind: int = fcntl.F_WRLCK) -> bool:
         """Locks a byte for this process; whether no other one holds it."""
@@ -83,7 +82,7 @@ class Claims:
     @contextlib.contextmanager
     def index(self) -> Iterator[None]:
         """Waits until no other process writes the index."""
-        while not self._lock(_INDEX):
+        while self.is_there() and not self._lock(_INDEX):
             time.sleep(PAUSE)
         try:
             yield
@@ -98,8 +97,14 @@ class Claims:
             if number in before:
                 slots[place] = before[number]
         os.ftruncate(self.descriptor, 0)
-        os.pwrite(self.descriptor, slots.tobytes(), 0)
+        os.pwrite(self.descriptor, slots.tobytes() + secrets.token_bytes(_TOKEN), 0)
         os.fsync(self.descriptor)
+
+    @property
+    def token(self) -> bytes:
+        """What tells this build from others on every node, which may number the file differently; nothing before it began."""
+        size = os.fstat(self.descriptor).st_size
+        return os.pread(self.descriptor, _TOKEN, size // SLOT.itemsize * SLOT.itemsize)
 
     def _slots(self) -> np.ndarray:
         content = os.pread(self.descriptor, os.fstat(self.descriptor).st_size, 0)

@@ -59,11 +59,15 @@ def hand_over(value: Any, directory: Path) -> Handed:
     head, ends = io.BytesIO(), list[int]()
     _Pickler(head, protocol=5, buffer_callback=arrays.append).dump(value)
     name = f"{HANDED}{secrets.token_hex(4)}{PARTIAL}"  # which is swept, should this process be killed
-    with (directory / name).open("xb") as file:
-        for array in arrays:
-            file.write(bytes(-file.tell() % _ALIGNED))
-            file.write(array.raw())
-            ends.append(file.tell())
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with (directory / name).open("xb") as file:
+            for array in arrays:
+                file.write(bytes(-file.tell() % _ALIGNED))
+                file.write(array.raw())
+                ends.append(file.tell())
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:  # half a file would keep a full disk full
+        (directory / name).unlink(missing_ok=True)
+        raise
     return Handed(name, ends, head.getvalue())

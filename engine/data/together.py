@@ -5,7 +5,6 @@ The first process of a launch agrees with other launches on a plan, by whoever p
 """
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -80,7 +79,7 @@ def together(launch: Launch, build: int) -> Iterator[tuple[Task, Claims | None, 
     with contextlib.ExitStack() as stack:
         mine: tuple[Task, Claims | None, Found, Plan] | None = None
 
-        def agree() -> tuple[Handed, int, bool] | None:
+        def agree() -> tuple[Handed, bytes, bool] | None:
             nonlocal mine
             task = launch.task
             assert task is not None
@@ -93,6 +92,8 @@ def together(launch: Launch, build: int) -> Iterator[tuple[Task, Claims | None, 
             yield mine
             return
         handed, building, portable = told
+        if processes.is_first:
+            stack.callback((directory / handed.name).unlink, missing_ok=True)
         if mine is None:
             source, recipe, stamps, counts, found, plan = handed.take(directory)
             joined = stack.enter_context(_joined(directory, processes, build, building, plan))
@@ -104,20 +105,18 @@ def together(launch: Launch, build: int) -> Iterator[tuple[Task, Claims | None, 
         if not processes.is_first:
             task.source.noticed.clear()  # which the first one tells
         yield task, claims, found, plan
-        if processes.is_first:
-            (directory / handed.name).unlink(missing_ok=True)
 
 
-def _hand_over(task: Task, claims: Claims, found: Found, plan: Plan) -> tuple[Handed, int, bool]:
+def _hand_over(task: Task, claims: Claims, found: Found, plan: Plan) -> tuple[Handed, bytes, bool]:
     """What the other processes take, which `building` is theirs too, and whether they have the source from here."""
     plan.by_number  # noqa: B018 (which is computed once, and goes along)
     source = task.source if task.source.portable else None
     values = (source, task.recipe, task.stamps, task.counts, replace(found, runs=found.runs[:0]), plan)
-    return hand_over(values, task.directory), os.fstat(claims.descriptor).st_ino, task.source.portable
+    return hand_over(values, task.directory), claims.token, task.source.portable
 
 
 @contextlib.contextmanager
-def _joined(directory: Path, processes: Processes, build: int, building: int, plan: Plan) -> Iterator[Claims | None]:
+def _joined(directory: Path, processes: Processes, build: int, building: bytes, plan: Plan) -> Iterator[Claims | None]:
     """The claims that the first process of a launch agreed on; None where they are over before this one sees them.
 
     Raises:
@@ -128,7 +127,7 @@ def _joined(directory: Path, processes: Processes, build: int, building: int, pl
     def joins() -> bool:
         with contextlib.suppress(FileNotFoundError):
             claims = Claims(directory, processes, build, create=False)
-            if os.fstat(claims.descriptor).st_ino == building and claims.join():
+            if claims.token == building and claims.join():
                 joined.append(claims)
                 return True
             claims.leave()

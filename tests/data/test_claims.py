@@ -1,6 +1,7 @@
 """Processes that build together: each shard is one process's at a time, and anyone's when that is gone."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,6 +60,19 @@ def test_a_claim_ends_with_the_process_that_holds_it(claims, tmp_path):
     assert claims.alone()
 
 
+def test_a_build_is_known_by_its_content_as_a_mount_may_number_files_as_it_likes(claims, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(tmp_path / BUILDING, tmp_path / "elsewhere")
+    elsewhere = Claims(tmp_path / "elsewhere", Processes(), create=False)
+    claims.advance(2, 1)
+    assert elsewhere.token == claims.token != b""
+    claims.begin(plan_of(10))
+    assert elsewhere.token != claims.token
+    elsewhere.leave()
+    os.ftruncate(claims.descriptor, 0)
+    assert claims.token == b""
+
+
 PLAN = """
 import sys
 from pathlib import Path
@@ -107,7 +121,7 @@ def test_half_a_slot_is_no_complete_shard(cut, claims, tmp_path):
     plan = plan_of(10)
     numbers, _ = plan.samples(plan.blocks[2])
     claims.complete(2, numbers, (2, 2, 2, 2, 1000, 1, 1, 8, 2, np.zeros(32, np.uint8), np.zeros(32, np.uint8)))
-    os.truncate(tmp_path / BUILDING, (tmp_path / BUILDING).stat().st_size - cut)
+    os.truncate(tmp_path / BUILDING, (tmp_path / BUILDING).stat().st_size - 16 - cut)
     assert claims.entry(2, plan.blocks[2], numbers) is None
 
 

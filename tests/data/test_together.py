@@ -138,7 +138,8 @@ def test_a_node_whose_models_are_others_encodes_nothing(damage, model, images, a
         file.write_bytes(file.read_bytes()[:-100])
     both = build(options(tmp_path / "model", images, tmp_path / "shards"), OTHER_MODEL)
     assert codes(both) == [TRY_AGAIN, 2], [process.errors for process in both]
-    where = f"error: process 1 on {socket.gethostname()}: {other}"
+    assert not list((tmp_path / "shards").glob("*.partial"))
+    where = f"error: node {socket.gethostname()}: {other}"
     assert (f"{where}: another vae than the first process has" if damage == "altered" else f"{where}/vae") in both[1].errors
     for shard in alone.glob("shard-*"):
         assert (tmp_path / "shards" / shard.name).read_bytes() == shard.read_bytes()
