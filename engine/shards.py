@@ -8,7 +8,7 @@ from pathlib import Path
 from engine.catalogue import DECODER, FAMILIES, IMAGE_ENCODER, MODEL, PRIOR
 from engine.config.checks import check_picture
 from engine.config.command_line import Parser, choose, load, parse, whole
-from engine.config.options import CacheConfig
+from engine.config.options import CacheConfig, TrainConfig
 from engine.errors import UserError, exit_code, printable
 from engine.storage import is_remote, shown
 
@@ -18,7 +18,8 @@ USAGE = "python -m engine.shards build|verify|convert|info ...; each has --help"
 
 
 def build_command(arguments: list[str]) -> int:
-    config = parse(CacheConfig, "engine.shards build", "Encode a data set into latent shards.", arguments)
+    # A recipe of a training also says what its shards hold.
+    config = parse(CacheConfig, "engine.shards build", "Encode a data set into latent shards.", arguments, TrainConfig)
     # After parsing, so that --help and mistakes answer at once.
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     from engine.data.describe import summary

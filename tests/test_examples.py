@@ -48,7 +48,7 @@ def test_the_recipes_parse(path):
 
 @pytest.mark.parametrize("path", sorted(Path("examples").glob("*.toml")), ids=lambda path: path.stem)
 def test_shards_are_built_by_the_recipe_of_a_training(path):
-    config = parse(CacheConfig, "engine.shards build", "", ["--config", str(path), "--shards_dir", "elsewhere"])
+    config = parse(CacheConfig, "engine.shards build", "", ["--config", str(path), "--shards_dir", "elsewhere"], TrainConfig)
     trained = parse(TrainConfig, "engine.run", "", ["--config", str(path), "--shards_dir", "elsewhere"])
     assert {name: getattr(trained, name) for name in CacheConfig.model_fields} == dict(config)
 

@@ -23,7 +23,7 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 # isort: split
 import torch
 
-from benchmarks.tools.place import Place, weights
+from benchmarks.tools.place import Place, distance, weights
 from benchmarks.tools.rows import write_result
 from benchmarks.tools.shared import Cluster, Job, Node
 from benchmarks.tools.storage import Ended, Fault
@@ -93,13 +93,10 @@ class Trial:
 
     def compare(self, output: Path, exact: bool) -> list[str]:
         """What is wrong with the weights."""
-        ours, moved, off = weights(output), 0.0, 0.0
-        for name, expected in self.expected.items():
-            if not name.endswith("to_k.bias"):  # which has no gradient but what rounding makes
-                off += float((ours[name].double() - expected.double()).square().sum())
-                moved += float((expected.double() - self.untrained[name].double()).square().sum())
-        same = all(torch.equal(ours[name], self.expected[name]) for name in ours) if exact else (off / moved) ** 0.5 < CLOSE
-        return [] if same else [f"ends in other weights, {(off / moved) ** 0.5:.1e} of the way off"]
+        ours = weights(output)
+        off = distance(ours, self.expected, self.untrained)
+        same = all(torch.equal(ours[name], self.expected[name]) for name in ours) if exact else off < CLOSE
+        return [] if same else [f"ends in other weights, {off:.1e} of the way off"]
 
 
 def _problem(ended: Ended) -> str:

@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from benchmarks.tools.cost import payload
+from benchmarks.tools.place import distance
 from benchmarks.tools.rows import write_result
 from benchmarks.tools.sides import random_batch
 from benchmarks.tools.traffic import Collectives
@@ -107,14 +108,6 @@ class Place:
 
     def untrained(self, family: str) -> dict[str, torch.Tensor]:
         return self.weights(family, Path(next(iter(self.models[family].values()))))
-
-
-def distance(ours: dict, theirs: dict, start: dict) -> float:
-    """The difference of two results over how far training moved them; L2, without biases that have no gradient."""
-    names = [name for name in theirs if not name.endswith("to_k.bias")]
-    difference = sum((ours[name].double() - theirs[name].double()).square().sum() for name in names)
-    moved = sum((theirs[name].double() - start[name].double()).square().sum() for name in names)
-    return float((difference / moved).sqrt())
 
 
 def measure(place: Place) -> dict[str, Any]:

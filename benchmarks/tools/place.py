@@ -46,6 +46,13 @@ def weights(output: Path) -> dict[str, Tensor]:
     return load_file(output / "unet" / "diffusion_pytorch_model.safetensors")
 
 
+def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor], start: dict[str, Tensor]) -> float:
+    """The difference of two results over how far training moved them; L2, without biases that have no gradient."""
+    names = [name for name in theirs if not name.endswith("to_k.bias")]
+    difference = sum(float((ours[name].double() - theirs[name].double()).square().sum()) for name in names)
+    return (difference / sum(float((theirs[name].double() - start[name].double()).square().sum()) for name in names)) ** 0.5
+
+
 def run(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT | variables)
 

@@ -92,8 +92,13 @@ def choose(commands: Mapping[str, Callable[[list[str]], int]], usage: str) -> in
     return commands[command](arguments)
 
 
-def parse(model: type[Model], program: str, description: str, arguments: Sequence[str]) -> Model:
+def parse(
+    model: type[Model], program: str, description: str, arguments: Sequence[str], recipe: type[CacheConfig] | None = None
+) -> Model:
     """Reads the command line and the TOML file it may name, for work on this machine.
+
+    Args:
+        recipe: whose options the file may hold, where these are more than the model's.
 
     Raises:
         UserError: an unknown option, a bad value or a missing one, named with the remedy.
@@ -103,9 +108,7 @@ def parse(model: type[Model], program: str, description: str, arguments: Sequenc
     given = vars(namespace)
     file = given.pop("config", None)
     try:
-        # A recipe of a training also says what its shards hold.
-        recipe = TrainConfig if model is CacheConfig else model
-        values = read_toml(recipe, Path(file), f"--config {file}", open_any) if file else {}
+        values = read_toml(recipe or model, Path(file), f"--config {file}", open_any) if file else {}
         values = {name: value for name, value in values.items() if name in model.model_fields}
         logs = values.get("logging_dir")
         if isinstance(logs, str) and leads_out(Path(logs)) and "logging_dir" not in given:
