@@ -145,6 +145,24 @@ def test_a_node_whose_models_are_others_encodes_nothing(damage, model, images, a
         assert (tmp_path / "shards" / shard.name).read_bytes() == shard.read_bytes()
 
 
+UNSEEN = """
+from engine import files
+liveness.BEAT, files.SEEN_WITHIN = 0.1, 1.0
+if not first:
+    from engine.data import handed
+    handed.seen = lambda path, condition: files.seen(path.with_name("none"))
+"""
+
+
+def test_what_many_nodes_do_not_see_one_of_them_says(model, images, tmp_path):
+    program = BEGIN + UNSEEN + END
+    command = [sys.executable, "-c", program, *options(model, images, tmp_path / "shards")]
+    all_three = start_two(command, world=3, LOCAL_WORLD_SIZE="1")
+    assert [process.wait(60) for process in all_three] == [TRY_AGAIN, 2, 2], [process.errors for process in all_three]
+    said = "".join(process.errors for process in all_three)
+    assert said.count("did not come to see it as the first process does") == 1, said
+
+
 SLOWLY = """
 liveness.BEAT, liveness.SILENCE = 0.1, 2.0
 def slowly(*arguments):
