@@ -25,6 +25,9 @@ from engine.offline import offline
 T = TypeVar("T")
 _TIMEOUT = datetime.timedelta(minutes=60)  # of a collective
 NETWORK_LIMIT = 300.0  # seconds for the first collective on the host, and as many on the devices
+# Processes from which gloo connects two when they first talk. Else each writes 3 messages for every other into the store, a
+# minute for the two groups of 1,024. A connection that is made late has no deadline, but the signs of life have theirs.
+LAZY_CONNECTIONS = 512
 
 
 class Processes(Liveness):
@@ -75,6 +78,8 @@ class Processes(Liveness):
                 "static one keeps it all the same), or give --max-restarts 0"
             )
         allow_descriptors(self.rank, self.world)
+        if self.world >= LAZY_CONNECTIONS:
+            os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
         self.meet()
         limit = threading.Timer(
             NETWORK_LIMIT, self.leave, ("the first exchange over the network has not ended", self._not_through)

@@ -338,3 +338,30 @@ def test_processes_agree_to_stop_every_ten_steps_or_two_seconds_of_the_slowest(s
     steps, *between = map(int, both[0].output.split())
     assert set(between) <= intervals
     assert steps <= (25 + 20 if seconds == "0.001" else 6 + 8)
+
+
+LAZY = """
+import torch.distributed as dist
+from engine import processes as of_processes
+of_processes.LAZY_CONNECTIONS = 2
+def story(processes):
+    groups = None, dist.new_group()
+    for group in groups:
+        total = torch.ones(1000) * (processes.rank + 1)
+        dist.all_reduce(total, group=group, async_op=True).wait()
+        assert total.tolist() == [10.0] * 1000
+    assert processes.gather_patiently(processes.rank) == [0, 1, 2, 3]
+    assert processes.computed_by_first(lambda: os.environ["TORCH_GLOO_LAZY_INIT"]) == "1"
+    processes.wait_for_all()
+    if WHO == processes.rank:
+        os.kill(os.getpid(), 9)
+    if WHO is not None:
+        time.sleep(0.5)
+        dist.all_reduce(torch.zeros(1), group=dist.new_group())
+"""
+
+
+@pytest.mark.parametrize(("who", "expected"), [(None, [0] * 4), (0, [-9, 75, 75, 75]), (2, [75, 75, -9, 75])])
+def test_processes_that_connect_when_they_first_talk_miss_one_all_the_same(who, expected):
+    four = start(LAZY.replace("WHO", str(who)), world=4)
+    assert codes(four) == expected, [process.errors for process in four]

@@ -31,6 +31,7 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 # isort: split
 from benchmarks.tools.preloaded import Forks, build
 from benchmarks.tools.shared import COUNTED, counted, free_port
+from engine.processes import LAZY_CONNECTIONS
 
 WORLDS = (1, 2, 4)
 AT = 3  # the checkpoint's step
@@ -294,7 +295,9 @@ def modelled(rows: list[dict[str, Any]], before: bool, world: int, figures: Figu
     # Of the two groups of all processes DeepSpeed's is made without waits, in which a process asks again and again.
     by_processes = {row["processes"]: row["ranks"] for row in rows if not row["variant"]}
     made = {of: min(rank["phases"][GROUP]["store_messages"] for rank in ranks) for of, ranks in by_processes.items()}
-    messages = min(totals(rank)["store_messages"] for rank in by_processes[4]) + 2 * ((made[4] - made[2]) // 2) * (world - 4)
+    eager = before or world < LAZY_CONNECTIONS
+    messages = min(totals(rank)["store_messages"] for rank in by_processes[4])
+    messages += 2 * ((made[4] - made[2]) // 2) * (world - 4) if eager else 0
     shards = SAMPLES / SHARD_RECORDS
     imports = [sum(phase[f"other_{name}"] for phase in plain[4]["phases"].values()) for name in COUNTED[:4]]
     share = CHECKPOINT / world
