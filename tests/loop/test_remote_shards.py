@@ -140,7 +140,10 @@ def test_a_cache_for_fewer_shards_than_are_read_is_told_what_it_may_do(resumed, 
 
 
 def test_shards_that_are_replaced_while_processes_open_them_are_refused(on_disk, monkeypatch):
-    monkeypatch.setattr(Processes, "gather_objects", lambda self, value: [value, {("another", b"")}])
+    def gather(self, value):
+        return [value, {("another", b"")}] if isinstance(value, set) else [value]
+
+    monkeypatch.setattr(Processes, "gather_objects", gather)
     with pytest.raises(UserError, match="/index.json: replaced while the processes opened it; start the same again"):
         train(on_disk.model_copy(update={"train_data_dir": None, "verify_shards": "none"}))
 
