@@ -6,7 +6,7 @@ import os
 import secrets
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -81,19 +81,27 @@ class Processes(Liveness):
         if self.world >= LAZY_CONNECTIONS:
             os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
         self.meet()
+        with self._network_limit():
+            dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.world, timeout=_TIMEOUT)
+            self.barrier()
+        if self.device.type == "cuda":
+            with self._network_limit():
+                self.sum_(torch.zeros(1, device=self.device))
+                self.synchronize()
+        self._beats.append("through", f"{self.rank} ")
+        return self
+
+    @contextlib.contextmanager
+    def _network_limit(self) -> Iterator[None]:
         limit = threading.Timer(
             NETWORK_LIMIT, self.leave, ("the first exchange over the network has not ended", self._not_through)
         )
         limit.daemon = True
         limit.start()
-        dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.world, timeout=_TIMEOUT)
-        self.barrier()
-        if self.device.type == "cuda":
-            self.sum_(torch.zeros(1, device=self.device))
-            self.synchronize()
-        self._beats.append("through", f"{self.rank} ")
-        limit.cancel()
-        return self
+        try:
+            yield
+        finally:
+            limit.cancel()
 
     def _not_through(self) -> str:
         """Which processes have not ended the first exchange."""
