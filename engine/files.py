@@ -250,7 +250,8 @@ def lock(directory: Path, shared: bool = False) -> int | None:
     """
     path = directory / LOCK
     for attempt in range(100):
-        time.sleep(min(0.01 * attempt, 0.1))
+        if attempt:
+            time.sleep(min(0.01 * attempt, 0.1))
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         free = hold(descriptor, directory, fcntl.F_RDLCK if shared else fcntl.F_WRLCK) is not False
         there = is_at(path, descriptor)

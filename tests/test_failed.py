@@ -43,7 +43,8 @@ def test_what_another_attempt_may_not_meet_is_not_noted(model, images, shards, o
 
 
 @pytest.mark.parametrize("how", ["two words", "one word", "recipe"])
-def test_a_mistake_on_the_command_line_is_noted_under_a_launcher(how, output, tmp_path):
+def test_a_mistake_on_the_command_line_is_noted_under_a_launcher(how, output, tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)  # which DeepSpeed is given in the process of the tests
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(f"output_dir = '{output}'\nunknown = 1\n")
     named = {"two words": ["--output_dir", output], "one word": [f"--output_dir={output}"], "recipe": ["--config", recipe]}

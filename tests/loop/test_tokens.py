@@ -67,6 +67,17 @@ def test_other_families_read_tokens_too(family, published, photographs, tmp_path
     assert tokens == pytest.approx(states, rel=1e-5 * SLACK)
 
 
+def test_tokens_of_more_shards_than_may_be_open_are_read_in_turn(token_shards, monkeypatch):
+    reader = Shards(token_shards)
+    rows = reader.rows_of(reader.find(torch.tensor([0, 5, 11, 6, 1])), 1)
+    found = []
+    for most in (2**14, 2):
+        monkeypatch.setattr(reader, "_most_open", most)
+        found.append({name: torch.empty(5, *field.shape, dtype=field.dtype) for name, field in reader.fields.items()})
+        reader.gather_fields(rows, found[-1], {})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_a_caption_takes_two_bytes_per_token(token_shards):
     fields = Shards(token_shards).fields
     assert [name for name, field in fields.items() if field.per == "caption"] == ["tokens"]

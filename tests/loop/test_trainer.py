@@ -259,7 +259,10 @@ def test_the_upload_leaves_checkpoints_and_shards_out(model, images, shards, tmp
     (tmp_path / "out" / "attempt").touch()  # of the script for SLURM
     there = [str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()]
     sent = set(filter_repo_objects([*there, ".lock", "failed"], ignore_patterns=calls["ignore_patterns"]))
-    assert {path.split("/")[0] for path in sent} == set()
+    parts = {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}
+    assert {path.split("/")[0] for path in sent} == {
+        "model_index.json", "README.md", "config.toml", "metrics.jsonl", "curves.png", *parts
+    }  # fmt: skip
     assert "library_name: diffusers" in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -202,7 +202,7 @@ class Shards:
             for name, target in out.items():
                 found = target[part]
                 self.gather(name, some, found, limits.get(name))
-                target[part] = found
+                _bytes_by_row(target)[part] = _bytes_by_row(found)  # torch cannot put numbers of every dtype in places
 
     def _altered(self, name: str, record: int, shard: int, row: int) -> UserError:
         sample = self._numbers("source", shards := np.array([shard]), record - self._first_records[shards], 1)[0, 0]
@@ -345,8 +345,16 @@ def _close(files: np.ndarray) -> None:
         os.close(descriptor)
 
 
+def _bytes_by_row(tensor: Tensor) -> Tensor:
+    return tensor.view(len(tensor), -1).view(torch.uint8)
+
+
 def _allowed_open(count: int) -> int:
-    """How many of so many shards may be open at a time; raises the limit of open files as far as it may."""
+    """How many of so many shards may be open at a time; raises the limit of open files as far as it may.
+
+    Where there is room for all of them, how many rows are asked for at a time does not matter.
+    """
     wanted, others = min(count, OPEN_SHARDS), len(list(Path("/dev/fd").iterdir()))
     allowed = allow_open_files(wanted + others + OTHERS)
-    return max(min(wanted, allowed - others - min(OTHERS, allowed // 4)), 2)
+    room = max(allowed - others - min(OTHERS, allowed // 4), 2)
+    return OPEN_SHARDS if room >= wanted else room
