@@ -34,6 +34,10 @@ def named(ranks: list[int]) -> str:
     return f"process{'es' * (len(ranks) > 1)} {', '.join(map(str, ranks[:NAMED]))}{more}"
 
 
+def _ended(ranks: list[int]) -> str:
+    return f"{named(ranks)} ended without a word; the launcher's message or the system's log says why"
+
+
 class Liveness:
     """The store that processes share, the signs of life that each gives in it, and waiting for others while they give theirs.
 
@@ -76,8 +80,7 @@ class Liveness:
         self._thread.start()
         self.store.set(f"place/{self.rank}", _place())
         self.store.append("came", f"{self.rank} ")  # type: ignore[attr-defined]
-        if self.store.add("count", 1) == self.world:
-            self.store.set("all came", "")
+        self.arrive("all came")
         started = time.monotonic()
         while not self.store.check(["all came"]):
             if time.monotonic() - started > JOIN_LIMIT:
@@ -142,7 +145,7 @@ class Liveness:
 
     def _ended_ones(self) -> str:
         ranks = sorted(set(map(int, self._beats.get("ended").split())))
-        return f"{named(ranks)} ended without a word; the launcher's message or the system's log says why"
+        return _ended(ranks)
 
     def _guard(self) -> None:
         """Ends the process when the store has not answered for `SILENCE`, whatever threads wait for it, at the start too.
@@ -266,6 +269,17 @@ class Liveness:
         if self.store is not None:
             self.store.compare_set(what, str(self.rank), f"done by {self.rank}")
 
+    def arrive(self, key: str, store: dist.Store | None = None) -> None:
+        """Says that this process has come to where all wait for the key of the store; whoever comes last sets it.
+
+        Args:
+            store: a thread's own client, where it is not the main one that comes.
+        """
+        store = store or self.store
+        assert store is not None
+        if store.add(f"{key}/count", 1) == self.world:
+            store.set(key, "")
+
     def wait(self, key: str, store: dist.Store | None = None, limit: float = math.inf) -> bool:
         """Waits for a key of the store, as long as those live for whom this process waits; False when that took too long.
 
@@ -297,7 +311,7 @@ class Liveness:
         """Raises `LostProcess` where one that is waited for is gone: the first looks at all, the others at the first."""
         left, ended, silent = self._gone(list(range(self.world) if self.is_first else [0]))
         if ended:
-            raise LostProcess(f"{named(ended)} ended without a word; the launcher's message or the system's log says why")
+            raise LostProcess(_ended(ended))
         if left:
             raise LostProcess(f"{named(left)} left; the message of that one, or the launcher's, says why")
         if silent:

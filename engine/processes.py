@@ -134,8 +134,7 @@ class Processes(Liveness):
         if self.store is not None:
             self._waits += 1
             key = f"wait/{self._waits}"
-            if self.store.add(f"{key}/count", 1) == self.world:
-                self.store.set(key, "")
+            self.arrive(key)
             self.wait(key)
         self.barrier()  # so that the store does not end with the first process while others still look
 

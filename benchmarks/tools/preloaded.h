@@ -3,6 +3,7 @@
 
 #include <dlfcn.h>
 #include <fcntl.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/syscall.h>
@@ -37,3 +38,20 @@ Function next(const char* name) {
 }
 
 }  // namespace
+
+// In a variadic function that opens: the mode, which is given only where a file may be created.
+#define MODE_GIVEN_WITH(flags)              \
+  mode_t mode = 0;                          \
+  if ((flags) & (O_CREAT | O_TMPFILE)) {    \
+    va_list rest;                           \
+    va_start(rest, flags);                  \
+    mode = va_arg(rest, mode_t);            \
+    va_end(rest);                           \
+  }
+
+// OPENS(name, directory, parameters, arguments) for each function that opens `path`.
+#define EVERY_OPEN(OPENS)                                                                        \
+  OPENS(open, AT_FDCWD, (const char* path, int flags, ...), (path, flags, mode))                 \
+  OPENS(open64, AT_FDCWD, (const char* path, int flags, ...), (path, flags, mode))               \
+  OPENS(openat, from, (int from, const char* path, int flags, ...), (from, path, flags, mode))   \
+  OPENS(openat64, from, (int from, const char* path, int flags, ...), (from, path, flags, mode))

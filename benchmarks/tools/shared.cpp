@@ -15,7 +15,6 @@
 #include <dirent.h>
 #include <errno.h>
 #include <netinet/in.h>
-#include <stdarg.h>
 #include <string.h>
 #include <sys/file.h>
 #include <sys/mman.h>
@@ -284,13 +283,7 @@ extern "C" DIR* opendir(const char* path) {
 // Opening for reading looks a path up; what creates goes to the server, which knows what there is.
 #define OPENS(name, at, parameters, arguments)                                                                      \
   extern "C" int name parameters {                                                                                  \
-    mode_t mode = 0;                                                                                                \
-    if (flags & (O_CREAT | O_TMPFILE)) {                                                                            \
-      va_list rest;                                                                                                 \
-      va_start(rest, flags);                                                                                        \
-      mode = va_arg(rest, mode_t);                                                                                  \
-      va_end(rest);                                                                                                 \
-    }                                                                                                               \
+    MODE_GIVEN_WITH(flags)                                                                                          \
     static auto real = next<int (*) parameters>(#name);                                                             \
     std::string given = path_at(at, path);                                                                          \
     if (!(flags & O_CREAT) || !is_shared(given))                                                                    \
@@ -302,10 +295,7 @@ extern "C" DIR* opendir(const char* path) {
     return file;                                                                                                    \
   }
 
-OPENS(open, AT_FDCWD, (const char* path, int flags, ...), (path, flags, mode))
-OPENS(open64, AT_FDCWD, (const char* path, int flags, ...), (path, flags, mode))
-OPENS(openat, from, (int from, const char* path, int flags, ...), (from, path, flags, mode))
-OPENS(openat64, from, (int from, const char* path, int flags, ...), (from, path, flags, mode))
+EVERY_OPEN(OPENS)
 
 #define FOPENS(name)                                                                                    \
   extern "C" FILE* name(const char* path, const char* mode) {                                          \

@@ -11,7 +11,6 @@
 // STORAGE_LOG        a file that every operation is written to: its name and its paths, divided by tabs
 #include <errno.h>
 #include <signal.h>
-#include <stdarg.h>
 #include <string.h>
 #include <sys/sendfile.h>
 #include <sys/stat.h>
@@ -137,23 +136,14 @@ READS(preadv64, (int file, const iovec* data, int parts, off64_t at), (file, dat
 READS(preadv2, (int file, const iovec* data, int parts, off_t at, int flags), (file, data, parts, at, flags))
 READS(preadv64v2, (int file, const iovec* data, int parts, off64_t at, int flags), (file, data, parts, at, flags))
 
-#define OPENS(name, path, parameters, arguments)                       \
+#define OPENS(name, at, parameters, arguments)                         \
   extern "C" int name parameters {                                     \
-    mode_t mode = 0;                                                   \
-    if (flags & (O_CREAT | O_TMPFILE)) {                               \
-      va_list rest;                                                    \
-      va_start(rest, flags);                                           \
-      mode = va_arg(rest, mode_t);                                     \
-      va_end(rest);                                                    \
-    }                                                                  \
+    MODE_GIVEN_WITH(flags)                                             \
     static auto real = next<int (*) parameters>(#name);                \
     bool changes = flags & (O_CREAT | O_TRUNC);                        \
-    Fate what = fate(changes ? "changes" : "reads", "open", path);     \
+    Fate what = fate(changes ? "changes" : "reads", "open", path_at(at, path)); \
     if (what == Fate::killed) die();                                   \
     return what == Fate::fails ? -1 : real arguments;                  \
   }
 
-OPENS(open, path_at(AT_FDCWD, path), (const char* path, int flags, ...), (path, flags, mode))
-OPENS(open64, path_at(AT_FDCWD, path), (const char* path, int flags, ...), (path, flags, mode))
-OPENS(openat, path_at(at, path), (int at, const char* path, int flags, ...), (at, path, flags, mode))
-OPENS(openat64, path_at(at, path), (int at, const char* path, int flags, ...), (at, path, flags, mode))
+EVERY_OPEN(OPENS)

@@ -1,6 +1,6 @@
 """What the first process hands to all others of its launch: objects, whose arrays all map from one file beside the shards.
 
-The objects travel by the processes' own store and carry what the file is called, so that no file is run as a program. Ten
+The objects travel among the processes and carry what the file is called, so that no file is run as a program. Ten
 million images with captions are some 1.8 GB, once on the disk and once in the memory of a node, whatever processes it has.
 """
 

@@ -1,9 +1,10 @@
 """Writing checkpoints: aside, synced, published when every process's part is there, beside the training if asked for.
 
 Between steps, a file is written from where the state lies. To be written beside the training, the state is copied to host
-memory first. No collective is involved: every process syncs its file and its entry in the directory and tells the first its
-digest through the processes' store; the first publishes once all have told, and tells what became of it. For each checkpoint
-that is some 5 operations of the store a process, and a look every second while it waits.
+memory first. While one is written no collective is involved: every process syncs its file and its entry in the directory and
+tells the first its digest through the processes' store; the first publishes once all have told, and tells what became of it.
+For each checkpoint that is some 5 operations of the store a process, a look every second while it waits, and a barrier when
+all have heard.
 """
 
 import contextlib
@@ -242,8 +243,7 @@ class Writer:
         """Tells the digest of this process's part, or what kept it from writing that."""
         assert self._store is not None
         self._store.set(self._key(self.processes.rank), note)
-        if self._store.add(self._key("count"), 1) == self.processes.world:
-            self._store.set(self._key("all"), "")
+        self.processes.arrive(self._key("all"), self._store)
 
     def _digests(self, note: str) -> dict[str, str]:
         """File -> digest, once every process has told that of its part.
