@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,8 @@ import time
 from pathlib import Path
 
 import torch
+
+from benchmarks.tools.ranks import rank_variables
 
 ON_GPU = torch.cuda.is_available()
 SERVER = multiprocessing.get_context("forkserver")
@@ -112,11 +113,7 @@ def run(command: list[str], **variables: str) -> Command:
 
 def start_two(command: list[str], world: int = 2, **variables: str) -> list[Command]:
     """Two processes of one group, or more, without a launcher, which would end one when it misses the other."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)} | variables
-    return [Command(command, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(world)]
+    return [Command(command, **(own | variables)) for own in rank_variables(world, world)]
 
 
 def run_two(command: list[str]) -> None:

@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.tools.preloaded import build
+from benchmarks.tools.ranks import free_port
 from benchmarks.tools.rows import write_result
-from benchmarks.tools.shared import counted, free_port
+from benchmarks.tools.shared import counted
 from benchmarks.tools.tables import markdown
 
 WORLDS = (2, 4, 8, 16)

@@ -30,7 +30,8 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 
 # isort: split
 from benchmarks.tools.preloaded import Forks, build
-from benchmarks.tools.shared import COUNTED, counted, free_port
+from benchmarks.tools.ranks import rank_variables
+from benchmarks.tools.shared import COUNTED, counted
 from engine.processes import LAZY_CONNECTIONS
 
 WORLDS = (1, 2, 4)
@@ -161,21 +162,13 @@ class Bench:
         command[command.index("--train_data_dir") + 1] = str(self.images.get(variant, self.place.images))
         return command[3:]
 
-    def environment(self, world: int) -> dict[str, str]:
-        return {
-            "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-        }  # fmt: skip
-
     def train(self, output: Path, variant: str) -> None:
         """Leaves shards and a checkpoint of one process or of four."""
         world = 1 if variant == ONE_FILE else 4
-        command, common = self.command(output, variant, AT), self.environment(world)
+        command = ["engine.run", *self.command(output, variant, AT)]
         processes = [
-            self.forks.start(
-                ["engine.run", *command], common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, self.root / f"said-{rank}"
-            )
-            for rank in range(world)
+            self.forks.start(command, {"OMP_NUM_THREADS": "1"} | own, self.root / f"said-{rank}")
+            for rank, own in enumerate(rank_variables(world, world))
         ]
         if any(self.forks.wait(process, 600) for process in processes):
             raise RuntimeError((self.root / "said-0").read_text())
@@ -190,16 +183,15 @@ class Bench:
         output.mkdir()
         shutil.copytree(before / f"checkpoint-{AT}", output / f"checkpoint-{AT}")
         (output / "latest").write_text(f"checkpoint-{AT}\n")
-        common = os.environ | self.environment(world) | {"LD_PRELOAD": str(self.library), "SHARED_DIRECTORY": str(self.root)}
+        counting = {"OMP_NUM_THREADS": "1", "LD_PRELOAD": str(self.library), "SHARED_DIRECTORY": str(self.root)}
         command = [sys.executable, "-m", "benchmarks.runs.startup", "worker", *self.command(output, variant, AT + 1)]
         with (self.root / "said").open("w") as said:
             processes = [
                 subprocess.Popen(
-                    command, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "STARTED": str(time.time())},
-                    stdout=said, stderr=said,
+                    command, env=os.environ | counting | own | {"STARTED": str(time.time())}, stdout=said, stderr=said
                 )
-                for rank in range(world)
-            ]  # fmt: skip
+                for own in rank_variables(world, world)
+            ]
         codes = [process.wait(timeout=600) for process in processes]
         if any(codes):
             raise RuntimeError((self.root / "said").read_text()[-3000:])

@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.tools.ranks import free_port
+
 CONFIGURATION = """
 daemon off; master_process off; error_log stderr crit; pid {place}/pid;
 events {{ worker_connections 512; }}
@@ -29,9 +31,7 @@ def nginx() -> str | None:
 @contextlib.contextmanager
 def served_by_nginx(directory: Path) -> Iterator[str]:
     """The address of a directory, for as long as the context lasts."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as place:
         Path(place).chmod(0o755)
         (Path(place) / "nginx.conf").write_text(CONFIGURATION.format(place=place, port=port, root=directory))

@@ -8,13 +8,13 @@ import ctypes
 import itertools
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.tools.preloaded import LIMIT, Forks
+from benchmarks.tools.ranks import rank_variables
 from benchmarks.tools.storage import Ended, Fault
 
 COUNTED = ("opened", "looked_up", "listed", "bytes_read", "bytes_mapped")
@@ -72,16 +72,12 @@ class Cluster:
 
     def start(self, command: Sequence[str], nodes: Sequence[Node], **variables: str) -> "Job":
         """What follows `python -m` once on every node, as a launcher that does not watch over them starts it."""
-        number, port = next(self._numbers), free_port()
-        common = {
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(nodes)), "LOCAL_RANK": "0",
-            "LOCAL_WORLD_SIZE": "1", **variables,
-        }  # fmt: skip
+        number, ranks = next(self._numbers), rank_variables(len(nodes), local_world=1)
         said = [self._said / f"{number}-{rank}" for rank in range(len(nodes))]
         processes = []
         for rank, node in enumerate(nodes):
-            own = node.variables(f"node-{rank}", self.directory, self._journal) | {"RANK": str(rank)}
-            processes.append(self.forks.start(command, common | own, said[rank]))
+            own = node.variables(f"node-{rank}", self.directory, self._journal)
+            processes.append(self.forks.start(command, ranks[rank] | variables | own, said[rank]))
         return Job(self.forks, processes, said)
 
     def __enter__(self) -> "Cluster":
@@ -134,9 +130,3 @@ class Job:
                 self.forks.kill(self.processes[rank])
                 self._status[rank] = -signal.SIGKILL if rank in self._silent else None
         return [Ended(self._status[rank], self._said[rank].read_text(errors="replace"), []) for rank in ranks]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

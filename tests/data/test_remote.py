@@ -5,7 +5,6 @@ import itertools
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ import time
 import pytest
 import torch
 
+from benchmarks.tools.ranks import free_port
 from engine import storage
 from engine.data.format import remote
 from engine.data.format.cache import ShardsCache
@@ -317,9 +317,7 @@ http {{
 def test_shards_behind_nginx_are_read(shards, tmp_path, monkeypatch):
     if not (nginx := shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")):
         pytest.skip("no nginx")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     (tmp_path / "nginx.conf").write_text(NGINX.format(tmp_path, port, shards))
     address = f"http://127.0.0.1:{port}/shards"
     with subprocess.Popen([nginx, "-c", tmp_path / "nginx.conf", "-e", tmp_path / "errors"]) as server:
