@@ -77,7 +77,7 @@ class Stub(Encoding, Encoder):
     begins: whether to end with the first sample.
     """
 
-    mean, captioned, image_side = "value", False, 1
+    mean, captioned, size = "value", False, (1, 1)
     keeps_tokens = False
     image_fields = {"value": Field((1,), torch.float32, "image")}  # noqa: RUF012
 

@@ -207,7 +207,7 @@ def _prepare(
         try:
             with refusing("unreadable image"):
                 image = source.decode(read.image)
-                refuse_extreme(image.size, encoding.image_side, config.max_upscale)
+                refuse_extreme(image.size, encoding.size, config.max_upscale)
             with refusing("image cannot be transformed"):
                 return encoding.prepare(image, number)
         except Refused as why:

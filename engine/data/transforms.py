@@ -23,35 +23,36 @@ RESAMPLING = {
 _CROP_SEED = 0
 
 
-def resize_short_side(image: Image.Image, size: int, resampling: Image.Resampling) -> Image.Image:
-    """Resizes so that the shorter side has `size` pixels; the longer one is rounded down."""
-    width, height = image.size
-    if min(width, height) == size:
-        return image
-    long_side = int(size * max(width, height) / min(width, height))
-    return image.resize((size, long_side) if width <= height else (long_side, size), resampling)
+Size = tuple[int, int]  # width and height in pixels
 
 
-def crop(image: Image.Image, left: int, top: int, size: int) -> Image.Image:
-    return image.crop((left, top, left + size, top + size))
+def resize_to_cover(image: Image.Image, size: Size, resampling: Image.Resampling) -> Image.Image:
+    """Resizes so that one side is that of `size` and the other no shorter; that one is rounded down."""
+    (width, height), (wide, high) = image.size, size
+    covering = (wide, int(wide * height / width)) if wide * height >= high * width else (int(high * width / height), high)
+    return image if covering == image.size else image.resize(covering, resampling)
 
 
-def crop_centre(image: Image.Image, size: int) -> Image.Image:
-    width, height = image.size
-    return crop(image, round((width - size) / 2.0), round((height - size) / 2.0), size)
+def crop(image: Image.Image, left: int, top: int, size: Size) -> Image.Image:
+    return image.crop((left, top, left + size[0], top + size[1]))
 
 
-def crop_randomly(image: Image.Image, size: int, record: int, count: int) -> list[Image.Image]:
+def crop_centre(image: Image.Image, size: Size) -> Image.Image:
+    (width, height), (wide, high) = image.size, size
+    return crop(image, round((width - wide) / 2.0), round((height - high) / 2.0), size)
+
+
+def crop_randomly(image: Image.Image, size: Size, record: int, count: int) -> list[Image.Image]:
     """`count` uniformly placed crops, or one where every crop would be the same; a pure function of the record's number."""
-    width, height = image.size
-    if (width, height) == (size, size):
+    if image.size == size:
         return [image]
+    (width, height), (wide, high) = image.size, size
     draws = torch.tensor([record * count + variant for variant in range(count)])
     seed = torch.tensor([_CROP_SEED])
     words = philox.draw_words(seed, draws, philox.IMAGE_VARIANT, 1)[:, 0]
     # Integer arithmetic, as in philox.choices: word 0 places the crop across, word 1 down.
-    lefts = ((2 * (words[:, 0] >> 8) + 1) * (width - size + 1)) >> 25
-    tops = ((2 * (words[:, 1] >> 8) + 1) * (height - size + 1)) >> 25
+    lefts = ((2 * (words[:, 0] >> 8) + 1) * (width - wide + 1)) >> 25
+    tops = ((2 * (words[:, 1] >> 8) + 1) * (height - high + 1)) >> 25
     return [crop(image, int(left), int(top), size) for left, top in zip(lefts, tops, strict=True)]
 
 
@@ -59,12 +60,14 @@ def mirror(image: Image.Image) -> Image.Image:
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
-def crop_centre_square(image: Image.Image) -> Image.Image:
-    """The largest square around the centre, with the Kandinsky script's corners: PIL rounds their halves to even, which may
-    make the square a pixel wider or narrower than the shorter side."""
-    width, height = image.size
-    size = min(width, height)
-    return image.crop(((width - size) / 2, (height - size) / 2, (width + size) / 2, (height + size) / 2))
+def crop_centre_to_ratio(image: Image.Image, size: Size) -> Image.Image:
+    """The largest part around the centre with the ratio of `size`, with the Kandinsky script's corners: PIL rounds their halves
+    to even, which may make a square a pixel wider or narrower than the shorter side."""
+    (width, height), (wide, high) = image.size, size
+    kept = min(width, height * wide / high), min(height, width * high / wide)
+    left, top = ((side - part) / 2 for side, part in zip(image.size, kept, strict=True))
+    right, bottom = ((side + part) / 2 for side, part in zip(image.size, kept, strict=True))
+    return image.crop((left, top, right, bottom))
 
 
 def _pixels(image: Image.Image) -> Tensor:

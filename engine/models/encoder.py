@@ -1,11 +1,12 @@
 """The frozen side of a family: from images and captions to the records of the shards, and back to pictures."""
 
 import contextlib
+import copy
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from PIL import Image
@@ -56,6 +57,7 @@ class Encoding(ABC):
     tokenizer, text_config: of families that are captioned.
     mean, std: the record's fields that x0 is drawn from; without `std` x0 is `mean`.
     path: the directory of the pipeline with the trained model in it.
+    size: width and height in pixels that images are brought to.
 
     Raises:
         UserError: a pretrained model is missing, incomplete or does not fit the options.
@@ -74,6 +76,7 @@ class Encoding(ABC):
         self.captioned = family.captioned
         self.keeps_tokens = family.captioned and config.cache_text == "tokens"
         self.path = locate(config, family.pipeline)
+        self.size = config.resolution, config.resolution
 
     @property
     def record_spec(self) -> dict[str, Field]:
@@ -119,9 +122,16 @@ class Encoding(ABC):
         return load_model(self.path / "text_encoder", self.text_model, self.config.variant, self.dtype).to(device).eval()
 
     @property
-    def image_side(self) -> int:
-        """To how many pixels the shorter side of an image is brought."""
-        return self.config.resolution
+    def size_identity(self) -> dict[str, Any]:
+        """What an identity says of the size: of the square of --resolution as ever, of another one both sides."""
+        resolution = self.config.resolution
+        return {"resolution": resolution} if self.size == (resolution, resolution) else {"size": list(self.size)}
+
+    def of_size(self, width: int, height: int) -> Self:
+        """The same for records of images of another size, which the family must be able to take."""
+        other = copy.copy(self)
+        other.size = width, height
+        return other
 
     @abstractmethod
     def encoder_digests(self) -> dict[str, Callable[[], str]]:

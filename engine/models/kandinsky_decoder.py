@@ -44,11 +44,12 @@ class KandinskyDecoderEncoding(Encoding):
         )
         factor = 2 ** (len(self.movq_config["block_out_channels"]) - 1)
         self._require_steps(factor**2, f"the Kandinsky decoder draws images in steps of {factor**2} px")
-        self.latent_size = config.resolution // factor
+        self.factor = factor
 
     @property
     def image_fields(self) -> dict[str, Field]:
-        latent = (self.movq_config["latent_channels"], self.latent_size, self.latent_size)
+        width, height = self.size
+        latent = (self.movq_config["latent_channels"], height // self.factor, width // self.factor)
         return {
             "latent": Field(latent, self.dtype, "image"),
             "image_embedding": Field((self.vision_config.projection_dim,), self.dtype, "image"),
@@ -60,13 +61,13 @@ class KandinskyDecoderEncoding(Encoding):
         return digest_parts(self.path, {"movq": VQModel}, variant) | digest_parts(self.prior_path, image_parts, variant)
 
     def preprocessing_identity(self) -> dict[str, Any]:
-        return {"resolution": self.config.resolution}
+        return self.size_identity
 
     def prepare(self, image: Image.Image, record: int) -> list[dict[str, Tensor]]:
-        size = self.config.resolution
-        square = transforms.crop_centre_square(image).resize((size, size), Image.Resampling.BICUBIC, reducing_gap=1)
+        cropped = transforms.crop_centre_to_ratio(image, self.size)
+        resized = cropped.resize(self.size, Image.Resampling.BICUBIC, reducing_gap=1)
         clip_pixels = self.image_processor(image, return_tensors="pt").pixel_values[0]
-        return [{"pixels": transforms.to_tensor_by_half_range(square), "clip_pixels": clip_pixels}]
+        return [{"pixels": transforms.to_tensor_by_half_range(resized), "clip_pixels": clip_pixels}]
 
     @torch.inference_mode()
     def decode(self, rows: Tensor) -> list[Image.Image]:

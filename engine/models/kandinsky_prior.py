@@ -44,6 +44,7 @@ class KandinskyPriorEncoding(Encoding):
         super().__init__(config)
         self.prior_config = read_config(self.path, "prior", PriorTransformer)
         self.vision_config, self.image_processor = read_image_parts(self.path)
+        self.size = (dict(self.image_processor.size).get("shortest_edge") or self.vision_config.image_size,) * 2
         self.text_config, self.tokenizer = read_text_parts(self.path)
         self._check()
 
@@ -134,10 +135,6 @@ class KandinskyPriorEncoding(Encoding):
 
     def preprocessing_identity(self) -> dict[str, Any]:
         return {}  # the image processor's own configuration is one of the encoder's files
-
-    @property
-    def image_side(self) -> int:
-        return int(self.image_processor.size["shortest_edge"])
 
     def prepare(self, image: Image.Image, record: int) -> list[dict[str, Tensor]]:
         return [{"pixels": self.image_processor(image, return_tensors="pt").pixel_values[0]}]

@@ -44,7 +44,7 @@ class StableDiffusionEncoding(Encoding):
             raise UserError(f"{self.path / 'vae' / 'config.json'}: its scaling_factor is {scaling}; download it again")
         factor = 2 ** (len(self.vae_config["block_out_channels"]) - 1)
         self._require_steps(factor, f"the VAE needs a multiple of {factor}")
-        self.latent_size = config.resolution // factor
+        self.factor = factor
         require_text_to_image(self.path, self.unet_config, self.vae_config["latent_channels"])
         require_equal(
             str(self.path),
@@ -54,7 +54,8 @@ class StableDiffusionEncoding(Encoding):
 
     @property
     def image_fields(self) -> dict[str, Field]:
-        latent = (self.vae_config["latent_channels"], self.latent_size, self.latent_size)
+        width, height = self.size
+        latent = (self.vae_config["latent_channels"], height // self.factor, width // self.factor)
         return {name: Field(latent, self.dtype, "image") for name in ("latent_mean", "latent_std")}
 
     @property
@@ -75,7 +76,7 @@ class StableDiffusionEncoding(Encoding):
         config = self.config
         crops = None if config.center_crop else config.random_crops
         return {
-            "resolution": config.resolution,
+            **self.size_identity,
             "interpolation": config.image_interpolation_mode,
             "random_crops": crops,
             "random_flip": config.random_flip,
@@ -83,8 +84,8 @@ class StableDiffusionEncoding(Encoding):
 
     def prepare(self, image: Image.Image, record: int) -> list[dict[str, Tensor]]:
         config = self.config
-        size = config.resolution
-        image = transforms.resize_short_side(image, size, transforms.RESAMPLING[config.image_interpolation_mode])
+        size = self.size
+        image = transforms.resize_to_cover(image, size, transforms.RESAMPLING[config.image_interpolation_mode])
         if config.center_crop:
             images = [transforms.crop_centre(image, size)]
         else:

@@ -61,8 +61,8 @@ class WuerstchenEncoding(Encoding):
 
     @property
     def image_fields(self) -> dict[str, Field]:
-        size = self.config.resolution // efficientnet.STRIDE
-        return {"latent": Field((self.prior_config["c_in"], size, size), self.dtype, "image")}
+        width, height = (side // efficientnet.STRIDE for side in self.size)
+        return {"latent": Field((self.prior_config["c_in"], height, width), self.dtype, "image")}
 
     @property
     def text_fields(self) -> dict[str, Field]:
@@ -97,24 +97,23 @@ class WuerstchenEncoding(Encoding):
         return parts | {"image_encoder": lambda: digest_tensors(self._image_encoder_weights())}
 
     def preprocessing_identity(self) -> dict[str, Any]:
-        return {"resolution": self.config.resolution}
+        return self.size_identity
 
     def prepare(self, image: Image.Image, record: int) -> list[dict[str, Tensor]]:
-        size = self.config.resolution
-        square = transforms.crop_centre(transforms.resize_short_side(image, size, Image.Resampling.BILINEAR), size)
-        return [{"pixels": transforms.to_tensor(square, IMAGENET_MEAN, IMAGENET_STD)}]
+        cropped = transforms.crop_centre(transforms.resize_to_cover(image, self.size, Image.Resampling.BILINEAR), self.size)
+        return [{"pixels": transforms.to_tensor(cropped, IMAGENET_MEAN, IMAGENET_STD)}]
 
     @torch.inference_mode()
     def decode(self, rows: Tensor) -> list[Image.Image]:
         """What stages B and A draw from the latents, without a prompt.
 
-        Stage B works on 10.67 times the side of the latents and halves it repeatedly, which comes out even for multiples of 3.
-        Other sizes are stretched to the next of those: good enough to look at.
+        Stage B works on 10.67 times the sides of the latents and halves it repeatedly, which comes out even for multiples of 3.
+        Others are stretched to the next of those: good enough to look at.
         """
         pipeline = open_to_draw(self.locate_decoder(), WuerstchenDecoderPipeline, self.config.variant)
         pipeline.set_progress_bar_config(disable=True)
-        side = -(-rows.shape[-1] // 3) * 3
-        features = nn.functional.interpolate(rows.float() * 42 - 1, (side, side), mode="bilinear")
+        height, width = (-(-side // 3) * 3 for side in rows.shape[-2:])
+        features = nn.functional.interpolate(rows.float() * 42 - 1, (height, width), mode="bilinear")
         return [pipeline(image_features[None], prompt="").images[0] for image_features in features]
 
     def load_encoder(self, device: torch.device) -> "WuerstchenEncoder":

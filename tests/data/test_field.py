@@ -183,9 +183,9 @@ def test_an_orientation_of_any_kind_is_applied_or_left(kind, value):
 )  # fmt: skip
 def test_what_would_be_scaled_beyond_reason_is_refused(size, reason):
     if reason is None:
-        return refuse_extreme(size, 512, 64)
+        return refuse_extreme(size, (512, 512), 64)
     with pytest.raises(Refused, match=f"image {reason}.*{size[0]} x {size[1]}"):
-        refuse_extreme(size, 512, 64)
+        refuse_extreme(size, (512, 512), 64)
     return None
 
 

@@ -87,7 +87,7 @@ class Chain(Encoding, Encoder):
     def identity(self):
         return {}
 
-    image_side = 1
+    size = 1, 1
     encoder_digests = preprocessing_identity = identity
 
     def load_encoder(self, device):

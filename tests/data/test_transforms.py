@@ -20,18 +20,18 @@ def picture(width: int, height: int) -> Image.Image:
     ("size", "expected"), [((100, 50), (64, 32)), ((50, 100), (32, 64)), ((99, 50), (63, 32)), ((40, 40), (32, 32))]
 )
 def test_the_short_side_is_met_and_the_long_one_rounded_down(size, expected):
-    assert transforms.resize_short_side(picture(*size), 32, LANCZOS).size == expected
+    assert transforms.resize_to_cover(picture(*size), (32, 32), LANCZOS).size == expected
 
 
 def test_an_image_of_the_right_size_is_left_alone():
     image = picture(32, 48)
-    assert transforms.resize_short_side(image, 32, LANCZOS) is image
+    assert transforms.resize_to_cover(image, (32, 32), LANCZOS) is image
 
 
 @pytest.mark.parametrize(("size", "corner"), [((40, 32), (4, 0)), ((32, 41), (0, 4)), ((35, 32), (2, 0)), ((33, 32), (0, 0))])
 def test_the_centre_is_where_torchvision_puts_it(size, corner):
     # int(round((size - crop) / 2)), which rounds halves to even.
-    cropped = np.asarray(transforms.crop_centre(picture(*size), 32))
+    cropped = np.asarray(transforms.crop_centre(picture(*size), (32, 32)))
     assert cropped.shape == (32, 32, 3)
     assert tuple(cropped[0, 0, :2]) == corner
 
@@ -40,8 +40,8 @@ def test_random_crops_lie_inside_repeat_and_spread():
     image = picture(64, 32)
     lefts = set()
     for record in range(40):
-        crops = transforms.crop_randomly(image, 32, record, 4)
-        again = transforms.crop_randomly(image, 32, record, 4)
+        crops = transforms.crop_randomly(image, (32, 32), record, 4)
+        again = transforms.crop_randomly(image, (32, 32), record, 4)
         assert len(crops) == 4
         for crop, same in zip(crops, again, strict=True):
             pixels = np.asarray(crop)
@@ -55,7 +55,7 @@ def test_random_crops_lie_inside_repeat_and_spread():
 
 def test_a_square_image_has_one_crop():
     image = picture(32, 32)
-    assert transforms.crop_randomly(image, 32, 0, 4) == [image]
+    assert transforms.crop_randomly(image, (32, 32), 0, 4) == [image]
 
 
 def test_pixels_become_minus_one_to_one():
@@ -67,3 +67,35 @@ def test_pixels_become_minus_one_to_one():
 
 def test_mirroring_swaps_left_and_right():
     assert np.array_equal(np.asarray(transforms.mirror(picture(5, 3))), np.asarray(picture(5, 3))[:, ::-1])
+
+
+@pytest.mark.parametrize(
+    ("image", "size", "expected"),
+    [
+        ((100, 50), (48, 32), (64, 32)),
+        ((50, 100), (48, 32), (48, 96)),
+        ((30, 20), (48, 32), (48, 32)),
+        ((99, 50), (32, 48), (95, 48)),
+    ],
+)
+def test_an_oblong_is_covered_by_the_smallest_image(image, size, expected):
+    assert transforms.resize_to_cover(picture(*image), size, LANCZOS).size == expected
+
+
+def test_crops_of_an_oblong_lie_along_what_is_left():
+    crops = [crop for record in range(20) for crop in transforms.crop_randomly(picture(64, 32), (48, 32), record, 4)]
+    corners = [np.asarray(crop)[0, 0, :2].tolist() for crop in crops]
+    assert {crop.size for crop in crops} == {(48, 32)}
+    assert {top for _, top in corners} == {0}
+    assert {0, 16} <= {left for left, _ in corners}
+    assert tuple(np.asarray(transforms.crop_centre(picture(64, 32), (48, 32)))[0, 0, :2]) == (8, 0)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((48, 32), (96, 64)), ((32, 48), (43, 64)), ((32, 32), (64, 64)), ((64, 16), (100, 25))]
+)
+def test_the_largest_part_of_a_ratio_is_around_the_centre(size, expected):
+    part = transforms.crop_centre_to_ratio(picture(100, 64), size)
+    assert part.size == pytest.approx(expected, abs=1)
+    left, top = np.asarray(part)[0, 0, :2].tolist()
+    assert (left, top) == pytest.approx(((100 - part.width) / 2, (64 - part.height) / 2), abs=1)

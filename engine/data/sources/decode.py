@@ -206,18 +206,18 @@ def _scaled(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.round((values - low) * (255 / max(high - low, 1e-300))).astype(np.uint8))
 
 
-def refuse_extreme(size: tuple[int, int], side: int, max_upscale: float) -> None:
-    """Refuses an image that would be enlarged beyond reason to bring its shorter side to `side` pixels.
+def refuse_extreme(size: tuple[int, int], covered: tuple[int, int], max_upscale: float) -> None:
+    """Refuses an image that would be enlarged beyond reason to cover so many pixels.
 
     Raises:
         Refused: which limit it exceeds.
     """
-    scale = side / min(size)
+    scale = max(covered[0] / size[0], covered[1] / size[1])
     if scale > max_upscale:
         raise Refused("image too small (--max_upscale)", f"{size[0]} x {size[1]} would be enlarged {scale:.0f} times")
     if scale * scale * size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or float("inf")):
-        long = round(max(size) * scale)
-        raise Refused("image too long and narrow", f"{size[0]} x {size[1]} would become {side} x {long}")
+        sides = sorted(round(side * scale) for side in size)
+        raise Refused("image too long and narrow", f"{size[0]} x {size[1]} would become {sides[0]} x {sides[1]}")
 
 
 def clean_captions(value: Any) -> list[str]:
