@@ -1,4 +1,4 @@
-// The order of the samples: the keyed permutation of engine/data/samples/order.py, which says what it is and has the same in numpy.
+// The order of the samples: the keyed permutation of engine/permutation.py, which says what it is and has the same in numpy.
 
 #include <cstdint>
 

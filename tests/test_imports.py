@@ -8,7 +8,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     "engine.launcher", "engine.errors", "engine.messages", "engine.quiet", "engine.catalogue", "engine.files", "engine.failed",
     "engine.storage", "engine.tensors", "engine.picture", "engine.config", "engine.liveness", "engine.descriptors",
-    "engine.offline", "engine.processes", "engine.backends", "cpp_ext", "engine.philox", "engine.diffusion", "engine.kernels",
+    "engine.offline", "engine.processes", "engine.backends", "cpp_ext", "engine.philox", "engine.permutation",
+    "engine.diffusion", "engine.kernels",
     "engine.data.format", "engine.data.samples", "engine.data.transforms", "engine.data.report", "engine.data.sources",
     "engine.models", "engine.data.identity", "engine.data.plan", "engine.data.handed", "engine.data.claims",
     "engine.data.records", "engine.data.found", "engine.data.together", "engine.data.encode", "engine.data.describe",
@@ -21,7 +22,9 @@ ONLY = {
     "engine.data.format": (
         "engine.data.format", "engine.files", "engine.errors", "engine.storage", "engine.tensors", "cpp_ext",
     ),
-    "engine.data.samples": ("engine.data.samples", "engine.data.format", "engine.philox", "engine.diffusion", "cpp_ext"),
+    "engine.data.samples": (
+        "engine.data.samples", "engine.data.format", "engine.philox", "engine.permutation", "engine.diffusion", "cpp_ext",
+    ),
     "benchmarks.data": QUESTION, "benchmarks.operations": QUESTION, "benchmarks.steps": QUESTION, "benchmarks.runs": QUESTION,
 }  # fmt: skip
 

@@ -45,7 +45,7 @@ from engine.config.command_line import parse, to_toml
 from engine.config.options import TrainConfig
 from engine.data.sources import open_source
 from engine.data.sources.interface import Source
-from engine.diffusion import DiscreteSchedule, Schedule
+from engine.diffusion.schedules import DiscreteSchedule, Schedule
 from engine.files import write_json
 from engine.models.family import Family, open_family
 from engine.quiet import quiet_libraries

@@ -10,7 +10,8 @@ from engine.data.format.reader import Shards
 from engine.data.samples.batch import Batch, BatchPlan
 from engine.data.samples.loader import Loader
 from engine.data.samples.order import order_of
-from engine.diffusion import DiscreteSchedule, unweighted
+from engine.diffusion.schedules import DiscreteSchedule
+from engine.diffusion.weights import unweighted
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.catalogue import FAMILIES
 from engine.config.options import TrainConfig
-from engine.diffusion import Schedule
+from engine.diffusion.schedules import Schedule
 from engine.errors import UserError, first_line
 from engine.files import reading
 from engine.models import float8

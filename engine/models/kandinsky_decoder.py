@@ -17,7 +17,8 @@ from engine.catalogue import PRIOR
 from engine.config.options import CacheConfig, TrainConfig
 from engine.data import transforms
 from engine.data.format.index import Field
-from engine.diffusion import DiscreteSchedule, weighting
+from engine.diffusion.schedules import DiscreteSchedule
+from engine.diffusion.weights import weighting
 from engine.models.check import check_pipeline, load_model
 from engine.models.configurations import read_config
 from engine.models.encoder import Encoder, Encoding

@@ -18,7 +18,8 @@ from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProject
 from engine.catalogue import DECODER
 from engine.config.options import CacheConfig, TrainConfig
 from engine.data.format.index import Field
-from engine.diffusion import DiscreteSchedule, weighting
+from engine.diffusion.schedules import DiscreteSchedule
+from engine.diffusion.weights import weighting
 from engine.files import reading
 from engine.models.check import check_pipeline, check_weights, load_model
 from engine.models.configurations import read_config

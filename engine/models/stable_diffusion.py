@@ -19,7 +19,8 @@ from engine.catalogue import MODEL
 from engine.config.options import CacheConfig, TrainConfig
 from engine.data import transforms
 from engine.data.format.index import Field
-from engine.diffusion import DiscreteSchedule, weighting
+from engine.diffusion.schedules import DiscreteSchedule
+from engine.diffusion.weights import weighting
 from engine.errors import UserError
 from engine.models.check import absent_parts, check_pipeline, check_weights, load_model
 from engine.models.configurations import read_config

@@ -19,7 +19,8 @@ from engine.catalogue import DECODER
 from engine.config.options import CacheConfig, TrainConfig
 from engine.data import transforms
 from engine.data.format.index import Field
-from engine.diffusion import CosineSchedule, weighting
+from engine.diffusion.schedules import CosineSchedule
+from engine.diffusion.weights import weighting
 from engine.models import efficientnet
 from engine.models.check import check_pipeline, load_model
 from engine.models.configurations import read_config

@@ -12,7 +12,8 @@ from engine.data.samples.batch import BatchPlan
 from engine.data.samples.draw import draw_rows
 from engine.data.samples.loader import Loader
 from engine.data.samples.order import Order, order_of, records_of
-from engine.diffusion import CosineSchedule, DiscreteSchedule, min_snr, unweighted
+from engine.diffusion.schedules import CosineSchedule, DiscreteSchedule
+from engine.diffusion.weights import min_snr, unweighted
 from engine.errors import UserError
 
 SEED = 21

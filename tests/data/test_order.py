@@ -5,8 +5,9 @@ import pytest
 import torch
 
 import cpp_ext
-from engine.data.samples import order
-from engine.data.samples.order import order_of, permuted, records_of, slots_of_micro_batches
+from engine import permutation
+from engine.data.samples.order import order_of, records_of, slots_of_micro_batches
+from engine.permutation import permuted
 
 
 @pytest.fixture(params=["cpp", "numpy"])
@@ -47,10 +48,10 @@ def test_the_order_never_changes(side, seed, count, first, records):
 def test_only_indices_that_are_outside_walk_on(count, monkeypatch):
     """So an index costs 4 evaluations of the network at most on average, however unlucky the number of records is."""
     evaluated = []
-    evaluate = order._feistel
-    monkeypatch.setattr(order, "_feistel", lambda *task: evaluated.append(task[2].size) or evaluate(*task))
+    evaluate = permutation._feistel
+    monkeypatch.setattr(permutation, "_feistel", lambda *task: evaluated.append(task[2].size) or evaluate(*task))
     half_bits = -(-(count - 1).bit_length() // 2)
-    found = order.permuted_in_numpy(3, np.zeros(4096, np.int64), np.arange(4096), count, half_bits)
+    found = permutation.permuted_in_numpy(3, np.zeros(4096, np.int64), np.arange(4096), count, half_bits)
     assert sum(evaluated) == pytest.approx(4096 * 4**half_bits / count, rel=0.1)
     assert found.tolist() == records_of(3, torch.arange(4096), count).tolist()
 

@@ -23,7 +23,8 @@ from engine.data.format.remote import CachedShards, RangedShards
 from engine.data.samples.batch import BatchPlan
 from engine.data.samples.loader import Loader
 from engine.data.samples.order import order_of
-from engine.diffusion import DiscreteSchedule, unweighted
+from engine.diffusion.schedules import DiscreteSchedule
+from engine.diffusion.weights import unweighted
 from engine.errors import UserError
 from engine.storage import Storage, StorageError, is_remote, shown
 from engine.tensors import read_header

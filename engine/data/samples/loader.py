@@ -15,7 +15,7 @@ from engine.data.format.reader import Shards
 from engine.data.samples.batch import Batch, BatchPlan
 from engine.data.samples.draw import draw_rows
 from engine.data.samples.order import Order
-from engine.diffusion import Schedule
+from engine.diffusion.schedules import Schedule
 
 DEPTH = 2  # micro-batches ready ahead of the step
 DRAWN = 4096  # slots drawn together: enough that arithmetic sets the time, and not the number of operations

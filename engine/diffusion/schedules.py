@@ -1,4 +1,4 @@
-"""The mathematics that all families share: noise schedules, timesteps, targets and loss weights.
+"""Noise schedules: how timesteps are drawn, and what makes noisy samples, targets and loss weights of them.
 
 The forward process is x_t = a x0 + s e. Every training target is c_x x0 + c_e e, and every loss is the mean over the batch of
 w(t) times the mean squared error in fp32. A schedule draws timesteps and turns them into those five coefficients. It works on
@@ -6,35 +6,14 @@ the host, in double precision, for the few numbers that a batch needs; they trav
 """
 
 import math
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from engine import philox
-from engine.config.options import TrainConfig
+from engine.diffusion.weights import Weighting
 from engine.errors import UserError
-
-# Loss weights [T] from signal-to-noise ratios [T], and from the factors [T] between the squared error of the prediction and
-# that of x0, all in double precision.
-Weighting = Callable[[Tensor, Tensor], Tensor]
-
-
-def weighting(config: TrainConfig) -> Weighting:
-    """The loss weights that the options ask for."""
-    if config.snr_gamma is not None:
-        return min_snr(config.snr_gamma)
-    return unweighted
-
-
-def unweighted(snr: Tensor, divisor: Tensor) -> Tensor:
-    return torch.ones_like(snr)
-
-
-def min_snr(gamma: float) -> Weighting:
-    """Min-SNR-gamma (arXiv:2303.09556, section 3.4)."""
-    return lambda snr, divisor: snr.clamp(max=gamma) / divisor
 
 
 class Schedule(Protocol):

@@ -6,7 +6,8 @@ from diffusers import DDPMScheduler, DDPMWuerstchenScheduler
 from diffusers.training_utils import compute_snr
 
 from engine.config.options import TrainConfig
-from engine.diffusion import CosineSchedule, DiscreteSchedule, coefficient_rows, min_snr, unweighted, weighting
+from engine.diffusion.schedules import CosineSchedule, DiscreteSchedule, coefficient_rows
+from engine.diffusion.weights import min_snr, unweighted, weighting
 from engine.errors import UserError
 from tests import reference
 
