@@ -24,7 +24,6 @@ import torch
 import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 
 # isort: split
-from functools import partial
 
 from safetensors.torch import load_file
 from torch import nn
@@ -36,7 +35,6 @@ from benchmarks.tools.sides import random_batch
 from benchmarks.tools.traffic import Collectives
 from engine.config.command_line import parse
 from engine.config.options import TrainConfig
-from engine.data.samples.order import records_of
 from engine.files import write_json
 from engine.loop.checkpoints.writer import Writer
 from engine.loop.metrics import Metrics
@@ -61,7 +59,7 @@ def worker(arguments: list[str]) -> int:
     code = train(config)
     family = open_family(config)
     seed, size = config.seed or 0, config.train_batch_size * processes.world
-    run = Run(seed, size, "", records=100, steps=STEPS, order=partial(records_of, seed, count=100))
+    run = Run(seed, size, "", records=100, steps=STEPS)
     training = Training(config, run, family, family.load_model(), processes)
     batches = itertools.repeat(random_batch(family, config.train_batch_size, processes.device))
     training.train_step(batches, 1)
@@ -155,7 +153,7 @@ def pauses(place: Place, parameters: int = 25_000_000) -> dict[str, Any]:
     config = TrainConfig(family="sd", pretrained_model_name_or_path="unused", use_ema=True)
     processes = Processes()
     partition = FlatPartition(nn.Linear(side, side, bias=False), config, processes)
-    run = Run(seed=0, global_batch=1, fingerprint="", records=1, steps=2, order=partial(records_of, 0, count=1))
+    run = Run(seed=0, global_batch=1, fingerprint="", records=1, steps=2)
     metrics = Metrics(run, processes)
     result: dict[str, Any] = {"parameters": side * side, "bytes": 16 * side * side}
     for name, beside in (("between", False), ("beside", True)):

@@ -29,6 +29,7 @@ from engine.catalogue import FAMILIES
 from engine.data.format.reader import Shards
 from engine.data.samples.loader import BatchPlan, Loader
 from engine.data.samples.order import order_of
+from engine.data.samples.streams import Stream, Streams
 from engine.quiet import quiet_libraries
 
 STEPS = 12
@@ -48,8 +49,8 @@ def watch(name: str, graphs: str, device: torch.device) -> dict[str, Any]:
         write_shards(Path(directory), RECORDS, name, family.encoding.record_spec)
         training = open_training(family, checkpoint.load_model(), device, BATCH)
         shards, plan = Shards(Path(directory)), BatchPlan(BATCH, 1, 0, 1)
-        order = order_of(7, shards.index.shards["records"], None)
-        with contextlib.closing(Loader(shards, plan, 7, family.schedule, device, 0, STEPS, order)) as loader:
+        streams = Streams(7, [Stream(shards, order_of(7, shards.index.shards["records"], None))])
+        with contextlib.closing(Loader(streams, plan, 7, family.schedule, device, 0, STEPS)) as loader:
             batches = iter(loader)
             for number in range(1, STEPS + 1):
                 if number < FIRST or device.type != "cuda":

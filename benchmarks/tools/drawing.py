@@ -10,6 +10,7 @@ from engine.data.format.reader import Shards
 from engine.data.samples.batch import Batch, BatchPlan
 from engine.data.samples.loader import Loader
 from engine.data.samples.order import order_of
+from engine.data.samples.streams import Stream, Streams
 from engine.diffusion.schedules import DiscreteSchedule
 from engine.diffusion.weights import unweighted
 
@@ -26,6 +27,7 @@ def draw(
         window: shards of the order by locality, None for that of all records.
     """
     schedule = DiscreteSchedule(torch.linspace(0.999, 0.001, 1000), "epsilon", unweighted)
-    order, plan = order_of(SEED, shards.index.shards["records"], window), BatchPlan(batch, 1, 0, 1)
-    with contextlib.closing(Loader(shards, plan, SEED, schedule, device, steps.start, steps.stop, order)) as loader:
+    streams = Streams(SEED, [Stream(shards, order_of(SEED, shards.index.shards["records"], window))])
+    loader = Loader(streams, BatchPlan(batch, 1, 0, 1), SEED, schedule, device, steps.start, steps.stop)
+    with contextlib.closing(loader):
         yield iter(loader)

@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from benchmarks.tools.levers import Lever
 from benchmarks.tools.plain import PlainTraining
 from engine.backends import configure
 from engine.data.samples.batch import Batch
-from engine.data.samples.order import records_of
 from engine.loop import capture
 from engine.loop.run import Run
 from engine.loop.trainer import Training
@@ -40,8 +38,9 @@ def random_records(
 def batch_of(family: Family, record: dict[str, Tensor], first: int, device: torch.device) -> Batch:
     """Records with the timesteps and coefficients of the slots from `first` on."""
     slots = first + torch.arange(len(next(iter(record.values()))))
-    timesteps = family.schedule.draw(torch.tensor([7]), slots)
-    return Batch(record, slots.to(device), timesteps.to(device), family.schedule.coefficients(timesteps).to(device))
+    timesteps = family.schedule.draw(torch.tensor([7]), slots, len(slots))
+    drawn = slots, timesteps, family.schedule.coefficients(timesteps), torch.zeros(1, dtype=torch.int64)
+    return Batch(record, *(tensor.to(device) for tensor in drawn))
 
 
 def random_batch(family: Family, size: int, device: torch.device) -> Batch:
@@ -63,7 +62,7 @@ def open_training(family: Family, model: Any, device: torch.device, size: int, s
     defaults = {"use_ema": True, "train_batch_size": size, "learning_rate": LEARNING_RATE}
     config = family.config.model_copy(update=defaults | options)
     configure(config)
-    run = Run(seed=7, global_batch=size, fingerprint="", records=1000, steps=steps, order=partial(records_of, 7, count=1000))
+    run = Run(seed=7, global_batch=size, fingerprint="", records=1000, steps=steps)
     return Training(config, run, family, model, Processes(device=device))
 
 

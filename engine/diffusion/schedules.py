@@ -19,8 +19,10 @@ from engine.errors import UserError
 class Schedule(Protocol):
     """What the loop needs of a noise schedule."""
 
-    def draw(self, seed: Tensor, slots: Tensor) -> Tensor:
-        """The timesteps [B] of slots [B], as the model takes them: a pure function of seed (int64 [1]) and slot."""
+    def draw(self, seed: Tensor, slots: Tensor, global_batch: int) -> Tensor:
+        """The timesteps [B] of slots [B], as the model takes them: a pure function of seed (int64 [1]), slot
+        and global batch.
+        """
         ...
 
     def coefficients(self, timesteps: Tensor) -> Tensor:
@@ -48,7 +50,7 @@ class DiscreteSchedule:
     def timesteps(self) -> int:
         return self.table.shape[1]
 
-    def draw(self, seed: Tensor, slots: Tensor) -> Tensor:
+    def draw(self, seed: Tensor, slots: Tensor, global_batch: int) -> Tensor:
         """Uniform integers, int64."""
         return philox.choices(seed, slots, philox.TIMESTEP, self.timesteps)
 
@@ -68,7 +70,7 @@ class CosineSchedule:
     def __init__(self, weighting: Weighting) -> None:
         self.weighting = weighting
 
-    def draw(self, seed: Tensor, slots: Tensor) -> Tensor:
+    def draw(self, seed: Tensor, slots: Tensor, global_batch: int) -> Tensor:
         """Uniform reals, fp32: from 0.5 to 1 there are only 1024 numbers in fp16 and 128 in bf16."""
         return philox.uniforms(seed, slots, philox.TIMESTEP)
 

@@ -47,11 +47,12 @@ class SoundBatches:
 
 def _in_meta(batch: Batch) -> Batch:
     record = {name: tensor.to("meta") for name, tensor in batch.record.items()}
-    return Batch(record, batch.slots.to("meta"), batch.timesteps.to("meta"), batch.coefficients.to("meta"))
+    return Batch(record, *(tensor.to("meta") for tensor in (batch.slots, batch.timesteps, batch.coefficients, batch.data_set)))
 
 
 def _untrained(like: Batch, device: torch.device) -> Batch:
     """A micro-batch of no slots, of which every loss is no number."""
     record = {name: torch.zeros_like(tensor, device=device) for name, tensor in like.record.items()}
     slots, timesteps = torch.full_like(like.slots, -1, device=device), torch.zeros_like(like.timesteps, device=device)
-    return Batch(record, slots, timesteps, torch.full_like(like.coefficients, torch.nan, device=device))
+    coefficients = torch.full_like(like.coefficients, torch.nan, device=device)
+    return Batch(record, slots, timesteps, coefficients, torch.zeros_like(like.data_set, device=device))

@@ -37,7 +37,7 @@ def count_flops(family: Family, model: torch.nn.Module, device: torch.device) ->
 
 def forward_on_meta(family: Family, model: Any, batch: int = 1, training_form: bool = False) -> None:
     """A forward pass that computes nothing, of the published model or of the form it trains in, for modes that look on."""
-    timesteps = family.schedule.draw(torch.tensor([0]), torch.arange(batch)).to("meta")
+    timesteps = family.schedule.draw(torch.tensor([0]), torch.arange(batch), batch).to("meta")
     with torch.device("meta"):
         shadow = type(model).from_config(model.config)
         if training_form:

@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from engine.config.options import ALTER_THE_RESULT, TrainConfig, options_of
-from engine.data.encode import encode_source
+from engine.config.options import ALTER_THE_RESULT, CacheConfig, TrainConfig, options_of
 from engine.data.format.cache import ShardsCache
 from engine.data.format.index import INDEX, Index
 from engine.data.format.reader import Shards
 from engine.data.format.remote import CachedShards, RangedShards
 from engine.data.format.verify import verify
 from engine.data.identity import differences
+from engine.data.parts import Part, build_parts, find_parts
 from engine.data.samples.batch import BatchPlan
 from engine.data.samples.order import order_of
+from engine.data.samples.streams import Stream, Streams
 from engine.errors import UserError
 from engine.files import seen, unseen
 from engine.launcher import launched, local_world
@@ -51,50 +52,76 @@ def divide_global_batch(config: TrainConfig, world: int) -> TrainConfig:
 
 
 def prepare_shards(
-    config: TrainConfig, family: Family, processes: Processes, check: Callable[[dict[str, Any]], None]
-) -> Shards:
+    config: TrainConfig, family: Family, processes: Processes, check: Callable[[dict[str, Any]], None], seed: int
+) -> Streams:
     """Builds the shards where they are missing, verifies them as far as asked, and opens them.
 
     Args:
         check: is given the identity of the shards before anything is encoded, to raise what is against it.
+        seed: of the run.
 
     Raises:
         UserError: shards of another family or shape, or damaged ones, by name.
     """
-    directory, remote = config.shards_path, _open_remote(config) if config.shards_address else None
     if config.data:
-        index = encode_source(config, family.encoding, processes, check)
+        parts = build_parts(config, family.encoding, processes, check)
     else:
-        index = remote.index if remote else processes.computed_by_first(lambda: Index.read(directory))
-        check(index.identity)
-        if not config.trust_shards and (other := processes.computed_by_first(lambda: _other_models(index, family))):
-            raise UserError(
-                f"{config.shards_place}: the shards were built with other models than this run is given ({other}); give those, "
-                "or train on them all the same with --trust_shards"
-            )
-    if index.family != config.family or index.fields != family.encoding.record_spec:
+        parts = find_parts(config, family.encoding, processes)
+        for part in parts:
+            check(part.index.identity)
+            if not config.trust_shards and (other := processes.computed_by_first(partial(_other_models, part.index, family))):
+                raise UserError(
+                    f"{part.config.shards_place}: the shards were built with other models than this run is given ({other}); "
+                    "give those, or train on them all the same with --trust_shards"
+                )
+    streams = []
+    for part in parts:
+        _check_part(config, part, processes)
+        shards = _open(config, part, processes)
+        order = order_of(seed, shards.index.shards["records"], config.shuffle_window)
+        streams.append(Stream(shards, order, len(shards), part.data_set, part.bucket))
+    return Streams(seed, streams, config.train_batch_size)
+
+
+def _check_part(config: TrainConfig, part: Part, processes: Processes) -> None:
+    """Raises `UserError` where a part holds other records than the run reads, or is damaged."""
+    index, place = part.index, part.config.shards_place
+    if index.family != config.family or index.fields != part.encoding.record_spec:
         built = {name: index.config.get(name) for name in ("family", "resolution", "mixed_precision")}
         built["cache_text"] = index.config.get("cache_text") or "states"  # of what was built before there was a choice
         changed = differences(built, {name: getattr(config, name) for name in built}) or "other models"
         raise UserError(
-            f"{config.shards_place}/{INDEX}: the shards hold other records than this run reads ({changed}); give the options "
+            f"{place}/{INDEX}: the shards hold other records than this run reads ({changed}); give the options "
             "that they were built with, or name another --shards_dir"
         )
-    if not (remote or processes.is_first or seen(directory / INDEX, partial(_is_the_same, index, directory))):
+    if part.config.shards_address:
+        return
+    directory = part.config.shards_path
+    if not (processes.is_first or seen(directory / INDEX, partial(_is_the_same, index, directory))):
         raise unseen(directory / INDEX)
-    if not remote and config.verify_shards != "none":
+    if config.verify_shards != "none":
         mine = range(processes.rank, len(index.shards), processes.world)
         with Progress(len(mine), "Verifying shards", "shard") as bar:
             problems = verify(directory, index, mine, config.verify_shards == "all", progress=bar.update)
-        problems = {file: problem for part in processes.gather_patiently(problems) for file, problem in part.items()}
+        problems = {file: problem for each in processes.gather_patiently(problems) for file, problem in each.items()}
         if problems:
-            raise _damaged(config, problems)
-    shards = remote or Shards(directory, check_rows=config.verify_shards != "none")
-    opened = {_told_apart(of) for of in (index, shards.index)}
+            raise _damaged(part.config, problems)
+
+
+def _open(config: TrainConfig, part: Part, processes: Processes) -> Shards:
+    """A reader of a part, of which all processes see the same."""
+    place, check_rows = part.config.shards_place, config.verify_shards != "none"
+    shards: Shards
+    if not part.config.shards_address:
+        shards = Shards(part.config.shards_path, check_rows)
+    elif config.shards_cache is None:
+        shards = RangedShards(Storage(part.config.shards_address), check_rows, config.shuffle_window, part.index)
+    else:
+        cache = ShardsCache(Path(config.shards_cache), config.cache_bytes)
+        shards = CachedShards(Storage(part.config.shards_address), cache, local_world(), check_rows, part.index)
+    opened = {_told_apart(of) for of in (part.index, shards.index)}
     if len(set().union(*processes.gather_objects(opened))) > 1:
-        raise UserError(
-            f"{config.shards_place}/{INDEX}: replaced while the processes opened it; start the same again", passing=True
-        )
+        raise UserError(f"{place}/{INDEX}: replaced while the processes opened it; start the same again", passing=True)
     return shards
 
 
@@ -105,15 +132,6 @@ def _told_apart(index: Index) -> tuple[str, bytes]:
 
 def _is_the_same(index: Index, directory: Path) -> bool:
     return _told_apart(Index.read(directory)) == _told_apart(index)
-
-
-def _open_remote(config: TrainConfig) -> RangedShards | CachedShards:
-    with busy(f"Reading the index of {config.shards_place}"):
-        storage, check_rows = Storage(config.shards_address or ""), config.verify_shards != "none"
-        if config.shards_cache is None:
-            return RangedShards(storage, check_rows, config.shuffle_window)
-        cache = ShardsCache(Path(config.shards_cache), config.cache_bytes)
-        return CachedShards(storage, cache, local_world(), check_rows)
 
 
 def _warn_of_a_small_cache(config: TrainConfig, shards: np.ndarray, resumed: bool) -> None:
@@ -128,7 +146,7 @@ def _warn_of_a_small_cache(config: TrainConfig, shards: np.ndarray, resumed: boo
         )
 
 
-def _damaged(config: TrainConfig, problems: dict[str, str]) -> UserError:
+def _damaged(config: CacheConfig, problems: dict[str, str]) -> UserError:
     listed = "; ".join(f"{file}: {problem}" for file, problem in sorted(problems.items()))
     remedy = f"delete them and {INDEX}, and they are built again" if config.data else "copy or build them again"
     return UserError(f"{config.shards_path}: damaged shards: {listed}; {remedy}")
@@ -151,12 +169,13 @@ def _other_models(index: Index, family: Family) -> str:
     return differences({name: before.get(name) for name in now}, now)
 
 
-def open_run(config: TrainConfig, seed: int, shards: Shards, plan: BatchPlan, state: State | None) -> Run:
-    """The run over these shards; epochs give its number of steps, where that is not given.
+def open_run(config: TrainConfig, seed: int, streams: Streams, plan: BatchPlan, state: State | None) -> Run:
+    """The run over these streams; epochs give its number of steps, where that is not given.
 
     Args:
         state: of the checkpoint to go on from. One beyond the last step is trained for one more, as by the scripts.
     """
+    (shards,) = (stream.shards for stream in streams.streams)
     steps = config.max_train_steps or -(-config.num_train_epochs * len(shards) // plan.global_batch)
     done = state.step if state else 0
     if done > steps:
@@ -165,5 +184,5 @@ def open_run(config: TrainConfig, seed: int, shards: Shards, plan: BatchPlan, st
     options = {name: value for name, value in options_of(config).items() if name in ALTER_THE_RESULT}
     options["max_train_steps"] = steps
     _warn_of_a_small_cache(config, shards.index.shards, resumed=state is not None)
-    order = order_of(seed, shards.index.shards["records"], config.shuffle_window)
-    return Run(seed, plan.global_batch, shards.index.fingerprint, len(shards), steps, order, options, shards.index.identity)
+    index = shards.index
+    return Run(seed, plan.global_batch, index.fingerprint, len(shards), steps, options, index.identity, streams)

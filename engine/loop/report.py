@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.config.options import TrainConfig
-from engine.data.format.index import Index
+from engine.data.samples.streams import Streams
 from engine.loop.capture import reason_against
 from engine.loop.run import Run
 from engine.loop.weights import needs_deepspeed
@@ -20,7 +20,7 @@ from engine.processes import Processes
 
 
 def opening(
-    config: TrainConfig, run: Run, family: Family, partition: Partition, index: Index, captures: bool, done: int,
+    config: TrainConfig, run: Run, family: Family, partition: Partition, streams: Streams, captures: bool, done: int,
     text_encoder: nn.Module | None = None,
 ) -> list[str]:  # fmt: skip
     """What is trained, on what, and how, in lines.
@@ -39,6 +39,7 @@ def opening(
     state = state_bytes(config, trained, processes.world) + sum(weight.nbytes for weight in reading)
     size, number = checkpoint_bytes(config, trained), checkpoints_to_come(config, run, done)
     listed = f"; `python -m engine.shards info {config.shards_path} --refused` lists them" if not config.shards_address else ""
+    index = streams.streams[0].shards.index
     refused = f"{index.refused_count:,} refused{listed}" if index.refused else "none refused"
     every = f"every {config.checkpointing_steps:,} steps and at the end"
     rows = {

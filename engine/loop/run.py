@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.data.samples.order import Order
+from engine.data.samples.streams import Streams
 
 
 @dataclass(frozen=True)
@@ -12,11 +12,11 @@ class Run:
 
     global_batch: samples per optimizer step, over all processes.
     fingerprint: of the latent shards.
-    records: how many the shards hold.
+    records: how many the streams hold.
     steps: optimizer steps in all.
-    order: of the records.
     options: those that alter the result; when the run is resumed all may change but the order.
     data: what shaped the shards.
+    streams: that the samples are of.
     """
 
     seed: int
@@ -24,6 +24,6 @@ class Run:
     fingerprint: str
     records: int
     steps: int
-    order: Order
     options: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    streams: Streams = field(default_factory=Streams)

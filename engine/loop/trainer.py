@@ -16,9 +16,9 @@ from engine import launcher, messages
 from engine.backends import compile_model, configure
 from engine.catalogue import FAMILIES
 from engine.config.options import TrainConfig
-from engine.data.format.reader import Shards
 from engine.data.samples.batch import Batch, BatchPlan
 from engine.data.samples.loader import Loader
+from engine.data.samples.streams import Streams
 from engine.errors import UserError, of_all
 from engine.failed import begin, leave_note, leave_note_unless_held
 from engine.loop import attention
@@ -106,9 +106,9 @@ def _train(config: TrainConfig, processes: Processes) -> int:
         seed = processes.from_first(seed_of(config, state))
         config = with_order(config, checkpoint, state)
         same = partial(check_same_shards, checkpoint, state, config.continue_on_grown_data)
-        shards = prepare_shards(config, family, processes, same)
+        streams = prepare_shards(config, family, processes, same, seed)
         plan = BatchPlan(config.train_batch_size, config.gradient_accumulation_steps, processes.rank, processes.world)
-        run = open_run(config, seed, shards, plan, state)
+        run = open_run(config, seed, streams, plan, state)
         subset_seed = config.sample_seed if config.max_train_samples else None
         config = config.model_copy(update={"seed": run.seed, "max_train_steps": run.steps, "subset_seed": subset_seed})
         if opened and processes.is_first:
@@ -125,9 +125,9 @@ def _train(config: TrainConfig, processes: Processes) -> int:
             training.resume(opened)
         del opened  # a file that is held open keeps its room when rotation removes it
         text_encoder, captures = training.text_encoder, training.captures
-        say(*opening(config, run, family, training.partition, shards.index, captures, training.step, text_encoder))
+        say(*opening(config, run, family, training.partition, streams, captures, training.step, text_encoder))
         warn_of_a_full_disk(config, run, training.partition, training.step)
-        finished = _run(training, shards, plan)
+        finished = _run(training, streams, plan)
         if finished and repository and processes.is_first:
             with busy(f"Uploading to {repository}"):
                 push_to_hub(config, family, repository)
@@ -151,7 +151,7 @@ def _noting_mistakes(output: Path, processes: Processes) -> Iterator[None]:
         raise
 
 
-def _run(training: "Training", shards: Shards, plan: BatchPlan) -> bool:
+def _run(training: "Training", streams: Streams, plan: BatchPlan) -> bool:
     """Steps, the last checkpoint, export, and then pictures; False when a signal asked to leave before the end."""
     config, run, processes = training.config, training.run, training.processes
     logs: list[Log] = []  # of the first process
@@ -160,8 +160,8 @@ def _run(training: "Training", shards: Shards, plan: BatchPlan) -> bool:
     try:
         family, device = training.family, processes.device
         span, limits = (training.step, run.steps), family.encoding.limits
-        loader = Loader(shards, plan, run.seed, family.schedule, device, *span, run.order, limits)
-        with contextlib.closing(loader), contextlib.closing(shards):  # these first, for which the loader may wait
+        loader = Loader(streams, plan, run.seed, family.schedule, device, *span, limits)
+        with contextlib.closing(loader), contextlib.closing(streams):  # these first, for which the loader may wait
             finished = training.run_steps(iter(loader), log)
         training.save_to_the_end()
         processes.barrier()
@@ -361,7 +361,7 @@ class Training:
             return
         self._leave_damaged()
         slots = self.metrics.offending_slots()
-        records = self.run.order(torch.tensor(slots, dtype=torch.int64)).tolist()
+        records = self.run.streams.find(torch.tensor(slots, dtype=torch.int64))[1].tolist()
         raise UserError(
             f"{skipped} steps were skipped because a loss or gradient was not finite; {cause_of_skips(slots, records)}; these "
             f"steps touched no weight. Or raise --max_skipped_steps {self.config.max_skipped_steps}"

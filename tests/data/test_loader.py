@@ -1,7 +1,6 @@
 """The loader: the batches that the plan says, in order, from any step, and no thread left behind."""
 
 import threading
-from functools import partial
 
 import pytest
 import torch
@@ -11,7 +10,8 @@ from engine.data.samples import loader as loader_module
 from engine.data.samples.batch import BatchPlan
 from engine.data.samples.draw import draw_rows
 from engine.data.samples.loader import Loader
-from engine.data.samples.order import Order, order_of, records_of
+from engine.data.samples.order import order_of, records_of
+from engine.data.samples.streams import Stream, Streams
 from engine.diffusion.schedules import CosineSchedule, DiscreteSchedule
 from engine.diffusion.weights import min_snr, unweighted
 from engine.errors import UserError
@@ -24,13 +24,13 @@ CPU = torch.device("cpu")
 SCHEDULES = [DiscreteSchedule(torch.linspace(0.99, 0.01, 1000), "epsilon", min_snr(5.0)), CosineSchedule(unweighted)]
 
 
-def whole(reader: Shards) -> Order:
-    return order_of(SEED, reader.index.shards["records"], None)
+def streams_of(reader: Shards, window: int | None = None) -> Streams:
+    return Streams(SEED, [Stream(reader, order_of(SEED, reader.index.shards["records"], window))])
 
 
 def batches(shards, first: int, last: int, schedule=SCHEDULES[0]) -> list:
     reader = Shards(shards)
-    loader = Loader(reader, PLAN, SEED, schedule, CPU, first, last, whole(reader))
+    loader = Loader(streams_of(reader), PLAN, SEED, schedule, CPU, first, last)
     return list(loader)
 
 
@@ -46,9 +46,9 @@ def test_batches_hold_what_their_slots_say(schedule, shards):
     assert len(found) == 12
     for batch, slots in zip(found, expected_slots, strict=True):
         assert torch.equal(batch.slots, slots)
-        assert torch.equal(batch.timesteps, schedule.draw(torch.tensor([SEED]), slots))
+        assert torch.equal(batch.timesteps, schedule.draw(torch.tensor([SEED]), slots, PLAN.global_batch))
         assert torch.equal(batch.coefficients, schedule.coefficients(batch.timesteps))
-        rows = draw_rows(reader, SEED, slots, partial(records_of, SEED, count=len(reader)))
+        rows = draw_rows(reader, SEED, slots, records_of(SEED, slots, len(reader)))
         for name, field in reader.fields.items():
             row = torch.empty(2, *field.shape, dtype=field.dtype)
             reader.gather(name, rows, row)
@@ -64,11 +64,9 @@ def test_starting_later_gives_the_same_batches(shards):
 
 def test_an_order_by_locality_is_that_of_the_batches(shards):
     reader = Shards(shards)
-    order = order_of(SEED, reader.index.shards["records"], 2)
-    (batch, *_), drawn = (
-        Loader(reader, PLAN, SEED, SCHEDULES[0], CPU, 1, 2, order),
-        draw_rows(Shards(shards), SEED, PLAN.slots(3, 4)[0], order),
-    )
+    (batch, *_) = Loader(streams_of(reader, 2), PLAN, SEED, SCHEDULES[0], CPU, 1, 2)
+    slots = PLAN.slots(3, 4)[0]
+    drawn = draw_rows(Shards(shards), SEED, slots, order_of(SEED, reader.index.shards["records"], 2)(slots))
     row = torch.empty_like(batch.record["latent_mean"])
     Shards(shards).gather("latent_mean", drawn, row)
     assert torch.equal(batch.record["latent_mean"], row)
@@ -78,7 +76,7 @@ def test_draws_are_made_for_many_micro_batches_at_a_time(shards, monkeypatch):
     """A draw costs as much for one micro-batch as for many: the first is there soon, and none is drawn that is not needed."""
     reader, drawn = Shards(shards), []
     monkeypatch.setattr(loader_module, "draw_rows", lambda *task: drawn.append(len(task[2])) or draw_rows(*task))
-    found = list(Loader(reader, PLAN, SEED, SCHEDULES[0], CPU, 5, 1105, whole(reader)))
+    found = list(Loader(streams_of(reader), PLAN, SEED, SCHEDULES[0], CPU, 5, 1105))
     assert drawn == [2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 2 * 3 * 1100 - 4094]
     assert torch.equal(torch.stack([batch.slots for batch in found]), PLAN.slots(3 * 5, 3 * 1105))
 
@@ -90,7 +88,7 @@ def test_an_error_of_the_thread_reaches_the_consumer(shards, monkeypatch):
         raise UserError("the disk is gone")
 
     monkeypatch.setattr(reader, "gather", fail)
-    loader = Loader(reader, PLAN, SEED, SCHEDULES[0], CPU, 0, 4, whole(reader))
+    loader = Loader(streams_of(reader), PLAN, SEED, SCHEDULES[0], CPU, 0, 4)
     with pytest.raises(UserError, match="the disk is gone"):
         next(iter(loader))
     loader.close()
@@ -99,7 +97,7 @@ def test_an_error_of_the_thread_reaches_the_consumer(shards, monkeypatch):
 def test_leaving_early_ends_the_thread(shards):
     before = loader_threads()
     reader = Shards(shards)
-    loader = Loader(reader, PLAN, SEED, SCHEDULES[0], CPU, 0, 10_000, whole(reader))
+    loader = Loader(streams_of(reader), PLAN, SEED, SCHEDULES[0], CPU, 0, 10_000)
     next(iter(loader))
     assert loader_threads() == before + 1
     loader.close()
@@ -110,7 +108,7 @@ def test_leaving_early_ends_the_thread(shards):
 def test_batches_on_the_device_are_those_of_the_host(shards):
     device = torch.device("cuda")
     reader = Shards(shards)
-    loader = Loader(reader, PLAN, SEED, SCHEDULES[0], device, 0, 20, whole(reader))
+    loader = Loader(streams_of(reader), PLAN, SEED, SCHEDULES[0], device, 0, 20)
     for ours, theirs in zip(loader, batches(shards, 0, 20), strict=True):
         assert torch.equal(ours.slots.cpu(), theirs.slots)
         assert all(torch.equal(ours.record[name].cpu(), theirs.record[name]) for name in theirs.record)

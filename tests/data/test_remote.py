@@ -23,6 +23,7 @@ from engine.data.format.remote import CachedShards, RangedShards
 from engine.data.samples.batch import BatchPlan
 from engine.data.samples.loader import Loader
 from engine.data.samples.order import order_of
+from engine.data.samples.streams import Stream, Streams
 from engine.diffusion.schedules import DiscreteSchedule
 from engine.diffusion.weights import unweighted
 from engine.errors import UserError
@@ -49,9 +50,13 @@ def opened(way: str, address: str, cache, **options) -> Shards:
     return CachedShards(Storage(address), ShardsCache(cache), 1, **options)
 
 
+def loader_of(shards: Shards, window: int | None = None, steps: int = 20) -> Loader:
+    streams = Streams(3, [Stream(shards, order_of(3, shards.index.shards["records"], window))])
+    return Loader(streams, BatchPlan(4, 1, 0, 1), 3, SCHEDULE, torch.device("cpu"), 0, steps)
+
+
 def records(shards: Shards, window: int | None = 2, steps: int = 20) -> list[dict[str, torch.Tensor]]:
-    order = order_of(3, shards.index.shards["records"], window)
-    loader = Loader(shards, BatchPlan(4, 1, 0, 1), 3, SCHEDULE, torch.device("cpu"), 0, steps, order)
+    loader = loader_of(shards, window, steps)
     with contextlib.closing(loader), contextlib.closing(shards):
         return [batch.record for batch in loader]
 
@@ -206,8 +211,7 @@ def test_who_gives_up_asks_for_nothing_more(way, shards, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "CONNECTIONS", 2)
     with serving(shards, lambda name, span, before: "slow" if SHARD.match(name) else None) as server:
         reader = opened(way, server.address, tmp_path)
-        order = order_of(3, reader.index.shards["records"], None)
-        loader = Loader(reader, BatchPlan(4, 1, 0, 1), 3, SCHEDULE, torch.device("cpu"), 0, 20, order)
+        loader = loader_of(reader)
         next(iter(loader))
         reader.close()
         loader.close()
@@ -230,8 +234,7 @@ def test_leaving_early_does_not_wait_for_the_storage(shards, monkeypatch):
     monkeypatch.setattr(storage, "PAUSES", (60.0,) * 5)
     with serving(shards, lambda name, span, before: 500 if SHARD.match(name) else None) as server:
         reader = RangedShards(Storage(server.address))
-        order = order_of(3, reader.index.shards["records"], None)
-        loader = Loader(reader, BatchPlan(4, 1, 0, 1), 3, SCHEDULE, torch.device("cpu"), 0, 20, order)
+        loader = loader_of(reader)
         reader.close()
         loader.close()
     with pytest.raises(StorageError, match="closed"):

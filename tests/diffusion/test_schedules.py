@@ -95,9 +95,9 @@ def test_the_continuous_schedule_has_min_snr_weights():
 
 def test_continuous_timesteps_are_uniform_and_functions_of_the_slot():
     seed, slots = torch.tensor([2**40 + 1]), torch.arange(4096)
-    drawn = CosineSchedule(unweighted).draw(seed, slots)
+    drawn = CosineSchedule(unweighted).draw(seed, slots, 100)
     assert drawn.dtype == torch.float32
-    assert torch.equal(drawn[100:200], CosineSchedule(unweighted).draw(seed, slots[100:200]))
+    assert torch.equal(drawn[100:200], CosineSchedule(unweighted).draw(seed, slots[100:200], 100))
     expected = [(int(reference.words(2**40 + 1, slot, 2, 1)[0]) // 256 + 0.5) / 2**24 for slot in range(64)]
     assert drawn[:64].tolist() == torch.tensor(expected, dtype=torch.float32).tolist()
     assert drawn.unique().numel() > 4000

@@ -27,7 +27,6 @@ from engine.loop.resume import find_checkpoint, open_checkpoint
 from engine.loop.run import Run
 from engine.loop.weights.flat import FlatPartition
 from engine.processes import Processes
-from tests.loop.runs import in_order
 
 
 class DividedPartition(FlatPartition):
@@ -59,7 +58,7 @@ class Divided:
         values |= {"train_batch_size": 4 // self.processes.world, "resume_from_checkpoint": "latest"}
         self.config = TrainConfig.model_validate({"family": "sd", **values})
         self.partition = DividedPartition(model, self.config, self.processes)
-        run = Run(seed=3, global_batch=4, fingerprint="", records=1, steps=9, order=in_order)
+        run = Run(seed=3, global_batch=4, fingerprint="", records=1, steps=9)
         self.metrics = Metrics(run, self.processes)
         self.writer = Writer(output, run, self.processes, None, "beside" in sys.argv, "01234567")
 

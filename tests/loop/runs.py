@@ -14,11 +14,6 @@ from tests.commands import ON_GPU
 SLACK = 10 if ON_GPU else 1
 
 
-def in_order(slots: torch.Tensor) -> torch.Tensor:
-    """The order of a `Run` that reads no records."""
-    return slots
-
-
 def config(model: Path, images: Path, shards: Path, output: Path, **options) -> TrainConfig:
     """A run over the shards of the `shards` fixture: global batch 4, 8 steps; on a GPU too it repeats bit for bit."""
     defaults = {

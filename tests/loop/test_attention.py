@@ -79,7 +79,7 @@ def test_calls_are_those_of_the_training_step(name, form, model, published):
     family = open_family(TrainConfig(family=name, resolution=RESOLUTIONS[name], shards_dir="unused", **paths))
     trained = family.load_model(form)
     record = {key: torch.ones(3, *field.shape, dtype=field.dtype) for key, field in family.encoding.record_spec.items()}
-    timesteps = family.schedule.draw(torch.tensor([0]), torch.arange(3))
+    timesteps = family.schedule.draw(torch.tensor([0]), torch.arange(3), 3)
     with Calls() as mode, torch.no_grad():
         family.predict(trained, record[family.encoding.mean], timesteps, record)
     calls = calls_of(family, trained, 3)

@@ -135,7 +135,7 @@ def fail_on_one(function, stream, pool):
 def main():
     captured = capture.Captured(lambda batch: None, processes)
     for call in range(5):
-        captured(Batch({}, torch.zeros(1), torch.zeros(1), torch.zeros(5, 1)))
+        captured(Batch({}, torch.zeros(1), torch.zeros(1), torch.zeros(5, 1), torch.zeros(1)))
     return 0
 
 processes = Processes(device=torch.device("cpu")).connect()

@@ -31,7 +31,7 @@ from engine.loop.weights import flat
 from engine.loop.weights.flat import FlatPartition
 from engine.processes import Processes
 from engine.tensors import pieces_of
-from tests.loop.runs import SLACK, checkpoint_tensors, config, flip_last_byte, in_order, published_order
+from tests.loop.runs import SLACK, checkpoint_tensors, config, flip_last_byte, published_order
 
 
 def metrics(output) -> dict[int, dict]:
@@ -336,7 +336,7 @@ def test_the_state_is_written_and_read_without_copies(tmp_path):
     config = TrainConfig(family="sd", pretrained_model_name_or_path="unused", use_ema=True)
     processes = Processes()
     partition = FlatPartition(nn.Linear(4096, 4096, bias=False), config, processes)
-    run = Run(seed=0, global_batch=1, fingerprint="", records=1, steps=2, order=in_order)
+    run = Run(seed=0, global_batch=1, fingerprint="", records=1, steps=2)
     metrics = Metrics(run, processes)
     state = 16 * 4096 * 4096
     between, beside = (Writer(tmp_path / name, run, processes, 1, name == "beside", "token") for name in ("between", "beside"))
@@ -409,7 +409,7 @@ def keep(directory: Path, monkeypatch) -> tuple[FlatPartition, Metrics]:
     processes = Processes()
     config = TrainConfig(family="sd", pretrained_model_name_or_path="unused")
     partition = FlatPartition(nn.Linear(8, 8), config, processes)
-    run = Run(seed=0, global_batch=1, fingerprint="", records=1, steps=2, order=in_order)
+    run = Run(seed=0, global_batch=1, fingerprint="", records=1, steps=2)
     metrics = Metrics(run, processes)
     Writer(directory, run, processes, None, False, "token").save(9, partition, metrics)
     return partition, metrics

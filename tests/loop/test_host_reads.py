@@ -13,7 +13,7 @@ from engine.loop.run import Run
 from engine.loop.step import Step
 from engine.models.family import open_family
 from engine.processes import Processes
-from tests.loop.runs import config, in_order
+from tests.loop.runs import config
 
 READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::unique2"}
 
@@ -135,13 +135,14 @@ def test_a_step_sends_nothing_to_the_device(family_name, options, published, tmp
     processes = Processes(device=torch.device("meta"))
     family = open_family(run)
     accumulation = run.gradient_accumulation_steps
-    numbers = Run(seed=1, global_batch=2 * accumulation, fingerprint="", records=12, steps=4, order=in_order)
+    numbers = Run(seed=1, global_batch=2 * accumulation, fingerprint="", records=12, steps=4)
     training = trainer.Training(run, numbers, family, family.load_model().to("meta"), processes)
     slots = torch.arange(2)
-    timesteps = family.schedule.draw(torch.tensor([1]), slots)
+    timesteps = family.schedule.draw(torch.tensor([1]), slots, 2 * accumulation)
     fields = family.encoding.record_spec.items()
     record = {name: torch.empty(2, *field.shape, dtype=field.dtype, device="meta") for name, field in fields}
-    batch = Batch(record, slots.to("meta"), timesteps.to("meta"), family.schedule.coefficients(timesteps).to("meta"))
+    drawn = slots, timesteps, family.schedule.coefficients(timesteps), torch.zeros(1, dtype=torch.int64)
+    batch = Batch(record, *(tensor.to("meta") for tensor in drawn))
     with CountCrossings() as counter, CountFactories(counter.crossings):
         training.train_step(iter([batch] * accumulation), 1)
     assert counter.crossings == []

@@ -30,7 +30,7 @@ from engine.loop.resume import announce, find_checkpoint, open_checkpoint, take_
 from engine.loop.run import Run
 from engine.loop.weights.flat import FlatPartition
 from engine.processes import Processes
-from tests.loop.runs import flip_last_byte, in_order
+from tests.loop.runs import flip_last_byte
 
 RANK = rank_file(0)
 VALUES = [
@@ -47,9 +47,7 @@ class Trained:
         config = TrainConfig(family="sd", pretrained_model_name_or_path="unused", use_ema=True)
         self.directory = directory
         self.partition = FlatPartition(nn.Linear(6, 5), config, processes)
-        run = Run(
-            seed=3, global_batch=1, fingerprint="f" * 64, records=1, steps=9, order=in_order, options={"learning_rate": 1e-3}
-        )
+        run = Run(seed=3, global_batch=1, fingerprint="f" * 64, records=1, steps=9, options={"learning_rate": 1e-3})
         self.metrics = Metrics(run, processes)
         for step in (2, 4):
             self.partition.optimizer.apply([torch.ones_like(self.partition.masters[0])])

@@ -9,7 +9,7 @@ import pytest
 from engine.loop import report
 from engine.loop.run import Run
 from engine.loop.trainer import train
-from tests.loop.runs import checkpoint_tensors, config, in_order
+from tests.loop.runs import checkpoint_tensors, config
 
 
 def lines(text: str) -> list[str]:
@@ -83,7 +83,7 @@ def test_memory_by_the_counts_of_the_documentation(options, world, expected):
      ({"checkpointing_steps": 3}, 6, 8, 1), ({"checkpointing_steps": 1, "checkpoints_total_limit": 2}, 0, 8, 2), ({}, 8, 8, 0)],
 )  # fmt: skip
 def test_how_many_checkpoints_come(options, done, steps, expected):
-    run = Run(seed=0, global_batch=4, fingerprint="", records=12, steps=steps, order=in_order)
+    run = Run(seed=0, global_batch=4, fingerprint="", records=12, steps=steps)
     assert report.checkpoints_to_come(config("model", "images", "shards", "out", **options), run, done) == expected
 
 

@@ -60,11 +60,49 @@ class _Altered(UserError):
         self.shard = shard
 
 
-class _RemoteShards(Shards):
-    """What both ways to read have in common."""
+def read_index(storage: Storage) -> Index:
+    """The index of the shards that lie there, which hold records."""
+    with contextlib.ExitStack() as files:
 
-    def __init__(self, storage: Storage, check_rows: bool) -> None:
-        self.storage = storage
+        def in_memory(name: str) -> Path:
+            descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
+            files.callback(os.close, descriptor)
+            path = Path(f"/proc/self/fd/{descriptor}")
+            files.enter_context(_speaking_of(storage, str(path), name))
+            size = storage.size(name)
+            if size > LARGEST_TEXT:
+                raise StorageError(f"{storage.named(name)}: {size} bytes: larger than any index; {WHOLE_COPY}")
+            for piece in storage.pieces(name, 0, size):
+                os.write(descriptor, piece)
+            return path
+
+        path_of = functools.cache(in_memory)
+        index = Index.from_json(read_json(path_of(INDEX), FORMAT_VERSION), path_of)
+    if index.records == 0:
+        raise UserError(f"{storage.named('')}: the shards hold no records")
+    return index
+
+
+@contextlib.contextmanager
+def _speaking_of(storage: Storage, local: str, name: str) -> Iterator[None]:
+    """Messages about a file here name the object that it is a copy of."""
+    try:
+        yield
+    except UserError as error:
+        said = (line.replace(local, storage.named(name)) for line in error.lines)
+        error.lines, error.alone = [line.replace(BUILD_AGAIN, WHOLE_COPY) for line in said], True
+        raise
+
+
+class _RemoteShards(Shards):
+    """What both ways to read have in common.
+
+    Args:
+        index: where it was read already.
+    """
+
+    def __init__(self, storage: Storage, check_rows: bool, index: Index | None) -> None:
+        self.storage, self._index = storage, index
         super().__init__(Path(), check_rows)
 
     def close(self) -> None:
@@ -72,35 +110,7 @@ class _RemoteShards(Shards):
         self._openers.shutdown(wait=False, cancel_futures=True)
 
     def _read_index(self) -> Index:
-        with contextlib.ExitStack() as files:
-
-            def in_memory(name: str) -> Path:
-                descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
-                files.callback(os.close, descriptor)
-                path = Path(f"/proc/self/fd/{descriptor}")
-                files.enter_context(self._speaking_of(str(path), name))
-                size = self.storage.size(name)
-                if size > LARGEST_TEXT:
-                    raise StorageError(f"{self.storage.named(name)}: {size} bytes: larger than any index; {WHOLE_COPY}")
-                for piece in self.storage.pieces(name, 0, size):
-                    os.write(descriptor, piece)
-                return path
-
-            path_of = functools.cache(in_memory)
-            index = Index.from_json(read_json(path_of(INDEX), FORMAT_VERSION), path_of)
-        if index.records == 0:
-            raise UserError(f"{self.storage.named('')}: the shards hold no records")
-        return index
-
-    @contextlib.contextmanager
-    def _speaking_of(self, local: str, name: str) -> Iterator[None]:
-        """Messages about a file here name the object that it is a copy of."""
-        try:
-            yield
-        except UserError as error:
-            said = (line.replace(local, self.storage.named(name)) for line in error.lines)
-            error.lines, error.alone = [line.replace(BUILD_AGAIN, WHOLE_COPY) for line in said], True
-            raise
+        return read_index(self.storage) if self._index is None else self._index
 
     def _error(self, shard: int, problem: str) -> UserError:
         return _Altered(int(shard), f"{self.storage.named(self._name(shard))}: {problem}; {WHOLE_COPY}")
@@ -140,7 +150,7 @@ class _RemoteShards(Shards):
     def _judge(self, number: int, descriptor: int, fetch: Callable[[Shard], None] = lambda shard: None) -> None:
         path = Path(f"/proc/self/fd/{descriptor}")
         try:
-            with self._speaking_of(str(path), self._name(number)):
+            with _speaking_of(self.storage, str(path), self._name(number)):
                 shard = open_shard(self.directory, self.index, number, path, fetch)
         except StorageError:
             raise
@@ -157,8 +167,10 @@ class CachedShards(_RemoteShards):
         processes: how many of this node read shards.
     """
 
-    def __init__(self, storage: Storage, cache: ShardsCache, processes: int, check_rows: bool = True) -> None:
-        super().__init__(storage, check_rows)
+    def __init__(
+        self, storage: Storage, cache: ShardsCache, processes: int, check_rows: bool = True, index: Index | None = None
+    ) -> None:
+        super().__init__(storage, check_rows, index)
         self.cache = cache
         largest = int(self.index.shards["bytes"].max())
         share = 2**62 if cache.limit is None else cache.limit // (largest * processes)
@@ -235,8 +247,10 @@ class RangedShards(_RemoteShards):
 
     openers = CONNECTIONS
 
-    def __init__(self, storage: Storage, check_rows: bool = True, window: int | None = None) -> None:
-        super().__init__(storage, check_rows)
+    def __init__(
+        self, storage: Storage, check_rows: bool = True, window: int | None = None, index: Index | None = None
+    ) -> None:
+        super().__init__(storage, check_rows, index)
         self._ready: dict[str, _Ranges] | None = None  # rows of the micro-batch that is being gathered
         # A header, and numbers of eight bytes: sources, checksums of rows, and what leads to these where it varies.
         table = self.index.shards

@@ -1,6 +1,6 @@
 """What a step is given: one micro-batch, and which of all samples it holds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ class Batch:
     slots: int64 [B].
     timesteps: [B], as the model takes them.
     coefficients: fp32 [5, B], the schedule's a, s, c_x, c_e and w.
+    data_set: int64 [1], the number of the data set that all of it is of.
     copied: on a GPU, the event that the copy from the host is done.
     """
 
@@ -23,11 +24,12 @@ class Batch:
     slots: Tensor
     timesteps: Tensor
     coefficients: Tensor
-    copied: torch.cuda.Event | None = None
+    data_set: Tensor
+    copied: torch.cuda.Event | None = field(default=None, kw_only=True)
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [*self.record.values(), self.slots, self.timesteps, self.coefficients]
+        return [*self.record.values(), self.slots, self.timesteps, self.coefficients, self.data_set]
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from engine.data.format.reader import Shards
 from engine.data.samples.batch import Batch, BatchPlan
 from engine.data.samples.draw import draw_rows
-from engine.data.samples.order import Order
+from engine.data.samples.streams import Streams
 from engine.diffusion.schedules import Schedule
 
 DEPTH = 2  # micro-batches ready ahead of the step
@@ -27,24 +26,22 @@ class Loader:
     The host knows the slots, so it draws the timesteps and their coefficients for the device.
 
     Args:
-        order: of the records.
         limits: what the numbers of some fields must stay below.
     """
 
     def __init__(
         self,
-        shards: Shards,
+        streams: Streams,
         plan: BatchPlan,
         seed: int,
         schedule: Schedule,
         device: torch.device,
         first_step: int,
         last_step: int,
-        order: Order,
         limits: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
-        self.shards, self.plan, self.seed, self.schedule, self.device = shards, plan, seed, schedule, device
-        self.order = order
+        self.streams, self.plan, self.seed, self.schedule, self.device = streams, plan, seed, schedule, device
+        self.shards = streams.streams[0].shards
         self.limits = limits
         self.on_gpu = device.type == "cuda"
         self.steps = range(first_step, last_step)
@@ -88,9 +85,8 @@ class Loader:
 
     def _host_batches(self) -> Iterator[Batch]:
         for rows, draws in self.shards.ahead(self._draws()):
-            slots, timesteps, coefficients = draws
             self.shards.gather_fields(rows, buffers := self._buffers(), self.limits)
-            yield Batch(buffers, slots, timesteps, coefficients)
+            yield Batch(buffers, *draws)
 
     def _device_batches(self) -> Iterator[Batch]:
         """Micro-batches that are being copied to the device from a ring of pinned buffers."""
@@ -100,9 +96,9 @@ class Loader:
             copied.synchronize()
             self.shards.gather_fields(rows, buffers, self.limits)
             record = {name: self._send(tensor) for name, tensor in buffers.items()}
-            slots, timesteps, coefficients = map(self._send, draws)
+            sent = [self._send(tensor) for tensor in draws]
             copied.record()
-            yield Batch(record, slots, timesteps, coefficients, copied)
+            yield Batch(record, *sent, copied=copied)
 
     def _send(self, pinned: Tensor) -> Tensor:
         return pinned.to(self.device, non_blocking=True)
@@ -114,7 +110,7 @@ class Loader:
         }
 
     def _draws(self) -> Iterator[tuple[dict[str, Tensor], list[Tensor]]]:
-        """Of every micro-batch, in order: the rows that it reads; and its slots, timesteps and coefficients.
+        """Of every micro-batch, in order: the rows that it reads; and its slots, timesteps, coefficients and data set.
 
         They are drawn for one micro-batch first, so that it is soon there, then for twice as many each time.
         """
@@ -132,14 +128,16 @@ class Loader:
     def _expect(self, first: int, end: int) -> None:
         """Lets the shards fetch what the micro-batches from `first` on read; of many samples some are looked at."""
         slots = self.plan.slots(first, min(first + -(-self.shards.horizon // self.plan.micro_batch), end)).flatten()
-        self.shards.expect(self.order(slots[:: -(-len(slots) // DRAWN)]))
+        self.shards.expect(self.streams.find(slots[:: -(-len(slots) // DRAWN)])[1])
 
     def _draw(self, slots: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """The same of micro-batches with slots [M, B]: rows [M, B]; slots and timesteps [M, B], coefficients [M, 5, B]."""
+        """The same of micro-batches with slots [M, B]: rows [M, B]; and [M, B], [M, B], [M, 5, B], [M, 1]."""
         flat = slots.flatten()
-        drawn = draw_rows(self.shards, self.seed, flat, self.order)
+        _, records = self.streams.find(flat)
+        drawn = draw_rows(self.shards, self.seed, flat, records)
         rows = {of: numbers.view(slots.shape) for of, numbers in drawn.items()}
-        timesteps = self.schedule.draw(torch.tensor([self.seed]), flat)
+        timesteps = self.schedule.draw(torch.tensor([self.seed]), flat, self.plan.global_batch)
         coefficients = self.schedule.coefficients(timesteps).unflatten(1, slots.shape).transpose(0, 1).contiguous()
-        draws = [slots, timesteps.view(slots.shape), coefficients]
+        data_sets = torch.zeros(len(slots), 1, dtype=torch.int64)
+        draws = [slots, timesteps.view(slots.shape), coefficients, data_sets]
         return rows, [tensor.pin_memory() for tensor in draws] if self.on_gpu else draws

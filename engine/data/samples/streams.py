@@ -1,0 +1,53 @@
+"""Streams: sets of records that share a shape and a role, from which the slots of a training are filled."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.data.format.reader import Shards
+from engine.data.samples.order import Order
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One set of records.
+
+    order: of its records, over an endless sequence of its own.
+    share: of the units, relative to the other streams'.
+    data_set, bucket: as its part has them.
+    """
+
+    shards: Shards
+    order: Order
+    share: int = 1
+    data_set: str = ""
+    bucket: str | None = None
+
+
+@dataclass(frozen=True)
+class Streams:
+    """All streams of a run.
+
+    unit: how many slots that follow each other belong to one stream.
+    """
+
+    seed: int = 0
+    streams: Sequence[Stream] = ()
+    unit: int = 1
+
+    @property
+    def data_sets(self) -> list[str]:
+        """Their names, in the order of the streams."""
+        return list(dict.fromkeys(stream.data_set for stream in self.streams))
+
+    def find(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """The stream of each slot [B] and the record in it: int64 [B] each."""
+        (stream,) = self.streams
+        return torch.zeros_like(slots), stream.order(slots)
+
+    def close(self) -> None:
+        """Ends what their shards are fetching."""
+        for stream in self.streams:
+            stream.shards.close()
