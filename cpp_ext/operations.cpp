@@ -170,7 +170,7 @@ struct Walk {
   int64_t samples, rows, positions, channel_positions;
   int64_t strides[3];         // of what is written, and of what else has its shape: sample, row, position
   int64_t mean_strides[3];    // of mean and std
-  const float* coefficients;  // [5, samples]: alpha, sigma, c_x, c_e, weight
+  const float* coefficients;  // [5 or 6, samples]: alpha, sigma, c_x, c_e, weight, and Huber's constant
   const int64_t* seed;
   const int64_t* slots;
   const void* mean;
@@ -191,7 +191,9 @@ struct DiffusionLoss {
   const float* scale;
   int64_t target_elements;  // per sample; what lies beyond is learned variance
   float* loss;
-  double* partial;  // one per block
+  double* partial;      // one per block
+  const uint8_t* mask;  // [samples, channel_positions], 255 is a weight of one; null: every element has that weight
+  bool huber;           // or the squared error
 };
 
 struct AdamWEma {
@@ -252,6 +254,26 @@ void draw_clean(const Walk& walk, const Block& block, int count, float* clean) {
   for (int i = 0; i < count; ++i) clean[i] += std[i] * posterior[i];
 }
 
+// Multiplies the first `count` elements by the weights of their positions, which all channels share.
+void apply_mask(const Walk& walk, const Block& block, const uint8_t* mask, int count, float* values) {
+  mask += block.sample * walk.channel_positions;
+  int64_t position = block.element % walk.channel_positions;
+  for (int begin = 0; begin < count; position = 0) {
+    const int end = static_cast<int>(std::min<int64_t>(count, begin + walk.channel_positions - position));
+    for (int i = begin; i < end; ++i) values[i] *= static_cast<float>(mask[position + i - begin]) * (1 / 255.f);
+    begin = end;
+  }
+}
+
+// From the errors and the slopes of a squared error, those of 2 c (sqrt(error^2 + c^2) - c).
+void apply_huber(float c, int count, float* slopes, float* errors) {
+  for (int i = 0; i < count; ++i) {
+    const float root = std::sqrt(errors[i] * errors[i] + c * c);
+    slopes[i] *= c / root;
+    errors[i] *= 2 * root / (root + c);
+  }
+}
+
 template <typename T>
 void add_noise_task(int64_t begin, int64_t end, void* context) {
   const AddNoise& task = *static_cast<const AddNoise*>(context);
@@ -292,7 +314,15 @@ void diffusion_loss_task(int64_t begin, int64_t end, void* context) {
         for (int i = 0; i < inside; ++i) error[i] -= c_x * clean[i];
       }
       float lanes[8] = {};
-      for (int i = 0; i < inside; ++i) lanes[i % 8] += error[i] * error[i];
+      if (task.mask == nullptr && !task.huber) {
+        for (int i = 0; i < inside; ++i) lanes[i % 8] += error[i] * error[i];
+      } else {
+        // The loss of an element is its slope, which becomes the gradient, times another factor: both are the error at first.
+        std::copy(error, error + inside, noise);
+        if (task.mask != nullptr) apply_mask(walk, block, task.mask, inside, error);
+        if (task.huber) apply_huber(coefficient(walk, 5, block.sample), inside, error, noise);
+        for (int i = 0; i < inside; ++i) lanes[i % 8] += error[i] * noise[i];
+      }
       for (float lane : lanes) sum += lane;
     }
     const float scale = 2 * factor * *task.scale;

@@ -6,7 +6,8 @@ Each operation runs at the shapes of the families, beside
   the loss, the squared error against the noise that was kept, its mean, and its gradient by autograd; group normalisation and
   SiLU with their backward passes; the norm of a gradient by `torch.linalg.vector_norm`;
 - `eager`: the operation's reference in plain torch, with the same counter-based random numbers;
-- `compiled`: that reference (group normalisation: the script's operations) under torch.compile.
+- `compiled`: that reference (group normalisation: the script's operations) under torch.compile;
+- `plain`: of the loss with Huber's or with a mask, the same operation without.
 
 Medians of turns that alternate; on a GPU of replays of a graph of the calls (`benchmarks.tools.timing`). `copy` is the share of
 a copy's bandwidth: the bytes that must move once, against a copy of the same size on this device. On a CPU, group normalisation
@@ -85,6 +86,8 @@ def latent_works(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool
     seed, slots = torch.tensor([7], device=device), torch.arange(batch, device=device)
     noising = (mean, std, coefficients, seed, slots, 0.0, 0.0)
     losing = (prediction, mean, std, coefficients, seed, slots, 0.0, torch.ones(1, device=device))
+    huber = (*losing[:3], torch.cat([coefficients, torch.full_like(weight, 0.1)[None]]), *losing[4:])
+    masked = (*losing, torch.randint(256, (batch, 1, *shape[2:]), dtype=torch.uint8, device=device))
 
     def script_add_noise() -> Tensor:
         clean = mean + std * torch.randn_like(mean)
@@ -96,15 +99,20 @@ def latent_works(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool
         (error * weight).mean().backward()
         return predicted.grad
 
+    def losses(arguments: tuple[Any, ...], others: Works) -> Works:
+        return {
+            "engine": lambda: diffusion_loss(*arguments), "eager": lambda: reference_diffusion_loss(*arguments),
+            "compiled": lambda: compiled_diffusion_loss(*arguments), **others,
+        }  # fmt: skip
+
     return {
         "add_noise": {
             "engine": lambda: add_noise(*noising), "script": script_add_noise, "eager": lambda: reference_add_noise(*noising),
             "compiled": lambda: compiled_add_noise(*noising),
         },
-        "diffusion_loss": {
-            "engine": lambda: diffusion_loss(*losing), "script": script_loss,
-            "eager": lambda: reference_diffusion_loss(*losing), "compiled": lambda: compiled_diffusion_loss(*losing),
-        },
+        "diffusion_loss": losses(losing, {"script": script_loss}),
+        "diffusion_loss, Huber": losses(huber, {"plain": lambda: diffusion_loss(*losing)}),
+        "diffusion_loss, masked": losses(masked, {"plain": lambda: diffusion_loss(*losing)}),
     }  # fmt: skip
 
 
@@ -143,7 +151,10 @@ def square_sum_works(shape: tuple[int, ...], dtype: torch.dtype, device: torch.d
 
 # How often the elements must move: add_noise reads mean and std and writes; the loss reads and writes; normalisation reads and
 # writes, and with its backward pass reads x and the gradient again and writes another; the norm reads.
-MOVES = {"add_noise": 3, "diffusion_loss": 2, "group_norm_silu": 2, "group_norm_silu, both passes": 5, "square_sum": 1}
+MOVES = {
+    "add_noise": 3, "diffusion_loss": 2, "diffusion_loss, Huber": 2, "diffusion_loss, masked": 2, "group_norm_silu": 2,
+    "group_norm_silu, both passes": 5, "square_sum": 1,
+}  # fmt: skip
 
 
 SECONDS = 40  # that a row takes at most, most of them for torch.compile
@@ -158,7 +169,8 @@ def measure(small: bool, compiled: bool, device: torch.device, rows: Rows | None
         for dtype in (torch.float32, torch.bfloat16):
             for layout in ("contiguous", "channels_last")[: 2 if len(shape) == 4 else 1]:
                 build = partial(latent_works, shape, dtype, layout == "channels_last", device)
-                cases.append((("add_noise", "diffusion_loss"), name, shape, dtype, layout, build))
+                losses = ("diffusion_loss", "diffusion_loss, Huber", "diffusion_loss, masked")[: 3 if len(shape) == 4 else 1]
+                cases.append((("add_noise", *losses), name, shape, dtype, layout, build))
     if gpu or small:
         dtype = torch.bfloat16
         for name, shape in (SMALL_ACTIVATIONS if small else ACTIVATIONS).items():
@@ -183,15 +195,15 @@ def _sides(build: Callable[[], dict[str, Works]], operation: str, compiled: bool
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table."""
-    lines = ["| operation | shape | dtype | layout | us | GB/s | copy | script | eager | compiled |",
-             "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = ["| operation | shape | dtype | layout | us | GB/s | copy | script | eager | compiled | plain |",
+             "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:
         described = f"| {row['operation']} | {row['shape']} | {row['dtype']} | {row['layout']}"
         if "gain" not in row:
-            lines.append(f"{described} | {row.get('failed') or row['missing']} | | | | | |")
+            lines.append(f"{described} | {row.get('failed') or row['missing']} | | | | | | |")
             continue
         gains = " | ".join(
-            f"{row['gain'][side]:.2f} x" if side in row["gain"] else "" for side in ("script", "eager", "compiled")
+            f"{row['gain'][side]:.2f} x" if side in row["gain"] else "" for side in ("script", "eager", "compiled", "plain")
         )
         lines.append(
             f"{described} | {row['microseconds']['engine']:.3g} | "

@@ -42,7 +42,7 @@ TARGETS = {
 _TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPES = list(_TORCH_DTYPES)
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_INTEGERS = {"seed_pointer": "*i64", "slot_pointer": "*i64"}
+_INTEGERS = {"seed_pointer": "*i64", "slot_pointer": "*i64", "mask_pointer": "*u8"}
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,22 @@ class Case:
 def _latent_cases() -> list[Case]:
     """`add_noise` and `diffusion_loss` over latents: of SD with every option on; then plain, as most runs are, of all families.
 
-    In the tiles that engine.kernels.layout chooses.
+    In the tiles that engine.kernels.layout chooses; the loss also with each of its options alone.
     """
-    kinds: dict[str, tuple[tuple[int, ...], torch.memory_format, bool]] = {
-        "contiguous": ((4, 64, 64), torch.contiguous_format, True),
-        "channels_last": ((4, 64, 64), torch.channels_last, True),
-        "flat": ((4, 5, 7), torch.contiguous_format, True),
-        "plain": ((4, 64, 64), torch.contiguous_format, False),
-        "plain, 1280": ((1280,), torch.contiguous_format, False),
-        "plain, 16 x 24 x 24": ((16, 24, 24), torch.contiguous_format, False),
+    every_option = {"HAS_OFFSET": True, "HAS_PERTURBATION": True, "HAS_MASK": True, "HUBER": True}
+    plain = dict.fromkeys(every_option, False)
+    kinds: dict[str, tuple[tuple[int, ...], torch.memory_format, dict[str, bool]]] = {
+        "contiguous": ((4, 64, 64), torch.contiguous_format, every_option),
+        "channels_last": ((4, 64, 64), torch.channels_last, every_option),
+        "flat": ((4, 5, 7), torch.contiguous_format, every_option),
+        "plain": ((4, 64, 64), torch.contiguous_format, plain),
+        "plain, 1280": ((1280,), torch.contiguous_format, plain),
+        "plain, 16 x 24 x 24": ((16, 24, 24), torch.contiguous_format, plain),
+        "Huber": ((4, 64, 64), torch.contiguous_format, plain | {"HUBER": True}),
+        "mask": ((4, 64, 64), torch.contiguous_format, plain | {"HAS_MASK": True}),
     }
     cases = []
-    for variant, (shape, memory_format, every_option) in kinds.items():
+    for variant, (shape, memory_format, options) in kinds.items():
         latents = torch.empty(2, *shape, device="meta").contiguous(memory_format=memory_format)
         tiling = tile(latents, shape[0])
         flat = tiling.positions != positions_of(latents)
@@ -89,13 +93,12 @@ def _latent_cases() -> list[Case]:
         for tensor in ("noisy", "mean", "prediction"):
             for dimension, stride in zip(("batch", "channel", "position"), strides(latents, tiling), strict=True):
                 integers[f"{tensor}_{dimension}_stride"] = stride
-        constants = {
-            "HAS_STD": True, "HAS_OFFSET": every_option, "HAS_PERTURBATION": every_option, "FLAT": flat, "ROWS": tiling.rows,
-            "GROUPS": tiling.groups,
-        }  # fmt: skip
+        constants = {"HAS_STD": True, **options, "FLAT": flat, "ROWS": tiling.rows, "GROUPS": tiling.groups}
         for kernel, samples in ((add_noise_kernel, ("noisy", "mean", "std")),
                                 (diffusion_loss_kernel, ("gradient", "prediction", "mean", "std"))):  # fmt: skip
             known = {name: value for name, value in constants.items() if name in kernel.arg_names}
+            if variant in ("Huber", "mask") and kernel is add_noise_kernel:
+                continue
             cases.append(Case(kernel, variant, known, samples, integers, {"num_warps": tiling.num_warps}))
     return cases
 

@@ -37,7 +37,7 @@ def sample_tile(ROWS: tl.constexpr, GROUPS: tl.constexpr, channels, positions):
 
 @triton.jit
 def coefficient(coefficients_pointer, ROW: tl.constexpr, sample):
-    """One of the [5, B] coefficients; the grid's last dimension is B."""
+    """One of the coefficients [5 or 6, B]; the grid's last dimension is B."""
     return tl.load(coefficients_pointer + ROW * tl.num_programs(2) + sample)
 
 
@@ -134,7 +134,8 @@ def reference_add_noise(
 
     Args:
         mean, std: [B, C, ...] in bf16, fp16 or fp32, contiguous or channels-last.
-        coefficients: fp32 [5, B], the rows alpha, sigma, c_x, c_e and weight of `engine.diffusion`; the first two are read.
+        coefficients: fp32 [5 or 6, B], the rows alpha, sigma, c_x, c_e and weight of `engine.diffusion`, and Huber's constant;
+            the first two are read.
         seed: int64 [1]; slots: int64 [B]. Every draw is a pure function of these.
         offset, perturbation: scales of the channel-wide and of the input-only noise.
 

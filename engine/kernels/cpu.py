@@ -40,6 +40,7 @@ class _DiffusionLoss(ctypes.Structure):
         ("walk", _Walk),
         *((name, _Pointer) for name in ("gradient", "prediction", "scale")),
         ("target_elements", ctypes.c_int64), ("loss", _Pointer), ("partial", _Pointer),
+        ("mask", _Pointer), ("huber", ctypes.c_bool),
     ]  # fmt: skip
 
 
@@ -92,17 +93,20 @@ def run_add_noise(
     return noisy
 
 
-def run_diffusion_loss(prediction: Tensor, mean: Tensor, std: Tensor | None, *others: Any) -> tuple[Tensor, Tensor]:
-    coefficients, seed, slots, offset, gradient_scale = others
+def run_diffusion_loss(
+    prediction: Tensor, mean: Tensor, std: Tensor | None, coefficients: Tensor, seed: Tensor, slots: Tensor, offset: float,
+    gradient_scale: Tensor, mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     prediction, mean = walkable(prediction), walkable(mean)
     std = None if std is None else stored_like(std.to(mean.dtype), mean)
     gradient = torch.empty_like(prediction)
     loss = torch.empty(prediction.shape[0], dtype=torch.float32)
     coefficients, slots = coefficients.contiguous(), slots.contiguous()
+    mask = None if mask is None else mask.contiguous()
     walk = _walk(gradient, mean, std, coefficients, seed, slots, offset)
     task = _DiffusionLoss(
         walk, gradient.data_ptr(), prediction.data_ptr(), gradient_scale.data_ptr(), mean.shape[1:].numel(), loss.data_ptr(),
-        None,
+        None, None if mask is None else mask.data_ptr(), len(coefficients) == 6,
     )  # fmt: skip
     _call("diffusion_loss", task, TYPES[prediction.dtype], TYPES[mean.dtype])
     return loss, gradient

@@ -139,12 +139,12 @@ def _dream(
     Returns:
         The new noisy input, what to add to the prediction before comparing (fp32), and the coefficients of the loss.
     """
-    _, sigma, c_x, _, weight = batch.coefficients
+    _, sigma, c_x, _, *rest = batch.coefficients
     strength = sigma**config.dream_detail_preservation
     first = family.predict(model, noisy, batch.timesteps, batch.record).float()
     mean = batch.record[family.encoding.mean]
     # The first two rows make the noise's part of s d, with none of x0; the others are those of the loss.
-    coefficients = torch.stack([torch.zeros_like(sigma), sigma * strength, c_x, 1 + strength, weight])
+    coefficients = torch.stack([torch.zeros_like(sigma), sigma * strength, c_x, 1 + strength, *rest])
     shift = add_noise(mean.float(), None, coefficients, seed, batch.slots, config.noise_offset, 0.0)
     correction = per_sample(strength, first) * first
     moved = noisy.float() + shift - per_sample(sigma, first) * correction

@@ -26,15 +26,18 @@ def report() -> list[dict]:
 # The first of each kernel is compiled for all targets.
 VARIANTS = {
     "add_noise": ["contiguous", "channels_last", "flat", "plain", "plain, 1280", "plain, 16 x 24 x 24"],
-    "diffusion_loss": ["contiguous", "channels_last", "flat", "plain", "plain, 1280", "plain, 16 x 24 x 24"],
+    "diffusion_loss": [
+        "contiguous", "channels_last", "flat", "plain", "plain, 1280", "plain, 16 x 24 x 24", "Huber", "mask",
+    ],
     "adamw_ema": ["any count"],
     "square_sum": ["any count"],
     "group_norm_silu": ["10 per group", "40 per group", "36 per group"],
     "group_norm_silu_backward": ["10 per group", "40 per group", "36 per group"],
-}
-# What each reads once per program beside its tiles: coefficients, seeds, statistics, affine parameters.
+}  # fmt: skip
+# What each reads once per program beside its tiles: coefficients, seeds, statistics, affine parameters. Of a mask a thread's 8
+# elements are 64 bits.
 # The optimizer's two also read their last elements one by one.
-SCALAR_LOADS = {"add_noise": 4, "diffusion_loss": 6, "adamw_ema": 10, "square_sum": 1, "group_norm_silu": 3,
+SCALAR_LOADS = {"add_noise": 4, "diffusion_loss": 8, "adamw_ema": 10, "square_sum": 1, "group_norm_silu": 3,
                 "group_norm_silu_backward": 4}  # fmt: skip
 
 

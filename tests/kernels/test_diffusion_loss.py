@@ -10,30 +10,45 @@ from tests.kernels.cases import DEVICE, DTYPES, LAYOUTS, SHAPES, TOLERANCE, Samp
 
 
 class Case(Sample):
-    """A sample with a prediction that may carry more channels than the target."""
+    """A sample with a prediction that may carry more channels than the target, compared by the square or by Huber's loss."""
 
-    def __init__(self, shape, dtype, layout, has_std=True, offset=0.1, extra_channels=0, mean_layout=None):
+    def __init__(
+        self, shape, dtype, layout, has_std=True, offset=0.1, extra_channels=0, mean_layout=None, huber=False, masked=False
+    ):
         super().__init__(shape, dtype, mean_layout or layout, has_std, offset)
         generator = torch.Generator().manual_seed(1)
         prediction = torch.randn(shape[0], shape[1] + extra_channels, *shape[2:], generator=generator)
         self.prediction = with_layout(prediction.to(dtype).to(DEVICE), layout)
         self.c_x, self.c_e, self.weight = self.coefficients[2:]
         self.c_x[0] = 0.0  # a sample that predicts the noise alone takes another path through the kernel
+        self.c = self.mask = None
+        if huber:
+            self.c = (10 ** (3 * torch.rand(shape[0], generator=generator) - 2)).to(DEVICE)  # around the size of the errors
+            self.coefficients = torch.cat([self.coefficients, self.c[None]])
+        if masked:
+            self.mask = torch.randint(256, (shape[0], 1, *shape[2:]), generator=generator, dtype=torch.uint8).to(DEVICE)
 
     def call(self, function, scale=1.0):
-        return function(self.prediction, *self.arguments, self.offset, torch.tensor([scale], device=DEVICE))
+        gradient_scale = torch.tensor([scale], device=DEVICE)
+        return function(self.prediction, *self.arguments, self.offset, gradient_scale, self.mask)
 
     def exact(self) -> tuple[np.ndarray, np.ndarray]:
         dimensions, channels = self.prediction.dim(), self.mean.shape[1]
         prediction = self.prediction.double().cpu().numpy()
         target = column(self.c_x, dimensions) * self.clean + column(self.c_e, dimensions) * self.noise
         error = prediction[:, :channels] - target
-        elements = error[0].size
-        weight = self.weight.double().cpu().numpy()
-        loss = weight * np.square(error).reshape(len(error), -1).mean(1)
+        leaf = torch.from_numpy(error).requires_grad_()
+        losses = leaf.square()
+        if self.c is not None:
+            c = torch.from_numpy(column(self.c, dimensions))
+            losses = 2 * c * ((leaf.square() + c.square()).sqrt() - c)
+        if self.mask is not None:
+            losses = losses * (self.mask.double().cpu() / 255)
+        loss = self.weight.double().cpu() * losses.flatten(1).mean(1)
+        loss.sum().backward()
         gradient = np.zeros_like(prediction)
-        gradient[:, :channels] = 2 * column(self.weight, dimensions) * error / elements
-        return loss, gradient
+        gradient[:, :channels] = leaf.grad.numpy()
+        return loss.detach().numpy(), gradient
 
 
 def check(function, case: Case, scale: float = 1.0) -> None:
@@ -79,6 +94,78 @@ def test_prediction_and_posterior_may_differ_in_memory_format(layout, mean_layou
     check(launch_diffusion_loss, Case((2, 4, 8, 8), torch.float32, layout, mean_layout=mean_layout))
 
 
+# Latents as buckets have them, of even and of odd sizes; all sizes of samples that a mask may have.
+OPTIONS = pytest.mark.parametrize(("huber", "masked"), [(True, False), (False, True), (True, True)], ids=str)
+BUCKETS = pytest.mark.parametrize("shape", [(2, 4, 40, 104), (3, 4, 9, 5), (2, 1280)], ids=str)
+
+
+@run_kernels
+@OPTIONS
+@pytest.mark.parametrize("shape", [(2, 4, 8, 20), (3, 4, 9, 5), (2, 40)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kernel_is_exact_with_hubers_loss_and_masks(shape, layout, huber, masked):
+    check(launch_diffusion_loss, Case(shape, torch.float32, layout, extra_channels=4, huber=huber, masked=masked))
+
+
+@run_kernels
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_kernel_is_exact_with_hubers_loss_and_masks_over_several_tiles(layout):
+    check(launch_diffusion_loss, Case((1, 4, 40, 104), torch.float32, layout, huber=True, masked=True))
+
+
+@run_kernels
+@OPTIONS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernel_is_exact_with_hubers_loss_and_masks_over_dtypes(dtype, huber, masked):
+    case = Case((3, 4, 16, 16), dtype, "channels_last", has_std=False, offset=0.0, huber=huber, masked=masked)
+    check(launch_diffusion_loss, case, 64.0)
+
+
+@pytest.mark.parametrize("function", [diffusion_loss, reference_diffusion_loss], ids=["operation", "reference"])
+@OPTIONS
+@BUCKETS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_operation_is_exact_with_hubers_loss_and_masks(function, shape, dtype, layout, huber, masked):
+    check(function, Case(shape, dtype, layout, extra_channels=4, huber=huber, masked=masked))
+    check(function, Case(shape, dtype, layout, has_std=False, offset=0.0, huber=huber, masked=masked), 64.0)
+
+
+FUNCTIONS = pytest.mark.parametrize(
+    "function",
+    [diffusion_loss, reference_diffusion_loss, pytest.param(launch_diffusion_loss, marks=run_kernels)],
+    ids=["operation", "reference", "kernel"],
+)
+
+
+@FUNCTIONS
+def test_hubers_loss_of_a_tiny_error_keeps_its_digits_and_a_large_constant_squares(function):
+    case = Case((2, 4, 8, 8), torch.float32, "contiguous", has_std=False, offset=0.0, huber=True)
+    case.coefficients[2:4] = 0.0  # the target is zero
+    case.prediction *= 1e-4
+    case.coefficients[5] = 1e3  # sqrt(error^2 + c^2) is c in fp32
+    loss, gradient = case.call(function)
+    squared = (case.prediction.square().flatten(1).mean(1) * case.weight).cpu()
+    assert torch.allclose(loss.cpu(), squared, rtol=1e-5, atol=0)
+    exact = 2 * case.weight.view(-1, 1, 1, 1) * case.prediction / case.prediction[0].numel()
+    assert torch.allclose(gradient, exact, rtol=1e-5, atol=0)
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("huber", [False, True], ids=["squared", "huber"])
+@pytest.mark.parametrize("shape", [(2, 4, 8, 8), (3, 4, 9, 5)], ids=str)
+def test_a_white_mask_is_none_and_a_black_one_weighs_nothing(function, shape, huber):
+    case = Case(shape, torch.float32, "contiguous", huber=huber, masked=True)
+    case.mask.fill_(255)
+    white = case.call(function)
+    case.mask.zero_()
+    black = case.call(function)
+    case.mask = None
+    for ours, bare in zip(white, case.call(function), strict=True):
+        assert torch.equal(ours, bare)
+    assert not any(torch.count_nonzero(tensor) for tensor in black)
+
+
 # Without a GPU the operation is the one in C++.
 @pytest.mark.parametrize("function", [diffusion_loss, reference_diffusion_loss], ids=["operation", "reference"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -110,8 +197,10 @@ def test_the_loss_is_reproducible_bit_for_bit():
 
 
 def test_operation_passes_opcheck():
-    case = Case((2, 4, 4, 4), torch.float32, "contiguous", extra_channels=2)
-    torch.library.opcheck(diffusion_loss, (case.prediction, *case.arguments, 0.1, torch.tensor([8.0], device=DEVICE)))
+    case = Case((2, 4, 4, 4), torch.float32, "contiguous", extra_channels=2, huber=True, masked=True)
+    arguments = (case.prediction, *case.arguments, 0.1, torch.tensor([8.0], device=DEVICE))
+    torch.library.opcheck(diffusion_loss, arguments)
+    torch.library.opcheck(diffusion_loss, (*arguments, case.mask))
 
 
 def test_small_fp16_gradients_survive_with_a_scale():
