@@ -77,10 +77,10 @@ def normals(seed: Tensor, slots: Tensor, stream: int, shape: torch.Size | tuple[
     return pairs.flatten(1)[:, :elements].float().view(-1, *shape)
 
 
-def uniforms(seed: Tensor, slots: Tensor, stream: int) -> Tensor:
-    """uniform of element 0 of each slot: fp32 [B] in [2^-25, 1]."""
+def uniforms(seed: Tensor, slots: Tensor, stream: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uniform of element 0 of each slot: [B], in fp64 from 2^-25 to 1 - 2^-25, in fp32 rounded, which may make it 1."""
     word = draw_words(seed, slots, stream, 1)[:, 0, 0]
-    return (((word >> 8).double() + 0.5) * 2.0**-24).float()
+    return (((word >> 8).double() + 0.5) * 2.0**-24).to(dtype)
 
 
 def choices(seed: Tensor, slots: Tensor, stream: int, count: int | Tensor) -> Tensor:

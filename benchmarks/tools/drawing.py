@@ -12,7 +12,6 @@ from engine.data.samples.loader import Loader
 from engine.data.samples.order import order_of
 from engine.data.samples.streams import Stream, Streams
 from engine.diffusion.schedules import DiscreteSchedule
-from engine.diffusion.weights import unweighted
 
 CPU = torch.device("cpu")
 
@@ -26,7 +25,7 @@ def draw(
     Args:
         window: shards of the order by locality, None for that of all records.
     """
-    schedule = DiscreteSchedule(torch.linspace(0.999, 0.001, 1000), "epsilon", unweighted)
+    schedule = DiscreteSchedule(torch.linspace(0.999, 0.001, 1000), "epsilon")
     streams = Streams(SEED, [Stream(shards, order_of(SEED, shards.index.shards["records"], window))])
     loader = Loader(streams, BatchPlan(batch, 1, 0, 1), SEED, schedule, device, steps.start, steps.stop)
     with contextlib.closing(loader):

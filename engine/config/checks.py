@@ -33,6 +33,7 @@ def check_options(config: CacheConfig) -> None:
     if isinstance(config, TrainConfig):
         _check_reading(config)
         _check_outputs(config)
+        _check_objective(config)
         _check_sharding(config)
         _check_precision(config)
         _check_attention(config)
@@ -87,6 +88,30 @@ def _check_outputs(config: TrainConfig) -> None:
             raise UserError(f"--{name} needs --compile")
     if config.offload_ema and not config.use_ema:
         raise UserError("--offload_ema needs --use_ema")
+
+
+# Options that mean something beside certain values of another only.
+_NEEDS: dict[str, tuple[str, tuple[str | None, ...]]] = {
+    "logit_mean": ("timestep_sampling", ("logit_normal",)),
+    "logit_std": ("timestep_sampling", ("logit_normal",)),
+    "mode_scale": ("timestep_sampling", ("mode",)),
+    "timestep_bias_multiplier": ("timestep_bias_strategy", ("earlier", "later", "range")),
+    "timestep_bias_portion": ("timestep_bias_strategy", ("earlier", "later")),
+    "timestep_bias_begin": ("timestep_bias_strategy", ("range",)),
+    "timestep_bias_end": ("timestep_bias_strategy", ("range",)),
+    "snr_gamma": ("loss_weighting", (None, "min_snr", "soft_min_snr")),
+    "p2_gamma": ("loss_weighting", ("p2",)),
+    "p2_k": ("loss_weighting", ("p2",)),
+    "edm_sigma_data": ("loss_weighting", ("edm",)),
+    "huber_c": ("loss_type", ("huber", "smooth_l1")),
+    "huber_schedule": ("loss_type", ("huber", "smooth_l1")),
+}
+
+
+def _check_objective(config: TrainConfig) -> None:
+    for name, (other, values) in _NEEDS.items():
+        if getattr(config, name) != TrainConfig.model_fields[name].default and getattr(config, other) not in values:
+            raise UserError(f"--{name} needs --{other} {' or '.join(filter(None, values))}")
 
 
 def _check_sharding(config: TrainConfig) -> None:

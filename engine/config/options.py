@@ -4,6 +4,7 @@ The names, defaults and meanings are those of the diffusers training scripts; op
 beside them. One pydantic model is the single source for the command line, the TOML file, `--help` and `config.toml`.
 """
 
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -301,8 +302,66 @@ class TrainConfig(CacheConfig):
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = option(
         only(("sd",), None), "What the model predicts. Default: as the pretrained scheduler says.", "objective"
     )
+    rescale_betas_zero_snr: bool = option(
+        only(("sd",), False),
+        "Rescale the noise schedule so that its last timestep is pure noise (arXiv:2305.08891); needs --prediction_type "
+        "v_prediction or sample. The pipeline samples by the same schedule.",
+        "objective",
+    )
+    timestep_sampling: Literal["uniform", "stratified", "logit_normal", "mode", "cosmap"] = option(
+        "uniform",
+        "How timesteps are drawn: uniform; stratified, one from each of as many equal parts of the schedule as the global "
+        "batch has samples; or by a density of arXiv:2403.03206.",
+        "objective",
+    )
+    logit_mean: float = option(0.0, "Mean of logit_normal; a positive one draws more noisy timesteps.", "objective")
+    logit_std: float = option(1.0, "Standard deviation of logit_normal.", "objective", gt=0)
+    mode_scale: float = option(
+        1.29, "Scale of mode; a positive one draws more of the middle.", "objective", ge=-1, le=2 / (math.pi - 2)
+    )
+    timestep_bias_strategy: Literal["none", "earlier", "later", "range"] = option(
+        "none", "Which timesteps --timestep_bias_multiplier is for.", "objective"
+    )
+    timestep_bias_multiplier: float = option(1.0, "Draw these timesteps so many times as often.", "objective", gt=0)
+    timestep_bias_portion: float = option(0.25, "Which part of the timesteps is earlier or later.", "objective", gt=0, le=1)
+    timestep_bias_begin: float = option(0.0, "The first timestep of range.", "objective", ge=0)
+    timestep_bias_end: float | None = option(
+        None, "The end of range, exclusive. Default: that of the schedule.", "objective", ge=0
+    )
+    min_timestep: float | None = option(
+        None,
+        "The first timestep that is drawn, as the model takes them: integers from 0, wuerstchen's real numbers from 0 to 1.",
+        "objective",
+        ge=0,
+    )
+    max_timestep: float | None = option(
+        None, "The end of the timesteps that are drawn, exclusive. Default: that of the schedule.", "objective", gt=0
+    )
+    loss_weighting: Literal["min_snr", "soft_min_snr", "p2", "debiased", "edm"] | None = option(
+        None,
+        "Weights of the loss by timestep: Min-SNR (arXiv:2303.09556), Soft-Min-SNR (arXiv:2401.11605), P2 (arXiv:2204.00227), "
+        "debiased estimation (arXiv:2310.08442), EDM (arXiv:2206.00364). Default: min_snr with --snr_gamma, else none.",
+        "objective",
+    )
     snr_gamma: float | None = option(
-        None, "Gamma of the Min-SNR loss weights (arXiv:2303.09556); 5.0 is recommended.", "objective", gt=0
+        None,
+        "Gamma of the Min-SNR loss weights (arXiv:2303.09556), which it switches on, or of Soft-Min-SNR; 5.0 is recommended.",
+        "objective",
+        gt=0,
+    )
+    p2_gamma: float = option(1.0, "Gamma of P2's weights.", "objective", ge=0)
+    p2_k: float = option(1.0, "k of P2's weights.", "objective", gt=0)
+    edm_sigma_data: float = option(0.5, "EDM's sigma_data, the standard deviation of the data.", "objective", gt=0)
+    min_loss_weight: float = option(0.0, "No timestep weighs less; Min-SNR leaves pure noise no weight.", "objective", ge=0)
+    loss_type: Literal["l2", "huber", "smooth_l1"] = option(
+        "l2",
+        "The loss of an element: its error's square, or a pseudo-Huber loss (arXiv:2403.16728), for smooth_l1 divided by its "
+        "c.",
+        "objective",
+    )
+    huber_c: float = option(0.1, "c of the Huber losses: at the last timestep, where it is scheduled.", "objective", gt=0)
+    huber_schedule: Literal["constant", "exponential", "snr"] = option(
+        "snr", "How c grows towards the first timestep, to 1: by timestep, or by signal-to-noise ratio.", "objective"
     )
     noise_offset: float = option(
         only(("sd",), 0.0), "Scale of an offset that the noise of a channel shares.", "objective", ge=0
@@ -461,7 +520,11 @@ ALTER_THE_RESULT = (
     "max_train_steps", "gradient_accumulation_dtype", "matrix_precision", "shuffle", "shuffle_window",
     "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps",
     "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm",
-    "prediction_type", "snr_gamma", "noise_offset", "input_perturbation", "dream_training", "dream_detail_preservation",
+    "prediction_type", "rescale_betas_zero_snr", "timestep_sampling", "logit_mean", "logit_std", "mode_scale",
+    "timestep_bias_strategy", "timestep_bias_multiplier", "timestep_bias_portion", "timestep_bias_begin", "timestep_bias_end",
+    "min_timestep", "max_timestep", "loss_weighting", "snr_gamma", "p2_gamma", "p2_k", "edm_sigma_data", "min_loss_weight",
+    "loss_type", "huber_c", "huber_schedule",
+    "noise_offset", "input_perturbation", "dream_training", "dream_detail_preservation",
 )  # fmt: skip
 
 

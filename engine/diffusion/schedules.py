@@ -1,32 +1,48 @@
-"""Noise schedules: how timesteps are drawn, and what makes noisy samples, targets and loss weights of them.
+"""Noise schedules: what makes noisy samples, targets and losses of timesteps.
 
 The forward process is x_t = a x0 + s e. Every training target is c_x x0 + c_e e, and every loss is the mean over the batch of
-w(t) times the mean squared error in fp32. A schedule draws timesteps and turns them into those five coefficients. It works on
-the host, in double precision, for the few numbers that a batch needs; they travel to the device with it.
+w(t) times the mean loss of an element in fp32: its squared error, or a Huber loss with the constant c(t). A schedule draws
+timesteps and turns them into those coefficients. It works on the host, in double precision, for the few numbers that a batch
+needs; they travel to the device with it.
 """
 
 import math
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from engine import philox
-from engine.diffusion.weights import Weighting
+from engine.config.options import TrainConfig
+from engine.diffusion.timesteps import UNIFORM, Draw, Sampling, sampling
+from engine.diffusion.weights import Huber, Weighting, huber, unweighted, weighting
 from engine.errors import UserError
+
+
+class Objective(NamedTuple):
+    """What is asked of training, whatever the schedule: how errors are weighed and measured, and how timesteps are drawn."""
+
+    weighting: Weighting = unweighted
+    sampling: Sampling = UNIFORM
+    huber: Huber | None = None
+
+
+PLAIN = Objective()
+
+
+def objective(config: TrainConfig) -> Objective:
+    """What the options ask for."""
+    return Objective(weighting(config), sampling(config), huber(config))
 
 
 class Schedule(Protocol):
     """What the loop needs of a noise schedule."""
 
     def draw(self, seed: Tensor, slots: Tensor, global_batch: int) -> Tensor:
-        """The timesteps [B] of slots [B], as the model takes them: a pure function of seed (int64 [1]), slot
-        and global batch.
-        """
+        """The timesteps [B] of slots [B], as the model takes them: a function of seed (int64 [1]), slot and global batch."""
         ...
 
     def coefficients(self, timesteps: Tensor) -> Tensor:
-        """a, s, c_x, c_e and w of timesteps [B]: fp32 [5, B]."""
+        """a, s, c_x, c_e and w of timesteps [B]: fp32 [5, B]; for a Huber loss also c, [6, B]."""
         ...
 
 
@@ -39,20 +55,18 @@ class DiscreteSchedule:
 
     Raises:
         UserError: `epsilon` on a schedule whose last signal-to-noise ratio is zero, where the noise says nothing about
-            the image and the Min-SNR weight is 0/0.
+            the image and the Min-SNR weight is 0/0; or timesteps that the schedule does not have.
     """
 
-    def __init__(self, alphas_cumprod: Tensor, prediction_type: str, weighting: Weighting) -> None:
+    def __init__(self, alphas_cumprod: Tensor, prediction_type: str, objective: Objective = PLAIN) -> None:
         self.prediction_type = prediction_type
-        self.table = coefficient_rows(alphas_cumprod, prediction_type, weighting)
+        count = len(alphas_cumprod)
+        self.table = coefficient_rows(alphas_cumprod, prediction_type, objective, torch.arange(count).double() / count)
+        self.draw = Draw(objective.sampling, count, integers=True)
 
     @property
     def timesteps(self) -> int:
         return self.table.shape[1]
-
-    def draw(self, seed: Tensor, slots: Tensor, global_batch: int) -> Tensor:
-        """Uniform integers, int64."""
-        return philox.choices(seed, slots, philox.TIMESTEP, self.timesteps)
 
     def coefficients(self, timesteps: Tensor) -> Tensor:
         return self.table[:, timesteps]
@@ -61,29 +75,31 @@ class DiscreteSchedule:
 class CosineSchedule:
     """The continuous schedule of Wuerstchen (arXiv:2306.00637), for epsilon prediction: timesteps are real numbers in [0, 1].
 
-    The cumulative product is the cosine schedule of arXiv:2102.09672, section 3.2, with s = 0.008 and clamped to
-    [0.0001, 0.9999], so that its signal-to-noise ratio stays between 1e-4 and 1e4.
+    They are drawn in fp32: from 0.5 to 1 there are only 1024 numbers in fp16 and 128 in bf16. The cumulative product is the
+    cosine schedule of arXiv:2102.09672, section 3.2, with s = 0.008 and clamped to [0.0001, 0.9999], so that its
+    signal-to-noise ratio stays between 1e-4 and 1e4.
     """
 
     OFFSET = 0.008
 
-    def __init__(self, weighting: Weighting) -> None:
-        self.weighting = weighting
-
-    def draw(self, seed: Tensor, slots: Tensor, global_batch: int) -> Tensor:
-        """Uniform reals, fp32: from 0.5 to 1 there are only 1024 numbers in fp16 and 128 in bf16."""
-        return philox.uniforms(seed, slots, philox.TIMESTEP)
+    def __init__(self, objective: Objective = PLAIN) -> None:
+        self.objective = objective
+        self.draw = Draw(objective.sampling, 1.0, integers=False)
 
     def coefficients(self, timesteps: Tensor) -> Tensor:
         angle = (timesteps.double() + self.OFFSET) / (1 + self.OFFSET) * (math.pi / 2)
         first = math.cos(self.OFFSET / (1 + self.OFFSET) * (math.pi / 2)) ** 2
-        return coefficient_rows((angle.cos().square() / first).clamp(0.0001, 0.9999), "epsilon", self.weighting)
+        signal = (angle.cos().square() / first).clamp(0.0001, 0.9999)
+        return coefficient_rows(signal, "epsilon", self.objective, timesteps)
 
 
-def coefficient_rows(alphas_cumprod: Tensor, prediction_type: str, weighting: Weighting) -> Tensor:
-    """fp32 [5, T]: a, s, c_x, c_e and the weight w for every entry of `alphas_cumprod` [T].
+def coefficient_rows(alphas_cumprod: Tensor, prediction_type: str, objective: Objective, progress: Tensor) -> Tensor:
+    """fp32 [5, T] or [6, T]: a, s, c_x, c_e, the weight w and a Huber loss's c for every entry of `alphas_cumprod` [T].
 
     The targets are those of DDPM (arXiv:2006.11239) and of v-prediction (arXiv:2202.00512).
+
+    Args:
+        progress: [T], where the entries lie between the beginning of the schedule, 0, and its end, 1.
     """
     signal = alphas_cumprod.double()
     alpha, sigma = signal.sqrt(), (1 - signal).sqrt()
@@ -102,4 +118,9 @@ def coefficient_rows(alphas_cumprod: Tensor, prediction_type: str, weighting: We
         c_x, c_e, divisor = ones, zeros, ones
     else:
         raise UserError(f"unknown prediction type {prediction_type!r}: use epsilon, v_prediction or sample")
-    return torch.stack([alpha, sigma, c_x, c_e, weighting(snr, divisor)]).float()
+    weight = objective.weighting(snr, divisor)
+    if objective.huber is None:
+        return torch.stack([alpha, sigma, c_x, c_e, weight]).float()
+    threshold = objective.huber.thresholds(snr, progress.double())
+    weight = weight / threshold if objective.huber.smooth_l1 else weight
+    return torch.stack([alpha, sigma, c_x, c_e, weight, threshold]).float()

@@ -17,8 +17,7 @@ from engine.catalogue import PRIOR
 from engine.config.options import CacheConfig, TrainConfig
 from engine.data import transforms
 from engine.data.format.index import Field
-from engine.diffusion.schedules import DiscreteSchedule
-from engine.diffusion.weights import weighting
+from engine.diffusion.schedules import DiscreteSchedule, objective
 from engine.models.check import check_pipeline, load_model
 from engine.models.configurations import read_config
 from engine.models.encoder import Encoder, Encoding
@@ -105,7 +104,7 @@ class KandinskyDecoder(Family):
         if config.validation_prompts:
             locate(config, PRIOR)  # the rest of it too, which draws the images
         scheduler = read_scheduler(self.encoding.path)
-        self.schedule = DiscreteSchedule(scheduler.alphas_cumprod, scheduler.config.prediction_type, weighting(config))
+        self.schedule = DiscreteSchedule(scheduler.alphas_cumprod, scheduler.config.prediction_type, objective(config))
 
     def check_files(self) -> None:
         self.try_step(check_pipeline(self.encoding.path, KandinskyV22Pipeline, self.config.variant).unet)

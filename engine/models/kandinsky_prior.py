@@ -18,8 +18,7 @@ from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProject
 from engine.catalogue import DECODER
 from engine.config.options import CacheConfig, TrainConfig
 from engine.data.format.index import Field
-from engine.diffusion.schedules import DiscreteSchedule
-from engine.diffusion.weights import weighting
+from engine.diffusion.schedules import DiscreteSchedule, objective
 from engine.files import reading
 from engine.models.check import check_pipeline, check_weights, load_model
 from engine.models.configurations import read_config
@@ -187,7 +186,7 @@ class KandinskyPrior(Family):
         if config.validation_prompts:
             self.encoding.locate_decoder()
         scheduler: Any = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
-        self.schedule = DiscreteSchedule(scheduler.alphas_cumprod, "sample", weighting(config))
+        self.schedule = DiscreteSchedule(scheduler.alphas_cumprod, "sample", objective(config))
 
     def check_files(self) -> None:
         self.try_step(check_pipeline(self.encoding.path, KandinskyV22PriorPipeline, self.config.variant).prior)

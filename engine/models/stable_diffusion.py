@@ -19,8 +19,7 @@ from engine.catalogue import MODEL
 from engine.config.options import CacheConfig, TrainConfig
 from engine.data import transforms
 from engine.data.format.index import Field
-from engine.diffusion.schedules import DiscreteSchedule
-from engine.diffusion.weights import weighting
+from engine.diffusion.schedules import DiscreteSchedule, objective
 from engine.errors import UserError
 from engine.models.check import absent_parts, check_pipeline, check_weights, load_model
 from engine.models.configurations import read_config
@@ -124,7 +123,7 @@ class StableDiffusion(Family):
         super().__init__(config)
         scheduler = read_scheduler(self.encoding.path)
         self.prediction_type = config.prediction_type or scheduler.config.prediction_type
-        self.schedule = DiscreteSchedule(scheduler.alphas_cumprod, self.prediction_type, weighting(config))
+        self.schedule = DiscreteSchedule(scheduler.alphas_cumprod, self.prediction_type, objective(config))
         if config.dream_training and self.prediction_type != "epsilon":
             raise UserError(f"--dream_training needs prediction type epsilon, not {self.prediction_type}")
 

@@ -19,8 +19,7 @@ from engine.catalogue import DECODER
 from engine.config.options import CacheConfig, TrainConfig
 from engine.data import transforms
 from engine.data.format.index import Field
-from engine.diffusion.schedules import CosineSchedule
-from engine.diffusion.weights import weighting
+from engine.diffusion.schedules import CosineSchedule, objective
 from engine.models import efficientnet
 from engine.models.check import check_pipeline, load_model
 from engine.models.configurations import read_config
@@ -141,7 +140,7 @@ class Wuerstchen(Family):
         super().__init__(config)
         if config.validation_prompts:
             self.encoding.locate_decoder()
-        self.schedule = CosineSchedule(weighting(config))
+        self.schedule = CosineSchedule(objective(config))
 
     def check_files(self) -> None:
         self.try_step(check_pipeline(self.encoding.path, WuerstchenPriorPipeline, self.config.variant).prior)

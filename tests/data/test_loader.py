@@ -12,8 +12,8 @@ from engine.data.samples.draw import draw_rows
 from engine.data.samples.loader import Loader
 from engine.data.samples.order import order_of, records_of
 from engine.data.samples.streams import Stream, Streams
-from engine.diffusion.schedules import CosineSchedule, DiscreteSchedule
-from engine.diffusion.weights import min_snr, unweighted
+from engine.diffusion.schedules import CosineSchedule, DiscreteSchedule, Objective
+from engine.diffusion.weights import min_snr
 from engine.errors import UserError
 
 SEED = 21
@@ -21,7 +21,7 @@ PLAN = BatchPlan(micro_batch=2, accumulation=3, rank=1, world=2)
 CPU = torch.device("cpu")
 
 
-SCHEDULES = [DiscreteSchedule(torch.linspace(0.99, 0.01, 1000), "epsilon", min_snr(5.0)), CosineSchedule(unweighted)]
+SCHEDULES = [DiscreteSchedule(torch.linspace(0.99, 0.01, 1000), "epsilon", Objective(min_snr(5.0))), CosineSchedule()]
 
 
 def streams_of(reader: Shards, window: int | None = None) -> Streams:

@@ -25,7 +25,6 @@ from engine.data.samples.loader import Loader
 from engine.data.samples.order import order_of
 from engine.data.samples.streams import Stream, Streams
 from engine.diffusion.schedules import DiscreteSchedule
-from engine.diffusion.weights import unweighted
 from engine.errors import UserError
 from engine.storage import Storage, StorageError, is_remote, shown
 from engine.tensors import read_header
@@ -33,7 +32,7 @@ from tests.altered import say_of
 from tests.data.test_lies import whole_varied  # noqa: F401 - a fixture
 from tests.storage_server import serving
 
-SCHEDULE = DiscreteSchedule(torch.linspace(0.99, 0.01, 1000), "epsilon", unweighted)
+SCHEDULE = DiscreteSchedule(torch.linspace(0.99, 0.01, 1000), "epsilon")
 SHARD = re.compile("shard-.*")
 
 

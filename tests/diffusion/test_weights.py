@@ -1,0 +1,100 @@
+"""Loss weights and Huber's constants against the formulas of their papers, in double precision, for every target."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+
+from engine.config.options import TrainConfig
+from engine.diffusion.schedules import CosineSchedule, DiscreteSchedule, objective
+
+SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+ZERO_TERMINAL = DDPMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=True)
+TARGETS = ("epsilon", "v_prediction", "sample")
+SNR = (SCHEDULER.alphas_cumprod.double() / (1 - SCHEDULER.alphas_cumprod.double())).tolist()
+
+# Weights of the error of the noise, as the papers have them, of a signal-to-noise ratio.
+OF_NOISE = {
+    "min_snr": ({}, lambda snr: min(snr, 5.0) / snr),
+    "snr_gamma alone": ({"loss_weighting": None, "snr_gamma": 3.0}, lambda snr: min(snr, 3.0) / snr),
+    "soft_min_snr": ({"snr_gamma": 4.0}, lambda snr: 1 / (1 / snr + 1 / 4.0) / snr),
+    "p2": ({"p2_gamma": 0.5, "p2_k": 2.0}, lambda snr: 1 / (2.0 + snr) ** 0.5),
+    "debiased": ({}, lambda snr: 1 / math.sqrt(snr)),
+    "edm": ({}, lambda snr: (1 / snr + 0.5**2) / (snr**-0.5 * 0.5) ** 2 / snr),
+}
+
+
+def options(**given) -> TrainConfig:
+    return TrainConfig(family="wuerstchen", **given)
+
+
+@pytest.mark.parametrize("prediction", TARGETS)
+@pytest.mark.parametrize("name", OF_NOISE)
+def test_weights_are_those_of_their_papers_whatever_is_predicted(name, prediction):
+    given, of_noise = OF_NOISE[name]
+    wanted = objective(options(**{"loss_weighting": name} | given))
+    weights = DiscreteSchedule(SCHEDULER.alphas_cumprod, prediction, wanted).coefficients(torch.arange(1000))[4]
+    # The same weighted error: v is off by sqrt(SNR + 1) times as much as x0, noise by sqrt(SNR).
+    factor = {"epsilon": lambda snr: 1, "v_prediction": lambda snr: snr / (snr + 1), "sample": lambda snr: snr}[prediction]
+    assert weights.tolist() == pytest.approx([of_noise(snr) * factor(snr) for snr in SNR], rel=1e-6)
+
+
+def test_min_snr_is_that_of_diffusers():
+    snr = compute_snr(SCHEDULER, torch.arange(1000)).double()
+    for prediction, divisor in zip(TARGETS, (snr, snr + 1, torch.ones(())), strict=True):
+        table = DiscreteSchedule(SCHEDULER.alphas_cumprod, prediction, objective(options(snr_gamma=5.0))).table
+        torch.testing.assert_close(table[4].double(), snr.clamp(max=5.0) / divisor, rtol=1e-4, atol=0)
+
+
+def test_nothing_is_weighed_unless_it_is_asked_for():
+    for prediction in TARGETS:
+        table = DiscreteSchedule(SCHEDULER.alphas_cumprod, prediction, objective(options())).table
+        assert torch.equal(table[4], torch.ones(1000))
+        assert len(table) == 5
+
+
+@pytest.mark.parametrize("prediction", TARGETS[1:])
+@pytest.mark.parametrize("name", OF_NOISE)
+def test_weights_stay_finite_without_signal_and_can_be_given_a_floor(name, prediction):
+    given = {"loss_weighting": name} | OF_NOISE[name][0]
+    free, floored = (
+        DiscreteSchedule(ZERO_TERMINAL.alphas_cumprod, prediction, objective(options(**given, min_loss_weight=floor))).table[4]
+        for floor in (0.0, 0.125)
+    )
+    assert bool(free.isfinite().all())
+    assert float(free[-1]) == (4.0 if name == "edm" else 0.0)
+    assert torch.equal(floored, free.clamp(min=0.125))
+
+
+@pytest.mark.parametrize("smooth_l1", [False, True])
+@pytest.mark.parametrize("schedule", ["constant", "exponential", "snr"])
+def test_thresholds_of_huber_are_those_of_the_paper(schedule, smooth_l1):
+    c = 0.2
+    kind = {"loss_type": "smooth_l1" if smooth_l1 else "huber", "huber_c": c, "huber_schedule": schedule, "snr_gamma": 5.0}
+    wanted = objective(options(**kind))
+    discrete, weighed = (
+        DiscreteSchedule(SCHEDULER.alphas_cumprod, "v_prediction", each).table
+        for each in (wanted, objective(options(snr_gamma=5.0)))
+    )
+    reals = torch.linspace(0, 1, 101)
+    continuous = CosineSchedule(wanted).coefficients(reals)
+    alpha, sigma = CosineSchedule().coefficients(reals)[:2].double()
+    for row, places, snr in (
+        (discrete[5], [t / 1000 for t in range(1000)], SNR),
+        (continuous[5], reals.tolist(), (alpha / sigma).square().tolist()),
+    ):
+        expected = {
+            "constant": lambda place, snr: c,
+            "exponential": lambda place, snr: c**place,
+            "snr": lambda place, snr: (1 - c) / (1 + snr**-0.5) ** 2 + c,
+        }[schedule]
+        assert row.tolist() == pytest.approx([expected(*each) for each in zip(places, snr, strict=True)], rel=1e-5)
+    assert torch.equal(discrete[:4], weighed[:4])
+    torch.testing.assert_close(discrete[4] * (discrete[5] if smooth_l1 else 1), weighed[4], rtol=1e-6, atol=0)
+
+
+def test_a_threshold_without_signal_is_c():
+    wanted = objective(options(loss_type="huber"))
+    assert float(DiscreteSchedule(ZERO_TERMINAL.alphas_cumprod, "sample", wanted).table[5, -1]) == pytest.approx(0.1)
