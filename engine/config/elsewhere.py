@@ -20,10 +20,8 @@ ELSEWHERE = {
     "controlnet_* conditioning_image_column conditioning_data_dir original_image_column edited_image_column "
     "edit_prompt_column control_path control_type": "models that take another image are not trained",
     "teacher_revision pretrained_teacher_model num_ddim_timesteps w_min w_max": "no distillation",
-    "discrete_flow_shift timestep_sampling weighting_scheme logit_mean logit_std mode_scale flow_* shift "
-    "scheduled_sampling_* timestep_shift timestep_sample_method max_sequence_length t5* clip_l clip_g": (
-        "no model of flow matching is trained (SD 3, FLUX)"
-    ),
+    "discrete_flow_shift flow_* shift scheduled_sampling_* timestep_shift timestep_sample_method max_sequence_length t5* "
+    "clip_l clip_g": "no model of flow matching is trained (SD 3, FLUX)",
     "base_model_name model model_name model_name_or_path ckpt ckpt_path diffusers_path pretrained_model checkpoint_path": (
         "--pretrained_model_name_or_path"
     ),
@@ -110,15 +108,20 @@ ELSEWHERE = {
     "multires_noise_* adaptive_noise_scale *_random_strength perlin_noise": (
         "--noise_offset and --input_perturbation are the changes of the noise"
     ),
-    "loss_type huber_* loss_weight_* debiased_estimation_loss scale_v_pred_loss_like_noise_pred v_pred_like_loss "
-    "mse_strength mae_strength log_cosh_strength use_soft_min_snr pseudo_huber_c": (
-        "the loss is the mean square, with Min-SNR weights under --snr_gamma"
-    ),
-    "min_timestep max_timestep timestep_bias_* *_noising_strength noising_* timestep_distribution": (
-        "timesteps are drawn uniformly from all"
-    ),
+    "debiased_estimation_loss": "--loss_weighting debiased",
+    "use_soft_min_snr soft_min_snr_*": "--loss_weighting soft_min_snr with --snr_gamma",
+    "loss_weight_fn loss_weight_strength": "--loss_weighting, with --snr_gamma, --p2_gamma or --edm_sigma_data",
+    "scale_v_pred_loss_like_noise_pred v_pred_like_loss": "--loss_weighting weighs an error alike whatever is predicted",
+    "pseudo_huber_c huber_delta": "--huber_c, with --loss_type huber",
+    "huber_scale mse_strength mae_strength log_cosh_strength huber_strength": "--loss_type is one loss, without a factor",
+    "weighting_scheme timestep_distribution": "--timestep_sampling",
+    "noising_bias": "--logit_mean, with --timestep_sampling logit_normal",
+    "noising_weight": "--logit_std, with --timestep_sampling logit_normal",
+    "min_noising_strength": "--min_timestep, counted in timesteps",
+    "max_noising_strength": "--max_timestep, counted in timesteps",
+    "dynamic_timestep_shifting": "--timestep_sampling has the densities that do not depend on the size",
     "zero_terminal_snr rescale_noise_scheduler_to_zero_terminal_snr": (
-        "set rescale_betas_zero_snr in the scheduler's configuration, with --prediction_type v_prediction"
+        "--rescale_betas_zero_snr, with --prediction_type v_prediction"
     ),
     # Precision, memory and speed.
     "full_fp16 fp16": "--mixed_precision fp16",
