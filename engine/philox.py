@@ -83,6 +83,12 @@ def uniforms(seed: Tensor, slots: Tensor, stream: int, dtype: torch.dtype = torc
     return (((word >> 8).double() + 0.5) * 2.0**-24).to(dtype)
 
 
+def chances(seed: Tensor, slots: Tensor, stream: int, proportion: float) -> Tensor:
+    """Whether uniform of element 0 of each slot is below `proportion`, without rounding: bool [B]; of 1 always, of 0 never."""
+    word = draw_words(seed, slots, stream, 1)[:, 0, 0]
+    return ((word >> 8).double() + 0.5) * 2.0**-24 < proportion
+
+
 def choices(seed: Tensor, slots: Tensor, stream: int, count: int | Tensor) -> Tensor:
     """floor(uniform * count) of element 0 of each slot: int64 [B] in 0 .. count - 1.
 

@@ -84,6 +84,11 @@ class CacheConfig(BaseModel):
     )
     image_column: str = option("image", "Column that holds the image.", "data")
     caption_column: str = option(only(CAPTIONED, "text"), "Column that holds a caption or a list of captions.", "data")
+    keep_empty_captions: bool = option(
+        only(CAPTIONED, False),
+        "Train without a caption on images whose caption is empty, or missing in their row of a table; else they are refused.",
+        "data",
+    )
     max_train_samples: int | None = option(
         None, "Train on this many samples, drawn by --subset_seed, instead of all.", "data", ge=1
     )
@@ -376,6 +381,22 @@ class TrainConfig(CacheConfig):
         only(("sd",), False), "Train with DREAM (arXiv:2312.00210): one extra forward pass.", "objective"
     )
     dream_detail_preservation: float = option(only(("sd",), 1.0), "DREAM's detail preservation factor p.", "objective", gt=0)
+    proportion_empty_prompts: float = option(
+        only(CAPTIONED, 0.0),
+        "Share of the samples that are trained with the empty caption in place of theirs, which sampling guides against; 0.1 "
+        "is usual.",
+        "objective",
+        ge=0,
+        le=1,
+    )
+    proportion_empty_images: float = option(
+        only(("kandinsky-decoder",), 0.0),
+        "Share of the samples that are trained with the embedding of an empty image in place of theirs, which sampling guides "
+        "against; 0.1 is usual.",
+        "objective",
+        ge=0,
+        le=1,
+    )
 
     allow_tf32: bool = option(False, "Allow TF32 matrix products on Ampere GPUs and newer.", "precision")
     matrix_precision: Literal["fp8"] | None = option(
@@ -498,6 +519,11 @@ class TrainConfig(CacheConfig):
         return int(float(size[1]) * (1024 if size[3] else 1000) ** ("KMGTP".index(size[2].upper()) + 1 if size[2] else 0))
 
     @property
+    def proportion_unconditional(self) -> float:
+        """Share of the samples that are trained without their condition, by the family's name of it."""
+        return self.proportion_empty_prompts or self.proportion_empty_images
+
+    @property
     def uses_xformers(self) -> bool:
         """Whether attention is xFormers', by either of its names."""
         return self.attention == "xformers" or self.enable_xformers_memory_efficient_attention
@@ -525,6 +551,7 @@ ALTER_THE_RESULT = (
     "min_timestep", "max_timestep", "loss_weighting", "snr_gamma", "p2_gamma", "p2_k", "edm_sigma_data", "min_loss_weight",
     "loss_type", "huber_c", "huber_schedule",
     "noise_offset", "input_perturbation", "dream_training", "dream_detail_preservation",
+    "proportion_empty_prompts", "proportion_empty_images",
 )  # fmt: skip
 
 

@@ -14,13 +14,14 @@ _OPTIONS = {
     "samples": "max_train_samples",
     "sample_seed": "subset_seed",
 }
+_OF_CAPTIONS = ("cache_text", "keep_empty_captions")
 # Options of the data that are part of the identity where they are not left at their defaults.
-_SHAPING = ("image_mode", "background", "max_upscale", "metadata_encoding", "follow_links", "cache_text")
+_SHAPING = ("image_mode", "background", "max_upscale", "metadata_encoding", "follow_links", *_OF_CAPTIONS)
 
 
 def recipe_of(config: CacheConfig, encoding: Encoding) -> dict[str, Any]:
     """Everything that shapes the content of the shards, but the samples."""
-    shaping = [name for name in _SHAPING if encoding.captioned or name != "cache_text"]
+    shaping = [name for name in _SHAPING if encoding.captioned or name not in _OF_CAPTIONS]
     return {
         "family": config.family,
         "models": encoding.encoder_identity(),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from engine.config.options import ALTER_THE_RESULT, CacheConfig, TrainConfig, options_of
 from engine.data.format.cache import ShardsCache
@@ -17,6 +18,7 @@ from engine.data.format.verify import verify
 from engine.data.identity import differences
 from engine.data.parts import Part, build_parts, find_parts
 from engine.data.samples.batch import BatchPlan
+from engine.data.samples.dropout import Dropout
 from engine.data.samples.order import order_of
 from engine.data.samples.streams import Stream, Streams
 from engine.errors import UserError
@@ -123,6 +125,28 @@ def _open(config: TrainConfig, part: Part, processes: Processes) -> Shards:
     if len(set().union(*processes.gather_objects(opened))) > 1:
         raise UserError(f"{place}/{INDEX}: replaced while the processes opened it; start the same again", passing=True)
     return shards
+
+
+def open_dropout(config: TrainConfig, family: Family, processes: Processes) -> Dropout | None:
+    """What samples are trained with in place of their condition, computed by the first process; None where none is.
+
+    Raises:
+        UserError: the model that makes it is not there, or makes no numbers of it.
+    """
+    if not config.proportion_unconditional:
+        return None
+
+    def compute() -> dict[str, Tensor]:
+        rows = family.encoding.unconditional(processes.device)
+        if not all(row.isfinite().all() for row in rows.values()):
+            raise UserError(
+                f"--mixed_precision {config.mixed_precision}: what samples are trained with in place of their condition "
+                "encodes to values that are not finite; try bf16"
+            )
+        return rows
+
+    with busy("Encoding what stands in place of conditions"):
+        return Dropout(config.proportion_unconditional, processes.computed_by_first(compute))
 
 
 def _told_apart(index: Index) -> tuple[str, bytes]:

@@ -17,6 +17,7 @@ from engine.backends import compile_model, configure
 from engine.catalogue import FAMILIES
 from engine.config.options import TrainConfig
 from engine.data.samples.batch import Batch, BatchPlan
+from engine.data.samples.dropout import Dropout
 from engine.data.samples.loader import Loader
 from engine.data.samples.streams import Streams
 from engine.errors import UserError, of_all
@@ -35,7 +36,7 @@ from engine.loop.log import Log, check_trackers
 from engine.loop.metrics import Metrics
 from engine.loop.overlap import overlap_pays
 from engine.loop.pace import Pace
-from engine.loop.prepare import divide_global_batch, open_run, prepare_shards
+from engine.loop.prepare import divide_global_batch, open_dropout, open_run, prepare_shards
 from engine.loop.report import log_line, opening, warn_of_a_full_disk
 from engine.loop.resume import (
     announce,
@@ -114,7 +115,8 @@ def _train(config: TrainConfig, processes: Processes) -> int:
         if opened and processes.is_first:
             announce(opened, config, run, processes.world)
 
-        # Dropout draws from torch's generator; each process its own numbers.
+        dropout = open_dropout(config, family, processes)
+        # The model's dropout draws from torch's generator; each process its own numbers.
         torch.manual_seed(seed + processes.rank)
         with busy("Loading the model"):
             model = family.load_model()
@@ -127,7 +129,7 @@ def _train(config: TrainConfig, processes: Processes) -> int:
         text_encoder, captures = training.text_encoder, training.captures
         say(*opening(config, run, family, training.partition, streams, captures, training.step, text_encoder))
         warn_of_a_full_disk(config, run, training.partition, training.step)
-        finished = _run(training, streams, plan)
+        finished = _run(training, streams, plan, dropout)
         if finished and repository and processes.is_first:
             with busy(f"Uploading to {repository}"):
                 push_to_hub(config, family, repository)
@@ -151,7 +153,7 @@ def _noting_mistakes(output: Path, processes: Processes) -> Iterator[None]:
         raise
 
 
-def _run(training: "Training", streams: Streams, plan: BatchPlan) -> bool:
+def _run(training: "Training", streams: Streams, plan: BatchPlan, dropout: Dropout | None) -> bool:
     """Steps, the last checkpoint, export, and then pictures; False when a signal asked to leave before the end."""
     config, run, processes = training.config, training.run, training.processes
     logs: list[Log] = []  # of the first process
@@ -160,7 +162,7 @@ def _run(training: "Training", streams: Streams, plan: BatchPlan) -> bool:
     try:
         family, device = training.family, processes.device
         span, limits = (training.step, run.steps), family.encoding.limits
-        loader = Loader(streams, plan, run.seed, family.schedule, device, *span, limits)
+        loader = Loader(streams, plan, run.seed, family.schedule, device, *span, limits, dropout)
         with contextlib.closing(loader), contextlib.closing(streams):  # these first, for which the loader may wait
             finished = training.run_steps(iter(loader), log)
         training.save_to_the_end()

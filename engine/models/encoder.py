@@ -40,13 +40,7 @@ class Encoder(ABC):
     def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
         """Record rows of captions, and the rows of `text_fields` of those that stay tokens, which only show whether a run can
         train on them; only families that are captioned have any."""
-        tokens = self.encoding.tokens_of(captions)
-        given = {name: rows.to(self.text_encoder.device) for name, rows in tokens.items()}
-        if "attention_mask" in given and given["attention_mask"].all():
-            del given["attention_mask"]  # it hides nothing, and without it attention takes a faster kernel
-        states = self.encoding.encode_tokens(self.text_encoder, given)
-        wanted = self.encoding.record_spec | self.encoding.text_fields
-        return {name: rows for name, rows in (tokens | states).items() if name in wanted}
+        return self.encoding.rows_of_captions(self.text_encoder, captions)
 
 
 class Encoding(ABC):
@@ -117,6 +111,31 @@ class Encoding(ABC):
     def encode_tokens(text_encoder: Any, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the text encoder makes of rows of `token_fields` on its device; the host reads nothing: it may be captured."""
         raise NotImplementedError
+
+    def rows_of_captions(self, text_encoder: Any, captions: list[str]) -> dict[str, Tensor]:
+        """What `Encoder.encode_captions` says."""
+        tokens = self.tokens_of(captions)
+        given = {name: rows.to(text_encoder.device) for name, rows in tokens.items()}
+        if "attention_mask" in given and given["attention_mask"].all():
+            del given["attention_mask"]  # it hides nothing, and without it attention takes a faster kernel
+        states = self.encode_tokens(text_encoder, given)
+        wanted = self.record_spec | self.text_fields
+        return {name: rows for name, rows in (tokens | states).items() if name in wanted}
+
+    @torch.inference_mode()
+    def unconditional(self, device: torch.device) -> dict[str, Tensor]:
+        """The condition of a sample that is trained without one: a row [*shape] of each of its fields, on the host.
+
+        The empty caption's, as shards hold it, which is what the published pipelines guide against where no negative prompt is
+        given: `StableDiffusionPipeline.encode_prompt` takes the last hidden state of "", padded to the tokenizer's length;
+        `KandinskyV22PriorPipeline._encode_prompt` the projection, the last hidden state and the mask of "";
+        `WuerstchenPriorPipeline.encode_prompt` the last hidden state of "" under its mask.
+
+        Raises:
+            UserError: the model that makes it is not there, or makes no numbers of it.
+        """
+        rows = self.rows_of_captions(self.load_text_encoder(device), [""])
+        return {name: rows[name][0].cpu() for name, field in self.record_spec.items() if field.per == "caption"}
 
     def load_text_encoder(self, device: torch.device) -> Any:
         return load_model(self.path / "text_encoder", self.text_model, self.config.variant, self.dtype).to(device).eval()

@@ -18,13 +18,15 @@ from engine.config.options import CacheConfig, TrainConfig
 from engine.data import transforms
 from engine.data.format.index import Field
 from engine.diffusion.schedules import DiscreteSchedule, objective
-from engine.models.check import check_pipeline, load_model
+from engine.errors import UserError
+from engine.models.check import check_pipeline, check_weights, load_model
 from engine.models.configurations import read_config
 from engine.models.encoder import Encoder, Encoding
 from engine.models.family import PREVIEW_STEPS, Family
 from engine.models.kinds import require_text_to_image
 from engine.models.pipelines import combine, load_pipeline
 from engine.models.published import digest_parts, locate, read_image_parts, read_scheduler, require_equal
+from engine.models.weights import present_variant
 
 
 class KandinskyDecoderEncoding(Encoding):
@@ -74,11 +76,33 @@ class KandinskyDecoderEncoding(Encoding):
         movq = load_model(self.path / "movq", VQModel, self.config.variant, torch.float32)
         return transforms.to_images(movq.decode(rows.float(), force_not_quantize=True).sample)
 
+    @torch.inference_mode()
+    def unconditional(self, device: torch.device) -> dict[str, Tensor]:
+        """CLIP's embedding of an image of zeros, normalised ones: what `KandinskyV22PriorPipeline.get_zero_embed` makes, and
+        `KandinskyV22Pipeline` guides against as `negative_image_embeds`."""
+        size = self.vision_config.image_size
+        pixels = torch.zeros(1, 3, size, size, device=device, dtype=self.dtype)
+        return {"image_embedding": self._load_image_encoder().to(device)(pixels).image_embeds[0].cpu()}
+
+    def _load_image_encoder(self) -> Any:
+        folder, model = self.prior_path / "image_encoder", CLIPVisionModelWithProjection
+        return load_model(folder, model, self.config.variant, self.dtype).eval()
+
+    def check_image_encoder(self) -> None:
+        """Compares the image encoder's weights, which training from shards alone needs for `unconditional` alone.
+
+        Raises:
+            UserError: they are not there, or do not fit.
+        """
+        folder = self.prior_path / "image_encoder"
+        try:
+            check_weights(folder, CLIPVisionModelWithProjection, present_variant(folder, self.config.variant))
+        except UserError as error:
+            raise UserError(*(f"--proportion_empty_images: {line}" for line in error.lines)) from None
+
     def load_encoder(self, device: torch.device) -> "KandinskyDecoderEncoder":
-        variant, dtype = self.config.variant, self.dtype
-        movq = load_model(self.path / "movq", VQModel, variant, dtype)
-        image_encoder = load_model(self.prior_path / "image_encoder", CLIPVisionModelWithProjection, variant, dtype)
-        return KandinskyDecoderEncoder(self, movq.to(device).eval(), image_encoder.to(device).eval())
+        movq = load_model(self.path / "movq", VQModel, self.config.variant, self.dtype)
+        return KandinskyDecoderEncoder(self, movq.to(device).eval(), self._load_image_encoder().to(device))
 
 
 class KandinskyDecoderEncoder(Encoder):
@@ -108,6 +132,8 @@ class KandinskyDecoder(Family):
 
     def check_files(self) -> None:
         self.try_step(check_pipeline(self.encoding.path, KandinskyV22Pipeline, self.config.variant).unet)
+        if self.config.proportion_empty_images:
+            self.encoding.check_image_encoder()
         if self.config.validation_prompts:
             check_pipeline(locate(self.config, PRIOR), KandinskyV22PriorPipeline, self.config.variant)
 

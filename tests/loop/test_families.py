@@ -20,7 +20,7 @@ FAMILIES = list(RESOLUTION)
 def config(family: str, models: dict[str, str], images: Path, output: Path, **options) -> TrainConfig:
     defaults = {
         "train_batch_size": 4, "max_train_steps": 6, "checkpointing_steps": 3, "seed": 5, "learning_rate": 1e-3,
-        "log_every": 1, "report_to": "none", "use_ema": True, "resolution": RESOLUTION[family], "deterministic": ON_GPU,
+        "log_every": 1, "report_to": "none", "use_ema": True, "resolution": RESOLUTION.get(family, 16), "deterministic": ON_GPU,
     }  # fmt: skip
     return TrainConfig.model_validate(
         {"family": family, **models, "train_data_dir": str(images), "output_dir": str(output), **defaults, **options}

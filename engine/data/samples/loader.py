@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.data.samples.batch import Batch, BatchPlan
 from engine.data.samples.draw import draw_rows
+from engine.data.samples.dropout import Dropout
 from engine.data.samples.streams import Streams
 from engine.diffusion.schedules import Schedule
 
@@ -27,6 +28,7 @@ class Loader:
 
     Args:
         limits: what the numbers of some fields must stay below.
+        dropout: of conditions.
     """
 
     def __init__(
@@ -39,10 +41,11 @@ class Loader:
         first_step: int,
         last_step: int,
         limits: Mapping[str, int] = MappingProxyType({}),
+        dropout: Dropout | None = None,
     ) -> None:
         self.streams, self.plan, self.seed, self.schedule, self.device = streams, plan, seed, schedule, device
         self.shards = streams.streams[0].shards
-        self.limits = limits
+        self.limits, self.dropout = limits, dropout
         self.on_gpu = device.type == "cuda"
         self.steps = range(first_step, last_step)
         self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(DEPTH)
@@ -85,7 +88,7 @@ class Loader:
 
     def _host_batches(self) -> Iterator[Batch]:
         for rows, draws in self.shards.ahead(self._draws()):
-            self.shards.gather_fields(rows, buffers := self._buffers(), self.limits)
+            self._fill(buffers := self._buffers(), rows, draws[0])
             yield Batch(buffers, *draws)
 
     def _device_batches(self) -> Iterator[Batch]:
@@ -94,11 +97,17 @@ class Loader:
         for number, (rows, draws) in enumerate(self.shards.ahead(self._draws())):
             buffers, copied = ring[number % len(ring)]
             copied.synchronize()
-            self.shards.gather_fields(rows, buffers, self.limits)
+            self._fill(buffers, rows, draws[0])
             record = {name: self._send(tensor) for name, tensor in buffers.items()}
             sent = [self._send(tensor) for tensor in draws]
             copied.record()
             yield Batch(record, *sent, copied=copied)
+
+    def _fill(self, buffers: dict[str, Tensor], rows: dict[str, Tensor], slots: Tensor) -> None:
+        """The record of a micro-batch with slots [B]."""
+        self.shards.gather_fields(rows, buffers, self.limits)
+        if self.dropout:
+            self.dropout.overwrite(buffers, self.dropout.draw(self.seed, slots))
 
     def _send(self, pinned: Tensor) -> Tensor:
         return pinned.to(self.device, non_blocking=True)

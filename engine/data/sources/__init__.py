@@ -39,6 +39,7 @@ def open_source(config: CacheConfig, captioned: bool = True) -> Source:
             encoding=config.metadata_encoding,
             follow_links=config.follow_links,
             decoding=decoding,
+            keep_empty=config.keep_empty_captions,
         )
     elif config.data:
         source = LibraryDataset(
@@ -50,6 +51,7 @@ def open_source(config: CacheConfig, captioned: bool = True) -> Source:
             data_dir=config.train_data_dir if config.dataset_name else None,
             decoding=decoding,
             follow_links=config.follow_links,
+            keep_empty=config.keep_empty_captions,
         )
     else:
         raise UserError("no data to build shards from: give --train_data_dir or --dataset_name")

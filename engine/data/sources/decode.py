@@ -220,18 +220,20 @@ def refuse_extreme(size: tuple[int, int], covered: tuple[int, int], max_upscale:
         raise Refused("image too long and narrow", f"{size[0]} x {size[1]} would become {sides[0]} x {sides[1]}")
 
 
-def clean_captions(value: Any) -> list[str]:
-    """A caption column's value as a list of captions that are not empty.
+def clean_captions(value: Any, keep_empty: bool = False) -> list[str]:
+    """A caption column's value as a list of captions that are not empty, or with those that are.
 
     Raises:
         Refused: none is left, or the value is neither text nor a list of texts.
     """
-    if value is None or (isinstance(value, (list, tuple, np.ndarray)) and len(value) == 0):
+    if isinstance(value, (list, tuple, np.ndarray)) and len(value) == 0:
+        value = "" if keep_empty else None
+    if value is None:
         raise Refused("no caption")
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, (list, tuple, np.ndarray)) or not all(isinstance(item, str) for item in values):
         raise Refused("caption is neither text nor a list of texts")
-    captions = [item for item in values if item.strip()]
+    captions = [item if item.strip() else "" for item in values if keep_empty or item.strip()]
     if not captions:
         raise Refused("empty caption")
     for caption in captions:

@@ -39,6 +39,7 @@ class ImageFolder(Source):
     Args:
         folder: of the images, or an archive, or a table: then its rows are all samples.
         encoding: of text.
+        keep_empty: takes empty captions, and rows that hold none, for captions.
 
     Raises:
         UserError: no captions, or none that can be read.
@@ -55,7 +56,9 @@ class ImageFolder(Source):
         encoding: str = "utf-8",
         follow_links: bool = False,
         decoding: Decoding | None = None,
+        keep_empty: bool = False,
     ) -> None:
+        self.keep_empty = keep_empty
         self.place, self.encoding = folder, encoding
         self.image_column, self.caption_column = image_column, caption_column
         self.decoding = decoding or Decoding()
@@ -138,6 +141,7 @@ class ImageFolder(Source):
         if len(written) > _LONGEST:
             return Sample(f"{table} line {row.line}", refused=Refused("not a path: too long", f"{written[:40]}..."))
         caption = row.values.get(self.caption_column) if self.caption_column else None
+        caption = "" if caption is None and self.keep_empty else caption
         if is_address(written):
             return Sample(written[:80], caption, Refused("an address, not a file; download the images first"))
         name = os.path.relpath(os.path.join(self.files.folder, os.path.dirname(table), written), self.files.folder)  # noqa: PTH118, PTH120
@@ -231,7 +235,7 @@ class ImageFolder(Source):
         # A row without an image has a caption all the same, so that captions keep their numbers when the image comes back.
         if sample.refused and sample.caption is None:
             raise sample.refused
-        return clean_captions(sample.caption)
+        return clean_captions(sample.caption, self.keep_empty)
 
     def content(self, index: int) -> bytes:
         sample = self.samples[index]

@@ -23,6 +23,9 @@ class LibraryDataset(Source):
     """The `train` split of what the library opens, hub or local; images stay encoded until asked for.
 
     Paths in a local data set are relative to its folder, and stay within it.
+
+    Args:
+        keep_empty: takes empty captions, and rows that hold none, for captions.
     """
 
     def __init__(
@@ -35,9 +38,11 @@ class LibraryDataset(Source):
         data_dir: str | None = None,
         decoding: Decoding | None = None,
         follow_links: bool = False,
+        keep_empty: bool = False,
     ) -> None:
         import datasets
 
+        self.keep_empty = keep_empty
         self.decoding = decoding or Decoding()
         self.noticed = self.decoding.noticed
         self.image_column, self.caption_column = image_column, caption_column
@@ -104,7 +109,8 @@ class LibraryDataset(Source):
         return None
 
     def captions(self, index: int) -> list[str]:
-        return clean_captions(self._texts_at(index))
+        value = self._texts_at(index)
+        return clean_captions("" if value is None and self.keep_empty else value, self.keep_empty)
 
     def content(self, index: int) -> bytes:
         with self.lock:
