@@ -37,9 +37,11 @@ ELSEWHERE = {
     "token_warmup* instanceprompt": (
         "captions beside the images, in a `.txt` each, or in the column of a table that --caption_column names"
     ),
+    "caption_dropout_rate caption_dropout caption_dropout_prob* cond_dropout_prob conditioning_dropout_prob "
+    "cfg_dropout_prob uncond_prob unconditional_prob": "--proportion_empty_prompts",
     "class_data_dir class_prompt with_prior_preservation prior_loss_weight num_class_images reg_data_dir "
     "masked_prior_preservation_weight prior_generation_precision": "no prior preservation",
-    "caption_dropout* proportion_empty_prompts cond_dropout_prob conditioning_dropout_prob cfg_dropout_prob "
+    "caption_dropout_every_n_epochs "
     "shuffle_caption keep_tokens* caption_tag_dropout_rate cache_shuffle_* weighted_captions max_token_length "
     "tokenizer_max_length caption_separator": "captions are encoded once, as they are; give several per image in a list",
     "enable_bucket *_bucket_reso bucket_* *_ar enable_ar_bucket num_ar_buckets ar_buckets size_buckets frame_buckets "
