@@ -5,16 +5,23 @@ Each slot's record is a pure function of (seed, slot). There are two orders:
 - Of all records: with n of them, epoch slot // n visits record permutation(seed, epoch)[slot % n] (`engine/permutation.py`).
 - By locality, for storage where a record far from the last one costs more: every epoch permutes the shards, and the records of
   each window of so many shards in that order among themselves. Kept are a few numbers per shard, and none per record.
+
+Where there are several streams of records, slots come in units of U that follow each other, and every unit is of one stream
+(`Units`); its slots are the next U of the stream's own endless sequence. Kept are a few numbers per stream.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.permutation import permuted
+from engine.philox import philox_rounds
+
+_UNITS = 2**32 - 1  # in the place of a stream's number, for the order of the units
+_SEEDS = 0x73656564  # the fourth counter word, for seeds
 
 Order = Callable[[Tensor], Tensor]  # from slots [B] to the records that they visit, int64 [B] each
 
@@ -34,6 +41,68 @@ def order_of(seed: int, records: np.ndarray, window: int | None) -> Order:
     if window is None:
         return functools.partial(records_of, seed, count=int(records.sum()))
     return _Blocks(seed, records, window)
+
+
+def seed_of_stream(seed: int, stream: int) -> int:
+    """The seed of a stream's own permutations; of the first that of the run, so that a single stream needs no other."""
+    if stream == 0:
+        return seed
+    counter = np.array([stream]), 0, np.array([0]), _SEEDS
+    low, high, *_ = philox_rounds(counter, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
+    return int(low[0]) | int(high[0]) << 32
+
+
+class Units:
+    """Which stream every unit of slots is of: a pure function of (seed, unit), by shares that are kept to exactly.
+
+    Units come in rounds. With R to a round, and W the sum of the shares, stream s with share w_s has had
+    floor(k R w_s / W) units before round k; its units of a round lie among the others' in an order that is permuted by a key
+    of the round's own. So a round has R units, or up to S more or less with S streams.
+
+    Args:
+        shares: of the streams, positive whole numbers of any size.
+    """
+
+    def __init__(self, seed: int, shares: Sequence[int]) -> None:
+        self.seed = seed_of_stream(seed, _UNITS)
+        self.shares, self.total = np.array(shares, object), sum(shares)  # Python's integers: products do not overflow
+        self.round = max(64, 2 * len(shares))  # more than streams, so that a unit lies in one of two rounds
+
+    def find(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The stream of each unit [N], and how many units of that stream come before it: int64 [N] each."""
+        rounds = units // self.round
+        distinct, where = np.unique(rounds, return_inverse=True)
+        rounds += self._before(distinct + 1).sum(1)[where] <= units
+        distinct, where = np.unique(rounds, return_inverse=True)
+        before = self._before(distinct)
+        counts = self._before(distinct + 1) - before
+        streams, numbers = self._in_order(distinct, before, counts)
+        sizes = counts.sum(1)
+        places = (np.cumsum(sizes) - sizes - before.sum(1))[where] + units
+        return streams[places], numbers[places]
+
+    def _before(self, rounds: np.ndarray) -> np.ndarray:
+        """How many units of each stream come before rounds [K]: int64 [K, S]."""
+        return (rounds.astype(object)[:, None] * self.round * self.shares // self.total).astype(np.int64)
+
+    def _in_order(self, rounds: np.ndarray, before: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The streams of all units of rounds [K], one after another, and how many of that stream come before each.
+
+        Args:
+            before, counts: of each stream, before each round and in it: [K, S].
+        """
+        sizes, streams = counts.sum(1), np.tile(np.arange(counts.shape[1]), len(counts))
+        of_round = np.repeat(np.arange(len(rounds)), sizes)
+        within = np.arange(len(of_round)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        most = self.round + counts.shape[1]  # units of a round
+        keys = permuted(self.seed, torch.from_numpy(rounds[of_round]), torch.from_numpy(within), most).numpy()
+        drawn = np.repeat(streams, counts.ravel())[np.lexsort((keys, of_round))]
+        # Those of each stream and round in their order; they are as many as were counted.
+        ranks = np.argsort(of_round * counts.shape[1] + drawn, kind="stable")
+        each = counts.ravel()
+        numbers = np.empty_like(drawn)
+        numbers[ranks] = np.arange(len(drawn)) + np.repeat(before.ravel() - (np.cumsum(each) - each), each)
+        return drawn, numbers
 
 
 class _Blocks:

@@ -1,13 +1,15 @@
 """Streams: sets of records that share a shape and a role, from which the slots of a training are filled."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.data.format.reader import Shards
-from engine.data.samples.order import Order
+from engine.data.samples.order import Order, Units
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,21 @@ class Streams:
 
     def find(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """The stream of each slot [B] and the record in it: int64 [B] each."""
-        (stream,) = self.streams
-        return torch.zeros_like(slots), stream.order(slots)
+        if len(self.streams) == 1:
+            return torch.zeros_like(slots), self.streams[0].order(slots)
+        numbers = slots.numpy()
+        units, where = np.unique(numbers // self.unit, return_inverse=True)
+        found, before = (each[where] for each in self._units.find(units))
+        own = torch.from_numpy(before * self.unit + numbers % self.unit)  # slots of the streams' own sequences
+        streams, records = torch.from_numpy(found), torch.empty_like(slots)
+        for number in np.unique(found).tolist():
+            here = streams == number
+            records[here] = self.streams[number].order(own[here])
+        return streams, records
+
+    @functools.cached_property
+    def _units(self) -> Units:
+        return Units(self.seed, [stream.share for stream in self.streams])
 
     def close(self) -> None:
         """Ends what their shards are fetching."""
