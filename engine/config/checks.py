@@ -32,6 +32,7 @@ def check_options(config: CacheConfig) -> None:
     _check_data(config)
     if isinstance(config, TrainConfig):
         _check_reading(config)
+        _check_held_out(config)
         _check_outputs(config)
         _check_objective(config)
         _check_sharding(config)
@@ -74,6 +75,20 @@ def _check_reading(config: TrainConfig) -> None:
         raise UserError("--verify_shards all would read every shard over the network; rows, the default, compares what is read")
     if address and config.report_to in ("wandb", "all") and shown(address) != address.rstrip("/"):
         raise UserError("--shards_dir with a password or token and --report_to wandb would expose it; give another --report_to")
+
+
+def _check_held_out(config: TrainConfig) -> None:
+    if config.validation_fraction and config.validation_data_dir:
+        raise UserError("--validation_fraction and --validation_data_dir exclude each other; leave one out")
+    if config.resume_from_checkpoint is None:  # else it may be of a run that held a fraction out
+        check_judged_by_loss(config)
+
+
+def check_judged_by_loss(config: TrainConfig) -> None:
+    """Refuses what goes by a held-out loss where there is none."""
+    for name in ("best_checkpoint", "patience"):
+        if getattr(config, name) and not (config.validation_fraction or config.validation_data_dir):
+            raise UserError(f"--{name} goes by the held-out loss; give --validation_fraction or --validation_data_dir")
 
 
 def _check_outputs(config: TrainConfig) -> None:

@@ -171,17 +171,27 @@ ELSEWHERE = {
     "sample_prompts validation_prompt sample_definition_file_name user_prompt_library final_validation_prompt": (
         "--validation_prompts"
     ),
-    "sample_every_* sample_after* validation_steps sample_at_first eval_* validation_step_interval "
-    "validation_epoch_interval save_images_epochs": "--validation_epochs, counted in epochs",
+    "sample_every_* sample_after* sample_at_first validation_step_interval validation_epoch_interval save_images_epochs": (
+        "--validation_epochs, counted in epochs"
+    ),
     "sample_sampler validation_guidance* validation_num_inference_steps validation_resolution validation_negative_prompt "
     "validation_scheduler validation_seed num_inference_steps validation_inference_steps guidance_scale": (
         "validation images are drawn as the pipeline draws; `python -m engine.sample` has more choices"
     ),
     "num_validation_image validation_number_images": "--num_validation_images",
     "wandb_run_name run_name tracker_run": "--tracker_run_name",
-    "validation_split validation_images validate_every_n_* validate_after*": (
-        "no validation loss; images are drawn of --validation_prompts every --validation_epochs"
+    "validation_split validation_ratio val_split": "--validation_fraction",
+    "validation_images validation_dataset* val_data_dir eval_datasets eval_dataset eval_data_dir eval_dataset_name": (
+        "--validation_data_dir"
     ),
+    "validate_every_n_steps validate_every_n_* validate_after* eval_every_n_* eval_steps eval_steps_interval validation "
+    "validation_unit val_steps": "--validation_steps, with --validation_fraction or --validation_data_dir",
+    "max_validation_steps eval_max_samples max_val_samples": "--max_validation_samples",
+    "eval_timesteps eval_timestep_* eval_quantiles": "--validation_timesteps",
+    "eval_before_first_step eval_at_start eval_gradient_accumulation_steps eval_micro_batch_size_per_gpu eval_batch_size "
+    "per_device_eval_batch_size": "not needed: the held-out loss is taken in the batches of training",
+    "load_best_model_at_end save_best metric_for_best_model": "--best_checkpoint",
+    "early_stopping_patience early_stopping early_stop_patience": "--patience",
     "metadata_title metadata_author metadata_description metadata_license metadata_tags no_metadata training_comment "
     "modelspec_* webhook_config": "nothing of that kind is written",
     "config_file": "--config, a TOML file of options without tables",

@@ -451,6 +451,37 @@ class TrainConfig(CacheConfig):
         None, f"Shards whose records --shuffle blocks mixes. Default: {SHUFFLE_WINDOW}.", "data", ge=1
     )
     quiet: bool = option(False, "Say nothing but warnings and mistakes.", "output")
+    validation_fraction: float | None = option(
+        None,
+        "Hold out this fraction of the records, and report the loss over them. Which ones is the same in every run, and stays "
+        "so when the data set grows.",
+        "validation",
+        gt=0,
+        lt=1,
+    )
+    validation_data_dir: str | None = option(
+        None,
+        "Report the loss over a data set of its own, given as --train_data_dir is and encoded into `validation` beside the "
+        "shards; or over shards: their directory or address.",
+        "validation",
+    )
+    validation_steps: int = option(
+        500, "Steps between two rounds of the held-out loss; the last step has one, too.", "validation", ge=1
+    )
+    max_validation_samples: int | None = option(
+        256, "Records of those held out that the loss is taken over; always the same ones.", "validation", ge=1
+    )
+    validation_timesteps: int = option(
+        10, "Timesteps, in the middle of as many even ranges, at which each of them is compared.", "validation", ge=1, le=1000
+    )
+    best_checkpoint: bool = option(
+        False,
+        "Keep the checkpoint of the lowest held-out loss (of the moving average, if there is one), named in the file `best`.",
+        "validation",
+    )
+    patience: int | None = option(
+        None, "End the training once so many rounds in turn did not lower the held-out loss.", "validation", ge=1
+    )
     validation_prompts: list[str] | None = option(None, "Prompts of the validation images.", "output")
     validation_epochs: int = option(5, "Epochs between two rounds of validation images.", "output", ge=1)
     num_validation_images: int = option(1, "Images per validation prompt.", "output", ge=1)
@@ -541,10 +572,10 @@ class TrainConfig(CacheConfig):
 
 # What changes the result of a run that is resumed, beside what is refused then: another seed, global batch or other shards, and
 # what the checkpoint has no state for. Checkpoints hold these, and what has changed is said; or refused, of the order of the
-# samples (shuffle, shuffle_window).
+# samples (shuffle, shuffle_window) and of what is held out of them (validation_fraction).
 ALTER_THE_RESULT = (
     "max_train_steps", "gradient_accumulation_dtype", "matrix_precision", "shuffle", "shuffle_window",
-    "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps",
+    "validation_fraction", "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps",
     "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm",
     "prediction_type", "rescale_betas_zero_snr", "timestep_sampling", "logit_mean", "logit_std", "mode_scale",
     "timestep_bias_strategy", "timestep_bias_multiplier", "timestep_bias_portion", "timestep_bias_begin", "timestep_bias_end",

@@ -35,11 +35,12 @@ def objective(config: TrainConfig) -> Objective:
 
 
 class Schedule(Protocol):
-    """What the loop needs of a noise schedule."""
+    """What the loop needs of a noise schedule.
 
-    def draw(self, seed: Tensor, slots: Tensor, global_batch: int) -> Tensor:
-        """The timesteps [B] of slots [B], as the model takes them: a function of seed (int64 [1]), slot and global batch."""
-        ...
+    draw: gives the timesteps [B] of slots [B], as the model takes them.
+    """
+
+    draw: Draw
 
     def coefficients(self, timesteps: Tensor) -> Tensor:
         """a, s, c_x, c_e and w of timesteps [B]: fp32 [5, B]; for a Huber loss also c, [6, B]."""

@@ -4,6 +4,7 @@ The map is in three parts, each a place in [0, 1] from a place in [0, 1]: a bias
 density bends what is uniform; the last stretches the result from the first timestep to the end.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -120,6 +121,21 @@ class Draw:
             places = self._biased(places, *self.knots)
         timesteps = self.first + (self.end - self.first) * self.density(places)
         return timesteps.floor().clamp(max=self.end - 1).long() if self.integers else timesteps.float()
+
+    def grid(self, count: int) -> tuple[Tensor, list[str]]:
+        """The timesteps in the middle of `count` even ranges of those that can be drawn: [count]; and the ranges, in words.
+
+        Raises:
+            UserError: there are not so many.
+        """
+        if self.integers and count > self.end - self.first:
+            raise UserError(f"--validation_timesteps {count}: there are {self.end - self.first:g}")
+        edges = self.first + (self.end - self.first) * torch.arange(count + 1, dtype=torch.float64) / count
+        middles = (edges[:-1] + edges[1:]) / 2
+        if not self.integers:
+            return middles.float(), [f"{low:g}-{high:g}" for low, high in itertools.pairwise(edges.tolist())]
+        ranges = itertools.pairwise(edges.long().tolist())
+        return middles.floor().long(), [f"{low}-{next_low - 1}" for low, next_low in ranges]
 
     def _limit(self, option: str, value: float | None, default: float) -> float:
         if value is None:

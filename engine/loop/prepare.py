@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from engine.data.identity import differences
 from engine.data.parts import Part, build_parts, find_parts
 from engine.data.samples.batch import BatchPlan
 from engine.data.samples.dropout import Dropout
+from engine.data.samples.held_out import split_of
 from engine.data.samples.order import order_of
 from engine.data.samples.streams import Stream, Streams
 from engine.errors import UserError
@@ -80,8 +82,11 @@ def prepare_shards(
     for part in parts:
         _check_part(config, part, processes)
         shards = _open(config, part, processes)
-        order = order_of(seed, shards.index.shards["records"], config.shuffle_window)
-        streams.append(Stream(shards, order, len(shards), part.data_set, part.bucket))
+        split = split_of(shards.index, config.validation_fraction)
+        order = order_of(seed, shards.index.shards["records"] if split is None else split.trained, config.shuffle_window)
+        order = order if split is None else split.without_held(order)
+        stream = Stream(shards, order, 1, part.data_set, part.bucket, split)
+        streams.append(replace(stream, share=stream.records))
     return Streams(seed, streams, config.train_batch_size)
 
 
@@ -200,7 +205,8 @@ def open_run(config: TrainConfig, seed: int, streams: Streams, plan: BatchPlan, 
         state: of the checkpoint to go on from. One beyond the last step is trained for one more, as by the scripts.
     """
     (shards,) = (stream.shards for stream in streams.streams)
-    steps = config.max_train_steps or -(-config.num_train_epochs * len(shards) // plan.global_batch)
+    records = sum(stream.records for stream in streams.streams)
+    steps = config.max_train_steps or -(-config.num_train_epochs * records // plan.global_batch)
     done = state.step if state else 0
     if done > steps:
         say(f"The checkpoint is of step {done}, beyond the {steps} asked for: training one step more")
@@ -209,4 +215,4 @@ def open_run(config: TrainConfig, seed: int, streams: Streams, plan: BatchPlan, 
     options["max_train_steps"] = steps
     _warn_of_a_small_cache(config, shards.index.shards, resumed=state is not None)
     index = shards.index
-    return Run(seed, plan.global_batch, index.fingerprint, len(shards), steps, options, index.identity, streams)
+    return Run(seed, plan.global_batch, index.fingerprint, records, steps, options, index.identity, streams)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.catalogue import FAMILIES, PIPELINES
-from engine.config.checks import NEEDS_BLOCKS
+from engine.config.checks import NEEDS_BLOCKS, check_judged_by_loss
 from engine.config.command_line import CONFIG, to_toml
 from engine.config.options import SHUFFLE_WINDOW, TrainConfig
 from engine.data.identity import differences, without_source
@@ -141,6 +141,26 @@ def with_order(config: TrainConfig, checkpoint: Path | None, state: State | None
         raise UserError(NEEDS_BLOCKS)
     window = (config.shuffle_window or SHUFFLE_WINDOW) if shuffle == "blocks" else None
     return config.model_copy(update={"shuffle": shuffle, "shuffle_window": window})
+
+
+def with_held_out(config: TrainConfig, checkpoint: Path | None, state: State | None) -> TrainConfig:
+    """The configuration with the fraction that is held out: as given, else the resumed run's.
+
+    Raises:
+        UserError: records that would be held out were trained on, or there is nothing that is held out.
+    """
+    before = state.options.get("validation_fraction") if state else None
+    if state and config.validation_fraction not in (None, before):
+        said = f"with --validation_fraction {before}; leave it out, or give the same" if before else (
+            "without --validation_fraction, and trained on what would be held out now; give another data set as "
+            "--validation_data_dir, or train from the beginning in another --output_dir"
+        )  # fmt: skip
+        raise UserError(f"{checkpoint}: was written {said}")
+    if before and config.validation_data_dir:
+        raise UserError(f"{checkpoint}: was written with --validation_fraction {before}; leave out --validation_data_dir")
+    config = config.model_copy(update={"validation_fraction": config.validation_fraction or before})
+    check_judged_by_loss(config)
+    return config
 
 
 def open_checkpoint(checkpoint: Path, config: TrainConfig, processes: Processes, again: bool = False) -> Checkpoint:

@@ -46,6 +46,7 @@ from engine.loop.resume import (
     open_checkpoint,
     seed_of,
     take_over,
+    with_held_out,
     with_order,
 )
 from engine.loop.run import Run
@@ -105,7 +106,7 @@ def _train(config: TrainConfig, processes: Processes) -> int:
             opened = open_checkpoint(checkpoint, config, processes, again) if checkpoint else None
         checkpoint, state = (opened.path, opened.state) if opened else (None, None)
         seed = processes.from_first(seed_of(config, state))
-        config = with_order(config, checkpoint, state)
+        config = with_held_out(with_order(config, checkpoint, state), checkpoint, state)
         same = partial(check_same_shards, checkpoint, state, config.continue_on_grown_data)
         streams = prepare_shards(config, family, processes, same, seed)
         plan = BatchPlan(config.train_batch_size, config.gradient_accumulation_steps, processes.rank, processes.world)

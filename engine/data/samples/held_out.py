@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.data.format.index import Index
 from engine.data.samples.order import Order
 from engine.philox import philox_rounds
 
@@ -77,6 +78,11 @@ class Split:
         sizes = (blocks + 1) * records // held - starts
         chosen = _words(blocks, self.first_samples[shards], _PLACE) * sizes >> 32
         return np.where(some, starts, 0), np.where(some, chosen, 0)
+
+
+def split_of(index: Index, fraction: float | None) -> Split | None:
+    """What is held out of some shards; None where nothing is to be."""
+    return Split(index.shards["records"], index.shards["first_sample"], fraction) if fraction else None
 
 
 def _found(firsts: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.data.format.reader import Shards
+from engine.data.samples.held_out import Split
 from engine.data.samples.order import Order, Units
 
 
@@ -19,6 +20,7 @@ class Stream:
     order: of its records, over an endless sequence of its own.
     share: of the units, relative to the other streams'.
     data_set, bucket: as its part has them.
+    split: what is held out of its shards; None for nothing.
     """
 
     shards: Shards
@@ -26,6 +28,12 @@ class Stream:
     share: int = 1
     data_set: str = ""
     bucket: str | None = None
+    split: Split | None = None
+
+    @property
+    def records(self) -> int:
+        """How many are trained on."""
+        return len(self.shards) if self.split is None else int(self.split.trained.sum())
 
 
 @dataclass(frozen=True)
