@@ -20,7 +20,7 @@ from engine.data.identity import differences
 from engine.data.parts import Part, build_parts, find_parts
 from engine.data.samples.batch import BatchPlan
 from engine.data.samples.dropout import Dropout
-from engine.data.samples.held_out import split_of
+from engine.data.samples.held_out import splits_of
 from engine.data.samples.order import order_of
 from engine.data.samples.streams import Stream, Streams
 from engine.errors import UserError
@@ -79,10 +79,10 @@ def prepare_shards(
                     "give those, or train on them all the same with --trust_shards"
                 )
     streams = []
-    for part in parts:
+    splits = splits_of((part.index for part in parts), config.validation_fraction)
+    for part, split in zip(parts, splits, strict=True):
         _check_part(config, part, processes)
         shards = _open(config, part, processes)
-        split = split_of(shards.index, config.validation_fraction)
         order = order_of(seed, shards.index.shards["records"] if split is None else split.trained, config.shuffle_window)
         order = order if split is None else split.without_held(order)
         stream = Stream(shards, order, 1, part.data_set, part.bucket, split)

@@ -7,6 +7,8 @@ that the data set has in itself (classes in turn, frames of a film) decides whic
 per record.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,19 +30,19 @@ class Split:
     Args:
         records: how many every shard has in all, int64 [shards].
         first_samples: the number of each shard's first sample, int64 [shards].
-        fraction: of the records to be held out, from 0 to below 1: exactly as many in the mean. Of the first shard with two
-            records at least one, and not all of the first shard.
+        fraction: of the records to be held out, above 0 and below 1: exactly as many in the mean, but not all of the first
+            shard.
+        some: hold out one at least: of the first shard that has two.
     """
 
-    def __init__(self, records: np.ndarray, first_samples: np.ndarray, fraction: float) -> None:
+    def __init__(self, records: np.ndarray, first_samples: np.ndarray, fraction: float, some: bool = True) -> None:
         self.first_samples = first_samples
         words = _words(np.zeros_like(first_samples), first_samples, _COUNT)
         self.held = np.minimum((round(fraction * 2**32) * records + words) >> 32, records)
-        if fraction > 0:
-            # Nothing behind a shard decides what it holds out, so that growth does not.
-            first = np.flatnonzero(records)[:1]
-            self.held[first] = np.minimum(self.held[first], records[first] - 1)
-            several = np.flatnonzero(records > 1)[:1]
+        # Nothing behind a shard decides what it holds out, so that growth does not.
+        first, several = (np.flatnonzero(records > least)[:1] for least in (0, 1))
+        self.held[first] = np.minimum(self.held[first], records[first] - 1)
+        if some:
             self.held[several] = np.maximum(self.held[several], 1)
         self.trained = records - self.held
         self._first_records, self._first_trained, self._first_held = (
@@ -80,9 +82,17 @@ class Split:
         return np.where(some, starts, 0), np.where(some, chosen, 0)
 
 
-def split_of(index: Index, fraction: float | None) -> Split | None:
-    """What is held out of some shards; None where nothing is to be."""
-    return Split(index.shards["records"], index.shards["first_sample"], fraction) if fraction else None
+def splits_of(indexes: Iterable[Index], fraction: float | None) -> list[Split | None]:
+    """What is held out of each of several directories of shards, of one at least; None where nothing is to be."""
+    if not fraction:
+        return [None for _ in indexes]
+    splits: list[Split | None] = []
+    some = True
+    for index in indexes:
+        split = Split(index.shards["records"], index.shards["first_sample"], fraction, some)
+        some = some and not split.held.any()
+        splits.append(split)
+    return splits
 
 
 def _found(firsts: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
