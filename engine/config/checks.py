@@ -174,9 +174,9 @@ def check_machine(config: CacheConfig) -> None:
     Raises:
         UserError: which, and the remedy.
     """
-    if not (config.data or config.shards_dir):
+    if not (config.source or config.shards_dir):
         raise UserError("no data: give --train_data_dir, --dataset_name, or --shards_dir with shards built before")
-    if config.shards_address and (config.data or not isinstance(config, TrainConfig)):
+    if config.shards_address and (config.source or not isinstance(config, TrainConfig)):
         raise UserError(
             f"--shards_dir {config.shards_place}: shards are read there, and not built; build them in a directory of this "
             "machine, and copy that there; to train on those that are there, leave the data set out"
@@ -191,7 +191,7 @@ def check_machine(config: CacheConfig) -> None:
         if name not in lacking:
             _check_pipeline(name, Path(getattr(config, name)))
     check_writable("--output_dir", Path(config.output_dir))
-    if not (config.data or config.shards_address):
+    if not (config.source or config.shards_address):
         _check_shards_are_there(config.shards_path)
     if not config.shards_address and not _has_index(config.shards_path):  # nothing is written beside shards that are there
         check_writable("--shards_dir", config.shards_path)

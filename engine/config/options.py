@@ -168,7 +168,7 @@ class CacheConfig(BaseModel):
         return {name: value for name, value in defaults.items() if value is not REQUIRED} | values
 
     @property
-    def data(self) -> str | None:
+    def source(self) -> str | None:
         """What names the images and captions, None where there are only shards."""
         return self.dataset_name or self.train_data_dir
 

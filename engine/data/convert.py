@@ -235,7 +235,8 @@ def _source_of(directory: Path, old: _Index, given: dict[str, str]) -> Source:
     config, source = open_as_built(directory, old.config, given)
     if source.identity() != old.identity.get("source") or len(source) != old.records + old.refused_count:
         raise UserError(
-            f"{config.data}: is not, or no longer, what the shards of {directory} were built of; give that, as it was, or none"
+            f"{config.source}: is not, or no longer, what the shards of {directory} were built of; give that, as it was, "
+            "or none"
         )
     return source
 

@@ -97,8 +97,8 @@ def _file_of(directory: Path, index: Index, sample: int, name: str, given: dict[
     elif source.identity() == index.identity.get("source"):
         place = sample
     if place is not None and place < len(source):
-        return f"{source.name(place)} of {config.data}"
-    return f"{name} when it was encoded" if name else f"unknown: {config.data} has changed since, or is a copy"
+        return f"{source.name(place)} of {config.source}"
+    return f"{name} when it was encoded" if name else f"unknown: {config.source} has changed since, or is a copy"
 
 
 def open_as_built(directory: Path, built: dict[str, Any], given: dict[str, str]) -> tuple[CacheConfig, Source]:

@@ -103,7 +103,7 @@ def create_repository(config: TrainConfig) -> str:
 def push_to_hub(config: TrainConfig, family: Family, repository: str) -> None:
     """Uploads the trained pipeline with a model card."""
     output = Path(config.output_dir)
-    data = config.data or "its own latent shards"
+    data = config.source or "its own latent shards"
     card = ModelCard(
         "---\n"
         f"base_model: {family.base_model}\n"

@@ -67,7 +67,7 @@ def prepare_shards(
     Raises:
         UserError: shards of another family or shape, or damaged ones, by name.
     """
-    if config.data:
+    if config.source:
         parts = build_parts(config, family.encoding, processes, check)
     else:
         parts = find_parts(config, family.encoding, processes)
@@ -177,7 +177,7 @@ def _warn_of_a_small_cache(config: TrainConfig, shards: np.ndarray, resumed: boo
 
 def _damaged(config: CacheConfig, problems: dict[str, str]) -> UserError:
     listed = "; ".join(f"{file}: {problem}" for file, problem in sorted(problems.items()))
-    remedy = f"delete them and {INDEX}, and they are built again" if config.data else "copy or build them again"
+    remedy = f"delete them and {INDEX}, and they are built again" if config.source else "copy or build them again"
     return UserError(f"{config.shards_path}: damaged shards: {listed}; {remedy}")
 
 

@@ -41,9 +41,9 @@ def open_source(config: CacheConfig, captioned: bool = True) -> Source:
             decoding=decoding,
             keep_empty=config.keep_empty_captions,
         )
-    elif config.data:
+    elif config.source:
         source = LibraryDataset(
-            config.data,
+            config.source,
             config.image_column,
             caption_column,
             configuration=config.dataset_config_name,
@@ -56,7 +56,7 @@ def open_source(config: CacheConfig, captioned: bool = True) -> Source:
     else:
         raise UserError("no data to build shards from: give --train_data_dir or --dataset_name")
     if len(source) == 0:
-        raise UserError(f"{config.data}: no samples found")
+        raise UserError(f"{config.source}: no samples found")
     if config.max_train_samples is not None and config.max_train_samples < len(source):
         return Subset(source, config.max_train_samples, config.sample_seed)
     return source
