@@ -130,13 +130,16 @@ def read_tokenizer(pipeline: Path) -> Any:
     return tokenizer
 
 
-def read_scheduler(pipeline: Path) -> Any:
+def read_scheduler(pipeline: Path, **overrides: Any) -> Any:
     """A pipeline's noise schedule.
+
+    Args:
+        overrides: what to have in the place of its configuration's values.
 
     Raises:
         UserError: it is not there, damaged, or none that noise can be added by.
     """
-    scheduler = read_part(pipeline / "scheduler", DDPMScheduler.from_pretrained, pipeline)
+    scheduler = read_part(pipeline / "scheduler", partial(DDPMScheduler.from_pretrained, **overrides), pipeline)
     signal, file = scheduler.alphas_cumprod, pipeline / "scheduler" / "scheduler_config.json"
     if not bool(((signal >= 0) & (signal <= 1)).all()):
         raise UserError(f"{file}: its betas leave more than all of the image, or less than nothing of it; download it again")

@@ -3,6 +3,7 @@
 Trained: `unet`. Frozen, and needed only while shards are built: `vae`, `tokenizer`, and `text_encoder` unless it reads tokens.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import cached_property
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel
@@ -21,6 +22,7 @@ from engine.data import transforms
 from engine.data.format.index import Field
 from engine.diffusion.schedules import DiscreteSchedule, objective
 from engine.errors import UserError
+from engine.messages import say
 from engine.models.check import absent_parts, check_pipeline, check_weights, load_model
 from engine.models.configurations import read_config
 from engine.models.encoder import Encoder, Encoding
@@ -29,6 +31,9 @@ from engine.models.kinds import require_text_to_image
 from engine.models.pipelines import load_pipeline, require_drawable
 from engine.models.published import digest_parts, locate, read_scheduler, read_text_parts, require_equal
 from engine.models.weights import present_variant, weight_files
+
+# What a scheduler's configuration says of a schedule whose last timestep is pure noise, where sampling then has to start.
+ZERO_TERMINAL = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
 class StableDiffusionEncoding(Encoding):
@@ -121,11 +126,14 @@ class StableDiffusion(Family):
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
-        scheduler = read_scheduler(self.encoding.path)
+        zero_terminal = ZERO_TERMINAL if config.rescale_betas_zero_snr else {}
+        scheduler = read_scheduler(self.encoding.path, **zero_terminal)
         self.prediction_type = config.prediction_type or scheduler.config.prediction_type
         self.schedule = DiscreteSchedule(scheduler.alphas_cumprod, self.prediction_type, objective(config))
         if config.dream_training and self.prediction_type != "epsilon":
             raise UserError(f"--dream_training needs prediction type epsilon, not {self.prediction_type}")
+        if not float(self.schedule.table[4, -1]):
+            say("The last timestep is pure noise, which these loss weights give none; --min_loss_weight would give it one")
 
     def check_files(self) -> None:
         pipeline = check_pipeline(self.encoding.path, StableDiffusionPipeline, self.config.variant)
@@ -172,4 +180,17 @@ class StableDiffusion(Family):
         pipeline = load_pipeline(path, StableDiffusionPipeline, self.config.variant, dtype, **given)
         pipeline.register_to_config(_name_or_path=self.base_model)  # which may be a name on the hub
         pipeline.scheduler.register_to_config(prediction_type=self.prediction_type)
+        if self.config.rescale_betas_zero_snr:
+            pipeline.register_modules(scheduler=from_pure_noise(pipeline.scheduler))
         return pipeline
+
+
+def from_pure_noise(scheduler: Any) -> Any:
+    """A scheduler of the same configuration that starts at a last timestep without signal (arXiv:2305.08891, section 3.3).
+
+    It is of the same class, or DDIM's, with which the paper samples, where that class knows no such schedule.
+    """
+    kind = type(scheduler) if "rescale_betas_zero_snr" in inspect.signature(type(scheduler)).parameters else DDIMScheduler
+    if kind is not type(scheduler):
+        say(f"The pipeline samples with {kind.__name__}: {type(scheduler).__name__} has no schedule that ends in pure noise")
+    return kind.from_config(scheduler.config, **ZERO_TERMINAL)
