@@ -107,7 +107,9 @@ ELSEWHERE = {
     "min_snr_gamma": "--snr_gamma",
     "offset_noise offset_noise_weight": "--noise_offset",
     "ip_noise_gamma perturbation_noise_weight input_pertubation": "--input_perturbation",
-    "multires_noise_* adaptive_noise_scale *_random_strength perlin_noise": (
+    "multires_noise_discount": "--pyramid_noise_discount",
+    "multires_noise_iterations": "--pyramid_noise_iterations, which counts the coarser levels",
+    "adaptive_noise_scale *_random_strength perlin_noise": (
         "--noise_offset and --input_perturbation are the changes of the noise"
     ),
     "debiased_estimation_loss": "--loss_weighting debiased",

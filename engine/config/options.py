@@ -17,6 +17,7 @@ from engine.storage import is_remote, shown
 
 KANDINSKY = ("kandinsky-prior", "kandinsky-decoder")
 CAPTIONED = [family for family, entry in FAMILIES.items() if entry.captioned]
+SPATIAL = [family for family in FAMILIES if family != "kandinsky-prior"]  # whose samples are images, or latents of them
 SHUFFLE_WINDOW = 64  # shards; of 1,024 records each as many as they take to mix like all of a data set of 65,536
 XFORMERS = [family for family, entry in FAMILIES.items() if entry.xformers]
 
@@ -377,6 +378,16 @@ class TrainConfig(CacheConfig):
         "objective",
         ge=0,
     )
+    pyramid_noise_discount: float = option(
+        only(SPATIAL, 0.0),
+        "Add coarser noise, of half the side at every level, to the noise: so much of the level before; 0.3 is usual.",
+        "objective",
+        ge=0,
+        le=1,
+    )
+    pyramid_noise_iterations: int = option(
+        only(SPATIAL, 6), "Coarser levels of pyramid noise, at most down to a single element.", "objective", ge=1
+    )
     dream_training: bool = option(
         only(("sd",), False), "Train with DREAM (arXiv:2312.00210): one extra forward pass.", "objective"
     )
@@ -581,7 +592,8 @@ ALTER_THE_RESULT = (
     "timestep_bias_strategy", "timestep_bias_multiplier", "timestep_bias_portion", "timestep_bias_begin", "timestep_bias_end",
     "min_timestep", "max_timestep", "loss_weighting", "snr_gamma", "p2_gamma", "p2_k", "edm_sigma_data", "min_loss_weight",
     "loss_type", "huber_c", "huber_schedule",
-    "noise_offset", "input_perturbation", "dream_training", "dream_detail_preservation",
+    "noise_offset", "input_perturbation", "pyramid_noise_discount", "pyramid_noise_iterations", "dream_training",
+    "dream_detail_preservation",
     "proportion_empty_prompts", "proportion_empty_images",
 )  # fmt: skip
 

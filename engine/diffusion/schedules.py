@@ -17,6 +17,10 @@ from engine.diffusion.timesteps import UNIFORM, Draw, Sampling, sampling
 from engine.diffusion.weights import Huber, Weighting, huber, unweighted, weighting
 from engine.errors import UserError
 
+# What a scheduler's configuration says of a schedule whose last timestep is pure noise, where sampling then has to start
+# (arXiv:2305.08891, sections 3.1 and 3.3).
+ZERO_TERMINAL = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
 
 class Objective(NamedTuple):
     """What is asked of training, whatever the schedule: how errors are weighed and measured, and how timesteps are drawn."""

@@ -14,6 +14,7 @@ from engine.kernels.add_noise import per_sample
 from engine.loop.capture import Captured
 from engine.loop.metrics import Metrics
 from engine.loop.optimizers.rates import peak_rate, rate_factors
+from engine.loop.pyramid import Pyramid, draw_pyramid
 from engine.loop.run import Run
 from engine.loop.weights.partition import Partition
 from engine.models.family import Family
@@ -116,21 +117,40 @@ def predict_and_compare(
     encoding = family.encoding
     mean = batch.record[encoding.mean]
     std = batch.record[encoding.std] if encoding.std else None
-    coefficients = batch.coefficients
-    noisy = add_noise(mean, std, coefficients, seed, batch.slots, config.noise_offset, config.input_perturbation)
+    coefficients, slots, offset = batch.coefficients, batch.slots, config.noise_offset
+    pyramid = None
+    if config.pyramid_noise_discount:
+        levels = config.pyramid_noise_iterations
+        pyramid = draw_pyramid(seed, slots, mean.shape[1:], config.pyramid_noise_discount, levels)
+    noisy = _noisy(mean, std, coefficients, seed, slots, offset, config.input_perturbation, pyramid)
     correction = None
     if config.dream_training:
-        noisy, correction, coefficients = _dream(model, family, batch, config, seed, noisy)
+        noisy, correction, coefficients = _dream(model, family, batch, config, seed, noisy, pyramid)
     prediction = family.predict(model, noisy, batch.timesteps, batch.record)
     compared = prediction.detach() if correction is None else prediction.detach() + correction
-    loss, gradient = diffusion_loss(compared, mean, std, coefficients, seed, batch.slots, config.noise_offset, gradient_scale)
+    if pyramid is not None:
+        compared, coefficients = pyramid.take_from(compared, coefficients), pyramid.fine(coefficients)
+    loss, gradient = diffusion_loss(compared, mean, std, coefficients, seed, slots, offset, gradient_scale)
     return loss, prediction, gradient.to(prediction.dtype)
+
+
+def _noisy(
+    mean: Tensor, std: Tensor | None, coefficients: Tensor, seed: Tensor, slots: Tensor, offset: float, perturbation: float,
+    pyramid: Pyramid | None,
+) -> Tensor:  # fmt: skip
+    """`add_noise`, and the coarse part of a pyramid's noise."""
+    if pyramid is None:
+        return add_noise(mean, std, coefficients, seed, slots, offset, perturbation)
+    fine, std = pyramid.fine(coefficients), None if std is None else std.float()
+    noisy = add_noise(mean.float(), std, fine, seed, slots, offset, perturbation / pyramid.share)
+    return (noisy + per_sample(coefficients[1], noisy) * pyramid.coarse).to(mean.dtype)
 
 
 @torch.no_grad()
 def _dream(
-    model: Callable[..., Any], family: Family, batch: Batch, config: TrainConfig, seed: Tensor, noisy: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    model: Callable[..., Any], family: Family, batch: Batch, config: TrainConfig, seed: Tensor, noisy: Tensor,
+    pyramid: Pyramid | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """DREAM (arXiv:2312.00210): with d = lambda (e - model(x_t)), lambda = s^p, train on x_t + s d against e + d.
 
     The target e + d is (1 + lambda) e - lambda model(x_t): the noise keeps its fused form with c_e = 1 + lambda, and the
@@ -145,7 +165,7 @@ def _dream(
     mean = batch.record[family.encoding.mean]
     # The first two rows make the noise's part of s d, with none of x0; the others are those of the loss.
     coefficients = torch.stack([torch.zeros_like(sigma), sigma * strength, c_x, 1 + strength, *rest])
-    shift = add_noise(mean.float(), None, coefficients, seed, batch.slots, config.noise_offset, 0.0)
+    shift = _noisy(mean.float(), None, coefficients, seed, batch.slots, config.noise_offset, 0.0, pyramid)
     correction = per_sample(strength, first) * first
     moved = noisy.float() + shift - per_sample(sigma, first) * correction
     return moved.to(noisy.dtype), correction, coefficients

@@ -64,7 +64,7 @@ def _laid_out(pipeline: Path, title: str, dtype: torch.dtype | None) -> tuple[di
     tensors |= {(OPEN_CLIP if second else CLIP) + name.removeprefix("text_model."): tensor for name, tensor in encoded}
     prediction = scheduler.get("prediction_type", "epsilon")
     if scheduler.get("rescale_betas_zero_snr"):  # as web interfaces know it
-        tensors |= {name: torch.empty(0) for name in ("v_pred", "ztsnr")}
+        tensors |= {name: torch.empty(0) for name in ("ztsnr", *(["v_pred"] if prediction == "v_prediction" else []))}
     configurations = {
         "unet": _public(unet.config), "vae": _public(vae.config), "text_encoder": text_encoder.config.to_diff_dict(),
         "scheduler": scheduler, "prediction": prediction, "pad_token": tokenizer.pad_token,

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from engine.config.options import CacheConfig, TrainConfig
+from engine.diffusion.schedules import ZERO_TERMINAL
 from engine.errors import UserError, disk_problem, first_line, out_of_memory
 from engine.files import (
     PARTIAL,
@@ -160,11 +161,12 @@ def _recognise(shapes: dict[str, Any], metadata: dict[str, str]) -> Configuratio
     side = 768 if prediction == "v_prediction" else 512
     vae = _vae_config(shapes) | {"sample_size": side}
     unet = _unet_config(shapes, second) | {"sample_size": side // 2 ** (len(vae["block_out_channels"]) - 1)}
+    zero_terminal = ZERO_TERMINAL if "ztsnr" in shapes else {}
     scheduler = {
-        "_class_name": "DDIMScheduler" if second else "PNDMScheduler",
+        "_class_name": "DDIMScheduler" if second or zero_terminal else "PNDMScheduler",
         "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000,
         "clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
-        "prediction_type": prediction or "v_prediction",
+        "prediction_type": prediction or "v_prediction", **zero_terminal,
     }  # fmt: skip
     return Configurations(unet, vae, _text_config(shapes, second), scheduler, prediction, "!" if second else "<|endoftext|>")
 

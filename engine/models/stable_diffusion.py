@@ -20,7 +20,7 @@ from engine.catalogue import MODEL
 from engine.config.options import CacheConfig, TrainConfig
 from engine.data import transforms
 from engine.data.format.index import Field
-from engine.diffusion.schedules import DiscreteSchedule, objective
+from engine.diffusion.schedules import ZERO_TERMINAL, DiscreteSchedule, objective
 from engine.errors import UserError
 from engine.messages import say
 from engine.models.check import absent_parts, check_pipeline, check_weights, load_model
@@ -31,9 +31,6 @@ from engine.models.kinds import require_text_to_image
 from engine.models.pipelines import load_pipeline, require_drawable
 from engine.models.published import digest_parts, locate, read_scheduler, read_text_parts, require_equal
 from engine.models.weights import present_variant, weight_files
-
-# What a scheduler's configuration says of a schedule whose last timestep is pure noise, where sampling then has to start.
-ZERO_TERMINAL = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
 class StableDiffusionEncoding(Encoding):

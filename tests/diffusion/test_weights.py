@@ -1,7 +1,5 @@
 """Loss weights and Huber's constants against the formulas of their papers, in double precision, for every target."""
 
-import math
-
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -9,20 +7,20 @@ from diffusers.training_utils import compute_snr
 
 from engine.config.options import TrainConfig
 from engine.diffusion.schedules import CosineSchedule, DiscreteSchedule, objective
+from tests.objectives import threshold, weight
 
 SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 ZERO_TERMINAL = DDPMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=True)
 TARGETS = ("epsilon", "v_prediction", "sample")
 SNR = (SCHEDULER.alphas_cumprod.double() / (1 - SCHEDULER.alphas_cumprod.double())).tolist()
 
-# Weights of the error of the noise, as the papers have them, of a signal-to-noise ratio.
-OF_NOISE = {
-    "min_snr": ({}, lambda snr: min(snr, 5.0) / snr),
-    "snr_gamma alone": ({"loss_weighting": None, "snr_gamma": 3.0}, lambda snr: min(snr, 3.0) / snr),
-    "soft_min_snr": ({"snr_gamma": 4.0}, lambda snr: 1 / (1 / snr + 1 / 4.0) / snr),
-    "p2": ({"p2_gamma": 0.5, "p2_k": 2.0}, lambda snr: 1 / (2.0 + snr) ** 0.5),
-    "debiased": ({}, lambda snr: 1 / math.sqrt(snr)),
-    "edm": ({}, lambda snr: (1 / snr + 0.5**2) / (snr**-0.5 * 0.5) ** 2 / snr),
+WEIGHTINGS = {
+    "min_snr": {},
+    "snr_gamma alone": {"loss_weighting": None, "snr_gamma": 3.0},
+    "soft_min_snr": {"snr_gamma": 4.0},
+    "p2": {"p2_gamma": 0.5, "p2_k": 2.0},
+    "debiased": {},
+    "edm": {},
 }
 
 
@@ -31,14 +29,11 @@ def options(**given) -> TrainConfig:
 
 
 @pytest.mark.parametrize("prediction", TARGETS)
-@pytest.mark.parametrize("name", OF_NOISE)
+@pytest.mark.parametrize("name", WEIGHTINGS)
 def test_weights_are_those_of_their_papers_whatever_is_predicted(name, prediction):
-    given, of_noise = OF_NOISE[name]
-    wanted = objective(options(**{"loss_weighting": name} | given))
-    weights = DiscreteSchedule(SCHEDULER.alphas_cumprod, prediction, wanted).coefficients(torch.arange(1000))[4]
-    # The same weighted error: v is off by sqrt(SNR + 1) times as much as x0, noise by sqrt(SNR).
-    factor = {"epsilon": lambda snr: 1, "v_prediction": lambda snr: snr / (snr + 1), "sample": lambda snr: snr}[prediction]
-    assert weights.tolist() == pytest.approx([of_noise(snr) * factor(snr) for snr in SNR], rel=1e-6)
+    config = options(**{"loss_weighting": name} | WEIGHTINGS[name])
+    weights = DiscreteSchedule(SCHEDULER.alphas_cumprod, prediction, objective(config)).coefficients(torch.arange(1000))[4]
+    assert weights.tolist() == pytest.approx([weight(config, snr, prediction) for snr in SNR], rel=1e-6)
 
 
 def test_min_snr_is_that_of_diffusers():
@@ -56,9 +51,9 @@ def test_nothing_is_weighed_unless_it_is_asked_for():
 
 
 @pytest.mark.parametrize("prediction", TARGETS[1:])
-@pytest.mark.parametrize("name", OF_NOISE)
+@pytest.mark.parametrize("name", WEIGHTINGS)
 def test_weights_stay_finite_without_signal_and_can_be_given_a_floor(name, prediction):
-    given = {"loss_weighting": name} | OF_NOISE[name][0]
+    given = {"loss_weighting": name} | WEIGHTINGS[name]
     free, floored = (
         DiscreteSchedule(ZERO_TERMINAL.alphas_cumprod, prediction, objective(options(**given, min_loss_weight=floor))).table[4]
         for floor in (0.0, 0.125)
@@ -71,8 +66,7 @@ def test_weights_stay_finite_without_signal_and_can_be_given_a_floor(name, predi
 @pytest.mark.parametrize("smooth_l1", [False, True])
 @pytest.mark.parametrize("schedule", ["constant", "exponential", "snr"])
 def test_thresholds_of_huber_are_those_of_the_paper(schedule, smooth_l1):
-    c = 0.2
-    kind = {"loss_type": "smooth_l1" if smooth_l1 else "huber", "huber_c": c, "huber_schedule": schedule, "snr_gamma": 5.0}
+    kind = {"loss_type": "smooth_l1" if smooth_l1 else "huber", "huber_c": 0.2, "huber_schedule": schedule, "snr_gamma": 5.0}
     wanted = objective(options(**kind))
     discrete, weighed = (
         DiscreteSchedule(SCHEDULER.alphas_cumprod, "v_prediction", each).table
@@ -85,12 +79,8 @@ def test_thresholds_of_huber_are_those_of_the_paper(schedule, smooth_l1):
         (discrete[5], [t / 1000 for t in range(1000)], SNR),
         (continuous[5], reals.tolist(), (alpha / sigma).square().tolist()),
     ):
-        expected = {
-            "constant": lambda place, snr: c,
-            "exponential": lambda place, snr: c**place,
-            "snr": lambda place, snr: (1 - c) / (1 + snr**-0.5) ** 2 + c,
-        }[schedule]
-        assert row.tolist() == pytest.approx([expected(*each) for each in zip(places, snr, strict=True)], rel=1e-5)
+        expected = [threshold(options(**kind), *each) for each in zip(snr, places, strict=True)]
+        assert row.tolist() == pytest.approx(expected, rel=1e-5)
     assert torch.equal(discrete[:4], weighed[:4])
     torch.testing.assert_close(discrete[4] * (discrete[5] if smooth_l1 else 1), weighed[4], rtol=1e-6, atol=0)
 

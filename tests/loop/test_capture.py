@@ -34,7 +34,17 @@ def lines(output) -> list[tuple[float, float]]:
     ("options", "graphs"),
     [
         ({"lr_scheduler": "cosine", "lr_warmup_steps": 3}, 1),
-        ({"gradient_accumulation_steps": 3, "noise_offset": 0.1, "input_perturbation": 0.1}, 3),
+        (
+            {
+                "gradient_accumulation_steps": 3,
+                "noise_offset": 0.1,
+                "input_perturbation": 0.1,
+                "pyramid_noise_discount": 0.5,
+                "loss_type": "huber",
+                "timestep_sampling": "stratified",
+            },
+            3,
+        ),
         ({"mixed_precision": "bf16"}, 1),
         ({"mixed_precision": "bf16", "gradient_accumulation_steps": 2}, 2),
         ({"gradient_checkpointing": True, "dream_training": True}, 1),

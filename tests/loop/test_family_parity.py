@@ -27,7 +27,7 @@ from engine.config.options import TrainConfig
 from engine.data.samples.order import records_of
 from engine.loop.trainer import train
 from engine.models.efficientnet import load_encoder
-from tests import reference
+from tests import objectives, reference
 from tests.loop.runs import SLACK, checkpoint_tensors, published_order, relative_distance
 
 STEPS, BATCH, SEED = 20, 4, 2**41 + 3
@@ -123,11 +123,15 @@ REFERENCES = {
 }  # fmt: skip
 
 
-def draw_timesteps(scheduler, slots: list[int]) -> torch.Tensor:
+def draw_timesteps(config: TrainConfig, scheduler, slots: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The timesteps, and where they lie in the schedule from 0 to 1."""
+    batch = BATCH * config.gradient_accumulation_steps
     if isinstance(scheduler, DDPMWuerstchenScheduler):
-        uniform = [(int(reference.words(SEED, slot, 2, 1)[0]) // 256 + 0.5) / 2**24 for slot in slots]
-        return torch.tensor(uniform, dtype=torch.float32)
-    return torch.tensor([reference.choice(SEED, slot, 2, scheduler.config.num_train_timesteps) for slot in slots])
+        timesteps = objectives.real_timesteps(config, SEED, slots, batch)
+        return timesteps, timesteps
+    count = scheduler.config.num_train_timesteps
+    timesteps = objectives.timesteps(config, SEED, slots, batch, count)
+    return timesteps, timesteps / count
 
 
 def snr_of(scheduler, timesteps: torch.Tensor) -> torch.Tensor:
@@ -158,14 +162,13 @@ def reference_run(config: TrainConfig, folder: Path) -> tuple[torch.nn.Module, d
             records = records_of(SEED, torch.tensor(slots), len(images))
             clean = family.clean[records]
             noise = torch.from_numpy(reference.normals(SEED, slots, 0, tuple(clean.shape[1:]))).float()
-            timesteps = draw_timesteps(family.scheduler, slots)
+            noise = objectives.with_pyramid(config, noise, SEED, slots)
+            timesteps, progress = draw_timesteps(config, family.scheduler, slots)
             noisy = family.scheduler.add_noise(clean, noise, timesteps)
             target = clean if family.prediction_type == "sample" else noise
-            error = torch.nn.functional.mse_loss(family.predict(noisy, timesteps, records), target, reduction="none")
-            loss = error.flatten(1).mean(dim=1)
-            if config.snr_gamma is not None:
-                snr = snr_of(family.scheduler, timesteps)
-                loss = loss * snr.clamp(max=config.snr_gamma) / (1 if family.prediction_type == "sample" else snr)
+            error = family.predict(noisy, timesteps, records) - target
+            snr = snr_of(family.scheduler, timesteps).double()
+            loss = objectives.losses(config, error, snr, progress, family.prediction_type)
             (loss.mean() / accumulation).backward()
             step_loss += loss.mean().item() / accumulation
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -190,7 +193,14 @@ CASES = [
     {"family": family, "snr_gamma": gamma, "gradient_accumulation_steps": accumulation, "zero_stage": stage}
     for family in FOLDER
     for gamma, accumulation, stage in [(None, 1, 0), (5.0, 1, 0), (5.0, 3, 2)]
-]
+] + [
+    {"family": "kandinsky-prior", "loss_weighting": "p2", "loss_type": "huber", "timestep_sampling": "stratified",
+     "timestep_bias_strategy": "later", "timestep_bias_multiplier": 2.0, "gradient_accumulation_steps": 2},
+    {"family": "kandinsky-decoder", "loss_weighting": "soft_min_snr", "loss_type": "smooth_l1", "timestep_sampling": "mode",
+     "huber_schedule": "exponential", "pyramid_noise_discount": 0.5, "min_timestep": 100},
+    {"family": "wuerstchen", "loss_weighting": "debiased", "loss_type": "smooth_l1", "timestep_sampling": "logit_normal",
+     "min_timestep": 0.1, "max_timestep": 0.8, "pyramid_noise_discount": 0.5},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case.values()))

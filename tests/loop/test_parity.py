@@ -13,7 +13,7 @@ from diffusers.training_utils import EMAModel, compute_dream_and_update_latents,
 from engine.config.options import TrainConfig
 from engine.data.samples.order import records_of
 from engine.loop.trainer import train
-from tests import reference
+from tests import objectives, reference
 from tests.loop.runs import SLACK, checkpoint_tensors, config, published_order, relative_distance
 
 STEPS, BATCH, SEED = 20, 4, 2**40 + 7
@@ -25,7 +25,8 @@ OPTIONS = {
 def reference_run(model, shards, config: TrainConfig) -> tuple[dict, dict, list[float], list[float]]:
     """Weights, averages, losses and gradient norms of the independent loop."""
     unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet").train()
-    scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
+    rescaled = {"rescale_betas_zero_snr": True} if config.rescale_betas_zero_snr else {}
+    scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler", **rescaled)
     scheduler.register_to_config(prediction_type=config.prediction_type)
     data = reference.PlainShards(shards)
     optimizer = torch.optim.AdamW(
@@ -55,7 +56,9 @@ def reference_run(model, shards, config: TrainConfig) -> tuple[dict, dict, list[
 
             latents = mean + std * draw(1, shape)
             noise = draw(0, shape) + config.noise_offset * draw(3, (shape[0], 1, 1))
-            timesteps = torch.tensor([reference.choice(SEED, s, 2, scheduler.config.num_train_timesteps) for s in slots])
+            noise = objectives.with_pyramid(config, noise, SEED, slots)
+            count = scheduler.config.num_train_timesteps
+            timesteps = objectives.timesteps(config, SEED, slots, BATCH * accumulation, count)
             noisy = scheduler.add_noise(latents, noise + config.input_perturbation * draw(4, shape), timesteps)
             if config.prediction_type == "epsilon":
                 target = noise
@@ -68,12 +71,8 @@ def reference_run(model, shards, config: TrainConfig) -> tuple[dict, dict, list[
                     unet, scheduler, timesteps, noise, noisy, target, states, config.dream_detail_preservation
                 )
             prediction = unet(noisy, timesteps, states, return_dict=False)[0]
-            loss = torch.nn.functional.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
-            if config.snr_gamma is not None:
-                snr = compute_snr(scheduler, timesteps)
-                weights = torch.stack([snr, config.snr_gamma * torch.ones_like(timesteps)], dim=1).min(dim=1)[0]
-                divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[config.prediction_type]
-                loss = loss * weights / divisor
+            snr = compute_snr(scheduler, timesteps).double()
+            loss = objectives.losses(config, prediction - target, snr, timesteps / count, config.prediction_type)
             (loss.mean() / accumulation).backward()
             step_loss += loss.mean().item() / accumulation
         norms.append(float(torch.nn.utils.clip_grad_norm_(unet.parameters(), config.max_grad_norm)))
@@ -100,6 +99,20 @@ CASES = [
      "offload_optimizer": "nvme"},
     {"prediction_type": "epsilon", "snr_gamma": 5.0, "gradient_accumulation_steps": 1, "zero_stage": 3,
      "offload_optimizer": "cpu", "offload_parameters": True},
+    # Objectives, several at a time; each by itself is compared with its formula in tests/diffusion.
+    {"prediction_type": "v_prediction", "snr_gamma": 5.0, "gradient_accumulation_steps": 1, "rescale_betas_zero_snr": True,
+     "min_loss_weight": 0.2, "loss_type": "huber", "timestep_bias_strategy": "later", "timestep_bias_multiplier": 3.0},
+    {"prediction_type": "epsilon", "gradient_accumulation_steps": 1, "loss_weighting": "debiased", "loss_type": "smooth_l1",
+     "huber_schedule": "exponential", "timestep_sampling": "logit_normal", "logit_mean": 0.5, "dream_training": True,
+     "pyramid_noise_discount": 0.5},
+    {"prediction_type": "sample", "gradient_accumulation_steps": 1, "loss_weighting": "p2", "loss_type": "huber",
+     "huber_schedule": "exponential", "rescale_betas_zero_snr": True, "timestep_sampling": "mode",
+     "timestep_bias_strategy": "range", "timestep_bias_begin": 100, "timestep_bias_end": 300, "timestep_bias_multiplier": 0.2},
+    {"prediction_type": "epsilon", "gradient_accumulation_steps": 3, "loss_weighting": "edm", "loss_type": "huber",
+     "huber_schedule": "constant", "huber_c": 0.3, "timestep_sampling": "stratified", "min_timestep": 200, "max_timestep": 900,
+     "timestep_bias_strategy": "earlier", "timestep_bias_multiplier": 2.0},
+    {"prediction_type": "v_prediction", "gradient_accumulation_steps": 1, "loss_weighting": "soft_min_snr",
+     "loss_type": "smooth_l1", "timestep_sampling": "cosmap", "pyramid_noise_discount": 0.9, "pyramid_noise_iterations": 1},
 ]  # fmt: skip
 
 
@@ -109,7 +122,8 @@ def reference_of(model, shards):
     known = {}
 
     def results(config: TrainConfig) -> tuple[dict, dict, list[float], list[float]]:
-        key = (config.prediction_type, config.snr_gamma, config.gradient_accumulation_steps, config.dream_training)
+        weights = {"zero_stage", "offload_optimizer", "offload_parameters", "nvme_path", "output_dir"}
+        key = str(config.model_dump(exclude=weights))
         if key not in known:
             known[key] = reference_run(model, shards, config)
         return known[key]

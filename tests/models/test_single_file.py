@@ -178,6 +178,40 @@ def test_what_sd_2_predicts_is_read_or_asked_for(pipelines, tmp_path):
     assert open_single_file(tmp_path / "model.safetensors", configuration(file, pipeline, tmp_path, CacheConfig)).is_dir()
 
 
+def scheduler_of(folder: Path) -> dict:
+    return json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+
+
+def test_a_schedule_rescaled_to_pure_noise_stays_with_the_pipeline_and_its_file(pipelines, images, tmp_path, capsys):
+    pipeline = pipelines[False]
+    run = {"train_data_dir": str(images), "shards_dir": str(tmp_path / "shards"), "train_batch_size": 2, "seed": 1,
+           "rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "snr_gamma": 5.0, "checkpointing_steps": 1,
+           "tokenizer_name": None}  # fmt: skip
+    assert train(configuration(pipeline, pipeline, tmp_path, max_train_steps=1, **run)) == 0
+    said = capsys.readouterr().err
+    assert "The last timestep is pure noise, which these loss weights give none; --min_loss_weight would give it one" in said
+    assert "The pipeline samples with DDIMScheduler: PNDMScheduler has no schedule that ends in pure noise" in said
+    more = configuration(pipeline, pipeline, tmp_path, max_train_steps=2, resume_from_checkpoint="latest", **run)
+    assert train(more) == 0
+    assert "rescale_betas_zero_snr" not in capsys.readouterr().err  # nothing has changed
+    output = Path(more.output_dir)
+    known = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+    assert known.items() <= scheduler_of(output).items()
+    scheduler = DiffusionPipeline.from_pretrained(output).scheduler
+    scheduler.set_timesteps(4)
+    assert (type(scheduler), int(scheduler.timesteps[0]), float(scheduler.alphas_cumprod[-1])) == (DDIMScheduler, 999, 0.0)
+
+    write_single_file(output, tmp_path / "trained.safetensors")
+    for file in (
+        tmp_path / "trained.safetensors", without_metadata(tmp_path / "trained.safetensors", tmp_path / "bare.safetensors"),
+    ):  # fmt: skip
+        plain = configuration(file, pipeline, tmp_path)
+        folder = open_single_file(file, plain)
+        assert_same(output, folder)
+        assert known.items() <= scheduler_of(folder).items()
+        assert float(open_family(plain).schedule.coefficients(torch.tensor([999]))[0]) == 0.0
+
+
 def original_config(directory: Path, **params) -> str:
     unet = {"in_channels": 4, "out_channels": 4, "model_channels": 64, "attention_resolutions": [1], "num_res_blocks": 2,
             "channel_mult": [1, 2], "num_heads": 8, "transformer_depth": 1, "context_dim": 64}  # fmt: skip
