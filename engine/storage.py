@@ -13,6 +13,7 @@ import threading
 import urllib.request
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit, urlunsplit
 
@@ -70,6 +71,14 @@ def shown(address: str) -> str:
     if user:
         user = "" if scheme.lower() in ("http", "https") else f"{user[:-1].split(':')[0]}@"  # a token may stand there alone
     return f"{scheme}://{user}{host}{path.rstrip('/')}"
+
+
+def below(place: str, name: str) -> str:
+    """The directory `name` within a directory, by path or address; what follows an address's path stays behind it."""
+    if not is_remote(place):
+        return str(Path(place) / name)
+    scheme, user, host, path, rest = _parts(place)
+    return f"{scheme}://{user}{host}{path.rstrip('/')}/{name}{rest}"
 
 
 def _parts(address: str) -> list[str]:

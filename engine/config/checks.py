@@ -1,11 +1,14 @@
 """Mistakes that only a look at several options can find, and those that only a look at this machine can."""
 
 import codecs
+import contextlib
 import importlib.util
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from engine.catalogue import MODEL, PIPELINES
+from engine.config.mixture import DataSet, data_sets_of
 from engine.config.options import XFORMERS, CacheConfig, TrainConfig
 from engine.config.schema import REQUIRED, options_by_family, options_lacking
 from engine.errors import UserError
@@ -29,7 +32,9 @@ def check_options(config: CacheConfig) -> None:
     for name, value in config:
         if type(value) is int and value > LARGEST and name not in ("seed", "subset_seed"):
             raise UserError(f"--{name} {value}: too large; {LARGEST} is the most")
-    _check_data(config)
+    for data_set in data_sets_of(config):
+        with _of(data_set):
+            _check_data(data_set.config)
     if isinstance(config, TrainConfig):
         _check_reading(config)
         _check_held_out(config)
@@ -38,6 +43,16 @@ def check_options(config: CacheConfig) -> None:
         _check_sharding(config)
         _check_precision(config)
         _check_attention(config)
+
+
+@contextlib.contextmanager
+def _of(data_set: DataSet) -> Iterator[None]:
+    """Says of which data set a mistake is, where there are several."""
+    try:
+        yield
+    except UserError as error:
+        error.lines = [f"{data_set.title}{line}" for line in error.lines]
+        raise
 
 
 def _check_data(config: CacheConfig) -> None:
@@ -55,7 +70,7 @@ def _check_data(config: CacheConfig) -> None:
 
 
 def _check_reading(config: TrainConfig) -> None:
-    address = config.shards_address
+    address = next(filter(None, (data_set.config.shards_address for data_set in data_sets_of(config))), None)
     unsaid = not (config.shuffle or address or config.resume_from_checkpoint)  # which may each mean blocks
     if config.shuffle_window and (config.shuffle == "global" or unsaid):
         raise UserError(NEEDS_BLOCKS)
@@ -177,6 +192,23 @@ def check_machine(config: CacheConfig) -> None:
     Raises:
         UserError: which, and the remedy.
     """
+    for data_set in data_sets_of(config):
+        with _of(data_set):
+            _check_source(data_set.config)
+    lacking = options_lacking(type(config), config.family)
+    for name in PIPELINES:
+        if name not in lacking:
+            _check_pipeline(name, Path(getattr(config, name)))
+    check_writable("--output_dir", Path(config.output_dir))
+    for data_set in data_sets_of(config):
+        with _of(data_set):
+            _check_shards(data_set.config)
+    if isinstance(config, TrainConfig):
+        _check_training_machine(config)
+
+
+def _check_source(config: CacheConfig) -> None:
+    """Refuses a data set that is not there."""
     if not (config.source or config.shards_dir):
         raise UserError("no data: give --train_data_dir, --dataset_name, or --shards_dir with shards built before")
     if config.shards_address and (config.source or not isinstance(config, TrainConfig)):
@@ -189,17 +221,14 @@ def check_machine(config: CacheConfig) -> None:
     name = config.dataset_name
     if name and not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(f"--dataset_name {name}: no such directory or file")
-    lacking = options_lacking(type(config), config.family)
-    for name in PIPELINES:
-        if name not in lacking:
-            _check_pipeline(name, Path(getattr(config, name)))
-    check_writable("--output_dir", Path(config.output_dir))
+
+
+def _check_shards(config: CacheConfig) -> None:
+    """Refuses shards that can neither be read nor written."""
     if not (config.source or config.shards_address):
         _check_shards_are_there(config.shards_path)
     if not config.shards_address and not _has_index(config.shards_path):  # nothing is written beside shards that are there
         check_writable("--shards_dir", config.shards_path)
-    if isinstance(config, TrainConfig):
-        _check_training_machine(config)
 
 
 def _check_training_machine(config: TrainConfig) -> None:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from engine.catalogue import FAMILIES
 from engine.config.checks import LARGEST, check_machine, check_options, leads_out
 from engine.config.elsewhere import answer
+from engine.config.mixture import KEYS, OPTIONS, is_inherited, mistakes_of, title_of
 from engine.config.options import CacheConfig, TrainConfig, options_of
 from engine.config.schema import DIRECTORIES, PLACES, REQUIRED, SECRETS, UNSTORED, options_lacking
 from engine.errors import UserError, first_line
@@ -120,6 +121,8 @@ def parse(
         mistakes += error.lines
     if mistakes:
         raise UserError(*mistakes)
+    if config.data_sets and config.source and not is_inherited(config.data_sets):
+        say(f"{config.source} is passed over, because every [[data]] table names data of its own")
     check_machine(config)
     return config
 
@@ -157,6 +160,8 @@ def read_toml(model: type[BaseModel], path: Path, where: str, opened: Callable[[
         raise UserError(f"{where}: {error.strerror}; give the path of a TOML file") from None
     except Exception as error:  # of what is no TOML, anything
         raise UserError(f"{where}: not valid TOML: {first_line(error)}; write lines such as `resolution = 512`") from None
+    if "data" in values:
+        values["data_sets"] = values.pop("data")
     unknown = [name for name in values if name not in model.model_fields]
     if unknown:
         raise UserError(*(f"{where}: {_unknown_value(name, values[name], model)}" for name in unknown))
@@ -175,15 +180,28 @@ def load(model: type[Model], values: dict[str, Any], where: str = "") -> Model:
     Raises:
         UserError: an unknown option, a bad value or a missing one, or options that contradict each other.
     """
-    home = {name: os.path.expanduser(value) for name, value in values.items()  # noqa: PTH111 (which raises for strangers)
-            if name in PLACES and isinstance(value, str) and value.startswith("~")}  # fmt: skip
     try:
-        config = _validate(model, values | home)
+        config = _validate(model, _with_home(values))
         check_options(config)
     except UserError as error:
         error.lines = [f"{where}: {line}" if where else line for line in error.lines]
         raise
     return config
+
+
+def _with_home(values: dict[str, Any]) -> dict[str, Any]:
+    """Values in which places that begin with ~ lie in the user's home."""
+
+    def expanded(name: str, value: Any) -> Any:
+        if name == "data_sets" and isinstance(value, list):
+            return [_with_home(table) if isinstance(table, dict) else table for table in value]
+        if name in PLACES and isinstance(value, list):
+            return [expanded(name, each) for each in value]
+        if name in PLACES and isinstance(value, str) and value.startswith("~"):
+            return os.path.expanduser(value)  # noqa: PTH111 (which raises for strangers)
+        return value
+
+    return {name: expanded(name, value) for name, value in values.items()}
 
 
 def _validate(model: type[Model], values: dict[str, Any]) -> Model:
@@ -195,6 +213,9 @@ def _validate(model: type[Model], values: dict[str, Any]) -> Model:
     judged = {name: value for name, value in values.items() if name not in refused}
     problems = {name: problem for name, value in judged.items() if (problem := _problem(model, name, value))}
     mistakes += [f"--{name} {problem}" for name, problem in problems.items()]
+    if values.get("data_sets") is not None and (lines := _judge_tables(model, values)):
+        mistakes += lines
+        problems["data_sets"] = ""
     try:
         config = model.model_validate(values)
     except ValidationError as error:
@@ -202,6 +223,34 @@ def _validate(model: type[Model], values: dict[str, Any]) -> Model:
     if mistakes:
         raise UserError(*mistakes)
     return config
+
+
+def _judge_tables(model: type[CacheConfig], values: dict[str, Any]) -> list[str]:
+    """A line for every mistake in the `[[data]]` tables."""
+    tables, family, folders = values["data_sets"], values.get("family"), values.get("train_data_dir")
+    if mistakes := mistakes_of(tables):
+        return mistakes
+    if isinstance(folders, list) and len(folders) > 1:
+        return ["--train_data_dir names several folders beside [[data]] tables; give each a table of its own"]
+    for number, table in enumerate(tables, 1):
+        lines = [_unknown_key(key, model) for key in table if key not in (*KEYS, *OPTIONS)]
+        try:
+            options = {name: value for name, value in table.items() if name in OPTIONS}
+            if isinstance(family, str) and family in FAMILIES:  # else that is said
+                _validate(model, {"family": family, **options})
+        except UserError as error:
+            lines += error.lines
+        mistakes += [f"{title_of(number, table)}: {line}" for line in lines]
+    return mistakes
+
+
+def _unknown_key(key: str, model: type[CacheConfig]) -> str:
+    """What is said of a key that no `[[data]]` table has."""
+    if key in model.model_fields:
+        return f"{key} is of the whole run; write it above the tables"
+    closest = difflib.get_close_matches(key, [*KEYS, *OPTIONS], n=1, cutoff=0.7)
+    said = f"; did you mean {closest[0]}?" if closest else _hint(key, model)
+    return f"unknown key {key}{said}".replace("; --help lists all options", f"; there are {', '.join((*KEYS, *OPTIONS))}")
 
 
 def _problem(model: type[BaseModel], name: str, value: Any) -> str | None:
@@ -291,6 +340,8 @@ def build_parser(model: type[BaseModel], program: str, description: str) -> argp
     for name, field in model.model_fields.items():
         extra = field.json_schema_extra
         assert isinstance(extra, dict)
+        if extra["group"] is None:
+            continue
         title = str(extra["group"])
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
@@ -299,6 +350,8 @@ def build_parser(model: type[BaseModel], program: str, description: str) -> argp
         text = text.replace("%", "%%")
         if field.annotation is bool:
             group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text)
+        elif name == "train_data_dir":  # which may be several, and are then several data sets
+            group.add_argument(f"--{name}", action="append", metavar="DIR", help=text)
         elif get_origin(field.annotation) is not Literal and list[str] in get_args(field.annotation):
             group.add_argument(f"--{name}", nargs="+", metavar="TEXT", help=text)
         else:
@@ -332,12 +385,19 @@ def to_toml(config: CacheConfig) -> str:
     """The resolved configuration as TOML that says the same in any directory, without secrets; options that are not set, or not
     the family's, are left out."""
     values = {name: value for name, value in options_of(config).items() if value is not None and name not in UNSTORED}
-    values |= {name: str(Path(values[name]).absolute()) for name in PLACES & values.keys() if _is_here(name, values[name])}
-    if config.shards_address:
-        values["shards_dir"] = config.shards_place
+    values = _absolute(values)
+    if "data_sets" in values:
+        values["data"] = [_absolute(table) for table in values.pop("data_sets")]
     if "global_batch_size" in values:
         del values["gradient_accumulation_steps"]  # which follows from it, and from how many processes there are
     return tomli_w.dumps(values)
+
+
+def _absolute(values: dict[str, Any]) -> dict[str, Any]:
+    """Values in which paths are absolute, and addresses hold no secrets."""
+    places = {name: str(Path(values[name]).absolute()) for name in PLACES & values.keys() if _is_here(name, values[name])}
+    addresses = {name: shown(values[name]) for name in {"shards_dir"} & values.keys() if is_remote(values[name])}
+    return values | places | addresses
 
 
 def _is_here(name: str, place: str) -> bool:

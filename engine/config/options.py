@@ -22,6 +22,18 @@ SHUFFLE_WINDOW = 64  # shards; of 1,024 records each as many as they take to mix
 XFORMERS = [family for family, entry in FAMILIES.items() if entry.xformers]
 
 
+def _of_several_folders(values: dict[str, Any]) -> dict[str, Any]:
+    """Values in which several folders of `--train_data_dir` are a data set each."""
+    folders = values.get("train_data_dir")
+    if not isinstance(folders, list) or not folders:
+        return values
+    if len(folders) == 1:
+        return values | {"train_data_dir": folders[0]}
+    named = {name: values[name] for name in ("dataset_name", "dataset_config_name") if values.get(name)}
+    tables = [{"train_data_dir": folder, **named} for folder in folders]
+    return values | dict.fromkeys(["train_data_dir", *named]) | {"data_sets": tables}
+
+
 class CacheConfig(BaseModel):
     """What shapes the content of the latent shards."""
 
@@ -136,6 +148,9 @@ class CacheConfig(BaseModel):
         "the text encoder reads in every step.",
         "data",
     )
+    data_sets: list[dict[str, Any]] | None = option(
+        None, "Several data sets, each a [[data]] table of the TOML file; see engine/config/mixture.py.", None
+    )
     shards_dir: str | None = option(
         None,
         "Directory of the latent shards, built when absent; or the address of one that is read where it lies: https://, s3://, "
@@ -165,6 +180,7 @@ class CacheConfig(BaseModel):
     @classmethod
     def _defaults_of_the_family(cls, values: dict[str, Any]) -> dict[str, Any]:
         family = str(values.get("family"))  # whatever it is; the field itself refuses what is no family
+        values = _of_several_folders(values)
         defaults = {name: by_family[family] for name, by_family in options_by_family(cls).items() if family in by_family}
         return {name: value for name, value in defaults.items() if value is not REQUIRED} | values
 

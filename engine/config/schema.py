@@ -19,8 +19,8 @@ PLACES = DIRECTORIES | {
 }  # fmt: skip
 
 
-def option(default: Any, help: str, group: str, **constraints: Any) -> Any:
-    """A field of the configuration, with what `--help` needs to describe it.
+def option(default: Any, help: str, group: str | None, **constraints: Any) -> Any:
+    """A field of the configuration, with what `--help` needs to describe it; without a group it stands in files alone.
 
     A default that is a dictionary gives the defaults by family, `REQUIRED` where there is none. Families that are not in it do
     not have the option, and what the field then holds means nothing.
