@@ -268,9 +268,9 @@ void apply_mask(const Walk& walk, const Block& block, const uint8_t* mask, int c
 // From the errors and the slopes of a squared error, those of 2 c (sqrt(error^2 + c^2) - c).
 void apply_huber(float c, int count, float* slopes, float* errors) {
   for (int i = 0; i < count; ++i) {
-    const float root = std::sqrt(errors[i] * errors[i] + c * c);
-    slopes[i] *= c / root;
-    errors[i] *= 2 * root / (root + c);
+    const float share = c / std::sqrt(errors[i] * errors[i] + c * c);
+    slopes[i] *= share;
+    errors[i] *= 2 / (1 + share);
   }
 }
 

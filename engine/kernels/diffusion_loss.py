@@ -6,7 +6,7 @@ h(d) is d^2 or, where the coefficients have a sixth row c, the pseudo-Huber loss
 which is d^2 for small d and 2 c |d| for large ones. The weight m of a position is given by a mask, or one.
 
 Per element of a bf16 prediction: 2 bytes read and 2 written; mean and std (4 bytes) and the posterior's draw are skipped for
-samples with c_x = 0, that is for epsilon prediction. Huber adds no byte, and 15 instructions to 140 (predicted 12: a root and
+samples with c_x = 0, that is for epsilon prediction. Huber adds no byte, and N instructions to 140 (predicted 12: a root and
 two divisions); a mask 1 byte per position, read by every program of its channels, and 5 instructions (predicted 4). Both are
 chosen when the kernel is compiled. Predicted for a CPU, where all of it vectorises: 10 % for Huber and 3 % for a mask.
 
@@ -63,22 +63,21 @@ def diffusion_loss_kernel(
     prediction = tl.load(prediction_pointer + offsets, mask=exists, other=0.0).to(tl.float32)
     error = tl.where(exists, prediction - target, 0.0)
     factor = coefficient(coefficients_pointer, 4, sample) / (channels * positions)
+    # The loss of an element is its slope, which becomes the gradient, times another factor: both are the error at first.
     slope = error
+    if HUBER:
+        c = coefficient(coefficients_pointer, 5, sample)
+        share = c * tl.rsqrt(error * error + c * c)  # of the squared error's slope, which is left
+        slope *= share
+        error *= 2.0 / (1.0 + share)
     if HAS_MASK:
         masked = sample * channel_positions + (position % channel_positions if FLAT else position)
         slope *= tl.load(mask_pointer + masked, mask=position < positions, other=0).to(tl.float32) * MASK_UNIT
-    loss = slope * error
-    if HUBER:
-        c = coefficient(coefficients_pointer, 5, sample)
-        square = error * error + c * c
-        inverse_root = tl.rsqrt(square)
-        loss *= 2.0 * c / (square * inverse_root + c)
-        slope *= c * inverse_root
     tl.store(gradient_pointer + offsets, 2.0 * factor * tl.load(scale_pointer) * slope, mask=exists)
 
     programs = tl.num_programs(0) * tl.num_programs(1)
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(partial_pointer + sample * programs + program, factor * tl.sum(loss))
+    tl.store(partial_pointer + sample * programs + program, factor * tl.sum(slope * error))
 
 
 def launch_diffusion_loss(
@@ -147,15 +146,16 @@ def reference_diffusion_loss(
     target = per_sample(c_x, mean) * clean + per_sample(c_e, mean) * noise
     error = prediction[:, :channels].float() - target
     factor = weight / mean.shape[1:].numel()
-    slope = error if mask is None else error * (mask.float() * MASK_UNIT.value)
-    loss = slope * error
+    slope = error
     if len(coefficients) == 6:
         c = per_sample(coefficients[5], mean)
-        root = (error.square() + c.square()).sqrt()
-        loss, slope = loss * (2 * c / (root + c)), slope * (c / root)
+        share = c / (error.square() + c.square()).sqrt()
+        slope, error = slope * share, error * (2 / (1 + share))
+    if mask is not None:
+        slope = slope * (mask.float() * MASK_UNIT.value)
     gradient = torch.zeros_like(prediction)
     gradient[:, :channels] = per_sample(2 * factor * gradient_scale, mean) * slope
-    return loss.flatten(1).sum(1) * factor, gradient
+    return (slope * error).flatten(1).sum(1) * factor, gradient
 
 
 diffusion_loss = torch.library.custom_op("engine::diffusion_loss", reference_diffusion_loss, mutates_args=())

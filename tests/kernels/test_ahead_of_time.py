@@ -5,8 +5,10 @@ That is its first variant, in all dtypes; the others are compiled in bf16 for sm
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +53,14 @@ def test_kernels_compile_without_spills(report, kernel, target):
     for row in rows:
         assert row["spills"] == 0, row
         assert 0 < row["registers"] < 255, row
+
+
+def test_no_variant_spilled_when_all_were_compiled():
+    """In the table that is kept of them, of all targets and dtypes."""
+    table = Path(__file__).parents[2] / "benchmarks" / "results" / "computed" / "registers.txt"
+    spills = re.findall(r" (?:bf16|fp16|fp32) +\d+ +\d+ +\d+ +(\d+) ", table.read_text())
+    assert len(spills) == len(TARGETS) * 3 * sum(map(len, VARIANTS.values()))
+    assert set(spills) == {"0"}
 
 
 @pytest.mark.parametrize("kernel", VARIANTS)
