@@ -11,7 +11,7 @@ LAYERS = [
     "engine.offline", "engine.processes", "engine.backends", "cpp_ext", "engine.philox", "engine.permutation",
     "engine.diffusion", "engine.kernels",
     "engine.data.format", "engine.data.samples", "engine.data.transforms", "engine.data.report", "engine.data.sources",
-    "engine.models", "engine.data.identity", "engine.data.plan", "engine.data.handed", "engine.data.claims",
+    "engine.models", "engine.data.identity", "engine.data.plan", "engine.data.handed", "engine.data.claims", "engine.data.captions",
     "engine.data.records", "engine.data.found", "engine.data.together", "engine.data.encode", "engine.data.parts",
     "engine.data.describe", "engine.data.convert", "engine.data", "engine.loop", "engine.run", "engine.shards",
     "engine.cache", "engine.checkpoint", "engine.sample", "engine.export", "benchmarks.tools", "benchmarks",

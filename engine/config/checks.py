@@ -35,6 +35,7 @@ def check_options(config: CacheConfig) -> None:
     for data_set in data_sets_of(config):
         with _of(data_set):
             _check_data(data_set.config)
+            _check_captions(data_set.config)
     if isinstance(config, TrainConfig):
         _check_reading(config)
         _check_held_out(config)
@@ -67,6 +68,21 @@ def _check_data(config: CacheConfig) -> None:
         raise UserError(
             f"--metadata_encoding {config.metadata_encoding}: unknown; give for example utf-8, cp1252, shift_jis or gb18030"
         ) from None
+
+
+def _check_captions(config: CacheConfig) -> None:
+    for template in config.caption_template or ():
+        if "{caption}" not in template:
+            raise UserError(f"--caption_template {template!r}: does not say where the caption stands; write {{caption}} there")
+    if config.keep_tokens and not config.shuffle_tags:
+        raise UserError("--keep_tokens needs --shuffle_tags")
+    if config.caption_variants and not config.varies_captions:
+        raise UserError("--caption_variants needs --shuffle_tags or several texts of --caption_template")
+    if config.varies_captions and config.cache_text == "states" and config.caption_variants is None:
+        what = "--shuffle_tags" if config.shuffle_tags else "--caption_template with several texts"
+        raise UserError(
+            f"{what} needs --cache_text tokens, or --caption_variants with the number of texts that are encoded of each caption"
+        )
 
 
 def _check_reading(config: TrainConfig) -> None:

@@ -18,6 +18,7 @@ from engine.storage import is_remote, shown
 KANDINSKY = ("kandinsky-prior", "kandinsky-decoder")
 CAPTIONED = [family for family, entry in FAMILIES.items() if entry.captioned]
 SPATIAL = [family for family in FAMILIES if family != "kandinsky-prior"]  # whose samples are images, or latents of them
+CAPTION_VARIANTS = 16  # texts stored of a caption: 2.5 KB of tokens
 SHUFFLE_WINDOW = 64  # shards; of 1,024 records each as many as they take to mix like all of a data set of 65,536
 XFORMERS = [family for family, entry in FAMILIES.items() if entry.xformers]
 
@@ -102,6 +103,30 @@ class CacheConfig(BaseModel):
         "Train without a caption on images whose caption is empty, or missing in their row of a table; else they are refused.",
         "data",
     )
+    caption_prefix: str | None = option(
+        only(CAPTIONED, None), "Text put before every caption, with a space between where it ends with none.", "data"
+    )
+    caption_template: list[str] | None = option(
+        only(CAPTIONED, None),
+        "Text that every caption is put into, where it holds {caption}; several are taken in turn (--caption_variants).",
+        "data",
+    )
+    shuffle_tags: bool = option(
+        only(CAPTIONED, False),
+        "Store captions with their tags, which commas separate, in several random orders; see --caption_variants.",
+        "data",
+    )
+    keep_tokens: int = option(
+        only(CAPTIONED, 0), "With --shuffle_tags, how many tags stay first, as they are (kohya's name).", "data", ge=0
+    )
+    caption_variants: int | None = option(
+        only(CAPTIONED, None),
+        "How many texts are stored of each caption with --shuffle_tags or several templates; each is drawn as often. "
+        f"Default: {CAPTION_VARIANTS} with --cache_text tokens; with states, which take much more room, it must be given.",
+        "data",
+        ge=1,
+        le=1024,
+    )
     max_train_samples: int | None = option(
         None, "Train on this many samples, drawn by --subset_seed, instead of all.", "data", ge=1
     )
@@ -181,6 +206,8 @@ class CacheConfig(BaseModel):
     def _defaults_of_the_family(cls, values: dict[str, Any]) -> dict[str, Any]:
         family = str(values.get("family"))  # whatever it is; the field itself refuses what is no family
         values = _of_several_folders(values)
+        if isinstance(template := values.get("caption_template"), str):
+            values = values | {"caption_template": [template]}
         defaults = {name: by_family[family] for name, by_family in options_by_family(cls).items() if family in by_family}
         return {name: value for name, value in defaults.items() if value is not REQUIRED} | values
 
@@ -188,6 +215,16 @@ class CacheConfig(BaseModel):
     def source(self) -> str | None:
         """What names the images and captions, None where there are only shards."""
         return self.dataset_name or self.train_data_dir
+
+    @property
+    def varies_captions(self) -> bool:
+        """Whether one caption becomes several texts."""
+        return self.shuffle_tags or len(self.caption_template or ()) > 1
+
+    @property
+    def stored_variants(self) -> int:
+        """How many texts are stored of each caption."""
+        return (self.caption_variants or CAPTION_VARIANTS) if self.varies_captions else 1
 
     @property
     def sample_seed(self) -> int:

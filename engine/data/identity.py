@@ -14,7 +14,7 @@ _OPTIONS = {
     "samples": "max_train_samples",
     "sample_seed": "subset_seed",
 }
-_OF_CAPTIONS = ("cache_text", "keep_empty_captions")
+_OF_CAPTIONS = ("cache_text", "keep_empty_captions", "caption_prefix", "caption_template", "shuffle_tags", "keep_tokens")
 # Options of the data that are part of the identity where they are not left at their defaults.
 _SHAPING = ("image_mode", "background", "max_upscale", "metadata_encoding", "follow_links", *_OF_CAPTIONS)
 
@@ -29,6 +29,7 @@ def recipe_of(config: CacheConfig, encoding: Encoding) -> dict[str, Any]:
         "precision": config.mixed_precision,
         "caption_column": config.caption_column if encoding.captioned else None,
         "shard_records": config.shard_records,
+        **({"caption_variants": config.stored_variants} if config.stored_variants > 1 else {}),
         **{name: value for name in shaping if (value := getattr(config, name)) != CacheConfig.model_fields[name].default},
     }
 

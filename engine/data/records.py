@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.config.options import CacheConfig
+from engine.data.captions import texts_of
 from engine.data.format.index import CONTENT, UNKNOWN, Refusals, count_refused
 from engine.data.format.shard import Contents
 from engine.data.report import describe_refused
@@ -201,7 +202,7 @@ def _prepare(
         read = read_sample(source, samples[number], encoding.captioned)
         shard.contents[number] = read.content
         if read.captions is not None:
-            shard.captions[number] = read.captions
+            shard.captions[number] = [text for caption in read.captions for text in texts_of(config, caption)]
         if read.refused or read.image is None:
             return read.refused or Refused("no image")
         try:
