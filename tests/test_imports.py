@@ -11,10 +11,10 @@ LAYERS = [
     "engine.offline", "engine.processes", "engine.backends", "cpp_ext", "engine.philox", "engine.permutation",
     "engine.diffusion", "engine.kernels",
     "engine.data.format", "engine.data.samples", "engine.data.transforms", "engine.data.report", "engine.data.sources",
-    "engine.models", "engine.data.identity", "engine.data.plan", "engine.data.handed", "engine.data.claims", "engine.data.captions",
-    "engine.data.records", "engine.data.found", "engine.data.together", "engine.data.encode", "engine.data.parts",
-    "engine.data.describe", "engine.data.convert", "engine.data", "engine.loop", "engine.run", "engine.shards",
-    "engine.cache", "engine.checkpoint", "engine.sample", "engine.export", "benchmarks.tools", "benchmarks",
+    "engine.models", "engine.data.identity", "engine.data.plan", "engine.data.handed", "engine.data.claims",
+    "engine.data.captions", "engine.data.records", "engine.data.found", "engine.data.together", "engine.data.encode",
+    "engine.data.parts", "engine.data.describe", "engine.data.convert", "engine.data", "engine.loop", "engine.run",
+    "engine.shards", "engine.cache", "engine.checkpoint", "engine.sample", "engine.export", "benchmarks.tools", "benchmarks",
 ]  # fmt: skip
 # Folders -> what their files import of the project at the most; questions import tools and never each other.
 QUESTION = ("benchmarks.tools", "engine", "cpp_ext")

@@ -211,15 +211,13 @@ def _validate(model: type[Model], values: dict[str, Any]) -> Model:
     refused = [name for name in lacking if name in values]
     mistakes = [f"{', '.join(f'--{name}' for name in refused)} is not used by {family}; leave it out"] if refused else []
     judged = {name: value for name, value in values.items() if name not in refused}
+    tables = _judge_tables(model, values) if judged.pop("data_sets", None) is not None else []
     problems = {name: problem for name, value in judged.items() if (problem := _problem(model, name, value))}
-    mistakes += [f"--{name} {problem}" for name, problem in problems.items()]
-    if values.get("data_sets") is not None and (lines := _judge_tables(model, values)):
-        mistakes += lines
-        problems["data_sets"] = ""
+    mistakes += [*(f"--{name} {problem}" for name, problem in problems.items()), *tables]
     try:
         config = model.model_validate(values)
     except ValidationError as error:
-        mistakes += _explain(error, model, [*refused, *problems])
+        mistakes += _explain(error, model, [*refused, *problems, *(["data_sets"] if tables else [])])
     if mistakes:
         raise UserError(*mistakes)
     return config

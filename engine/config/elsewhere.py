@@ -29,21 +29,32 @@ ELSEWHERE = {
         "put the part into the folder of the pipeline that --pretrained_model_name_or_path names"
     ),
     # Data.
-    "instance_data_dir image_dir image_folder data_dir data_path dataset_path dataset dataset_config data_backend_config "
-    "concept_file_name concepts concepts_list in_json train_data images": (
+    "instance_data_dir image_dir image_folder data_dir data_path dataset_path dataset "
+    "in_json train_data images": (
         "--train_data_dir, a folder of images and their captions, or --dataset_name"
     ),
-    "instance_prompt caption_extension caption_extention caption_prefix caption_suffix caption_strategy prompt_prefix "
+    "dataset_config data_backend_config concept_file_name concepts concepts_list datasets subsets": (
+        "a [[data]] table for each data set, in the TOML file that --config names"
+    ),
+    "caption_suffix": "--caption_template, of which {caption} is a part",
+    "prompt_prefix": "--caption_prefix",
+    "shuffle_caption shuffle_captions tag_shuffle enable_tag_shuffling shuffle_prompt": "--shuffle_tags",
+    "keep_tags_count keep_tags": "--keep_tokens",
+    "cache_shuffle_num": "--caption_variants",
+    "cache_shuffle_delimiter tag_delimiter keep_tokens_separator caption_separator": "commas separate tags",
+    "caption_tag_dropout_rate tag_dropout*": "tags are not dropped; --proportion_empty_prompts drops whole captions",
+    "instance_prompt caption_extension caption_extention caption_strategy "
     "token_warmup* instanceprompt": (
         "captions beside the images, in a `.txt` each, or in the column of a table that --caption_column names"
     ),
     "caption_dropout_rate caption_dropout caption_dropout_prob* cond_dropout_prob conditioning_dropout_prob "
-    "cfg_dropout_prob uncond_prob unconditional_prob": "--proportion_empty_prompts",
+    "cfg_dropout_prob ucg_rate": "--proportion_empty_prompts",
     "class_data_dir class_prompt with_prior_preservation prior_loss_weight num_class_images reg_data_dir "
     "masked_prior_preservation_weight prior_generation_precision": "no prior preservation",
-    "caption_dropout_every_n_epochs "
-    "shuffle_caption keep_tokens* caption_tag_dropout_rate cache_shuffle_* weighted_captions max_token_length "
-    "tokenizer_max_length caption_separator": "captions are encoded once, as they are; give several per image in a list",
+    "caption_dropout_every_n_epochs": "--proportion_empty_prompts, the same in every epoch",
+    "weighted_captions max_token_length tokenizer_max_length": (
+        "captions are tokenized as the pipeline does it; give several per image in a list"
+    ),
     "enable_bucket *_bucket_reso bucket_* *_ar enable_ar_bucket num_ar_buckets ar_buckets size_buckets frame_buckets "
     "aspect_* use_aspect_ratio_buckets resolution_type minimum_image_size maximum_image_size": (
         "every image is resized and cropped to a square of --resolution"
@@ -56,7 +67,9 @@ ELSEWHERE = {
     "tokenizer_cache_dir huggingface_cache_dir": "--cache_dir",
     "color_aug": "colours stay as they are",
     "resize_interpolation": "--image_interpolation_mode",
-    "repeats dataset_repeats num_repeats": "an epoch sees every sample once",
+    "repeats dataset_repeats num_repeats balancing balancing_strategy": (
+        "`repeats`, or `weight`, in a [[data]] table of the TOML file"
+    ),
     "masked_loss masked_training alpha_mask mask_path unmasked_*": "no masked loss",
     "cache_latents* cache_text_encoder_outputs* latent_caching pre_compute_text_embeddings vae_cache* text_cache* "
     "skip_cache_check text_embed*": "not needed: latents and captions are always encoded once, into --shards_dir",
@@ -196,7 +209,7 @@ ELSEWHERE = {
     "early_stopping_patience early_stopping early_stop_patience": "--patience",
     "metadata_title metadata_author metadata_description metadata_license metadata_tags no_metadata training_comment "
     "modelspec_* webhook_config": "nothing of that kind is written",
-    "config_file": "--config, a TOML file of options without tables",
+    "config_file": "--config, a TOML file of options, with a [[data]] table for each of several data sets",
 }  # fmt: skip
 
 
