@@ -164,6 +164,10 @@ def _check_objective(config: TrainConfig) -> None:
 
 
 def _check_sharding(config: TrainConfig) -> None:
+    if config.gradient_noise_scale and config.zero_stage == 3:
+        raise UserError("--gradient_noise_scale with --zero_stage 3, which never has a whole gradient; use --zero_stage 2")
+    if config.gradient_noise_scale and config.mixed_precision == "fp16":
+        raise UserError("--gradient_noise_scale with --mixed_precision fp16, whose loss scale changes; use bf16 or no")
     if config.global_batch_size and config.gradient_accumulation_steps != 1:
         raise UserError("--global_batch_size and --gradient_accumulation_steps exclude each other; leave one out")
     if (config.offload_optimizer == "nvme") != (config.nvme_path is not None):

@@ -354,6 +354,12 @@ class TrainConfig(CacheConfig):
     max_grad_norm: float = option(
         1.0, "Gradients are clipped to this global norm; 0 leaves them as they are.", "optimizer", ge=0
     )
+    gradient_noise_scale: bool = option(
+        False,
+        "Log the simple noise scale (arXiv:1812.06162), the number of samples per step beyond which more help less, from the "
+        "gradients of micro-batches and of whole steps.",
+        "optimizer",
+    )
     use_ema: bool = option(False, "Keep an exponential moving average of the weights, and export it.", "optimizer")
     offload_ema: bool = option(False, "Keep the moving average in host memory between steps.", "optimizer")
     foreach_ema: bool = option(False, "Accepted from the scripts; the moving average is always updated that way.", "optimizer")

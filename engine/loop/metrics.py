@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.loop.flops import Flops
+from engine.loop.noise_scale import NoiseScale
 from engine.loop.run import Run
 from engine.processes import Processes
 
@@ -22,10 +23,13 @@ class Metrics:
 
     Args:
         flops: to tell how well the device is used, where that is asked for.
+        noise_scale: where it is asked for.
     """
 
-    def __init__(self, run: Run, processes: Processes, flops: Flops | None = None) -> None:
-        self.run, self.processes, self.flops = run, processes, flops
+    def __init__(
+        self, run: Run, processes: Processes, flops: Flops | None = None, noise_scale: NoiseScale | None = None
+    ) -> None:
+        self.run, self.processes, self.flops, self.noise_scale = run, processes, flops, noise_scale
         device = processes.device
         self.loss_sum = torch.zeros((), device=device)
         self.offending = torch.full((OFFENDING,), -1, device=device)
@@ -78,7 +82,10 @@ class Metrics:
         Every process must call it. `norm_and_skips` [2] as `Optimizer.norm_and_skips` gives them.
         """
         mean_loss = self.processes.sum_(self.loss_sum.clone()) / (self.steps * self.processes.world)
-        loss, norm, skips = torch.cat([mean_loss.view(1), norm_and_skips.to(mean_loss.device)]).tolist()
+        read = [mean_loss.view(1), norm_and_skips.to(mean_loss.device)]
+        if self.noise_scale:
+            read.append(self.noise_scale.squares)
+        loss, norm, skips, *squares = torch.cat(read).tolist()
         now = time.perf_counter()
         seconds = now - self._since
         per_second = self.steps * self.run.global_batch / seconds
@@ -94,6 +101,8 @@ class Metrics:
         }
         if self.flops:
             line["mfu"] = self.flops.step * per_second / self.processes.world / self.flops.per_second
+        if self.noise_scale:
+            line["gradient_noise_scale"] = self.noise_scale.of(squares)
         if self.loss_sum.is_cuda:
             line["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.resume(0.0, 0)

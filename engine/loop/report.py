@@ -86,6 +86,8 @@ def log_line(line: Mapping[str, float | None], run: Run) -> str:
         parts.append(f"MFU {line['mfu']:.1%}")
     if line.get("memory_gib") is not None:
         parts.append(f"{line['memory_gib']:.1f} GiB")
+    if line.get("gradient_noise_scale") is not None:
+        parts.append(f"noise scale {line['gradient_noise_scale']:.4g}")
     if line["skipped_steps"]:
         parts.append(f"{line['skipped_steps']} skipped")
     return "  ".join([*parts, f"{duration((run.steps - step) * run.global_batch / rate)} left"])

@@ -36,7 +36,7 @@ class Step:
         text_encoder: nn.Module | None = None,
     ) -> None:  # fmt: skip
         self.config, self.family, self.partition, self.metrics = config, family, partition, metrics
-        self.text_encoder = text_encoder
+        self.text_encoder, self.noise_scale = text_encoder, metrics.noise_scale
         self.accumulation = config.gradient_accumulation_steps
         self.samples = config.train_batch_size * self.accumulation
         processes, device = partition.processes, partition.processes.device
@@ -67,14 +67,18 @@ class Step:
     def micro_batch(self, batch: Batch, first: bool, last: bool) -> None:
         """One micro-batch, and the update after a step's last."""
         partition = self.partition
-        if self.before_reduction:
-            loss, gradients = self.before_reduction(batch)
+        if self.before_reduction or self.noise_scale:
+            loss, gradients = (self.before_reduction or self.differentiate)(batch)
+            if self.noise_scale:
+                self.noise_scale.add(gradients, first)
             partition.receive(gradients, first)
         else:
             loss, prediction, gradient = self.compare(partition.predict, batch)
             partition.backward(prediction, gradient, first)
         self.metrics.add(loss, batch.slots, self.accumulation)
         partition.update(last)
+        if last and self.noise_scale:
+            self.noise_scale.end_step(partition.optimizer.grad_norm)
 
     def differentiate(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """A micro-batch's losses [B] and gradients, without DeepSpeed: the part of its step that a CUDA graph can hold."""

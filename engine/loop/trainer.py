@@ -34,6 +34,7 @@ from engine.loop.export import create_repository, export, push_to_hub
 from engine.loop.flops import count_flops
 from engine.loop.log import Log, check_trackers
 from engine.loop.metrics import Metrics
+from engine.loop.noise_scale import NoiseScale
 from engine.loop.overlap import overlap_pays
 from engine.loop.pace import Pace
 from engine.loop.prepare import divide_global_batch, open_dropout, open_run, prepare_shards
@@ -217,7 +218,8 @@ class Training:
         device = processes.device
         attention.prepare(config, family, model, device, loud=processes.is_first)
         flops = count_flops(family, model, device)
-        self.metrics = Metrics(run, processes, flops)
+        noise_scale = NoiseScale(config, processes) if config.gradient_noise_scale else None
+        self.metrics = Metrics(run, processes, flops, noise_scale)
         self.captures = captures = wanted(config, device, model) and not overlap_pays(config, model, flops, processes)
         self.partition = open_partition(model, config, processes, captures)
         if config.compile:

@@ -119,12 +119,17 @@ def test_signals_are_given_back_where_nobody_was_told_to_stop():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def noise_scales(output: Path) -> list[float]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line["gradient_noise_scale"] for line in lines[6:]]  # averaged for a while
+
+
 @pytest.fixture(scope="module")
 def one_process(model, images, shards, tmp_path_factory):
     """One process that accumulates two micro-batches of two."""
     output = tmp_path_factory.mktemp("runs") / "one"
     options = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": 12, "checkpointing_steps": 12}
-    assert train(config(model, images, shards, output, **options)) == 0
+    assert train(config(model, images, shards, output, gradient_noise_scale=True, **options)) == 0
     return output
 
 
@@ -134,10 +139,13 @@ def test_two_processes_train_as_one(stage, one_process, model, images, shards, t
     output = tmp_path / "two"
     options = config(
         model, images, shards, output, train_batch_size=2, zero_stage=stage, max_train_steps=12, checkpointing_steps=12,
-        validation_prompts=["a red square"],
+        validation_prompts=["a red square"], gradient_noise_scale=stage < 3,
     )  # fmt: skip
     run_two(command(options))
     assert losses(output) == pytest.approx(losses(one_process), abs=1e-6 * SLACK)
+    if stage < 3:
+        scales = (noise_scales(run) for run in (output, one_process))
+        assert next(scales) == pytest.approx(next(scales), rel=1e-3 * SLACK)
     assert (output / "samples" / "step-12.png").exists()
     unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
     start = dict(unet.named_parameters())

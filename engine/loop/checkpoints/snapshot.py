@@ -92,6 +92,7 @@ def take(step: int, run: Run, partition: Partition, metrics: Metrics) -> Snapsho
         optimizer_counters=host_counters(partition),
         loss_steps=metrics.steps,
         loss_scaler={k: v for k, v in vars(scaler).items() if isinstance(v, (int, float))} if scaler else None,
+        gradient_squares=metrics.noise_scale.state if metrics.noise_scale else {},
     )
     return Snapshot(step, header, list(tensors.values()), state)
 
@@ -108,6 +109,8 @@ def restore(checkpoint: Checkpoint, partition: Partition, metrics: Metrics) -> N
     by_rank = [sums[rank % processes.world][rank // processes.world] for rank in range(state.world)]
     own = state.world == processes.world
     metrics.resume(by_rank[processes.rank] if own else float(torch.tensor(by_rank).mean()), state.loss_steps)
+    if metrics.noise_scale:
+        metrics.noise_scale.resume(state.gradient_squares)
     partition.refresh_weights()
 
 

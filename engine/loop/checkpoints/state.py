@@ -39,6 +39,7 @@ class State(_Strict):
     optimizer_counters: what an optimizer keeps as plain numbers.
     loss_steps: how many steps the sum of losses holds.
     loss_scaler: the numbers of DeepSpeed's, under fp16.
+    gradient_squares: averages of the squared norm of the gradient, by the number of samples that it is of.
     """
 
     format_version: Literal[2] = 2
@@ -50,6 +51,7 @@ class State(_Strict):
     optimizer_counters: dict[str, Count] = {}
     loss_steps: Count
     loss_scaler: dict[str, Number] | None = None
+    gradient_squares: dict[str, Annotated[float, Field(ge=0)]] = {}
 
     @field_validator("options")
     @classmethod
