@@ -58,7 +58,7 @@ def read(shards: Shards, window: int | None) -> dict[str, Any]:
     return {
         "first_seconds": first - started, "samples_per_second": done * BATCH / (end - first),
         "processor_microseconds": (time.process_time() - busy) / (done + 1) / BATCH * 1e6,
-        "depth_mib": shards.depth / 2**20 if isinstance(shards, RangedShards) else 0.0,
+        "depth_mib": shards.depth.size / 2**20 if isinstance(shards, RangedShards) else 0.0,
     }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from engine.data.format.reader import Shards
+from engine.data.format.reader import Shards, ahead
 from engine.data.samples import loader as loader_module
 from engine.data.samples.batch import BatchPlan
 from engine.data.samples.draw import draw_rows
@@ -118,6 +118,7 @@ def test_the_kernel_hears_of_rows_while_others_are_gathered(shards, monkeypatch)
     """But the first micro-batch waits for no other."""
     heard: list[int] = []
     monkeypatch.setattr(Shards, "advise", lambda self, rows: heard.append(int(rows["record"][0])))
-    micro_batches = ((dict.fromkeys(("record",), torch.full((16,), number)), number) for number in range(12))
-    seen = [(number, len(heard)) for _, number in Shards(shards).ahead(micro_batches)]
+    reader = Shards(shards)
+    micro_batches = ((reader, dict.fromkeys(("record",), torch.full((16,), number)), number) for number in range(12))
+    seen = [(number, len(heard)) for _, _, number in ahead(micro_batches)]
     assert seen == [(0, 1), *((number, min(number + 5, 12)) for number in range(1, 12))]

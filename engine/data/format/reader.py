@@ -8,7 +8,7 @@ import concurrent.futures
 import os
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -62,6 +62,7 @@ class Shards:
 
     Args:
         check_rows: whether every row that is read is compared with its checksum.
+        readers: how many of this process there are, among which open files and threads are divided.
 
     Raises:
         UserError: there is no index, it is not true of itself, it has no records, or a shard's file is not there.
@@ -70,10 +71,12 @@ class Shards:
     horizon = 0
     openers = 8
 
-    def __init__(self, directory: Path, check_rows: bool = True) -> None:
-        self.directory, self.check_rows = directory, check_rows
+    def __init__(self, directory: Path, check_rows: bool = True, readers: int = 1) -> None:
+        self.directory, self.check_rows, self.readers = directory, check_rows, readers
         self.index = index = self._read_index()
         self.fields = index.fields
+        self.row_bytes = sum(field.row_bytes for field in index.fields.values())
+        self._lead = 0  # bytes of rows to ask for ahead: the first is wanted at once
         self._advise_rows, self._gather_rows = best_advise(), best_gather()
         self._first_records = np.cumsum(np.append(0, index.shards["records"]))
         # Of every shard: its descriptor, or -1; when it was last read; which file it was when it was opened, and where in it
@@ -86,7 +89,8 @@ class Shards:
         self._starts = {
             name: np.zeros(count, np.int64) for name in (*singly, *(f"{CHECKSUMS}{name}" for name in singly), "source")
         }
-        self._most_open = _allowed_open(count)
+        self._most_open = _allowed_open(count, readers)
+        self.openers = max(self.openers // readers, 1)
         self._openers = concurrent.futures.ThreadPoolExecutor(self.openers, "open shards")
         weakref.finalize(self, _close, self._files)
 
@@ -109,17 +113,12 @@ class Shards:
         arithmetic = (self.index.shards["variants"] >= 0) & np.isin(self.index.shards["captions"], (OWN, 0))
         return 2**62 if arithmetic.all() or len(arithmetic) <= self._most_open else self._most_open // 2
 
-    def ahead(self, batches: Iterator[tuple[Rows, Rest]]) -> Iterator[tuple[Rows, Rest]]:
-        """The same micro-batches, whose rows [B] will be gathered one after another; those of some are fetched meanwhile."""
-        waiting: deque[tuple[Rows, Rest]] = deque()
-        depth = 0  # the first is wanted at once
-        for rows, rest in batches:
+    def ask(self, batches: list[Rows]) -> tuple[int, int]:
+        """Has the rows of micro-batches fetched, which will be gathered: how many bytes, and how many should be on the way."""
+        for rows in batches:
             self.advise(rows)
-            waiting.append((rows, rest))
-            while len(waiting) > depth:
-                yield waiting.popleft()
-            depth = -(-AHEAD // len(rows["record"]))
-        yield from waiting
+        lead, self._lead = self._lead, AHEAD * self.row_bytes
+        return sum(len(rows["record"]) for rows in batches) * self.row_bytes, lead
 
     def expect(self, records: Tensor) -> None:
         """Says which records [...] will be read within the next `horizon` samples, in the order of their reading."""
@@ -334,6 +333,38 @@ class Shards:
         self._files[shards] = -1
 
 
+def ahead(batches: Iterable[tuple[Shards, Rows, Rest]]) -> Iterator[tuple[Shards, Rows, Rest]]:
+    """The same micro-batches, whose rows [B] will be gathered one after another; those of some are fetched meanwhile.
+
+    Those that are asked for together are a quarter of what is on its way: so what lies near each other is read together.
+    """
+    waiting: deque[tuple[int, list[tuple[Shards, Rows, Rest]]]] = deque()  # micro-batches that were asked for, and their bytes
+    group: list[tuple[Shards, Rows, Rest]] = []
+    size = lead = on_their_way = 0
+    for reader, rows, rest in batches:
+        group.append((reader, rows, rest))
+        size += len(rows["record"]) * reader.row_bytes
+        if size < lead // 4:
+            continue
+        asked, wanted = _ask(group)
+        waiting.append((asked, group))
+        on_their_way, lead = on_their_way + asked, max(lead, wanted)
+        group, size = [], 0
+        while waiting and on_their_way > lead:
+            asked, oldest = waiting.popleft()
+            on_their_way -= asked
+            yield from oldest
+    _ask(group)
+    for _, each in (*waiting, (0, group)):
+        yield from each
+
+
+def _ask(group: list[tuple[Shards, Rows, Rest]]) -> tuple[int, int]:
+    """Has the rows of micro-batches of several readers fetched: `Shards.ask` over all."""
+    asked = [reader.ask([rows for of, rows, _ in group if of is reader]) for reader in {each[0]: None for each in group}]
+    return sum(size for size, _ in asked), max((wanted for _, wanted in asked), default=0)
+
+
 def identity_of(descriptor: int) -> int:
     """What tells the file that is open from another that was put in its place, or written to."""
     status = os.fstat(descriptor)
@@ -349,12 +380,12 @@ def _bytes_by_row(tensor: Tensor) -> Tensor:
     return tensor.view(len(tensor), -1).view(torch.uint8)
 
 
-def _allowed_open(count: int) -> int:
-    """How many of so many shards may be open at a time; raises the limit of open files as far as it may.
+def _allowed_open(count: int, readers: int) -> int:
+    """How many of so many shards may be open at a time in each of so many readers; raises the limit of open files if it may.
 
     Where there is room for all of them, how many rows are asked for at a time does not matter.
     """
     wanted, others = min(count, OPEN_SHARDS), len(list(Path("/dev/fd").iterdir()))
-    allowed = allow_open_files(wanted + others + OTHERS)
-    room = max(allowed - others - min(OTHERS, allowed // 4), 2)
-    return OPEN_SHARDS if room >= wanted else room
+    allowed = allow_open_files(wanted * readers + others + OTHERS)
+    room = max((allowed - others - min(OTHERS, allowed // 4)) // readers, 2)
+    return max(OPEN_SHARDS // readers, 2) if room >= wanted else room

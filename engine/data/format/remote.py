@@ -7,6 +7,7 @@ read once more before it is refused.
 import concurrent.futures
 import contextlib
 import functools
+import itertools
 import os
 import struct
 import threading
@@ -34,7 +35,7 @@ from engine.data.format.index import (
     read_json,
     shard_name,
 )
-from engine.data.format.reader import Rest, Rows, Shards, identity_of
+from engine.data.format.reader import Rows, Shards, identity_of
 from engine.data.format.shard import LARGEST_SHARD_HEADER, Shard, open_shard
 from engine.errors import UserError
 from engine.files import LARGEST_TEXT
@@ -101,9 +102,9 @@ class _RemoteShards(Shards):
         index: where it was read already.
     """
 
-    def __init__(self, storage: Storage, check_rows: bool, index: Index | None) -> None:
+    def __init__(self, storage: Storage, check_rows: bool, index: Index | None, readers: int) -> None:
         self.storage, self._index = storage, index
-        super().__init__(Path(), check_rows)
+        super().__init__(Path(), check_rows, readers)
 
     def close(self) -> None:
         self.storage.close()
@@ -168,22 +169,29 @@ class CachedShards(_RemoteShards):
     """
 
     def __init__(
-        self, storage: Storage, cache: ShardsCache, processes: int, check_rows: bool = True, index: Index | None = None
+        self,
+        storage: Storage,
+        cache: ShardsCache,
+        processes: int,
+        check_rows: bool = True,
+        index: Index | None = None,
+        readers: int = 1,
     ) -> None:
-        super().__init__(storage, check_rows, index)
+        super().__init__(storage, check_rows, index, readers)
         self.cache = cache
         largest = int(self.index.shards["bytes"].max())
-        share = 2**62 if cache.limit is None else cache.limit // (largest * processes)
+        share = 2**62 if cache.limit is None else cache.limit // (largest * processes * readers)
         if share < 4:
+            of_each = f" and each of {readers} directories" if readers > 1 else ""
             raise UserError(
                 f"--shards_cache_limit: too little for the shards at {storage.named('')}, of up to {largest} bytes: give "
-                f"{4 * processes * largest} at least, four shards for each process of this node"
+                f"{4 * processes * readers * largest} at least, four shards for each process of this node{of_each}"
             )
         # Of what there is room for, half may be open, and so is not removed; a quarter is fetched ahead.
         self._most_open = min(self._most_open, share // 2)
         self._ahead = min(share // 4, 64)
         self.horizon = max(2 * self._ahead * len(self) // len(self.index.shards), 4096)
-        self._fetchers = concurrent.futures.ThreadPoolExecutor(min(FETCHERS, self._ahead), "fetch shards")
+        self._fetchers = concurrent.futures.ThreadPoolExecutor(max(min(FETCHERS // readers, self._ahead), 1), "fetch shards")
         self._coming: dict[int, concurrent.futures.Future] = {}
         self._wanted: deque[int] = deque()
         self._lock = threading.Lock()
@@ -233,24 +241,51 @@ class CachedShards(_RemoteShards):
         self.cache.forget(self._object(number)[0])
 
 
+class Depth:
+    """How many bytes of rows are on their way.
+
+    That is measured: from two micro-batches on twice as many, up to `MEMORY`, while rows are waited for and come faster by it.
+    So it ends at what the storage gives, times what it takes to answer.
+    """
+
+    def __init__(self) -> None:
+        self.size = self._taken = 0  # bytes on their way, and those gathered since `_since`
+        self._rate, self._since = 0.0, time.perf_counter()
+
+    def took(self, size: int, waited: bool) -> None:
+        """Notes that bytes were gathered, and deepens where they were waited for, if that helped when it was done before."""
+        self._taken += size
+        if not waited or self._taken <= 4 * self.size:
+            return
+        now = time.perf_counter()
+        rate = self._taken / (now - self._since)
+        if rate > 1.1 * self._rate:
+            self._rate, self.size = rate, min(2 * self.size, MEMORY)
+        self._taken, self._since = 0, now
+
+
 class RangedShards(_RemoteShards):
     """Nothing on a disk: of a shard what leads to its rows, in memory, and of its rows those that are soon asked for.
 
     Where that does not fit of the shards that are read at a time, it is judged once, and then asked for row by row.
 
-    How many bytes of rows are on their way is measured: from two micro-batches on twice as many, up to `MEMORY`, while rows
-    are waited for and come faster by it. So it ends at what the storage gives, times what it takes to answer.
-
     Args:
         window: how many shards are read at a time; None for all.
+        depth: that all readers of this process have in common.
     """
 
     openers = CONNECTIONS
 
     def __init__(
-        self, storage: Storage, check_rows: bool = True, window: int | None = None, index: Index | None = None
+        self,
+        storage: Storage,
+        check_rows: bool = True,
+        window: int | None = None,
+        index: Index | None = None,
+        readers: int = 1,
+        depth: Depth | None = None,
     ) -> None:
-        super().__init__(storage, check_rows, index)
+        super().__init__(storage, check_rows, index, readers)
         self._ready: dict[str, _Ranges] | None = None  # rows of the micro-batch that is being gathered
         # A header, and numbers of eight bytes: sources, checksums of rows, and what leads to these where it varies.
         table = self.index.shards
@@ -258,44 +293,35 @@ class RangedShards(_RemoteShards):
         counted = ("records", *(f"{field.per}_rows" for field in self.fields.values()), *varying * ("records",))
         numbers = 8 * sum(int(table[name].max()) for name in counted)
         head = _HEADER + numbers + CONTENT * int(table["samples"].max())
-        self._most_open = min(self._most_open, HEADS // head)
-        self.openers = min(CONNECTIONS, max(HEADS // head, 1))
+        room = HEADS // (head * readers)
+        self._most_open = min(self._most_open, room)
+        self.openers = min(self.openers, max(room, 1))
         count = len(table)
         self._keeps_heads = min(2 * window if window else count, count) <= self._most_open
         self._first_bytes = min(_HEADER + numbers * self._keeps_heads, _LARGEST_GUESS)
-        self._pool = concurrent.futures.ThreadPoolExecutor(CONNECTIONS, "fetch rows")
-        self._row_bytes = sum(field.row_bytes for field in self.fields.values())
-        self.depth = self._taken = 0  # bytes on their way, and those gathered since `_since`
-        self._rate, self._since = 0.0, time.perf_counter()
+        self._pool = concurrent.futures.ThreadPoolExecutor(max(CONNECTIONS // readers, 4), "fetch rows")
+        self.depth = depth or Depth()
+        self._group_numbers = itertools.count()
         self._groups: dict[int, dict[str, _Ranges]] = {}
+        self._left: dict[int, int] = {}  # micro-batches of a group that were not gathered
 
-    def ahead(self, batches: Iterable[tuple[Rows, Rest]]) -> Iterator[tuple[Rows, Rest]]:
-        waiting: deque[tuple[int, tuple[int, list[tuple[Rows, Rest]]]]] = deque()  # bytes, number and micro-batches of groups
-        for number, group in enumerate(self._grouped(batches)):
-            self._groups[number] = self._once_more(self._ask, [rows for rows, _ in group])
-            size = sum(ranges.rows.numel() for ranges in self._groups[number].values())
-            self.depth = max(self.depth, 2 * size)
-            waiting.append((size, (number, group)))
-            while sum(size for size, _ in waiting) >= self.depth:
-                yield from self._arrived(*waiting.popleft()[1])
-        while waiting:
-            yield from self._arrived(*waiting.popleft()[1])
+    def ask(self, batches: list[Rows]) -> tuple[int, int]:
+        number, ranges = next(self._group_numbers), self._once_more(self._ask, batches)
+        self._groups[number], self._left[number] = ranges, len(batches)
+        for rows in batches:
+            rows["group"] = torch.tensor(number)
+        size = sum(each.rows.numel() for each in ranges.values())
+        self.depth.size = max(self.depth.size, 2 * size)
+        return size, self.depth.size - 1
 
-    def _grouped(self, batches: Iterable[tuple[Rows, Rest]]) -> Iterator[list[tuple[Rows, Rest]]]:
-        """Micro-batches that are asked for together, a quarter of those that are on their way: so that ranges may meet."""
-        group: list[tuple[Rows, Rest]] = []
-        for batch in batches:
-            group.append(batch)
-            if self._row_bytes * sum(len(rows["shard"]) for rows, _ in group) >= self.depth // 4:
-                yield group
-                group = []
-        if group:
-            yield group
-
-    def _arrived(self, number: int, group: list[tuple[Rows, Rest]]) -> Iterator[tuple[Rows, Rest]]:
-        for rows, rest in group:
-            yield rows | {"group": torch.tensor(number)}, rest
-        self._groups.pop(number, None)
+    def gather_fields(self, rows: Rows, *arguments: Any) -> None:
+        super().gather_fields(rows, *arguments)
+        if "group" in rows:
+            number = int(rows["group"])
+            self._left[number] -= 1
+            if not self._left[number]:
+                del self._left[number]
+                self._groups.pop(number, None)
 
     @property
     def found_together(self) -> int:
@@ -359,17 +385,7 @@ class RangedShards(_RemoteShards):
         waited = ranges.take(shards, numbers, bytes_of(out).view(-1, row_bytes))
         if sums is not None:
             sums.copy_(checksums_of(out))
-        self._taken += out.nbytes
-        if waited and self._taken > 4 * self.depth:
-            self._deepen()
-
-    def _deepen(self) -> None:
-        """Has more bytes on their way, if that helped when it was done before."""
-        now = time.perf_counter()
-        rate = self._taken / (now - self._since)
-        if rate > 1.1 * self._rate:
-            self._rate, self.depth = rate, min(2 * self.depth, MEMORY)
-        self._taken, self._since = 0, now
+        self.depth.took(out.nbytes, waited)
 
     def _forget(self, number: int) -> None:
         super()._forget(number)

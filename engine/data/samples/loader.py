@@ -11,6 +11,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from engine.data.format.reader import Rows, Shards, ahead
 from engine.data.samples.batch import Batch, BatchPlan
 from engine.data.samples.draw import draw_rows
 from engine.data.samples.dropout import Dropout
@@ -18,6 +19,7 @@ from engine.data.samples.streams import Streams
 from engine.diffusion.schedules import Schedule
 
 DEPTH = 2  # micro-batches ready ahead of the step
+ALIGNMENT = 64  # bytes, of fields in memory
 DRAWN = 4096  # slots drawn together: enough that arithmetic sets the time, and not the number of operations
 
 
@@ -44,7 +46,6 @@ class Loader:
         dropout: Dropout | None = None,
     ) -> None:
         self.streams, self.plan, self.seed, self.schedule, self.device = streams, plan, seed, schedule, device
-        self.shards = streams.streams[0].shards
         self.limits, self.dropout = limits, dropout
         self.on_gpu = device.type == "cuda"
         self.steps = range(first_step, last_step)
@@ -87,66 +88,77 @@ class Loader:
             self._ready.put(error)
 
     def _host_batches(self) -> Iterator[Batch]:
-        for rows, draws in self.shards.ahead(self._draws()):
-            self._fill(buffers := self._buffers(), rows, draws[0])
-            yield Batch(buffers, *draws)
+        for shards, rows, draws in ahead(self._draws()):
+            room = torch.empty(self._bytes_of(shards), dtype=torch.uint8)
+            yield Batch(self._gather(shards, rows, room), *draws)
 
     def _device_batches(self) -> Iterator[Batch]:
-        """Micro-batches that are being copied to the device from a ring of pinned buffers."""
-        ring = [(self._buffers(), torch.cuda.Event()) for _ in range(DEPTH + 1)]
-        for number, (rows, draws) in enumerate(self.shards.ahead(self._draws())):
-            buffers, copied = ring[number % len(ring)]
+        """Micro-batches that are being copied to the device from a ring of pinned memory, of the size of the largest."""
+        size = max(self._bytes_of(stream.shards) for stream in self.streams.streams)
+        ring = [(torch.empty(size, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(DEPTH + 1)]
+        for number, (shards, rows, draws) in enumerate(ahead(self._draws())):
+            room, copied = ring[number % len(ring)]
             copied.synchronize()
-            self._fill(buffers, rows, draws[0])
-            record = {name: self._send(tensor) for name, tensor in buffers.items()}
+            record = {name: self._send(tensor) for name, tensor in self._gather(shards, rows, room).items()}
             sent = [self._send(tensor) for tensor in draws]
             copied.record()
             yield Batch(record, *sent, copied=copied)
 
-    def _fill(self, buffers: dict[str, Tensor], rows: dict[str, Tensor], slots: Tensor) -> None:
-        """The record of a micro-batch with slots [B]."""
-        self.shards.gather_fields(rows, buffers, self.limits)
-        if self.dropout:
-            self.dropout.overwrite(buffers, self.dropout.draw(self.seed, slots))
-
     def _send(self, pinned: Tensor) -> Tensor:
         return pinned.to(self.device, non_blocking=True)
 
-    def _buffers(self) -> dict[str, Tensor]:
-        return {
-            name: torch.empty(self.plan.micro_batch, *field.shape, dtype=field.dtype, pin_memory=self.on_gpu)
-            for name, field in self.shards.fields.items()
-        }
+    def _gather(self, shards: Shards, rows: Rows, room: Tensor) -> dict[str, Tensor]:
+        """The rows of a micro-batch, in `room`, uint8 [bytes]."""
+        count, start, record = self.plan.micro_batch, 0, {}
+        for name, field in shards.fields.items():
+            record[name] = room[start : start + count * field.row_bytes].view(field.dtype).view(count, *field.shape)
+            start += _aligned(count * field.row_bytes)
+        shards.gather_fields(rows, record, self.limits)
+        return record
 
-    def _draws(self) -> Iterator[tuple[dict[str, Tensor], list[Tensor]]]:
-        """Of every micro-batch, in order: the rows that it reads; and its slots, timesteps, coefficients and data set.
+    def _bytes_of(self, shards: Shards) -> int:
+        return sum(_aligned(self.plan.micro_batch * field.row_bytes) for field in shards.fields.values())
+
+    def _draws(self) -> Iterator[tuple[Shards, Rows, list[Tensor]]]:
+        """Of every micro-batch, in order: who reads its rows; these; and its slots, timesteps, coefficients and data set.
 
         They are drawn for one micro-batch first, so that it is soon there, then for twice as many each time.
         """
         first, end = (step * self.plan.accumulation for step in (self.steps.start, self.steps.stop))
-        count, most = 1, min(DRAWN, self.shards.found_together)
+        readers = [stream.shards for stream in self.streams.streams]
+        count, most = 1, min(DRAWN, *(reader.found_together for reader in readers))
+        horizon = sum(reader.horizon for reader in readers)
         while first < end:
             last = min(first + count, end)
-            if self.shards.horizon:
-                self._expect(first, end)
-            rows, draws = self._draw(self.plan.slots(first, last))
-            for number in range(last - first):
-                yield {of: numbers[number] for of, numbers in rows.items()}, [tensor[number] for tensor in draws]
+            if horizon:
+                self._expect(self.plan.slots(first, min(first + -(-horizon // self.plan.micro_batch), end)).flatten())
+            yield from self._draw(self.plan.slots(first, last))
             first, count = last, min(2 * count, max(most // self.plan.micro_batch, 1))
 
-    def _expect(self, first: int, end: int) -> None:
-        """Lets the shards fetch what the micro-batches from `first` on read; of many samples some are looked at."""
-        slots = self.plan.slots(first, min(first + -(-self.shards.horizon // self.plan.micro_batch), end)).flatten()
-        self.shards.expect(self.streams.find(slots[:: -(-len(slots) // DRAWN)])[1])
+    def _expect(self, slots: Tensor) -> None:
+        """Lets the shards fetch what slots read; of many some are looked at."""
+        streams, records = self.streams.find(slots[:: -(-len(slots) // DRAWN)])
+        for number, stream in enumerate(self.streams.streams):
+            stream.shards.expect(records[streams == number])
 
-    def _draw(self, slots: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """The same of micro-batches with slots [M, B]: rows [M, B]; and [M, B], [M, B], [M, 5, B], [M, 1]."""
+    def _draw(self, slots: Tensor) -> Iterator[tuple[Shards, Rows, list[Tensor]]]:
+        """The same of micro-batches with slots [M, B]."""
         flat = slots.flatten()
-        _, records = self.streams.find(flat)
-        drawn = draw_rows(self.shards, self.seed, flat, records)
-        rows = {of: numbers.view(slots.shape) for of, numbers in drawn.items()}
+        found, records = (each.view(slots.shape) for each in self.streams.find(flat))
         timesteps = self.schedule.draw(torch.tensor([self.seed]), flat, self.plan.global_batch)
         coefficients = self.schedule.coefficients(timesteps).unflatten(1, slots.shape).transpose(0, 1).contiguous()
-        data_sets = torch.zeros(len(slots), 1, dtype=torch.int64)
+        data_sets = self.streams.data_set_numbers[found[:, :1]]
         draws = [slots, timesteps.view(slots.shape), coefficients, data_sets]
-        return rows, [tensor.pin_memory() for tensor in draws] if self.on_gpu else draws
+        draws = [tensor.pin_memory() for tensor in draws] if self.on_gpu else draws
+        rows: list[Rows] = [{}] * len(slots)
+        for number in found[:, 0].unique().tolist():
+            here = (found[:, 0] == number).nonzero()[:, 0]
+            drawn = draw_rows(self.streams.streams[number].shards, self.seed, slots[here].flatten(), records[here].flatten())
+            for place, micro_batch in enumerate(here.tolist()):
+                rows[micro_batch] = {of: numbers.view(-1, slots.shape[1])[place] for of, numbers in drawn.items()}
+        for micro_batch, number in enumerate(found[:, 0].tolist()):
+            yield self.streams.streams[number].shards, rows[micro_batch], [tensor[micro_batch] for tensor in draws]
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

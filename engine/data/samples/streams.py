@@ -52,6 +52,11 @@ class Streams:
         """Their names, in the order of the streams."""
         return list(dict.fromkeys(stream.data_set for stream in self.streams))
 
+    @functools.cached_property
+    def data_set_numbers(self) -> Tensor:
+        """Of each stream the place of its data set in `data_sets`: int64 [S]."""
+        return torch.tensor([self.data_sets.index(stream.data_set) for stream in self.streams])
+
     def find(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """The stream of each slot [B] and the record in it: int64 [B] each."""
         if len(self.streams) == 1:
