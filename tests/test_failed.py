@@ -76,7 +76,7 @@ import sys
 from engine.errors import UserError
 from engine.loop import trainer
 from engine.processes import Processes
-def failing(config, family, processes, check):
+def failing(config, family, processes, *rest):
     if processes.rank == 1:
         raise UserError("this one only", alone=True)
     processes.wait_for_all()

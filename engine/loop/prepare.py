@@ -7,26 +7,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from engine.config.options import ALTER_THE_RESULT, CacheConfig, TrainConfig, options_of
 from engine.data.format.cache import ShardsCache
 from engine.data.format.index import INDEX, Index
 from engine.data.format.reader import Shards
-from engine.data.format.remote import CachedShards, RangedShards
+from engine.data.format.remote import CachedShards, Depth, RangedShards
 from engine.data.format.verify import verify
 from engine.data.identity import differences
 from engine.data.parts import Part, build_parts, find_parts
 from engine.data.samples.batch import BatchPlan
 from engine.data.samples.dropout import Dropout
 from engine.data.samples.held_out import splits_of
-from engine.data.samples.order import order_of
+from engine.data.samples.order import order_of, seed_of_stream
 from engine.data.samples.streams import Stream, Streams
 from engine.errors import UserError
-from engine.files import seen, unseen
+from engine.files import digest_of, seen, unseen
 from engine.launcher import launched, local_world
-from engine.loop.checkpoints.state import State
+from engine.loop.checkpoints.state import State, states_of
 from engine.loop.run import Run
 from engine.messages import Progress, busy, say, warn
 from engine.models.family import Family
@@ -56,13 +55,14 @@ def divide_global_batch(config: TrainConfig, world: int) -> TrainConfig:
 
 
 def prepare_shards(
-    config: TrainConfig, family: Family, processes: Processes, check: Callable[[dict[str, Any]], None], seed: int
+    config: TrainConfig, family: Family, processes: Processes, check: Callable[[dict[str, Any]], None], seed: int, unit: int
 ) -> Streams:
     """Builds the shards where they are missing, verifies them as far as asked, and opens them.
 
     Args:
         check: is given the identity of the shards before anything is encoded, to raise what is against it.
         seed: of the run.
+        unit: slots that are of one stream.
 
     Raises:
         UserError: shards of another family or shape, or damaged ones, by name.
@@ -78,16 +78,17 @@ def prepare_shards(
                     f"{part.config.shards_place}: the shards were built with other models than this run is given ({other}); "
                     "give those, or train on them all the same with --trust_shards"
                 )
-    streams = []
+    streams, beside = [], _Beside(config, len(parts))
     splits = splits_of((part.index for part in parts), config.validation_fraction)
-    for part, split in zip(parts, splits, strict=True):
+    for number, (part, split) in enumerate(zip(parts, splits, strict=True)):
         _check_part(config, part, processes)
-        shards = _open(config, part, processes)
-        order = order_of(seed, shards.index.shards["records"] if split is None else split.trained, config.shuffle_window)
+        shards = _open(config, part, processes, beside)
+        records = shards.index.shards["records"] if split is None else split.trained
+        order = order_of(seed_of_stream(seed, number), records, config.shuffle_window)
         order = order if split is None else split.without_held(order)
         stream = Stream(shards, order, 1, part.data_set, part.bucket, split)
         streams.append(replace(stream, share=stream.records))
-    return Streams(seed, streams, config.train_batch_size)
+    return Streams(seed, streams, unit)
 
 
 def _check_part(config: TrainConfig, part: Part, processes: Processes) -> None:
@@ -115,17 +116,25 @@ def _check_part(config: TrainConfig, part: Part, processes: Processes) -> None:
             raise _damaged(part.config, problems)
 
 
-def _open(config: TrainConfig, part: Part, processes: Processes) -> Shards:
+class _Beside:
+    """What the readers of a run have in common."""
+
+    def __init__(self, config: TrainConfig, readers: int) -> None:
+        self.readers, self.depth = readers, Depth()
+        self.cache = ShardsCache(Path(config.shards_cache), config.cache_bytes) if config.shards_cache else None
+
+
+def _open(config: TrainConfig, part: Part, processes: Processes, beside: _Beside) -> Shards:
     """A reader of a part, of which all processes see the same."""
-    place, check_rows = part.config.shards_place, config.verify_shards != "none"
+    place, address, check_rows = part.config.shards_place, part.config.shards_address, config.verify_shards != "none"
     shards: Shards
-    if not part.config.shards_address:
-        shards = Shards(part.config.shards_path, check_rows)
-    elif config.shards_cache is None:
-        shards = RangedShards(Storage(part.config.shards_address), check_rows, config.shuffle_window, part.index)
+    if not address:
+        shards = Shards(part.config.shards_path, check_rows, beside.readers)
+    elif beside.cache is None:
+        window, depth = config.shuffle_window, beside.depth
+        shards = RangedShards(Storage(address), check_rows, window, part.index, beside.readers, depth)
     else:
-        cache = ShardsCache(Path(config.shards_cache), config.cache_bytes)
-        shards = CachedShards(Storage(part.config.shards_address), cache, local_world(), check_rows, part.index)
+        shards = CachedShards(Storage(address), beside.cache, local_world(), check_rows, part.index, beside.readers)
     opened = {_told_apart(of) for of in (part.index, shards.index)}
     if len(set().union(*processes.gather_objects(opened))) > 1:
         raise UserError(f"{place}/{INDEX}: replaced while the processes opened it; start the same again", passing=True)
@@ -163,16 +172,27 @@ def _is_the_same(index: Index, directory: Path) -> bool:
     return _told_apart(Index.read(directory)) == _told_apart(index)
 
 
-def _warn_of_a_small_cache(config: TrainConfig, shards: np.ndarray, resumed: bool) -> None:
-    count = len(shards)
-    read, largest = min(config.shuffle_window or count, count), int(shards["bytes"].max())
-    needed = min(2 * read, count)  # those of the next window are fetched while those of one are read
+def _warn_of_a_small_cache(config: TrainConfig, streams: Streams, resumed: bool) -> None:
+    counts = [len(stream.shards.index.shards) for stream in streams.streams]
+    reads = [min(config.shuffle_window or count, count) for count in counts]
+    largest = max(int(stream.shards.index.shards["bytes"].max()) for stream in streams.streams)
+    # Those of the next window are fetched while those of one are read.
+    read, needed = sum(reads), sum(min(2 * read, count) for read, count in zip(reads, counts, strict=True))
     if config.cache_bytes is not None and (room := config.cache_bytes // largest) < needed:
-        other = "" if resumed else f", or --shuffle blocks --shuffle_window {room // 2}"  # the order stays what it was
+        fewer = room // (2 * len(counts))
+        other = "" if resumed else f", or --shuffle blocks --shuffle_window {fewer}"  # the order stays what it was
         warn(
             f"--shards_cache_limit {config.shards_cache_limit} holds {room} shards, and {read} are read at a time (--shuffle "
             f"{config.shuffle}), so they may be fetched again and again; give {needed * largest} bytes{other}"
         )
+
+
+def _say_small_streams(streams: Streams) -> None:
+    """Names the streams that are smaller than a unit, whose records come together with themselves."""
+    small = [stream for stream in streams.streams if stream.records < streams.unit]
+    if len(streams.streams) > 1 and small:
+        named = ", ".join(f"{stream.name} ({stream.records})" for stream in small)
+        say(f"Fewer records than a micro-batch of {streams.unit} has, so that they come more than once in it: {named}")
 
 
 def _damaged(config: CacheConfig, problems: dict[str, str]) -> UserError:
@@ -204,7 +224,6 @@ def open_run(config: TrainConfig, seed: int, streams: Streams, plan: BatchPlan, 
     Args:
         state: of the checkpoint to go on from. One beyond the last step is trained for one more, as by the scripts.
     """
-    (shards,) = (stream.shards for stream in streams.streams)
     records = sum(stream.records for stream in streams.streams)
     steps = config.max_train_steps or -(-config.num_train_epochs * records // plan.global_batch)
     done = state.step if state else 0
@@ -213,6 +232,8 @@ def open_run(config: TrainConfig, seed: int, streams: Streams, plan: BatchPlan, 
         steps = done + 1
     options = {name: value for name, value in options_of(config).items() if name in ALTER_THE_RESULT}
     options["max_train_steps"] = steps
-    _warn_of_a_small_cache(config, shards.index.shards, resumed=state is not None)
-    index = shards.index
-    return Run(seed, plan.global_batch, index.fingerprint, records, steps, options, index.identity, streams)
+    _warn_of_a_small_cache(config, streams, resumed=state is not None)
+    _say_small_streams(streams)
+    several, index = states_of(streams), streams.streams[0].shards.index
+    fingerprint = digest_of([each.model_dump() for each in several]) if several else index.fingerprint
+    return Run(seed, plan.global_batch, fingerprint, records, steps, options, None if several else index.identity, streams)

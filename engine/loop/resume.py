@@ -12,17 +12,24 @@ from engine.config.checks import NEEDS_BLOCKS, check_judged_by_loss
 from engine.config.command_line import CONFIG, to_toml
 from engine.config.options import SHUFFLE_WINDOW, TrainConfig
 from engine.data.identity import differences, without_source
+from engine.data.samples.streams import Streams
 from engine.errors import UserError
 from engine.failed import mark_as_taken
 from engine.files import PARTIAL, digest_of, discard, held, parse_json, read_text, reading, write_text
 from engine.loop.checkpoints.layout import Checkpoint, Depth, bring_back, find, open_checked, open_newest
 from engine.loop.checkpoints.names import CHECKPOINT, LATEST, REPLACED, complete_checkpoints, displaced_checkpoints, step_of
-from engine.loop.checkpoints.state import State
+from engine.loop.checkpoints.state import State, states_of
 from engine.loop.log import CURVES, METRICS
 from engine.loop.optimizers.rates import peak_rate, rate_factors
 from engine.loop.run import Run
 from engine.messages import say
 from engine.processes import Processes, warn_of_local_locks
+
+_OTHER_SHARDS = "was trained on other shards ({}); give the same data and options of the data"
+_OTHER_SAMPLES = (
+    "was trained on other samples, or on these in another order; give the same data, or --continue_on_grown_data to go on with "
+    "what the data set holds now"
+)
 
 
 def find_checkpoint(config: TrainConfig, again: bool = False) -> Path | None:
@@ -207,15 +214,63 @@ def check_same_shards(checkpoint: Path | None, state: State | None, grown: bool,
     """
     if state is None or state.run.fingerprint == digest_of(identity):
         return
+    if state.streams:  # which each have their own; what is new among them is told when all are known
+        if grown or any(without_source(stream.data) == without_source(identity) for stream in state.streams):
+            return
+        changed = differences(without_source(state.streams[0].data), without_source(identity))
+        raise UserError(f"{checkpoint}: {_OTHER_SHARDS.format(changed)}")
     before = state.data
     if before is None or (changed := differences(without_source(before), without_source(identity))):
         changed = changed if before is not None else "data, preprocessing or encoders"
-        raise UserError(f"{checkpoint}: was trained on other shards ({changed}); give the same data and options of the data")
+        raise UserError(f"{checkpoint}: {_OTHER_SHARDS.format(changed)}")
     if "source" in identity and not grown:
+        raise UserError(f"{checkpoint}: {_OTHER_SAMPLES}")
+
+
+def check_same_streams(checkpoint: Path | None, state: State | None, grown: bool, streams: Streams) -> None:
+    """The same where there are several streams, or were: by their names, shares and all of their shards.
+
+    Raises:
+        UserError: they differ.
+    """
+    now = states_of(streams)
+    if state is None or not (now or state.streams):
+        return
+    before, after = ({stream.name: stream for stream in each} for each in (state.streams, now))
+    both = before.keys() & after.keys()
+    for name in sorted(both):
+        if changed := differences(without_source(before[name].data), without_source(after[name].data)):
+            raise UserError(f"{checkpoint}: {_OTHER_SHARDS.format(f'{name}: {changed}')}")
+    if grown or state.streams == now:
+        return
+    changes = [
+        *(f"{name or 'a single data set'} is new" for name in after.keys() - before.keys()),
+        *(f"{name or 'the single data set'} is gone" for name in before.keys() - after.keys()),
+        *(f"{name} is weighed otherwise" for name in both if before[name].share != after[name].share),
+    ]
+    if any(before[name].data != after[name].data for name in both) or not changes:
+        raise UserError(f"{checkpoint}: {_OTHER_SAMPLES}")
+    raise UserError(
+        f"{checkpoint}: was trained on other data sets or buckets ({', '.join(sorted(changes))}); give the same, or "
+        "--continue_on_grown_data to go on with what there is now"
+    )
+
+
+def unit_of(config: TrainConfig, checkpoint: Path | None, state: State | None) -> int:
+    """How many slots that follow each other are of one stream: those of a micro-batch when the run began.
+
+    Raises:
+        UserError: a micro-batch would be of several streams.
+    """
+    unit, batch = (state.unit if state else None) or config.train_batch_size, config.train_batch_size
+    if unit % batch:
+        smaller = " or ".join(str(each) for each in range(1, unit + 1) if unit % each == 0)
         raise UserError(
-            f"{checkpoint}: was trained on other samples, or on these in another order; give the same data, or "
-            "--continue_on_grown_data to go on with what the data set holds now"
+            f"{checkpoint}: began with --train_batch_size {unit}, so {unit} samples that follow each other are of one data set "
+            f"and size, and micro-batches of {batch} would mix them; give --train_batch_size {smaller}, and as much more "
+            "--gradient_accumulation_steps"
         )
+    return unit
 
 
 def announce(checkpoint: Checkpoint, config: TrainConfig, run: Run, world: int) -> None:

@@ -15,7 +15,7 @@ class Run:
     records: how many the streams hold.
     steps: optimizer steps in all.
     options: those that alter the result; when the run is resumed all may change but the order.
-    data: what shaped the shards.
+    data: what shaped the shards of a single stream.
     streams: that the samples are of.
     """
 
@@ -25,5 +25,5 @@ class Run:
     records: int
     steps: int
     options: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] | None = None
     streams: Streams = field(default_factory=Streams)

@@ -19,7 +19,7 @@ from engine.config.options import TrainConfig
 from engine.data.samples.batch import Batch, BatchPlan
 from engine.data.samples.dropout import Dropout
 from engine.data.samples.loader import Loader
-from engine.data.samples.streams import Streams
+from engine.data.samples.streams import Stream, Streams
 from engine.errors import UserError, of_all
 from engine.failed import begin, leave_note, leave_note_unless_held
 from engine.loop import attention
@@ -42,11 +42,13 @@ from engine.loop.report import log_line, opening, warn_of_a_full_disk
 from engine.loop.resume import (
     announce,
     check_same_shards,
+    check_same_streams,
     find_checkpoint,
     only_run,
     open_checkpoint,
     seed_of,
     take_over,
+    unit_of,
     with_held_out,
     with_order,
 )
@@ -109,7 +111,8 @@ def _train(config: TrainConfig, processes: Processes) -> int:
         seed = processes.from_first(seed_of(config, state))
         config = with_held_out(with_order(config, checkpoint, state), checkpoint, state)
         same = partial(check_same_shards, checkpoint, state, config.continue_on_grown_data)
-        streams = prepare_shards(config, family, processes, same, seed)
+        streams = prepare_shards(config, family, processes, same, seed, unit_of(config, checkpoint, state))
+        check_same_streams(checkpoint, state, config.continue_on_grown_data, streams)
         plan = BatchPlan(config.train_batch_size, config.gradient_accumulation_steps, processes.rank, processes.world)
         run = open_run(config, seed, streams, plan, state)
         subset_seed = config.sample_seed if config.max_train_samples else None
@@ -186,23 +189,26 @@ def _run(training: "Training", streams: Streams, plan: BatchPlan, dropout: Dropo
             training.stop.release()
 
 
-def cause_of_skips(slots: list[int], records: list[int]) -> str:
+def cause_of_skips(slots: list[int], records: list[int], streams: list[Stream] | None = None) -> str:
     """What made losses or gradients other than finite, and what to do about it.
 
     Args:
         slots: the latest whose losses were not finite, in order; `records` are those that they read.
+        streams: that these records are of, where there are several.
     """
     if not slots:
         return "every loss was, so the gradients overflowed: lower --learning_rate"
-    if len(set(records)) > 1 and slots == list(range(slots[0], slots[-1] + 1)):
+    names = [f" of {stream.name}" for stream in streams] if streams else [""] * len(slots)
+    if len({*zip(records, names, strict=True)}) > 1 and slots == list(range(slots[0], slots[-1] + 1)):
         return (
             f"no loss was in the last {len(slots)} samples, whatever they hold: the weights have diverged. Go on from an "
             "earlier checkpoint, with a lower --learning_rate"
         )
-    named = ", ".join(f"slot {slot} (record {record})" for slot, record in zip(slots, records, strict=True))
+    named = ", ".join(f"slot {slot} (record {record}{of})" for slot, record, of in zip(slots, records, names, strict=True))
+    directory = streams[-1].shards.place if streams else "DIR"
     return (
-        f"losses of these samples were not, and those of others were: {named}. `python -m engine.shards info DIR --record "
-        f"{records[-1]}` with the data set (--train_data_dir or --dataset_name) says which image that is; look at it"
+        f"losses of these samples were not, and those of others were: {named}. `python -m engine.shards info {directory} "
+        f"--record {records[-1]}` with the data set (--train_data_dir or --dataset_name) says which image that is; look at it"
     )
 
 
@@ -366,9 +372,12 @@ class Training:
             return
         self._leave_damaged()
         slots = self.metrics.offending_slots()
-        records = self.run.streams.find(torch.tensor(slots, dtype=torch.int64))[1].tolist()
+        found, records = (each.tolist() for each in self.run.streams.find(torch.tensor(slots, dtype=torch.int64)))
+        streams = self.run.streams.streams
+        of = [streams[number] for number in found] if len(streams) > 1 else None
+        cause = cause_of_skips(slots, records, of)
         raise UserError(
-            f"{skipped} steps were skipped because a loss or gradient was not finite; {cause_of_skips(slots, records)}; these "
+            f"{skipped} steps were skipped because a loss or gradient was not finite; {cause}; these "
             f"steps touched no weight. Or raise --max_skipped_steps {self.config.max_skipped_steps}"
         )
 

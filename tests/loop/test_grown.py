@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.data.samples.loader import Loader
+from engine.data.samples import loader
 from engine.data.samples.order import records_of
 from engine.errors import UserError
 from engine.loop.trainer import train
@@ -39,14 +39,13 @@ def test_a_grown_data_set_is_refused_by_the_word_that_accepts_it(run, tmp_path, 
     assert len(error.value.lines) == 1
     assert contents(tmp_path / "shards") == before, "and nothing is built"
     drawn: dict[int, int] = {}
-    draw = Loader._draw
+    draw = loader.draw_rows
 
-    def noting(self, slots):
-        rows, draws = draw(self, slots)
-        drawn.update(zip(slots.flatten().tolist(), rows["record"].flatten().tolist(), strict=True))
-        return rows, draws
+    def noting(shards, seed, slots, records):
+        drawn.update(zip(slots.tolist(), records.tolist(), strict=True))
+        return draw(shards, seed, slots, records)
 
-    monkeypatch.setattr(Loader, "_draw", noting)
+    monkeypatch.setattr(loader, "draw_rows", noting)
     assert run(continue_on_grown_data=True) == 0
     assert [*drawn] == [*range(16, 32)], "slots go on"
     assert [*drawn.values()] == records_of(3, torch.arange(16, 32), 8).tolist(), "among the records that there are now"

@@ -108,6 +108,11 @@ class Shards:
         return int(self._first_records[-1])
 
     @property
+    def place(self) -> str:
+        """The directory or address, as messages have it."""
+        return str(self.directory)
+
+    @property
     def found_together(self) -> int:
         """How many records to look for at a time, so that a shard opened for one is still open when its rows are read."""
         arithmetic = (self.index.shards["variants"] >= 0) & np.isin(self.index.shards["captions"], (OWN, 0))

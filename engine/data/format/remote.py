@@ -106,6 +106,10 @@ class _RemoteShards(Shards):
         self.storage, self._index = storage, index
         super().__init__(Path(), check_rows, readers)
 
+    @property
+    def place(self) -> str:
+        return self.storage.named("")
+
     def close(self) -> None:
         self.storage.close()
         self._openers.shutdown(wait=False, cancel_futures=True)

@@ -11,7 +11,9 @@ Where there are several streams of records, slots come in units of U that follow
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -60,12 +62,15 @@ class Units:
     of the round's own. So a round has R units, or up to S more or less with S streams.
 
     Args:
-        shares: of the streams, positive whole numbers of any size.
+        shares: of the streams, exact numbers of any size, not all of them 0.
     """
 
-    def __init__(self, seed: int, shares: Sequence[int]) -> None:
+    def __init__(self, seed: int, shares: Sequence[int | Fraction]) -> None:
         self.seed = seed_of_stream(seed, _UNITS)
-        self.shares, self.total = np.array(shares, object), sum(shares)  # Python's integers: products do not overflow
+        common = math.lcm(*(share.denominator for share in shares))
+        # Python's integers: their products do not overflow.
+        self.shares = np.array([int(share * common) for share in shares], object)
+        self.total = self.shares.sum()
         self.round = max(64, 2 * len(shares))  # more than streams, so that a unit lies in one of two rounds
 
     def find(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -25,10 +26,15 @@ class Stream:
 
     shards: Shards
     order: Order
-    share: int = 1
+    share: int | Fraction = 1
     data_set: str = ""
     bucket: str | None = None
     split: Split | None = None
+
+    @property
+    def name(self) -> str:
+        """As messages have it: dogs, 640x384 or dogs/640x384; "" for a single one."""
+        return "/".join(filter(None, (self.data_set, self.bucket)))
 
     @property
     def records(self) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 from engine.loop.checkpoints.layout import FOUND, Checkpoint, or_another
 from engine.loop.checkpoints.names import STATE
 from engine.loop.checkpoints.slices import Damaged, SliceFiles, damage, generator_state
-from engine.loop.checkpoints.state import Identity, State
+from engine.loop.checkpoints.state import Identity, State, states_of
 from engine.loop.metrics import Metrics
 from engine.loop.run import Run
 from engine.loop.weights.partition import Partition
@@ -83,12 +83,15 @@ def take(step: int, run: Run, partition: Partition, metrics: Metrics) -> Snapsho
     tensors = in_file_order(tensors)
     header, _ = header_of(tensors)
     scaler = partition.loss_scaler
+    several = states_of(run.streams)
     state = State(
         step=step,
         world=processes.world,
         run=Identity(seed=run.seed, global_batch=run.global_batch, fingerprint=run.fingerprint),
         options=run.options,
         data=run.data,
+        unit=run.streams.unit if several else None,
+        streams=several,
         optimizer_counters=host_counters(partition),
         loss_steps=metrics.steps,
         loss_scaler={k: v for k, v in vars(scaler).items() if isinstance(v, (int, float))} if scaler else None,

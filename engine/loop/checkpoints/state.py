@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from engine.config.checks import LARGEST
 from engine.config.options import ALTER_THE_RESULT, TrainConfig
+from engine.data.samples.streams import Streams
 from engine.errors import UserError
 
 FORMAT_VERSION = 2
@@ -31,11 +32,30 @@ class Identity(_Strict):
     fingerprint: str
 
 
+class StreamState(_Strict):
+    """A stream of several.
+
+    share: of the units, a fraction in words.
+    data: what shaped its shards.
+    """
+
+    data_set: str
+    bucket: str | None
+    records: Count
+    share: str
+    data: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return "/".join(filter(None, (self.data_set, self.bucket)))
+
+
 class State(_Strict):
     """What a run was after a step.
 
     world: how many processes there were, and so files of slices.
     options: those that alter the result; `data`: what shaped the shards. Earlier versions wrote neither.
+    unit, streams: how many slots that follow each other are of one stream, where there are several; then without `data`.
     optimizer_counters: what an optimizer keeps as plain numbers.
     loss_steps: how many steps the sum of losses holds.
     loss_scaler: the numbers of DeepSpeed's, under fp16.
@@ -48,6 +68,8 @@ class State(_Strict):
     run: Identity
     options: dict[str, str | Number | None] = {}
     data: dict[str, Any] | None = None
+    unit: int | None = Field(default=None, ge=1, le=LARGEST)
+    streams: list[StreamState] = []
     optimizer_counters: dict[str, Count] = {}
     loss_steps: Count
     loss_scaler: dict[str, Number] | None = None
@@ -74,6 +96,19 @@ class State(_Strict):
             if scaler and name in scaler and not scaler[name] > 0:
                 raise ValueError(f"{name}: not positive")
         return scaler
+
+
+def states_of(streams: Streams) -> list[StreamState]:
+    """What is recorded of streams: nothing of a single one, which its shards tell."""
+    if len(streams.streams) < 2:
+        return []
+    return [
+        StreamState(
+            data_set=stream.data_set, bucket=stream.bucket, records=stream.records, share=str(stream.share),
+            data=stream.shards.index.identity,
+        )
+        for stream in streams.streams
+    ]  # fmt: skip
 
 
 def parse_state(value: Any, path: Path) -> State:

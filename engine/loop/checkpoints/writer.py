@@ -215,7 +215,8 @@ class Writer:
         try:
             digests = self._digests(note)
             digests |= self._models(aside)
-            write_json(aside / STATE, snapshot.state.model_dump())
+            of_several = set() if snapshot.state.streams else {"unit", "streams"}
+            write_json(aside / STATE, snapshot.state.model_dump(exclude=of_several))
             digests[STATE] = digest(aside / STATE)
             write_json(aside / MANIFEST, digests)
             self._publish(aside, final)
