@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from engine.config.options import ALTER_THE_RESULT, CacheConfig, TrainConfig, options_of
@@ -172,10 +173,11 @@ def _is_the_same(index: Index, directory: Path) -> bool:
     return _told_apart(Index.read(directory)) == _told_apart(index)
 
 
-def _warn_of_a_small_cache(config: TrainConfig, streams: Streams, resumed: bool) -> None:
-    counts = [len(stream.shards.index.shards) for stream in streams.streams]
+def _warn_of_a_small_cache(config: TrainConfig, tables: list[np.ndarray], resumed: bool) -> None:
+    """Says where the shards of all parts, by their tables, that are read at a time do not fit."""
+    counts = [len(table) for table in tables]
     reads = [min(config.shuffle_window or count, count) for count in counts]
-    largest = max(int(stream.shards.index.shards["bytes"].max()) for stream in streams.streams)
+    largest = max(int(table["bytes"].max()) for table in tables)
     # Those of the next window are fetched while those of one are read.
     read, needed = sum(reads), sum(min(2 * read, count) for read, count in zip(reads, counts, strict=True))
     if config.cache_bytes is not None and (room := config.cache_bytes // largest) < needed:
@@ -232,7 +234,7 @@ def open_run(config: TrainConfig, seed: int, streams: Streams, plan: BatchPlan, 
         steps = done + 1
     options = {name: value for name, value in options_of(config).items() if name in ALTER_THE_RESULT}
     options["max_train_steps"] = steps
-    _warn_of_a_small_cache(config, streams, resumed=state is not None)
+    _warn_of_a_small_cache(config, [stream.shards.index.shards for stream in streams.streams], resumed=state is not None)
     _say_small_streams(streams)
     several, index = states_of(streams), streams.streams[0].shards.index
     fingerprint = digest_of([each.model_dump() for each in several]) if several else index.fingerprint

@@ -126,7 +126,7 @@ def test_a_cache_for_fewer_shards_than_are_read_is_told_what_it_may_do(resumed, 
     )  # fmt: skip
     shards = np.zeros(100, ENTRY)
     shards["bytes"] = 100
-    _warn_of_a_small_cache(run, shards, resumed)
+    _warn_of_a_small_cache(run, [shards], resumed)
     said = capsys.readouterr().err
     other = "" if resumed else ", or --shuffle blocks --shuffle_window 2"
     expected = (
@@ -135,7 +135,7 @@ def test_a_cache_for_fewer_shards_than_are_read_is_told_what_it_may_do(resumed, 
     assert said.endswith(f"{expected}{other}\n")
     for options in ({"shards_cache_limit": "1600"}, {"shuffle_window": 2}):
         check_options(taken := run.model_copy(update=options))
-        _warn_of_a_small_cache(taken, shards, resumed)
+        _warn_of_a_small_cache(taken, [shards], resumed)
     assert not capsys.readouterr().err
 
 
