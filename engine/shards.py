@@ -23,7 +23,7 @@ def build_command(arguments: list[str]) -> int:
     # After parsing, so that --help and mistakes answer at once.
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     from engine.data.describe import summary
-    from engine.data.encode import encode_source
+    from engine.data.parts import build_parts
     from engine.models.encoder import open_encoding
     from engine.processes import Processes
 
@@ -32,14 +32,15 @@ def build_command(arguments: list[str]) -> int:
     try:
         processes.connect()
         encoding = processes.first_before_others(lambda: open_encoding(config))
-        index = encode_source(config, encoding, processes)
+        parts = build_parts(config, encoding, processes)
     except UserError as error:
         processes.let_the_first_speak(error)
         raise
     finally:
         processes.close()
     if processes.is_first:
-        print(summary(config.shards_path, index))
+        for part in parts:
+            print(summary(part.config.shards_path, part.index))
     return 0
 
 

@@ -131,6 +131,9 @@ class Numbers(Source):
     def content(self, index: int) -> bytes:
         return str(index).encode()
 
+    def size(self, index: int) -> tuple[int, int]:
+        return 1, 1
+
     def decode(self, content: bytes) -> Image.Image:
         return Image.new("RGB", (1, 1))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engine.catalogue import MODEL, PIPELINES
 from engine.config.mixture import DataSet, data_sets_of
-from engine.config.options import XFORMERS, CacheConfig, TrainConfig
+from engine.config.options import SPATIAL, XFORMERS, CacheConfig, TrainConfig
 from engine.config.schema import REQUIRED, options_by_family, options_lacking
 from engine.errors import UserError
 from engine.storage import shown
@@ -36,6 +36,8 @@ def check_options(config: CacheConfig) -> None:
         with _of(data_set):
             _check_data(data_set.config)
             _check_captions(data_set.config)
+            if config.family in SPATIAL:
+                _check_buckets(data_set.config)
     if isinstance(config, TrainConfig):
         _check_reading(config)
         _check_held_out(config)
@@ -83,6 +85,31 @@ def _check_captions(config: CacheConfig) -> None:
         raise UserError(
             f"{what} needs --cache_text tokens, or --caption_variants with the number of texts that are encoded of each caption"
         )
+
+
+def _check_buckets(config: CacheConfig) -> None:
+    given = [name for name in ("bucket_step", "bucket_area", "bucket_max_ratio") if _is_given(config, name)]
+    if given and config.buckets is not True:
+        why = (
+            "needs --buckets" if not config.buckets else "shapes sizes that --buckets makes, and it is given some; leave it out"
+        )
+        raise UserError(f"--{given[0]} {why}")
+    if isinstance(config.buckets, list):
+        twice = next((size for size in config.buckets if config.buckets.count(size) > 1), None)
+        if twice:
+            raise UserError(f"--buckets {twice}: stands there twice")
+    elif config.buckets and (config.bucket_area or config.resolution**2) < config.bucket_step**2:
+        said = f"bucket_area {config.bucket_area}" if config.bucket_area else f"resolution {config.resolution}"
+        raise UserError(
+            f"--{said}: no size in steps of --bucket_step {config.bucket_step} has so few pixels; give a smaller step"
+        )
+
+
+def _is_given(config: CacheConfig, name: str) -> bool:
+    """Whether an option has another value than the family's default."""
+    field = type(config).model_fields[name]
+    by_family = options_by_family(type(config)).get(name, {})
+    return bool(getattr(config, name) != by_family.get(config.family, field.default))
 
 
 def _check_reading(config: TrainConfig) -> None:

@@ -39,6 +39,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{switch[1]} takes no value" if switch else message)
 
 
+class _SwitchOrTexts(argparse.Action):
+    """A switch that may have values, which say how."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        setattr(namespace, self.dest, values or True)
+
+
 def whole(low: int, high: int = LARGEST) -> Callable[[str], int]:
     """What reads an integer from `low` to `high` for a `Parser`."""
 
@@ -255,7 +262,8 @@ def _problem(model: type[BaseModel], name: str, value: Any) -> str | None:
     """Why a value, or one of several texts, can be none of an option, whatever pydantic says."""
     if value == "" and name.endswith(("_dir", "_path", "_name", "_checkpoint")):
         return "is empty; a variable of the shell may not be set"
-    if isinstance(value, bool) and name in model.model_fields and model.model_fields[name].annotation is not bool:
+    annotation = model.model_fields[name].annotation if name in model.model_fields else bool
+    if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
         return f"{_shown(name, value)}: is no switch; give a value"
     texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
     if name in PLACES - DIRECTORIES | {"resume_from_checkpoint"} and any(_too_long(text) for text in texts):
@@ -350,6 +358,9 @@ def build_parser(model: type[BaseModel], program: str, description: str) -> argp
             group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text)
         elif name == "train_data_dir":  # which may be several, and are then several data sets
             group.add_argument(f"--{name}", action="append", metavar="DIR", help=text)
+        elif bool in get_args(field.annotation):
+            group.add_argument(f"--{name}", nargs="*", metavar="VALUE", action=_SwitchOrTexts, help=text)
+            group.add_argument(f"--no-{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
         elif get_origin(field.annotation) is not Literal and list[str] in get_args(field.annotation):
             group.add_argument(f"--{name}", nargs="+", metavar="TEXT", help=text)
         else:

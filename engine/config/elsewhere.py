@@ -55,11 +55,21 @@ ELSEWHERE = {
     "weighted_captions max_token_length tokenizer_max_length": (
         "captions are tokenized as the pipeline does it; give several per image in a list"
     ),
-    "enable_bucket *_bucket_reso bucket_* *_ar enable_ar_bucket num_ar_buckets ar_buckets size_buckets frame_buckets "
-    "aspect_* use_aspect_ratio_buckets resolution_type minimum_image_size maximum_image_size": (
-        "every image is resized and cropped to a square of --resolution"
+    "enable_bucket enable_ar_bucket aspect_ratio_bucketing use_aspect_ratio_buckets bucketing": "--buckets",
+    "ar_buckets size_buckets crop_aspect_buckets bucket_sizes bucket_list": "--buckets with a list: --buckets 512x512 640x384",
+    "bucket_reso_steps bucket_resolution_steps aspect_bucket_alignment aspect_bucket_rounding bucket_divisibility": (
+        "--bucket_step"
     ),
-    "height width image_size resolutions size": "--resolution, one number: images are square",
+    "*_bucket_reso *_ar num_ar_buckets max_aspect_ratio bucket_ratio": (
+        "--bucket_max_ratio, for how oblong sizes are, and --bucket_area, for how many pixels they have"
+    ),
+    "target_area pixel_area": "--bucket_area",
+    "bucket_no_upscale minimum_image_size upscale_*": "--max_upscale, above which images are refused",
+    "frame_buckets": "no video",
+    "resolution_type maximum_image_size target_downsample_size": (
+        "--resolution, in pixels of a side; with --buckets or --bucket_area, of as many pixels in all"
+    ),
+    "height width image_size resolutions size": "--resolution, one number; --buckets for images that are not square",
     "flip_aug hflip": "--random_flip",
     "random_crop crop crop_aspect face_crop_aug_range": "--random_crops, without --center_crop",
     "text_column caption_key": "--caption_column",

@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from engine.catalogue import DECODER, FAMILIES, IMAGE_ENCODER, MODEL, PRIOR, FamilyName
 from engine.config.schema import REQUIRED, only, option, options_by_family, options_lacking, published, sd_differs
@@ -151,6 +152,24 @@ class CacheConfig(BaseModel):
     image_interpolation_mode: Literal["nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"] = option(
         only(("sd",), "lanczos"), "How images are resized.", "data"
     )
+    buckets: bool | list[str] = option(
+        only(SPATIAL, False),
+        "Bring each image to the size of the nearest ratio instead of a square: of those given (WIDTHxHEIGHT ...), or of sizes "
+        "with about as many pixels as a square of --resolution.",
+        "data",
+    )
+    bucket_step: int = option(
+        only(SPATIAL, 64) | {"wuerstchen": 128}, "Both sides of a size that --buckets makes are multiples of it.", "data", ge=1
+    )
+    bucket_area: int | None = option(
+        only(SPATIAL, None),
+        "Pixels of a size that --buckets makes, at the most. Default: the square of --resolution.",
+        "data",
+        ge=1,
+    )
+    bucket_max_ratio: float = option(
+        only(SPATIAL, 4.0), "How often --buckets lets the short side of a size go into the long one.", "data", ge=1, le=100
+    )
     image_mode: Literal["script", "scaled"] = option(
         "script",
         "Images of more than 8 bits per pixel: as the scripts read them, above 255 white; or scaled to 8 bits.",
@@ -210,6 +229,17 @@ class CacheConfig(BaseModel):
             values = values | {"caption_template": [template]}
         defaults = {name: by_family[family] for name, by_family in options_by_family(cls).items() if family in by_family}
         return {name: value for name, value in defaults.items() if value is not REQUIRED} | values
+
+    @field_validator("buckets", mode="before")
+    @classmethod
+    def _sizes(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            return value
+        parts = [part for text in value for part in str(text).split(",")] if isinstance(value, list) else [str(value)]
+        found = [re.fullmatch(r"\s*([1-9]\d{0,5})\s*[xX]\s*([1-9]\d{0,5})\s*", part) for part in parts]
+        if not (found and all(found)):
+            raise PydanticCustomError("size", "give sizes as WIDTHxHEIGHT, for example 640x384, or no value to have them made")
+        return [f"{size[1]}x{size[2]}" for size in found if size]
 
     @property
     def source(self) -> str | None:

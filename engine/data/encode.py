@@ -11,7 +11,7 @@ import itertools
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -62,13 +62,17 @@ def encode_source(
     processes: Processes,
     check: Callable[[dict[str, Any]], None] = lambda identity: None,
     source: Source | None = None,
+    source_of_all: Callable[[Source | None], Source] | None = None,
+    encoder: Callable[[Task], Encoder] | None = None,
 ) -> Index:
     """Encodes what is missing of the shards and returns the index. The first process alone lists and looks, and tells others.
 
     Args:
         check: is given the identity of the shards, to raise what is against it: at the end, and without what is not known yet
             before anything is encoded.
-        source: instead of the one that the options name.
+        source: instead of the one that the options name; of the first process.
+        source_of_all: gives it to all processes, where it is not the one that the options name.
+        encoder: the frozen models, where `loaded_once` has them for several calls.
 
     Raises:
         UserError: there is no such source, the directory holds shards of something else, no sample can be used, or `--strict`
@@ -88,7 +92,8 @@ def encode_source(
             )
         if index is None:
             check(task.recipe)
-            _refuse_known(task)
+            if not task.is_bucket:
+                refuse_known(config, task.source)
             task.directory.mkdir(parents=True, exist_ok=True)
         return index
 
@@ -100,22 +105,49 @@ def encode_source(
     if index is None:
         with shards_held(config, processes) as held:
             index = processes.computed_by_first(complete_meanwhile)
-            index = index or _build(Launch(config, encoding, processes, check, task, held))
+            if index is None:
+                of_all = source_of_all or partial(opened_by_all, config, encoding, processes)
+                with contextlib.nullcontext(encoder) if encoder else loaded_once(processes) as models:
+                    index = _build(Launch(config, encoding, processes, check, task, held, of_all, models))
     check(index.identity)
     if config.strict and index.refused_count:
         raise UserError(f"--strict: {describe_refused(index.refused)}")
     return index
 
 
-def _refuse_known(task: Task) -> None:
+def opened_by_all(config: CacheConfig, encoding: Encoding, processes: Processes, mine: Source | None) -> Source:
+    """The source that the options name, on every process; the first has it."""
+    source = processes.first_before_others(lambda: mine or open_source(config, encoding.captioned))
+    if not processes.is_first:
+        source.noticed.clear()  # which the first one tells
+    return source
+
+
+@contextlib.contextmanager
+def loaded_once(processes: Processes) -> Iterator[Callable[[Task], Encoder]]:
+    """Gives what loads the frozen models of a task when they are first asked for; at the end their memory is given back."""
+    with contextlib.ExitStack() as stack:
+        encoders: list[Encoder] = []
+
+        def encoder(task: Task) -> Encoder:
+            if not encoders:
+                if not processes.is_first:  # whose models the recipe is of
+                    refuse_other_models(task.encoding, task.recipe)
+                encoders.append(stack.enter_context(task.encoding.encoder(processes.device)))
+            return encoders[0]
+
+        yield encoder
+
+
+def refuse_known(config: CacheConfig, source: Source) -> None:
     """Raises `UserError` where it is known without reading them that all samples are refused; with --strict, that one is."""
-    refused = ((place, task.source.refusal(place)) for place in range(len(task.source)))
-    if task.config.strict:
+    refused = ((place, source.refusal(place)) for place in range(len(source)))
+    if config.strict:
         for place, why in refused:
             if why:
-                raise strict(task.source, place, why)
+                raise strict(source, place, why)
     elif all(why for _, why in refused):
-        raise all_refused(task.source, ((place, task.source.refusal(place)) for place in range(len(task.source))))
+        raise all_refused(source, ((place, source.refusal(place)) for place in range(len(source))))
 
 
 def _may_write(directory: Path) -> bool:
@@ -133,13 +165,19 @@ def _build(launch: Launch) -> Index:
         with together(launch, next(builds)) as (task, claims, found, plan):
             if claims and not is_of(found.index, plan):
                 _say_changes(task, found, plan)
-                _encode_missing(task, found, plan, claims, processes)
+                _encode_missing(task, found, plan, claims, processes, launch.encoder)
             processes.wait_for_all()  # who may look at what was handed over, which then goes
             ended = partial(_end, task, plan, claims, launch.held, started)
             if index := processes.computed_by_first(ended):
-                for noticed, count in sum(processes.gather_objects(task.source.noticed), Counter()).items():
-                    say(f"{count} of {len(task.source)} images: {noticed}")
+                if not task.is_bucket:
+                    say_noticed(task.source.noticed, len(task.source), processes)
                 return index
+
+
+def say_noticed(noticed: Counter[str], samples: int, processes: Processes) -> None:
+    """Says what was decided about images, of which each process noticed some, and of how many samples."""
+    for what, count in sum(processes.gather_objects(noticed), Counter()).items():
+        say(f"{count} of {samples} images: {what}")
 
 
 def _end(task: Task, plan: Plan, claims: Claims | None, held: int | None, started: float) -> Index | None:
@@ -167,7 +205,9 @@ def _say_changes(task: Task, found: Found, plan: Plan) -> None:
         say(f"{task.directory}: the data set has changed: {changes}; only the shards that this changes are written")
 
 
-def _encode_missing(task: Task, found: Found, plan: Plan, claims: Claims, processes: Processes) -> None:
+def _encode_missing(
+    task: Task, found: Found, plan: Plan, claims: Claims, processes: Processes, encoder: Callable[[Task], Encoder]
+) -> None:
     """Has every shard of the plan complete, by this process or by others."""
     outcome = Outcome()
     counts = plan.counts(plan.blocks)
@@ -175,14 +215,6 @@ def _encode_missing(task: Task, found: Found, plan: Plan, claims: Claims, proces
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(int(counts[missing].sum()), "Encoding", "image", claims.done()))
         pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(max(task.config.dataloader_num_workers, 1)))
-        encoders: list[Encoder] = []  # loaded when something is to be encoded
-
-        def encoder() -> Encoder:
-            if not encoders:
-                if not processes.is_first:  # whose models the recipe is of
-                    refuse_other_models(task.encoding, task.recipe)
-                encoders.append(stack.enter_context(task.encoding.encoder(processes.device)))
-            return encoders[0]
 
         def show() -> None:
             if processes.is_first:
@@ -198,7 +230,7 @@ def _encode_missing(task: Task, found: Found, plan: Plan, claims: Claims, proces
                         if not mine:
                             others.append(place)
                         elif _entry(task, plan, claims, place) is None:
-                            _complete_shard(task, found, plan, claims, place, encoder, pool, outcome, show)
+                            _complete_shard(task, found, plan, claims, place, partial(encoder, task), pool, outcome, show)
             if waiting == others:  # all are in the hands of other processes, of which any may end before its shard is done
                 time.sleep(PAUSE * max(1, processes.world // 16))  # who has nothing to do must not keep the others from it
                 show()
@@ -298,7 +330,7 @@ def _write_index(task: Task, found: Found, plan: Plan, claims: Claims, seconds: 
         refused_of.append(count_refused(shard.refused))
         again += passing(shard) if shard.said.fingerprint == task.recipe_digest else ()
     refused, plan = add_refused(refused_of), replace(plan, again=np.array(again, np.int64))
-    if not shards["records"].any():
+    if not (shards["records"].any() or task.is_bucket):
         remove_shards(task.directory, {number for _, _, number in before})
         claims.path.unlink(missing_ok=True)
         if not before:
@@ -322,5 +354,6 @@ def _write_index(task: Task, found: Found, plan: Plan, claims: Claims, seconds: 
     index.check()
     plan.write(task.directory, task.recipe_digest, found.fingerprint, index.fingerprint)
     index.write(task.directory)
-    say_refused(len(task.source), refused, task.directory)
+    if not task.is_bucket:
+        say_refused(len(task.source), refused, task.directory)
     return index

@@ -31,7 +31,7 @@ from engine.data.plan import (
 )
 from engine.data.records import read_sample, still_refused
 from engine.data.sources.interface import Source
-from engine.data.sources.subset import Subset
+from engine.data.sources.subset import Bucket, Subset
 from engine.errors import UserError
 from engine.files import digest_of
 from engine.messages import Progress
@@ -66,9 +66,14 @@ class Task:
         return digest_of(self.recipe)
 
     @property
+    def is_bucket(self) -> bool:
+        """Whether there are others beside it, so that it may have no record, or lose all samples that it had."""
+        return isinstance(self.source, Bucket)
+
+    @property
     def subset(self) -> dict[str, int]:
         """How samples were drawn, as an identity has it."""
-        return {"samples": self.source.count, "sample_seed": self.source.seed} if isinstance(self.source, Subset) else {}
+        return self.source.drawn if isinstance(self.source, Subset) else {}
 
     @property
     def earlier_identity(self) -> dict[str, Any]:
@@ -210,6 +215,18 @@ def complete_index(task: Task, found: Found, read: bool) -> Index | None:
     return found.index
 
 
+def keeps_any(task: Task, read: bool) -> bool:
+    """Whether the shards that are there hold a sample that the source has.
+
+    Args:
+        read: samples whose files are not known.
+    """
+    found = look(task)
+    runs = known(found.runs, task.stamps, task.counts)
+    runs = _recognise(task, found, runs) if read else runs
+    return bool(Plan(runs[runs["first"] >= 0], found.blocks).counts(found.blocks).any())
+
+
 def is_of(index: Index | None, plan: Plan) -> bool:
     return index is not None and np.array_equal(blocks_of(index), plan.blocks)
 
@@ -239,7 +256,7 @@ def _planned(task: Task, found: Found, runs: np.ndarray) -> Plan:
     """
     there = Plan(runs[runs["first"] >= 0], found.blocks)
     blocks = found.blocks.copy()
-    if len(blocks) and not there.counts(blocks).any():
+    if len(blocks) and not there.counts(blocks).any() and not task.is_bucket:
         if found.index:
             converted = "content" not in found.index.identity.get("source", {})
             once = "; converted shards know of files only what a first build on the data set as it was wrote down"

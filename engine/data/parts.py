@@ -2,16 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from engine.config.options import CacheConfig
+from engine.data.bucketed import build_buckets, in_bucket
+from engine.data.buckets import size_named
 from engine.data.encode import encode_source
-from engine.data.format.index import Index
-from engine.data.format.remote import read_index
+from engine.data.format.buckets import Buckets, is_bucketed
+from engine.data.format.index import BUCKETS, Index
+from engine.data.format.remote import read_buckets, read_index
+from engine.errors import UserError
 from engine.messages import busy
 from engine.models.encoder import Encoding
 from engine.processes import Processes
-from engine.storage import Storage
+from engine.storage import NOT_THERE, Storage, StorageError, below
 
 
 @dataclass(frozen=True)
@@ -32,21 +37,64 @@ class Part:
 
 
 def build_parts(
-    config: CacheConfig, encoding: Encoding, processes: Processes, check: Callable[[dict[str, Any]], None]
+    config: CacheConfig,
+    encoding: Encoding,
+    processes: Processes,
+    check: Callable[[dict[str, Any]], None] = lambda identity: None,
 ) -> list[Part]:
     """The parts of data sets that are at hand, of which what is missing is encoded.
 
     Args:
         check: as `encode_source` takes it.
     """
-    return [Part("", None, config, encoding, encode_source(config, encoding, processes, check))]
+    if config.buckets:
+        return [_part(config, encoding, name, index) for name, index in build_buckets(config, encoding, processes, check)]
+    processes.computed_by_first(lambda: _refuse_buckets(config.shards_path))
+    return [_part(config, encoding, None, encode_source(config, encoding, processes, check))]
+
+
+def _part(config: CacheConfig, encoding: Encoding, bucket: str | None, index: Index) -> Part:
+    if bucket is None:
+        return Part("", None, config, encoding, index)
+    return Part("", bucket, in_bucket(config, bucket), encoding.of_size(*size_named(bucket)), index)
+
+
+def _refuse_buckets(directory: Path) -> None:
+    if is_bucketed(directory):
+        raise UserError(
+            f"{directory}: the shards there were built with --buckets; give that too, name another --shards_dir, or give no "
+            "data options to train on these"
+        )
 
 
 def find_parts(config: CacheConfig, encoding: Encoding, processes: Processes) -> list[Part]:
     """The parts that lie where the shards are, on a disk or on remote storage."""
     if config.shards_address:
         with busy(f"Reading the index of {config.shards_place}"):
-            index = read_index(Storage(config.shards_address))
+            found = _on_storage(config)
     else:
-        index = processes.computed_by_first(lambda: Index.read(config.shards_path))
-    return [Part("", None, config, encoding, index)]
+        found = processes.computed_by_first(lambda: _on_disk(config))
+    return [_part(config, encoding, bucket, index) for bucket, index in found]
+
+
+def _on_disk(config: CacheConfig) -> list[tuple[str | None, Index]]:
+    """The buckets of a directory, and their indexes; None for the one size of others."""
+    directory = config.shards_path
+    if is_bucketed(directory):
+        return [(bucket.name, Index.read(directory / bucket.name)) for bucket in Buckets.read(directory / BUCKETS).filled]
+    return [(None, Index.read(directory))]
+
+
+def _on_storage(config: CacheConfig) -> list[tuple[str | None, Index]]:
+    address = config.shards_address
+    assert address is not None
+    try:
+        return [(None, read_index(Storage(address)))]
+    except StorageError as error:
+        if NOT_THERE not in str(error):
+            raise
+        try:
+            buckets = read_buckets(Storage(address))
+        except StorageError:
+            raise error from None
+    return [(bucket.name, read_index(Storage(below(address, bucket.name)))) for bucket in buckets.filled]

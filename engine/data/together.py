@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from engine.config.options import CacheConfig, TrainConfig
 from engine.data.claims import BUILDING, PAUSE, Claims
@@ -17,11 +17,13 @@ from engine.data.format.index import Index, shard_name, shards_in, sweep
 from engine.data.found import Found, Task, is_of, look, plan_of_others, replanned
 from engine.data.handed import Handed, hand_over
 from engine.data.plan import Plan, read_plan
-from engine.data.sources import open_source
+from engine.data.sources.interface import Source
 from engine.files import excludes_others, held, seen, share, unseen
 from engine.messages import say
-from engine.models.encoder import Encoding
+from engine.models.encoder import Encoder, Encoding
 from engine.processes import Processes, warn_of_local_locks
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Launch:
     check: is given the identity of shards, to raise what is against it.
     task: the first process's, which hands others theirs.
     held: the directory of the shards, held with others, by the first process; None where a training holds it.
+    source_of_all: called by all processes, gives each the source that the first has, where it cannot be handed with the plan.
+    encoder: gives the frozen models for a task, loaded when they are first asked for.
     """
 
     config: CacheConfig
@@ -39,6 +43,8 @@ class Launch:
     check: Callable[[dict[str, Any]], None]
     task: Task | None
     held: int | None
+    source_of_all: Callable[[Source | None], Source]
+    encoder: Callable[[Task], Encoder]
 
 
 @contextlib.contextmanager
@@ -100,9 +106,8 @@ def together(launch: Launch, build: int) -> Iterator[tuple[Task, Claims | None, 
             mine = Task(config, launch.encoding, source, recipe, stamps, counts), joined, found, plan
         task, claims, found, plan = mine
         if not portable:
-            source = processes.first_before_others(lambda: task.source or open_source(config, launch.encoding.captioned))
-            task = replace(task, source=source)
-        if not processes.is_first:
+            task = replace(task, source=launch.source_of_all(task.source))
+        elif not processes.is_first:
             task.source.noticed.clear()  # which the first one tells
         yield task, claims, found, plan
 
@@ -180,6 +185,21 @@ def _begin(task: Task, found: Found, plan: Plan, claims: Claims) -> None:
         of_index = found.index.shards["number"].tolist() if found.index else ()
         remove_shards(task.directory, {*plan.blocks["number"].tolist(), *of_index})
         claims.begin(plan)
+
+
+def handed_to_all(value: T | None, directory: Path, processes: Processes) -> T:
+    """What the first process has, on every process: its arrays map from a file of a directory, which goes at the end."""
+    if processes.world == 1:
+        assert value is not None
+        return value
+    handed = processes.computed_by_first(lambda: hand_over(value, directory))
+    try:
+        taken: Any = value if processes.is_first else handed.take(directory)
+        processes.wait_for_all()
+    finally:
+        if processes.is_first:
+            (directory / handed.name).unlink(missing_ok=True)
+    return taken
 
 
 def sweep_halves(directory: Path, held: int | None) -> None:

@@ -62,6 +62,7 @@ class Encoding(ABC):
     tokenizer: Any
     text_config: Any
     text_model: Any = None  # the class of the text encoder
+    _identity: dict[str, str] | None = None
 
     def __init__(self, config: CacheConfig) -> None:
         family = FAMILIES[config.family]
@@ -142,9 +143,9 @@ class Encoding(ABC):
 
     @property
     def size_identity(self) -> dict[str, Any]:
-        """What an identity says of the size: of the square of --resolution as ever, of another one both sides."""
-        resolution = self.config.resolution
-        return {"resolution": resolution} if self.size == (resolution, resolution) else {"size": list(self.size)}
+        """What an identity says of the size: one side of a square, else both."""
+        width, height = self.size
+        return {"resolution": width} if width == height else {"size": [width, height]}
 
     def of_size(self, width: int, height: int) -> Self:
         """The same for records of images of another size, which the family must be able to take."""
@@ -157,8 +158,10 @@ class Encoding(ABC):
         """What computes the digest of each frozen model's files, by name; it raises `UserError` where they are not whole."""
 
     def encoder_identity(self) -> dict[str, str]:
-        """Digests of the frozen models' files by name, for the fingerprint of the shards."""
-        return {name: digest() for name, digest in self.encoder_digests().items()}
+        """Digests of the frozen models' files by name, for the fingerprint of the shards; computed once, for all sizes."""
+        if self._identity is None:
+            self._identity = {name: digest() for name, digest in self.encoder_digests().items()}
+        return self._identity
 
     @abstractmethod
     def preprocessing_identity(self) -> dict[str, Any]:
@@ -186,11 +189,16 @@ class Encoding(ABC):
             vars(encoder).clear()  # whoever still has a name for it
 
     def _require_steps(self, step: int, why: str) -> None:
-        """Refuses a resolution that is no multiple of `step`; names the nearest that is."""
-        resolution = self.config.resolution
-        if resolution % step:
-            nearest = max(round(resolution / step), 1) * step
-            raise UserError(f"--resolution {resolution}: {why}; the nearest is {nearest}")
+        """Says that sides of images are multiples of `step`; refuses a resolution that is not."""
+        self._step, self._why = step, why
+        self.check_sides("--resolution", self.config.resolution)
+
+    def check_sides(self, option: str, *sides: int) -> None:
+        """Refuses what an option says of sides that the models cannot take, and names the nearest that they can."""
+        if any(side % self._step for side in sides):
+            nearest = (max(round(side / self._step), 1) * self._step for side in sides)
+            given, other = ("x".join(map(str, values)) for values in (sides, nearest))
+            raise UserError(f"{option} {given}: {self._why}; the nearest is {other}")
 
 
 def open_encoding(config: CacheConfig) -> Encoding:

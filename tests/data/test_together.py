@@ -18,7 +18,7 @@ from engine.data.format.index import INDEX
 from engine.data.handed import hand_over
 from engine.data.sources.image_folder import ImageFolder
 from engine.data.sources.packed import Sample, Samples
-from engine.data.sources.subset import Subset
+from engine.data.sources.subset import drawn_from
 from engine.errors import TRY_AGAIN
 from engine.shards import build_command
 from tests.commands import start_two
@@ -254,7 +254,7 @@ def place(request, images, tmp_path):
 
 
 def test_what_is_handed_over_is_the_same_without_looking_again(place, tmp_path, monkeypatch):
-    source = Subset(ImageFolder(place, "image", "text"), 7, 3)
+    source = drawn_from(ImageFolder(place, "image", "text"), 7, 3)
     stamps, _ = source.stamps()
     told = hand_over((source, stamps), tmp_path)
     assert len(told.head) < 20_000

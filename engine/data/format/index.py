@@ -28,6 +28,8 @@ BUILD_AGAIN = f"delete what is damaged and {INDEX} to build it again, or get a w
 _GIVE_SHARDS = "give the directory of shards (a run's --shards_dir), or build some with `python -m engine.shards build`"
 SHARD_NAME = "shard-"  # what the names of all begin with
 SAMPLES = "sample-numbers"  # which samples they are of, for the next build; runs keep pictures in `samples`
+BUCKETS = "buckets.json"  # in a directory of directories of shards, one for each size of images
+SIZES = "image-sizes"  # beside it, which images have which size, for the next build
 HANDED = "handed-"  # what the names of files that a launch passes around begin with
 # What the index says of a shard. `variants` and `captions`: how many every record has, or one of those below.
 ENTRY = np.dtype(
@@ -338,7 +340,7 @@ def sweep(directory: Path) -> None:
 
     For who holds a lock of the directory that excludes others: another writer's arrays have no index yet.
     """
-    for name in (INDEX, TABLE, SHARD_NAME, SAMPLES, HANDED):
+    for name in (INDEX, TABLE, SHARD_NAME, SAMPLES, BUCKETS, SIZES, HANDED):
         for leftover in directory.glob(f"{name}*{PARTIAL}"):
             leftover.unlink(missing_ok=True)
     try:

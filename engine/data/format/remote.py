@@ -21,9 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.data.format.buckets import WRITE_AGAIN, Buckets
 from engine.data.format.cache import ShardsCache
 from engine.data.format.gather import checksums_of
 from engine.data.format.index import (
+    BUCKETS,
     BUILD_AGAIN,
     CHECKSUMS,
     CONTENT,
@@ -63,6 +65,22 @@ class _Altered(UserError):
 
 def read_index(storage: Storage) -> Index:
     """The index of the shards that lie there, which hold records."""
+    with _in_memory(storage) as path_of:
+        index = Index.from_json(read_json(path_of(INDEX), FORMAT_VERSION), path_of)
+    if index.records == 0:
+        raise UserError(f"{storage.named('')}: the shards hold no records")
+    return index
+
+
+def read_buckets(storage: Storage) -> Buckets:
+    """Which directories of shards lie there, each of one size of images."""
+    with _in_memory(storage) as path_of:
+        return Buckets.read(path_of(BUCKETS))
+
+
+@contextlib.contextmanager
+def _in_memory(storage: Storage) -> Iterator[Callable[[str], Path]]:
+    """Gives where a copy of a small object lies, by its name."""
     with contextlib.ExitStack() as files:
 
         def in_memory(name: str) -> Path:
@@ -77,11 +95,7 @@ def read_index(storage: Storage) -> Index:
                 os.write(descriptor, piece)
             return path
 
-        path_of = functools.cache(in_memory)
-        index = Index.from_json(read_json(path_of(INDEX), FORMAT_VERSION), path_of)
-    if index.records == 0:
-        raise UserError(f"{storage.named('')}: the shards hold no records")
-    return index
+        yield functools.cache(in_memory)
 
 
 @contextlib.contextmanager
@@ -91,7 +105,10 @@ def _speaking_of(storage: Storage, local: str, name: str) -> Iterator[None]:
         yield
     except UserError as error:
         said = (line.replace(local, storage.named(name)) for line in error.lines)
-        error.lines, error.alone = [line.replace(BUILD_AGAIN, WHOLE_COPY) for line in said], True
+        error.lines, error.alone = (
+            [line.replace(BUILD_AGAIN, WHOLE_COPY).replace(WRITE_AGAIN, WHOLE_COPY) for line in said],
+            True,
+        )
         raise
 
 

@@ -11,7 +11,7 @@ from engine.data.sources.interface import Source
 from engine.data.sources.kinds import looks_like_image
 from engine.data.sources.library import LibraryDataset
 from engine.data.sources.local import PACKED, is_saved
-from engine.data.sources.subset import Subset
+from engine.data.sources.subset import drawn_from
 from engine.data.sources.tables import TABLES
 from engine.errors import UserError
 
@@ -58,7 +58,7 @@ def open_source(config: CacheConfig, captioned: bool = True) -> Source:
     if len(source) == 0:
         raise UserError(f"{config.source}: no samples found")
     if config.max_train_samples is not None and config.max_train_samples < len(source):
-        return Subset(source, config.max_train_samples, config.sample_seed)
+        return drawn_from(source, config.max_train_samples, config.sample_seed)
     return source
 
 

@@ -6,24 +6,27 @@ import re
 import threading
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from engine.data.sources.bare import without_metadata
 from engine.data.sources.interface import Refused, refusing
 from engine.data.sources.kinds import image_formats, what_it_is
 from engine.data.sources.room import LARGE, room
 from engine.errors import first_line
-from engine.files import read_bytes
+from engine.files import open_regular, read_bytes
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
+_LYING = (5, 6, 7, 8)  # those that change width and height
 _LARGEST_FILE = 2**31  # bytes
 _MOST_SCANS = 500  # of a JPEG; each goes over all of it, and takes but some bytes
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of a segment of a JPEG, or its end; what scans hold is skipped
@@ -85,6 +88,48 @@ def _decode_content(content: bytes, decoding: Decoding) -> Image.Image:
         if isinstance(why.__cause__, UnidentifiedImageError):
             raise Refused("unreadable image", "nothing that Pillow opens") from None
         raise
+
+
+def size_of(data: Path | io.BytesIO | bytes) -> tuple[int, int]:
+    """Width and height of an image as `decode` gives it, of which its header is read alone, where it can be read as it is.
+
+    Raises:
+        Refused: as `decode`, as far as a header shows it.
+    """
+    with room.turn(), refusing("unreadable image"):
+        try:
+            with open_regular(data) if isinstance(data, Path) else io.BytesIO(content_of(data)) as file:
+                return _size_upright(file)
+        except Image.DecompressionBombError:
+            raise
+        except Exception:
+            if (bare := without_metadata(content_of(data))) is None:
+                raise
+            return _size_upright(io.BytesIO(bare))
+
+
+def _size_upright(file: BinaryIO) -> tuple[int, int]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(file, formats=image_formats()) as image:
+            # What stands behind the pixels of a PNG is found by decoding them, which only few need.
+            turned = _orientation(image, Image.Image.getexif if image.format == "PNG" and not _ends_with_exif(file) else None)
+            # Pillow turns a TIFF itself, from some version on before it is asked for the pixels.
+            width, height = (image.tag_v2[256], image.tag_v2[257]) if isinstance(image, TiffImageFile) else image.size
+            return (height, width) if turned in _LYING else (width, height)
+
+
+def _ends_with_exif(file: BinaryIO) -> bool:
+    """Whether a PNG says how it is turned behind its pixels. The file stays where it is."""
+    place, pixels = file.tell(), False
+    file.seek(8)
+    while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
+        if pixels and head[4:] in (b"eXIf", b"iTXt", b"zTXt", b"tEXt"):
+            break
+        pixels |= head[4:] == b"IDAT"
+        file.seek(int.from_bytes(head[:4]) + 4, io.SEEK_CUR)
+    file.seek(place)
+    return head[4:] in (b"eXIf", b"iTXt", b"zTXt", b"tEXt")
 
 
 def _make_room(size: int) -> None:
@@ -158,9 +203,9 @@ def _most_bytes(image: Image.Image) -> int:
     return image.width * image.height * per_pixel
 
 
-def _orientation(image: Image.Image) -> int:
+def _orientation(image: Image.Image, read_exif: Callable[[Any], Image.Exif] | None = None) -> int:
     try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return int((read_exif(image) if read_exif else image.getexif()).get(ExifTags.Base.Orientation, 1))
     except Exception:  # whatever libraries raise at tags of the wrong kind
         return 1
 

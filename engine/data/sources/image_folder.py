@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import hashlib
+import io
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from engine.data.sources.decode import Decoding, clean_captions, content_of, decode
+from engine.data.sources.decode import Decoding, clean_captions, content_of, decode, size_of
 from engine.data.sources.files import Files, check_size, some
 from engine.data.sources.interface import Refused, Source, is_address, stamp_of, told_apart
 from engine.data.sources.kinds import looks_like_image
@@ -238,11 +239,17 @@ class ImageFolder(Source):
         return clean_captions(sample.caption, self.keep_empty)
 
     def content(self, index: int) -> bytes:
+        with room.turn():
+            return content_of(self._opened(index))
+
+    def size(self, index: int) -> tuple[int, int]:
+        return size_of(self._opened(index))
+
+    def _opened(self, index: int) -> Path | io.BytesIO:
         sample = self.samples[index]
         if sample.refused:
             raise sample.refused
-        with room.turn():
-            return content_of(self.files.open(sample.name))
+        return self.files.open(sample.name)
 
     def decode(self, content: bytes) -> Image.Image:
         return decode(content, self.decoding)

@@ -87,6 +87,14 @@ class Source(Protocol):
         """The image as it is stored. Called from several threads, as `decode` is."""
         ...
 
+    def size(self, index: int) -> tuple[int, int]:
+        """Width and height of the image as `decode` gives it, by its header. Called from several threads.
+
+        Raises:
+            Refused: the header cannot be read.
+        """
+        ...
+
     def decode(self, content: bytes) -> Image.Image:
         """The image in RGB."""
         ...

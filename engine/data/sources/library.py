@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from engine.data.sources.decode import Decoding, clean_captions, content_of, decode
+from engine.data.sources.decode import Decoding, clean_captions, content_of, decode, size_of
 from engine.data.sources.interface import Refused, Source, is_address, stamp_of, told_apart
 from engine.data.sources.local import is_saved, packed_rows, saved_rows
 from engine.data.sources.parquet import Column, ParquetRows
@@ -113,6 +113,14 @@ class LibraryDataset(Source):
         return clean_captions("" if value is None and self.keep_empty else value, self.keep_empty)
 
     def content(self, index: int) -> bytes:
+        with room.turn():
+            return content_of(self._opened(index))
+
+    def size(self, index: int) -> tuple[int, int]:
+        return size_of(self._opened(index))
+
+    def _opened(self, index: int) -> Path | bytes:
+        """The file of an image, or what it holds."""
         with self.lock:
             value = self._image_at(index)
         if isinstance(value, dict) and value.get("bytes") is not None:
@@ -130,8 +138,7 @@ class LibraryDataset(Source):
             raise Refused("no such image file", f"{path[:200]!r} was looked for")
         if not any(resolved.is_relative_to(root) for root in self.roots):
             raise Refused("path leaves the data set")
-        with room.turn():
-            return content_of(resolved)
+        return resolved
 
     def decode(self, content: bytes) -> Image.Image:
         return decode(content, self.decoding)

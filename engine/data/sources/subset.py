@@ -9,15 +9,20 @@ from engine.data.sources.interface import Refused, Source, told_apart
 
 
 class Subset(Source):
-    """The first `count` samples of another source in a seeded random order, the one `datasets.Dataset.shuffle` takes."""
+    """The samples at some places of another source.
 
-    def __init__(self, source: Source, count: int, seed: int) -> None:
-        self.source, self.count, self.seed = source, count, seed
+    Args:
+        indices: the places, int64 [samples].
+        drawn: how they were drawn, as an identity has it; those of all samples by default, or of another subset as that was.
+    """
+
+    def __init__(self, source: Source, indices: np.ndarray, drawn: dict[str, int] | None = None) -> None:
+        self.source, self.indices = source, indices
+        self.drawn: dict[str, int] = (source.drawn if isinstance(source, Subset) else {}) if drawn is None else drawn
         self.noticed, self.portable = source.noticed, source.portable
-        self.indices = np.random.default_rng(seed).permutation(len(source))[:count]
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.indices)
 
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))
@@ -31,15 +36,45 @@ class Subset(Source):
     def content(self, index: int) -> bytes:
         return self.source.content(int(self.indices[index]))
 
+    def size(self, index: int) -> tuple[int, int]:
+        return self.source.size(int(self.indices[index]))
+
     def decode(self, content: bytes) -> Image.Image:
         return self.source.decode(content)
 
     def stamps(self) -> tuple[np.ndarray, np.ndarray]:
-        stamps, counts = self.source.stamps()
-        ends = np.cumsum(counts)
-        files = np.searchsorted(ends, self.indices, side="right")
-        within = self.indices - (ends - counts)[files]
-        return told_apart(stamps[files] + within.astype(np.uint64)), np.ones(self.count, np.int64)
+        return told_apart(each_stamp(*self.source.stamps())[self.indices]), np.ones(len(self), np.int64)
 
     def identity(self) -> dict[str, Any]:
-        return self.source.identity() | {"samples": self.count, "sample_seed": self.seed}
+        return self.source.identity() | self.drawn
+
+
+class Bucket(Subset):
+    """The samples of a source whose images are brought to one size; beside it there are others, so it may come to have none.
+
+    Args:
+        listed: the stamps of its samples.
+    """
+
+    def __init__(self, source: Source, indices: np.ndarray, listed: np.ndarray) -> None:
+        super().__init__(source, indices)
+        self.portable, self.listed = False, listed  # all processes have the source, once for all buckets
+
+    def stamps(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.listed, np.ones(len(self), np.int64)
+
+    def identity(self) -> dict[str, Any]:
+        return {}  # shards of format version 1 are of one size
+
+
+def drawn_from(source: Source, count: int, seed: int) -> Subset:
+    """The first `count` samples in a seeded random order, the one `datasets.Dataset.shuffle` takes."""
+    indices = np.random.default_rng(seed).permutation(len(source))[:count]
+    return Subset(source, indices, {"samples": count, "sample_seed": seed})
+
+
+def each_stamp(stamps: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """What tells every sample of files from others: uint64 [samples]; equal ones only where files hold samples of one another's
+    stamps."""
+    begins = np.cumsum(counts) - counts
+    return np.repeat(stamps, counts) + (np.arange(counts.sum()) - np.repeat(begins, counts)).astype(np.uint64)
