@@ -18,20 +18,26 @@ _REVISIONS = ("revision", "non_ema_revision")
 _MODELS = (*_FETCHED, *_REVISIONS, "variant", "original_config", "cache_dir")
 # What a configuration beside a checkpoint, which may be a stranger's, says of another machine: of no use to an export.
 _PASSED_OVER = ("cache_dir", "compile_cache_dir", "logging_dir", "report_to", "push_to_hub", "hub_token", "hub_model_id")
-USAGE = "python -m engine.checkpoint info|verify|export DIR; DIR is a checkpoint, or an output directory for its latest"
+USAGE = (
+    "python -m engine.checkpoint info|verify|export DIR; DIR is a checkpoint, an output directory for its latest, or "
+    "OUTPUT_DIR/best"
+)
 
 
 def _locate(directory: Path) -> Path:
-    """A checkpoint: the directory itself, or the latest within an output directory."""
+    """A checkpoint: the directory itself, the latest within an output directory, or the `latest` or `best` that names it."""
     import engine.quiet  # noqa: F401  # isort: skip (before the libraries that it quiets)
     from engine.loop.checkpoints.layout import bring_back, find
-    from engine.loop.checkpoints.names import LATEST, MANIFEST, step_of
+    from engine.loop.checkpoints.names import BEST, LATEST, MANIFEST, step_of
 
     try:
         bring_back(directory if step_of(directory) < 0 else directory.parent)
         if (directory / MANIFEST).is_file():
             return directory
-        found = find(directory, LATEST) if directory.is_dir() else None
+        if directory.name in (LATEST, BEST) and directory.is_file():
+            found = find(directory.parent, directory.name)
+        else:
+            found = find(directory, LATEST) if directory.is_dir() else None
     except OSError as error:
         raise UserError(f"{directory}: {first_line(error)}; give a checkpoint, or an output directory with one") from None
     if found is None:

@@ -12,7 +12,7 @@ from engine.config.mixture import DataSet, data_sets_of
 from engine.config.options import SPATIAL, XFORMERS, CacheConfig, TrainConfig
 from engine.config.schema import REQUIRED, options_by_family, options_lacking
 from engine.errors import UserError
-from engine.storage import shown
+from engine.storage import is_remote, shown
 
 LARGEST = 2**31 - 1  # of the integer options but seeds, so that sums and products of them are integers everywhere
 
@@ -152,8 +152,9 @@ def check_judged_by_loss(config: TrainConfig) -> None:
 def _check_outputs(config: TrainConfig) -> None:
     if config.report_to in ("wandb", "all") and config.hub_token:
         raise UserError("--hub_token with --report_to wandb would expose the token; log in with `hf auth login` instead")
-    if config.overwrite and config.resume_from_checkpoint == "latest":
-        raise UserError("--overwrite removes what --resume_from_checkpoint latest goes on with; leave one out")
+    if config.overwrite and config.resume_from_checkpoint in ("latest", "best"):
+        named = config.resume_from_checkpoint
+        raise UserError(f"--overwrite removes what --resume_from_checkpoint {named} goes on with; leave one out")
     if config.continue_on_grown_data and not config.resume_from_checkpoint:
         raise UserError("--continue_on_grown_data needs --resume_from_checkpoint")
     for name in ("compile_cache_dir", "compile_mode"):
@@ -265,6 +266,9 @@ def _check_source(config: CacheConfig) -> None:
         )
     if config.train_data_dir and not config.dataset_name and not Path(config.train_data_dir).exists():
         raise UserError(f"--train_data_dir {config.train_data_dir}: no such directory")
+    held_out = getattr(config, "validation_data_dir", None)
+    if held_out and not is_remote(held_out) and not Path(held_out).exists():
+        raise UserError(f"--validation_data_dir {held_out}: no such directory")
     name = config.dataset_name
     if name and not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(f"--dataset_name {name}: no such directory or file")
@@ -298,8 +302,12 @@ def _check_training_machine(config: TrainConfig) -> None:
     if config.deepspeed_config and not Path(config.deepspeed_config).is_file():
         raise UserError(f"--deepspeed_config {config.deepspeed_config}: no such file")
     resume = config.resume_from_checkpoint
-    if resume and resume != "latest" and not (Path(resume).is_dir() or (Path(config.output_dir) / Path(resume).name).is_dir()):
-        raise UserError(f"--resume_from_checkpoint {resume}: no such directory; give one, or `latest`")
+    if (
+        resume
+        and resume not in ("latest", "best")
+        and not (Path(resume).is_dir() or (Path(config.output_dir) / Path(resume).name).is_dir())
+    ):
+        raise UserError(f"--resume_from_checkpoint {resume}: no such directory; give one, `latest` or `best`")
 
 
 def leads_out(folder: Path) -> bool:

@@ -618,7 +618,8 @@ class TrainConfig(CacheConfig):
     checkpoints_total_limit: int | None = option(None, "How many checkpoints to keep. Default: all.", "checkpoints", ge=1)
     resume_from_checkpoint: str | None = option(
         None,
-        "A checkpoint directory, or `latest` for the newest in the output directory that is whole.",
+        "A checkpoint directory; or `latest` for the newest in the output directory that is whole, `best` for the one that "
+        "--best_checkpoint kept.",
         "checkpoints",
     )
     continue_on_grown_data: bool = option(

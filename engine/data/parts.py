@@ -10,7 +10,7 @@ from engine.data.bucketed import build_buckets, in_bucket
 from engine.data.buckets import size_named
 from engine.data.encode import encode_source
 from engine.data.format.buckets import Buckets, is_bucketed
-from engine.data.format.index import BUCKETS, Index
+from engine.data.format.index import BUCKETS, INDEX, Index
 from engine.data.format.remote import read_buckets, read_index
 from engine.errors import UserError
 from engine.messages import busy
@@ -98,3 +98,8 @@ def _on_storage(config: CacheConfig) -> list[tuple[str | None, Index]]:
         except StorageError:
             raise error from None
     return [(bucket.name, read_index(Storage(below(address, bucket.name)))) for bucket in buckets.filled]
+
+
+def holds_shards(directory: Path) -> bool:
+    """Whether there are shards, of one size or several."""
+    return (directory / INDEX).is_file() or is_bucketed(directory)

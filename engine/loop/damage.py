@@ -16,13 +16,17 @@ class SoundBatches:
 
     damage: what was met.
     given: how many micro-batches came before it.
+
+    Args:
+        like: what has a micro-batch's shapes. Default: the first one, before which nothing can be lost.
     """
 
-    def __init__(self, batches: Iterator[Batch]) -> None:
+    def __init__(self, batches: Iterator[Batch], like: Batch | None = None) -> None:
         self.damage: UserError | None = None
         self.given = 0
         self._batches = batches
-        self._like: Batch | None = None  # a micro-batch's shapes
+        self._like = like and _in_meta(like)
+        self._device = like.slots.device if like else None
 
     def __iter__(self) -> "SoundBatches":
         return self
@@ -50,7 +54,7 @@ def _in_meta(batch: Batch) -> Batch:
     return Batch(record, *(tensor.to("meta") for tensor in (batch.slots, batch.timesteps, batch.coefficients, batch.data_set)))
 
 
-def _untrained(like: Batch, device: torch.device) -> Batch:
+def _untrained(like: Batch, device: torch.device | None) -> Batch:
     """A micro-batch of no slots, of which every loss is no number."""
     record = {name: torch.zeros_like(tensor, device=device) for name, tensor in like.record.items()}
     slots, timesteps = torch.full_like(like.slots, -1, device=device), torch.zeros_like(like.timesteps, device=device)

@@ -15,7 +15,7 @@ from engine.config.options import TrainConfig
 from engine.errors import UserError, first_line
 from engine.failed import FAILED, LAUNCH
 from engine.files import LOCK, PARTIAL, discard, lies_inside, sync, sync_files
-from engine.loop.checkpoints.names import CHECKPOINT, LATEST
+from engine.loop.checkpoints.names import BEST, CHECKPOINT, LATEST
 from engine.loop.weights.partition import Partition
 from engine.loop.weights.whole import empty_published_model, whole_tensors, write_published
 from engine.messages import say
@@ -124,5 +124,5 @@ def push_to_hub(config: TrainConfig, family: Family, repository: str) -> None:
         repo_id=repository,
         folder_path=output,
         commit_message="End of training",
-        ignore_patterns=[f"{CHECKPOINT}*", "shards/*", "logs/*", "wandb/*", LATEST, *_OF_THE_RUN, *others],
+        ignore_patterns=[f"{CHECKPOINT}*", "shards/*", "logs/*", "wandb/*", LATEST, BEST, *_OF_THE_RUN, *others],
     )

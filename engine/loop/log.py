@@ -6,6 +6,7 @@ import json
 import re
 import secrets
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,19 +87,24 @@ class Log:
         if config.report_to in ("wandb", "all"):
             self.wandb = _open_wandb(config, first_step)
 
-    def write(self, line: dict[str, float | None]) -> None:
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Appends a line of metrics; trackers get those of groups in it by names of their own."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         try:
-            self.file.write(json.dumps(line | {"time": now}) + "\n")
+            self.file.write(json.dumps(dict(line) | {"time": now}) + "\n")
             self.file.flush()
         except OSError as error:  # what is not written now is written with the next line, where there is room then
             warn(f"{self.path}: {first_line(error)}; the training goes on")
-        values = {name: value for name, value in line.items() if name != "step" and value is not None}
+        groups = {name: value if isinstance(value, dict) else {"": value} for name, value in line.items() if name != "step"}
+        values = {
+            f"{name}/{of}".removesuffix("/"): value
+            for name, group in groups.items() for of, value in group.items() if value is not None
+        }  # fmt: skip
         step = int(line["step"] or 0)
         try:
             if self.tensorboard:
                 for name, value in values.items():
-                    self.tensorboard.add_scalar(f"train/{name}", value, step)
+                    self.tensorboard.add_scalar(name if name.startswith("validation") else f"train/{name}", value, step)
             if self.wandb:
                 self.wandb.log(values, step=step)
         except Exception as error:  # the libraries raise many kinds
@@ -137,8 +143,10 @@ class Log:
 
     def _draw_curves(self) -> None:
         lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        trained, held_out = ([line for line in lines if name in line] for name in ("loss", "validation_loss"))
         if lines:
-            curves(lines, ["loss", "grad_norm", "lr", "samples_per_second"], self.output / CURVES)
+            names = ["loss", "grad_norm", "lr", "samples_per_second"]
+            curves(trained, names, self.output / CURVES, held_out)
 
 
 def _open_wandb(config: TrainConfig, first_step: int) -> Any:

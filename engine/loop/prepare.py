@@ -17,22 +17,25 @@ from engine.data.format.reader import Shards
 from engine.data.format.remote import CachedShards, Depth, RangedShards
 from engine.data.format.verify import verify
 from engine.data.identity import differences
-from engine.data.parts import Part, build_parts, find_parts
+from engine.data.parts import Part, build_parts, find_parts, holds_shards
 from engine.data.samples.batch import BatchPlan
 from engine.data.samples.dropout import Dropout
-from engine.data.samples.held_out import splits_of
+from engine.data.samples.held_out import chosen, splits_of
 from engine.data.samples.order import order_of, seed_of_stream
 from engine.data.samples.streams import Stream, Streams
 from engine.errors import UserError
 from engine.files import digest_of, seen, unseen
 from engine.launcher import launched, local_world
 from engine.loop.checkpoints.state import State, states_of
+from engine.loop.held_out import Records
 from engine.loop.run import Run
 from engine.messages import Progress, busy, say, warn
 from engine.models.family import Family
 from engine.models.weights import NotFinite
 from engine.processes import Processes
-from engine.storage import Storage
+from engine.storage import Storage, is_remote
+
+VALIDATION = "validation"  # in the directory of the shards: those of --validation_data_dir
 
 
 def divide_global_batch(config: TrainConfig, world: int) -> TrainConfig:
@@ -57,8 +60,8 @@ def divide_global_batch(config: TrainConfig, world: int) -> TrainConfig:
 
 def prepare_shards(
     config: TrainConfig, family: Family, processes: Processes, check: Callable[[dict[str, Any]], None], seed: int, unit: int
-) -> Streams:
-    """Builds the shards where they are missing, verifies them as far as asked, and opens them.
+) -> tuple[Streams, list[Part]]:
+    """Builds the shards where they are missing, verifies them as far as asked, and opens them: the streams, and their parts.
 
     Args:
         check: is given the identity of the shards before anything is encoded, to raise what is against it.
@@ -89,7 +92,45 @@ def prepare_shards(
         order = order if split is None else split.without_held(order)
         stream = Stream(shards, order, 1, part.data_set, part.bucket, split)
         streams.append(replace(stream, share=stream.records))
-    return Streams(seed, streams, unit)
+    return Streams(seed, streams, unit), parts
+
+
+def prepare_held_out(
+    config: TrainConfig, family: Family, processes: Processes, streams: Streams, parts: list[Part]
+) -> list[Records]:
+    """The records that the held-out loss is taken over, with readers of their own; empty where it is not taken.
+
+    Args:
+        parts: of the streams.
+
+    Raises:
+        UserError: as of `prepare_shards`.
+    """
+    if config.validation_data_dir:
+        parts = _validation_parts(config, family, processes)
+        for part in parts:
+            _check_part(config, part, processes)
+        numbers = chosen([part.index.records for part in parts], config.max_validation_samples)
+        found = list(zip(parts, numbers, strict=True))
+    else:
+        of_streams = zip(parts, streams.streams, strict=True)
+        splits = [(part, stream.split) for part, stream in of_streams if stream.split is not None]
+        numbers = chosen([int(split.held.sum()) for _, split in splits], config.max_validation_samples)
+        found = [(part, split.held_records(which)) for (part, split), which in zip(splits, numbers, strict=True)]
+    beside = _Beside(config, 2 * len(found))  # the loader's have their part of what may be open, too
+    return [Records(_open(config, part, processes, beside), which) for part, which in found if len(which)]
+
+
+def _validation_parts(config: TrainConfig, family: Family, processes: Processes) -> list[Part]:
+    """The parts of `--validation_data_dir`: a data set, encoded as that of the training is, or shards."""
+    given = config.validation_data_dir
+    assert given is not None
+    no_data = dict.fromkeys(("dataset_name", "dataset_config_name", "train_data_dir", "max_train_samples", "data_sets"))
+    if is_remote(given) or processes.computed_by_first(lambda: holds_shards(Path(given))):
+        return find_parts(config.model_copy(update=no_data | {"shards_dir": given}), family.encoding, processes)
+    beside = str(Path(config.output_dir) / "shards") if config.shards_address else str(config.shards_path)
+    own = no_data | {"train_data_dir": given, "shards_dir": str(Path(beside) / VALIDATION)}
+    return build_parts(config.model_copy(update=own), family.encoding, processes, lambda identity: None)
 
 
 def _check_part(config: TrainConfig, part: Part, processes: Processes) -> None:

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +92,13 @@ def log_line(line: Mapping[str, float | None], run: Run) -> str:
     if line["skipped_steps"]:
         parts.append(f"{line['skipped_steps']} skipped")
     return "  ".join([*parts, f"{duration((run.steps - step) * run.global_batch / rate)} left"])
+
+
+def held_out_words(line: Mapping[str, Any]) -> str:
+    """The held-out loss of a line of metrics, and that of the average."""
+    losses = [line[name] for name in ("validation_loss", "validation_loss_ema") if name in line]
+    said = ["no number" if loss is None else f"{loss:.4f}" for loss in losses]
+    return said[0] + "".join(f" (average {each})" for each in said[1:])
 
 
 def optimizer(config: TrainConfig) -> str:

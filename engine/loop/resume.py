@@ -17,8 +17,17 @@ from engine.errors import UserError
 from engine.failed import mark_as_taken
 from engine.files import PARTIAL, digest_of, discard, held, parse_json, read_text, reading, write_text
 from engine.loop.checkpoints.layout import Checkpoint, Depth, bring_back, find, open_checked, open_newest
-from engine.loop.checkpoints.names import CHECKPOINT, LATEST, REPLACED, complete_checkpoints, displaced_checkpoints, step_of
-from engine.loop.checkpoints.state import State, states_of
+from engine.loop.checkpoints.names import (
+    BEST,
+    CHECKPOINT,
+    LATEST,
+    REPLACED,
+    checkpoint_name,
+    complete_checkpoints,
+    displaced_checkpoints,
+    step_of,
+)
+from engine.loop.checkpoints.state import Best, State, states_of
 from engine.loop.log import CURVES, METRICS
 from engine.loop.optimizers.rates import peak_rate, rate_factors
 from engine.loop.run import Run
@@ -44,11 +53,13 @@ def find_checkpoint(config: TrainConfig, again: bool = False) -> Path | None:
     """
     output, resume = Path(config.output_dir), config.resume_from_checkpoint or (LATEST if again else None)
     named = dict.fromkeys(filter(None, (LATEST if again else None, resume)))
-    for name in (LATEST, METRICS, CONFIG):
+    for name in (LATEST, BEST, METRICS, CONFIG):
         if (output / name).is_dir():
             raise UserError(f"{output / name}: is a directory, where this run writes a file; move it away")
     bring_back(output)
     checkpoint = next(filter(None, (find(output, name, Depth.HEADERS) for name in named)), None)
+    if resume == BEST and checkpoint is None:
+        raise UserError(f"{output}: no `best` checkpoint there; a run with --best_checkpoint keeps one. Give another")
     within = checkpoint is not None and _lies_in(checkpoint, output)
     if config.overwrite and not again:
         if within:
@@ -113,7 +124,7 @@ def remove_run(config: TrainConfig) -> None:
         *(path for folder in folders for kind in ("step-*.png", "events.out.tfevents.*") for path in folder.glob(kind)),
         *unfinished(output),
         *complete_checkpoints(output),
-        *(output / name for name in ("wandb", CURVES, CONFIG, LATEST, METRICS)),
+        *(output / name for name in ("wandb", CURVES, CONFIG, LATEST, BEST, METRICS)),
     ):
         discard(path)
     for folder in folders:
@@ -302,7 +313,7 @@ def _rate(config: TrainConfig, world: int, step: int) -> float:
 
 def unfinished(output: Path) -> list[Path]:
     """What runs that were killed while they wrote have left half done in their output directory."""
-    written = rf"{CHECKPOINT}\d+(-[0-9a-f]{{8}})?|pipeline|latest|config\.toml|.+\.[0-9a-f]{{8}}"
+    written = rf"{CHECKPOINT}\d+(-[0-9a-f]{{8}})?|pipeline|latest|best|config\.toml|.+\.[0-9a-f]{{8}}"
     half = [
         path for folder in (output, output / "samples", output / "wandb") for path in folder.glob(f"*{PARTIAL}")
         if re.fullmatch(written, path.name.removesuffix(PARTIAL))
@@ -311,7 +322,7 @@ def unfinished(output: Path) -> list[Path]:
     return half + [path for path in replaced if path not in displaced_checkpoints(output)]
 
 
-def take_over(config: TrainConfig, checkpoint: Path | None, again: bool, launches: set[str]) -> None:
+def take_over(config: TrainConfig, checkpoint: Path | None, again: bool, launches: set[str], best: Best | None = None) -> None:
     """Makes the output directory this run's: without another's remains, and with `latest` where this one goes on."""
     output = Path(config.output_dir)
     if config.overwrite and not again:
@@ -320,6 +331,8 @@ def take_over(config: TrainConfig, checkpoint: Path | None, again: bool, launche
         discard(path)
     if checkpoint and _lies_in(checkpoint, output) and step_of(checkpoint) >= 0:
         write_text(output / LATEST, checkpoint.name + "\n")
+        if config.best_checkpoint and best is not None and (named := output / checkpoint_name(best.step)).is_dir():
+            write_text(output / BEST, named.name + "\n")  # a later one may have been, or a crash kept this from being named
     write_text(output / CONFIG, to_toml(config))
     mark_as_taken(output, launches)
 

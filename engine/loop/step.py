@@ -86,11 +86,8 @@ class Step:
         return loss, list(torch.autograd.grad(prediction, self.partition.parameters, gradient, materialize_grads=True))
 
     def compare(self, model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        if self.text_encoder is not None:
-            with torch.no_grad():
-                states = self.family.encoding.encode_tokens(self.text_encoder, batch.record)
-            batch = replace(batch, record=batch.record | states)
-        return predict_and_compare(model, self.family, batch, self.config, self.seed, self.gradient_scale)
+        scale = self.gradient_scale
+        return predict_and_compare(model, self.family, batch, self.config, self.seed, scale, self.text_encoder)
 
     @property
     def graphs(self) -> int:
@@ -104,8 +101,9 @@ class Step:
 
 
 def predict_and_compare(
-    model: Callable[..., Any], family: Family, batch: Batch, config: TrainConfig, seed: Tensor, gradient_scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    model: Callable[..., Any], family: Family, batch: Batch, config: TrainConfig, seed: Tensor, gradient_scale: Tensor,
+    text_encoder: nn.Module | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The forward pass of a micro-batch, up to the gradient of the loss with respect to the prediction.
 
     Everything that differs between micro-batches is read from the device, so that the pass can be captured.
@@ -114,11 +112,15 @@ def predict_and_compare(
         model: calls the trained module.
         seed: int64 [1] on the device.
         gradient_scale: fp32 [1] on the device: loss scale / (micro-batch * accumulation).
+        text_encoder: frozen, where captions are tokens.
 
     Returns:
         The loss of each sample, fp32 [B]; the prediction, to be differentiated; and its gradient, complete.
     """
     encoding = family.encoding
+    if text_encoder is not None:
+        with torch.no_grad():
+            batch = replace(batch, record=batch.record | encoding.encode_tokens(text_encoder, batch.record))
     mean = batch.record[encoding.mean]
     std = batch.record[encoding.std] if encoding.std else None
     coefficients, slots, offset = batch.coefficients, batch.slots, config.noise_offset

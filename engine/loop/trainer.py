@@ -3,7 +3,7 @@
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,17 +28,19 @@ from engine.loop.checkpoints.layout import Checkpoint
 from engine.loop.checkpoints.models import write_models
 from engine.loop.checkpoints.names import checkpoint_name
 from engine.loop.checkpoints.snapshot import restore
+from engine.loop.checkpoints.state import Best
 from engine.loop.checkpoints.writer import Writer
 from engine.loop.damage import SoundBatches
 from engine.loop.export import create_repository, export, push_to_hub
 from engine.loop.flops import count_flops
+from engine.loop.held_out import HeldOutLoss, Records, judged
 from engine.loop.log import Log, check_trackers
 from engine.loop.metrics import Metrics
 from engine.loop.noise_scale import NoiseScale
 from engine.loop.overlap import overlap_pays
 from engine.loop.pace import Pace
-from engine.loop.prepare import divide_global_batch, open_dropout, open_run, prepare_shards
-from engine.loop.report import log_line, opening, warn_of_a_full_disk
+from engine.loop.prepare import divide_global_batch, open_dropout, open_run, prepare_held_out, prepare_shards
+from engine.loop.report import held_out_words, log_line, opening, warn_of_a_full_disk
 from engine.loop.resume import (
     announce,
     check_same_shards,
@@ -111,8 +113,9 @@ def _train(config: TrainConfig, processes: Processes) -> int:
         seed = processes.from_first(seed_of(config, state))
         config = with_held_out(with_order(config, checkpoint, state), checkpoint, state)
         same = partial(check_same_shards, checkpoint, state, config.continue_on_grown_data)
-        streams = prepare_shards(config, family, processes, same, seed, unit_of(config, checkpoint, state))
+        streams, parts = prepare_shards(config, family, processes, same, seed, unit_of(config, checkpoint, state))
         check_same_streams(checkpoint, state, config.continue_on_grown_data, streams)
+        held_out = prepare_held_out(config, family, processes, streams, parts)
         plan = BatchPlan(config.train_batch_size, config.gradient_accumulation_steps, processes.rank, processes.world)
         run = open_run(config, seed, streams, plan, state)
         subset_seed = config.sample_seed if config.max_train_samples else None
@@ -125,9 +128,9 @@ def _train(config: TrainConfig, processes: Processes) -> int:
         torch.manual_seed(seed + processes.rank)
         with busy("Loading the model"):
             model = family.load_model()
-        processes.computed_by_first(partial(take_over, config, checkpoint, again, launches))
+        processes.computed_by_first(partial(take_over, config, checkpoint, again, launches, state.best if state else None))
         with busy("Laying out weights and optimizer"):
-            training = Training(config, run, family, model, processes)
+            training = Training(config, run, family, model, processes, held_out)
         if opened:
             training.resume(opened)
         del opened  # a file that is held open keeps its room when rotation removes it
@@ -140,7 +143,8 @@ def _train(config: TrainConfig, processes: Processes) -> int:
                 push_to_hub(config, family, repository)
     if processes.is_first and not config.quiet:
         if finished:
-            print(f"Trained {run.steps} steps; the pipeline is in {output / family.result}")
+            ended = f" of {run.steps}: {training.why_early}" if training.ends_early else ""
+            print(f"Trained {training.step} steps{ended}; the pipeline is in {output / family.result}")
         else:
             saved = output / checkpoint_name(training.step)
             print(f"Stopped after step {training.step}, saved in {saved}; continue with --resume_from_checkpoint latest")
@@ -185,6 +189,8 @@ def _run(training: "Training", streams: Streams, plan: BatchPlan, dropout: Dropo
     finally:
         if log:
             log.close()
+        if training.held_out:
+            training.held_out.close()
         if training.stop:
             training.stop.release()
 
@@ -217,9 +223,13 @@ class Training:
 
     Args:
         model: freshly loaded; it is changed in place.
+        held_out: the records that the held-out loss is taken over.
     """
 
-    def __init__(self, config: TrainConfig, run: Run, family: Family, model: nn.Module, processes: Processes) -> None:
+    def __init__(
+        self, config: TrainConfig, run: Run, family: Family, model: nn.Module, processes: Processes,
+        held_out: Sequence[Records] = (),
+    ) -> None:  # fmt: skip
         self.config, self.run, self.family, self.processes = config, run, family, processes
         device = processes.device
         attention.prepare(config, family, model, device, loud=processes.is_first)
@@ -233,12 +243,20 @@ class Training:
         encoding = family.encoding
         self.text_encoder = encoding.load_text_encoder(device) if encoding.keeps_tokens else None
         self.train_step = Step(config, run, family, self.partition, self.metrics, captures, self.text_encoder)
+        self.held_out: HeldOutLoss | None = None
+        if held_out:
+            unit = run.streams.unit
+            self.held_out = HeldOutLoss(config, family, self.partition, held_out, unit, captures, self.text_encoder)
+        self.best: Best | None = None  # of the held-out loss
         token = processes.from_first(secrets.token_hex(4))
         limit, beside = config.checkpoints_total_limit, config.checkpoint_async
         models = self._writes_models() if config.openable_checkpoints and processes.is_first else None
-        self.checkpoints = Writer(Path(config.output_dir), run, processes, limit, beside, token, models)
+        kept = config.best_checkpoint, config.checkpointing_steps
+        self.checkpoints = Writer(Path(config.output_dir), run, processes, limit, beside, token, models, *kept)
         self.watchdog: Watchdog | None = None
         self.stop: StopSignal | None = None
+        self.log: Log | None = None
+        self.shown: dict[str, str] = {}  # beside the progress
         self.step = self.saved = 0  # the last step, and the one whose checkpoint was loaded or saved last
 
     def _writes_models(self) -> Callable[[Path], list[Path]]:
@@ -254,6 +272,10 @@ class Training:
         started = time.perf_counter()
         restore(checkpoint, self.partition, self.metrics)
         self.step = self.saved = checkpoint.state.step
+        if self.held_out and checkpoint.state.best and checkpoint.state.best.of == self.held_out.of:
+            self.best = checkpoint.state.best
+        elif self.held_out and checkpoint.state.best:
+            say("The held-out loss is taken over other records or timesteps than before: what was the lowest does not count")
         say(f"Continuing from {checkpoint.path}, loaded in {time.perf_counter() - started:.2f} s")
 
     def run_steps(self, given: Iterator[Batch], log: Log | None) -> bool:
@@ -267,7 +289,8 @@ class Training:
         self.stop = stop = StopSignal(self.processes, every_step=self.config.mixed_precision == "fp16")
         self.watchdog = self._watchdog()
         bar = {"desc": "Training", "unit": "step", "disable": not shows_bars()}
-        progress = tqdm(total=self.run.steps, initial=self.step, **bar)
+        self.progress = progress = tqdm(total=self.run.steps, initial=self.step, **bar)
+        self.log = log
 
         def finished(step: int) -> None:
             progress.update()
@@ -279,7 +302,10 @@ class Training:
         compiles = ", which compiles the model" if self.config.compile else ""
         first: contextlib.AbstractContextManager[None] = busy(f"The first step{compiles}")
         try:
-            while self.step < self.run.steps:
+            self._measure_where_due()  # where the run left at a step that has a round
+            if self.ends_early:
+                say(f"The training has ended: {self.why_early}; a higher one, or none, goes on")
+            while self.step < self.run.steps and not self.ends_early:
                 with first:
                     self.train_step(self.batches, self.step + 1)
                 first = contextlib.nullcontext()
@@ -287,10 +313,10 @@ class Training:
                 self.pace.given(self.step)
                 stop.received |= self.batches.damage is not None
                 leave, saves = stop.agreed(), self.step % self.config.checkpointing_steps == 0
-                if leave or saves or self.step == self.run.steps:
+                if leave or saves or self._held_out_is_due() or self.step == self.run.steps:
                     self._leave_damaged()
                 leave &= self.step < self.run.steps
-                self._after_step(progress, log, leave or saves)
+                self._after_step(leave, saves)
                 if leave:
                     stop.received = True  # in all processes, of which some may be told only now
                     return False
@@ -311,22 +337,29 @@ class Training:
         first = config.first_step_timeout or max(COMPILING if config.compile else FIRST_STEP, config.step_timeout or 0.0)
         return Watchdog(self.processes, first, config.step_timeout, self.step)
 
-    def _after_step(self, progress: tqdm, log: Log | None, save: bool) -> None:
-        """Metrics, checkpoint and validation, where they are due."""
-        config = self.config
-        if self.step % config.log_every == 0 or self.step == self.run.steps:
+    def _after_step(self, leave: bool, save: bool) -> None:
+        """Metrics, held-out loss, checkpoint and validation images, where they are due.
+
+        Args:
+            leave: not to go on, with what can be done after a resume left out.
+        """
+        config, progress, log = self.config, self.progress, self.log
+        lowest = not leave and self._measure_where_due()
+        last = self.step == self.run.steps or self.ends_early
+        if self.step % config.log_every == 0 or last:
             self.pace.wait()
             optimizer = self.partition.optimizer
             line = self.metrics.read(self.step, optimizer.rate, optimizer.norm_and_skips())
-            progress.set_postfix(loss=f"{line['loss']:.4f}", lr=f"{line['lr']:.2e}")
+            self.shown |= {"loss": f"{line['loss']:.4f}", "lr": f"{line['lr']:.2e}"}
+            progress.set_postfix(self.shown)
             if progress.disable:
                 say(log_line(line, self.run))
             if log:
                 log.write(line)
             self._stop_when_skipping(int(line["skipped_steps"] or 0))
-        if save:
+        if save or leave or (lowest and config.best_checkpoint):
             self._beside_training(self.save)
-        if config.validation_prompts and self.step < self.run.steps and self._epoch_to_validate():
+        if config.validation_prompts and not last and self._epoch_to_validate():
             self._beside_training(lambda: self.validate(log), seconds_at_most(config, self.processes.world))
 
     def _leave_damaged(self) -> None:
@@ -341,13 +374,59 @@ class Training:
         self.step = before  # those since were skipped by all
         if before:
             self._beside_training(self.save_to_the_end)
-        saved = Path(self.config.output_dir) / checkpoint_name(before)
-        kept = f"; step {before} is saved in {saved}, from where --resume_from_checkpoint latest goes on" if before else ""
-        error = of_all([damage for _, damage in found])
-        raise UserError(*(line + kept for line in error.lines), shared=True, passing=error.passing)
+        raise self._with_what_is_saved(of_all([damage for _, damage in found]))
+
+    def _with_what_is_saved(self, error: UserError) -> UserError:
+        """What all processes met, and the checkpoint of this step."""
+        saved, step = Path(self.config.output_dir) / checkpoint_name(self.step), self.step
+        kept = f"; step {step} is saved in {saved}, from where --resume_from_checkpoint latest goes on" if step else ""
+        return UserError(*(line + kept for line in error.lines), shared=True, passing=error.passing)
+
+    def _held_out_is_due(self) -> bool:
+        """Whether this step has a round of the held-out loss."""
+        if self.held_out is None or not self.step:
+            return False
+        return self.step % self.config.validation_steps == 0 or self.step == self.run.steps
+
+    def _measure_where_due(self) -> bool:
+        """Takes the held-out loss, unless that of this step is known; whether it is the lowest so far."""
+        if not self._held_out_is_due() or (self.best and self.best.last == self.step):
+            return False
+        assert self.held_out is not None
+        self._beside_training(self._measure, self.held_out.seconds_at_most)
+        return self.best is not None and self.best.step == self.step
+
+    def _measure(self) -> None:
+        assert self.held_out is not None
+        try:
+            with busy("Taking the held-out loss"):
+                line = self.held_out.measure(self.step)
+        except UserError as error:
+            self.save_to_the_end()
+            raise self._with_what_is_saved(error) from None
+        self.best = judged(self.best, self.held_out.of, line)
+        if self.log:
+            self.log.write(line)
+        self.shown["held_out"] = held_out_words(line)
+        self.progress.set_postfix(self.shown)
+        if self.progress.disable:
+            say(f"step {self.step:,}/{self.run.steps:,}  held-out loss {self.shown['held_out']}")
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether the held-out loss has not been lower for as many rounds as `--patience` allows."""
+        patience, best = self.config.patience, self.best
+        return patience is not None and best is not None and best.rounds >= patience
+
+    @property
+    def why_early(self) -> str:
+        assert self.best is not None
+        kept = f", kept as {checkpoint_name(self.best.step)}" if self.config.best_checkpoint else ""
+        lowest = "a number" if self.best.loss is None else f"below the {self.best.loss:.6g} of step {self.best.step}{kept}"
+        return f"the held-out loss has not been {lowest}, in {self.best.rounds} rounds (--patience {self.config.patience})"
 
     def save(self) -> None:
-        self.checkpoints.save(self.step, self.partition, self.metrics)
+        self.checkpoints.save(self.step, self.partition, self.metrics, self.best)
         self.saved = self.step
 
     def save_to_the_end(self) -> None:
@@ -388,6 +467,8 @@ class Training:
         return any((epoch - 1) % every == 0 for epoch in range(before + 1, now + 1))
 
     def validate(self, log: Log | None) -> None:
+        if self.held_out:
+            self.held_out.release()
         self.train_step.release()  # the pipeline's activations then have the memory of the graphs
         with busy("Drawing the validation images"):
             grid = validate(self.config, self.family, self.partition, self.run.seed, self.step)

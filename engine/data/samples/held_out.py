@@ -7,7 +7,7 @@ that the data set has in itself (classes in turn, frames of a film) decides whic
 per record.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.data.format.index import Index
 from engine.data.samples.order import Order
+from engine.permutation import permuted
 from engine.philox import philox_rounds
 
 KEY = 0x68656C64  # of every choice
@@ -93,6 +94,18 @@ def splits_of(indexes: Iterable[Index], fraction: float | None) -> list[Split | 
         some = some and not split.held.any()
         splits.append(split)
     return splits
+
+
+def chosen(counts: Sequence[int], most: int | None) -> list[Tensor]:
+    """Which of the numbers below each count are taken, over all `most` at most: int64 [N] each, increasing, always the same."""
+    total = sum(counts)
+    if most is None or most >= total:
+        return [torch.arange(count) for count in counts]
+    places = torch.arange(most)
+    numbers = permuted(KEY, torch.zeros_like(places), places, total).sort().values
+    ends = torch.tensor(counts).cumsum(0)
+    parts = torch.tensor_split(numbers, torch.searchsorted(numbers, ends[:-1]))
+    return [part - (end - count) for part, end, count in zip(parts, ends, counts, strict=True)]
 
 
 def _found(firsts: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

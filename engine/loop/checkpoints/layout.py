@@ -35,6 +35,7 @@ from engine.files import (
 )
 from engine.liveness import named as named_processes
 from engine.loop.checkpoints.names import (
+    BEST,
     LATEST,
     MANIFEST,
     STATE,
@@ -96,17 +97,19 @@ def bring_back(directory: Path) -> None:
 
 
 def find(directory: Path, resume: str, depth: Depth = Depth.DIGESTS) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` names; None when `latest` finds none.
+    """The checkpoint that `--resume_from_checkpoint` names; None when `latest` or `best` finds none.
 
     Args:
-        resume: a path as the scripts take it: a directory, or the name of one in the output directory; or `latest`.
+        resume: a path as the scripts take it: a directory, or the name of one in the output directory; or `latest` or `best`.
         depth: how far to look at those that may be taken where `latest` names none.
     """
+    if resume == BEST:
+        return named_in(directory / BEST)
     if resume != LATEST:
         path = Path(resume)
         return path if path.is_dir() else directory / path.name
     pointer = directory / LATEST
-    named = _named_in(pointer)
+    named = named_in(pointer)
     if named is not None and _has_manifest(named):
         return named
     # A crash between renaming the checkpoint and moving the pointer leaves a complete one unnamed.
@@ -118,7 +121,7 @@ def find(directory: Path, resume: str, depth: Depth = Depth.DIGESTS) -> Path | N
     return found
 
 
-def _named_in(pointer: Path) -> Path | None:
+def named_in(pointer: Path) -> Path | None:
     """The checkpoint beside a pointer that this holds the name of."""
     try:
         with open_regular(pointer) as file:

@@ -7,6 +7,7 @@ from pathlib import Path
 MANIFEST = "manifest.json"
 STATE = "state.json"
 LATEST = "latest"  # in the output directory: the name of the checkpoint to go on from
+BEST = "best"  # the same of the one of the lowest held-out loss
 CHECKPOINT = "checkpoint-"
 REPLACED = ".replaced"  # what a checkpoint of a step is called while another of it takes its place
 

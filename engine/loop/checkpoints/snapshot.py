@@ -9,7 +9,7 @@ from torch import Tensor
 from engine.loop.checkpoints.layout import FOUND, Checkpoint, or_another
 from engine.loop.checkpoints.names import STATE
 from engine.loop.checkpoints.slices import Damaged, SliceFiles, damage, generator_state
-from engine.loop.checkpoints.state import Identity, State, states_of
+from engine.loop.checkpoints.state import Best, Identity, State, states_of
 from engine.loop.metrics import Metrics
 from engine.loop.run import Run
 from engine.loop.weights.partition import Partition
@@ -71,7 +71,7 @@ class Snapshot:
     state: State
 
 
-def take(step: int, run: Run, partition: Partition, metrics: Metrics) -> Snapshot:
+def take(step: int, run: Run, partition: Partition, metrics: Metrics, best: Best | None = None) -> Snapshot:
     """The state after a step, not copied: it must not change while the snapshot is in use."""
     processes, kinds = partition.processes, sliced_tensors(partition)
     tensors = {
@@ -96,6 +96,7 @@ def take(step: int, run: Run, partition: Partition, metrics: Metrics) -> Snapsho
         loss_steps=metrics.steps,
         loss_scaler={k: v for k, v in vars(scaler).items() if isinstance(v, (int, float))} if scaler else None,
         gradient_squares=metrics.noise_scale.state if metrics.noise_scale else {},
+        best=best,
     )
     return Snapshot(step, header, list(tensors.values()), state)
 

@@ -50,6 +50,23 @@ class StreamState(_Strict):
         return "/".join(filter(None, (self.data_set, self.bucket)))
 
 
+class Best(_Strict):
+    """The lowest held-out loss so far.
+
+    loss: None where none was a number yet.
+    step: that it is of.
+    last: the step of the last round.
+    rounds: since the lowest.
+    of: what it was taken over, as a digest.
+    """
+
+    loss: float | None
+    step: Count
+    last: Count
+    rounds: Count
+    of: str
+
+
 class State(_Strict):
     """What a run was after a step.
 
@@ -60,6 +77,7 @@ class State(_Strict):
     loss_steps: how many steps the sum of losses holds.
     loss_scaler: the numbers of DeepSpeed's, under fp16.
     gradient_squares: averages of the squared norm of the gradient, by the number of samples that it is of.
+    best: of the held-out loss, where one is taken.
     """
 
     format_version: Literal[2] = 2
@@ -74,6 +92,7 @@ class State(_Strict):
     loss_steps: Count
     loss_scaler: dict[str, Number] | None = None
     gradient_squares: dict[str, Annotated[float, Field(ge=0)]] = {}
+    best: Best | None = None
 
     @field_validator("options")
     @classmethod

@@ -23,8 +23,9 @@ from torch import Tensor
 from engine.errors import LostProcess, UserError, disk_problem, first_line, lost_a_process
 from engine.files import PARTIAL, digest, discard, seen, sync, sync_files, write_json, write_text
 from engine.liveness import GRACE, named
-from engine.loop.checkpoints.layout import Depth, find
+from engine.loop.checkpoints.layout import Depth, find, named_in
 from engine.loop.checkpoints.names import (
+    BEST,
     LATEST,
     MANIFEST,
     REPLACED,
@@ -35,6 +36,7 @@ from engine.loop.checkpoints.names import (
     step_of,
 )
 from engine.loop.checkpoints.snapshot import Snapshot, take
+from engine.loop.checkpoints.state import Best
 from engine.loop.metrics import Metrics
 from engine.loop.run import Run
 from engine.loop.weights.partition import Partition
@@ -53,6 +55,8 @@ class Writer:
     beside: copy the state to host memory and write in a thread, for which the next `save` and `wait` wait. What it raised
         `wait` raises; `save` tries the present step first, and raises only what keeps two in turn from being written.
     models: writes the models of a checkpoint into its directory, beside all slices, and returns their files; or None.
+    keeps_best: name the one of the lowest held-out loss in `best`.
+    every: steps between checkpoints that are written for other reasons.
     token: tells this run's unfinished writing from that of a run that was killed; the same on all processes.
     """
 
@@ -63,6 +67,8 @@ class Writer:
     beside: bool
     token: str
     models: Callable[[Path], list[Path]] | None = None
+    keeps_best: bool = False
+    every: int = 1
     copy_seconds: float = 0.0
     _saves: int = 0
     _saving: bool = False
@@ -74,7 +80,7 @@ class Writer:
     _error: BaseException | None = None
     _buffers: list[Tensor] = field(default_factory=list)
 
-    def save(self, step: int, partition: Partition, metrics: Metrics) -> None:
+    def save(self, step: int, partition: Partition, metrics: Metrics, best: Best | None = None) -> None:
         """Every process must call it. Returns when the state is copied, or without `beside` when all of it is written.
 
         Raises:
@@ -94,7 +100,7 @@ class Writer:
         if self._store is None and self.processes.store is not None:
             self._store = self.processes.own_store()
         self.processes.synchronize()
-        snapshot = take(step, self.run, partition, metrics)
+        snapshot = take(step, self.run, partition, metrics, best)
         if self.beside:
             started = time.perf_counter()
             try:
@@ -219,7 +225,11 @@ class Writer:
             write_json(aside / STATE, snapshot.state.model_dump(exclude=of_several))
             digests[STATE] = digest(aside / STATE)
             write_json(aside / MANIFEST, digests)
-            self._publish(aside, final)
+            best, named = snapshot.state.best, named_in(self.directory / BEST)
+            is_best = self.keeps_best and best is not None and best.step == snapshot.step
+            self._publish(aside, final, (LATEST, BEST) if is_best else (LATEST,))
+            if named == final and not is_best:  # another run's, whose place it took
+                discard(self.directory / BEST)
         except LostProcess as error:  # which may still write there
             said: Exception = LostProcess(f"{final} cannot be written: {error}; {self._kept()}")
             self._tell_outcome(said)
@@ -234,7 +244,7 @@ class Writer:
             self._tell_outcome(said)
             raise error if problem is None else said from None
         self._tell_outcome(None)
-        self._removing = threading.Thread(target=self._remove_old, args=(final,), daemon=True)
+        self._removing = threading.Thread(target=self._remove_old, args=(final, named if is_best else None), daemon=True)
         self._removing.start()
 
     def _key(self, name: object) -> str:
@@ -300,9 +310,10 @@ class Writer:
             warn(f"{aside.name.removesuffix(PARTIAL)}: without models for diffusers to open: {first_line(error)}")
             return {}
 
-    def _publish(self, aside: Path, final: Path) -> None:
+    def _publish(self, aside: Path, final: Path, names: Iterable[str]) -> None:
         replaced = _replaced(final)
-        write_text(aside / LATEST, final.name + "\n")  # where a full disk says so before anything has its name
+        for name in names:
+            write_text(aside / name, final.name + "\n")  # where a full disk says so before anything has its name
         sync(aside)  # before the one of the same step is out of the way
         if os.path.lexists(final):
             discard(replaced)
@@ -313,15 +324,25 @@ class Writer:
             with contextlib.suppress(OSError):
                 replaced.rename(final)
             raise
-        (final / LATEST).replace(self.directory / LATEST)
+        for name in names:
+            (final / name).replace(self.directory / name)
         sync(self.directory)
 
-    def _remove_old(self, final: Path) -> None:
-        """Removes what a checkpoint replaced, and those that are more than are kept."""
+    def _remove_old(self, final: Path, superseded: Path | None) -> None:
+        """Removes what a checkpoint replaced, and those that are more than are kept.
+
+        Args:
+            superseded: the best before this one. It stays where it would be there without having been the best.
+        """
         _remove(_replaced(final))
+        # Of later steps are those of a run that went further before this one went on from an earlier checkpoint.
+        older = [path for path in complete_checkpoints(self.directory) if step_of(path) < step_of(final)]
+        if superseded is not None and superseded in older and step_of(superseded) % self.every:
+            older.remove(superseded)
+            _remove(superseded)
         if self.total_limit is not None:
-            # Of later steps are those of a run that went further before this one went on from an earlier checkpoint.
-            older = [path for path in complete_checkpoints(self.directory) if step_of(path) < step_of(final)]
+            best = named_in(self.directory / BEST)
+            older = [path for path in older if path != best]
             for old in older[: -self.total_limit + 1 or None]:
                 _remove(old)
 

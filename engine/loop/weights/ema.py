@@ -67,6 +67,16 @@ class Ema:
                     here = buffer[: there.numel()].copy_(there, non_blocking=True)
                     there.copy_(here.lerp_(weights, weight), non_blocking=True)
 
+    @torch.no_grad()
+    def exchange(self, most: int = 2**20) -> None:
+        """Puts the averages where the masters are, and these where they were, bit for bit; `most` elements at a time."""
+        self.wait()
+        for average, master in zip(self.averages, self.masters, strict=True):
+            for there, here in zip(average.view(-1).split(most), master.view(-1).split(most), strict=True):
+                kept = here.clone()
+                here.copy_(there)
+                there.copy_(kept)
+
     def wait(self) -> None:
         """Lets the device's current work go on only when the averages have been moved; the host does not wait."""
         if self.offload:

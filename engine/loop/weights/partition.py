@@ -1,5 +1,6 @@
 """What this process keeps of the trained weights in fp32, and where: the common part of `flat.py` and `zero.py`."""
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -132,6 +133,18 @@ class Partition(ABC):
                 piece = pieces[name]
                 whole[piece.start : piece.start + piece.length].copy_(self.view(piece, tensors))
             yield name, self.processes.sum_(whole).view(shape)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the module computes with the moving average; then all weights have their bits again. All must enter."""
+        assert self.ema is not None
+        self.ema.exchange()
+        try:
+            self.refresh_weights()
+            yield
+        finally:  # of this process alone: where something failed the others may be anywhere
+            self.ema.exchange()
+        self.refresh_weights()
 
     @abstractmethod
     def refresh_weights(self) -> None:

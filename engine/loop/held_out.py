@@ -1,0 +1,194 @@
+"""The loss over held-out records: at fixed timesteps and with noise of its own, so that only the weights move it.
+
+Every record is compared at a grid of timesteps. Pairs of a record and a timestep are taken in batches of the run's unit, which
+are divided among the processes; each batch is the same whoever has it, and what the samples lose is added exactly. So the
+number is the same, bit for bit, however many processes there are. It is the run's own loss, weights included, without what is
+random in training alone: DREAM, perturbed inputs, dropped conditions and the model's dropout. It reads the first variant of an
+image and its first caption.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from engine.config.options import TrainConfig
+from engine.data.format.reader import Shards
+from engine.data.samples.batch import Batch
+from engine.errors import of_all
+from engine.files import digest_of
+from engine.loop.capture import Captured
+from engine.loop.checkpoints.state import Best
+from engine.loop.damage import SoundBatches
+from engine.loop.step import predict_and_compare
+from engine.loop.weights.partition import Partition
+from engine.models.family import Family
+
+SEED = int.from_bytes(b"held out")  # of the noise, in every run
+LOADING_LIMIT, BATCH_LIMIT = 3600.0, 120.0  # seconds for what is compiled or captured first, and for a batch
+
+Line = dict[str, float | dict[str, float | None] | None]  # of metrics.jsonl
+
+
+@dataclass(frozen=True)
+class Records:
+    """Those of one part that the loss is taken over.
+
+    shards: a reader of its own, for one thread has each.
+    numbers: int64 [N], increasing.
+    """
+
+    shards: Shards
+    numbers: Tensor
+
+
+class HeldOutLoss:
+    """The loss over some records, of the weights as they are; every process must call it.
+
+    Args:
+        unit: how many samples are compared at a time.
+        captures: whether that is captured as CUDA graphs.
+        text_encoder: frozen, on the device, where captions are tokens.
+    """
+
+    def __init__(
+        self, config: TrainConfig, family: Family, partition: Partition, records: Sequence[Records], unit: int,
+        captures: bool, text_encoder: nn.Module | None = None,
+    ) -> None:  # fmt: skip
+        self.family, self.partition, self.records, self.unit = family, partition, records, unit
+        self.text_encoder = text_encoder
+        self.config = config.model_copy(update={"input_perturbation": 0.0, "dream_training": False})
+        self.grid, self.ranges = family.schedule.draw.grid(config.validation_timesteps)
+        self.predict = partition.predict if config.zero_stage == 3 else partition.module  # stage 3 gathers weights for it
+        processes, device = partition.processes, partition.processes.device
+        self.seed, self.scale = torch.tensor([SEED], device=device), torch.ones(1, device=device)
+        self.losses = Captured(self.compare, processes) if captures else self.compare
+        # Of every batch: the part that it is of, and its first pair there.
+        self.batches = [
+            (part, first) for part, of in enumerate(records) for first in range(0, len(of.numbers) * len(self.grid), unit)
+        ]
+
+    @property
+    def of(self) -> str:
+        """What tells this loss from others that cannot be compared with it."""
+        of_parts = [[of.shards.index.fingerprint, digest_of(of.numbers.tolist())] for of in self.records]
+        return digest_of([of_parts, self.grid.tolist(), bool(self.partition.ema)])
+
+    @property
+    def seconds_at_most(self) -> float:
+        """After which time a round that has not ended is given up for hung."""
+        return LOADING_LIMIT + BATCH_LIMIT * 2 * -(-len(self.batches) // self.partition.processes.world)
+
+    def measure(self, step: int) -> Line:
+        """A line of metrics: the loss of the weights and of their average, over all timesteps and in each range of them.
+
+        Raises:
+            UserError: shards are damaged; by all processes.
+        """
+        started, partition = time.perf_counter(), self.partition
+        line: Line = {"step": step, **self._described("validation_loss", self())}
+        if partition.ema:
+            with partition.averaged():
+                losses = self()
+            line |= self._described("validation_loss_ema", losses)
+        return line | {"validation_seconds": time.perf_counter() - started}
+
+    def __call__(self) -> Tensor:
+        """The loss of every record at every timestep of the grid, in the order of parts and records: fp64 [records, grid]."""
+        processes, module = self.partition.processes, self.partition.module
+        rounds = -(-len(self.batches) // processes.world)
+        # Collectives of ZeRO 3 need every process in every round: who has no batch left takes the last one.
+        mine = [min(number * processes.world + processes.rank, len(self.batches) - 1) for number in range(rounds)]
+        batches = SoundBatches(self._read([self.batches[number] for number in mine]), self._like())
+        found = torch.empty(rounds, self.unit, device=processes.device)
+        module.eval()
+        try:
+            for losses in found:
+                losses.copy_(self.losses(next(batches)))
+        finally:
+            module.train()
+        told = processes.gather_objects((found.cpu(), batches.damage))
+        if damages := [damage for _, damage in told if damage]:
+            raise of_all(damages)
+        by_batch = [told[number % processes.world][0][number // processes.world] for number in range(len(self.batches))]
+        pairs = [len(self.records[part].numbers) * len(self.grid) for part, _ in self.batches]
+        whole = [losses[: all_of - first] for losses, all_of, (_, first) in zip(by_batch, pairs, self.batches, strict=True)]
+        return torch.cat(whole).double().view(-1, len(self.grid))
+
+    def compare(self, batch: Batch) -> Tensor:
+        """The loss of each sample of a batch: fp32 [B]."""
+        with torch.no_grad():
+            return predict_and_compare(
+                self.predict, self.family, batch, self.config, self.seed, self.scale, self.text_encoder
+            )[0]  # fmt: skip
+
+    def _read(self, batches: list[tuple[int, int]]) -> Iterator[Batch]:
+        for part, of_part in itertools.groupby(batches, key=lambda batch: batch[0]):
+            shards = self.records[part].shards
+            asked = (self._rows(part, first) for _, first in of_part)
+            for rows, (slots, timesteps) in shards.ahead(asked):
+                buffers = self._buffers(part, "cpu")
+                shards.gather_fields(rows, buffers, self.family.encoding.limits)
+                yield self._batch(buffers, slots, timesteps)
+
+    def _rows(self, part: int, first: int) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
+        """The rows that a batch reads; its slots and timesteps. A part's last batch is filled up with its last pair."""
+        of, grid = self.records[part], len(self.grid)
+        pairs = torch.arange(first, first + self.unit).clamp(max=len(of.numbers) * grid - 1)
+        records, places = of.numbers[pairs // grid], pairs % grid
+        slots = (part << 48) + records * grid + places
+        return of.shards.rows_of(of.shards.find(records)), (slots, self.grid[places])
+
+    def _buffers(self, part: int, device: str) -> dict[str, Tensor]:
+        fields = self.records[part].shards.fields
+        return {name: torch.empty(self.unit, *field.shape, dtype=field.dtype, device=device) for name, field in fields.items()}
+
+    def _batch(self, record: dict[str, Tensor], slots: Tensor, timesteps: Tensor) -> Batch:
+        tensors = slots, timesteps, self.family.schedule.coefficients(timesteps), torch.zeros(1, dtype=torch.int64)
+        device = self.partition.processes.device
+        return Batch({name: tensor.to(device) for name, tensor in record.items()}, *(tensor.to(device) for tensor in tensors))
+
+    def _like(self) -> Batch:
+        """A batch's shapes."""
+        _, (slots, timesteps) = self._rows(0, 0)
+        batch = self._batch({}, slots, timesteps)
+        batch.record = self._buffers(0, "meta")
+        return batch
+
+    def _described(self, name: str, losses: Tensor) -> Line:
+        by_range = {of: _mean(losses[:, place]) for place, of in enumerate(self.ranges)}
+        return {name: _mean(losses.flatten()), f"{name}_by_timestep": by_range}
+
+    def release(self) -> None:
+        """Gives the graphs and their memory back; the next round captures again."""
+        if isinstance(self.losses, Captured):
+            self.losses.release()
+
+    def close(self) -> None:
+        """Ends what the shards are fetching."""
+        for of in self.records:
+            of.shards.close()
+
+
+def _mean(losses: Tensor) -> float | None:
+    """Added exactly; None where it is no number."""
+    mean = math.fsum(losses.tolist()) / len(losses) if losses.isfinite().all() else math.nan
+    return mean if math.isfinite(mean) else None
+
+
+def judged(best: Best | None, of: str, line: Line) -> Best:
+    """What was best so far and now, by the average where there is one.
+
+    Args:
+        of: what tells the loss from others; one that cannot be compared with this begins anew.
+    """
+    step, loss = int(line["step"]), line.get("validation_loss_ema", line["validation_loss"])  # type: ignore[arg-type]
+    assert not isinstance(loss, dict)
+    before = best if best is not None and best.of == of else None
+    if before is None or (loss is not None and (before.loss is None or loss < before.loss)):
+        return Best(loss=loss, step=step, last=step, rounds=0, of=of)
+    return before.model_copy(update={"last": step, "rounds": before.rounds + 1})
