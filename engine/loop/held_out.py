@@ -7,7 +7,6 @@ random in training alone: DREAM, perturbed inputs, dropped conditions and the mo
 image and its first caption.
 """
 
-import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.config.options import TrainConfig
-from engine.data.format.reader import Shards
+from engine.data.format.reader import Rows, Shards, ahead
 from engine.data.samples.batch import Batch
 from engine.errors import of_all
 from engine.files import digest_of
@@ -127,25 +126,24 @@ class HeldOutLoss:
             )[0]  # fmt: skip
 
     def _read(self, batches: list[tuple[int, int]]) -> Iterator[Batch]:
-        for part, of_part in itertools.groupby(batches, key=lambda batch: batch[0]):
-            shards = self.records[part].shards
-            asked = (self._rows(part, first) for _, first in of_part)
-            for rows, (slots, timesteps) in shards.ahead(asked):
-                buffers = self._buffers(part, "cpu")
-                shards.gather_fields(rows, buffers, self.family.encoding.limits)
-                yield self._batch(buffers, slots, timesteps)
+        for shards, rows, (slots, timesteps) in ahead(self._asked(part, first) for part, first in batches):
+            record = self._room(shards, "cpu")
+            shards.gather_fields(rows, record, self.family.encoding.limits)
+            yield self._batch(record, slots, timesteps)
 
-    def _rows(self, part: int, first: int) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
-        """The rows that a batch reads; its slots and timesteps. A part's last batch is filled up with its last pair."""
+    def _asked(self, part: int, first: int) -> tuple[Shards, Rows, tuple[Tensor, Tensor]]:
+        """Of a batch: who reads its rows; these; its slots and timesteps. A part's last is filled up with its last pair."""
         of, grid = self.records[part], len(self.grid)
         pairs = torch.arange(first, first + self.unit).clamp(max=len(of.numbers) * grid - 1)
         records, places = of.numbers[pairs // grid], pairs % grid
         slots = (part << 48) + records * grid + places
-        return of.shards.rows_of(of.shards.find(records)), (slots, self.grid[places])
+        return of.shards, of.shards.rows_of(of.shards.find(records)), (slots, self.grid[places])
 
-    def _buffers(self, part: int, device: str) -> dict[str, Tensor]:
-        fields = self.records[part].shards.fields
-        return {name: torch.empty(self.unit, *field.shape, dtype=field.dtype, device=device) for name, field in fields.items()}
+    def _room(self, shards: Shards, device: str) -> dict[str, Tensor]:
+        return {
+            name: torch.empty(self.unit, *field.shape, dtype=field.dtype, device=device)
+            for name, field in shards.fields.items()
+        }
 
     def _batch(self, record: dict[str, Tensor], slots: Tensor, timesteps: Tensor) -> Batch:
         tensors = slots, timesteps, self.family.schedule.coefficients(timesteps), torch.zeros(1, dtype=torch.int64)
@@ -154,9 +152,9 @@ class HeldOutLoss:
 
     def _like(self) -> Batch:
         """A batch's shapes."""
-        _, (slots, timesteps) = self._rows(0, 0)
-        batch = self._batch({}, slots, timesteps)
-        batch.record = self._buffers(0, "meta")
+        slots = torch.zeros(self.unit, dtype=torch.int64)
+        batch = self._batch({}, slots, self.grid[slots])
+        batch.record = self._room(self.records[0].shards, "meta")
         return batch
 
     def _described(self, name: str, losses: Tensor) -> Line:
