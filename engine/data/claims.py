@@ -69,7 +69,7 @@ class Claims:
     @contextlib.contextmanager
     def shard(self, place: int) -> Iterator[bool]:
         """Claims the shard of a block by its place in the plan; gives whether it is this process's now."""
-        free, key = self._lock(_SLOTS + place), f"shard/{self.build}/{place}"
+        free, key = self._lock(_SLOTS + place), f"shard/{self.path}/{self.build}/{place}"
         try:
             mine = free and self.processes.is_mine(key)
             yield mine
