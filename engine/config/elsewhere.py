@@ -80,7 +80,13 @@ ELSEWHERE = {
     "repeats dataset_repeats num_repeats balancing balancing_strategy": (
         "`repeats`, or `weight`, in a [[data]] table of the TOML file"
     ),
-    "masked_loss masked_training alpha_mask mask_path unmasked_*": "no masked loss",
+    "masked_loss masked_training mask_path alpha_mask": (
+        "--mask_column, with masks beside the images (IMAGE-masklabel.png: --mask_column masklabel) or in a column of a table"
+    ),
+    "unmasked_weight": "--mask_column, with masks that are grey, and not black, where a little is to be trained",
+    "unmasked_probability normalize_masked_area_loss": (
+        "--mask_column always weighs by the mask, and takes the mean over all positions"
+    ),
     "cache_latents* cache_text_encoder_outputs* latent_caching pre_compute_text_embeddings vae_cache* text_cache* "
     "skip_cache_check text_embed*": "not needed: latents and captions are always encoded once, into --shards_dir",
     "regenerate_cache clear_cache_before_training": "delete --shards_dir, and it is built again",

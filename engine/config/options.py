@@ -98,6 +98,12 @@ class CacheConfig(BaseModel):
         "data",
     )
     image_column: str = option("image", "Column that holds the image.", "data")
+    mask_column: str | None = option(
+        only(SPATIAL, None),
+        "Column that holds a mask of each image; for folders without a table the end of the names of masks beside the images "
+        "(IMAGE-mask.png for mask). White is trained, black is not, grey a little; images without a mask are trained whole.",
+        "data",
+    )
     caption_column: str = option(only(CAPTIONED, "text"), "Column that holds a caption or a list of captions.", "data")
     keep_empty_captions: bool = option(
         only(CAPTIONED, False),

@@ -246,7 +246,7 @@ def _contents_of(source: Source, covers: range, captioned: bool) -> np.ndarray:
     from engine.data.records import read_sample  # whose libraries take seconds
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        digests = pool.map(lambda place: read_sample(source, place, captioned).content, covers)
+        digests = pool.map(lambda place: read_sample(source, place, captioned, masked=False).content, covers)
         return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, CONTENT)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from engine.catalogue import FAMILIES
 from engine.config.command_line import load
@@ -132,7 +133,17 @@ def contact_sheet(directory: Path, index: Index, encoding: "Encoding", count: in
         captions = zip(places.shards.tolist(), rows["caption"].tolist(), strict=True)
         labels = [opened(shard).text("caption_texts", caption) for shard, caption in captions]
     images = encoding.decode(latents)
+    if "mask" in index.fields:
+        masks = torch.empty(count, *index.fields["mask"].shape, dtype=torch.uint8)
+        shards.gather("mask", rows, masks)
+        images = [_dimmed(image, mask[0]) for image, mask in zip(images, masks, strict=True)]
     by_label: dict[str, list] = {}
     for label, image in zip(labels, images, strict=True):
         by_label.setdefault(label, []).append(image)
     return labelled_grid(list(by_label.items()))
+
+
+def _dimmed(image: Image.Image, mask: Tensor) -> Image.Image:
+    """An image that is dark where its mask [h, w] is black."""
+    weights = Image.fromarray(mask.numpy()).resize(image.size, Image.Resampling.NEAREST)
+    return Image.composite(image, image.point(lambda value: value // 4), weights)

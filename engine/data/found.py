@@ -303,7 +303,8 @@ def _recognise(task: Task, found: Found, runs: np.ndarray) -> np.ndarray:
         return runs
 
     def told(place: int) -> bytes:
-        read, name = read_sample(task.source, place, task.encoding.captioned), _name_of(task.source.name(place))
+        read = read_sample(task.source, place, task.encoding.captioned, task.config.mask_column is not None)
+        name = _name_of(task.source.name(place))
         return name if name in numbers and still_refused(task.source, read) else read.content
 
     def contents() -> Iterator[bytes]:

@@ -16,7 +16,7 @@ _OPTIONS = {
 }
 _OF_CAPTIONS = ("cache_text", "keep_empty_captions", "caption_prefix", "caption_template", "shuffle_tags", "keep_tokens")
 # Options of the data that are part of the identity where they are not left at their defaults.
-_SHAPING = ("image_mode", "background", "max_upscale", "metadata_encoding", "follow_links", *_OF_CAPTIONS)
+_SHAPING = ("image_mode", "background", "max_upscale", "metadata_encoding", "follow_links", "mask_column", *_OF_CAPTIONS)
 
 
 def recipe_of(config: CacheConfig, encoding: Encoding) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Whatever a sample raises on that way refuses that sample and no other.
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import itertools
 import json
@@ -14,6 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from engine.config.options import CacheConfig
@@ -21,7 +23,7 @@ from engine.data.captions import texts_of
 from engine.data.format.index import CONTENT, UNKNOWN, Refusals, count_refused
 from engine.data.format.shard import Contents
 from engine.data.report import describe_refused
-from engine.data.sources.decode import refuse_extreme
+from engine.data.sources.decode import decode_mask, refuse_extreme
 from engine.data.sources.interface import Refused, Source, refusing
 from engine.data.sources.room import room
 from engine.errors import UserError
@@ -29,6 +31,7 @@ from engine.models.encoder import Encoder, Encoding
 
 # So many samples refused by the encoder, before it encoded any, are the encoder's fault.
 _HOPELESS = 100
+WHITE = 255  # of a mask: trained
 _LONGEST = 10_000  # characters of what is listed of a refused sample, which may quote it
 
 
@@ -139,37 +142,62 @@ class Read:
 
     captions: none where its family trains on none.
     image: as it is stored; None where it was not read.
+    mask: as it is stored; None where there is none.
     refused: why the sample cannot be used, as far as that was seen.
     content: a digest that tells it from others.
     """
 
     captions: list[str] | None
     image: bytes | None
+    mask: bytes | None
     refused: Refused | None
     content: bytes
 
 
-def read_sample(source: Source, place: int, captioned: bool) -> Read:
-    captions, image, refused = None, None, None
+def read_sample(source: Source, place: int, captioned: bool, masked: bool) -> Read:
+    captions, image, mask, refused = None, None, None, None
     try:
         with refusing("unreadable caption"):
             captions = source.captions(place) if captioned else []
         with refusing("unreadable image"):
             image = source.content(place)
+        with _of_the_mask():
+            mask = source.mask(place) if masked else None
     except Refused as why:
         refused = Refused(why.reason, why.detail, why.passing)  # `why` itself holds the frames with the image
     told = hashlib.sha256(image).hexdigest() if image is not None else (source.name(place), str(refused))
-    content = hashlib.sha256(json.dumps([captions, told]).encode()).digest()[:CONTENT]
-    return Read(captions, image, refused, content)
+    parts = [captions, told] if mask is None else [captions, told, hashlib.sha256(mask).hexdigest()]
+    content = hashlib.sha256(json.dumps(parts).encode()).digest()[:CONTENT]
+    return Read(captions, image, mask, refused, content)
+
+
+@contextlib.contextmanager
+def _of_the_mask() -> Iterator[None]:
+    try:
+        with refusing("unreadable image"):
+            yield
+    except Refused as why:
+        raise Refused(f"mask: {why.reason}", why.detail, why.passing) from None
+
+
+def _decoded(source: Source, read: Read) -> tuple[Image.Image, Image.Image | None]:
+    """The image in RGB and, if there is one, its mask in grey, of the same size."""
+    assert read.image is not None
+    with refusing("unreadable image"):
+        image = source.decode(read.image)
+    if read.mask is None:
+        return image, None
+    with _of_the_mask():
+        return image, decode_mask(read.mask, image.size)
 
 
 def still_refused(source: Source, read: Read) -> bool:
     """Whether a sample that was refused for what may be over is so now."""
-    if read.image is None:
-        return read.refused is not None and read.refused.passing
+    if read.refused:
+        return read.refused.passing
     try:
-        with room.turn(), refusing("unreadable image"):
-            source.decode(read.image)
+        with room.turn():
+            _decoded(source, read)
     except Refused as why:
         return why.passing
     return False
@@ -199,18 +227,21 @@ def _prepare(
         return number, made
 
     def make(number: int) -> list[dict[str, Tensor]] | Refused:
-        read = read_sample(source, samples[number], encoding.captioned)
+        read = read_sample(source, samples[number], encoding.captioned, config.mask_column is not None)
         shard.contents[number] = read.content
         if read.captions is not None:
             shard.captions[number] = [text for caption in read.captions for text in texts_of(config, caption)]
-        if read.refused or read.image is None:
-            return read.refused or Refused("no image")
+        if read.refused:
+            return read.refused
         try:
-            with refusing("unreadable image"):
-                image = source.decode(read.image)
-                refuse_extreme(image.size, encoding.size, config.max_upscale)
+            image, mask = _decoded(source, read)
+            refuse_extreme(image.size, encoding.size, config.max_upscale)
             with refusing("image cannot be transformed"):
-                return encoding.prepare(image, number)
+                variants = encoding.prepare(image, number)
+                if config.mask_column:
+                    masks = encoding.prepare_mask(mask or Image.new("L", image.size, WHITE), number)
+                    variants = [variant | of_it for variant, of_it in zip(variants, masks, strict=True)]
+                return variants
         except Refused as why:
             return Refused(why.reason, why.detail, why.passing)
 
@@ -244,7 +275,9 @@ def _encode_images(
                 yield from ((sample, variant) for variant in result)
 
     def encode(batch: list[tuple[int, dict[str, Tensor]]]) -> dict[str, Tensor]:
-        return encoder.encode_images({name: torch.stack([image[name] for _, image in batch]) for name in batch[0][1]})
+        inputs = {name: torch.stack([image[name] for _, image in batch]) for name in batch[0][1]}
+        masks = {name: inputs.pop(name) for name in ("mask",) if config.mask_column}
+        return encoder.encode_images(inputs) | masks
 
     failed: dict[int, Refused] = {}
     for (sample, _), row in _encode_in_batches(variants(), config.encode_batch_size, encode, "image"):

@@ -137,7 +137,7 @@ def _check_part(config: TrainConfig, part: Part, processes: Processes) -> None:
     """Raises `UserError` where a part holds other records than the run reads, or is damaged."""
     index, place = part.index, part.config.shards_place
     if index.family != config.family or index.fields != part.encoding.record_spec:
-        built = {name: index.config.get(name) for name in ("family", "resolution", "mixed_precision")}
+        built = {name: index.config.get(name) for name in ("family", "resolution", "mixed_precision", "mask_column")}
         built["cache_text"] = index.config.get("cache_text") or "states"  # of what was built before there was a choice
         changed = differences(built, {name: getattr(config, name) for name in built}) or "other models"
         raise UserError(

@@ -136,7 +136,8 @@ def predict_and_compare(
     compared = prediction.detach() if correction is None else prediction.detach() + correction
     if pyramid is not None:
         compared, coefficients = pyramid.take_from(compared, coefficients), pyramid.fine(coefficients)
-    loss, gradient = diffusion_loss(compared, mean, std, coefficients, seed, slots, offset, gradient_scale)
+    mask = batch.record.get("mask")
+    loss, gradient = diffusion_loss(compared, mean, std, coefficients, seed, slots, offset, gradient_scale, mask)
     return loss, prediction, gradient.to(prediction.dtype)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -76,12 +77,19 @@ class Encoding(ABC):
     @property
     def record_spec(self) -> dict[str, Field]:
         """Names, shapes, dtypes and kinds of the tensors of a record."""
-        return self.image_fields | (self.token_fields if self.keeps_tokens else self.text_fields)
+        return self.image_fields | self.mask_fields | (self.token_fields if self.keeps_tokens else self.text_fields)
 
     @property
     @abstractmethod
     def image_fields(self) -> dict[str, Field]:
         """Those of a record that belong to images."""
+
+    @property
+    def mask_fields(self) -> dict[str, Field]:
+        """With --mask_column the weights of the positions of x0, 255 for one."""
+        if not self.config.mask_column:
+            return {}
+        return {"mask": Field((1, *self.image_fields[self.mean].shape[1:]), torch.uint8, "image")}
 
     @property
     def text_fields(self) -> dict[str, Field]:
@@ -170,6 +178,17 @@ class Encoding(ABC):
     @abstractmethod
     def prepare(self, image: Image.Image, record: int) -> list[dict[str, Tensor]]:
         """The encoder's inputs for every stored variant of an RGB image, called from several threads; `record` seeds crops."""
+
+    def crops(self, image: Image.Image, record: int, resampling: Image.Resampling) -> list[Image.Image]:
+        """What every stored variant shows of an image, in its own mode and the size of the encoding; of families with masks."""
+        raise NotImplementedError
+
+    def prepare_mask(self, mask: Image.Image, record: int) -> list[dict[str, Tensor]]:
+        """Rows of `mask_fields` for every stored variant: of a grey mask of the image's size the same crops, each position of
+        x0 with the average of its area. Called as `prepare`."""
+        _, height, width = self.mask_fields["mask"].shape
+        areas = (crop.resize((width, height), Image.Resampling.BOX) for crop in self.crops(mask, record, Image.Resampling.BOX))
+        return [{"mask": torch.from_numpy(np.array(area))[None]} for area in areas]
 
     @abstractmethod
     def decode(self, rows: Tensor) -> list[Image.Image]:

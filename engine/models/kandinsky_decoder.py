@@ -66,10 +66,12 @@ class KandinskyDecoderEncoding(Encoding):
         return self.size_identity
 
     def prepare(self, image: Image.Image, record: int) -> list[dict[str, Tensor]]:
-        cropped = transforms.crop_centre_to_ratio(image, self.size)
-        resized = cropped.resize(self.size, Image.Resampling.BICUBIC, reducing_gap=1)
+        (resized,) = self.crops(image, record, Image.Resampling.BICUBIC)
         clip_pixels = self.image_processor(image, return_tensors="pt").pixel_values[0]
         return [{"pixels": transforms.to_tensor_by_half_range(resized), "clip_pixels": clip_pixels}]
+
+    def crops(self, image: Image.Image, record: int, resampling: Image.Resampling) -> list[Image.Image]:
+        return [transforms.crop_centre_to_ratio(image, self.size).resize(self.size, resampling, reducing_gap=1)]
 
     @torch.inference_mode()
     def decode(self, rows: Tensor) -> list[Image.Image]:

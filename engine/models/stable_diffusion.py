@@ -85,16 +85,17 @@ class StableDiffusionEncoding(Encoding):
         }
 
     def prepare(self, image: Image.Image, record: int) -> list[dict[str, Tensor]]:
+        resampling = transforms.RESAMPLING[self.config.image_interpolation_mode]
+        return [{"pixels": transforms.to_tensor(crop)} for crop in self.crops(image, record, resampling)]
+
+    def crops(self, image: Image.Image, record: int, resampling: Image.Resampling) -> list[Image.Image]:
         config = self.config
-        size = self.size
-        image = transforms.resize_to_cover(image, size, transforms.RESAMPLING[config.image_interpolation_mode])
+        image = transforms.resize_to_cover(image, self.size, resampling)
         if config.center_crop:
-            images = [transforms.crop_centre(image, size)]
+            images = [transforms.crop_centre(image, self.size)]
         else:
-            images = transforms.crop_randomly(image, size, record, config.random_crops)
-        if config.random_flip:
-            images += [transforms.mirror(crop) for crop in images]
-        return [{"pixels": transforms.to_tensor(crop)} for crop in images]
+            images = transforms.crop_randomly(image, self.size, record, config.random_crops)
+        return images + [transforms.mirror(crop) for crop in images] if config.random_flip else images
 
     @torch.inference_mode()
     def decode(self, rows: Tensor) -> list[Image.Image]:

@@ -100,8 +100,11 @@ class WuerstchenEncoding(Encoding):
         return self.size_identity
 
     def prepare(self, image: Image.Image, record: int) -> list[dict[str, Tensor]]:
-        cropped = transforms.crop_centre(transforms.resize_to_cover(image, self.size, Image.Resampling.BILINEAR), self.size)
+        (cropped,) = self.crops(image, record, Image.Resampling.BILINEAR)
         return [{"pixels": transforms.to_tensor(cropped, IMAGENET_MEAN, IMAGENET_STD)}]
+
+    def crops(self, image: Image.Image, record: int, resampling: Image.Resampling) -> list[Image.Image]:
+        return [transforms.crop_centre(transforms.resize_to_cover(image, self.size, resampling), self.size)]
 
     @torch.inference_mode()
     def decode(self, rows: Tensor) -> list[Image.Image]:

@@ -7,7 +7,6 @@ import resource
 import shutil
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -293,7 +292,7 @@ def test_variants_and_captions_are_drawn_by_slot(model, tmp_path):
     reader, data = Shards(tmp_path / "shards"), reference.PlainShards(tmp_path / "shards")
     slots = torch.arange(60)
     records = records_of(4, slots, 3)
-    rows = draw_rows(reader, 4, slots, partial(records_of, 4, count=3))
+    rows = draw_rows(reader, 4, slots, records)
     found = gathered(reader, rows)
     for slot, record in enumerate(records.tolist()):
         assert int(rows["image"][slot]) == 2 * record + reference.choice(4, slot, 6, 2)

@@ -40,6 +40,7 @@ def open_source(config: CacheConfig, captioned: bool = True) -> Source:
             follow_links=config.follow_links,
             decoding=decoding,
             keep_empty=config.keep_empty_captions,
+            mask_column=config.mask_column,
         )
     elif config.source:
         source = LibraryDataset(
@@ -52,6 +53,7 @@ def open_source(config: CacheConfig, captioned: bool = True) -> Source:
             decoding=decoding,
             follow_links=config.follow_links,
             keep_empty=config.keep_empty_captions,
+            mask_column=config.mask_column,
         )
     else:
         raise UserError("no data to build shards from: give --train_data_dir or --dataset_name")

@@ -132,6 +132,18 @@ def _ends_with_exif(file: BinaryIO) -> bool:
     return head[4:] in (b"eXIf", b"iTXt", b"zTXt", b"tEXt")
 
 
+def decode_mask(content: bytes, size: tuple[int, int]) -> Image.Image:
+    """Reads a mask as `decode` does an image, in grey; one of another size is brought to `size`, that of its image.
+
+    Raises:
+        Refused: as `decode`, or it has not the ratio of its image.
+    """
+    mask = decode(content, Decoding("scaled")).convert("L")
+    if abs(mask.width * size[1] - mask.height * size[0]) > max(size):  # more than a pixel of the mask
+        raise Refused("not of its image's ratio", f"{mask.width} x {mask.height}, and the image {size[0]} x {size[1]}")
+    return mask if mask.size == size else mask.resize(size, Image.Resampling.BOX)
+
+
 def _make_room(size: int) -> None:
     if size > _LARGEST_FILE:
         raise Refused(f"image file larger than {_LARGEST_FILE >> 30} GiB")

@@ -26,6 +26,7 @@ from engine.messages import say
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 _LONGEST = 4096  # characters of a path
 _ASKING, _AT_ONCE = 8, 1024  # threads that ask a file system, which may be a network's, for so many files at a time
+_MASK_SUFFIXES = (".jpg", ".jpeg", ".webp")
 _CAPTION_SUFFIXES = (".txt", ".TXT", ".caption", ".json")
 
 
@@ -41,6 +42,7 @@ class ImageFolder(Source):
         folder: of the images, or an archive, or a table: then its rows are all samples.
         encoding: of text.
         keep_empty: takes empty captions, and rows that hold none, for captions.
+        mask_column: of tables, which name masks as they name images; elsewhere masks lie beside the images, as IMAGE-mask.png.
 
     Raises:
         UserError: no captions, or none that can be read.
@@ -58,10 +60,11 @@ class ImageFolder(Source):
         follow_links: bool = False,
         decoding: Decoding | None = None,
         keep_empty: bool = False,
+        mask_column: str | None = None,
     ) -> None:
         self.keep_empty = keep_empty
         self.place, self.encoding = folder, encoding
-        self.image_column, self.caption_column = image_column, caption_column
+        self.image_column, self.caption_column, self.mask_column = image_column, caption_column, mask_column
         self.decoding = decoding or Decoding()
         self.noticed = self.decoding.noticed
         self.named = table = folder.name if folder.suffix.lower() in TABLES and folder.is_file() else None
@@ -72,6 +75,8 @@ class ImageFolder(Source):
         samples = [sample for name in self.tables for sample in self._samples_of(name)]
         if not table:
             samples += [self._beside(name) if self.beside else Sample(name) for name in self._unnamed(samples)]
+        if mask_column:
+            samples = self._masked(samples)
         self._note(samples)
         self.samples = Samples(samples)
         self.files.forget_names()
@@ -145,16 +150,59 @@ class ImageFolder(Source):
         caption = "" if caption is None and self.keep_empty else caption
         if is_address(written):
             return Sample(written[:80], caption, Refused("an address, not a file; download the images first"))
-        name = os.path.relpath(os.path.join(self.files.folder, os.path.dirname(table), written), self.files.folder)  # noqa: PTH118, PTH120
-        found = self.files.find(name) or self.files.within_archive(name)
+        name, found = self._find(table, written)
         if row.problem:
             where = f"{table} line {row.line}" + (f": {row.problem.detail}" if row.problem.detail else "")
             return Sample(found or name, refused=Refused(f"row {row.problem.reason}", where))
-        return Sample(found, caption, self.files.is_elsewhere(found)) if found else Sample(name, caption, self._missing(name))
+        if not found:
+            return Sample(name, caption, self._missing(name, "image"))
+        mask, refused = self._mask_of(table, row)
+        return Sample(found, caption, self.files.is_elsewhere(found) or refused, mask)
 
-    def _missing(self, name: str) -> Refused:
+    def _find(self, table: str, written: str) -> tuple[str, str | None]:
+        """What a table calls a file, by its path in the folder, and the name under which it is there."""
+        name = os.path.relpath(os.path.join(self.files.folder, os.path.dirname(table), written), self.files.folder)  # noqa: PTH118, PTH120
+        return name, self.files.find(name) or self.files.within_archive(name)
+
+    def _missing(self, name: str, what: str) -> Refused:
         close = self.files.like(name)
-        return Refused("no such image file", f"{name!r} was looked for" + (f"; {close!r} is there" if close else ""))
+        return Refused(f"no such {what} file", f"{name!r} was looked for" + (f"; {close!r} is there" if close else ""))
+
+    def _mask_of(self, table: str, row: Row) -> tuple[str | None, Refused | None]:
+        """The mask that a row names, or why there is none to be had."""
+        written = row.values.get(self.mask_column) if self.mask_column else None
+        if isinstance(written, dict):
+            written = written.get("path")
+        if written is None or written == "":
+            return None, None
+        if not isinstance(written, str) or len(written) > _LONGEST or is_address(written) or undecoded(written, self.encoding):
+            return None, Refused("mask is not the name of a file", str(written)[:80])
+        name, found = self._find(table, written)
+        return found, None if found else self._missing(name, "mask")
+
+    def _masked(self, samples: list[Sample]) -> list[Sample]:
+        """The samples with the masks that lie beside images, of which none is a sample.
+
+        Raises:
+            UserError: there is not one mask.
+        """
+        for sample in samples:
+            sample.mask = sample.mask or (None if sample.refused or self.tables else self._mask_beside(sample.name))
+        masks = {sample.mask for sample in samples if sample.mask}
+        if not masks and not any(sample.refused and "mask" in sample.refused.reason for sample in samples):
+            raise UserError(
+                f"{self.place}: --mask_column {self.mask_column}: no masks there; name them in that column of a "
+                f"metadata.jsonl, or leave them beside the images as IMAGE-{self.mask_column}.png"
+            )
+        samples = [sample for sample in samples if sample.name not in masks]
+        if bare := sum(not sample.mask and not sample.refused for sample in samples):
+            self.files.remarks.append(f"{bare} images have no mask and are trained whole")
+        return samples
+
+    def _mask_beside(self, name: str) -> str | None:
+        suffix = PurePosixPath(name).suffix
+        stem = f"{name.removesuffix(suffix)}-{self.mask_column}"
+        return next((mask for end in (".png", suffix, *_MASK_SUFFIXES) if self.files.find(mask := stem + end) == mask), None)
 
     def _unnamed(self, samples: list[Sample]) -> list[str]:
         """The images that no table names."""
@@ -251,13 +299,26 @@ class ImageFolder(Source):
             raise sample.refused
         return self.files.open(sample.name)
 
+    def mask(self, index: int) -> bytes | None:
+        name = self.samples[index].mask
+        if name is None:
+            return None
+        with room.turn():
+            return content_of(self.files.open(name))
+
     def decode(self, content: bytes) -> Image.Image:
         return decode(content, self.decoding)
 
     def stamps(self) -> tuple[np.ndarray, np.ndarray]:
         def stamps_of(places: range) -> list[int]:
             return [
-                stamp_of(sample.name, *self._stat(sample.name), sample.caption, sample.refused and str(sample.refused))
+                stamp_of(
+                    sample.name,
+                    *self._stat(sample.name),
+                    sample.caption,
+                    sample.refused and str(sample.refused),
+                    *self._mask_stat(sample),
+                )
                 for sample in map(self.samples.__getitem__, places)
             ]
 
@@ -269,9 +330,12 @@ class ImageFolder(Source):
         return told_apart(stamps), np.ones(len(self), np.int64)
 
     def identity(self) -> dict[str, Any]:
-        files = [[sample.name, *self._stat(sample.name)] for sample in self.samples]
+        files = [[sample.name, *self._stat(sample.name), *self._mask_stat(sample)] for sample in self.samples]
         beside = {"captions": digest_of([sample.caption for sample in self.samples])} if self.beside else {}
         return {"kind": "image folder", "metadata": self.digests, "files": digest_of(files)} | beside
+
+    def _mask_stat(self, sample: Sample) -> tuple[Any, ...]:
+        return (sample.mask, *self._stat(sample.mask)) if sample.mask else ()
 
     def _stat(self, name: str) -> tuple[int | None, int | None]:
         try:

@@ -99,6 +99,10 @@ class Source(Protocol):
         """The image in RGB."""
         ...
 
+    def mask(self, index: int) -> bytes | None:
+        """The mask of an image as it is stored; None where there is none. Called from several threads, too."""
+        return None
+
     def stamps(self) -> tuple[np.ndarray, np.ndarray]:
         """What tells the files of the samples from others without reading them, by name, size and time of change: uint64
         [files], each another; and how many samples lie in each, one after another: int64 [files]."""

@@ -39,13 +39,14 @@ class LibraryDataset(Source):
         decoding: Decoding | None = None,
         follow_links: bool = False,
         keep_empty: bool = False,
+        mask_column: str | None = None,
     ) -> None:
         import datasets
 
         self.keep_empty = keep_empty
         self.decoding = decoding or Decoding()
         self.noticed = self.decoding.noticed
-        self.image_column, self.caption_column = image_column, caption_column
+        self.image_column, self.caption_column, self.mask_column = image_column, caption_column, mask_column
         try:
             rows = self._rows(_loaded(name, configuration, cache_dir, data_dir, follow_links), name)
         except UserError:
@@ -54,7 +55,9 @@ class LibraryDataset(Source):
             said = first_line(error.__cause__ or error)
             raise UserError(f"--dataset_name {name}: cannot be loaded: {said}") from None
         self.portable = isinstance(rows, ParquetRows)  # what the library unpacked may lie on this node alone
-        self._image_at, self._texts_at = _column(rows, image_column), _column(rows, caption_column)
+        self._image_at, self._texts_at, self._mask_at = (
+            _column(rows, column) for column in (image_column, caption_column, mask_column)
+        )
         self.folder = Path(name) if Path(name).is_dir() else Path(name).resolve().parent
         # Where the library may have put its files, and where a local data set keeps its own.
         roots = [Path(cache_dir or datasets.config.HF_DATASETS_CACHE), Path(datasets.config.HF_CACHE_HOME)]
@@ -74,16 +77,19 @@ class LibraryDataset(Source):
             if "train" not in loaded:
                 raise UserError(f"--dataset_name {name}: has no split `train` (it has {', '.join(loaded)})")
             loaded = loaded["train"]
-        named = {"image_column": self.image_column} | ({"caption_column": self.caption_column} if self.caption_column else {})
+        named = {"image_column": self.image_column, "caption_column": self.caption_column, "mask_column": self.mask_column}
         for flag, column in named.items():
-            if column not in loaded.column_names:
+            if column and column not in loaded.column_names:
                 raise UserError(f"--{flag} {column}: not a column of {name}; it has {', '.join(loaded.column_names)}")
-        held = loaded.features[self.image_column]
-        if type(held) is datasets.Image:
-            if isinstance(loaded, datasets.Dataset):
-                loaded = loaded.cast_column(self.image_column, datasets.Image(decode=False))
-        elif not _is_undecoded(held):
-            raise UserError(f"--image_column {self.image_column}: no images but {_kind(held)}; name the column of the images")
+        for flag, of in (("image_column", "images"), ("mask_column", "masks")):
+            if not (column := named[flag]):
+                continue
+            held = loaded.features[column]
+            if type(held) is datasets.Image:
+                if isinstance(loaded, datasets.Dataset):
+                    loaded = loaded.cast_column(column, datasets.Image(decode=False))
+            elif not _is_undecoded(held):
+                raise UserError(f"--{flag} {column}: no images but {_kind(held)}; name the column of the {of}")
         self.fingerprint = {
             "kind": "data set",
             "name": Path(name).name,
@@ -120,9 +126,23 @@ class LibraryDataset(Source):
         return size_of(self._opened(index))
 
     def _opened(self, index: int) -> Path | bytes:
-        """The file of an image, or what it holds."""
         with self.lock:
             value = self._image_at(index)
+        return self._held(value)
+
+    def mask(self, index: int) -> bytes | None:
+        if self.mask_column is None:
+            return None
+        with self.lock:
+            value = self._mask_at(index)
+        empty = value in (None, "") or (isinstance(value, dict) and not any(value.values()))
+        if empty:
+            return None
+        with room.turn():
+            return content_of(self._held(value))
+
+    def _held(self, value: Any) -> Path | bytes:
+        """The file of a cell's image, or what it holds."""
         if isinstance(value, dict) and value.get("bytes") is not None:
             value = value["bytes"]
         if isinstance(value, bytes):
@@ -144,7 +164,8 @@ class LibraryDataset(Source):
         return decode(content, self.decoding)
 
     def stamps(self) -> tuple[np.ndarray, np.ndarray]:
-        stamps = [stamp_of(file, self.image_column, self.caption_column) for file in self.files]
+        columns = (self.image_column, self.caption_column, *filter(None, [self.mask_column]))
+        stamps = [stamp_of(file, *columns) for file in self.files]
         return told_apart(stamps), self.counts
 
     def identity(self) -> dict[str, Any]:

@@ -13,11 +13,12 @@ from engine.data.sources.interface import Refused
 
 @dataclass(slots=True)
 class Sample:
-    """An image by its name, with its caption as it stands in the table, or with the reason why it is none."""
+    """An image by its name, with its caption as it stands in the table, or with the reason why it is none; and its mask's."""
 
     name: str
     caption: Any = None
     refused: Refused | None = None
+    mask: str | None = None
 
 
 class Texts:
@@ -45,6 +46,7 @@ class Samples:
             json.dumps(sample.caption, ensure_ascii=False) if _is_text(sample.caption) else "" for sample in samples
         )
         self.others = {place: sample.caption for place, sample in enumerate(samples) if not _is_text(sample.caption)}
+        self.masks = Texts(sample.mask or "" for sample in samples) if any(sample.mask for sample in samples) else None
         self.refused = {place: sample.refused for place, sample in enumerate(samples) if sample.refused}
 
     def __len__(self) -> int:
@@ -52,7 +54,8 @@ class Samples:
 
     def __getitem__(self, place: int) -> Sample:
         caption = self.others[place] if place in self.others else json.loads(self.captions[place])
-        return Sample(self.names[place], caption, self.refused.get(place))
+        mask = self.masks[place] or None if self.masks else None
+        return Sample(self.names[place], caption, self.refused.get(place), mask)
 
     def __iter__(self) -> Iterator[Sample]:
         return map(self.__getitem__, range(self.length))

@@ -42,6 +42,9 @@ class Subset(Source):
     def decode(self, content: bytes) -> Image.Image:
         return self.source.decode(content)
 
+    def mask(self, index: int) -> bytes | None:
+        return self.source.mask(int(self.indices[index]))
+
     def stamps(self) -> tuple[np.ndarray, np.ndarray]:
         return told_apart(each_stamp(*self.source.stamps())[self.indices]), np.ones(len(self), np.int64)
 
