@@ -2,10 +2,12 @@
 
 The 1,797 handwritten digits of scikit-learn become an image folder with captions. A small but real Stable Diffusion pipeline
 is built from configurations; its VAE is trained on the digits first, its text encoder stays as initialised. Then
-`python -m engine.run` trains the UNet exactly as a user would, and plain diffusers draws ten images of each digit, which a
-nearest-neighbour classifier that knows only the real digits has to recognise.
+`python -m engine.run` trains the UNet exactly as a user would, and plain diffusers draws ten images of each digit with
+guidance, which a nearest-neighbour classifier that knows only the real digits has to recognise. With `--compare` it also trains
+for as many steps without dropped captions, and draws more images of both models, with guidance and without.
 """
 
+import argparse
 import json
 import math
 import shutil
@@ -26,6 +28,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from benchmarks.tools.rows import write_result
 from engine.files import digest_of, write_json
 from engine.picture import labelled_grid, save_png
 from engine.quiet import quiet_libraries
@@ -38,6 +41,12 @@ BATCH = 64
 VAE_STEPS = 300
 VAE_BATCH = 32
 IMAGES_PER_DIGIT = 10
+COMPARED = 50  # images per digit of a comparison
+EMPTY_PROMPTS = 0.1  # share of captions that are dropped in training, so that there is something to guide against
+GUIDANCE = 3.0
+SAMPLING_STEPS = 25  # of two passes each, one without guidance
+RESULTS = Path("benchmarks/results/cpu/quickstart.json")
+COMPARISON = "What do dropped captions and guidance do to the quickstart's digits? `python examples/quickstart.py --compare`"
 
 
 def caption(digit: int) -> str:
@@ -131,7 +140,7 @@ def build_pipeline(directory: Path, images: Path) -> None:
     ).save_pretrained(directory)  # fmt: skip
 
 
-def train(model: Path, images: Path, output: Path) -> None:
+def train(model: Path, images: Path, output: Path, empty_prompts: float) -> None:
     """What a user runs."""
     command = [
         sys.executable, "-m", "engine.run", "--family", "sd",
@@ -139,6 +148,7 @@ def train(model: Path, images: Path, output: Path) -> None:
         "--resolution", str(RESOLUTION), "--center_crop", "--encode_batch_size", "64",
         "--train_batch_size", str(BATCH), "--max_train_steps", str(STEPS), "--learning_rate", "2e-3",
         "--lr_scheduler", "cosine", "--lr_warmup_steps", "50", "--snr_gamma", "5.0", "--use_ema", "--seed", "0",
+        "--proportion_empty_prompts", str(empty_prompts),
         "--validation_prompts", caption(3), caption(7), "--num_validation_images", "4", "--validation_epochs", "10",
         "--checkpointing_steps", "350", "--checkpoints_total_limit", "1",
     ]  # fmt: skip
@@ -146,14 +156,15 @@ def train(model: Path, images: Path, output: Path) -> None:
     subprocess.run(command, check=True)
 
 
-def draw(output: Path) -> list[list[Image.Image]]:
-    """Ten images of each digit, by plain diffusers."""
+def draw(output: Path, guidance: float, count: int) -> list[list[Image.Image]]:
+    """So many images of each digit, by plain diffusers."""
     pipeline = StableDiffusionPipeline.from_pretrained(output)
     pipeline.set_progress_bar_config(desc="Sampling", disable=None)
-    prompts = [caption(digit) for digit in range(10) for _ in range(IMAGES_PER_DIGIT)]
+    prompts = [caption(digit) for digit in range(10) for _ in range(count)]
+    steps = SAMPLING_STEPS if guidance > 1 else 2 * SAMPLING_STEPS  # as many passes
     generator = torch.Generator().manual_seed(0)
-    images = pipeline(prompts, guidance_scale=1.0, num_inference_steps=50, generator=generator).images
-    return [images[start : start + IMAGES_PER_DIGIT] for start in range(0, len(images), IMAGES_PER_DIGIT)]
+    images = pipeline(prompts, guidance_scale=guidance, num_inference_steps=steps, generator=generator).images
+    return [images[start : start + count] for start in range(0, len(images), count)]
 
 
 def recognised(drawn: list[list[Image.Image]]) -> float:
@@ -165,7 +176,7 @@ def recognised(drawn: list[list[Image.Image]]) -> float:
         for images in drawn
         for image in images
     ]
-    asked = np.repeat(np.arange(10), IMAGES_PER_DIGIT)
+    asked = np.repeat(np.arange(10), [len(images) for images in drawn])
     return float((classifier.predict(np.stack(shrunk)) == asked).mean())
 
 
@@ -181,7 +192,24 @@ def timings(output: Path) -> dict[str, float]:
     }
 
 
+def compare(model: Path, images: Path, output: Path) -> None:
+    """Trains without dropped captions too, draws with guidance and without, and keeps what is recognised of each."""
+    plain = ROOT / "trained-without-dropout"
+    shutil.rmtree(plain, ignore_errors=True)
+    train(model, images, plain, 0.0)
+    rows = []
+    for empty_prompts, of in ((0.0, plain), (EMPTY_PROMPTS, output)):
+        for guidance in (1.0, GUIDANCE):
+            accuracy = recognised(draw(of, guidance, COMPARED))
+            rows.append({"proportion_empty_prompts": empty_prompts, "guidance_scale": guidance, "accuracy": accuracy})
+            print(f"{empty_prompts:.0%} of captions dropped, guidance {guidance}: {accuracy:.1%} recognised")
+    write_result(RESULTS, COMPARISON, images=10 * COMPARED, steps=STEPS, rows=rows)
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description="From nothing to a trained text-to-image model, on the CPU.")
+    parser.add_argument("--compare", action="store_true", help=f"compare with a training without dropout; writes {RESULTS}")
+    comparing = parser.parse_args().compare
     quiet_libraries()
     started = time.perf_counter()
     torch.manual_seed(0)
@@ -193,8 +221,8 @@ def main() -> None:
         build_pipeline(model, images)
         (ROOT / "recipe").write_text(recipe)
     shutil.rmtree(output, ignore_errors=True)
-    train(model, images, output)
-    drawn = draw(output)
+    train(model, images, output, EMPTY_PROMPTS)
+    drawn = draw(output, GUIDANCE, IMAGES_PER_DIGIT)
     grid = ROOT / "grid.png"
     save_png(labelled_grid([(caption(digit), row) for digit, row in enumerate(drawn)]), grid)
     accuracy = recognised(drawn)
@@ -214,6 +242,8 @@ samples   {output / "samples"}
 curves    {output / "curves.png"}, tensorboard --logdir {output / "logs"}
 metrics   {output / "metrics.jsonl"}
 report    {ROOT / "report.json"}""")
+    if comparing:
+        compare(model, images, output)
 
 
 if __name__ == "__main__":
