@@ -8,6 +8,7 @@ from pathlib import Path
 from engine.catalogue import DECODER, FAMILIES, IMAGE_ENCODER, MODEL, PRIOR
 from engine.config.checks import check_picture
 from engine.config.command_line import Parser, choose, load, parse, whole
+from engine.config.mixture import data_sets_of
 from engine.config.options import CacheConfig, TrainConfig
 from engine.errors import UserError, exit_code, printable
 from engine.storage import is_remote, shown
@@ -32,15 +33,15 @@ def build_command(arguments: list[str]) -> int:
     try:
         processes.connect()
         encoding = processes.first_before_others(lambda: open_encoding(config))
-        parts = build_parts(config, encoding, processes)
+        built = [each.config for each in data_sets_of(config) if each.config.source or not each.name]
+        parts = [part for each in built for part in build_parts(each, encoding.of_data_set(each), processes)]
     except UserError as error:
         processes.let_the_first_speak(error)
         raise
     finally:
         processes.close()
     if processes.is_first:
-        for part in parts:
-            print(summary(part.config.shards_path, part.index))
+        print(*(summary(part.config.shards_path, part.index) for part in parts), sep="\n\n")
     return 0
 
 

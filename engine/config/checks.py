@@ -240,7 +240,10 @@ def check_machine(config: CacheConfig) -> None:
     Raises:
         UserError: which, and the remedy.
     """
-    for data_set in data_sets_of(config):
+    data_sets = data_sets_of(config)
+    if not isinstance(config, TrainConfig) and any(data_set.config.source for data_set in data_sets):
+        data_sets = [data_set for data_set in data_sets if data_set.config.source]  # nothing is built of others
+    for data_set in data_sets:
         with _of(data_set):
             _check_source(data_set.config)
     lacking = options_lacking(type(config), config.family)
@@ -248,7 +251,7 @@ def check_machine(config: CacheConfig) -> None:
         if name not in lacking:
             _check_pipeline(name, Path(getattr(config, name)))
     check_writable("--output_dir", Path(config.output_dir))
-    for data_set in data_sets_of(config):
+    for data_set in data_sets:
         with _of(data_set):
             _check_shards(data_set.config)
     if isinstance(config, TrainConfig):

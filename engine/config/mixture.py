@@ -43,10 +43,6 @@ class DataSet:
         """What messages about its options begin with."""
         return f"[[data]] {self.name}: " if self.name else ""
 
-    def share(self, records: int, of: int) -> Fraction:
-        """How many slots so many of its records take, of all that it has, relative to those of other data sets."""
-        return self.repeats * records if self.weight is None else self.weight * records / of
-
 
 def data_sets_of(config: CacheConfig) -> list[DataSet]:
     """The data sets of a configuration, in order."""

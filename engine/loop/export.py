@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from torch import Tensor
 
+from engine.config.mixture import data_sets_of
 from engine.config.options import TrainConfig
 from engine.errors import UserError, first_line
 from engine.failed import FAILED, LAUNCH
@@ -103,7 +104,7 @@ def create_repository(config: TrainConfig) -> str:
 def push_to_hub(config: TrainConfig, family: Family, repository: str) -> None:
     """Uploads the trained pipeline with a model card."""
     output = Path(config.output_dir)
-    data = config.source or "its own latent shards"
+    data = ", ".join(data_set.config.source or data_set.name or "its own latent shards" for data_set in data_sets_of(config))
     card = ModelCard(
         "---\n"
         f"base_model: {family.base_model}\n"

@@ -1,8 +1,11 @@
 """What comes before the first step: the division of the batch, the shards, and the numbers of the run."""
 
 import hashlib
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from engine.config.mixture import DataSet, data_sets_of
 from engine.config.options import ALTER_THE_RESULT, CacheConfig, TrainConfig, options_of
 from engine.data.format.cache import ShardsCache
 from engine.data.format.index import INDEX, Index
@@ -71,17 +75,8 @@ def prepare_shards(
     Raises:
         UserError: shards of another family or shape, or damaged ones, by name.
     """
-    if config.source:
-        parts = build_parts(config, family.encoding, processes, check)
-    else:
-        parts = find_parts(config, family.encoding, processes)
-        for part in parts:
-            check(part.index.identity)
-            if not config.trust_shards and (other := processes.computed_by_first(partial(_other_models, part.index, family))):
-                raise UserError(
-                    f"{part.config.shards_place}: the shards were built with other models than this run is given ({other}); "
-                    "give those, or train on them all the same with --trust_shards"
-                )
+    data_sets = data_sets_of(config)
+    parts = [part for data_set in data_sets for part in _parts_of(data_set, family, processes, check)]
     streams, beside = [], _Beside(config, len(parts))
     splits = splits_of((part.index for part in parts), config.validation_fraction)
     for number, (part, split) in enumerate(zip(parts, splits, strict=True)):
@@ -90,9 +85,44 @@ def prepare_shards(
         records = shards.index.shards["records"] if split is None else split.trained
         order = order_of(seed_of_stream(seed, number), records, config.shuffle_window)
         order = order if split is None else split.without_held(order)
-        stream = Stream(shards, order, 1, part.data_set, part.bucket, split)
-        streams.append(replace(stream, share=stream.records))
-    return Streams(seed, streams, unit), parts
+        streams.append(Stream(shards, order, 1, part.data_set, part.bucket, split))
+    return Streams(seed, _with_shares(streams, data_sets), unit), parts
+
+
+def _parts_of(data_set: DataSet, family: Family, processes: Processes, check: Callable[[dict[str, Any]], None]) -> list[Part]:
+    """The parts of a data set: built where it is at hand, else those that its shards are."""
+    config: Any = data_set.config
+    encoding = family.encoding.of_data_set(config)
+    if config.source:
+        parts = build_parts(config, encoding, processes, check)
+    else:
+        parts = find_parts(config, encoding, processes)
+        for part in parts:
+            check(part.index.identity)
+            if not config.trust_shards and (other := processes.computed_by_first(partial(_other_models, part.index, family))):
+                raise UserError(
+                    f"{part.config.shards_place}: the shards were built with other models than this run is given ({other}); "
+                    "give those, or train on them all the same with --trust_shards"
+                )
+    return [replace(part, data_set=data_set.name) for part in parts]
+
+
+def _with_shares(streams: list[Stream], data_sets: list[DataSet]) -> list[Stream]:
+    """Streams with the slots that they take of an epoch: each record as often as it is repeated, or, of all records, what the
+    weights give to each data set."""
+    by_name = {data_set.name: data_set for data_set in data_sets}
+    records = Counter[str]()
+    for stream in streams:
+        records[stream.data_set] += stream.records
+    weights = sum(data_set.weight or 0 for data_set in data_sets)
+
+    def share(stream: Stream) -> Fraction:
+        data_set = by_name[stream.data_set]
+        if data_set.weight is None:
+            return data_set.repeats * stream.records
+        return data_set.weight / weights * records.total() * stream.records / records[stream.data_set]
+
+    return [replace(stream, share=share(stream)) for stream in streams]
 
 
 def prepare_held_out(
@@ -267,7 +297,7 @@ def open_run(config: TrainConfig, seed: int, streams: Streams, plan: BatchPlan, 
     Args:
         state: of the checkpoint to go on from. One beyond the last step is trained for one more, as by the scripts.
     """
-    records = sum(stream.records for stream in streams.streams)
+    records = math.ceil(sum(stream.share for stream in streams.streams))
     steps = config.max_train_steps or -(-config.num_train_epochs * records // plan.global_batch)
     done = state.step if state else 0
     if done > steps:

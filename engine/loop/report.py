@@ -1,7 +1,9 @@
 """What a training says of itself: a block at the start, and in log files a line at every log point."""
 
 import shutil
+from collections import Counter
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,16 @@ from engine.loop.weights.zero_options import machinery_stage, reduction_precisio
 from engine.messages import duration, warn
 from engine.models.family import Family
 from engine.processes import Processes
+
+
+def _shares(streams: Streams) -> str:
+    """The data sets, with how many records they hold and their parts of the samples."""
+    records, shares = Counter[str](), dict.fromkeys(streams.data_sets, Fraction())
+    for stream in streams.streams:
+        records[stream.data_set] += stream.records
+        shares[stream.data_set] += stream.share
+    whole = sum(shares.values())
+    return ", ".join(f"{name} {records[name]:,} ({float(share / whole):.1%} of samples)" for name, share in shares.items())
 
 
 def opening(
@@ -40,14 +52,15 @@ def opening(
     state = state_bytes(config, trained, processes.world) + sum(weight.nbytes for weight in reading)
     size, number = checkpoint_bytes(config, trained), checkpoints_to_come(config, run, done)
     listed = f"; `python -m engine.shards info {config.shards_path} --refused` lists them" if not config.shards_address else ""
-    index = streams.streams[0].shards.index
-    refused = f"{index.refused_count:,} refused{listed}" if index.refused else "none refused"
+    refusals = sum(stream.shards.index.refused_count for stream in streams.streams)
+    refused = f"{refusals:,} refused{listed}" if refusals else "none refused"
     every = f"every {config.checkpointing_steps:,} steps and at the end"
     rows = {
         "family": f"{config.family}, from {family.base_model}",
         "output": config.output_dir,
         "parameters": f"{count(trained)} trained, {count(frozen)} frozen; {encoders}",
         "samples": f"{run.records:,} ({refused})",
+        **({"data sets": _shares(streams)} if len(streams.data_sets) > 1 else {}),
         "resolution": f"{config.resolution} px",
         "global batch": f"{run.global_batch:,} = {config.train_batch_size} per micro-batch x "
         f"{config.gradient_accumulation_steps} accumulated x {processes.world} process{'es' if processes.world > 1 else ''}",

@@ -10,6 +10,7 @@ from typing import Any
 from engine.catalogue import FAMILIES, PIPELINES
 from engine.config.checks import NEEDS_BLOCKS, check_judged_by_loss
 from engine.config.command_line import CONFIG, to_toml
+from engine.config.mixture import data_sets_of
 from engine.config.options import SHUFFLE_WINDOW, TrainConfig
 from engine.data.identity import differences, without_source
 from engine.data.samples.streams import Streams
@@ -154,7 +155,7 @@ def with_order(config: TrainConfig, checkpoint: Path | None, state: State | None
             said = f"--shuffle {before}" + (f" --shuffle_window {of}" if of else "")
             raise UserError(f"{checkpoint}: was written with {said}; leave both out, or give the same")
         return config.model_copy(update={"shuffle": before, "shuffle_window": of})
-    shuffle = config.shuffle or ("blocks" if config.shards_address else "global")
+    shuffle = config.shuffle or ("blocks" if any(each.config.shards_address for each in data_sets_of(config)) else "global")
     if config.shuffle_window and shuffle == "global":
         raise UserError(NEEDS_BLOCKS)
     window = (config.shuffle_window or SHUFFLE_WINDOW) if shuffle == "blocks" else None

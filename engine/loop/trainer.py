@@ -15,6 +15,7 @@ from tqdm import tqdm
 from engine import launcher, messages
 from engine.backends import compile_model, configure
 from engine.catalogue import FAMILIES
+from engine.config.mixture import data_sets_of
 from engine.config.options import TrainConfig
 from engine.data.samples.batch import Batch, BatchPlan
 from engine.data.samples.dropout import Dropout
@@ -118,7 +119,8 @@ def _train(config: TrainConfig, processes: Processes) -> int:
         held_out = prepare_held_out(config, family, processes, streams, parts)
         plan = BatchPlan(config.train_batch_size, config.gradient_accumulation_steps, processes.rank, processes.world)
         run = open_run(config, seed, streams, plan, state)
-        subset_seed = config.sample_seed if config.max_train_samples else None
+        subset = any(data_set.config.max_train_samples for data_set in data_sets_of(config))
+        subset_seed = config.sample_seed if subset else None
         config = config.model_copy(update={"seed": run.seed, "max_train_steps": run.steps, "subset_seed": subset_seed})
         if opened and processes.is_first:
             announce(opened, config, run, processes.world)

@@ -63,7 +63,6 @@ class Encoding(ABC):
     tokenizer: Any
     text_config: Any
     text_model: Any = None  # the class of the text encoder
-    _identity: dict[str, str] | None = None
 
     def __init__(self, config: CacheConfig) -> None:
         family = FAMILIES[config.family]
@@ -72,6 +71,7 @@ class Encoding(ABC):
         self.captioned = family.captioned
         self.keeps_tokens = family.captioned and config.cache_text == "tokens"
         self.path = locate(config, family.pipeline)
+        self._identity: dict[str, str] = {}  # of all copies
         self.size = config.resolution, config.resolution
 
     @property
@@ -161,15 +161,22 @@ class Encoding(ABC):
         other.size = width, height
         return other
 
+    def of_data_set(self, config: CacheConfig) -> Self:
+        """The same for a data set with options of its own."""
+        other = copy.copy(self)
+        other.config = config
+        return other
+
     @abstractmethod
     def encoder_digests(self) -> dict[str, Callable[[], str]]:
         """What computes the digest of each frozen model's files, by name; it raises `UserError` where they are not whole."""
 
     def encoder_identity(self) -> dict[str, str]:
-        """Digests of the frozen models' files by name, for the fingerprint of the shards; computed once, for all sizes."""
-        if self._identity is None:
-            self._identity = {name: digest() for name, digest in self.encoder_digests().items()}
-        return self._identity
+        """Digests of the frozen models' files by name, for the fingerprint of the shards; computed once, for all sizes and data sets."""
+        for name, digest in self.encoder_digests().items():
+            if name not in self._identity:
+                self._identity[name] = digest()
+        return dict(self._identity)
 
     @abstractmethod
     def preprocessing_identity(self) -> dict[str, Any]:
