@@ -38,6 +38,7 @@ def check_options(config: CacheConfig) -> None:
             _check_captions(data_set.config)
             if config.family in SPATIAL:
                 _check_buckets(data_set.config)
+    _check_apart(data_sets_of(config))
     if isinstance(config, TrainConfig):
         _check_reading(config)
         _check_held_out(config)
@@ -70,6 +71,15 @@ def _check_data(config: CacheConfig) -> None:
         raise UserError(
             f"--metadata_encoding {config.metadata_encoding}: unknown; give for example utf-8, cp1252, shift_jis or gb18030"
         ) from None
+
+
+def _check_apart(data_sets: list[DataSet]) -> None:
+    """Refuses data sets of which one would be built where another's shards are."""
+    at: dict[str, DataSet] = {}
+    for data_set in data_sets:
+        other = at.setdefault(data_set.config.shards_address or str(data_set.config.shards_path.resolve()), data_set)
+        if other is not data_set and (other.config.source or data_set.config.source):
+            raise UserError(f"[[data]]: {other.name} and {data_set.name} have the same shards_dir; give each its own")
 
 
 def _check_captions(config: CacheConfig) -> None:

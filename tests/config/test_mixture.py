@@ -53,6 +53,15 @@ def test_data_that_stand_outside_are_those_of_tables_that_name_none(tmp_path, ca
     assert "org/set is passed over, because every [[data]] table names data of its own" in capsys.readouterr().err
 
 
+def test_shards_of_tables_lie_below_an_address_too(tmp_path):
+    tables = '[[data]]\nname = "cats"\n[[data]]\nname = "dogs"\nshards_dir = "s3://other/dogs"\n'
+    config = read(tmp_path, f'shards_dir = "https://host/shards/?token=a"\nreport_to = "none"\n{tables}')
+    assert [each.config.shards_address for each in data_sets_of(config)] == [
+        "https://host/shards/cats?token=a",
+        "s3://other/dogs",
+    ]
+
+
 def test_tables_are_written_back_with_whole_paths_and_without_secrets(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     there = '[[data]]\nname = "there"\nshards_dir = "https://user:secret@host/shards?token=secret"\nrepeats = 0.5\n'
@@ -97,6 +106,10 @@ def test_a_folder_given_twice_is_two_data_sets(tmp_path):
             ["[[data]] number 2: has no weight, and others have; give every table a weight, or none"],
         ),
         (CATS + CATS, ["[[data]]: 2 tables have the name 'cats'; give each its own"]),
+        (
+            f'{CATS}shards_dir = "@/s"\n{DOGS}shards_dir = "@/s/../s"',
+            ["[[data]]: cats and dogs have the same shards_dir; give each its own"],
+        ),
         (f"{CATS}repeats = 0", ["[[data]] cats: repeats 0: give a number above 0"]),
         (f"{CATS}weight = true", ["[[data]] cats: weight True: give a number above 0"]),
         (f"{CATS}weight = nan", ["[[data]] cats: weight nan: give a number above 0"]),

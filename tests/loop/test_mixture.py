@@ -97,7 +97,7 @@ repeats = 2
 
 [[data]]
 name = "there"
-shards_dir = "{tmp_path / "shards" / "few"}"
+shards_dir = "{tmp_path / "elsewhere"}"
 """)
     assert build_command(["--config", str(file), "--shards_dir", str(tmp_path / "shards")]) == 0
     assert [Index.read(tmp_path / "shards" / name).records for name in ("train", "few")] == [12, 4]

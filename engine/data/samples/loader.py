@@ -90,7 +90,7 @@ class Loader:
     def _host_batches(self) -> Iterator[Batch]:
         for shards, rows, draws in ahead(self._draws()):
             room = torch.empty(self._bytes_of(shards), dtype=torch.uint8)
-            yield Batch(self._gather(shards, rows, room), *draws)
+            yield Batch(self._gather(shards, rows, draws[0], room), *draws)
 
     def _device_batches(self) -> Iterator[Batch]:
         """Micro-batches that are being copied to the device from a ring of pinned memory, of the size of the largest."""
@@ -99,7 +99,7 @@ class Loader:
         for number, (shards, rows, draws) in enumerate(ahead(self._draws())):
             room, copied = ring[number % len(ring)]
             copied.synchronize()
-            record = {name: self._send(tensor) for name, tensor in self._gather(shards, rows, room).items()}
+            record = {name: self._send(tensor) for name, tensor in self._gather(shards, rows, draws[0], room).items()}
             sent = [self._send(tensor) for tensor in draws]
             copied.record()
             yield Batch(record, *sent, copied=copied)
@@ -107,13 +107,15 @@ class Loader:
     def _send(self, pinned: Tensor) -> Tensor:
         return pinned.to(self.device, non_blocking=True)
 
-    def _gather(self, shards: Shards, rows: Rows, room: Tensor) -> dict[str, Tensor]:
-        """The rows of a micro-batch, in `room`, uint8 [bytes]."""
+    def _gather(self, shards: Shards, rows: Rows, slots: Tensor, room: Tensor) -> dict[str, Tensor]:
+        """The record of a micro-batch with slots [B], in `room`, uint8 [bytes]."""
         count, start, record = self.plan.micro_batch, 0, {}
         for name, field in shards.fields.items():
             record[name] = room[start : start + count * field.row_bytes].view(field.dtype).view(count, *field.shape)
             start += _aligned(count * field.row_bytes)
         shards.gather_fields(rows, record, self.limits)
+        if self.dropout:
+            self.dropout.overwrite(record, self.dropout.draw(self.seed, slots))
         return record
 
     def _bytes_of(self, shards: Shards) -> int:
