@@ -172,7 +172,7 @@ class Encoding(ABC):
         """What computes the digest of each frozen model's files, by name; it raises `UserError` where they are not whole."""
 
     def encoder_identity(self) -> dict[str, str]:
-        """Digests of the frozen models' files by name, for the fingerprint of the shards; computed once, for all sizes and data sets."""
+        """Digests of the frozen models' files by name, for the fingerprint of the shards; computed once for all copies."""
         for name, digest in self.encoder_digests().items():
             if name not in self._identity:
                 self._identity[name] = digest()
