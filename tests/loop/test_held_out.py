@@ -2,14 +2,17 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 
 from engine.errors import UserError
-from engine.loop import trainer
+from engine.loop import held_out, trainer
 from engine.loop.trainer import train
-from tests.loop.runs import checkpoint_tensors, config
+from engine.loop.weights.ema import Ema
+from tests.commands import run_two
+from tests.loop.runs import checkpoint_tensors, command, config, flip_last_byte
 from tests.loop.test_families import config as family_config
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
@@ -104,3 +107,132 @@ def test_of_every_family(family, published, photographs, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "prepare_held_out", lambda *arguments: [])
     assert train(family_config(family, models, photographs, tmp_path / "without", **run)) == 0
     assert same_checkpoints(tmp_path / "with" / "checkpoint-4", tmp_path / "without" / "checkpoint-4")
+
+
+def test_it_repeats_itself_whatever_divides_the_work(model, images, shards, tmp_path):
+    # At a learning rate of 0 the weights stay what they were, so that every round is over the same ones.
+    still = MEASURED | {"learning_rate": 0.0, "adam_weight_decay": 0.0}
+    assert train(config(model, images, shards, tmp_path / "one", **still)) == 0
+    first, second = numbers(tmp_path / "one")
+    for name in LOSSES:
+        assert first[name] == second[name] == first["validation_loss"]
+        assert first[f"{name}_by_timestep"] == second[f"{name}_by_timestep"]
+    accumulated = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "seed": 12, "max_train_steps": 2}
+    assert train(config(model, images, shards, tmp_path / "smaller", **still | accumulated)) == 0
+    assert numbers(tmp_path / "smaller")[0]["validation_loss"] == pytest.approx(first["validation_loss"], rel=1e-5)
+    assert (
+        train(config(model, images, shards, tmp_path / "few", **still | {"max_validation_samples": 2, "max_train_steps": 2}))
+        == 0
+    )
+    assert numbers(tmp_path / "few")[0]["validation_loss"] != first["validation_loss"]
+
+
+@pytest.mark.two_processes
+@pytest.mark.parametrize("stage", [0, 3])
+def test_two_processes_take_the_same_loss(stage, model, images, shards, tmp_path):
+    still = MEASURED | {"learning_rate": 0.0, "adam_weight_decay": 0.0, "max_train_steps": 2}
+    assert train(config(model, images, shards, tmp_path / "one", **still)) == 0
+    run_two(command(config(model, images, shards, tmp_path / "two", zero_stage=stage, **still)))
+    assert numbers(tmp_path / "two") == numbers(tmp_path / "one")
+
+
+def test_a_resumed_run_takes_the_same_losses(model, images, shards, tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run = MEASURED | {"checkpointing_steps": 3, "max_train_steps": 6}
+    assert train(config(model, images, shards, whole, **run)) == 0
+    assert train(config(model, images, shards, resumed, **run, resume_from_checkpoint=str(whole / "checkpoint-3"))) == 0
+    assert numbers(resumed) == numbers(whole)[1:]
+    best = [json.loads((output / "checkpoint-6" / "state.json").read_text())["best"] for output in (whole, resumed)]
+    assert best[0] == best[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "graphs"), [({"cache_text": "tokens", "gradient_accumulation_steps": 2}, 2), ({"zero_stage": 1}, 1)], ids=str
+)
+def test_it_is_captured_as_the_step_is(options, graphs, recorded, model, images, tmp_path):
+    run = MEASURED | {"max_train_steps": 6, "checkpointing_steps": 6} | options
+    for name, how in (("eager", "off"), ("captured", "on")):
+        assert train(config(model, images, tmp_path / "shards", tmp_path / name, cuda_graphs=how, **run)) == 0
+    assert len(recorded) == graphs + 1
+    assert numbers(tmp_path / "captured") == numbers(tmp_path / "eager")
+    assert same_checkpoints(*(tmp_path / name / "checkpoint-6" for name in ("captured", "eager")))
+
+
+def test_a_data_set_of_its_own(model, images, shards, tmp_path):
+    own = MEASURED | {"validation_fraction": None, "validation_data_dir": str(images)}
+    assert train(config(model, images, tmp_path / "shards", tmp_path / "built", **own)) == 0
+    assert (tmp_path / "shards" / "validation" / "index.json").is_file()
+    opened = own | {"validation_data_dir": str(tmp_path / "shards" / "validation")}
+    assert train(config(model, images, tmp_path / "shards", tmp_path / "opened", **opened)) == 0
+    assert numbers(tmp_path / "built") == numbers(tmp_path / "opened")
+    assert all(math.isfinite(line["validation_loss"]) for line in rounds(tmp_path / "built"))
+
+
+def test_damaged_records_end_the_run_with_a_checkpoint(model, images, shards, tmp_path):
+    damaged = tmp_path / "held_out"
+    shutil.copytree(shards, damaged)
+    flip_last_byte(next(iter(sorted(damaged.glob("shard-*")))))
+    own = MEASURED | {"validation_fraction": None, "validation_data_dir": str(damaged)}
+    with pytest.raises(UserError, match=r"held_out/shard-.*; step 2 is saved in .*checkpoint-2, from where"):
+        train(config(model, images, shards, tmp_path / "out", **own))
+    assert (tmp_path / "out" / "checkpoint-2" / "state.json").is_file()
+
+
+def falls_and_rises(monkeypatch, losses):
+    """Has the rounds give these losses, one after another."""
+    given = iter(losses)
+    monkeypatch.setattr(held_out, "_mean", lambda losses: next(given))
+
+
+def test_the_best_checkpoint_stays_and_patience_ends_the_run(model, images, shards, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    run = MEASURED | {"use_ema": False, "validation_timesteps": 1, "validation_steps": 1, "max_train_steps": 9}
+    run |= {"checkpointing_steps": 4, "checkpoints_total_limit": 1, "best_checkpoint": True, "patience": 3}
+    falls_and_rises(monkeypatch, [each for loss in (0.5, 0.3, None, 0.4, 0.3) for each in (loss, loss)])
+    assert train(config(model, images, shards, output, **run)) == 0
+    said = "the held-out loss has not been below the 0.3 of step 2, kept as checkpoint-2, in 3 rounds (--patience 3)"
+    assert f"Trained 5 steps of 9: {said}; the pipeline is in {output}" in capsys.readouterr().out
+    assert (output / "model_index.json").is_file()
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-5"]
+    assert [(output / name).read_text() for name in ("best", "latest")] == ["checkpoint-2\n", "checkpoint-5\n"]
+    assert [line["validation_loss"] for line in rounds(output)] == [0.5, 0.3, None, 0.4, 0.3]
+    state = json.loads((output / "checkpoint-5" / "state.json").read_text())["best"]
+    assert {name: state[name] for name in ("loss", "step", "last", "rounds")} == {
+        "loss": 0.3,
+        "step": 2,
+        "last": 5,
+        "rounds": 3,
+    }
+
+    again = run | {"resume_from_checkpoint": "latest"}
+    assert train(config(model, images, shards, output, **again)) == 0
+    said_again = capsys.readouterr()
+    assert f"Trained 5 steps of 9: {said}" in said_again.out
+    assert "The training has ended" in said_again.out + said_again.err
+
+    falls_and_rises(monkeypatch, [each for loss in (0.4, 0.2) for each in (loss, loss)])
+    further = again | {"patience": 5, "max_train_steps": 7}
+    assert train(config(model, images, shards, output, **further)) == 0
+    assert (output / "best").read_text() == "checkpoint-7\n"
+    assert not (output / "checkpoint-2").exists()
+
+    falls_and_rises(monkeypatch, [0.1] * 4)
+    assert train(config(model, images, shards, tmp_path / "other", **run | {"max_train_steps": 1})) == 0
+    named = {"resume_from_checkpoint": "best", "max_train_steps": 2, "patience": None}
+    assert train(config(model, images, shards, tmp_path / "other", **run | named)) == 0
+    (tmp_path / "other" / "best").unlink()
+    with pytest.raises(UserError, match="no `best` checkpoint there; a run with --best_checkpoint keeps one"):
+        train(config(model, images, shards, tmp_path / "other", **run | named))
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_weights_and_average_change_places_without_a_bit(offload):
+    masters = [torch.randn(size) for size in (7, 1000)]
+    ema = Ema(masters, offload, slice_bytes=64)
+    for master in masters:
+        master += 1
+    before = [[tensor.clone() for tensor in tensors] for tensors in (masters, ema.averages)]
+    for expected in (before[::-1], before):
+        ema.exchange(most=64)
+        for tensors, others in zip((masters, ema.averages), expected, strict=True):
+            assert all(map(torch.equal, tensors, others))
