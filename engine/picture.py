@@ -144,7 +144,7 @@ def curves(
 
 
 def _by_timestep(panels: Sequence[Any], held_out: Sequence[dict[str, Any]], of: str, described: str) -> None:
-    """The loss in each range of timesteps: as curves, and as a heat map over the training."""
+    """The loss in each range of timesteps: as curves, and, relative to its first round, as a heat map over the training."""
     ranges = list(held_out[-1][of])
     lines = [line for line in held_out if list(line.get(of, ())) == ranges]  # the ranges may have been others before a resume
     colours = matplotlib.colormaps["viridis"]
@@ -161,11 +161,15 @@ def _by_timestep(panels: Sequence[Any], held_out: Sequence[dict[str, Any]], of: 
     reach = (steps[-1] - between[-1]) if len(steps) > 1 else 0.5
     edges = np.concatenate([[steps[0] - ((between[0] - steps[0]) if len(steps) > 1 else 0.5)], between, [steps[-1] + reach]])
     if np.isfinite(losses).any():
-        mesh = panels[1].pcolormesh(edges, np.arange(len(ranges) + 1), losses, norm=LogNorm(), cmap="magma")
-        panels[1].figure.colorbar(mesh, ax=panels[1])
+        finite = np.isfinite(losses)
+        change = losses / losses[np.arange(len(ranges)), finite.argmax(1)][:, None]
+        most = max(1.01, np.nanmax(np.maximum(change, 1 / change)))  # white is no change, red is worse
+        mesh = panels[1].pcolormesh(edges, np.arange(len(ranges) + 1), change, norm=LogNorm(1 / most, most), cmap="RdBu_r")
+        bar = panels[1].figure.colorbar(mesh, ax=panels[1], ticks=[1 / most, most**-0.5, 1, most**0.5, most], format="%.3g")
+        bar.ax.minorticks_off()
     shown = range(0, len(ranges), -(-len(ranges) // 12))
     panels[1].set_yticks([place + 0.5 for place in shown], [ranges[place] for place in shown], fontsize=7)
-    panels[1].set(title=described, xlabel="step", ylabel="timesteps")
+    panels[1].set(title=f"{described}, relative to its first", xlabel="step", ylabel="timesteps")
 
 
 def _points(lines: Sequence[dict[str, Any]], values: Sequence[float | None]) -> tuple[list[float], list[float]]:

@@ -78,6 +78,17 @@ class HeldOutLoss:
         return digest_of([of_parts, self.grid.tolist(), bool(self.partition.ema)])
 
     @property
+    def words(self) -> str:
+        """What the loss is taken over."""
+        count, data, every = (
+            sum(len(of.numbers) for of in self.records),
+            self.config.validation_data_dir,
+            self.config.validation_steps,
+        )
+        whose = f"of {data}" if data else f"of the fraction {self.config.validation_fraction:g} of each shard's"
+        return f"the loss over {count:,} records {whose}, at {len(self.grid)} timesteps, every {every:,} steps and at the end"
+
+    @property
     def seconds_at_most(self) -> float:
         """After which time a round that has not ended is given up for hung."""
         return LOADING_LIMIT + BATCH_LIMIT * 2 * -(-len(self.batches) // self.partition.processes.world)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from engine.config.options import TrainConfig
 from engine.data.samples.streams import Streams
 from engine.loop.capture import reason_against
+from engine.loop.held_out import HeldOutLoss
 from engine.loop.run import Run
 from engine.loop.weights import needs_deepspeed
 from engine.loop.weights.partition import Partition
@@ -34,7 +35,7 @@ def _shares(streams: Streams) -> str:
 
 def opening(
     config: TrainConfig, run: Run, family: Family, partition: Partition, streams: Streams, captures: bool, done: int,
-    text_encoder: nn.Module | None = None,
+    text_encoder: nn.Module | None = None, held_out: HeldOutLoss | None = None,
 ) -> list[str]:  # fmt: skip
     """What is trained, on what, and how, in lines.
 
@@ -42,6 +43,7 @@ def opening(
         captures: whether the step is captured as CUDA graphs.
         done: the step that the run goes on from.
         text_encoder: that runs in the step.
+        held_out: the loss over what is held out, if one is taken.
     """
     processes = partition.processes
     trained = sum(shape.numel() for shape in partition.shapes.values())
@@ -61,6 +63,7 @@ def opening(
         "parameters": f"{count(trained)} trained, {count(frozen)} frozen; {encoders}",
         "samples": f"{run.records:,} ({refused})",
         **({"data sets": _shares(streams)} if len(streams.data_sets) > 1 else {}),
+        **({"held out": held_out.words} if held_out else {}),
         "resolution": f"{config.resolution} px",
         "global batch": f"{run.global_batch:,} = {config.train_batch_size} per micro-batch x "
         f"{config.gradient_accumulation_steps} accumulated x {processes.world} process{'es' if processes.world > 1 else ''}",

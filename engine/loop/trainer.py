@@ -137,7 +137,8 @@ def _train(config: TrainConfig, processes: Processes) -> int:
             training.resume(opened)
         del opened  # a file that is held open keeps its room when rotation removes it
         text_encoder, captures = training.text_encoder, training.captures
-        say(*opening(config, run, family, training.partition, streams, captures, training.step, text_encoder))
+        done, held = training.step, training.held_out
+        say(*opening(config, run, family, training.partition, streams, captures, done, text_encoder, held))
         warn_of_a_full_disk(config, run, training.partition, training.step)
         finished = _run(training, streams, plan, dropout)
         if finished and repository and processes.is_first:

@@ -12,7 +12,8 @@ from engine.loop import held_out, trainer
 from engine.loop.trainer import train
 from engine.loop.weights.ema import Ema
 from tests.commands import run_two
-from tests.loop.runs import checkpoint_tensors, command, config, flip_last_byte
+from tests.loop.runs import checkpoint_tensors, command, config
+from tests.loop.test_damage import damage
 from tests.loop.test_families import config as family_config
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
@@ -171,7 +172,7 @@ def test_a_data_set_of_its_own(model, images, shards, tmp_path):
 def test_damaged_records_end_the_run_with_a_checkpoint(model, images, shards, tmp_path):
     damaged = tmp_path / "held_out"
     shutil.copytree(shards, damaged)
-    flip_last_byte(next(iter(sorted(damaged.glob("shard-*")))))
+    damage(damaged)
     own = MEASURED | {"validation_fraction": None, "validation_data_dir": str(damaged)}
     with pytest.raises(UserError, match=r"held_out/shard-.*; step 2 is saved in .*checkpoint-2, from where"):
         train(config(model, images, shards, tmp_path / "out", **own))
