@@ -59,18 +59,13 @@ def _directory_of_the_node() -> Path:
     the same files there, each as slowly as that is."""
     name = f"compiled-code-{os.getuid()}"
     # Anybody may have put something there; of a name that all this node's processes find, few others think.
-    for directory in (Path(tempfile.gettempdir(), known) for known in (name, f"{name}-{_boot()}")):
+    for directory in (Path(tempfile.gettempdir(), known) for known in (name, f"{name}-{launcher.boot()}")):
         with contextlib.suppress(FileExistsError):
             directory.mkdir(mode=0o700)
         status = directory.lstat()
         if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
             return directory
     return Path(tempfile.mkdtemp(prefix=f"{name}-"))  # for what another user put there would run here
-
-
-def _boot() -> str:
-    """What tells this start of the system from others."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def _share_processors() -> None:

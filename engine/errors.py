@@ -1,15 +1,18 @@
 """Errors that are part of the interface."""
 
+import atexit
 import contextlib
 import errno
 import os
 import re
 import select
 import sys
+import threading
 import traceback
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from pydantic_core import ValidationError
 
@@ -185,11 +188,21 @@ def exit_code(program: str, main: Callable[[], int]) -> int:
             raise
         traceback.print_exc()
         code = 1
-    if code and world() > 1:
-        with contextlib.suppress(OSError):
-            sys.stderr.flush()
-        os._exit(code)
+    if world() > 1:
+        _leave(code)
     return code
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends one of several processes; after success as Python does, but for what comes last: a thread that the store or the
+    network holds in C++ could then neither go on nor end, and would abort the process."""
+    if not code:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 def _exit_code(program: str, main: Callable[[], int]) -> int:

@@ -48,3 +48,12 @@ def local_world() -> int:
     """How many processes its node has; where the launcher does not say, as many as there are."""
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
     return min(int(next(filter(None, map(os.environ.get, names)), world())), world())
+
+
+def boot() -> str:
+    """What tells this start of the node's system from others.
+
+    Raises:
+        OSError: the system does not say.
+    """
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -57,6 +57,7 @@ class Liveness:
         self._seen: dict[int, tuple[bytes, float]] = {}  # the last sign of life of a process, and when it was first seen
         self._neighbour: tuple[int, int] | None = None  # the next of this node's processes, and a descriptor that knows its end
         self._thread: threading.Thread | None = None
+        self._guarding: threading.Thread | None = None
         self._given_back: dict[tuple[str, str], float] = {}  # what by whom, and when this process first saw that
         self._answers = 0  # of the store, to signs of life
         self._due, self._closed, self._ended = threading.Event(), threading.Event(), threading.Event()
@@ -71,7 +72,8 @@ class Liveness:
         Raises:
             LostProcess: some process did not come.
         """
-        threading.Thread(target=self._guard, name="guard", daemon=True).start()
+        self._guarding = threading.Thread(target=self._guard, name="guard", daemon=True)
+        self._guarding.start()
         store = open_store(self.world, serves=self.is_first and not launcher.hosts_the_store())
         self._beats = store.clone()  # type: ignore[attr-defined]
         self.beat()
@@ -98,6 +100,12 @@ class Liveness:
             if not self._thread.is_alive():  # else the store does not answer
                 with contextlib.suppress(RuntimeError):  # the store is gone
                     self._beats.set(f"alive/{self.rank}", f"left {self.step}")
+
+    def end_guard(self) -> None:
+        """To be called when nothing is left that could wait for the store."""
+        self._ended.set()
+        if self._guarding is not None:
+            self._guarding.join()
 
     def own_store(self) -> dist.Store:
         """Another client of the store: whoever waits blocks all that share its client. It costs the store's host a descriptor.
@@ -365,7 +373,7 @@ def _place() -> str:
     """What tells this process from all others that the system shows to it: machine, space of process numbers, and number."""
     machine = "?"
     with contextlib.suppress(OSError):
-        machine = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {Path('/proc/self/ns/pid').stat().st_ino}"
+        machine = f"{launcher.boot()} {Path('/proc/self/ns/pid').stat().st_ino}"
     return f"{machine} {os.getpid()}"
 
 

@@ -123,7 +123,7 @@ class Processes(Liveness):
             return
         if self._connected and dist.is_initialized():
             dist.destroy_process_group()
-        self._ended.set()
+        self.end_guard()
 
     def wait_for_all(self) -> None:
         """Waits until every process has come here, however long it takes, as long as all live.

@@ -365,3 +365,26 @@ def story(processes):
 def test_processes_that_connect_when_they_first_talk_miss_one_all_the_same(who, expected):
     four = start(LAZY.replace("WHO", str(who)), world=4)
     assert codes(four) == expected, [process.errors for process in four]
+
+
+HELD = """
+import atexit, contextlib, threading
+def held(store):
+    with contextlib.suppress(RuntimeError):  # the store went with the first process
+        while True:
+            store.check(["never"])
+
+def story(processes):
+    for _ in range(8):
+        threading.Thread(target=held, args=(processes.own_store(),), daemon=True).start()
+    time.sleep(0.1)
+    ours = {"guard", "heartbeat"}
+    atexit.register(lambda: say(ours & {thread.name for thread in threading.enumerate()}, "at the end"))
+"""
+
+
+def test_a_thread_that_the_store_holds_at_the_end_aborts_no_process():
+    both = start(HELD)
+    assert codes(both) == [0, 0]
+    assert [process.errors for process in both] == ["", ""]
+    assert [process.output for process in both] == ["set() at the end\n"] * 2

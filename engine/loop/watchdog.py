@@ -39,10 +39,10 @@ class Watchdog:
         self._thread.join()
 
     @contextlib.contextmanager
-    def paused(self, seconds: float, work: str = "what is done between two steps") -> Iterator[None]:
+    def paused(self, seconds: float) -> Iterator[None]:
         """Work inside, which no step may end in, has a limit of its own."""
         _, what, limit, option = self._limit
-        self._allow(f"{work} has not ended", seconds, "")
+        self._allow("what is done between two steps has not ended", seconds, "")
         try:
             yield
         finally:

@@ -48,8 +48,8 @@ def test_the_process_that_is_behind_is_named_once_a_node():
     [
         ("time.sleep(60)", "the first step has not ended for 1 seconds (--first_step_timeout); all are at step 0"),
         (
-            "watchdog.finished(1)\nwith watchdog.paused(0.5, 'a checkpoint'): time.sleep(60)",
-            "a checkpoint has not ended for 0.5",
+            "watchdog.finished(1)\nwith watchdog.paused(0.5): time.sleep(60)",
+            "what is done between two steps has not ended for 0.5",
         ),
         ("watchdog.finished(1)\ntime.sleep(1.5)\nsys.exit()", None),
     ],
