@@ -101,9 +101,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def chart(rows: list[dict[str, Any]], path: Path) -> None:
     """The ratio of the variances by batch, a panel for each weighting."""
+    measured = [row for row in rows if not problem(row)]
+    weightings = list(dict.fromkeys(row["weighting"] for row in measured))
     figure = Figure(figsize=(11, 3), layout="constrained")
-    for panel, weighting in zip(figure.subplots(1, len(WEIGHTINGS), sharey=True), WEIGHTINGS, strict=True):
-        shown = [row for row in rows if row["weighting"] == weighting and not problem(row)]
+    for panel, weighting in zip(figure.subplots(1, len(weightings), sharey=True, squeeze=False)[0], weightings, strict=True):
+        shown = [row for row in measured if row["weighting"] == weighting]
         places = [str(row["batch"]) for row in shown]
         panel.bar(places, [row["ratio"] for row in shown], yerr=[row["error"] for row in shown], color=BLUE)
         panel.axhline(1, color=GREY, linewidth=1)
