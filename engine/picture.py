@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +176,18 @@ def _points(lines: Sequence[dict[str, Any]], values: Sequence[float | None]) -> 
     """Steps and values, of the lines that have one."""
     found = [(line["step"], value) for line, value in zip(lines, values, strict=True) if value is not None]
     return [step for step, _ in found], [value for _, value in found]
+
+
+def bars(names: Sequence[str], panels: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Draws numbers by name as bars, one panel beside another by its title, as a PNG."""
+    figure = Figure(figsize=(9, 1.2 + 0.28 * len(names)), layout="constrained")
+    for axes, (title, values) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True):
+        drawn = axes.barh(range(len(names)), values)
+        axes.bar_label(drawn, [f"{value:,.4g}" for value in values], padding=3, fontsize=8)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set(title=title, xlim=(0, 1.15 * max(*values, 1e-9)))
+        axes.invert_yaxis()
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=100))
 
 
 def save_png(image: Image.Image, path: Path) -> None:

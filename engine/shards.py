@@ -24,6 +24,7 @@ def build_command(arguments: list[str]) -> int:
     # After parsing, so that --help and mistakes answer at once.
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     from engine.data.describe import summary
+    from engine.data.format.buckets import read_indexes
     from engine.data.parts import build_parts
     from engine.models.encoder import open_encoding
     from engine.processes import Processes
@@ -34,14 +35,16 @@ def build_command(arguments: list[str]) -> int:
         processes.connect()
         encoding = processes.first_before_others(lambda: open_encoding(config))
         built = [each.config for each in data_sets_of(config) if each.config.source or not each.name]
-        parts = [part for each in built for part in build_parts(each, encoding.of_data_set(each), processes)]
+        for each in built:
+            build_parts(each, encoding.of_data_set(each), processes)
     except UserError as error:
         processes.let_the_first_speak(error)
         raise
     finally:
         processes.close()
     if processes.is_first:
-        print(*(summary(part.config.shards_path, part.index) for part in parts), sep="\n\n")
+        places = [each.shards_path for each in built]
+        print(*(summary(place, read_indexes(place)) for place in places), sep="\n\n")
     return 0
 
 
@@ -62,13 +65,16 @@ def verify_command(arguments: list[str]) -> int:
     directory = parser.parse_args(arguments).directory
     from tqdm import tqdm
 
-    from engine.data.format.index import BUILD_AGAIN, Index
+    from engine.data.format.buckets import read_indexes
+    from engine.data.format.index import BUILD_AGAIN
     from engine.data.format.verify import verify
 
-    index = Index.read(directory)
-    count = len(index.shards)
+    indexes = read_indexes(directory)
+    count, problems = sum(len(index.shards) for index in indexes.values()), dict[str, str]()
     with tqdm(total=count, desc="Verifying", unit="shard", disable=None) as progress:
-        problems = verify(directory, index, range(count), rows=True, progress=progress.update)
+        for name, index in indexes.items():
+            found = verify(directory / name, index, range(len(index.shards)), rows=True, progress=progress.update)
+            problems |= {str(Path(name, file)): problem for file, problem in found.items()}
     for file, problem in problems.items():
         print(printable(f"{directory / file}: {problem}"))
     print(f"{count - len(problems)} of {count} shards are whole" + (f"; {BUILD_AGAIN}" if problems else ""))
@@ -90,10 +96,15 @@ def convert_command(arguments: list[str]) -> int:
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     from engine.data.convert import convert
     from engine.data.describe import DATA, summary
+    from engine.data.format.buckets import is_bucketed, read_indexes
 
     quiet_libraries()
     output = options.output or options.directory
-    print(summary(output, convert(options.directory, output, _given(options, DATA))))
+    if not is_bucketed(options.directory):
+        convert(options.directory, output, _given(options, DATA))
+    elif output != options.directory:
+        raise UserError(f"{options.directory}: shards of buckets are of version 2 already; copy the directory")
+    print(summary(output, read_indexes(output)))
     return 0
 
 
@@ -113,25 +124,29 @@ def info_command(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     from engine.data.describe import contact_sheet, summary
-    from engine.data.format.index import INDEX, Index
+    from engine.data.format.buckets import is_bucketed, read_indexes
+    from engine.data.format.index import INDEX
 
-    index = Index.read(options.directory)
+    indexes = read_indexes(options.directory)
+    index = next((index for index in indexes.values() if index.records), next(iter(indexes.values())))
     if options.record is not None:
         from engine.data.describe import DATA, describe_record
 
-        print(describe_record(options.directory, index, options.record, _given(options, DATA)))
+        print(describe_record(options.directory, indexes, options.record, _given(options, DATA)))
         return 0
     if options.refused:
         from engine.data.describe import list_refused
 
-        for line in list_refused(options.directory, index):
+        for line in list_refused(options.directory, indexes):
             print(line)
         return 0
     output = options.output or options.directory / "contact-sheet.png"
     models = _given(options, _MODELS)
     if options.records and models:
         check_picture("--output", output)
-    print(summary(options.directory, index))
+    print(summary(options.directory, indexes))
+    if is_bucketed(options.directory):
+        print(f"chart          {_draw_buckets(options.directory, output)}")
     if index.records and options.records and not models:
         # Whoever wrote the index may have named any.
         named = FAMILIES[index.family].classes if index.family in FAMILIES else _MODELS[:1]
@@ -144,9 +159,27 @@ def info_command(arguments: list[str]) -> int:
 
         quiet_libraries()
         encoding = open_encoding(config)
-        save_png(contact_sheet(options.directory, index, encoding, options.records), output)
+        save_png(contact_sheet(options.directory, indexes, encoding, options.records), output)
         print(f"contact sheet  {output}")
     return 0
+
+
+def _draw_buckets(directory: Path, sheet: Path) -> str:
+    """Draws how many images each bucket has, beside the contact sheet; where that is, or why it is not."""
+    from engine.data.format.buckets import Buckets
+    from engine.data.format.index import BUCKETS
+    from engine.picture import bars
+
+    buckets, path = Buckets.read(directory / BUCKETS).buckets, sheet.with_name("buckets.png")
+    panels = {
+        "images": [float(bucket.images) for bucket in buckets],
+        "cropped away on average, %": [100 * bucket.cropped for bucket in buckets],
+    }
+    try:
+        bars([bucket.name for bucket in buckets], panels, path)
+    except OSError as error:
+        return f"cannot be written to {path}: {error.strerror}; name another place with --output"
+    return str(path)
 
 
 COMMANDS = {"build": build_command, "verify": verify_command, "convert": convert_command, "info": info_command}

@@ -113,3 +113,42 @@ def test_the_former_name_of_the_command_still_answers(shards, capsys, monkeypatc
         runpy.run_module("engine.cache", run_name="__main__")
     assert leave.value.code == 0
     assert "3 of 3 shards are whole" in capsys.readouterr().out
+
+
+def test_buckets_are_verified_described_and_drawn(model, images, tmp_path, capsys, monkeypatch):
+    data, shards = tmp_path / "data", tmp_path / "shards"
+    data.mkdir()
+    for number, size in enumerate([(16, 16), (24, 16), (24, 16)]):
+        Image.new("RGB", size, (90 * number, 9, 9)).save(data / f"{number}.png")
+        (data / f"{number}.txt").write_text(f"of {number}")
+    (data / "3.png").write_bytes(b"no image")
+    (data / "3.txt").write_text("of 3")
+    models = ["--pretrained_model_name_or_path", str(model)]
+    options = ["--family", "sd", *models, "--train_data_dir", str(data), "--resolution", "16", "--shards_dir", str(shards)]
+    assert main(monkeypatch, "build", *options, "--buckets", "16x16", "24x16") == 0
+    said = capsys.readouterr()
+    assert f"`python -m engine.shards info {shards} --refused` lists them" in said.err
+    assert "24x16         2 images  66.67%   0.00% cropped away" in said.out
+    assert main(monkeypatch, "info", str(shards), *models, "--output", str(tmp_path / "sheet.png")) == 0
+    output = capsys.readouterr().out
+    for line in (
+        "records        3",
+        "refused        1",
+        "latent_mean: 4 x 8 x * float32 per image",
+        "buckets.png",
+        "sheet.png",
+    ):
+        assert line in output
+    for name in ("buckets.png", "sheet.png"):
+        assert np.asarray(Image.open(tmp_path / name).convert("RGB")).std() > 5
+    assert main(monkeypatch, "info", str(shards), "--refused") == 0
+    assert capsys.readouterr().out.startswith("3.png: unreadable image")
+    assert main(monkeypatch, "info", str(shards), "--record", "2") == 0
+    assert "'of 2'" in capsys.readouterr().out
+    assert main(monkeypatch, "info", str(shards), "--record", "3") == 2
+    assert "no record 3; the last is 2" in capsys.readouterr().err
+    assert main(monkeypatch, "convert", str(shards)) == 0
+    (shards / "24x16" / shard_name(0)).write_bytes(b"short")
+    capsys.readouterr()
+    assert main(monkeypatch, "verify", str(shards)) == 1
+    assert f"24x16/{shard_name(0)}: 5 bytes instead of" in capsys.readouterr().out

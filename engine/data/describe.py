@@ -12,7 +12,9 @@ from torch import Tensor
 from engine.catalogue import FAMILIES
 from engine.config.command_line import load
 from engine.config.options import CacheConfig
-from engine.data.format.index import INDEX, Index
+from engine.data.buckets import size_named
+from engine.data.format.buckets import Buckets, is_bucketed
+from engine.data.format.index import BUCKETS, INDEX, Index, add_refused
 from engine.data.format.reader import Shards
 from engine.data.format.shard import open_shard
 from engine.data.identity import without_source
@@ -30,35 +32,67 @@ if TYPE_CHECKING:  # the libraries of the models take seconds, and a summary nee
 DATA = ("dataset_name", "dataset_config_name", "train_data_dir", "cache_dir")  # options that name a data set
 
 
-def summary(directory: Path, index: Index) -> str:
-    """What an index says, for a person."""
+def summary(directory: Path, indexes: dict[str, Index]) -> str:
+    """What the indexes of a directory say, for a person.
+
+    Args:
+        indexes: as `read_indexes` gives them.
+    """
+    first, *others = indexes.values()
+
+    def total(name: str) -> int:
+        return sum(index.total(name) for index in indexes.values())
+
+    refused = add_refused(index.refused for index in indexes.values())
     lines = [
-        f"shards         {directory} ({len(index.shards)} files, {index.total('bytes') / 2**20:.1f} MiB)",
-        f"family         {index.family}",
-        f"records        {index.records}",
-        f"image rows     {index.total('image_rows')}",
-        f"captions       {index.total('caption_rows')}",
-        f"refused        {index.refused_count}",
+        f"shards         {directory} ({sum(len(index.shards) for index in indexes.values())} files, "
+        f"{total('bytes') / 2**20:.1f} MiB)",
+        f"family         {first.family}",
+        f"records        {total('records')}",
+        f"image rows     {total('image_rows')}",
+        f"captions       {total('caption_rows')}",
+        f"refused        {sum(refusals.count for refusals in refused.values())}",
     ]
-    lines += [f"  {refusals.count:6d}       {reason}" for reason, refusals in by_count(index.refused)]
-    for name, field in index.fields.items():
-        shape = " x ".join(map(str, field.shape))
+    lines += [f"  {refusals.count:6d}       {reason}" for reason, refusals in by_count(refused)]
+    for name, field in first.fields.items():
+        shapes = zip(*(index.fields[name].shape for index in (first, *others)), strict=True)
+        shape = " x ".join(str(sides[0]) if len({*sides}) == 1 else "*" for sides in shapes)
         lines.append(f"field          {name}: {shape} {str(field.dtype).removeprefix('torch.')} per {field.per}")
-    lines.append(f"fingerprint    {index.fingerprint}")
+    if is_bucketed(directory):
+        lines += table_of_buckets(Buckets.read(directory / BUCKETS))
+    lines += [f"fingerprint    {index.fingerprint}{f' ({name})' * bool(name)}" for name, index in indexes.items()]
     return "\n".join(map(printable, lines))
 
 
-def describe_record(directory: Path, index: Index, record: int, given: dict[str, str]) -> str:
+def table_of_buckets(buckets: Buckets) -> list[str]:
+    """How many images every bucket has, and how much of them is cropped away on average."""
+    images = sum(bucket.images for bucket in buckets.buckets)
+    return [
+        f"bucket         {bucket.name:>11} {bucket.images:9d} images {bucket.images / images:7.2%} "
+        f"{bucket.cropped:7.2%} cropped away"
+        for bucket in buckets.buckets
+    ]
+
+
+def describe_record(directory: Path, indexes: dict[str, Index], number: int, given: dict[str, str]) -> str:
     """Where a record lies, and what it came from.
 
     Args:
+        number: counted on from bucket to bucket.
         given: options that name the data set.
 
     Raises:
         UserError: there is no such record.
     """
-    if record >= index.records:
-        raise UserError(f"{directory}: no record {record}; the last is {index.records - 1}")
+    record = number
+    for name, index in indexes.items():
+        if record < index.records:
+            return _describe_record(directory / name, index, record, given)
+        record -= index.records
+    raise UserError(f"{directory}: no record {number}; the last is {number - record - 1}")
+
+
+def _describe_record(directory: Path, index: Index, record: int, given: dict[str, str]) -> str:
     place = Shards(directory).find(torch.tensor([record]))
     number = int(place.shards[0])
     row = record - index.shards["records"][:number].sum()
@@ -75,12 +109,13 @@ def describe_record(directory: Path, index: Index, record: int, given: dict[str,
     return "\n".join(map(printable, [*lines, *(f"caption        {text!r}" for text in texts)]))
 
 
-def list_refused(directory: Path, index: Index) -> Iterator[str]:
-    """Every refused sample with the reason, in the order of the data set."""
-    for number in range(len(index.shards)):
-        for item in open_shard(directory, index, number).refused:
-            detail = f": {item['detail']}" if "detail" in item else ""
-            yield printable(f"{item['source']}: {item['reason']}{detail}")
+def list_refused(directory: Path, indexes: dict[str, Index]) -> Iterator[str]:
+    """Every refused sample with the reason, in the order of the data set, or of that within each bucket."""
+    for name, index in indexes.items():
+        for number in range(len(index.shards)):
+            for item in open_shard(directory / name, index, number).refused:
+                detail = f": {item['detail']}" if "detail" in item else ""
+                yield printable(f"{item['source']}: {item['reason']}{detail}")
 
 
 def _file_of(directory: Path, index: Index, sample: int, name: str, given: dict[str, str]) -> str:
@@ -114,8 +149,18 @@ def open_as_built(directory: Path, built: dict[str, Any], given: dict[str, str])
         return config, open_source(config, FAMILIES[config.family].captioned)
 
 
-def contact_sheet(directory: Path, index: Index, encoding: "Encoding", count: int) -> Image.Image:
-    """Records spread evenly over the shards, decoded, each under its caption."""
+def contact_sheet(directory: Path, indexes: dict[str, Index], encoding: "Encoding", count: int) -> Image.Image:
+    """Records spread evenly over the shards of each bucket, decoded, each under its caption."""
+    records = sum(index.records for index in indexes.values())
+    rows: list[tuple[str, list[Image.Image]]] = []
+    for name, index in indexes.items():
+        if index.records:
+            sized = encoding.of_size(*size_named(name)) if name else encoding
+            rows += _drawn(directory / name, index, sized, max(1, round(count * index.records / records)))
+    return labelled_grid(rows)
+
+
+def _drawn(directory: Path, index: Index, encoding: "Encoding", count: int) -> list[tuple[str, list[Image.Image]]]:
     if index.fields != encoding.record_spec:
         raise UserError(
             f"{directory / INDEX}: the shards hold other records than these models make; give those that built them"
@@ -140,7 +185,7 @@ def contact_sheet(directory: Path, index: Index, encoding: "Encoding", count: in
     by_label: dict[str, list] = {}
     for label, image in zip(labels, images, strict=True):
         by_label.setdefault(label, []).append(image)
-    return labelled_grid(list(by_label.items()))
+    return list(by_label.items())
 
 
 def _dimmed(image: Image.Image, mask: Tensor) -> Image.Image:

@@ -9,8 +9,8 @@ from engine.config.options import CacheConfig
 from engine.data.bucketed import build_buckets, in_bucket
 from engine.data.buckets import size_named
 from engine.data.encode import encode_source
-from engine.data.format.buckets import Buckets, is_bucketed
-from engine.data.format.index import BUCKETS, INDEX, Index
+from engine.data.format.buckets import is_bucketed, read_indexes
+from engine.data.format.index import INDEX, Index
 from engine.data.format.remote import read_buckets, read_index
 from engine.errors import UserError
 from engine.messages import busy
@@ -73,23 +73,16 @@ def find_parts(config: CacheConfig, encoding: Encoding, processes: Processes) ->
         with busy(f"Reading the index of {config.shards_place}"):
             found = _on_storage(config)
     else:
-        found = processes.computed_by_first(lambda: _on_disk(config))
-    return [_part(config, encoding, bucket, index) for bucket, index in found]
+        found = processes.computed_by_first(lambda: read_indexes(config.shards_path))
+    return [_part(config, encoding, name or None, index) for name, index in found.items() if index.records or not name]
 
 
-def _on_disk(config: CacheConfig) -> list[tuple[str | None, Index]]:
-    """The buckets of a directory, and their indexes; None for the one size of others."""
-    directory = config.shards_path
-    if is_bucketed(directory):
-        return [(bucket.name, Index.read(directory / bucket.name)) for bucket in Buckets.read(directory / BUCKETS).filled]
-    return [(None, Index.read(directory))]
-
-
-def _on_storage(config: CacheConfig) -> list[tuple[str | None, Index]]:
+def _on_storage(config: CacheConfig) -> dict[str, Index]:
+    """As `read_indexes`, of those with records."""
     address = config.shards_address
     assert address is not None
     try:
-        return [(None, read_index(Storage(address)))]
+        return {"": read_index(Storage(address))}
     except StorageError as error:
         if NOT_THERE not in str(error):
             raise
@@ -97,7 +90,8 @@ def _on_storage(config: CacheConfig) -> list[tuple[str | None, Index]]:
             buckets = read_buckets(Storage(address))
         except StorageError:
             raise error from None
-    return [(bucket.name, read_index(Storage(below(address, bucket.name)))) for bucket in buckets.filled]
+    names = [bucket.name for bucket in buckets.buckets if bucket.images]
+    return {name: read_index(Storage(below(address, name))) for name in names}
 
 
 def holds_shards(directory: Path) -> bool:

@@ -174,7 +174,7 @@ def test_shards_hold_masks_and_a_changed_one_is_encoded_again(model, folder, tmp
     found = [variant["mask"] for variants in reference.PlainShards(shards).images for variant in variants]
     assert sum(bool((torch.as_tensor(mask) == 102).all()) for mask in found) == 2
     config = CacheConfig.model_validate(Index.read(shards).config)
-    sheet = contact_sheet(shards, Index.read(shards), open_encoding(config), 4)
+    sheet = contact_sheet(shards, {"": Index.read(shards)}, open_encoding(config), 4)
     assert np.asarray(sheet).std() > 5
     with pytest.raises(UserError, match="--mask_column mask, now None"):
         build(model, folder, shards, "--random_flip")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Le, MaxLen
 from pydantic import model_validator
 
-from engine.data.format.index import BUCKETS, Count, Stored
+from engine.data.format.index import BUCKETS, Count, Index, Stored
 from engine.files import parse_json, read_text, reading, write_json
 
 WRITE_AGAIN = "delete it and build again, which writes it and encodes nothing twice, or get a whole copy"
@@ -54,11 +54,6 @@ class Buckets(Stored):
             raise ValueError("no bucket has an image")
         return self
 
-    @property
-    def filled(self) -> list[Bucket]:
-        """Those with records."""
-        return [bucket for bucket in self.buckets if bucket.images]
-
     def write(self, directory: Path) -> None:
         write_json(directory / BUCKETS, json.loads(self.model_dump_json()))
 
@@ -71,6 +66,17 @@ class Buckets(Stored):
         """
         with reading(path, WRITE_AGAIN):
             return cls.model_validate(parse_json(read_text(path)))
+
+
+def read_indexes(directory: Path) -> dict[str, Index]:
+    """The indexes of a directory's buckets, by their names; that of a directory of one size by "".
+
+    Raises:
+        UserError: one is not there, or cannot be read.
+    """
+    if not is_bucketed(directory):
+        return {"": Index.read(directory)}
+    return {bucket.name: Index.read(directory / bucket.name) for bucket in Buckets.read(directory / BUCKETS).buckets}
 
 
 def is_bucketed(directory: Path) -> bool:
