@@ -129,6 +129,10 @@ def curves(
     panels = figure.subplots(rows + bool(held_out), 2, squeeze=False, height_ratios=[3.0] * rows + [3.6] * bool(held_out))
     for axes, name in zip(panels.flat, names, strict=False):
         axes.plot([line["step"] for line in lines], [line[name] for line in lines], linewidth=1, label="training")
+        for part in sorted({key for line in lines for key in line if key.startswith(f"{name}/")}):  # of one data set
+            there = [line for line in lines if line.get(part) is not None]
+            axes.plot(*_points(there, [line[part] for line in there]), linewidth=0.7, label=part.partition("/")[2])
+            axes.legend(fontsize=8)
         axes.set(title=name.replace("_", " "), xlabel="step")
         axes.grid(alpha=0.3)
         if held_out and name == "loss":

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from engine.config.options import TrainConfig
 from engine.data.samples.batch import Batch
 from engine.errors import UserError, first_line, innermost
-from engine.messages import busy
+from engine.messages import busy, say
 from engine.models.family import has_dropout
 from engine.processes import Processes
 
@@ -58,13 +59,13 @@ class _Shape:
     """What belongs to batches of one shape.
 
     batch: where the graphs read.
-    calls: how often each kind of call has run as it is.
-    graphs: for each kind, what replays it and what it returned; empty until all are captured.
+    warm: whether a call has run as it is.
+    graphs: for each kind, what replays it; empty until all are captured.
     """
 
     batch: Batch
-    calls: Counter[tuple[bool, ...]] = field(default_factory=Counter)
-    graphs: dict[tuple[bool, ...], tuple[Callable[[], None], Any]] = field(default_factory=dict)
+    warm: bool = False
+    graphs: dict[tuple[bool, ...], Callable[[], None]] = field(default_factory=dict)
 
 
 class Captured:
@@ -73,16 +74,32 @@ class Captured:
     The function must read everything that changes from the device, keep its state there, and return only tensors; they are
     overwritten by the next call. Batches are copied to where the graphs read them: one graph for each shape and each kind of
     call, all in one pool of memory. All kinds of a shape are captured together, once each has run as it is for `WARM_UP`
-    calls: what runs as it is cannot use the pool, and would need the activations' memory a second time beside it.
+    calls, in whatever shape, and one call in this shape has: what runs as it is cannot use the pool, and would need the
+    activations' memory a second time beside it. So where a shape is new, the graphs of the others are given back first; each is
+    captured again when it is next used.
+
+    Captured are processes each by themselves: where there are several shapes, others may come to them at other steps.
 
     Args:
         kinds: the flags that the function is called with.
+        expected: how many shapes there are.
     """
 
-    def __init__(self, function: Callable[..., Any], processes: Processes, kinds: Iterable[tuple[bool, ...]] = ((),)) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        processes: Processes,
+        kinds: Iterable[tuple[bool, ...]] = ((),),
+        expected: int = 1,
+    ) -> None:
+        self.expected = expected
         self.function, self.processes, self.kinds = function, processes, tuple(dict.fromkeys(kinds))
         self.shapes: dict[Any, _Shape] = {}
+        self.calls: Counter[tuple[bool, ...]] = Counter()  # how often each kind has run as it is
+        self.results: dict[tuple[bool, ...], Any] = {}  # what each kind returns, in whatever shape
         self.on_gpu = processes.device.type == "cuda"
+        self.captures = self.memory = 0  # how often a shape was captured; bytes of the graphs that there are
+        self._said = not self.on_gpu
         self.stream: Any = torch.cuda.Stream(processes.device) if self.on_gpu else None
         self.pool: Any = torch.cuda.graph_pool_handle() if self.on_gpu else None
 
@@ -92,13 +109,19 @@ class Captured:
         if shape.batch is not batch:
             torch._foreach_copy_(shape.batch.tensors, batch.tensors, non_blocking=True)
         if not shape.graphs:
-            if min(shape.calls[each] for each in self.kinds) < WARM_UP:
-                shape.calls[kind] += 1
+            if not shape.warm or min(self.calls[each] for each in self.kinds) < WARM_UP:
+                if self.graphs:
+                    self.release()
+                shape.warm = True
+                self.calls[kind] += 1
                 return self._on_stream(lambda: self.function(shape.batch, *kind))
+            before = torch.cuda.memory_reserved() if self.on_gpu else 0
             shape.graphs = self._capture(shape.batch)
-        replay, result = shape.graphs[kind]
-        replay()
-        return result
+            self.captures += 1
+            self.memory += torch.cuda.memory_reserved() - before if self.on_gpu else 0
+            self._say_memory()
+        shape.graphs[kind]()
+        return self.results[kind]
 
     @property
     def graphs(self) -> int:
@@ -113,34 +136,50 @@ class Captured:
         """
         for shape in self.shapes.values():
             shape.graphs = {}
+        self.results, self.memory = {}, 0
         if self.on_gpu:
             # The allocator refuses to capture into a pool that is given up while something in it still lives.
             self.pool = torch.cuda.graph_pool_handle()
             torch.cuda.empty_cache()
 
-    def _capture(self, batch: Batch) -> dict[tuple[bool, ...], tuple[Callable[[], None], Any]]:
+    def _capture(self, batch: Batch) -> dict[tuple[bool, ...], Callable[[], None]]:
         """One graph for each kind of call, from the same batch: nothing is executed.
 
         Raises:
-            UserError: on every process, where it failed on any. The one that failed cannot go on: torch leaves its thread on
-                the capture's stream and the pool half allocated. The others would wait for it in the next collective.
+            UserError: it failed, on this process alone. It cannot go on: torch leaves its thread on the capture's stream and
+                the pool half allocated. The others, which wait for it in the next collective, learn that it is gone.
         """
-        graphs: dict[tuple[bool, ...], tuple[Callable[[], None], Any]] = {}
-        problem = None
+        graphs: dict[tuple[bool, ...], Callable[[], None]] = {}
         try:
             with busy("Capturing the step as CUDA graphs"):
                 for kind in self.kinds:
-                    graphs[kind] = capture(partial(self.function, batch, *kind), self.stream, self.pool)
-        except Exception as error:  # whatever it is, the other processes wait to hear of it
+                    graphs[kind], result = capture(partial(self._call, batch, kind), self.stream, self.pool)
+                    self.results.setdefault(kind, result)
+        except Exception as error:
             cause = innermost(error)
             if isinstance(cause, UserError) or not isinstance(cause, Exception):
                 raise cause from None  # nothing that capturing did
-            problem = first_line(cause)
-        for rank, said in enumerate(self.processes.gather_objects(problem)):
-            if said is not None:
-                where = f" on process {rank}" if self.processes.world > 1 else ""
-                raise UserError(f"capturing the step as a CUDA graph failed{where}: {said}; start again with --cuda_graphs off")
+            where = f" on process {self.processes.rank}" if self.processes.world > 1 else ""
+            said = f"capturing the step as a CUDA graph failed{where}: {first_line(cause)}"
+            raise UserError(f"{said}; start again with --cuda_graphs off", alone=True) from None
         return graphs
+
+    def _say_memory(self) -> None:
+        """Says once, when all shapes are captured, what their graphs take."""
+        if not self._said and sum(bool(shape.graphs) for shape in self.shapes.values()) == self.expected:
+            of = f" of {self.expected} shapes" if self.expected > 1 else ""
+            say(f"The CUDA graphs{of} take {self.memory / 2**30:.2f} GiB, captured {self.captures} times")
+            self._said = True
+
+    def _call(self, batch: Batch, kind: tuple[bool, ...]) -> Any:
+        """A call whose results lie where those of other shapes do: a graph of each its own would keep all gradients."""
+        result = self.function(batch, *kind)
+        if kind not in self.results:
+            return result
+        for common, own in zip(tree_leaves(self.results[kind]), tree_leaves(result), strict=True):
+            if common is not None:
+                common.copy_(own)
+        return None
 
     def _on_stream(self, work: Callable[[], Any]) -> Any:
         """Runs work where it will be captured, so that what libraries keep per stream is there by then."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.data.samples.batch import Batch
 from engine.loop.flops import Flops
 from engine.loop.noise_scale import NoiseScale
 from engine.loop.run import Run
@@ -33,30 +34,41 @@ class Metrics:
         device = processes.device
         self.loss_sum = torch.zeros((), device=device)
         self.offending = torch.full((OFFENDING,), -1, device=device)
+        self.data_sets = run.streams.data_sets if len(run.streams.data_sets) > 1 else []
+        # Of each data set the sum of its losses, and how many there were.
+        self.of_data_sets = torch.zeros(2, len(self.data_sets), device=device)
+        self._numbers = torch.arange(len(self.data_sets), device=device)
         self.steps = 0
-        # `loss_sum` and `steps` after each of the last steps, and before the first.
-        self._after: deque[tuple[Tensor, int]] = deque([(self.loss_sum.clone(), 0)], maxlen=TAKEN_BACK + 1)
+        # The sums and `steps` after each of the last steps, and before the first.
+        self._after: deque[tuple[Tensor, int, Tensor]] = deque(maxlen=TAKEN_BACK + 1)
+        self._after.append(self._sums())
         self._since = 0.0
 
     def start(self) -> None:
         """Begins to count the time."""
         self._since = time.perf_counter()
 
-    def add(self, micro_batch_loss: Tensor, slots: Tensor, accumulation: int) -> None:
+    def add(self, micro_batch_loss: Tensor, batch: Batch, accumulation: int) -> None:
         """Adds the losses [B] of one micro-batch; a step's loss is the mean over its micro-batches.
 
-        Losses that are not finite count as 0, and their slots [B] are kept.
+        Losses that are not finite count as 0, and their slots are kept.
         """
         counted = micro_batch_loss.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         self.loss_sum += counted.mean() / accumulation
-        offending = torch.where(counted == micro_batch_loss, -1, slots)
+        if self.data_sets:
+            losses_and_samples = torch.stack([counted, counted.isfinite().to(counted.dtype)]).sum(1)
+            self.of_data_sets += losses_and_samples[:, None] * (self._numbers == batch.data_set)
+        offending = torch.where(counted == micro_batch_loss, -1, batch.slots)
         # The largest slots are the latest; -1 fills up. A fixed shape, so that the host need not know how many there are.
         self.offending.copy_(torch.cat([self.offending, offending]).topk(OFFENDING).values)
 
     def end_step(self) -> None:
         """To be called when all micro-batches of a step were added."""
         self.steps += 1
-        self._after.append((self.loss_sum.clone(), self.steps))
+        self._after.append(self._sums())
+
+    def _sums(self) -> tuple[Tensor, int, Tensor]:
+        return self.loss_sum.clone(), self.steps, self.of_data_sets.clone()
 
     def take_back(self, steps: int) -> None:
         """Forgets the last steps, which trained nothing, whether they were read or not."""
@@ -64,11 +76,12 @@ class Metrics:
             self._after.pop()
         self.resume(*self._after[-1])
 
-    def resume(self, loss_sum: float | Tensor, steps: int) -> None:
-        """Goes on from the sum of losses and the number of steps that a checkpoint found since the last line."""
+    def resume(self, loss_sum: float | Tensor, steps: int, of_data_sets: Tensor | float = 0.0) -> None:
+        """Goes on from the sums of losses and the number of steps that a checkpoint found since the last line."""
         self.loss_sum.fill_(loss_sum)
+        self.of_data_sets.copy_(torch.as_tensor(of_data_sets))
         self.steps = steps
-        self._after[-1] = self.loss_sum.clone(), steps
+        self._after[-1] = self._sums()
 
     def exclude(self, work: Callable[[], Any]) -> None:
         """Runs work that is not training (a checkpoint, validation) without counting its time; the steps must be finished."""
@@ -81,11 +94,13 @@ class Metrics:
 
         Every process must call it. `norm_and_skips` [2] as `Optimizer.norm_and_skips` gives them.
         """
-        mean_loss = self.processes.sum_(self.loss_sum.clone()) / (self.steps * self.processes.world)
-        read = [mean_loss.view(1), norm_and_skips.to(mean_loss.device)]
+        sums = self.processes.sum_(torch.cat([self.loss_sum.view(1), self.of_data_sets.flatten()]))
+        read = [sums[:1] / (self.steps * self.processes.world), norm_and_skips.to(sums.device), sums[1:]]
         if self.noise_scale:
             read.append(self.noise_scale.squares)
-        loss, norm, skips, *squares = torch.cat(read).tolist()
+        loss, norm, skips, *rest = torch.cat(read).tolist()
+        count = len(self.data_sets)
+        losses, samples, squares = rest[:count], rest[count : 2 * count], rest[2 * count :]
         now = time.perf_counter()
         seconds = now - self._since
         per_second = self.steps * self.run.global_batch / seconds
@@ -93,6 +108,10 @@ class Metrics:
             "step": step,
             "epoch": step * self.run.global_batch / self.run.records,
             "loss": loss,
+            **{
+                f"loss/{name}": loss / many if many else None
+                for name, loss, many in zip(self.data_sets, losses, samples, strict=True)
+            },
             "lr": rate,
             "grad_norm": norm if math.isfinite(norm) else None,
             "skipped_steps": int(skips),

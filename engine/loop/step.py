@@ -47,9 +47,9 @@ class Step:
         self.kinds = [(number == 0, number == self.accumulation - 1) for number in range(self.accumulation)]
         self.whole = self.before_reduction = None
         if captures and partition.captured_whole:
-            self.whole = Captured(self.micro_batch, processes, self.kinds)
+            self.whole = Captured(self.micro_batch, processes, self.kinds, len(run.streams.shapes))
         elif captures:
-            self.before_reduction = Captured(self.differentiate, processes)
+            self.before_reduction = Captured(self.differentiate, processes, expected=len(run.streams.shapes))
 
     def __call__(self, batches: Iterator[Batch], number: int) -> None:
         """Step number `number`, counted from 1."""
@@ -75,7 +75,7 @@ class Step:
         else:
             loss, prediction, gradient = self.compare(partition.predict, batch)
             partition.backward(prediction, gradient, first)
-        self.metrics.add(loss, batch.slots, self.accumulation)
+        self.metrics.add(loss, batch, self.accumulation)
         partition.update(last)
         if last and self.noise_scale:
             self.noise_scale.end_step(partition.optimizer.grad_norm)

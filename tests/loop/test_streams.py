@@ -4,13 +4,14 @@ import json
 import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-from engine.data.format.index import Index
+from engine.config.command_line import load
+from engine.config.options import TrainConfig
 from engine.data.format.reader import Shards
-from engine.data.parts import Part
 from engine.data.samples.streams import Stream, Streams
 from engine.errors import UserError
 from engine.loop import prepare
@@ -21,39 +22,40 @@ from engine.shards import build_command
 from tests import tiny
 from tests.loop.runs import checkpoint_tensors, config
 
-# The sides of the images of each data set. The second has fewer than a unit.
-SIDES = {"squares": 16, "others": 32}
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 
 
 @pytest.fixture(scope="module")
-def two(model, images, shards, tmp_path_factory):
-    """Directories of shards of two sizes, by the names of their data sets."""
-    few = tiny.write_images(tmp_path_factory.mktemp("few") / "train", 3)
-    directory = tmp_path_factory.mktemp("two")
+def two(model, shards, tmp_path_factory):
+    """Directories of shards by the names of their data sets: squares, and a bucket of another size."""
+    images = tiny.write_images(tmp_path_factory.mktemp("others") / "train", 8, (16, 8))
+    directory = tmp_path_factory.mktemp("two") / "others"
     assert build_command([
-        "--family", "sd", "--pretrained_model_name_or_path", str(model), "--train_data_dir", str(few), "--resolution", "32",
-        "--shards_dir", str(directory / "others"),
+        "--family", "sd", "--pretrained_model_name_or_path", str(model), "--train_data_dir", str(images), "--resolution", "16",
+        "--random_flip", "--buckets", "16x8", "--shards_dir", str(directory),
     ]) == 0  # fmt: skip
-    return {"squares": shards, "others": directory / "others"}
+    return {"squares": shards, "others": directory}
 
 
-def find_parts_of(directories):
-    """Takes the place of `parts.find_parts`, with a part for each of the directories."""
+@pytest.fixture(scope="module")
+def settings(model, two):
+    """A run over both, of eight steps."""
 
-    def find(config, encoding, processes):
-        return [
-            Part(name, None, config.model_copy(update={"shards_dir": str(directory)}),
-                 encoding.of_size(SIDES.get(name, 16), SIDES.get(name, 16)), Index.read(directory))
-            for name, directory in directories.items()
-        ]  # fmt: skip
+    def make(output, **options) -> TrainConfig:
+        options = {"train_batch_size": 4, "checkpointing_steps": 4} | options
+        values = config(model, Path(), Path(), output, **options).model_dump(exclude_unset=True)
+        tables = [{"name": name, "shards_dir": str(directory)} for name, directory in two.items()]
+        return load(TrainConfig, values | {"train_data_dir": None, "shards_dir": None, "data_sets": tables})
 
-    return find
+    return make
 
 
-def settings(model, output, **options):
-    plain = config(model, "unused", "unused", output, train_batch_size=4, checkpointing_steps=4, **options)
-    return plain.model_copy(update={"train_data_dir": None})
+@pytest.fixture
+def streams(two) -> list[Stream]:
+    return [
+        Stream(Shards(two["squares"]), None, 12, "squares"),
+        Stream(Shards(two["others"] / "16x8"), None, 8, "others", "16x8"),
+    ]
 
 
 def trained(directory, step: int = 8) -> dict[str, dict[str, torch.Tensor]]:
@@ -71,18 +73,15 @@ def assert_same(left, right) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(model, two, tmp_path_factory):
-    """A run of eight steps over both, its output directory."""
+def whole(settings, tmp_path_factory):
+    """The output directory of such a run."""
     output = tmp_path_factory.mktemp("whole") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "find_parts", find_parts_of(two))
-        assert train(settings(model, output)) == 0
+    assert train(settings(output)) == 0
     return output
 
 
-def test_a_run_that_was_interrupted_continues_with_the_same_bits(whole, model, two, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "find_parts", find_parts_of(two))
-    assert train(settings(model, tmp_path, resume_from_checkpoint=str(whole / "checkpoint-4"))) == 0
+def test_a_run_that_was_interrupted_continues_with_the_same_bits(whole, settings, tmp_path):
+    assert train(settings(tmp_path, resume_from_checkpoint=str(whole / "checkpoint-4"))) == 0
     assert_same(trained(tmp_path), trained(whole))
     same = ("step", "epoch", "loss", "grad_norm")
     assert [[line[name] for name in same] for line in lines(tmp_path)] == [
@@ -94,49 +93,74 @@ def test_a_checkpoint_says_what_the_streams_were(whole):
     state = json.loads((whole / "checkpoint-4" / "state.json").read_text())
     assert state["unit"] == 4
     found = [(stream["data_set"], stream["records"], stream["share"]) for stream in state["streams"]]
-    assert found == [("squares", 12, "12"), ("others", 3, "3")]
-    assert lines(whole)[-1]["epoch"] == 8 * 4 / 15
+    assert found == [("squares", 12, "12"), ("others", 8, "8")]
+    assert lines(whole)[-1]["epoch"] == 8 * 4 / 20
 
 
-def test_what_resumes_must_be_of_the_same_streams(whole, two):
+def test_what_resumes_must_be_of_the_same_streams(whole, streams):
     checkpoint = whole / "checkpoint-4"
     state = parse_state(json.loads((checkpoint / "state.json").read_text()), checkpoint)
-    squares, others = (
-        Stream(Shards(directory), None, records, name) for (name, directory), records in zip(two.items(), (12, 3), strict=True)
-    )
+    squares, others = streams
     check = partial(check_same_streams, checkpoint, state)
     check(False, Streams(0, [squares, others]))
-    for streams, said in (
-        ([squares], "(others is gone, squares is gone)"),
+    for others_now, said in (
+        ([squares], "(others/16x8 is gone, squares is gone)"),
         ([squares, others, replace(squares, bucket="8x8")], "(squares/8x8 is new)"),
-        ([squares, replace(others, share=4)], "(others is weighed otherwise)"),
+        ([squares, replace(others, share=3)], "(others/16x8 is weighed otherwise)"),
         ([others, squares], "in another order"),
     ):
         with pytest.raises(UserError, match=rf"checkpoint-4: was .*{re.escape(said)}.* --continue_on_grown_data"):
-            check(False, Streams(0, streams))
-        check(True, Streams(0, streams))
-    with pytest.raises(UserError, match=r"was trained on other shards \(others: --resolution 32, now 16"):
-        check(True, Streams(0, [squares, replace(squares, data_set="others")]))
+            check(False, Streams(0, others_now))
+        check(True, Streams(0, others_now))
+    with pytest.raises(UserError, match=r"was trained on other shards \(others/16x8: "):
+        check(True, Streams(0, [squares, replace(squares, data_set="others", bucket="16x8")]))
     check_same_streams(None, None, False, Streams(0, [squares]))
 
 
-def test_a_micro_batch_of_several_streams_is_refused(whole, model):
+def test_a_micro_batch_of_several_streams_is_refused(whole, settings):
     state = parse_state(json.loads((whole / "checkpoint-4" / "state.json").read_text()), whole)
-    assert unit_of(settings(model, whole).model_copy(update={"train_batch_size": 2}), whole, state) == 4
+    assert unit_of(settings(whole, train_batch_size=2), whole, state) == 4
     with pytest.raises(UserError, match=r"began with --train_batch_size 4.* give --train_batch_size 1 or 2 or 4, and as much"):
-        unit_of(settings(model, whole).model_copy(update={"train_batch_size": 8}), whole, state)
+        unit_of(settings(whole, train_batch_size=8), whole, state)
 
 
-def test_epochs_are_over_all_streams_and_small_ones_are_said(model, two, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prepare, "find_parts", find_parts_of(two))
-    run = settings(model, tmp_path, num_train_epochs=1).model_copy(update={"max_train_steps": None})
+def test_epochs_are_over_all_streams(settings, tmp_path):
+    run = settings(tmp_path, num_train_epochs=1, max_train_steps=None)
     assert train(run) == 0
-    assert lines(tmp_path)[-1]["step"] == 4  # of 4 samples, for 12 + 3
-    assert "so that they come more than once in it: others (3)\n" in capsys.readouterr().err
+    assert lines(tmp_path)[-1]["step"] == 5  # of 4 samples, for 12 + 8
 
 
-def test_samples_to_blame_are_named_with_their_stream(two):
-    squares, others = (Stream(Shards(directory), None, 1, name) for name, directory in two.items())
+def test_streams_that_are_smaller_than_a_unit_are_said(streams, capsys):
+    squares, others = streams
+    prepare._say_small_streams(Streams(0, [squares, others], 9))
+    assert "a micro-batch of 9 has, so that they come more than once in it: others/16x8 (8)\n" in capsys.readouterr().err
+    prepare._say_small_streams(Streams(0, [squares, others], 8))
+    prepare._say_small_streams(Streams(0, [others], 9))
+    assert not capsys.readouterr().err
+
+
+def test_samples_to_blame_are_named_with_their_stream(two, streams):
+    squares, others = streams
     said = cause_of_skips([7, 19], [2, 2], [squares, others])
-    assert "slot 7 (record 2 of squares), slot 19 (record 2 of others)" in said
-    assert f"`python -m engine.shards info {two['others']} --record 2`" in said
+    assert "slot 7 (record 2 of squares), slot 19 (record 2 of others/16x8)" in said
+    assert f"`python -m engine.shards info {two['others'] / '16x8'} --record 2`" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "graphs"),
+    [
+        ({"gradient_accumulation_steps": 2, "train_batch_size": 2}, 4),
+        ({"zero_stage": 2}, 2),
+    ],
+    ids=str,
+)
+def test_replayed_training_of_two_shapes_is_eager_training(options, graphs, settings, recorded, tmp_path):
+    """A step mixes shapes where it accumulates, and all of its graphs are in one pool."""
+    for how in ("off", "on"):
+        assert train(settings(tmp_path / how, cuda_graphs=how, **options)) == 0
+    assert_same(trained(tmp_path / "on"), trained(tmp_path / "off"))
+    same = ("loss", "grad_norm", "loss/squares", "loss/others")
+    losses = [[[line[name] for name in same] for line in lines(tmp_path / how)] for how in ("on", "off")]
+    assert losses[0] == losses[1]
+    assert {line["loss/others"] is None for line in lines(tmp_path / "on")} == {True, False}
+    assert len(recorded) == graphs, "each once: both shapes came while kinds of micro-batches warmed up"

@@ -59,6 +59,16 @@ class Streams:
         return list(dict.fromkeys(stream.data_set for stream in self.streams))
 
     @functools.cached_property
+    def shapes(self) -> dict[tuple[tuple[int, ...], ...], Fraction]:
+        """The shapes of records, of all fields in their order, and which part of the units each has."""
+        total = sum(stream.share for stream in self.streams)
+        found: dict[tuple[tuple[int, ...], ...], Fraction] = {}
+        for stream in self.streams:
+            shape = tuple(field.shape for field in stream.shards.fields.values())
+            found[shape] = found.get(shape, Fraction(0)) + Fraction(stream.share) / total
+        return found
+
+    @functools.cached_property
     def data_set_numbers(self) -> Tensor:
         """Of each stream the place of its data set in `data_sets`: int64 [S]."""
         return torch.tensor([self.data_sets.index(stream.data_set) for stream in self.streams])

@@ -80,6 +80,8 @@ def take(step: int, run: Run, partition: Partition, metrics: Metrics, best: Best
     }  # fmt: skip
     tensors |= {name: values[0].detach().cpu() for name, values in other_state(partition).items()}
     tensors |= {"metrics/loss_sum": metrics.loss_sum.cpu().view(1), **random_state(processes.device)}
+    if metrics.data_sets:
+        tensors["metrics/of_data_sets"] = metrics.of_data_sets.cpu()
     tensors = in_file_order(tensors)
     header, _ = header_of(tensors)
     scaler = partition.loss_scaler
@@ -109,16 +111,19 @@ def restore(checkpoint: Checkpoint, partition: Partition, metrics: Metrics) -> N
     """
     processes, files, state = partition.processes, checkpoint.files, checkpoint.state
     with or_another(checkpoint.path, processes), torch.no_grad():
-        sums = processes.all_or_none(lambda: _restore(files, state, partition), FOUND)
+        sums = processes.all_or_none(lambda: _restore(files, state, partition, metrics), FOUND)
     by_rank = [sums[rank % processes.world][rank // processes.world] for rank in range(state.world)]
     own = state.world == processes.world
-    metrics.resume(by_rank[processes.rank] if own else float(torch.tensor(by_rank).mean()), state.loss_steps)
+    # Of a loss that is a mean over processes each goes on from the mean, and of sums over all with its part.
+    loss = by_rank[processes.rank][0] if own else torch.stack([loss for loss, _ in by_rank]).mean()
+    of = by_rank[processes.rank][1] if own else torch.stack([of for _, of in by_rank]).sum(0) / processes.world
+    metrics.resume(loss, state.loss_steps, of)
     if metrics.noise_scale:
         metrics.noise_scale.resume(state.gradient_squares)
     partition.refresh_weights()
 
 
-def _restore(files: SliceFiles, state: State, partition: Partition) -> list[float]:
+def _restore(files: SliceFiles, state: State, partition: Partition, metrics: Metrics) -> list[tuple[Tensor, Tensor]]:
     """Brings back what this process has; opens the files that hold some of it, and those of its share.
 
     Returns:
@@ -150,7 +155,15 @@ def _restore(files: SliceFiles, state: State, partition: Partition) -> list[floa
     if partition.loss_scaler and state.loss_scaler:
         _set_loss_scaler(vars(partition.loss_scaler), state.loss_scaler)
     share = range(processes.rank, state.world, processes.world)
-    return [float(_stored(files.files[rank], "metrics/loss_sum", torch.empty(1))) for rank in share]
+    known = metrics.data_sets and metrics.data_sets == list(dict.fromkeys(stream.data_set for stream in state.streams))
+    nothing = torch.zeros(metrics.of_data_sets.shape)  # of data sets that are others now
+    return [
+        (
+            _stored(files.files[rank], "metrics/loss_sum", torch.empty(1))[0],
+            _stored(files.files[rank], "metrics/of_data_sets", nothing) if known else nothing,
+        )
+        for rank in share
+    ]
 
 
 def _stored(file: TensorFile, name: str, like: Tensor) -> Tensor:
