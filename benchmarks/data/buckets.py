@@ -1,11 +1,11 @@
 """What do buckets spare the photographs of scikit-image and scikit-learn? `python -m benchmarks.data.buckets [--json FILE]`
 
-Each photograph is brought to a bucket of 512 px as `--buckets` does it, and to a square as without; which share of its area each
-way crops away is given, and drawn (`--picture FILE.png`): the bucket's crop, and the square beside it.
+Each photograph is brought to a bucket of 512 px as `--buckets` does it, and to a square as without; which share of its area
+each way crops away is given, and drawn (`--picture FILE.png`): the bucket's crop, and the square beside it.
 
-What it costs: copies of the photographs are encoded by a Stable Diffusion of a few thousand weights, and trained on, at 64 px in
-steps of 16, with buckets and without, in turns; samples per second are the medians, ratios are of one run. Images in buckets have
-fewer pixels on average, and their share is given too.
+What it costs: copies of the photographs are encoded by a Stable Diffusion of a few thousand weights, and trained on, at 64 px
+in steps of 16, with buckets and without, in turns; samples per second are the medians, ratios are of one run. Images in buckets
+have fewer pixels on average, and their share is given too.
 """
 
 import json
@@ -104,15 +104,20 @@ def rates(options: dict[str, Any], directory: Path, buckets: bool) -> dict[str, 
     return {"encode": records / encoded, "train": trained, "pixels": float(pixels) / records}
 
 
+def options_of(directory: Path) -> dict[str, Any]:
+    """Of both ways, on a model and images that are written to a directory."""
+    return {
+        "family": "sd", **write_stable_diffusion(directory / "model"), "train_data_dir": str(write_copies(directory)),
+        "resolution": 64, "center_crop": True, "train_batch_size": 8, "max_train_steps": STEPS, "log_every": 1, "seed": 0,
+        "report_to": "none", "quiet": True,
+    }  # fmt: skip
+
+
 def cost() -> dict[str, Any]:
     """Medians of samples per second with buckets and without, and their ratios."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        options = {
-            "family": "sd", **write_stable_diffusion(directory / "model"), "train_data_dir": str(write_copies(directory)),
-            "resolution": 64, "center_crop": True, "train_batch_size": 8, "max_train_steps": STEPS, "log_every": 1, "seed": 0,
-            "report_to": "none", "quiet": True,
-        }  # fmt: skip
+        options = options_of(directory)
         turns: dict[bool, list[dict[str, float]]] = {False: [], True: []}
         for turn in range(TURNS + 1):
             for buckets in (False, True):
