@@ -77,6 +77,10 @@ def _share_processors() -> None:
             inductor.compile_threads = max(part, 1)  # type: ignore[attr-defined]
 
 
-def compile_model(model: nn.Module, config: TrainConfig) -> None:
-    """Has the model compiled when it is called, in place."""
-    model.compile(mode=config.compile_mode)
+def compile_model(model: nn.Module, config: TrainConfig, shapes: int) -> None:
+    """Has the model compiled when it is called, in place: once for each of so many shapes, whose sizes the code then knows."""
+    if shapes < 2:
+        model.compile(mode=config.compile_mode)
+        return
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * shapes)  # with and without gradients
+    model.compile(mode=config.compile_mode, dynamic=False)

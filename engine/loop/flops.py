@@ -2,12 +2,15 @@
 
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from engine.data.samples.streams import Shape, Streams
 from engine.models.encoder import Encoding
 from engine.models.family import Family
 from engine.models.training_form import form_of, to_training_form
@@ -18,7 +21,7 @@ class Flops:
     """What model FLOP utilisation is the ratio of.
 
     step: operations of a step for one sample: three times those of a forward pass, and the text encoder's where captions are
-        tokens.
+        tokens. Where samples are of several shapes, the mean by their shares.
     per_second: what a large matrix product reaches on this device.
     """
 
@@ -26,31 +29,41 @@ class Flops:
     per_second: float
 
 
-def count_flops(family: Family, model: torch.nn.Module, device: torch.device) -> Flops | None:
+def count_flops(family: Family, model: torch.nn.Module, device: torch.device, streams: Streams) -> Flops | None:
     """Counted and measured on a GPU; None on a CPU, where nobody asks for its utilisation."""
     if device.type != "cuda":
         return None
     peak = matrix_flops_per_second(device, family.encoding.dtype, warm_up=0.1)  # short: a run should begin
     text = text_flops(family.encoding) if family.encoding.keeps_tokens else 0.0
-    return Flops(3 * forward_flops(family, model) + text, peak)
+    return Flops(3 * mean_forward_flops(family, model, streams.shapes) + text, peak)
 
 
-def forward_on_meta(family: Family, model: Any, batch: int = 1, training_form: bool = False) -> None:
-    """A forward pass that computes nothing, of the published model or of the form it trains in, for modes that look on."""
+def mean_forward_flops(family: Family, model: torch.nn.Module, shapes: Mapping[Shape, Fraction]) -> float:
+    """Operations of one forward pass for one sample, in the mean over shapes by their shares."""
+    return sum(float(share) * forward_flops(family, model, shape) for shape, share in shapes.items())
+
+
+def forward_on_meta(family: Family, model: Any, batch: int = 1, training_form: bool = False, shape: Shape = ()) -> None:
+    """A forward pass that computes nothing, of the published model or of the form it trains in, for modes that look on.
+
+    Args:
+        shape: of the records, where they have another than the encoding's.
+    """
     timesteps = family.schedule.draw(torch.tensor([0]), torch.arange(batch), batch).to("meta")
     with torch.device("meta"):
         shadow = type(model).from_config(model.config)
         if training_form:
             to_training_form(shadow, form_of(model))
         fields = family.encoding.record_spec | family.encoding.text_fields
-        record = {name: torch.empty(batch, *field.shape) for name, field in fields.items()}
+        sizes = {name: field.shape for name, field in fields.items()} | dict(shape)
+        record = {name: torch.empty(batch, *size) for name, size in sizes.items()}
         family.predict(shadow, record[family.encoding.mean], timesteps, record)
 
 
-def forward_flops(family: Family, model: torch.nn.Module) -> float:
+def forward_flops(family: Family, model: torch.nn.Module, shape: Shape = ()) -> float:
     """Operations of one forward pass for one sample, attention included."""
     with FlopCounterMode(display=False) as counter:
-        forward_on_meta(family, model)
+        forward_on_meta(family, model, shape=shape)
     return float(counter.get_total_flops())
 
 

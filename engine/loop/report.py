@@ -72,7 +72,7 @@ def opening(
         "optimizer": optimizer(config),
         "precision": precision(config, processes.world),
         "device": f"{device_name(processes)}, ZeRO stage {config.zero_stage}",
-        "step runs": how_steps_run(config, partition.module, processes.device, captures),
+        "step runs": how_steps_run(config, partition.module, processes.device, captures, len(streams.shapes)),
         "memory": f"{gigabytes(state)} a process, by estimate, for weights, gradients, optimizer and average; activations come "
         "on top",
         "checkpoints": f"{every}, {gigabytes(size)} each, {'all' if config.checkpoints_total_limit is None else 'the last '}"
@@ -138,9 +138,10 @@ def device_name(processes: Processes) -> str:
     return f"{processes.world} x {name}" if processes.world > 1 else name
 
 
-def how_steps_run(config: TrainConfig, model: nn.Module, device: torch.device, captures: bool) -> str:
+def how_steps_run(config: TrainConfig, model: nn.Module, device: torch.device, captures: bool, shapes: int = 1) -> str:
     """Whether steps are captured and compiled, and if not, why."""
-    compiled = f"compiled ({config.compile_mode})" if config.compile else "not compiled (no --compile)"
+    each = f", once for each of {shapes} shapes" if shapes > 1 else ""
+    compiled = f"compiled ({config.compile_mode}{each})" if config.compile else "not compiled (no --compile)"
     if captures:
         return f"captured as CUDA graphs, {compiled}"
     asked = "--cuda_graphs off" if config.cuda_graphs == "off" else None

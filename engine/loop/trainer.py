@@ -236,13 +236,13 @@ class Training:
         self.config, self.run, self.family, self.processes = config, run, family, processes
         device = processes.device
         attention.prepare(config, family, model, device, loud=processes.is_first)
-        flops = count_flops(family, model, device)
+        flops = count_flops(family, model, device, run.streams)
         noise_scale = NoiseScale(config, processes) if config.gradient_noise_scale else None
         self.metrics = Metrics(run, processes, flops, noise_scale)
         self.captures = captures = wanted(config, device, model) and not overlap_pays(config, model, flops, processes)
         self.partition = open_partition(model, config, processes, captures)
         if config.compile:
-            compile_model(model, config)
+            compile_model(model, config, len(run.streams.shapes))
         encoding = family.encoding
         self.text_encoder = encoding.load_text_encoder(device) if encoding.keeps_tokens else None
         self.train_step = Step(config, run, family, self.partition, self.metrics, captures, self.text_encoder)

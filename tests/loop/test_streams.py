@@ -2,24 +2,34 @@
 
 import json
 import re
+import signal
+import sys
+import time
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
+from torch._dynamo.utils import counters
 
-from engine.config.command_line import load
+from engine.backends import compile_model
+from engine.config.command_line import load, to_toml
 from engine.config.options import TrainConfig
 from engine.data.format.reader import Shards
 from engine.data.samples.streams import Stream, Streams
 from engine.errors import UserError
 from engine.loop import prepare
 from engine.loop.checkpoints.state import parse_state
+from engine.loop.flops import forward_flops, mean_forward_flops
 from engine.loop.resume import check_same_streams, unit_of
 from engine.loop.trainer import cause_of_skips, train
+from engine.models.family import open_family
 from engine.shards import build_command
 from tests import tiny
+from tests.commands import Command, run_two
 from tests.loop.runs import checkpoint_tensors, config
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
@@ -164,3 +174,62 @@ def test_replayed_training_of_two_shapes_is_eager_training(options, graphs, sett
     assert losses[0] == losses[1]
     assert {line["loss/others"] is None for line in lines(tmp_path / "on")} == {True, False}
     assert len(recorded) == graphs, "each once: both shapes came while kinds of micro-batches warmed up"
+
+
+def written(settings, output, **options) -> list[str]:
+    """A command with the configuration in a file, since tables have no place on a command line."""
+    output.mkdir()
+    (output.parent / f"{output.name}.toml").write_text(to_toml(settings(output, **options)))
+    return [sys.executable, "-m", "engine.run", "--config", str(output.parent / f"{output.name}.toml")]
+
+
+@pytest.mark.two_processes
+def test_two_processes_train_as_one_whose_steps_are_their_micro_batches(settings, tmp_path):
+    run_two(written(settings, tmp_path / "two", train_batch_size=2, max_train_steps=5))
+    assert train(settings(tmp_path / "one", train_batch_size=2, gradient_accumulation_steps=2, max_train_steps=5)) == 0
+    for ours, theirs in zip(lines(tmp_path / "two"), lines(tmp_path / "one"), strict=True):
+        for name in ("loss", "loss/squares", "loss/others"):
+            assert (ours[name] is None) == (theirs[name] is None)
+            assert ours[name] is None or ours[name] == pytest.approx(theirs[name], rel=1e-4), (ours["step"], name)
+
+
+def test_a_killed_run_continues_with_the_same_bits(settings, tmp_path):
+    resumable = written(settings, tmp_path / "killed", checkpointing_steps=2, resume_from_checkpoint="latest")
+    process = Command(resumable)
+    while not (tmp_path / "killed" / "latest").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert [Command(command).wait() for command in (resumable, written(settings, tmp_path / "whole"))] == [0, 0]
+    assert_same(trained(tmp_path / "killed"), trained(tmp_path / "whole"))
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def test_compiled_code_is_made_once_for_each_shape(settings, monkeypatch):
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module, mode, dynamic: compile_module(module, backend="eager", dynamic=dynamic)
+    )
+    torch._dynamo.reset()
+    counters.clear()
+    model, shapes = Doubled(), 12  # beyond what torch recompiles by itself
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        compile_model(model, settings("out", compile=True), shapes)
+        for _ in range(2):
+            for size in range(1, shapes + 1):
+                model(torch.ones(size, 3))
+    assert counters["stats"]["unique_graphs"] == shapes
+    torch._dynamo.reset()
+
+
+def test_operations_are_the_mean_over_shapes(settings, streams):
+    family = open_family(settings("out"))
+    model, shapes = family.load_model(), Streams(0, streams).shapes
+    assert list(shapes.values()) == [Fraction(12, 20), Fraction(8, 20)]
+    each = [forward_flops(family, model, shape) for shape in shapes]
+    assert each[0] == forward_flops(family, model) > each[1]
+    assert mean_forward_flops(family, model, shapes) == pytest.approx(0.6 * each[0] + 0.4 * each[1])

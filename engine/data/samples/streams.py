@@ -13,6 +13,8 @@ from engine.data.format.reader import Shards
 from engine.data.samples.held_out import Split
 from engine.data.samples.order import Order, Units
 
+Shape = tuple[tuple[str, tuple[int, ...]], ...]  # of a record: of each of its fields
+
 
 @dataclass(frozen=True)
 class Stream:
@@ -59,12 +61,12 @@ class Streams:
         return list(dict.fromkeys(stream.data_set for stream in self.streams))
 
     @functools.cached_property
-    def shapes(self) -> dict[tuple[tuple[int, ...], ...], Fraction]:
-        """The shapes of records, of all fields in their order, and which part of the units each has."""
+    def shapes(self) -> dict[Shape, Fraction]:
+        """The shapes of records, and which part of the units each has."""
         total = sum(stream.share for stream in self.streams)
-        found: dict[tuple[tuple[int, ...], ...], Fraction] = {}
+        found: dict[Shape, Fraction] = {}
         for stream in self.streams:
-            shape = tuple(field.shape for field in stream.shards.fields.values())
+            shape = tuple((name, field.shape) for name, field in stream.shards.fields.items())
             found[shape] = found.get(shape, Fraction(0)) + Fraction(stream.share) / total
         return found
 
