@@ -1,12 +1,14 @@
 """What comes before the first step: the division of the batch, the shards, and the numbers of the run."""
 
 import hashlib
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,6 @@ from engine.loop.held_out import Records
 from engine.loop.run import Run
 from engine.messages import Progress, busy, say, warn
 from engine.models.family import Family
-from engine.models.weights import NotFinite
 from engine.processes import Processes
 from engine.storage import Storage, is_remote
 
@@ -77,11 +78,10 @@ def prepare_shards(
     """
     data_sets = data_sets_of(config)
     parts = [part for data_set in data_sets for part in _parts_of(data_set, family, processes, check)]
-    streams, beside = [], _Beside(config, len(parts))
-    splits = splits_of((part.index for part in parts), config.validation_fraction)
-    for number, (part, split) in enumerate(zip(parts, splits, strict=True)):
-        _check_part(config, part, processes)
-        shards = _open(config, part, processes, beside)
+    _check(config, parts, processes)
+    streams, splits = [], splits_of((part.index for part in parts), config.validation_fraction)
+    opened = _open(config, parts, processes, len(parts))
+    for number, (part, shards, split) in enumerate(zip(parts, opened, splits, strict=True)):
         records = shards.index.shards["records"] if split is None else split.trained
         order = order_of(seed_of_stream(seed, number), records, config.shuffle_window)
         order = order if split is None else split.without_held(order)
@@ -99,11 +99,8 @@ def _parts_of(data_set: DataSet, family: Family, processes: Processes, check: Ca
         parts = find_parts(config, encoding, processes)
         for part in parts:
             check(part.index.identity)
-            if not config.trust_shards and (other := processes.computed_by_first(partial(_other_models, part.index, family))):
-                raise UserError(
-                    f"{part.config.shards_place}: the shards were built with other models than this run is given ({other}); "
-                    "give those, or train on them all the same with --trust_shards"
-                )
+        if not config.trust_shards:
+            processes.computed_by_first(lambda: _refuse_other_models(parts, family))
     return [replace(part, data_set=data_set.name) for part in parts]
 
 
@@ -138,8 +135,7 @@ def prepare_held_out(
     """
     if config.validation_data_dir:
         parts = _validation_parts(config, family, processes)
-        for part in parts:
-            _check_part(config, part, processes)
+        _check(config, parts, processes)
         numbers = chosen([part.index.records for part in parts], config.max_validation_samples)
         found = list(zip(parts, numbers, strict=True))
     else:
@@ -147,8 +143,10 @@ def prepare_held_out(
         splits = [(part, stream.split) for part, stream in of_streams if stream.split is not None]
         numbers = chosen([int(split.held.sum()) for _, split in splits], config.max_validation_samples)
         found = [(part, split.held_records(which)) for (part, split), which in zip(splits, numbers, strict=True)]
-    beside = _Beside(config, 2 * len(found))  # the loader's have their part of what may be open, too
-    return [Records(_open(config, part, processes, beside), which) for part, which in found if len(which)]
+    found = [(part, which) for part, which in found if len(which)]
+    # The loader's readers have their part of what may be open, too.
+    opened = _open(config, [part for part, _ in found], processes, 2 * len(found))
+    return [Records(shards, which) for shards, (_, which) in zip(opened, found, strict=True)]
 
 
 def _validation_parts(config: TrainConfig, family: Family, processes: Processes) -> list[Part]:
@@ -157,60 +155,78 @@ def _validation_parts(config: TrainConfig, family: Family, processes: Processes)
     assert given is not None
     no_data = dict.fromkeys(("dataset_name", "dataset_config_name", "train_data_dir", "max_train_samples", "data_sets"))
     if is_remote(given) or processes.computed_by_first(lambda: holds_shards(Path(given))):
-        return find_parts(config.model_copy(update=no_data | {"shards_dir": given}), family.encoding, processes)
+        parts = find_parts(config.model_copy(update=no_data | {"shards_dir": given}), family.encoding, processes)
+        if not config.trust_shards:
+            processes.computed_by_first(lambda: _refuse_other_models(parts, family))
+        return parts
     beside = str(Path(config.output_dir) / "shards") if config.shards_address else str(config.shards_path)
     own = no_data | {"train_data_dir": given, "shards_dir": str(Path(beside) / VALIDATION)}
     return build_parts(config.model_copy(update=own), family.encoding, processes, lambda identity: None)
 
 
-def _check_part(config: TrainConfig, part: Part, processes: Processes) -> None:
-    """Raises `UserError` where a part holds other records than the run reads, or is damaged."""
-    index, place = part.index, part.config.shards_place
+def _check(config: TrainConfig, parts: list[Part], processes: Processes) -> None:
+    """Raises `UserError` where parts hold other records than the run reads, or are damaged."""
+    for part in parts:
+        _refuse_other_records(part)
+    local = [part for part in parts if not part.config.shards_address]
+    for part in local:
+        directory = part.config.shards_path
+        if not (processes.is_first or seen(directory / INDEX, partial(_is_the_same, part.index, directory))):
+            raise unseen(directory / INDEX)
+    if config.verify_shards != "none":
+        _verify(config, local, processes)
+
+
+def _refuse_other_records(part: Part) -> None:
+    config, index = part.config, part.index
     if index.family != config.family or index.fields != part.encoding.record_spec:
         built = {name: index.config.get(name) for name in ("family", "resolution", "mixed_precision", "mask_column")}
         built["cache_text"] = index.config.get("cache_text") or "states"  # of what was built before there was a choice
         changed = differences(built, {name: getattr(config, name) for name in built}) or "other models"
         raise UserError(
-            f"{place}/{INDEX}: the shards hold other records than this run reads ({changed}); give the options "
+            f"{config.shards_place}/{INDEX}: the shards hold other records than this run reads ({changed}); give the options "
             "that they were built with, or name another --shards_dir"
         )
-    if part.config.shards_address:
-        return
-    directory = part.config.shards_path
-    if not (processes.is_first or seen(directory / INDEX, partial(_is_the_same, index, directory))):
-        raise unseen(directory / INDEX)
-    if config.verify_shards != "none":
-        mine = range(processes.rank, len(index.shards), processes.world)
-        with Progress(len(mine), "Verifying shards", "shard") as bar:
-            problems = verify(directory, index, mine, config.verify_shards == "all", progress=bar.update)
-        problems = {file: problem for each in processes.gather_patiently(problems) for file, problem in each.items()}
-        if problems:
-            raise _damaged(part.config, problems)
 
 
-class _Beside:
-    """What the readers of a run have in common."""
+def _verify(config: TrainConfig, parts: list[Part], processes: Processes) -> None:
+    """Has each process look at as many of the shards of all parts together."""
+    every = [(part, number) for part in range(len(parts)) for number in range(len(parts[part].index.shards))]
+    mine, problems = every[processes.rank :: processes.world], dict[int, dict[str, str]]()
+    with Progress(len(mine), "Verifying shards", "shard") as bar:
+        for place, of_part in itertools.groupby(mine, key=itemgetter(0)):
+            directory, index, contents = parts[place].config.shards_path, parts[place].index, config.verify_shards == "all"
+            problems[place] = verify(directory, index, [number for _, number in of_part], contents, progress=bar.update)
+    found = processes.gather_patiently(problems)
+    of_parts = [{file: said for each in found for file, said in each.get(place, {}).items()} for place in range(len(parts))]
+    if lines := [_damaged(part.config, of_it) for part, of_it in zip(parts, of_parts, strict=True) if of_it]:
+        raise UserError(*lines)
 
-    def __init__(self, config: TrainConfig, readers: int) -> None:
-        self.readers, self.depth = readers, Depth()
-        self.cache = ShardsCache(Path(config.shards_cache), config.cache_bytes) if config.shards_cache else None
 
+def _open(config: TrainConfig, parts: list[Part], processes: Processes, readers: int) -> list[Shards]:
+    """A reader of each part, of which all processes see the same.
 
-def _open(config: TrainConfig, part: Part, processes: Processes, beside: _Beside) -> Shards:
-    """A reader of a part, of which all processes see the same."""
-    place, address, check_rows = part.config.shards_place, part.config.shards_address, config.verify_shards != "none"
-    shards: Shards
-    if not address:
-        shards = Shards(part.config.shards_path, check_rows, beside.readers)
-    elif beside.cache is None:
-        window, depth = config.shuffle_window, beside.depth
-        shards = RangedShards(Storage(address), check_rows, window, part.index, beside.readers, depth)
-    else:
-        shards = CachedShards(Storage(address), beside.cache, local_world(), check_rows, part.index, beside.readers)
-    opened = {_told_apart(of) for of in (part.index, shards.index)}
-    if len(set().union(*processes.gather_objects(opened))) > 1:
-        raise UserError(f"{place}/{INDEX}: replaced while the processes opened it; start the same again", passing=True)
-    return shards
+    Args:
+        readers: among which what may be open is divided.
+    """
+    check_rows, window, depth = config.verify_shards != "none", config.shuffle_window, Depth()
+    cache = ShardsCache(Path(config.shards_cache), config.cache_bytes) if config.shards_cache else None
+
+    def open_part(part: Part) -> Shards:
+        address = part.config.shards_address
+        if not address:
+            return Shards(part.config.shards_path, check_rows, readers)
+        if cache is None:
+            return RangedShards(Storage(address), check_rows, window, part.index, readers, depth)
+        return CachedShards(Storage(address), cache, local_world(), check_rows, part.index, readers)
+
+    opened = [open_part(part) for part in parts]
+    mine = [{_told_apart(part.index), _told_apart(shards.index)} for part, shards in zip(parts, opened, strict=True)]
+    for part, *seen_by_all in zip(parts, *processes.gather_objects(mine), strict=True):
+        if len(set().union(*seen_by_all)) > 1:
+            place = f"{part.config.shards_place}/{INDEX}"
+            raise UserError(f"{place}: replaced while the processes opened it; start the same again", passing=True)
+    return opened
 
 
 def open_dropout(config: TrainConfig, family: Family, processes: Processes) -> Dropout | None:
@@ -268,27 +284,26 @@ def _say_small_streams(streams: Streams) -> None:
         say(f"Fewer records than a micro-batch of {streams.unit} has, so that they come more than once in it: {named}")
 
 
-def _damaged(config: CacheConfig, problems: dict[str, str]) -> UserError:
+def _damaged(config: CacheConfig, problems: dict[str, str]) -> str:
     listed = "; ".join(f"{file}: {problem}" for file, problem in sorted(problems.items()))
     remedy = f"delete them and {INDEX}, and they are built again" if config.source else "copy or build them again"
-    return UserError(f"{config.shards_path}: damaged shards: {listed}; {remedy}")
+    return f"{config.shards_path}: damaged shards: {listed}; {remedy}"
 
 
-def _other_models(index: Index, family: Family) -> str:
-    """Which of the frozen models that are at hand did not build the shards."""
-    if index.family != family.config.family:
-        return ""
-    now: dict[str, str] = {}
+def _refuse_other_models(parts: list[Part], family: Family) -> None:
+    """Raises `UserError` where frozen models that are at hand did not build the shards."""
+    of_family = [part for part in parts if part.index.family == family.config.family]
+    if not of_family:
+        return
     with busy("Comparing the frozen models with those that built the shards"):
-        for name, digest in family.encoding.encoder_digests().items():
-            try:
-                now[name] = digest()
-            except NotFinite:
-                raise
-            except UserError:
-                pass  # not here, which training from shards allows
-    before = index.identity.get("models", {})
-    return differences({name: before.get(name) for name in now}, now)
+        now = family.encoding.encoder_identity(at_hand=True)
+    for part in of_family:
+        before = part.index.identity.get("models", {})
+        if other := differences({name: before.get(name) for name in now}, now):
+            raise UserError(
+                f"{part.config.shards_place}: the shards were built with other models than this run is given ({other}); "
+                "give those, or train on them all the same with --trust_shards"
+            )
 
 
 def open_run(config: TrainConfig, seed: int, streams: Streams, plan: BatchPlan, state: State | None) -> Run:

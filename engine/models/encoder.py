@@ -20,6 +20,7 @@ from engine.errors import UserError
 from engine.files import reading
 from engine.models.check import load_model
 from engine.models.published import locate, tokenize
+from engine.models.weights import NotFinite
 
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -171,11 +172,19 @@ class Encoding(ABC):
     def encoder_digests(self) -> dict[str, Callable[[], str]]:
         """What computes the digest of each frozen model's files, by name; it raises `UserError` where they are not whole."""
 
-    def encoder_identity(self) -> dict[str, str]:
-        """Digests of the frozen models' files by name, for the fingerprint of the shards; computed once for all copies."""
+    def encoder_identity(self, at_hand: bool = False) -> dict[str, str]:
+        """Digests of the frozen models' files by name, for the fingerprint of the shards; computed once for all copies.
+
+        Args:
+            at_hand: leaves out what is not whole here, which training from shards alone allows.
+        """
         for name, digest in self.encoder_digests().items():
             if name not in self._identity:
-                self._identity[name] = digest()
+                try:
+                    self._identity[name] = digest()
+                except UserError as error:
+                    if not at_hand or isinstance(error, NotFinite):
+                        raise
         return dict(self._identity)
 
     @abstractmethod

@@ -1,10 +1,13 @@
 """Shards that more than one run uses: one builds them while others wait, and nobody trains on another model's unawares."""
 
+import contextlib
 import os
 import shutil
 import signal
 import sys
+from functools import partial
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -15,8 +18,10 @@ from engine.data.format.reader import Shards
 from engine.data.format.verify import verify
 from engine.errors import UserError
 from engine.files import lock
-from engine.loop.prepare import _other_models
+from engine.loop import prepare
+from engine.loop.prepare import _refuse_other_models
 from engine.loop.trainer import train
+from engine.models.encoder import Encoding
 from engine.shards import build_command
 from tests.commands import Command
 from tests.loop.runs import config
@@ -97,11 +102,36 @@ def test_models_that_are_not_at_hand_are_not_compared():
         raise UserError("no weights there")
 
     index = SimpleNamespace(family="sd", identity={"models": {"movq": "a" * 64, "image_encoder": "b" * 64}})
-    for now, said in (("c" * 64, "another movq"), ("a" * 64, "")):
-        digests = {"movq": lambda now=now: now, "image_encoder": absent}
-        encoding = SimpleNamespace(encoder_digests=lambda digests=digests: digests)
+    part = SimpleNamespace(index=index, config=SimpleNamespace(shards_place="there"))
+    for now, expected in (("a" * 64, contextlib.nullcontext()), ("c" * 64, pytest.raises(UserError, match="another movq"))):
+        asked = []
+        digests = {"movq": lambda now=now, asked=asked: asked.append(now) or now, "image_encoder": absent}
+        encoding = SimpleNamespace(_identity={}, encoder_digests=lambda digests=digests: digests)
+        encoding.encoder_identity = partial(Encoding.encoder_identity, encoding)
         family = SimpleNamespace(config=SimpleNamespace(family="sd"), encoding=encoding)
-        assert _other_models(index, family) == said
+        with expected:
+            _refuse_other_models([part] * 40, family)
+        assert asked == [now], "for all parts together"
+
+
+def test_the_shards_of_all_parts_are_divided_together(monkeypatch):
+    """Each process looks at as many, and one exchange tells all."""
+    looked, damaged = [], {"shard-0": "truncated"}
+
+    def verify(directory, index, numbers, contents, progress):
+        looked.append((directory, numbers))
+        return damaged if directory == "3" else {}
+
+    monkeypatch.setattr(prepare, "verify", verify)
+    parts = [
+        SimpleNamespace(index=SimpleNamespace(shards=range(count)), config=SimpleNamespace(shards_path=str(place), source=None))
+        for place, count in enumerate((2, 1, 1, 3))
+    ]
+    gather = Mock(side_effect=lambda found: [{}, found])
+    with pytest.raises(UserError, match=r"^3: damaged shards: shard-0: truncated; copy or build them again$"):
+        prepare._verify(SimpleNamespace(verify_shards="size"), parts, SimpleNamespace(rank=1, world=3, gather_patiently=gather))
+    assert looked == [("0", [1]), ("3", [0])]
+    gather.assert_called_once()
 
 
 def test_an_index_is_written_once(run, tmp_path):
