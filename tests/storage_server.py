@@ -30,8 +30,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(directory: Path, fault: Fault = lambda *question: None, secret: str = "") -> Iterator[Server]:
-    """Serves a directory as /data for as long as the context lasts; where there is a secret, only to those who give it."""
+def serving(directory: Path, fault: Fault = lambda *question: None, secret: str = "", missing: int = 404) -> Iterator[Server]:
+    """Serves a directory as /data for as long as the context lasts; where there is a secret, only to those who give it.
+
+    missing: what is answered where there is no such file.
+    """
     server = Server(directory, fault, secret)
 
     class Handler(BaseHTTPRequestHandler):
@@ -43,7 +46,7 @@ def serving(directory: Path, fault: Fault = lambda *question: None, secret: str 
             if secret and query != secret:
                 return self.send_error(403)
             if not path.startswith("/data/") or not file.is_file():
-                return self.send_error(404)
+                return self.send_error(missing)
             content = file.read_bytes()
             said = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
             start, end = (int(said[1]), min(int(said[2]) + 1, len(content))) if said else (0, len(content))

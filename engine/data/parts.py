@@ -16,7 +16,7 @@ from engine.errors import UserError
 from engine.messages import busy
 from engine.models.encoder import Encoding
 from engine.processes import Processes
-from engine.storage import NOT_THERE, Storage, StorageError, below
+from engine.storage import GIVE_CREDENTIALS, NOT_THERE, Storage, StorageError, below
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def find_parts(config: CacheConfig, encoding: Encoding, processes: Processes) ->
     """The parts that lie where the shards are, on a disk or on remote storage."""
     if config.shards_address:
         with busy(f"Reading the index of {config.shards_place}"):
-            found = _on_storage(config)
+            found = processes.computed_by_first(lambda: _on_storage(config))
     else:
         found = processes.computed_by_first(lambda: read_indexes(config.shards_path))
     return [_part(config, encoding, name or None, index) for name, index in found.items() if index.records or not name]
@@ -84,7 +84,8 @@ def _on_storage(config: CacheConfig) -> dict[str, Index]:
     try:
         return {"": read_index(Storage(address))}
     except StorageError as error:
-        if NOT_THERE not in str(error):
+        # Storage that may not be listed says of what is not there that it is not permitted.
+        if not any(remedy in str(error) for remedy in (NOT_THERE, GIVE_CREDENTIALS)):
             raise
         try:
             buckets = read_buckets(Storage(address))

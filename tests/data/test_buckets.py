@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from engine.models.encoder import Encoder, open_encoding
 from engine.models.stable_diffusion import StableDiffusionEncoder, StableDiffusionEncoding
 from engine.processes import Processes
 from tests.commands import start_two
+from tests.storage_server import serving
 from tests.test_processes import codes
 
 SQUARE, WIDE, HIGH = (20, 20), (30, 20), (16, 25)
@@ -314,6 +316,26 @@ def test_a_file_that_lies_is_refused_by_name(change, model, data, tmp_path):
     with pytest.raises(UserError, match=f"{BUCKETS}: cannot be read: .*; delete it and build again") as error:
         find_parts(config, open_encoding(config), Processes())
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("missing", [404, 403], ids=["listed", "not to be listed"])
+def test_the_first_process_finds_buckets_on_storage(missing, model, data, tmp_path):
+    indexes = build(model, data, tmp_path / "shards")
+    with serving(tmp_path / "shards", missing=missing) as server:
+        config = config_of(model, None, Path(), buckets=False).model_copy(update={"shards_dir": server.address})
+        encoding, told = open_encoding(config), []
+        first = SimpleNamespace(computed_by_first=lambda work: told.append(work()) or told[0])
+        found = find_parts(config, encoding, first)
+        asked = len(server.asked)
+        others = find_parts(config, encoding, SimpleNamespace(computed_by_first=lambda work: told[0]))
+        assert len(server.asked) == asked
+        assert [part.config.shards_dir for part in found] == [f"{server.address}/{name}" for name in indexes]
+    for parts in (found, others):
+        assert {part.bucket: part.index.fingerprint for part in parts} == {
+            bucket: index.fingerprint for bucket, index in indexes.items()
+        }
+    with serving(tmp_path, missing=missing) as server, pytest.raises(UserError, match=f"{INDEX}: {missing}"):
+        find_parts(config.model_copy(update={"shards_dir": server.address}), encoding, Processes())
 
 
 @pytest.mark.two_processes
