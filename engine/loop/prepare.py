@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+import safetensors.torch
 
 from engine.config.mixture import DataSet, data_sets_of
 from engine.config.options import ALTER_THE_RESULT, CacheConfig, TrainConfig, options_of
@@ -238,17 +238,18 @@ def open_dropout(config: TrainConfig, family: Family, processes: Processes) -> D
     if not config.proportion_unconditional:
         return None
 
-    def compute() -> dict[str, Tensor]:
+    def compute() -> bytes:  # in which pickle cannot hold tokens
         rows = family.encoding.unconditional(processes.device)
         if not all(row.isfinite().all() for row in rows.values()):
             raise UserError(
                 f"--mixed_precision {config.mixed_precision}: what samples are trained with in place of their condition "
                 "encodes to values that are not finite; try bf16"
             )
-        return rows
+        return safetensors.torch.save(rows)
 
     with busy("Encoding what stands in place of conditions"):
-        return Dropout(config.proportion_unconditional, processes.computed_by_first(compute))
+        rows = safetensors.torch.load(processes.computed_by_first(compute))
+    return Dropout(config.proportion_unconditional, rows)
 
 
 def _told_apart(index: Index) -> tuple[str, bytes]:
