@@ -3,12 +3,13 @@
 Shards of small random rows (two of 1280 bf16 values per record, the embeddings of the Kandinsky prior) are written to a
 temporary directory, and the loader's micro-batches are taken as fast as they come. The rows lie in the page cache: what is
 measured is the order, the draws, the gathering, the handover and, on a GPU, the copies. Counts of records just above a power
-of four are the worst for the cycle walking of the order. Target on two CPU cores: 20,000 samples per second at batch 16, 40,000
-at 64.
+of four are the worst for the cycle walking of the order. `--streams` mixes as many, of shares from 1 to as many. Target on two
+CPU cores, for one stream: 20,000 samples per second at batch 16, 40,000 at 64.
 
 The last line is the slowest row as JSON.
 """
 
+import itertools
 import json
 import statistics
 import sys
@@ -35,17 +36,17 @@ BATCHES = [16, 64]
 WINDOWS, WINDOW_SECONDS = 7, 1.0
 
 
-def measure(shards: Shards, batch: int, device: torch.device) -> dict[str, Any]:
+def measure(shards: Shards, batch: int, streams: int, device: torch.device) -> dict[str, Any]:
     """Milliseconds to the first micro-batch, samples per second (the median over windows, and the slowest), and the processor's
     microseconds per sample over all threads, which other work on the machine changes least."""
     started = time.perf_counter()
-    with draw(shards, batch, device=device) as batches:
+    with draw(shards, batch, device=device, streams=streams) as batches:
         next(batches)
         first = time.perf_counter() - started
         _window(batches, device)
         rates, busy = zip(*(_window(batches, device) for _ in range(WINDOWS)), strict=True)
     return {
-        "records": len(shards), "batch": batch, "first_milliseconds": first * 1e3,
+        "records": len(shards), "batch": batch, "streams": streams, "first_milliseconds": first * 1e3,
         "samples_per_second": statistics.median(rates), "slowest_window": min(rates),
         "processor_microseconds": statistics.median(busy),
     }  # fmt: skip
@@ -71,6 +72,7 @@ def main() -> int:
     parser = command_line(__doc__)
     parser.add_argument("--records", type=int, nargs="+", default=RECORDS, help="default: %(default)s")
     parser.add_argument("--batch", type=int, nargs="+", default=BATCHES, help="default: %(default)s")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 100], help="default: %(default)s")
     options = parser.parse_args()
     device = this_device()
     rows, measured = Rows(options.json, __doc__, options.minutes), []
@@ -78,9 +80,10 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as directory:
             write_shards(Path(directory), records, FAMILIES["prior"], fields_of("prior"))
             shards = Shards(Path(directory))
-            for batch in options.batch:
-                name, expected = f"{records} records, batch {batch}", (WINDOWS + 2) * WINDOW_SECONDS
-                row = rows.measure(name, expected, partial(measure, shards, batch, device))
+            for batch, streams in itertools.product(options.batch, options.streams):
+                mixed = f", {streams} streams" if streams > 1 else ""
+                name, expected = f"{records} records, batch {batch}{mixed}", (WINDOWS + 2) * WINDOW_SECONDS
+                row = rows.measure(name, expected, partial(measure, shards, batch, streams, device))
                 measured.append(row)
                 print(name, problem(row) or describe(row), sep=": ")
     print(json.dumps(min(measured, key=lambda row: row.get("samples_per_second", 0))))
