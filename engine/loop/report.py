@@ -22,6 +22,8 @@ from engine.messages import duration, warn
 from engine.models.family import Family
 from engine.processes import Processes
 
+_BUCKETS = 8  # that are named
+
 
 def _shares(streams: Streams) -> str:
     """The data sets, with how many records they hold and their parts of the samples."""
@@ -31,6 +33,15 @@ def _shares(streams: Streams) -> str:
         shares[stream.data_set] += stream.share
     whole = sum(shares.values())
     return ", ".join(f"{name} {records[name]:,} ({float(share / whole):.1%} of samples)" for name, share in shares.items())
+
+
+def _buckets(streams: Streams) -> str:
+    """The sizes of images, over all data sets, with how many records each has."""
+    records = Counter[str]()
+    for stream in streams.streams:
+        records[stream.bucket or "one size"] += stream.records
+    named = [f"{bucket} ({count:,})" for bucket, count in records.most_common(_BUCKETS)]
+    return ", ".join(named) + (f" and {len(records) - len(named)} more" if len(records) > len(named) else "")
 
 
 def opening(
@@ -65,6 +76,7 @@ def opening(
         **({"data sets": _shares(streams)} if len(streams.data_sets) > 1 else {}),
         **({"held out": held_out.words} if held_out else {}),
         "resolution": f"{config.resolution} px",
+        **({"buckets": _buckets(streams)} if any(stream.bucket for stream in streams.streams) else {}),
         "global batch": f"{run.global_batch:,} = {config.train_batch_size} per micro-batch x "
         f"{config.gradient_accumulation_steps} accumulated x {processes.world} process{'es' if processes.world > 1 else ''}",
         "steps": f"{run.steps:,}, {run.steps * run.global_batch / run.records:.1f} epochs"

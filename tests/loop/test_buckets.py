@@ -50,6 +50,8 @@ def test_every_family_trains_and_goes_on_as_if_undisturbed(family, published, da
     indexes = read_indexes(tmp_path / "out" / "shards")
     assert len(indexes) == (2 if family == "wuerstchen" else 4)  # whose steps are wide
     assert sum(index.records for index in indexes.values()) == 7
+    said = capsys.readouterr().err
+    assert all(f"{bucket} ({index.records})" in said for bucket, index in indexes.items())
     whole = losses(tmp_path / "out")
     assert len(whole) == 6
     assert np.isfinite(whole).all()
