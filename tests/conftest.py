@@ -16,14 +16,16 @@ import engine.quiet  # noqa: F401
 
 # isort: split
 import functools
+import gc
 from pathlib import Path
 
 import pytest
 
+from engine.loop import log
 from engine.quiet import quiet_libraries
 from examples import tiny_models
 from examples.photographs import write_images
-from tests import tiny
+from tests import commands, tiny
 
 quiet_libraries()
 
@@ -44,6 +46,16 @@ def process_group():
     processes = Processes().connect()
     yield
     processes.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_runs():
+    """Spares short runs a third of their time: the search for garbage in what the libraries keep, and the drawing of curves."""
+    gc.collect()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log, "curves", commands.undrawn)
+        gc.freeze()
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ They are forked from one process that has imported what they need, and so take a
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -84,6 +85,7 @@ def _serve(modules: Sequence[str]) -> None:
     """Forks each command that comes as a line of JSON and answers with its number, or with the exit status of such a one."""
     for module in modules:
         importlib.import_module(module)
+    gc.freeze()  # else each fork, seeking garbage, copies the pages of all that the libraries keep
     for line in sys.stdin:
         job = json.loads(line)
         answer = _wait(job["process"], job["seconds"]) if "process" in job else os.fork()
