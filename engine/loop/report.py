@@ -21,6 +21,7 @@ from engine.loop.weights.zero_options import machinery_stage, reduction_precisio
 from engine.messages import duration, warn
 from engine.models.family import Family
 from engine.processes import Processes
+from engine.storage import is_remote
 
 _BUCKETS = 8  # that are named
 
@@ -44,6 +45,18 @@ def _buckets(streams: Streams) -> str:
     return ", ".join(named) + (f" and {len(records) - len(named)} more" if len(records) > len(named) else "")
 
 
+def _refused(streams: Streams) -> str:
+    """How many samples were refused, and what lists them, for each data set that is on this machine."""
+    refusing = [stream for stream in streams.streams if stream.shards.index.refused_count]
+    if not refusing:
+        return "none refused"
+    places = {stream.shards.place if stream.bucket is None else str(Path(stream.shards.place).parent) for stream in refusing
+              if not is_remote(stream.shards.place)}  # fmt: skip
+    commands = " and ".join(f"`python -m engine.shards info {place} --refused`" for place in sorted(places))
+    listed = f"; {commands} {'list' if len(places) > 1 else 'lists'} them" if places else ""
+    return f"{sum(stream.shards.index.refused_count for stream in refusing):,} refused{listed}"
+
+
 def opening(
     config: TrainConfig, run: Run, family: Family, partition: Partition, streams: Streams, captures: bool, done: int,
     text_encoder: nn.Module | None = None, held_out: HeldOutLoss | None = None,
@@ -64,15 +77,12 @@ def opening(
     encoders = read if reading else "the encoders are not loaded"
     state = state_bytes(config, trained, processes.world) + sum(weight.nbytes for weight in reading)
     size, number = checkpoint_bytes(config, trained), checkpoints_to_come(config, run, done)
-    listed = f"; `python -m engine.shards info {config.shards_path} --refused` lists them" if not config.shards_address else ""
-    refusals = sum(stream.shards.index.refused_count for stream in streams.streams)
-    refused = f"{refusals:,} refused{listed}" if refusals else "none refused"
     every = f"every {config.checkpointing_steps:,} steps and at the end"
     rows = {
         "family": f"{config.family}, from {family.base_model}",
         "output": config.output_dir,
         "parameters": f"{count(trained)} trained, {count(frozen)} frozen; {encoders}",
-        "samples": f"{run.records:,} ({refused})",
+        "samples": f"{run.records:,} ({_refused(streams)})",
         **({"data sets": _shares(streams)} if len(streams.data_sets) > 1 else {}),
         **({"held out": held_out.words} if held_out else {}),
         "resolution": f"{config.resolution} px",

@@ -44,6 +44,22 @@ def test_a_run_says_what_it_does_in_a_log_file(model, images, shards, tmp_path, 
     assert [line.split(" ")[3] for line in steps] == [f"{loss:.4f}" for loss in losses]
 
 
+def stream_of(directory: str, refused: int, bucket: str | None = None) -> SimpleNamespace:
+    index = SimpleNamespace(refused_count=refused)
+    return SimpleNamespace(shards=SimpleNamespace(place=directory, index=index), bucket=bucket)
+
+
+def test_what_was_refused_is_counted_and_listed_over_all_data_sets():
+    def said(*streams) -> str:
+        return report._refused(SimpleNamespace(streams=streams)).replace("python -m engine.shards ", "")
+
+    assert said(stream_of("a", 0), stream_of("b", 0)) == "none refused"
+    buckets = [stream_of("a/16x16", 0, "16x16"), stream_of("a/32x16", 2, "32x16"), stream_of("a/64x16", 1, "64x16")]
+    assert said(*buckets) == "3 refused; `info a --refused` lists them"
+    assert said(*buckets, stream_of("b", 1)) == "4 refused; `info a --refused` and `info b --refused` list them"
+    assert said(stream_of("https://h/a", 1)) == "1 refused"
+
+
 def test_a_quiet_run_says_nothing(model, images, shards, tmp_path, capsys):
     options = {"quiet": True, "checkpointing_steps": 1, "validation_prompts": ["a red square"]}
     assert train(config(model, images, shards, tmp_path / "out", max_train_steps=2, **options)) == 0
