@@ -131,6 +131,13 @@ def test_it_repeats_itself_whatever_divides_the_work(model, images, shards, tmp_
     assert numbers(tmp_path / "few")[0]["validation_loss"] != first["validation_loss"]
 
 
+def test_a_grid_that_cannot_be_is_refused_before_anything_is_built(model, images, tmp_path):
+    few = MEASURED | {"validation_timesteps": 21, "min_timestep": 80, "max_timestep": 100}
+    with pytest.raises(UserError, match=r"^--validation_timesteps 21: there are 20$"):
+        train(config(model, images, tmp_path / "shards", tmp_path / "out", **few))
+    assert not (tmp_path / "shards").exists()
+
+
 @pytest.mark.two_processes
 @pytest.mark.parametrize("stage", [0, 3])
 def test_two_processes_take_the_same_loss(stage, model, images, shards, tmp_path):
