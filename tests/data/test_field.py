@@ -535,7 +535,8 @@ def test_text_files_beside_images_are_their_captions(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "1 caption files have several lines" in said
     assert "caption files without an image are left out: 7.txt" in said
-    assert "numbers of repeats in names of folders are not applied (10_cat" in said
+    assert "numbers of repeats in names of folders are not applied (10_cat, ...); give each" in said
+    assert "a [[data]] table with `repeats`" in said
     before = opened(tmp_path).identity()
     (tmp_path / "0.txt").write_text("other")
     assert opened(tmp_path).identity() != before

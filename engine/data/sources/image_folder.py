@@ -264,7 +264,10 @@ class ImageFolder(Source):
 
     def _note_beside(self, samples: list[Sample], folders: set[str]) -> None:
         if repeated := sorted(folder for folder in folders if re.match(r"\d{1,3}_", folder)):
-            self.files.remarks.append(f"numbers of repeats in names of folders are not applied ({repeated[0]}, ...)")
+            self.files.remarks.append(
+                f"numbers of repeats in names of folders are not applied ({repeated[0]}, ...); give each of these folders a "
+                "[[data]] table with `repeats` in the TOML file"
+            )
         if many := sum(isinstance(sample.caption, list) and len(sample.caption) > 1 for sample in samples):
             self.files.remarks.append(f"{many} caption files have several lines, of which each is a caption")
         if alone := self._captions_alone():
