@@ -45,6 +45,7 @@ class LibraryDataset(Source):
 
         self.keep_empty = keep_empty
         self.decoding = decoding or Decoding()
+        self.bare: set[int] = set()  # rows that were found to have no mask
         self.noticed = self.decoding.noticed
         self.image_column, self.caption_column, self.mask_column = image_column, caption_column, mask_column
         try:
@@ -137,6 +138,9 @@ class LibraryDataset(Source):
             value = self._mask_at(index)
         empty = value in (None, "") or (isinstance(value, dict) and not any(value.values()))
         if empty:
+            if index not in self.bare:
+                self.bare.add(index)
+                self.decoding.notice("no mask, trained whole")
             return None
         with room.turn():
             return content_of(self._held(value))
