@@ -13,8 +13,8 @@ from engine.storage import below, shown
 SOURCE = ("train_data_dir", "dataset_name", "dataset_config_name")
 # What a table may hold: options, which are then those of its data set alone, and what it is called and how much of it is seen.
 OPTIONS = (
-    *SOURCE, "image_column", "caption_column", "keep_empty_captions", "caption_prefix", "caption_template", "shuffle_tags",
-    "keep_tokens", "caption_variants", "max_train_samples", "subset_seed",
+    *SOURCE, "image_column", "mask_column", "caption_column", "keep_empty_captions", "caption_prefix", "caption_template",
+    "shuffle_tags", "keep_tokens", "caption_variants", "max_train_samples", "subset_seed",
     "center_crop", "random_flip", "random_crops", "image_interpolation_mode", "image_mode", "background", "max_upscale",
     "metadata_encoding", "follow_links", "shards_dir",
 )  # fmt: skip

@@ -1,13 +1,17 @@
 """Several data sets in one run: by repeats, by weight, of shards alone, and what is read back of them."""
 
+import shutil
 import tomllib
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from engine.config.command_line import load, read_toml
 from engine.config.options import TrainConfig
 from engine.data.format.index import Index
+from engine.errors import UserError
 from engine.loop.prepare import prepare_shards
 from engine.loop.trainer import train
 from engine.models.family import open_family
@@ -71,6 +75,33 @@ def test_by_weight_one_of_them_as_shards_alone(model, images, few, shards, tmp_p
     assert train(mixture(model, tmp_path / "shards", tmp_path / "with", *tables)) == 0
     alone, source = (checkpoint_tensors(tmp_path / name / "checkpoint-8", "weight") for name in ("out", "with"))
     assert all(alone[name].equal(source[name]) for name in alone | source)
+
+
+def test_a_data_set_with_masks_beside_one_without(model, images, few, tmp_path, recorded):
+    masked = Path(shutil.copytree(few, tmp_path / "masked"))
+    for number, image in enumerate(sorted(masked.glob("*.png"))):
+        (masked / f"{image.stem}.txt").write_text("a square")
+        Image.new("L", (16, 16), 60 * number).save(masked / f"{image.stem}-mask.png")
+    (masked / "metadata.jsonl").unlink()
+    tables = [{"train_data_dir": str(images)}, {"train_data_dir": str(masked), "mask_column": "mask", "repeats": 3}]
+    options = {"cache_text": "tokens", "max_train_steps": 12, "checkpointing_steps": 12}
+    for name, how in (("eager", "off"), ("captured", "on")):
+        assert train(mixture(model, tmp_path / "shards", tmp_path / name, *tables, cuda_graphs=how, **options)) == 0
+    assert len(recorded) == 2, "a graph for each"
+    assert losses(tmp_path / "captured") == losses(tmp_path / "eager")
+    eager, captured = (checkpoint_tensors(tmp_path / name / "checkpoint-12", "weight") for name in ("eager", "captured"))
+    assert all(torch.equal(eager[name], captured[name]) for name in eager | captured)
+    fields = [Index.read(tmp_path / "shards" / name).fields for name in ("train", "masked")]
+    assert ["mask" in of for of in fields] == [False, True]
+    # Shards alone: the table still says that they hold masks.
+    alone = [{"shards_dir": str(tmp_path / "shards" / name)} for name in ("train", "masked")]
+    with pytest.raises(UserError, match="masked/index.json: .*--mask_column mask, now None"):
+        streams_of(mixture(model, tmp_path, tmp_path / "out", *alone, cache_text="tokens"))
+    alone[1]["mask_column"] = "mask"
+    assert [stream.records for stream in streams_of(mixture(model, tmp_path, tmp_path / "out", *alone, **options)).streams] == [
+        12,
+        4,
+    ]
 
 
 def test_one_table_trains_what_the_options_train(model, images, shards, tmp_path):
