@@ -268,7 +268,9 @@ void apply_mask(const Walk& walk, const Block& block, const uint8_t* mask, int c
 // From the errors and the slopes of a squared error, those of 2 c (sqrt(error^2 + c^2) - c).
 void apply_huber(float c, int count, float* slopes, float* errors) {
   for (int i = 0; i < count; ++i) {
-    const float share = c / std::sqrt(errors[i] * errors[i] + c * c);
+    const float size = std::abs(errors[i]);
+    // Of a large error, whose square may overflow, the root is the error.
+    const float share = c / (size > 1e18f ? size : std::sqrt(errors[i] * errors[i] + c * c));
     slopes[i] *= share;
     errors[i] *= 2 / (1 + share);
   }

@@ -1,5 +1,7 @@
 """engine::diffusion_loss: the Triton kernel, the C++ operation and the torch reference against double precision."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -149,6 +151,23 @@ def test_hubers_loss_of_a_tiny_error_keeps_its_digits_and_a_large_constant_squar
     assert torch.allclose(loss.cpu(), squared, rtol=1e-5, atol=0)
     exact = 2 * case.weight.view(-1, 1, 1, 1) * case.prediction / case.prediction[0].numel()
     assert torch.allclose(gradient, exact, rtol=1e-5, atol=0)
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("c", [1e-6, 0.1, 1e6])
+def test_hubers_loss_of_an_error_whose_square_overflows_is_linear_and_one_that_is_no_number_has_none(function, c):
+    case = Case((6, 4, 8, 8), torch.float32, "contiguous", has_std=False, offset=0.0, huber=True)
+    case.coefficients[2:4] = 0.0
+    case.coefficients[5] = c
+    case.prediction = torch.tensor([9e17, 2e18, -3e19, 1e25, math.nan, math.inf], device=DEVICE).view(-1, 1, 1, 1).expand(
+        6, 4, 8, 8).contiguous()  # fmt: skip
+    loss, gradient = case.call(function)
+    assert not bool(loss[4:].isfinite().any())
+    assert not bool(gradient[4:].isfinite().any())
+    error, weight = case.prediction[:4].double(), case.weight[:4].double()
+    torch.testing.assert_close(loss[:4].double(), 2 * c * weight * error[:, 0, 0, 0].abs(), rtol=1e-5, atol=0)
+    exact = 2 * c * weight.view(-1, 1, 1, 1) * error.sign() / error[0].numel()
+    torch.testing.assert_close(gradient[:4].double(), exact, rtol=1e-5, atol=0)
 
 
 @FUNCTIONS
