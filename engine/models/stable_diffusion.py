@@ -130,7 +130,7 @@ class StableDiffusion(Family):
         self.schedule = DiscreteSchedule(scheduler.alphas_cumprod, self.prediction_type, objective(config))
         if config.dream_training and self.prediction_type != "epsilon":
             raise UserError(f"--dream_training needs prediction type epsilon, not {self.prediction_type}")
-        if not float(self.schedule.table[4, -1]):
+        if self.schedule.draw.end == self.schedule.timesteps and not float(self.schedule.table[4, -1]):
             say("The last timestep is pure noise, which these loss weights give none; --min_loss_weight would give it one")
 
     def check_files(self) -> None:
@@ -188,7 +188,10 @@ def from_pure_noise(scheduler: Any) -> Any:
 
     It is of the same class, or DDIM's, with which the paper samples, where that class knows no such schedule.
     """
-    kind = type(scheduler) if "rescale_betas_zero_snr" in inspect.signature(type(scheduler)).parameters else DDIMScheduler
-    if kind is not type(scheduler):
-        say(f"The pipeline samples with {kind.__name__}: {type(scheduler).__name__} has no schedule that ends in pure noise")
-    return kind.from_config(scheduler.config, **ZERO_TERMINAL)
+    kind = type(scheduler)
+    if "rescale_betas_zero_snr" in inspect.signature(kind).parameters:
+        return kind.from_config(scheduler.config, **ZERO_TERMINAL)
+    say(f"The pipeline samples with DDIMScheduler: {kind.__name__} has no schedule that ends in pure noise")
+    # What was at the default of its class stays as it was, which DDIM's may differ from; latents are not to be clipped.
+    values = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
+    return DDIMScheduler.from_config({"clip_sample": False} | values, **ZERO_TERMINAL)

@@ -5,12 +5,14 @@ import shutil
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, HeunDiscreteScheduler, LMSDiscreteScheduler, PNDMScheduler
 
 from engine.config.options import CacheConfig, TrainConfig
 from engine.errors import UserError
 from engine.models import training_form
 from engine.models.encoder import open_encoding
 from engine.models.family import open_family
+from engine.models.stable_diffusion import from_pure_noise
 from tests import tiny
 
 
@@ -92,6 +94,28 @@ def test_a_zero_terminal_snr_schedule_refuses_epsilon(tmp_path):
     with pytest.raises(UserError, match="zero terminal SNR"):
         open_family(config(model, snr_gamma=5.0))
     assert open_family(config(model, snr_gamma=5.0, prediction_type="v_prediction")).schedule.timesteps == 1000
+
+
+def test_that_the_last_timestep_weighs_nothing_is_said_where_it_is_drawn(tmp_path, capsys):
+    model = tiny.write_pipeline(tmp_path / "zero", rescale_betas_zero_snr=True)
+    options = {"snr_gamma": 5.0, "prediction_type": "v_prediction"}
+    for end, said in ((None, 1), (1000, 1), (999, 0)):
+        open_family(config(model, max_timestep=end, **options))
+        assert capsys.readouterr().err.count("The last timestep is pure noise") == said
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"), [(PNDMScheduler, {}), (LMSDiscreteScheduler, {}), (HeunDiscreteScheduler, {}),
+                        (HeunDiscreteScheduler, {"clip_sample": True, "beta_end": 0.015})]
+)  # fmt: skip
+def test_a_scheduler_in_place_of_one_that_cannot_start_from_pure_noise_keeps_its_values(kind, given):
+    before = kind(**given)
+    scheduler = from_pure_noise(before)
+    assert isinstance(scheduler, DDIMScheduler)
+    assert scheduler.config.clip_sample is given.get("clip_sample", False), "latents have no bounds"
+    shared = {"beta_start", "beta_end", "beta_schedule", "prediction_type", "steps_offset", "set_alpha_to_one"}
+    assert all(scheduler.config[name] == before.config[name] for name in shared & before.config.keys())
+    assert float(scheduler.alphas_cumprod[-1]) == 0.0
 
 
 def test_without_a_form_the_model_is_the_published_one(model):
