@@ -108,7 +108,8 @@ def coefficient_rows(alphas_cumprod: Tensor, prediction_type: str, objective: Ob
     """
     signal = alphas_cumprod.double()
     alpha, sigma = signal.sqrt(), (1 - signal).sqrt()
-    snr = signal / (1 - signal)
+    # A first timestep without noise, which is one in fp32, has the largest ratio that fp32 can tell from none.
+    snr = torch.where(signal < 1, signal / (1 - signal), 2.0**24)
     zeros, ones = torch.zeros_like(signal), torch.ones_like(signal)
     if prediction_type == "epsilon":
         if bool((snr == 0).any()):

@@ -157,8 +157,12 @@ class Draw:
         else:
             begin = self._limit("timestep_bias_begin", bias.begin, 0)
             end = self._limit("timestep_bias_end", bias.end, self.schedule_end)
-            if not begin < end:
-                raise UserError(f"--timestep_bias_begin {begin:g} --timestep_bias_end {end:g}: no timestep is between them")
+        if not max(begin, self.first) < min(end, self.end):
+            given = (
+                f"--timestep_bias_begin {begin:g} --timestep_bias_end {end:g}: no timestep is between them"
+                if bias.strategy == "range" else f"--timestep_bias_portion {bias.portion:g}: is no timestep"
+            )  # fmt: skip
+            raise UserError(f"{given} of those that are drawn, from {self.first:g} to {self.end:g}; give more")
         return self._place_of(begin), self._place_of(end), bias.multiplier
 
     def _place_of(self, timestep: float) -> float:

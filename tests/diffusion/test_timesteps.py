@@ -149,6 +149,14 @@ def test_strata_have_nothing_to_do_with_the_order_of_the_records():
             {"timestep_bias_strategy": "range", "timestep_bias_begin": 300, "timestep_bias_end": 200},
             "no timestep is between",
         ),
+        (
+            {"timestep_bias_strategy": "range", "timestep_bias_begin": 0, "timestep_bias_end": 200, "min_timestep": 200},
+            "--timestep_bias_begin 0 --timestep_bias_end 200: no timestep is between them of those that are drawn, from 200 to",
+        ),
+        (
+            {"timestep_bias_strategy": "later", "timestep_bias_portion": 0.2, "min_timestep": 10, "max_timestep": 14},
+            "--timestep_bias_portion 0.2: is no timestep of those that are drawn, from 10 to 14; give more",
+        ),
     ],
 )
 def test_limits_that_the_schedule_does_not_have_are_refused(options, message):

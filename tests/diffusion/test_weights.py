@@ -63,6 +63,16 @@ def test_weights_stay_finite_without_signal_and_can_be_given_a_floor(name, predi
     assert torch.equal(floored, free.clamp(min=0.125))
 
 
+@pytest.mark.parametrize("prediction", TARGETS)
+@pytest.mark.parametrize("name", [None, *WEIGHTINGS])
+def test_all_is_finite_where_the_first_timestep_has_no_noise(name, prediction):
+    signal = torch.tensor([1.0, 1 - 2**-24, 0.5])
+    config = options(loss_type="huber", **{"loss_weighting": name} | WEIGHTINGS.get(name, {}))
+    table = DiscreteSchedule(signal, prediction, objective(config)).table
+    assert bool(table.isfinite().all())
+    torch.testing.assert_close(table[4:, 0], table[4:, 1], rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("smooth_l1", [False, True])
 @pytest.mark.parametrize("schedule", ["constant", "exponential", "snr"])
 def test_thresholds_of_huber_are_those_of_the_paper(schedule, smooth_l1):
