@@ -55,8 +55,10 @@ def overlap_gain(
 
 def overlap_pays(config: TrainConfig, model: nn.Module, flops: Flops | None, processes: Processes) -> bool:
     """The choice of `--cuda_graphs auto` where capturing is possible; the first process decides for all, and says so."""
-    # One compiled backward pass hands over all gradients at its end: there is nothing to overlap.
-    if config.cuda_graphs != "auto" or config.compile or processes.world == 1 or flops is None:
+    # Nothing can overlap a backward pass that hands over all gradients at its end: a compiled one, or one that they are taken
+    # from to be looked at.
+    at_its_end = config.compile or config.gradient_noise_scale
+    if config.cuda_graphs != "auto" or at_its_end or processes.world == 1 or flops is None:
         return False
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     elements = sum(parameter.numel() for parameter in trained)

@@ -126,7 +126,7 @@ def test_auto_chooses_by_the_estimate_and_says_so(seconds_per_byte, chosen, monk
     options, model = config("model", "images", "shards", "out"), torch.nn.Linear(100, 100)
     assert overlap.overlap_pays(options, model, flops, processes) == chosen.startswith("with")
     assert capsys.readouterr().err.startswith(f"Training {chosen}")
-    for changed in ({"cuda_graphs": "on"}, {"compile": True}):
+    for changed in ({"cuda_graphs": "on"}, {"compile": True}, {"gradient_noise_scale": True}):
         assert not overlap.overlap_pays(options.model_copy(update=changed), model, flops, processes)
     processes.world = 1
     assert not overlap.overlap_pays(options, model, flops, processes)
