@@ -10,7 +10,7 @@ from pathlib import Path
 from engine.catalogue import MODEL, PIPELINES
 from engine.config.mixture import DataSet, data_sets_of
 from engine.config.options import SPATIAL, XFORMERS, CacheConfig, TrainConfig
-from engine.config.schema import REQUIRED, options_by_family, options_lacking
+from engine.config.schema import REQUIRED, default_of, options_by_family, options_lacking
 from engine.errors import UserError
 from engine.storage import is_remote, shown
 
@@ -117,9 +117,7 @@ def _check_buckets(config: CacheConfig) -> None:
 
 def _is_given(config: CacheConfig, name: str) -> bool:
     """Whether an option has another value than the family's default."""
-    field = type(config).model_fields[name]
-    by_family = options_by_family(type(config)).get(name, {})
-    return bool(getattr(config, name) != by_family.get(config.family, field.default))
+    return bool(getattr(config, name) != default_of(type(config), name, config.family))
 
 
 def _check_reading(config: TrainConfig) -> None:
@@ -206,6 +204,11 @@ def _check_sharding(config: TrainConfig) -> None:
         raise UserError("--gradient_noise_scale with --zero_stage 3, which never has a whole gradient; use --zero_stage 2")
     if config.gradient_noise_scale and config.mixed_precision == "fp16":
         raise UserError("--gradient_noise_scale with --mixed_precision fp16, whose loss scale changes; use bf16 or no")
+    if config.gradient_noise_scale and config.timestep_sampling == "stratified":
+        raise UserError(
+            "--gradient_noise_scale with --timestep_sampling stratified, where a sample's noise is less the larger the batch; "
+            "leave one out"
+        )
     if config.global_batch_size and config.gradient_accumulation_steps != 1:
         raise UserError("--global_batch_size and --gradient_accumulation_steps exclude each other; leave one out")
     if (config.offload_optimizer == "nvme") != (config.nvme_path is not None):

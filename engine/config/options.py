@@ -460,7 +460,9 @@ class TrainConfig(CacheConfig):
         "c.",
         "objective",
     )
-    huber_c: float = option(0.1, "c of the Huber losses: at the last timestep, where it is scheduled.", "objective", gt=0)
+    huber_c: float = option(
+        0.1, "c of the Huber losses: at the last timestep, where it is scheduled.", "objective", ge=1e-6, le=1e6
+    )
     huber_schedule: Literal["constant", "exponential", "snr"] = option(
         "snr", "How c grows towards the first timestep, to 1: by timestep, or by signal-to-noise ratio.", "objective"
     )
@@ -560,7 +562,7 @@ class TrainConfig(CacheConfig):
     validation_fraction: float | None = option(
         None,
         "Hold out this fraction of the records, and report the loss over them. Which ones is the same in every run, and stays "
-        "so when the data set grows.",
+        "so when the data set grows; but a shard that loses samples chooses anew.",
         "validation",
         gt=0,
         lt=1,

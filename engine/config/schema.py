@@ -54,6 +54,11 @@ def options_by_family(model: type[BaseModel]) -> dict[str, dict[str, Any]]:
     return {name: extra["by_family"] for name, extra in extras.items() if isinstance(extra, dict) and extra["by_family"]}  # type: ignore[misc]
 
 
+def default_of(model: type[BaseModel], name: str, family: str) -> Any:
+    """The default of an option that a family has."""
+    return options_by_family(model).get(name, {}).get(family, model.model_fields[name].default)
+
+
 def options_lacking(model: type[BaseModel], family: str) -> list[str]:
     """Names of the options that a family does not have."""
     return [name for name, by_family in options_by_family(model).items() if family not in by_family]

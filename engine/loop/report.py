@@ -24,6 +24,7 @@ from engine.processes import Processes
 from engine.storage import is_remote
 
 _BUCKETS = 8  # that are named
+UNLIKE = "in what data sets and sizes differ is noise too, for a micro-batch is of one of them"
 
 
 def _shares(streams: Streams) -> str:
@@ -92,6 +93,7 @@ def opening(
         "steps": f"{run.steps:,}, {run.steps * run.global_batch / run.records:.1f} epochs"
         + (f"; going on after step {done:,}" if done else ""),
         "optimizer": optimizer(config),
+        **({"noise scale": UNLIKE} if config.gradient_noise_scale and len(streams.streams) > 1 else {}),
         "precision": precision(config, processes.world),
         "device": f"{device_name(processes)}, ZeRO stage {config.zero_stage}",
         "step runs": how_steps_run(config, partition.module, processes.device, captures, len(streams.shapes)),

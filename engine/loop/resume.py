@@ -12,6 +12,7 @@ from engine.config.checks import NEEDS_BLOCKS, check_judged_by_loss
 from engine.config.command_line import CONFIG, to_toml
 from engine.config.mixture import data_sets_of
 from engine.config.options import SHUFFLE_WINDOW, TrainConfig
+from engine.config.schema import default_of
 from engine.data.identity import differences, without_source
 from engine.data.samples.streams import Streams
 from engine.errors import UserError
@@ -32,7 +33,7 @@ from engine.loop.checkpoints.state import Best, State, states_of
 from engine.loop.log import CURVES, METRICS
 from engine.loop.optimizers.rates import peak_rate, rate_factors
 from engine.loop.run import Run
-from engine.messages import say
+from engine.messages import say, warn
 from engine.processes import Processes, warn_of_local_locks
 
 _OTHER_SHARDS = "was trained on other shards ({}); give the same data and options of the data"
@@ -288,18 +289,24 @@ def unit_of(config: TrainConfig, checkpoint: Path | None, state: State | None) -
 def announce(checkpoint: Checkpoint, config: TrainConfig, run: Run, world: int) -> None:
     """Says what will be different from here on from what the run was when the checkpoint was written."""
     name, before, step = checkpoint.path.name, checkpoint.state.options, checkpoint.state.step
+    # An option that came after the version that wrote the checkpoint was as it is by default.
+    defaults = {option: default_of(TrainConfig, option, config.family) for option in run.options} | {"shuffle": "global"}
     changed = [
-        f"--{option} {value} (was {before[option]})"
-        for option, value in run.options.items()
-        if before.get(option, value) != value
-    ]
-    if changed:
+        f"--{option} {value} (was {was})" for option, value in run.options.items()
+        if (was := before.get(option, defaults[option])) != value
+    ]  # fmt: skip
+    if before and changed:
         say(f"Changed since {name}: {', '.join(changed)}")
         rates = [_rate(config.model_copy(update=options), world, step) for options in (before, run.options)]
         if rates[0] != rates[1]:
             say(f"The learning rate after step {step} is {rates[1]:.3g}; as {name} was trained, {rates[0]:.3g}")
     if not config.use_ema and "ema" in checkpoint.files.kinds:
         say(f"The moving average of {name} ends here: --use_ema is not given")
+    if config.validation_fraction and checkpoint.state.run.fingerprint != run.fingerprint:
+        warn(
+            f"--continue_on_grown_data: shards that lost samples since {name} hold out other records than before, some of "
+            "which were trained on, so the held-out loss may be too low"
+        )
     output = Path(config.output_dir)
     later = [path.name for path in complete_checkpoints(output) if step_of(path) > step]
     if later:

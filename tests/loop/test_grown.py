@@ -62,6 +62,15 @@ def test_without_the_data_set_too(run, tmp_path):
     assert run(train_data_dir=None, resume_from_checkpoint="checkpoint-4", continue_on_grown_data=True) == 0
 
 
+def test_that_what_is_held_out_may_have_been_trained_on_is_said(run, tmp_path, capsys):
+    fresh = {"output_dir": str(tmp_path / "held"), "validation_fraction": 0.3, "validation_timesteps": 1}
+    assert run(resume_from_checkpoint=None, max_train_steps=1, **fresh) == 0
+    lines = (tmp_path / "images" / "metadata.jsonl").read_text().splitlines()
+    (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(lines[1:]))
+    assert run(max_train_steps=2, continue_on_grown_data=True, **fresh) == 0
+    assert "hold out other records than before, some of which were trained on" in capsys.readouterr().err
+
+
 def test_files_that_were_touched_are_the_same(run, tmp_path):
     for file in (tmp_path / "images").iterdir():
         os.utime(file, ns=(0, 0))

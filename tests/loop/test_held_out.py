@@ -66,6 +66,7 @@ def test_what_is_held_out_is_not_trained_on_and_not_counted(model, images, shard
         train(config(model, images, shards, tmp_path / "out", validation_fraction=0.2, **again))
     assert train(config(model, images, shards, tmp_path / "out", **again)) == 0
     assert seen[-1].records == trained, "a resume holds out what the run did"
+    assert "trained on" not in capsys.readouterr().err
 
 
 def test_a_run_without_goes_on_without(model, images, shards, tmp_path):

@@ -43,9 +43,11 @@ def test_two_data_sets_by_repeats_train_resume_and_are_written_back(model, image
         {"name": "colours", "train_data_dir": str(images), "caption_prefix": "sks", "random_flip": False},
         {"name": "few", "train_data_dir": str(few), "repeats": 3},
     ]
-    run = mixture(model, tmp_path / "shards", tmp_path / "out", *tables, checkpointing_steps=4)
+    accumulated = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "gradient_noise_scale": True}
+    run = mixture(model, tmp_path / "shards", tmp_path / "out", *tables, checkpointing_steps=4, **accumulated)
     assert train(run) == 0
     said = capsys.readouterr().err
+    assert "noise scale   in what data sets and sizes differ is noise too, for a micro-batch is of one of them" in said
     assert "data sets     colours 12 (50.0% of samples), few 4 (50.0% of samples)" in said
     assert "24 (none refused)" in said
     assert Index.read(tmp_path / "shards" / "colours").identity["caption_prefix"] == "sks"

@@ -70,6 +70,7 @@ def check_and_train(config) -> None:
     [
         ({"gradient_accumulation_steps": 1}, "give --gradient_accumulation_steps 2 or more"),
         ({"zero_stage": 3}, "--zero_stage 3, which never has a whole gradient; use --zero_stage 2"),
+        ({"timestep_sampling": "stratified"}, "--timestep_sampling stratified, .* leave one out"),
         ({"mixed_precision": "fp16"}, "--mixed_precision fp16, whose loss scale changes; use bf16 or no"),
     ],
     ids=str,

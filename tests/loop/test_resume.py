@@ -145,13 +145,29 @@ def test_a_longer_schedule_and_changed_options_are_said(output, run, capsys):
     assert "Changed" not in capsys.readouterr().err
 
 
-def test_a_checkpoint_without_options_is_read_as_before(output, run, capsys):
-    checkpoint = output / "checkpoint-8"
+def edit_state(checkpoint: Path, edit) -> None:
     state = json.loads((checkpoint / "state.json").read_text())
-    del state["options"]
+    edit(state)
     write_json(checkpoint / "state.json", state)
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     write_json(checkpoint / "manifest.json", manifest | {"state.json": digest(checkpoint / "state.json")})
+
+
+def test_options_that_an_older_checkpoint_does_not_know_were_at_their_defaults(output, run, capsys):
+    def from_before(state) -> None:
+        for name in ("shuffle", "shuffle_window", "loss_type", "huber_c", "noise_offset", "proportion_empty_prompts"):
+            del state["options"][name]
+
+    edit_state(output / "checkpoint-8", from_before)
+    given = {"resume_from_checkpoint": "checkpoint-8", "max_train_steps": 9}
+    assert run(loss_type="huber", proportion_empty_prompts=0.5, **given) == 0
+    said = capsys.readouterr().err
+    changed = ("--max_train_steps 9 (was 8)", "--loss_type huber (was l2)", "--proportion_empty_prompts 0.5 (was 0.0)")
+    assert f"Changed since checkpoint-8: {', '.join(changed)}\n" in said
+
+
+def test_a_checkpoint_without_options_is_read_as_before(output, run, capsys):
+    edit_state(output / "checkpoint-8", lambda state: state.pop("options"))
     assert run(resume_from_checkpoint="latest", max_train_steps=9) == 0
     assert "Changed" not in capsys.readouterr().err
     assert complete_checkpoints(output)[-1].name == "checkpoint-9"
@@ -182,7 +198,7 @@ def test_an_average_that_ends_is_said(model, images, shards, tmp_path, capsys):
 
 def test_every_option_of_optimizer_and_objective_is_compared_or_known_not_to_matter():
     groups = {name: field.json_schema_extra["group"] for name, field in TrainConfig.model_fields.items()}
-    known = {"use_ema", "use_8bit_adam", "max_skipped_steps", "offload_ema", "foreach_ema"}
+    known = {"use_ema", "use_8bit_adam", "max_skipped_steps", "gradient_noise_scale", "offload_ema", "foreach_ema"}
     shaping = {name for name, group in groups.items() if group in ("optimizer", "objective")}
     assert shaping - known <= set(ALTER_THE_RESULT) <= groups.keys()
 

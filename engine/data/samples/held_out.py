@@ -1,10 +1,10 @@
 """Which records are held out of training: a keyed choice in every shard, that no seed of a run moves.
 
 A shard's choice is a function of the number of its first sample, of how many records it has, and of the fraction. So a data set
-that grows, by further shards, keeps held out what was, in any run, and shards that were built before need nothing new. The
-records of a shard are divided into as many blocks of even size as it holds records out, and each block gives one: no order
-that the data set has in itself (classes in turn, frames of a film) decides which. Kept are a few numbers per shard, and none
-per record.
+that grows, by further shards, keeps held out what was, in any run, and shards that were built before need nothing new; a shard
+that loses a sample chooses anew. The records of a shard are divided into as many blocks of even size as it holds records out,
+and each block gives one: no order that the data set has in itself (classes in turn, frames of a film) decides which. Kept are
+a few numbers per shard, and none per record.
 """
 
 from collections.abc import Iterable, Sequence
