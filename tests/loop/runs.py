@@ -45,6 +45,7 @@ def checkpoint_tensors(checkpoint: Path, kind: str) -> dict[str, torch.Tensor]:
             if name.startswith(f"{kind}/"):
                 parameter, start = name.removeprefix(f"{kind}/").rsplit("@", 1)
                 pieces.setdefault(parameter, {})[int(start)] = tensor
+    assert pieces, f"{checkpoint} holds no {kind}"
     return {name: torch.cat([parts[start] for start in sorted(parts)]) for name, parts in pieces.items()}
 
 

@@ -61,7 +61,7 @@ def test_every_family_trains_and_goes_on_as_if_undisturbed(family, published, da
     )  # fmt: skip
     assert train(resumed) == 0
     assert losses(tmp_path / "again") == whole[3:]
-    weights, again = (checkpoint_tensors(tmp_path / name / "checkpoint-6", "parameter") for name in ("out", "again"))
+    weights, again = (checkpoint_tensors(tmp_path / name / "checkpoint-6", "weight") for name in ("out", "again"))
     assert weights.keys() == again.keys()
     assert all(weights[name].equal(again[name]) for name in weights)
 
