@@ -282,9 +282,6 @@ def _check_source(config: CacheConfig) -> None:
         )
     if config.train_data_dir and not config.dataset_name and not Path(config.train_data_dir).exists():
         raise UserError(f"--train_data_dir {config.train_data_dir}: no such directory")
-    held_out = getattr(config, "validation_data_dir", None)
-    if held_out and not is_remote(held_out) and not Path(held_out).exists():
-        raise UserError(f"--validation_data_dir {held_out}: no such directory")
     name = config.dataset_name
     if name and not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(f"--dataset_name {name}: no such directory or file")
@@ -294,11 +291,14 @@ def _check_shards(config: CacheConfig) -> None:
     """Refuses shards that can neither be read nor written."""
     if not (config.source or config.shards_address):
         _check_shards_are_there(config.shards_path)
-    if not config.shards_address and not _has_index(config.shards_path):  # nothing is written beside shards that are there
+    if not config.shards_address and not holds_shards(config.shards_path):  # nothing is written beside shards that are there
         check_writable("--shards_dir", config.shards_path)
 
 
 def _check_training_machine(config: TrainConfig) -> None:
+    held_out = config.validation_data_dir
+    if held_out and not is_remote(held_out) and not Path(held_out).exists():
+        raise UserError(f"--validation_data_dir {held_out}: no such directory")
     places = {"--compile_cache_dir": config.compile_cache_dir, "--nvme_path": config.nvme_path}
     for flag, place in (places | {"--shards_cache": config.shards_cache}).items():
         if place:
@@ -346,9 +346,10 @@ def _check_shards_are_there(directory: Path) -> None:
         raise UserError(f"--shards_dir {directory}: no such directory; {remedy}")
 
 
-def _has_index(directory: Path) -> bool:
+def holds_shards(directory: Path) -> bool:
+    """Whether there are shards, of one size or several."""
     try:
-        return (directory / "index.json").is_file()
+        return any((directory / name).is_file() for name in ("index.json", "buckets.json"))
     except OSError:  # a name that is too long, say
         return False
 

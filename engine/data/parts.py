@@ -10,7 +10,7 @@ from engine.data.bucketed import build_buckets, in_bucket
 from engine.data.buckets import size_named
 from engine.data.encode import encode_source
 from engine.data.format.buckets import is_bucketed, read_indexes
-from engine.data.format.index import INDEX, Index
+from engine.data.format.index import Index
 from engine.data.format.remote import read_buckets, read_index
 from engine.errors import UserError
 from engine.messages import busy
@@ -93,8 +93,3 @@ def _on_storage(config: CacheConfig) -> dict[str, Index]:
             raise error from None
     names = [bucket.name for bucket in buckets.buckets if bucket.images]
     return {name: read_index(Storage(below(address, name))) for name in names}
-
-
-def holds_shards(directory: Path) -> bool:
-    """Whether there are shards, of one size or several."""
-    return (directory / INDEX).is_file() or is_bucketed(directory)

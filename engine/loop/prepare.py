@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 
+from engine.config.checks import holds_shards
 from engine.config.mixture import DataSet, data_sets_of
 from engine.config.options import ALTER_THE_RESULT, CacheConfig, TrainConfig, options_of
 from engine.data.format.cache import ShardsCache
@@ -23,7 +24,7 @@ from engine.data.format.reader import Shards
 from engine.data.format.remote import CachedShards, Depth, RangedShards
 from engine.data.format.verify import verify
 from engine.data.identity import differences
-from engine.data.parts import Part, build_parts, find_parts, holds_shards
+from engine.data.parts import Part, build_parts, find_parts
 from engine.data.samples.batch import BatchPlan
 from engine.data.samples.dropout import Dropout
 from engine.data.samples.held_out import chosen, splits_of

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from engine.config import checks
 from engine.config.command_line import parse
 from engine.config.options import TrainConfig
 from engine.errors import UserError
@@ -100,6 +101,17 @@ def test_missing_data_and_directories_are_named(tmp_path):
     for model, named in (("/nowhere", "no such directory"), (str(tmp_path), "no model_index.json there")):
         with pytest.raises(UserError, match=named):
             parse(TrainConfig, "", "", ["--family", "sd", "--pretrained_model_name_or_path", model, "--shards_dir", "x"])
+
+
+@pytest.mark.parametrize("index", ["index.json", "buckets.json"])
+def test_shards_that_may_only_be_read_are_taken(index, data, tmp_path, monkeypatch):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / index).touch()
+    asked = []
+    monkeypatch.setattr(checks, "check_writable", lambda flag, path: asked.append(flag))
+    run(*data, "--shards_dir", str(tmp_path / "shards"))
+    assert "--output_dir" in asked
+    assert "--shards_dir" not in asked
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):

@@ -119,6 +119,7 @@ def test_a_folder_given_twice_is_two_data_sets(tmp_path):
         (f'{CATS}max_train_samples = "x"', ["[[data]] cats: --max_train_samples 'x': input should be a valid integer"]),
         (f"{CATS}shuffle_tags = true", ["[[data]] cats: --shuffle_tags needs --cache_text tokens, or --caption_variants"]),
         ('[[data]]\ntrain_data_dir = "@/birds"', ["[[data]] birds: --train_data_dir @/birds: no such directory"]),
+        (f'validation_data_dir = "@/held"\n{CATS}', ["--validation_data_dir @/held: no such directory"]),
         ('[[data]]\nname = "none"', ["[[data]] none: --shards_dir"]),
         ("[data]\nweight = 1", ["[data]: write a table [[data]] for each data set"]),
         ("data = []", ["[data]: write a table [[data]] for each data set"]),
