@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
+from pydantic import ValidationError
 
 from engine.config.options import TrainConfig
 from engine.diffusion.schedules import CosineSchedule, DiscreteSchedule, objective
@@ -98,3 +99,9 @@ def test_thresholds_of_huber_are_those_of_the_paper(schedule, smooth_l1):
 def test_a_threshold_without_signal_is_c():
     wanted = objective(options(loss_type="huber"))
     assert float(DiscreteSchedule(ZERO_TERMINAL.alphas_cumprod, "sample", wanted).table[5, -1]) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("c", [1e-20, 1e20])
+def test_a_constant_whose_square_fp32_cannot_hold_is_refused(c):
+    with pytest.raises(ValidationError, match="huber_c"):
+        options(loss_type="huber", huber_c=c)
