@@ -135,7 +135,7 @@ def prepare_held_out(
         UserError: as of `prepare_shards`.
     """
     if config.validation_data_dir:
-        parts = _validation_parts(config, family, processes)
+        parts = _validation_parts(config, family, processes, parts)
         _check(config, parts, processes)
         numbers = chosen([part.index.records for part in parts], config.max_validation_samples)
         found = list(zip(parts, numbers, strict=True))
@@ -150,15 +150,16 @@ def prepare_held_out(
     return [Records(shards, which) for shards, (_, which) in zip(opened, found, strict=True)]
 
 
-def _validation_parts(config: TrainConfig, family: Family, processes: Processes) -> list[Part]:
-    """The parts of `--validation_data_dir`: a data set, encoded as that of the training is, or shards."""
+def _validation_parts(config: TrainConfig, family: Family, processes: Processes, trained: list[Part]) -> list[Part]:
+    """The parts of `--validation_data_dir`: a data set, encoded as that of the training is, or shards of the same models."""
     given = config.validation_data_dir
     assert given is not None
     no_data = dict.fromkeys(("dataset_name", "dataset_config_name", "train_data_dir", "max_train_samples", "data_sets"))
     if is_remote(given) or processes.computed_by_first(lambda: holds_shards(Path(given))):
         parts = find_parts(config.model_copy(update=no_data | {"shards_dir": given}), family.encoding, processes)
         if not config.trust_shards:
-            processes.computed_by_first(lambda: _refuse_other_models(parts, family))
+            models = trained[0].index.identity.get("models", {})
+            processes.computed_by_first(lambda: _refuse_other_models(parts, family, models))
         return parts
     beside = str(Path(config.output_dir) / "shards") if config.shards_address else str(config.shards_path)
     own = no_data | {"train_data_dir": given, "shards_dir": str(Path(beside) / VALIDATION)}
@@ -292,13 +293,17 @@ def _damaged(config: CacheConfig, problems: dict[str, str]) -> str:
     return f"{config.shards_path}: damaged shards: {listed}; {remedy}"
 
 
-def _refuse_other_models(parts: list[Part], family: Family) -> None:
-    """Raises `UserError` where frozen models that are at hand did not build the shards."""
+def _refuse_other_models(parts: list[Part], family: Family, models: dict[str, str] | None = None) -> None:
+    """Raises `UserError` where frozen models that are at hand did not build the shards.
+
+    Args:
+        models: digests of others, which are not at hand.
+    """
     of_family = [part for part in parts if part.index.family == family.config.family]
     if not of_family:
         return
     with busy("Comparing the frozen models with those that built the shards"):
-        now = family.encoding.encoder_identity(at_hand=True)
+        now = (models or {}) | family.encoding.encoder_identity(at_hand=True)
     for part in of_family:
         before = part.index.identity.get("models", {})
         if other := differences({name: before.get(name) for name in now}, now):

@@ -92,6 +92,21 @@ def test_shards_of_another_encoder_are_refused_by_name_unless_they_are_trusted(p
     assert run(trust_shards=True, **options) == 0
 
 
+def test_shards_of_held_out_records_are_compared_with_the_models_of_the_run(run, model, shards, tmp_path):
+    held_out, other = tmp_path / "held_out", with_another("vae", model, tmp_path / "model")
+    assert run(shards_dir=str(held_out), pretrained_model_name_or_path=other, max_train_steps=1) == 0
+    options = {
+        "train_data_dir": None,
+        "shards_dir": str(shards),
+        "validation_data_dir": str(held_out),
+        "overwrite": True,
+        "max_train_steps": 1,
+    }
+    with pytest.raises(UserError, match=r"held_out: the shards were built with other models .* \(another vae\); .* --trust"):
+        run(**options)
+    assert run(trust_shards=True, **options) == 0
+
+
 def test_another_unet_is_no_other_encoder(run, model, shards, tmp_path):
     changed = with_another("unet", model, tmp_path / "model")
     assert run(shards_dir=str(shards), train_data_dir=None, pretrained_model_name_or_path=changed) == 0
@@ -112,6 +127,8 @@ def test_models_that_are_not_at_hand_are_not_compared():
         with expected:
             _refuse_other_models([part] * 40, family)
         assert asked == [now], "for all parts together"
+    with pytest.raises(UserError, match="another image_encoder"):  # than that of the training's shards
+        _refuse_other_models([part], family, {"image_encoder": "d" * 64})
 
 
 def test_the_shards_of_all_parts_are_divided_together(monkeypatch):
