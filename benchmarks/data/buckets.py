@@ -27,8 +27,8 @@ from benchmarks.tools.question import command_line
 from benchmarks.tools.rows import write_result
 from engine import messages
 from engine.config.options import TrainConfig
-from engine.data.buckets import Size, cropped_away, made, nearest
-from engine.data.format.buckets import read_indexes
+from engine.data.buckets import cropped_away, made, nearest
+from engine.data.format.buckets import Size, read_indexes, size_named
 from engine.data.parts import build_parts
 from engine.data.transforms import crop_centre, resize_to_cover
 from engine.loop.trainer import train
@@ -63,7 +63,7 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
     images = photographs()
     rows = []
     for row in found:
-        width, height = map(int, row["brought_to"].split("x"))
+        width, height = size_named(row["brought_to"])
         drawn = [brought_to(images[row["photograph"]], size) for size in ((width * HEIGHT // height, HEIGHT), (HEIGHT, HEIGHT))]
         rows.append((f"{row['brought_to']}: {row['bucket']:.0%} cropped, square {row['square']:.0%}", drawn))
     save_png(labelled_grid(rows).quantize(COLORS), path)

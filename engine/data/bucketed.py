@@ -6,7 +6,6 @@ after another, each as `encode_source` builds any directory. `buckets.json` is w
 
 import contextlib
 import os
-import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -18,18 +17,16 @@ import numpy as np
 
 from engine.config.options import CacheConfig
 from engine.data.buckets import (
-    Size,
     cropped_away,
     measure,
     nearest,
     options_of_buckets,
     remember,
     remembered,
-    size_named,
     sizes_of,
 )
 from engine.data.encode import encode_source, loaded_once, opened_by_all, refuse_known, say_noticed
-from engine.data.format.buckets import Bucket, Buckets
+from engine.data.format.buckets import Bucket, Buckets, Size, is_name, name_of, size_named
 from engine.data.format.index import BUCKETS, INDEX, Index, add_refused
 from engine.data.found import Task, complete_index, keeps_any, look
 from engine.data.identity import differences, recipe_of
@@ -66,7 +63,7 @@ class _DataSet:
     def divided(self) -> dict[str, subset.Bucket]:
         """The samples of each bucket that has any, by its name."""
         places = nearest(self.sizes, self.images)
-        found = {f"{width}x{height}": np.flatnonzero(places == at) for at, (width, height) in enumerate(self.sizes)}
+        found = {name_of(size): np.flatnonzero(places == at) for at, size in enumerate(self.sizes)}
         return {
             name: subset.Bucket(self.source, indices, self.stamps[indices]) for name, indices in found.items() if len(indices)
         }
@@ -255,7 +252,7 @@ def _refuse_another(data: _DataSet | None) -> None:
 def _directories(directory: Path) -> list[str]:
     """The names of buckets of which there are shards."""
     names = (path.parent.name for path in directory.glob(f"*x*/{INDEX}"))
-    return [name for name in names if re.fullmatch(r"[1-9]\d*x[1-9]\d*", name)]
+    return [name for name in names if is_name(name)]
 
 
 def _end(data: _DataSet | None, indexes: dict[str, Index]) -> None:

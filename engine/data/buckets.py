@@ -18,6 +18,7 @@ import torch
 import xxhash
 
 from engine.config.options import CacheConfig
+from engine.data.format.buckets import Size, size_named
 from engine.data.format.index import SIZES
 from engine.data.sources.interface import Refused, Source
 from engine.files import write_atomically
@@ -26,7 +27,6 @@ from engine.models.encoder import Encoding
 from engine.processes import Processes
 from engine.tensors import TensorFile, bytes_of, header_of
 
-Size = tuple[int, int]  # width and height
 _READERS = 8  # threads that read headers, of a file system that may be a network's
 _AT_ONCE = 2**14  # headers that a process reads before all of them are remembered
 _LONGEST_SIDE = 2**31 - 1
@@ -46,11 +46,6 @@ def sizes_of(config: CacheConfig, encoding: Encoding) -> list[Size]:
         encoding.check_sides("--bucket_step", config.bucket_step)
         sizes = made(config.bucket_step, config.bucket_area or config.resolution**2, config.bucket_max_ratio)
     return sorted(sizes, key=lambda size: (Fraction(*size), size))
-
-
-def size_named(name: str) -> Size:
-    width, height = map(int, name.split("x"))
-    return width, height
 
 
 def made(step: int, area: int, max_ratio: float) -> set[Size]:

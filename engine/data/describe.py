@@ -12,8 +12,7 @@ from torch import Tensor
 from engine.catalogue import FAMILIES
 from engine.config.command_line import load
 from engine.config.options import CacheConfig
-from engine.data.buckets import size_named
-from engine.data.format.buckets import Buckets, is_bucketed
+from engine.data.format.buckets import Buckets, is_bucketed, size_named
 from engine.data.format.index import BUCKETS, INDEX, Index, add_refused
 from engine.data.format.reader import Shards
 from engine.data.format.shard import open_shard

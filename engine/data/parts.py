@@ -7,9 +7,8 @@ from typing import Any
 
 from engine.config.options import CacheConfig
 from engine.data.bucketed import build_buckets, in_bucket
-from engine.data.buckets import size_named
 from engine.data.encode import encode_source
-from engine.data.format.buckets import is_bucketed, read_indexes
+from engine.data.format.buckets import is_bucketed, read_indexes, size_named
 from engine.data.format.index import Index
 from engine.data.format.remote import read_buckets, read_index
 from engine.errors import UserError

@@ -13,8 +13,8 @@ from PIL import Image
 
 from engine.config.options import CacheConfig
 from engine.data import bucketed
-from engine.data.buckets import cropped_away, made, nearest, remembered, size_named, sizes_of
-from engine.data.format.buckets import Buckets
+from engine.data.buckets import cropped_away, made, nearest, remembered, sizes_of
+from engine.data.format.buckets import Buckets, size_named
 from engine.data.format.index import BUCKETS, INDEX, SIZES, Index
 from engine.data.format.verify import verify
 from engine.data.parts import build_parts, find_parts

@@ -1,6 +1,7 @@
 """What `buckets.json` says: which sizes the images of a data set were brought to, each in a directory of shards beside it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,22 @@ from engine.files import parse_json, read_text, reading, write_json
 
 WRITE_AGAIN = "delete it and build again, which writes it and encodes nothing twice, or get a whole copy"
 Side = Annotated[int, Ge(1), Le(2**20)]
+Size = tuple[int, int]  # width and height
+
+
+def name_of(size: Size) -> str:
+    """That of the directory of a size's shards."""
+    return f"{size[0]}x{size[1]}"
+
+
+def size_named(name: str) -> Size:
+    width, height = map(int, name.split("x"))
+    return width, height
+
+
+def is_name(folder: str) -> bool:
+    """Whether a folder is called as one of a size's shards is."""
+    return re.fullmatch(r"[1-9]\d*x[1-9]\d*", folder) is not None
 
 
 class Bucket(Stored):
@@ -31,7 +48,7 @@ class Bucket(Stored):
     @property
     def name(self) -> str:
         """That of its directory."""
-        return f"{self.width}x{self.height}"
+        return name_of((self.width, self.height))
 
 
 class Buckets(Stored):
