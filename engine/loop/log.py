@@ -18,8 +18,8 @@ from engine.config.options import TrainConfig
 from engine.config.schema import SECRETS
 from engine.errors import UserError, first_line
 from engine.files import read_text, reading, write_text
+from engine.loop.curves import curves
 from engine.messages import warn
-from engine.picture import curves
 
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"

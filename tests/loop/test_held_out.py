@@ -9,9 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import picture
 from engine.errors import UserError
-from engine.loop import held_out, log, trainer
+from engine.loop import curves, held_out, log, trainer
 from engine.loop.trainer import train
 from engine.loop.weights.ema import Ema
 from tests.commands import run_two
@@ -202,7 +201,7 @@ def test_the_best_checkpoint_stays_and_patience_ends_the_run(model, images, shar
     run |= {"checkpointing_steps": 4, "checkpoints_total_limit": 1, "best_checkpoint": True, "patience": 3}
     falls_and_rises(monkeypatch, [each for loss in (0.5, 0.3, None, 0.4, 0.3) for each in (loss, loss)])
     with monkeypatch.context() as patch:
-        patch.setattr(log, "curves", picture.curves)
+        patch.setattr(log, "curves", curves.curves)
         assert train(config(model, images, shards, output, **run)) == 0
     assert np.asarray(Image.open(output / "curves.png").convert("L")).std() > 5
     said = "the held-out loss has not been below the 0.3 of step 2, kept as checkpoint-2, in 3 rounds (--patience 3)"
