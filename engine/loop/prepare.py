@@ -21,7 +21,7 @@ from engine.config.options import ALTER_THE_RESULT, CacheConfig, TrainConfig, op
 from engine.data.format.cache import ShardsCache
 from engine.data.format.index import INDEX, Index
 from engine.data.format.reader import Shards
-from engine.data.format.remote import CachedShards, Depth, RangedShards
+from engine.data.format.remote import CachedShards, RangedShards, ReadAhead
 from engine.data.format.verify import verify
 from engine.data.identity import differences
 from engine.data.parts import Part, build_parts, find_parts
@@ -211,7 +211,7 @@ def _open(config: TrainConfig, parts: list[Part], processes: Processes, readers:
     Args:
         readers: among which what may be open is divided.
     """
-    check_rows, window, depth = config.verify_shards != "none", config.shuffle_window, Depth()
+    check_rows, window, depth = config.verify_shards != "none", config.shuffle_window, ReadAhead()
     cache = ShardsCache(Path(config.shards_cache), config.cache_bytes) if config.shards_cache else None
 
     def open_part(part: Part) -> Shards:

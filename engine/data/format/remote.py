@@ -262,7 +262,7 @@ class CachedShards(_RemoteShards):
         self.cache.forget(self._object(number)[0])
 
 
-class Depth:
+class ReadAhead:
     """How many bytes of rows are on their way.
 
     That is measured: from two micro-batches on twice as many, up to `MEMORY`, while rows are waited for and come faster by it.
@@ -304,7 +304,7 @@ class RangedShards(_RemoteShards):
         window: int | None = None,
         index: Index | None = None,
         readers: int = 1,
-        depth: Depth | None = None,
+        depth: ReadAhead | None = None,
     ) -> None:
         super().__init__(storage, check_rows, index, readers)
         self._ready: dict[str, _Ranges] | None = None  # rows of the micro-batch that is being gathered
@@ -321,7 +321,7 @@ class RangedShards(_RemoteShards):
         self._keeps_heads = min(2 * window if window else count, count) <= self._most_open
         self._first_bytes = min(_HEADER + numbers * self._keeps_heads, _LARGEST_GUESS)
         self._pool = concurrent.futures.ThreadPoolExecutor(max(CONNECTIONS // readers, 4), "fetch rows")
-        self.depth = depth or Depth()
+        self.depth = depth or ReadAhead()
         self._group_numbers = itertools.count()
         self._groups: dict[int, dict[str, _Ranges]] = {}
         self._left: dict[int, int] = {}  # micro-batches of a group that were not gathered
