@@ -191,11 +191,10 @@ _NEEDS: dict[str, tuple[str, tuple[str | None, ...]]] = {
 
 
 def _check_objective(config: TrainConfig) -> None:
-    iterations = TrainConfig.model_fields["pyramid_noise_iterations"].default
-    if config.pyramid_noise_iterations != iterations and not config.pyramid_noise_discount:
+    if _is_given(config, "pyramid_noise_iterations") and not config.pyramid_noise_discount:
         raise UserError("--pyramid_noise_iterations needs --pyramid_noise_discount, for example 0.3")
     for name, (other, values) in _NEEDS.items():
-        if getattr(config, name) != TrainConfig.model_fields[name].default and getattr(config, other) not in values:
+        if _is_given(config, name) and getattr(config, other) not in values:
             raise UserError(f"--{name} needs --{other} {' or '.join(filter(None, values))}")
 
 

@@ -198,9 +198,7 @@ class CacheConfig(BaseModel):
         "the text encoder reads in every step.",
         "data",
     )
-    data_sets: list[dict[str, Any]] | None = option(
-        None, "Several data sets, each a [[data]] table of the TOML file; see engine/config/mixture.py.", None
-    )
+    data_sets: list[dict[str, Any]] | None = option(None, "Several data sets, each a [[data]] table of the TOML file.", None)
     shards_dir: str | None = option(
         None,
         "Directory of the latent shards, built when absent; or the address of one that is read where it lies: https://, s3://, "
@@ -446,7 +444,8 @@ class TrainConfig(CacheConfig):
     )
     snr_gamma: float | None = option(
         None,
-        "Gamma of the Min-SNR loss weights (arXiv:2303.09556), which it switches on, or of Soft-Min-SNR; 5.0 is recommended.",
+        "Gamma of the Min-SNR loss weights (arXiv:2303.09556), which it switches on, or of Soft-Min-SNR; 5.0 is recommended, "
+        "and what --loss_weighting min_snr or soft_min_snr takes without it.",
         "objective",
         gt=0,
     )
@@ -576,7 +575,7 @@ class TrainConfig(CacheConfig):
     validation_steps: int = option(
         500, "Steps between two rounds of the held-out loss; the last step has one, too.", "validation", ge=1
     )
-    max_validation_samples: int | None = option(
+    max_validation_samples: int = option(
         256, "Records of those held out that the loss is taken over; always the same ones.", "validation", ge=1
     )
     validation_timesteps: int = option(

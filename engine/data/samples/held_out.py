@@ -96,10 +96,10 @@ def splits_of(indexes: Iterable[Index], fraction: float | None) -> list[Split | 
     return splits
 
 
-def chosen(counts: Sequence[int], most: int | None) -> list[Tensor]:
+def chosen(counts: Sequence[int], most: int) -> list[Tensor]:
     """Which of the numbers below each count are taken, over all `most` at most: int64 [N] each, increasing, always the same."""
     total = sum(counts)
-    if most is None or most >= total:
+    if most >= total:
         return [torch.arange(count) for count in counts]
     places = torch.arange(most)
     numbers = permuted(KEY, torch.zeros_like(places), places, total).sort().values
