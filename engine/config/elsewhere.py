@@ -67,7 +67,7 @@ ELSEWHERE = {
     "bucket_no_upscale minimum_image_size upscale_*": "--max_upscale, above which images are refused",
     "frame_buckets": "no video",
     "resolution_type maximum_image_size target_downsample_size": (
-        "--resolution, in pixels of a side; with --buckets or --bucket_area, of as many pixels in all"
+        "--resolution, in pixels of a side; with --buckets of as many pixels in all, or of --bucket_area"
     ),
     "height width image_size resolutions size": "--resolution, one number; --buckets for images that are not square",
     "flip_aug hflip": "--random_flip",

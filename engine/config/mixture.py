@@ -123,7 +123,7 @@ def _mistakes(table: Mapping[str, Any]) -> list[str]:
     for key in ("weight", "repeats"):
         value = table.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-9 <= value <= 1e9:
-            said.append(f"{key} {value!r}: give a number above 0")
+            said.append(f"{key} {value!r}: give a number above 0, from 1e-9 to 1e9")
     return said
 
 

@@ -108,7 +108,8 @@ class Draw:
         self.first = self._limit("min_timestep", sampling.minimum, 0)
         self.end = self._limit("max_timestep", sampling.maximum, end)
         if not self.first < self.end:
-            raise UserError(f"--min_timestep {self.first:g} --max_timestep {self.end:g}: none is left between them")
+            given = f"--min_timestep {self.first:g} --max_timestep {self.end:g}"
+            raise UserError(f"{given}: none is left between them; give the first below the second")
         self.knots = self._knots(sampling.bias) if sampling.bias else None
 
     def __call__(self, seed: Tensor, slots: Tensor, global_batch: int) -> Tensor:
@@ -129,7 +130,7 @@ class Draw:
             UserError: there are not so many.
         """
         if self.integers and count > self.end - self.first:
-            raise UserError(f"--validation_timesteps {count}: there are {self.end - self.first:g}")
+            raise UserError(f"--validation_timesteps {count}: there are {self.end - self.first:g}; give that at the most")
         edges = self.first + (self.end - self.first) * torch.arange(count + 1, dtype=torch.float64) / count
         middles = (edges[:-1] + edges[1:]) / 2
         if not self.integers:
@@ -143,7 +144,7 @@ class Draw:
         if self.integers and value != int(value):
             raise UserError(f"--{option} {value:g}: timesteps are whole numbers here, from 0 to {self.schedule_end:g}")
         if value > self.schedule_end:
-            raise UserError(f"--{option} {value:g}: the schedule ends at {self.schedule_end:g}")
+            raise UserError(f"--{option} {value:g}: the schedule ends at {self.schedule_end:g}; give that at the most")
         return value
 
     def _knots(self, bias: Bias) -> tuple[float, float, float]:

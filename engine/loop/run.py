@@ -12,7 +12,7 @@ class Run:
 
     global_batch: samples per optimizer step, over all processes.
     fingerprint: of the latent shards.
-    records: how many the streams hold.
+    records: slots of an epoch, in which a record comes as often as it is repeated.
     steps: optimizer steps in all.
     options: those that alter the result; when the run is resumed all may change but the order.
     data: what shaped the shards of a single stream.

@@ -15,7 +15,7 @@ class Batch:
     record: the family's fields, each [B, *shape].
     slots: int64 [B].
     timesteps: [B], as the model takes them.
-    coefficients: fp32 [5, B], the schedule's a, s, c_x, c_e and w.
+    coefficients: fp32 [5, B], the schedule's a, s, c_x, c_e and w; with a Huber loss [6, B], the last row its c.
     data_set: int64 [1], the number of the data set that all of it is of.
     copied: on a GPU, the event that the copy from the host is done.
     """
