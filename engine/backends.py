@@ -78,9 +78,12 @@ def _share_processors() -> None:
 
 
 def compile_model(model: nn.Module, config: TrainConfig, shapes: int) -> None:
-    """Has the model compiled when it is called, in place: once for each of so many shapes, whose sizes the code then knows."""
+    """Has the model compiled when it is called, in place: once for each of so many shapes, whose sizes the code then knows.
+
+    A pass without gradients, as DREAM's and that of the held-out loss, is compiled by itself.
+    """
     if shapes < 2:
         model.compile(mode=config.compile_mode)
         return
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * shapes)  # with and without gradients
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 3 * shapes)
     model.compile(mode=config.compile_mode, dynamic=False)

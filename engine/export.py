@@ -20,7 +20,10 @@ def main() -> int:
     options = parser.parse_args(sys.argv[1:])
     model, file = options.model, options.single_file
     if not (model / "model_index.json").is_file():
-        raise UserError(f"--model {model}: no model_index.json there; give the output directory of a training")
+        raise UserError(
+            f"--model {model}: no model_index.json there; give the output directory of a training. Of a checkpoint, "
+            "or OUTPUT_DIR/best, `python -m engine.checkpoint export` writes one"
+        )
     if file.suffix != ".safetensors" or not file.parent.is_dir():
         raise UserError(f"--single_file {file}: give a name that ends in .safetensors, in a directory that exists")
     check_writable("--single_file", file.parent)

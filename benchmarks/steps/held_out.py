@@ -45,7 +45,7 @@ def measure(name: str, records: int, turns: int, device: torch.device) -> dict[s
         )  # fmt: skip
         training = open_training(family, checkpoint.load_model(), device, SIZE)
         of = [Records(Shards(Path(directory)), torch.arange(records))]
-        loss = HeldOutLoss(training.config, family, training.partition, of, SIZE, training.captures)
+        loss = HeldOutLoss(training.config, family, training.partition, of, SIZE, training.train_step.captured)
         pairs = 2 * records * len(loss.grid)  # of the weights and of the average
         batch = batch_of(family, random_records(family, SIZE, device), 0, device)
         batches, numbers = repeat(batch), count(1)

@@ -76,13 +76,15 @@ class Captured:
     call, all in one pool of memory. All kinds of a shape are captured together, once each has run as it is for `WARM_UP`
     calls, in whatever shape, and one call in this shape has: what runs as it is cannot use the pool, and would need the
     activations' memory a second time beside it. So where a shape is new, the graphs of the others are given back first; each is
-    captured again when it is next used.
+    captured again when it is next used. The same holds among several of these that share a pool.
 
     Captured are processes each by themselves: where there are several shapes, others may come to them at other steps.
 
     Args:
         kinds: the flags that the function is called with.
         expected: how many shapes there are.
+        beside: what this shares a pool with; their calls follow each other, and results are not used beyond the other's calls.
+        name: what it is, in messages.
     """
 
     def __init__(
@@ -91,8 +93,12 @@ class Captured:
         processes: Processes,
         kinds: Iterable[tuple[bool, ...]] = ((),),
         expected: int = 1,
+        beside: "Captured | None" = None,
+        name: str = "the step",
     ) -> None:
-        self.expected = expected
+        self.expected, self.name = expected, name
+        self.sharing: list[Captured] = beside.sharing if beside else []  # all of one pool and stream, which they all name
+        self.sharing.append(self)
         self.function, self.processes, self.kinds = function, processes, tuple(dict.fromkeys(kinds))
         self.shapes: dict[Any, _Shape] = {}
         self.calls: Counter[tuple[bool, ...]] = Counter()  # how often each kind has run as it is
@@ -100,8 +106,8 @@ class Captured:
         self.on_gpu = processes.device.type == "cuda"
         self.captures = self.memory = 0  # how often a shape was captured; bytes of the graphs that there are
         self._said = not self.on_gpu
-        self.stream: Any = torch.cuda.Stream(processes.device) if self.on_gpu else None
-        self.pool: Any = torch.cuda.graph_pool_handle() if self.on_gpu else None
+        self.stream: Any = beside.stream if beside else torch.cuda.Stream(processes.device) if self.on_gpu else None
+        self.pool: Any = beside.pool if beside else torch.cuda.graph_pool_handle() if self.on_gpu else None
 
     def __call__(self, batch: Batch, *kind: bool) -> Any:
         key = tuple((name, tensor.shape) for name, tensor in batch.record.items())
@@ -110,7 +116,7 @@ class Captured:
             torch._foreach_copy_(shape.batch.tensors, batch.tensors, non_blocking=True)
         if not shape.graphs:
             if not shape.warm or min(self.calls[each] for each in self.kinds) < WARM_UP:
-                if self.graphs:
+                if any(each.graphs for each in self.sharing):
                     self.release()
                 shape.warm = True
                 self.calls[kind] += 1
@@ -129,17 +135,18 @@ class Captured:
         return sum(len(shape.graphs) for shape in self.shapes.values())
 
     def release(self) -> None:
-        """Gives the graphs and their memory back, so that other work has it; the next call captures again.
+        """Gives the graphs of the pool and their memory back, so that other work has it; the next calls capture again.
 
         No replay may be under way, and no result may be used any more. Weights, the optimizer's state and what libraries
         prepared in the first calls lie outside the pool and stay.
         """
-        for shape in self.shapes.values():
-            shape.graphs = {}
-        self.results, self.memory = {}, 0
+        # The allocator refuses to capture into a pool that is given up while something in it still lives.
+        pool = torch.cuda.graph_pool_handle() if self.on_gpu else None
+        for each in self.sharing:
+            for shape in each.shapes.values():
+                shape.graphs = {}
+            each.results, each.memory, each.pool = {}, 0, pool
         if self.on_gpu:
-            # The allocator refuses to capture into a pool that is given up while something in it still lives.
-            self.pool = torch.cuda.graph_pool_handle()
             torch.cuda.empty_cache()
 
     def _capture(self, batch: Batch) -> dict[tuple[bool, ...], Callable[[], None]]:
@@ -151,7 +158,7 @@ class Captured:
         """
         graphs: dict[tuple[bool, ...], Callable[[], None]] = {}
         try:
-            with busy("Capturing the step as CUDA graphs"):
+            with busy(f"Capturing {self.name} as CUDA graphs"):
                 for kind in self.kinds:
                     graphs[kind], result = capture(partial(self._call, batch, kind), self.stream, self.pool)
                     self.results.setdefault(kind, result)
@@ -160,14 +167,15 @@ class Captured:
             if isinstance(cause, UserError) or not isinstance(cause, Exception):
                 raise cause from None  # nothing that capturing did
             where = f" on process {self.processes.rank}" if self.processes.world > 1 else ""
-            said = f"capturing the step as a CUDA graph failed{where}: {first_line(cause)}"
+            said = f"capturing {self.name} as a CUDA graph failed{where}: {first_line(cause)}"
             raise UserError(f"{said}; start again with --cuda_graphs off", alone=True) from None
         return graphs
 
     def _say_memory(self) -> None:
         """Says once, when all shapes are captured, what their graphs take."""
         if not self._said and sum(bool(shape.graphs) for shape in self.shapes.values()) == self.expected:
-            of = f" of {self.expected} shapes" if self.expected > 1 else ""
+            of = f" of {self.name}" if self is not self.sharing[0] else ""
+            of += f" of {self.expected} shapes" if self.expected > 1 else ""
             say(f"The CUDA graphs{of} take {self.memory / 2**30:.2f} GiB, captured {self.captures} times")
             self._said = True
 

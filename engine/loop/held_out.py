@@ -9,7 +9,7 @@ image and its first caption.
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from engine.config.options import TrainConfig
 from engine.data.format.reader import Rows, Shards, ahead
 from engine.data.samples.batch import Batch
-from engine.errors import of_all
+from engine.data.samples.streams import shape_of
+from engine.errors import LostProcess, first_line, of_all
 from engine.files import digest_of
 from engine.loop.capture import Captured
 from engine.loop.checkpoints.state import Best
@@ -45,18 +46,29 @@ class Records:
     numbers: Tensor
 
 
+class NotTaken(Exception):
+    """A round that came to no end, as all processes know, so that they can still save.
+
+    error: what this process is to raise.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(first_line(error))
+        self.error = error
+
+
 class HeldOutLoss:
     """The loss over some records, of the weights as they are; every process must call it.
 
     Args:
         unit: how many samples are compared at a time.
-        captures: whether that is captured as CUDA graphs.
+        step: what of the training's step is captured as CUDA graphs, where it is: so is this, in the same memory.
         text_encoder: frozen, on the device, where captions are tokens.
     """
 
     def __init__(
         self, config: TrainConfig, family: Family, partition: Partition, records: Sequence[Records], unit: int,
-        captures: bool, text_encoder: nn.Module | None = None,
+        step: Captured | None, text_encoder: nn.Module | None = None,
     ) -> None:  # fmt: skip
         self.family, self.partition, self.records, self.unit = family, partition, records, unit
         self.text_encoder = text_encoder
@@ -65,7 +77,10 @@ class HeldOutLoss:
         self.predict = partition.predict if config.zero_stage == 3 else partition.module  # stage 3 gathers weights for it
         processes, device = partition.processes, partition.processes.device
         self.seed, self.scale = torch.tensor([SEED], device=device), torch.ones(1, device=device)
-        self.losses = Captured(self.compare, processes) if captures else self.compare
+        self.shapes = len({shape_of(of.shards) for of in records})
+        self.losses: Callable[[Batch], Tensor] = self.compare
+        if step:
+            self.losses = Captured(self.compare, processes, expected=self.shapes, beside=step, name="the held-out loss")
         # Of every batch: the part that it is of, and its first pair there.
         self.batches = [
             (part, first) for part, of in enumerate(records) for first in range(0, len(of.numbers) * len(self.grid), unit)
@@ -97,7 +112,7 @@ class HeldOutLoss:
         """A line of metrics: the loss of the weights and of their average, over all timesteps and in each range of them.
 
         Raises:
-            UserError: shards are damaged; by all processes.
+            NotTaken: shards are damaged, or a process could not go on.
         """
         started, partition = time.perf_counter(), self.partition
         line: Line = {"step": step, **self._described("validation_loss", self())}
@@ -115,15 +130,24 @@ class HeldOutLoss:
         mine = [min(number * processes.world + processes.rank, len(self.batches) - 1) for number in range(rounds)]
         batches = SoundBatches(self._read([self.batches[number] for number in mine]), self._like())
         found = torch.empty(rounds, self.unit, device=processes.device)
+        failure: Exception | None = None
         module.eval()
         try:
             for losses in found:
                 losses.copy_(self.losses(next(batches)))
+            found = found.cpu()
+        except Exception as error:
+            if self.config.zero_stage == 3 and processes.world > 1:  # the others wait for its part of the weights
+                raise
+            failure = error
         finally:
             module.train()
-        told = processes.gather_objects((found.cpu(), batches.damage))
-        if damages := [damage for _, damage in told if damage]:
-            raise of_all(damages)
+        told = processes.gather_objects((None, None, first_line(failure)) if failure else (found, batches.damage, None))
+        if failed := [(rank, said) for rank, (_, _, said) in enumerate(told) if said is not None]:
+            rank, said = failed[0]
+            raise NotTaken(failure or LostProcess(f"process {rank} could not take the held-out loss: {said}"))
+        if damages := [damage for _, damage, _ in told if damage]:
+            raise NotTaken(of_all(damages))
         by_batch = [told[number % processes.world][0][number // processes.world] for number in range(len(self.batches))]
         pairs = [len(self.records[part].numbers) * len(self.grid) for part, _ in self.batches]
         whole = [losses[: all_of - first] for losses, all_of, (_, first) in zip(by_batch, pairs, self.batches, strict=True)]
@@ -171,11 +195,6 @@ class HeldOutLoss:
     def _described(self, name: str, losses: Tensor) -> Line:
         by_range = {of: _mean(losses[:, place]) for place, of in enumerate(self.ranges)}
         return {name: _mean(losses.flatten()), f"{name}_by_timestep": by_range}
-
-    def release(self) -> None:
-        """Gives the graphs and their memory back; the next round captures again."""
-        if isinstance(self.losses, Captured):
-            self.losses.release()
 
     def close(self) -> None:
         """Ends what the shards are fetching."""

@@ -70,12 +70,17 @@ def _wandb_problem() -> str | None:
 
 
 class Log:
-    """metrics.jsonl, and the trackers that `--report_to` names. Only the first process has one."""
+    """metrics.jsonl, and the trackers that `--report_to` names. Only the first process has one.
 
-    def __init__(self, config: TrainConfig, first_step: int) -> None:
+    Args:
+        first_step: the one that the run goes on from.
+        measured: the last whose held-out loss will not be taken again. Default: the same.
+    """
+
+    def __init__(self, config: TrainConfig, first_step: int, measured: int | None = None) -> None:
         self.output = Path(config.output_dir)
         self.path = self.output / METRICS
-        _forget_after(self.path, first_step)
+        _forget_after(self.path, first_step, first_step if measured is None else measured)
         self.file = self.path.open("a", encoding="utf-8")
         self.tensorboard: Any = None
         self.wandb: Any = None
@@ -176,14 +181,19 @@ def _open_wandb(config: TrainConfig, first_step: int) -> Any:
         ) from None
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Drops the lines of steps that will be trained again, and a last line that a crash cut short."""
+def _forget_after(path: Path, step: int, measured: int) -> None:
+    """Drops the lines of steps that will be trained again, and a last line that a crash cut short.
+
+    Args:
+        measured: the last step whose held-out loss will not be taken again.
+    """
     if not path.exists():
         return
     kept = []
     with reading(path, "move it away, or give another --output_dir"):
         for line in read_text(path).splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-                if json.loads(line)["step"] <= step:
+                values = json.loads(line)
+                if values["step"] <= (measured if "validation_loss" in values else step):
                     kept.append(line + "\n")
     write_text(path, "".join(kept))

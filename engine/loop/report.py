@@ -96,7 +96,7 @@ def opening(
         **({"noise scale": UNLIKE} if config.gradient_noise_scale and len(streams.streams) > 1 else {}),
         "precision": precision(config, processes.world),
         "device": f"{device_name(processes)}, ZeRO stage {config.zero_stage}",
-        "step runs": how_steps_run(config, partition.module, processes.device, captures, len(streams.shapes)),
+        "step runs": how_steps_run(config, partition.module, processes.device, captures, len(streams.shapes), held_out),
         "memory": f"{gigabytes(state)} a process, by estimate, for weights, gradients, optimizer and average; activations come "
         "on top",
         "checkpoints": f"{every}, {gigabytes(size)} each, {'all' if config.checkpoints_total_limit is None else 'the last '}"
@@ -162,9 +162,14 @@ def device_name(processes: Processes) -> str:
     return f"{processes.world} x {name}" if processes.world > 1 else name
 
 
-def how_steps_run(config: TrainConfig, model: nn.Module, device: torch.device, captures: bool, shapes: int = 1) -> str:
+def how_steps_run(
+    config: TrainConfig, model: nn.Module, device: torch.device, captures: bool, shapes: int = 1,
+    held_out: HeldOutLoss | None = None,
+) -> str:  # fmt: skip
     """Whether steps are captured and compiled, and if not, why."""
     each = f", once for each of {shapes} shapes" if shapes > 1 else ""
+    if held_out:
+        each += f", and {held_out.shapes} without gradients for the held-out loss"
     compiled = f"compiled ({config.compile_mode}{each})" if config.compile else "not compiled (no --compile)"
     if captures:
         return f"captured as CUDA graphs, {compiled}"

@@ -90,14 +90,19 @@ class Step:
         return predict_and_compare(model, self.family, batch, self.config, self.seed, scale, self.text_encoder)
 
     @property
+    def captured(self) -> Captured | None:
+        """What of the step is captured."""
+        return self.whole or self.before_reduction
+
+    @property
     def graphs(self) -> int:
         """How many graphs there are to replay."""
-        return sum(captured.graphs for captured in (self.whole, self.before_reduction) if captured)
+        return self.captured.graphs if self.captured else 0
 
     def release(self) -> None:
         """Gives the graphs and their memory back; the next step captures again."""
-        for captured in filter(None, (self.whole, self.before_reduction)):
-            captured.release()
+        if self.captured:
+            self.captured.release()
 
 
 def predict_and_compare(

@@ -20,8 +20,8 @@ from engine.config.options import TrainConfig
 from engine.data.samples.batch import Batch, BatchPlan
 from engine.data.samples.dropout import Dropout
 from engine.data.samples.loader import Loader
-from engine.data.samples.streams import Stream, Streams
-from engine.errors import UserError, of_all
+from engine.data.samples.streams import Stream, Streams, shape_of
+from engine.errors import UserError, first_line, of_all
 from engine.failed import begin, leave_note, leave_note_unless_held
 from engine.loop import attention
 from engine.loop.capture import wanted
@@ -34,7 +34,7 @@ from engine.loop.checkpoints.writer import Writer
 from engine.loop.damage import SoundBatches
 from engine.loop.export import create_repository, export, push_to_hub
 from engine.loop.flops import count_flops
-from engine.loop.held_out import HeldOutLoss, Records, judged
+from engine.loop.held_out import HeldOutLoss, NotTaken, Records, judged
 from engine.loop.log import Log, check_trackers
 from engine.loop.metrics import Metrics
 from engine.loop.noise_scale import NoiseScale
@@ -62,7 +62,7 @@ from engine.loop.validation import seconds_at_most, validate
 from engine.loop.watchdog import Watchdog
 from engine.loop.weights import needs_deepspeed, open_partition
 from engine.loop.weights.zero import check_deepspeed
-from engine.messages import busy, say, shows_bars
+from engine.messages import busy, say, shows_bars, warn
 from engine.models.family import Family, open_family
 from engine.processes import Processes
 
@@ -171,7 +171,7 @@ def _run(training: "Training", streams: Streams, plan: BatchPlan, dropout: Dropo
     """Steps, the last checkpoint, export, and then pictures; False when a signal asked to leave before the end."""
     config, run, processes = training.config, training.run, training.processes
     logs: list[Log] = []  # of the first process
-    processes.computed_by_first(lambda: logs.append(Log(config, training.step)))
+    processes.computed_by_first(lambda: logs.append(Log(config, training.step, training.measured)))
     log = logs[0] if logs else None
     try:
         family, device = training.family, processes.device
@@ -244,14 +244,16 @@ class Training:
         self.captures = captures = wanted(config, device, model) and not overlap_pays(config, model, flops, processes)
         self.partition = open_partition(model, config, processes, captures)
         if config.compile:
-            compile_model(model, config, len(run.streams.shapes))
+            shapes = {(config.train_batch_size, shape) for shape in run.streams.shapes}
+            shapes |= {(run.streams.unit, shape_of(of.shards)) for of in held_out}
+            compile_model(model, config, len(shapes))
         encoding = family.encoding
         self.text_encoder = encoding.load_text_encoder(device) if encoding.keeps_tokens else None
         self.train_step = Step(config, run, family, self.partition, self.metrics, captures, self.text_encoder)
         self.held_out: HeldOutLoss | None = None
         if held_out:
-            unit = run.streams.unit
-            self.held_out = HeldOutLoss(config, family, self.partition, held_out, unit, captures, self.text_encoder)
+            unit, captured = run.streams.unit, self.train_step.captured
+            self.held_out = HeldOutLoss(config, family, self.partition, held_out, unit, captured, self.text_encoder)
         self.best: Best | None = None  # of the held-out loss
         token = processes.from_first(secrets.token_hex(4))
         limit, beside = config.checkpoints_total_limit, config.checkpoint_async
@@ -307,7 +309,7 @@ class Training:
         compiles = ", which compiles the model" if self.config.compile else ""
         first: contextlib.AbstractContextManager[None] = busy(f"The first step{compiles}")
         try:
-            self._measure_where_due()  # where the run left at a step that has a round
+            self._measure_where_due()  # where the run left, or was killed, at a step that has a round
             if self.ends_early:
                 say(f"The training has ended: {self.why_early}; a higher one, or none, goes on")
             while self.step < self.run.steps and not self.ends_early:
@@ -348,24 +350,31 @@ class Training:
         Args:
             leave: not to go on, with what can be done after a resume left out.
         """
-        config, progress, log = self.config, self.progress, self.log
-        lowest = not leave and self._measure_where_due()
-        last = self.step == self.run.steps or self.ends_early
-        if self.step % config.log_every == 0 or last:
-            self.pace.wait()
-            optimizer = self.partition.optimizer
-            line = self.metrics.read(self.step, optimizer.rate, optimizer.norm_and_skips())
-            self.shown |= {"loss": f"{line['loss']:.4f}", "lr": f"{line['lr']:.2e}"}
-            progress.set_postfix(self.shown)
-            if progress.disable:
-                say(log_line(line, self.run))
-            if log:
-                log.write(line)
-            self._stop_when_skipping(int(line["skipped_steps"] or 0))
-        if save or leave or (lowest and config.best_checkpoint):
+        config = self.config
+        logs = self.step % config.log_every == 0 or self.step == self.run.steps
+        if logs:
+            self._log_metrics()
+        if save or leave:  # before what needs memory of its own
             self._beside_training(self.save)
+        if not leave:
+            self._measure_where_due()
+        if self.ends_early and not logs:
+            self._log_metrics()
+        last = self.step == self.run.steps or self.ends_early
         if config.validation_prompts and not last and self._epoch_to_validate():
-            self._beside_training(lambda: self.validate(log), seconds_at_most(config, self.processes.world))
+            self._beside_training(lambda: self.validate(self.log), seconds_at_most(config, self.processes.world))
+
+    def _log_metrics(self) -> None:
+        self.pace.wait()
+        optimizer = self.partition.optimizer
+        line = self.metrics.read(self.step, optimizer.rate, optimizer.norm_and_skips())
+        self.shown |= {"loss": f"{line['loss']:.4f}", "lr": f"{line['lr']:.2e}"}
+        self.progress.set_postfix(self.shown)
+        if self.progress.disable:
+            say(log_line(line, self.run))
+        if self.log:
+            self.log.write(line)
+        self._stop_when_skipping(int(line["skipped_steps"] or 0))
 
     def _leave_damaged(self) -> None:
         """Saves what was trained before any process met damage, and says what that is; to be called by all."""
@@ -385,30 +394,48 @@ class Training:
         """What all processes met, and the checkpoint of this step."""
         saved, step = Path(self.config.output_dir) / checkpoint_name(self.step), self.step
         kept = f"; step {step} is saved in {saved}, from where --resume_from_checkpoint latest goes on" if step else ""
-        return UserError(*(line + kept for line in error.lines), shared=True, passing=error.passing)
+        return UserError(*(line + kept for line in error.lines), alone=error.alone, shared=error.shared, passing=error.passing)
 
     def _held_out_is_due(self) -> bool:
-        """Whether this step has a round of the held-out loss."""
-        if self.held_out is None or not self.step:
+        """Whether this step has a round of the held-out loss that was not taken."""
+        if self.held_out is None or not self.step or (self.best and self.best.last == self.step):
             return False
         return self.step % self.config.validation_steps == 0 or self.step == self.run.steps
 
-    def _measure_where_due(self) -> bool:
-        """Takes the held-out loss, unless that of this step is known; whether it is the lowest so far."""
-        if not self._held_out_is_due() or (self.best and self.best.last == self.step):
-            return False
+    @property
+    def measured(self) -> int:
+        """The last step whose held-out loss will not be taken again."""
+        return self.step - self._held_out_is_due()
+
+    def _measure_where_due(self) -> None:
+        """Takes the held-out loss; that is the lowest so far, the step's checkpoint becomes the best."""
+        if not self._held_out_is_due():
+            return
         assert self.held_out is not None
         self._beside_training(self._measure, self.held_out.seconds_at_most)
-        return self.best is not None and self.best.step == self.step
+        if self.config.best_checkpoint and self.best and self.best.step == self.step:
+            self._beside_training(self._keep_as_best)
+
+    def _keep_as_best(self) -> None:
+        """Names this step's checkpoint, and where there is none, as of a run that began from another's, saves it."""
+        if self.step != self.saved or not self.checkpoints.name_best(self.step):
+            self.save()
 
     def _measure(self) -> None:
         assert self.held_out is not None
         try:
             with busy("Taking the held-out loss"):
                 line = self.held_out.measure(self.step)
-        except UserError as error:
-            self.save_to_the_end()
-            raise self._with_what_is_saved(error) from None
+        except NotTaken as failed:
+            try:
+                self.save_to_the_end()
+            except Exception as error:  # after what went wrong a device may not give the weights
+                warn(f"step {self.step} cannot be saved: {first_line(error)}")
+                raise failed.error from None
+            if isinstance(failed.error, UserError):
+                raise self._with_what_is_saved(failed.error) from None
+            say(f"Step {self.step} is saved in {Path(self.config.output_dir) / checkpoint_name(self.step)}")
+            raise failed.error from None
         self.best = judged(self.best, self.held_out.of, line)
         if self.log:
             self.log.write(line)
@@ -472,8 +499,6 @@ class Training:
         return any((epoch - 1) % every == 0 for epoch in range(before + 1, now + 1))
 
     def validate(self, log: Log | None) -> None:
-        if self.held_out:
-            self.held_out.release()
         self.train_step.release()  # the pipeline's activations then have the memory of the graphs
         with busy("Drawing the validation images"):
             grid = validate(self.config, self.family, self.partition, self.run.seed, self.step)

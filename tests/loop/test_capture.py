@@ -193,6 +193,19 @@ def test_a_new_shape_has_the_memory_of_the_graphs_first(recorded):
     assert len(places - {None}) <= 2 * 2, "one for each kind, until the graphs were given back"
 
 
+def test_what_shares_a_pool_gives_it_back_before_another_runs_as_it_is(recorded):
+    processes, batch = Processes(device=torch.device("cpu")), Batch({"x": torch.ones(2)}, *(torch.zeros(1) for _ in range(4)))
+    step = capture.Captured(lambda batch: batch.record["x"] * 2, processes)
+    other = capture.Captured(lambda batch: batch.record["x"] * 3, processes, beside=step)
+    graphs = []
+    for captured in [step] * 4 + [other] * 4 + [step, other]:
+        assert torch.equal(captured(batch), torch.full((2,), 2.0 if captured is step else 3.0))
+        graphs.append((step.graphs, other.graphs))
+    assert graphs == [(0, 0)] * 3 + [(1, 0)] + [(0, 0)] * 3 + [(0, 1), (1, 1), (1, 1)]
+    other.release()
+    assert step.graphs == other.graphs == 0
+
+
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_nothing_is_captured_before_every_kind_of_micro_batch_has_warmed_up(
     accumulation, recorded, model, images, shards, tmp_path, monkeypatch

@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import signal
+import sys
 
 import numpy as np
 import pytest
@@ -11,9 +13,10 @@ from PIL import Image
 
 from engine.errors import UserError
 from engine.loop import curves, held_out, log, trainer
+from engine.loop.stop import StopSignal
 from engine.loop.trainer import train
 from engine.loop.weights.ema import Ema
-from tests.commands import run_two
+from tests.commands import Command, run_two
 from tests.loop.runs import checkpoint_tensors, command, config
 from tests.loop.test_damage import damage
 from tests.loop.test_families import config as family_config
@@ -44,7 +47,7 @@ def test_what_is_held_out_is_not_trained_on_and_not_counted(model, images, shard
     slots, seen = set(), []
     add, begin = trainer.Metrics.add, trainer._run
     monkeypatch.setattr(
-        trainer.Metrics, "add", lambda self, loss, of, many: (slots.update(of.tolist()), add(self, loss, of, many))
+        trainer.Metrics, "add", lambda self, loss, of, many: (slots.update(of.slots.tolist()), add(self, loss, of, many))
     )
     monkeypatch.setattr(trainer, "_run", lambda training, *others: (seen.append(training.run), begin(training, *others))[1])
     options = {"validation_fraction": 0.3, "num_train_epochs": 2, "max_train_steps": None}
@@ -164,7 +167,7 @@ def test_it_is_captured_as_the_step_is(options, graphs, recorded, model, images,
     run = MEASURED | {"max_train_steps": 6, "checkpointing_steps": 6} | options
     for name, how in (("eager", "off"), ("captured", "on")):
         assert train(config(model, images, tmp_path / "shards", tmp_path / name, cuda_graphs=how, **run)) == 0
-    assert len(recorded) == graphs + 1
+    assert len(recorded) == graphs + 2, "its own twice: given back while the step still warms up"
     assert numbers(tmp_path / "captured") == numbers(tmp_path / "eager")
     assert same_checkpoints(*(tmp_path / name / "checkpoint-6" for name in ("captured", "eager")))
 
@@ -237,6 +240,50 @@ def test_the_best_checkpoint_stays_and_patience_ends_the_run(model, images, shar
     (tmp_path / "other" / "best").unlink()
     with pytest.raises(UserError, match="no `best` checkpoint there; a run with --best_checkpoint keeps one"):
         train(config(model, images, shards, tmp_path / "other", **run | named))
+
+
+KILLED = """
+import os, signal, sys
+from engine import run
+from engine.loop.checkpoints.writer import Writer
+Writer.name_best = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(run.main())
+"""
+
+
+@pytest.mark.parametrize("how", ["killed", "left"])
+def test_the_best_is_named_where_a_run_ended_at_its_round(how, model, images, shards, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    run = MEASURED | {"checkpointing_steps": 2, "max_train_steps": 4, "checkpoints_total_limit": 1, "best_checkpoint": True}
+    first = config(model, images, shards, output, **run)
+    if how == "killed":  # between `latest` and `best`
+        assert Command(command(first, sys.executable, "-c", KILLED)).wait() == -signal.SIGKILL
+    else:
+        with monkeypatch.context() as patched:
+            agreed = iter([False, True])
+            patched.setattr(StopSignal, "agreed", lambda stop: next(agreed))
+            assert train(first) == 0
+    assert (output / "latest").read_text() == "checkpoint-2\n"
+    assert not (output / "best").exists()
+    assert len(rounds(output)) == (how == "killed")
+    measure = held_out.HeldOutLoss.measure
+    worse = {"validation_loss": math.inf, "validation_loss_ema": math.inf}
+    monkeypatch.setattr(held_out.HeldOutLoss, "measure", lambda self, step: measure(self, step) | (worse if step == 4 else {}))
+    assert train(config(model, images, shards, output, resume_from_checkpoint="latest", **run)) == 0
+    assert (output / "best").read_text() == "checkpoint-2\n"
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert [line["step"] for line in rounds(output)] == [2, 4], "each once"
+
+
+def test_a_round_that_fails_loses_no_step(model, images, shards, tmp_path, monkeypatch, capsys):
+    def fail(self, batch):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(held_out.HeldOutLoss, "compare", fail)
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+        train(config(model, images, shards, tmp_path / "out", **MEASURED))
+    assert (tmp_path / "out" / "latest").read_text() == "checkpoint-2\n"
+    assert f"Step 2 is saved in {tmp_path / 'out' / 'checkpoint-2'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("offload", [False, True])

@@ -218,12 +218,12 @@ def test_what_fails_at_the_end_does_not_replace_the_error_of_the_run(tmp_path, m
 def test_metrics_that_are_none_are_passed_over_and_a_pipe_is_refused(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"step": 1}\n[]\n"x"\n{"step": "x"}\n{"step": 3}\n' + "[" * 100_000 + "\n{}\n")
-    log_module._forget_after(metrics, 2)
+    log_module._forget_after(metrics, 2, 2)
     assert metrics.read_text() == '{"step": 1}\n'
     metrics.unlink()
     os.mkfifo(metrics)
     with pytest.raises(UserError, match="metrics.jsonl: cannot be read: not a regular file; move it away"):
-        log_module._forget_after(metrics, 2)
+        log_module._forget_after(metrics, 2, 2)
 
 
 def test_a_token_that_cannot_be_sent_is_not_quoted(model, images, tmp_path, monkeypatch):

@@ -226,6 +226,22 @@ def test_compiled_code_is_made_once_for_each_shape(settings, monkeypatch):
     torch._dynamo.reset()
 
 
+def test_the_held_out_loss_is_compiled_once_more_for_each_shape(settings, tmp_path, monkeypatch, capsys):
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module, mode, dynamic: compile_module(module, backend="eager", dynamic=dynamic)
+    )
+    torch._dynamo.reset()
+    counters.clear()
+    held = {"validation_fraction": 0.3, "validation_steps": 4, "validation_timesteps": 2, "compile": True}
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        assert train(settings(tmp_path / "out", **held)) == 0
+    assert counters["stats"]["unique_graphs"] == 2 * 2
+    said = "once for each of 2 shapes, and 2 without gradients for the held-out loss"
+    assert said in capsys.readouterr().err
+    torch._dynamo.reset()
+
+
 def test_operations_are_the_mean_over_shapes(settings, streams):
     family = open_family(settings("out"))
     model, shapes = family.load_model(), Streams(0, streams).shapes

@@ -235,7 +235,7 @@ def test_xformers_that_cannot_work_says_so(model, images, shards, tmp_path):
 def test_lines_of_steps_that_are_trained_again_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
-    _forget_after(path, 2)
+    _forget_after(path, 2, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 

@@ -16,6 +16,10 @@ from engine.data.samples.order import Order, Units
 Shape = tuple[tuple[str, tuple[int, ...]], ...]  # of a record: of each of its fields
 
 
+def shape_of(shards: Shards) -> Shape:
+    return tuple((name, field.shape) for name, field in shards.fields.items())
+
+
 @dataclass(frozen=True)
 class Stream:
     """One set of records.
@@ -66,7 +70,7 @@ class Streams:
         total = sum(stream.share for stream in self.streams)
         found: dict[Shape, Fraction] = {}
         for stream in self.streams:
-            shape = tuple((name, field.shape) for name, field in stream.shards.fields.items())
+            shape = shape_of(stream.shards)
             found[shape] = found.get(shape, Fraction(0)) + Fraction(stream.share) / total
         return found
 

@@ -86,15 +86,7 @@ class Writer:
         Raises:
             UserError, LostProcess: this checkpoint, or the two before it, could not be written; by all processes.
         """
-        try:
-            self.wait()
-            self._failed = False
-        except Exception as error:
-            if self._failed or lost_a_process(error):
-                raise
-            self._failed = True
-            if self.processes.is_first:
-                warn(f"{first_line(error)}; trying again with step {step}")
+        self._settle(step)
         self._join_removing()
         self._saves, self._saving = self._saves + 1, True
         if self._store is None and self.processes.store is not None:
@@ -114,6 +106,38 @@ class Writer:
         else:
             self._work(snapshot, pieces_of(snapshot.tensors))
             self.wait()
+
+    def _settle(self, step: int) -> bool:
+        """Waits for the checkpoint that is being written; whether it is complete. One that failed is let go once."""
+        try:
+            self.wait()
+            self._failed = False
+        except Exception as error:
+            if self._failed or lost_a_process(error):
+                raise
+            self._failed = True
+            if self.processes.is_first:
+                warn(f"{first_line(error)}; trying again with step {step}")
+        return not self._failed
+
+    def name_best(self, step: int) -> bool:
+        """Names the checkpoint of a step in `best`; False where there is none. Every process must call it."""
+        if not self._settle(step):
+            return False
+        self._join_removing()
+        return self.processes.computed_by_first(lambda: self._name_best(self.directory / checkpoint_name(step)))
+
+    def _name_best(self, final: Path) -> bool:
+        if not final.is_dir():
+            return False
+        superseded = named_in(self.directory / BEST)
+        write_text(self.directory / BEST, final.name + "\n")
+        self._begin_removing(final, superseded)
+        return True
+
+    def _begin_removing(self, final: Path, superseded: Path | None) -> None:
+        self._removing = threading.Thread(target=self._remove_old, args=(final, superseded), daemon=True)
+        self._removing.start()
 
     def wait(self) -> None:
         """Until what is being written is complete. Every process must call it.
@@ -244,8 +268,7 @@ class Writer:
             self._tell_outcome(said)
             raise error if problem is None else said from None
         self._tell_outcome(None)
-        self._removing = threading.Thread(target=self._remove_old, args=(final, named if is_best else None), daemon=True)
-        self._removing.start()
+        self._begin_removing(final, named if is_best else None)
 
     def _key(self, name: object) -> str:
         return f"checkpoint-{self.token}/{self._saves}/{name}"
