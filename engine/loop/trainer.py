@@ -27,7 +27,7 @@ from engine.loop import attention
 from engine.loop.capture import wanted
 from engine.loop.checkpoints.layout import Checkpoint
 from engine.loop.checkpoints.models import write_models
-from engine.loop.checkpoints.names import checkpoint_name
+from engine.loop.checkpoints.names import BEST, checkpoint_name
 from engine.loop.checkpoints.snapshot import restore
 from engine.loop.checkpoints.state import Best
 from engine.loop.checkpoints.writer import Writer
@@ -149,7 +149,7 @@ def _train(config: TrainConfig, processes: Processes) -> int:
     if processes.is_first and not config.quiet:
         if finished:
             ended = f" of {run.steps}: {training.why_early}" if training.ends_early else ""
-            print(f"Trained {training.step} steps{ended}; the pipeline is in {output / family.result}")
+            print(f"Trained {training.step} steps{ended}; the pipeline is in {output / family.result}{training.where_best}")
         else:
             saved = output / checkpoint_name(training.step)
             print(f"Stopped after step {training.step}, saved in {saved}; continue with --resume_from_checkpoint latest")
@@ -456,6 +456,15 @@ class Training:
         kept = f", kept as {checkpoint_name(self.best.step)}" if self.config.best_checkpoint else ""
         lowest = "a number" if self.best.loss is None else f"below the {self.best.loss:.6g} of step {self.best.step}{kept}"
         return f"the held-out loss has not been {lowest}, in {self.best.rounds} rounds (--patience {self.config.patience})"
+
+    @property
+    def where_best(self) -> str:
+        """Where the weights of the lowest held-out loss are, unless they are the last."""
+        best = Path(self.config.output_dir) / BEST
+        if not self.config.best_checkpoint or self.best is None or self.best.step == self.step or not best.is_file():
+            return ""
+        export = f"python -m engine.checkpoint export {best} --output_dir DIR"
+        return f", with the last weights; of step {self.best.step}, whose held-out loss is the lowest, `{export}` writes one"
 
     def save(self) -> None:
         self.checkpoints.save(self.step, self.partition, self.metrics, self.best)

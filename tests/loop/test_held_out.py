@@ -208,7 +208,11 @@ def test_the_best_checkpoint_stays_and_patience_ends_the_run(model, images, shar
         assert train(config(model, images, shards, output, **run)) == 0
     assert np.asarray(Image.open(output / "curves.png").convert("L")).std() > 5
     said = "the held-out loss has not been below the 0.3 of step 2, kept as checkpoint-2, in 3 rounds (--patience 3)"
-    assert f"Trained 5 steps of 9: {said}; the pipeline is in {output}" in capsys.readouterr().out
+    exports = f"`python -m engine.checkpoint export {output / 'best'} --output_dir DIR` writes one"
+    ended = (
+        f"{said}; the pipeline is in {output}, with the last weights; of step 2, whose held-out loss is the lowest, {exports}"
+    )
+    assert f"Trained 5 steps of 9: {ended}\n" in capsys.readouterr().out
     assert (output / "model_index.json").is_file()
     assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-5"]
     assert [(output / name).read_text() for name in ("best", "latest")] == ["checkpoint-2\n", "checkpoint-5\n"]
@@ -230,6 +234,7 @@ def test_the_best_checkpoint_stays_and_patience_ends_the_run(model, images, shar
     falls_and_rises(monkeypatch, [each for loss in (0.4, 0.2) for each in (loss, loss)])
     further = again | {"patience": 5, "max_train_steps": 7}
     assert train(config(model, images, shards, output, **further)) == 0
+    assert capsys.readouterr().out.endswith(f"Trained 7 steps; the pipeline is in {output}\n"), "the last is the best"
     assert (output / "best").read_text() == "checkpoint-7\n"
     assert not (output / "checkpoint-2").exists()
 
