@@ -4,6 +4,7 @@ The graphs of all families are captured and differentiated as for training, but 
 minutes for a UNet on a CPU. What it makes of the smallest model is tested too.
 """
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -21,29 +22,42 @@ CASES = [(family, checkpointing) for family in ("sd", "kandinsky-prior", "kandin
          for checkpointing in (False, True) if not (family == "kandinsky-prior" and checkpointing)]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def plain(model, published, photographs, tmp_path_factory):
+    """family -> the options of its runs, and the losses of one that is not compiled; once for each family."""
+
+    @functools.cache
+    def trained(family: str) -> tuple[dict, list[float]]:
+        directory = tmp_path_factory.mktemp(family)
+        options = {
+            "shards_dir": str(directory / "shards"), "output_dir": str(directory / "plain"), "max_train_steps": 2,
+            "gradient_accumulation_steps": 2, "train_data_dir": str(photographs),
+        }  # fmt: skip
+        if family == "sd":
+            options |= {"family": "sd", "pretrained_model_name_or_path": str(model), "resolution": 32, "seed": 5}
+            options |= {"train_batch_size": 4, "log_every": 1, "report_to": "none", "center_crop": True}
+        else:
+            made = config(family, published(family, dropout=0.0), photographs, directory / "plain")
+            options = made.model_dump(exclude_unset=True) | options
+        assert train(TrainConfig.model_validate(options)) == 0
+        return options, losses(directory / "plain")
+
+    return trained
+
+
 @pytest.mark.parametrize(("family", "checkpointing"), CASES)
-def test_every_family_compiles_once_into_one_graph(family, checkpointing, model, published, photographs, tmp_path, monkeypatch):
+def test_every_family_compiles_once_into_one_graph(family, checkpointing, plain, tmp_path, monkeypatch):
+    options, expected = plain(family)
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, mode: compile_module(module, backend="aot_eager"))
-    models = {"pretrained_model_name_or_path": str(model)} if family == "sd" else published(family, dropout=0.0)
-    options = {"shards_dir": str(tmp_path / "shards"), "max_train_steps": 4, "gradient_accumulation_steps": 2}
-    options |= {"resolution": 32} if family == "sd" else {}
+    options = options | {"output_dir": str(tmp_path / "compiled"), "compile": True}
     if checkpointing:
         options["gradient_checkpointing"] = True
-
-    def run(name: str, **more) -> TrainConfig:
-        if family == "sd":
-            values = {"family": "sd", "train_data_dir": str(photographs), "output_dir": str(tmp_path / name), "seed": 5}
-            values |= {"train_batch_size": 4, "log_every": 1, "report_to": "none", "center_crop": True}
-            return TrainConfig.model_validate(values | models | options | more)
-        return config(family, models, photographs, tmp_path / name, **options, **more)
-
-    assert train(run("plain")) == 0
     torch._dynamo.reset()
     counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        assert train(run("compiled", compile=True)) == 0
-    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4 * SLACK)
+        assert train(TrainConfig.model_validate(options)) == 0
+    assert losses(tmp_path / "compiled") == pytest.approx(expected, rel=1e-4 * SLACK)
     assert not counters["graph_break"], dict(counters["graph_break"])
     assert counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()
