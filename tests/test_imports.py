@@ -13,7 +13,7 @@ LAYERS = [
     "engine.data.format", "engine.data.samples", "engine.data.transforms", "engine.data.report", "engine.data.sources",
     "engine.models", "engine.data.identity", "engine.data.plan", "engine.data.handed", "engine.data.claims",
     "engine.data.captions", "engine.data.records", "engine.data.found", "engine.data.together", "engine.data.encode",
-    "engine.data.buckets", "engine.data.bucketed",
+    "engine.data.sizes", "engine.data.image_sizes", "engine.data.encode_buckets",
     "engine.data.parts", "engine.data.describe", "engine.data.convert", "engine.data", "engine.loop", "engine.run",
     "engine.shards", "engine.cache", "engine.checkpoint", "engine.sample", "engine.export", "benchmarks.tools", "benchmarks",
 ]  # fmt: skip

@@ -27,9 +27,9 @@ from benchmarks.tools.question import command_line
 from benchmarks.tools.rows import write_result
 from engine import messages
 from engine.config.options import TrainConfig
-from engine.data.buckets import cropped_away, made, nearest
 from engine.data.format.buckets import Size, read_indexes, size_named
 from engine.data.parts import build_parts
+from engine.data.sizes import cropped_away, made, nearest
 from engine.data.transforms import crop_centre, resize_to_cover
 from engine.loop.trainer import train
 from engine.models.encoder import open_encoding

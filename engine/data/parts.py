@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.options import CacheConfig
-from engine.data.bucketed import build_buckets, in_bucket
 from engine.data.encode import encode_source
+from engine.data.encode_buckets import build_buckets, in_bucket
 from engine.data.format.buckets import is_bucketed, read_indexes, size_named
 from engine.data.format.index import Index
 from engine.data.format.remote import read_buckets, read_index

@@ -12,12 +12,13 @@ import pytest
 from PIL import Image
 
 from engine.config.options import CacheConfig
-from engine.data import bucketed
-from engine.data.buckets import cropped_away, made, nearest, remembered, sizes_of
+from engine.data import encode_buckets
 from engine.data.format.buckets import Buckets, size_named
 from engine.data.format.index import BUCKETS, INDEX, SIZES, Index
 from engine.data.format.verify import verify
+from engine.data.image_sizes import remembered
 from engine.data.parts import build_parts, find_parts
+from engine.data.sizes import cropped_away, made, nearest, sizes_of
 from engine.data.sources.decode import decode, size_of
 from engine.data.sources.image_folder import ImageFolder
 from engine.errors import UserError
@@ -360,5 +361,5 @@ def test_sizes_may_be_listed_and_damage_to_what_is_remembered_only_costs_time(mo
     assert not remembered(tmp_path / "shards", np.arange(3, dtype=np.uint64)).any()
     build(model, data, tmp_path / "shards", buckets=["24x16", "16x16", "32x32"], bucket_step=64)
     assert size_named("24x16") == (24, 16)
-    assert bucketed.in_bucket(config_of(model, None, Path("s3://a/b")).model_copy(update={"shards_dir": "https://h/x?k=1"}),
+    assert encode_buckets.in_bucket(config_of(model, None, Path("s3://a/b")).model_copy(update={"shards_dir": "https://h/x?k=1"}),
                               "24x16").shards_dir == "https://h/x/24x16?k=1"  # fmt: skip

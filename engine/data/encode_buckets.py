@@ -16,22 +16,15 @@ from typing import Any
 import numpy as np
 
 from engine.config.options import CacheConfig
-from engine.data.buckets import (
-    cropped_away,
-    measure,
-    nearest,
-    options_of_buckets,
-    remember,
-    remembered,
-    sizes_of,
-)
 from engine.data.encode import encode_source, loaded_once, opened_by_all, refuse_known, say_noticed
 from engine.data.format.buckets import Bucket, Buckets, Size, is_name, name_of, size_named
 from engine.data.format.index import BUCKETS, INDEX, Index, add_refused
 from engine.data.found import Task, complete_index, keeps_any, look
 from engine.data.identity import differences, recipe_of
+from engine.data.image_sizes import measure, remember, remembered
 from engine.data.records import none_usable
 from engine.data.report import say_refused
+from engine.data.sizes import cropped_away, nearest, options_of_buckets, sizes_of
 from engine.data.sources import open_source, subset
 from engine.data.sources.interface import Source, told_apart
 from engine.data.together import handed_to_all, shards_held, sweep_halves
