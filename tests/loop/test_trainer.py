@@ -13,12 +13,11 @@ from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine import picture
 from engine.config.command_line import load, read_toml
 from engine.config.options import TrainConfig
 from engine.data.format.index import SAMPLES, Index
 from engine.errors import UserError
-from engine.loop import export, log, validation
+from engine.loop import curves, export, log, validation
 from engine.loop.log import _forget_after
 from engine.loop.trainer import train
 from engine.tensors import read_header
@@ -36,7 +35,7 @@ def trained(model, images, shards, tmp_path_factory):
         gradient_checkpointing=True, **options,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(log, "curves", picture.curves)
+        patch.setattr(log, "curves", curves.curves)
         assert train(run) == 0
     return output
 
