@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from engine.catalogue import DECODER, FAMILIES, IMAGE_ENCODER, MODEL, PRIOR
-from engine.config.checks import check_picture
+from engine.config.checks import check_picture, holds_shards
 from engine.config.command_line import Parser, choose, load, parse, whole
 from engine.config.mixture import data_sets_of
 from engine.config.options import CacheConfig, TrainConfig
@@ -14,6 +14,7 @@ from engine.errors import UserError, exit_code, printable
 from engine.storage import is_remote, shown
 
 _DATA = ("dataset_name", "dataset_config_name", "train_data_dir")
+_SHARDS = "directory of the shards, or one that has a directory of them for each data set"
 _MODELS = [MODEL, PRIOR, DECODER, IMAGE_ENCODER, "revision", "variant", "original_config", "tokenizer_name", "cache_dir"]
 USAGE = "python -m engine.shards build|verify|convert|info ...; each has --help"
 
@@ -59,9 +60,16 @@ def local(text: str) -> Path:
     return Path(text)
 
 
+def _data_sets_in(directory: Path) -> list[Path]:
+    """The directories of shards that a directory has, each of a data set; itself alone where it is one, or has none."""
+    if holds_shards(directory) or not directory.is_dir():
+        return [directory]
+    return sorted(path for path in directory.iterdir() if holds_shards(path)) or [directory]
+
+
 def verify_command(arguments: list[str]) -> int:
     parser = Parser("engine.shards verify", description="Read every shard and compare it with its digest and its checksums.")
-    parser.add_argument("directory", type=local, help="directory of the shards")
+    parser.add_argument("directory", type=local, help=_SHARDS)
     directory = parser.parse_args(arguments).directory
     from tqdm import tqdm
 
@@ -69,14 +77,14 @@ def verify_command(arguments: list[str]) -> int:
     from engine.data.format.index import BUILD_AGAIN
     from engine.data.format.verify import verify
 
-    indexes = read_indexes(directory)
+    indexes = {place / name: index for place in _data_sets_in(directory) for name, index in read_indexes(place).items()}
     count, problems = sum(len(index.shards) for index in indexes.values()), dict[str, str]()
     with tqdm(total=count, desc="Verifying", unit="shard", disable=None) as progress:
-        for name, index in indexes.items():
-            found = verify(directory / name, index, range(len(index.shards)), rows=True, progress=progress.update)
-            problems |= {str(Path(name, file)): problem for file, problem in found.items()}
+        for place, index in indexes.items():
+            found = verify(place, index, range(len(index.shards)), rows=True, progress=progress.update)
+            problems |= {str(place / file): problem for file, problem in found.items()}
     for file, problem in problems.items():
-        print(printable(f"{directory / file}: {problem}"))
+        print(printable(f"{file}: {problem}"))
     print(f"{count - len(problems)} of {count} shards are whole" + (f"; {BUILD_AGAIN}" if problems else ""))
     return 1 if problems else 0
 
@@ -110,7 +118,7 @@ def convert_command(arguments: list[str]) -> int:
 
 def info_command(arguments: list[str]) -> int:
     parser = Parser("engine.shards info", description="Describe shards, with a contact sheet of decoded records.")
-    parser.add_argument("directory", type=local, help="directory of the shards")
+    parser.add_argument("directory", type=local, help=_SHARDS)
     parser.add_argument(
         "--records", type=whole(0, 1024), default=24, help="records on the contact sheet, 0 for none (default: 24)"
     )
@@ -122,46 +130,56 @@ def info_command(arguments: list[str]) -> int:
     for name in _MODELS:
         parser.add_argument(f"--{name}", help="to decode with, as for build; without any there is no contact sheet")
     options = parser.parse_args(arguments)
+    import engine.quiet  # noqa: F401  # isort: skip (before the libraries that it quiets)
+    from engine.data.describe import DATA, describe_record, list_refused
+    from engine.data.format.buckets import read_indexes
+
+    places = _data_sets_in(options.directory)
+    for option in ("record", "output"):
+        if len(places) > 1 and getattr(options, option) is not None:
+            raise UserError(f"--{option} is of one data set; give its directory: {' or '.join(map(str, places))}")
+    for number, place in enumerate(places):
+        if options.record is not None:
+            print(describe_record(place, read_indexes(place), options.record, _given(options, DATA)))
+        elif options.refused:
+            for line in list_refused(place, read_indexes(place)):
+                print(line if len(places) == 1 else f"{place.name}: {line}")
+        else:
+            print("\n" * (number > 0), end="")
+            _describe(place, options)
+    return 0
+
+
+def _describe(directory: Path, options: argparse.Namespace) -> None:
+    """Says what the shards of a data set hold, and draws it."""
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     from engine.data.describe import contact_sheet, summary
     from engine.data.format.buckets import is_bucketed, read_indexes
     from engine.data.format.index import INDEX
 
-    indexes = read_indexes(options.directory)
+    indexes = read_indexes(directory)
     index = next((index for index in indexes.values() if index.records), next(iter(indexes.values())))
-    if options.record is not None:
-        from engine.data.describe import DATA, describe_record
-
-        print(describe_record(options.directory, indexes, options.record, _given(options, DATA)))
-        return 0
-    if options.refused:
-        from engine.data.describe import list_refused
-
-        for line in list_refused(options.directory, indexes):
-            print(line)
-        return 0
-    output = options.output or options.directory / "contact-sheet.png"
+    output = options.output or directory / "contact-sheet.png"
     models = _given(options, _MODELS)
     if options.records and models:
         check_picture("--output", output)
-    print(summary(options.directory, indexes))
-    if is_bucketed(options.directory):
-        print(f"chart          {_draw_buckets(options.directory, output)}")
+    print(summary(directory, indexes))
+    if is_bucketed(directory):
+        print(f"chart          {_draw_buckets(directory, output)}")
     if index.records and options.records and not models:
         # Whoever wrote the index may have named any.
         named = FAMILIES[index.family].classes if index.family in FAMILIES else _MODELS[:1]
         print(f"contact sheet  give the models to draw it with: {', '.join(f'--{name}' for name in named)}")
     elif index.records and options.records:
         built = {name: value for name, value in index.config.items() if name not in _MODELS} | {"family": index.family}
-        config = load(CacheConfig, built | models, str(options.directory / INDEX))
+        config = load(CacheConfig, built | models, str(directory / INDEX))
         from engine.models.encoder import open_encoding
         from engine.picture import save_png
 
         quiet_libraries()
         encoding = open_encoding(config)
-        save_png(contact_sheet(options.directory, indexes, encoding, options.records), output)
+        save_png(contact_sheet(directory, indexes, encoding, options.records), output)
         print(f"contact sheet  {output}")
-    return 0
 
 
 def _draw_buckets(directory: Path, sheet: Path) -> str:

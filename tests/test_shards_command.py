@@ -152,3 +152,26 @@ def test_buckets_are_verified_described_and_drawn(model, images, tmp_path, capsy
     capsys.readouterr()
     assert main(monkeypatch, "verify", str(shards)) == 1
     assert f"24x16/{shard_name(0)}: 5 bytes instead of" in capsys.readouterr().out
+
+
+def test_the_data_sets_of_a_directory_are_described_and_verified_each(shards, tmp_path, capsys, monkeypatch):
+    both = tmp_path / "shards"
+    for name in ("cats", "dogs"):
+        shutil.copytree(shards, both / name)
+    (both / "reports").mkdir()
+    assert main(monkeypatch, "info", str(both)) == 0
+    said = capsys.readouterr().out
+    assert [line.split()[1] for line in said.splitlines() if line.startswith("shards  ")] == [
+        str(both / "cats"),
+        str(both / "dogs"),
+    ]
+    assert main(monkeypatch, "info", str(both), "--refused") == 0
+    assert main(monkeypatch, "verify", str(both)) == 0
+    assert "6 of 6 shards are whole" in capsys.readouterr().out
+    assert main(monkeypatch, "info", str(both), "--record", "7") == 2
+    assert f"--record is of one data set; give its directory: {both}/cats or {both}/dogs" in capsys.readouterr().err
+    (both / "dogs" / shard_name(0)).write_bytes(b"short")
+    assert main(monkeypatch, "verify", str(both)) == 1
+    assert f"{both}/dogs/{shard_name(0)}: 5 bytes instead of" in capsys.readouterr().out
+    assert main(monkeypatch, "info", str(both / "reports")) == 2
+    assert "reports: no index.json there; give the directory of shards" in capsys.readouterr().err
