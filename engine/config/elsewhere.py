@@ -17,7 +17,7 @@ ELSEWHERE = {
     "force_epsilon_prediction": "--prediction_type epsilon",
     "placeholder_token initializer_token num_vectors token_string init_word learnable_property embedding modifier_token "
     "num_vectors_per_token": "no textual inversion",
-    "controlnet_* conditioning_image_column conditioning_data_dir original_image_column edited_image_column "
+    "controlnet_* conditioning_image_column original_image_column edited_image_column "
     "edit_prompt_column control_path control_type": "models that take another image are not trained",
     "teacher_revision pretrained_teacher_model num_ddim_timesteps w_min w_max": "no distillation",
     "discrete_flow_shift flow_* shift scheduled_sampling_* timestep_shift timestep_sample_method max_sequence_length t5* "
@@ -41,18 +41,20 @@ ELSEWHERE = {
     "shuffle_caption shuffle_captions tag_shuffle enable_tag_shuffling shuffle_prompt": "--shuffle_tags",
     "keep_tags_count keep_tags": "--keep_tokens",
     "cache_shuffle_num": "--caption_variants",
-    "cache_shuffle_delimiter tag_delimiter keep_tokens_separator caption_separator": "commas separate tags",
+    "cache_shuffle_delimiter tag_delimiter keep_tokens_separator caption_separator secondary_separator": "commas separate tags",
     "caption_tag_dropout_rate tag_dropout*": "tags are not dropped; --proportion_empty_prompts drops whole captions",
-    "instance_prompt caption_extension caption_extention caption_strategy "
+    "instance_prompt class_tokens caption_extension caption_extention caption_strategy "
     "token_warmup* instanceprompt": (
         "captions beside the images, in a `.txt` each, or in the column of a table that --caption_column names"
     ),
     "caption_dropout_rate caption_dropout caption_dropout_prob* cond_dropout_prob conditioning_dropout_prob "
     "cfg_dropout_prob ucg_rate": "--proportion_empty_prompts",
     "class_data_dir class_prompt with_prior_preservation prior_loss_weight num_class_images reg_data_dir "
-    "masked_prior_preservation_weight prior_generation_precision": "no prior preservation",
+    "masked_prior_preservation_weight prior_generation_precision is_reg": (
+        "no prior preservation; images of the class are a [[data]] table of their own, with its `repeats` or `weight`"
+    ),
     "caption_dropout_every_n_epochs": "--proportion_empty_prompts, the same in every epoch",
-    "weighted_captions max_token_length tokenizer_max_length": (
+    "weighted_captions max_token_length tokenizer_max_length enable_wildcard": (
         "captions are tokenized as the pipeline does it; give several per image in a list"
     ),
     "enable_bucket enable_ar_bucket aspect_ratio_bucketing use_aspect_ratio_buckets bucketing": "--buckets",
@@ -64,7 +66,9 @@ ELSEWHERE = {
         "--bucket_max_ratio, for how oblong sizes are, and --bucket_area, for how many pixels they have"
     ),
     "target_area pixel_area": "--bucket_area",
-    "bucket_no_upscale minimum_image_size upscale_*": "--max_upscale, above which images are refused",
+    "bucket_no_upscale minimum_image_size upscale_*": (
+        "images are brought to the size of their bucket; --max_upscale refuses those that would be enlarged by more"
+    ),
     "frame_buckets": "no video",
     "resolution_type maximum_image_size target_downsample_size": (
         "--resolution, in pixels of a side; with --buckets of as many pixels in all, or of --bucket_area"
@@ -80,12 +84,16 @@ ELSEWHERE = {
     "repeats dataset_repeats num_repeats balancing balancing_strategy": (
         "`repeats`, or `weight`, in a [[data]] table of the TOML file"
     ),
+    "conditioning_data_dir": (
+        "masks lie beside the images (IMAGE-masklabel.png, with --mask_column masklabel), and models that take another image are "
+        "not trained"
+    ),
     "masked_loss masked_training mask_path alpha_mask": (
         "--mask_column, with masks beside the images (IMAGE-masklabel.png: --mask_column masklabel) or in a column of a table"
     ),
     "unmasked_weight": "--mask_column, with masks that are grey, and not black, where a little is to be trained",
     "unmasked_probability normalize_masked_area_loss": (
-        "--mask_column always weighs by the mask, and takes the mean over all positions"
+        "masks of --mask_column always weigh, and the mean is over all positions"
     ),
     "cache_latents* cache_text_encoder_outputs* latent_caching pre_compute_text_embeddings vae_cache* text_cache* "
     "skip_cache_check text_embed*": "not needed: latents and captions are always encoded once, into --shards_dir",
@@ -117,7 +125,7 @@ ELSEWHERE = {
     "warmup_steps learning_rate_warmup_steps": "--lr_warmup_steps",
     "learning_rate_scheduler lr_scheduler_type": "--lr_scheduler",
     "lr_num_cycles lr_power lr_scheduler_* learning_rate_cycles learning_rate_min_factor lr_end lr_decay_steps lr_decay": (
-        "--lr_scheduler has the schedules with one cycle and power 1"
+        "the schedules of --lr_scheduler have one cycle and power 1"
     ),
     "optimizer optimizer_* use_lion_optimizer use_adafactor prodigy_* use_8bit_ademamix fused_backward_pass "
     "fused_back_pass": "the optimizer is AdamW (--adam_beta1 and so on), or in 8 bits with --use_8bit_adam",
@@ -139,20 +147,20 @@ ELSEWHERE = {
     "multires_noise_discount": "--pyramid_noise_discount",
     "multires_noise_iterations": "--pyramid_noise_iterations, which counts the coarser levels",
     "adaptive_noise_scale *_random_strength perlin_noise": (
-        "--noise_offset and --input_perturbation are the changes of the noise"
+        "noise is changed by --noise_offset, --pyramid_noise_iterations and --input_perturbation alone"
     ),
     "debiased_estimation_loss": "--loss_weighting debiased",
     "use_soft_min_snr soft_min_snr_*": "--loss_weighting soft_min_snr with --snr_gamma",
     "loss_weight_fn loss_weight_strength": "--loss_weighting, with --snr_gamma, --p2_gamma or --edm_sigma_data",
-    "scale_v_pred_loss_like_noise_pred v_pred_like_loss": "--loss_weighting weighs an error alike whatever is predicted",
+    "scale_v_pred_loss_like_noise_pred v_pred_like_loss": "whatever is predicted, --loss_weighting weighs an error alike",
     "pseudo_huber_c huber_delta": "--huber_c, with --loss_type huber",
-    "huber_scale mse_strength mae_strength log_cosh_strength huber_strength": "--loss_type is one loss, without a factor",
+    "huber_scale mse_strength mae_strength log_cosh_strength huber_strength": "the loss that --loss_type names has no factor",
     "weighting_scheme timestep_distribution": "--timestep_sampling",
     "noising_bias": "--logit_mean, with --timestep_sampling logit_normal",
     "noising_weight": "--logit_std, with --timestep_sampling logit_normal",
     "min_noising_strength": "--min_timestep, counted in timesteps",
     "max_noising_strength": "--max_timestep, counted in timesteps",
-    "dynamic_timestep_shifting": "--timestep_sampling has the densities that do not depend on the size",
+    "dynamic_timestep_shifting": "no density of --timestep_sampling depends on the size",
     "zero_terminal_snr rescale_noise_scheduler_to_zero_terminal_snr": (
         "--rescale_betas_zero_snr, with --prediction_type v_prediction"
     ),
@@ -187,6 +195,7 @@ ELSEWHERE = {
     "overwrite_output_dir": "--overwrite",
     "save_state*": "not needed: a checkpoint always holds the whole state",
     "resume continue_last_backup resume_from": "--resume_from_checkpoint latest",
+    "initial_epoch initial_step skip_until_initial_step": "--resume_from_checkpoint, which goes on after the checkpoint's step",
     "save_model_as save_precision save_dtype output_dtype output_model_format use_safetensors": (
         "the result is a diffusers pipeline of safetensors in fp32; `python -m engine.export` makes a single file of it"
     ),

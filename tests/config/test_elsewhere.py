@@ -38,6 +38,10 @@ def test_every_answer_names_options_that_there_are():
     assert named <= TrainConfig.model_fields.keys() | {"config"}
 
 
+def test_an_answer_that_is_a_sentence_does_not_begin_with_an_option():
+    assert not [here for here in ELSEWHERE.values() if re.match(r"--\w+ (?!and |with )(?!\w+$)[a-z]+ ", here)]
+
+
 def test_a_name_stands_once_and_is_none_of_ours():
     assert len(NAMES) == len(set(NAMES))
     assert not [(name, ours) for name in NAMES for ours in TrainConfig.model_fields if fnmatchcase(ours, name)]
@@ -52,6 +56,10 @@ def test_a_name_stands_once_and_is_none_of_ours():
         (["--max_train_epochs", "3"], "unknown option --max_train_epochs: here it is --num_train_epochs"),
         (["--min_snr_gamma=5"], "unknown option --min_snr_gamma: here it is --snr_gamma"),
         (["--multi_gpu"], "unknown option --multi_gpu: here it is `torchrun"),
+        (["--is_reg"], "unknown option --is_reg: no prior preservation; images of the class are a [[data]] table of their own"),
+        (["--initial_epoch", "3"], "unknown option --initial_epoch: here it is --resume_from_checkpoint, which goes on"),
+        (["--conditioning_data_dir", "m"], "unknown option --conditioning_data_dir: masks lie beside the images"),
+        (["--huber_scale", "3"], "unknown option --huber_scale: the loss that --loss_type names has no factor"),
         (["--cache_latents_to_disk"], "unknown option --cache_latents_to_disk: not needed"),
         (["--train-batch-size", "4"], "unknown option --train-batch-size; did you mean --train_batch_size?"),
         (["-resolutoin", "4"], "unknown option -resolutoin; did you mean --resolution?"),
