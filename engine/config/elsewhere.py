@@ -85,8 +85,8 @@ ELSEWHERE = {
         "`repeats`, or `weight`, in a [[data]] table of the TOML file"
     ),
     "conditioning_data_dir": (
-        "masks lie beside the images (IMAGE-masklabel.png, with --mask_column masklabel), and models that take another image are "
-        "not trained"
+        "masks lie beside the images (IMAGE-masklabel.png, with --mask_column masklabel), and models that take another image "
+        "are not trained"
     ),
     "masked_loss masked_training mask_path alpha_mask": (
         "--mask_column, with masks beside the images (IMAGE-masklabel.png: --mask_column masklabel) or in a column of a table"

@@ -135,7 +135,7 @@ class CacheConfig(BaseModel):
         le=1024,
     )
     max_train_samples: int | None = option(
-        None, "Train on this many samples, drawn by --subset_seed, instead of all.", "data", ge=1
+        None, "Train on this many samples of each data set, drawn by --subset_seed, instead of all.", "data", ge=1
     )
     subset_seed: int | None = option(
         None, "Seed by which --max_train_samples draws. Default: --seed, 0 where that is not given.", "data", ge=0, lt=2**63

@@ -37,6 +37,12 @@ def _shares(streams: Streams) -> str:
     return ", ".join(f"{name} {records[name]:,} ({float(share / whole):.1%} of samples)" for name, share in shares.items())
 
 
+def _of_records(run: Run, streams: Streams) -> str:
+    """Of how many records the samples of an epoch are, where repeats make these more or fewer."""
+    records = sum(stream.records for stream in streams.streams)
+    return f" an epoch, of {records:,} records" if records != run.records else ""
+
+
 def _buckets(streams: Streams) -> str:
     """The sizes of images, over all data sets, with how many records each has."""
     records = Counter[str]()
@@ -83,7 +89,7 @@ def opening(
         "family": f"{config.family}, from {family.base_model}",
         "output": config.output_dir,
         "parameters": f"{count(trained)} trained, {count(frozen)} frozen; {encoders}",
-        "samples": f"{run.records:,} ({_refused(streams)})",
+        "samples": f"{run.records:,}{_of_records(run, streams)} ({_refused(streams)})",
         **({"data sets": _shares(streams)} if len(streams.data_sets) > 1 else {}),
         **({"held out": held_out.words} if held_out else {}),
         "resolution": f"{config.resolution} px",

@@ -49,7 +49,7 @@ def test_two_data_sets_by_repeats_train_resume_and_are_written_back(model, image
     said = capsys.readouterr().err
     assert "noise scale   in what data sets and sizes differ is noise too, for a micro-batch is of one of them" in said
     assert "data sets     colours 12 (50.0% of samples), few 4 (50.0% of samples)" in said
-    assert "24 (none refused)" in said
+    assert "24 an epoch, of 16 records (none refused)" in said
     assert Index.read(tmp_path / "shards" / "colours").identity["caption_prefix"] == "sks"
     assert "caption_prefix" not in Index.read(tmp_path / "shards" / "few").identity
     assert not Index.read(tmp_path / "shards" / "colours").identity["preprocessing"]["random_flip"]
