@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator
 
 from engine.files import write_atomically
 
@@ -52,11 +53,18 @@ def _by_timestep(panels: Sequence[Any], held_out: Sequence[dict[str, Any]], of: 
     for place, name in enumerate(ranges):
         colour = colours(place / max(len(ranges) - 1, 1))
         panels[0].plot(*_points(lines, [line[of][name] for line in lines]), ".-", linewidth=1, color=colour, label=name)
-    panels[0].set(title=f"{described}, by timesteps", xlabel="step", yscale="log")
-    panels[0].grid(alpha=0.3)
-    panels[0].legend(fontsize=7, ncols=1 + len(ranges) // 12, loc="center left", bbox_to_anchor=(1, 0.5))
+    panels[0].set(title=f"{described}, by timesteps", xlabel="step")
     losses = np.array([[line[of][name] for line in lines] for name in ranges], np.float64)  # None is no number
     losses[~(losses > 0)] = np.nan
+    if np.isfinite(losses).any() and np.nanmax(losses) > 2 * np.nanmin(losses):
+        panels[0].set(yscale="log")
+        panels[0].yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))  # few enough to be written, over many decades too
+        for formatted in (panels[0].yaxis.set_major_formatter, panels[0].yaxis.set_minor_formatter):
+            formatted(FormatStrFormatter("%.3g"))  # not 6 x 10^-1
+        panels[0].tick_params(axis="y", which="minor", labelsize=8)
+    panels[0].grid(alpha=0.3, which="both")
+    beside = {"fontsize": 7, "ncols": 1 + len(ranges) // 12, "loc": "center left", "bbox_to_anchor": (1, 0.5)}
+    panels[0].legend(**beside, reverse=len(ranges) < 12)  # from top to bottom as in the heat map
     steps = np.array([line["step"] for line in lines], np.float64)
     between = (steps[1:] + steps[:-1]) / 2
     reach = (steps[-1] - between[-1]) if len(steps) > 1 else 0.5

@@ -136,7 +136,7 @@ def test_it_repeats_itself_whatever_divides_the_work(model, images, shards, tmp_
 
 def test_a_grid_that_cannot_be_is_refused_before_anything_is_built(model, images, tmp_path):
     few = MEASURED | {"validation_timesteps": 21, "min_timestep": 80, "max_timestep": 100}
-    with pytest.raises(UserError, match=r"^--validation_timesteps 21: there are 20$"):
+    with pytest.raises(UserError, match=r"^--validation_timesteps 21: there are 20; give that at the most$"):
         train(config(model, images, tmp_path / "shards", tmp_path / "out", **few))
     assert not (tmp_path / "shards").exists()
 
