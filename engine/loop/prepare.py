@@ -41,6 +41,8 @@ from engine.models.family import Family
 from engine.processes import Processes
 from engine.storage import Storage, is_remote
 
+Check = Callable[[str, bool, dict[str, Any]], None]
+
 VALIDATION = "validation"  # in the directory of the shards: those of --validation_data_dir
 
 
@@ -65,12 +67,13 @@ def divide_global_batch(config: TrainConfig, world: int) -> TrainConfig:
 
 
 def prepare_shards(
-    config: TrainConfig, family: Family, processes: Processes, check: Callable[[dict[str, Any]], None], seed: int, unit: int
+    config: TrainConfig, family: Family, processes: Processes, check: Check, seed: int, unit: int
 ) -> tuple[Streams, list[Part]]:
     """Builds the shards where they are missing, verifies them as far as asked, and opens them: the streams, and their parts.
 
     Args:
-        check: is given the identity of the shards before anything is encoded, to raise what is against it.
+        check: is given the name of a data set, whether it has buckets, and the identity of shards before anything is encoded,
+            to raise what is against it.
         seed: of the run.
         unit: slots that are of one stream.
 
@@ -90,16 +93,16 @@ def prepare_shards(
     return Streams(seed, _with_shares(streams, data_sets), unit), parts
 
 
-def _parts_of(data_set: DataSet, family: Family, processes: Processes, check: Callable[[dict[str, Any]], None]) -> list[Part]:
+def _parts_of(data_set: DataSet, family: Family, processes: Processes, check: Check) -> list[Part]:
     """The parts of a data set: built where it is at hand, else those that its shards are."""
     config: Any = data_set.config
     encoding = family.encoding.of_data_set(config)
     if config.source:
-        parts = build_parts(config, encoding, processes, check)
+        parts = build_parts(config, encoding, processes, partial(check, data_set.name, bool(config.buckets)))
     else:
         parts = find_parts(config, encoding, processes)
         for part in parts:
-            check(part.index.identity)
+            check(data_set.name, part.bucket is not None, part.index.identity)
         if not config.trust_shards:
             processes.computed_by_first(lambda: _refuse_other_models(parts, family))
     return [replace(part, data_set=data_set.name) for part in parts]

@@ -41,6 +41,9 @@ _OTHER_SAMPLES = (
     "was trained on other samples, or on these in another order; give the same data, or --continue_on_grown_data to go on with "
     "what the data set holds now"
 )
+_OTHER_STREAMS = (
+    "was trained on other data sets or buckets ({}); give the same, or --continue_on_grown_data to go on with what there is now"
+)
 
 
 def find_checkpoint(config: TrainConfig, again: bool = False) -> Path | None:
@@ -215,29 +218,42 @@ def open_checkpoint(checkpoint: Path, config: TrainConfig, processes: Processes,
     return opened
 
 
-def check_same_shards(checkpoint: Path | None, state: State | None, grown: bool, identity: dict[str, Any]) -> None:
+def check_same_shards(
+    checkpoint: Path | None, state: State | None, config: TrainConfig, data_set: str, bucketed: bool, identity: dict[str, Any]
+) -> None:
     """Compares the shards of a checkpoint, if there is one, with those of this run, by what shapes them.
 
     Args:
-        grown: whether the run goes on with other samples.
+        data_set: the name of that which the shards are of.
+        bucketed: whether they are of one bucket of several, of which some may be new.
         identity: without `source` where the samples are not known yet.
 
     Raises:
         UserError: they differ.
     """
+    grown = config.continue_on_grown_data
     if state is None or state.run.fingerprint == digest_of(identity):
         return
-    if state.streams:  # which each have their own; what is new among them is told when all are known
-        if grown or any(without_source(stream.data) == without_source(identity) for stream in state.streams):
-            return
-        changed = differences(without_source(state.streams[0].data), without_source(identity))
-        raise UserError(f"{checkpoint}: {_OTHER_SHARDS.format(changed)}")
-    before = state.data
-    if before is None or (changed := differences(without_source(before), without_source(identity))):
-        changed = changed if before is not None else "data, preprocessing or encoders"
-        raise UserError(f"{checkpoint}: {_OTHER_SHARDS.format(changed)}")
-    if "source" in identity and not grown:
+    several = len(data_sets_of(config)) > 1
+    before = [stream.data for stream in state.streams if stream.data_set == data_set] if state.streams else [state.data]
+    if not before or (several and not state.streams):
+        if not grown:
+            raise UserError(f"{checkpoint}: {_OTHER_STREAMS.format((data_set or 'a single data set') + ' is new')}")
+        return
+    alike = _without_size if bucketed else without_source
+    changed = [differences(alike(each), alike(identity)) if each else "data, preprocessing or encoders" for each in before]
+    if all(changed):
+        raise UserError(f"{checkpoint}: {_OTHER_SHARDS.format(changed[0])}")
+    # What is new among several is told when all are known.
+    same_size = [without_source(each) == without_source(identity) for each in before if each]
+    if not state.streams and same_size == [True] and "source" in identity and not grown:
         raise UserError(f"{checkpoint}: {_OTHER_SAMPLES}")
+
+
+def _without_size(identity: dict[str, Any]) -> dict[str, Any]:
+    """What the shards of all buckets of a data set have in common."""
+    of_all = {name: value for name, value in identity.get("preprocessing", {}).items() if name not in ("resolution", "size")}
+    return without_source(identity) | {"preprocessing": of_all}
 
 
 def check_same_streams(checkpoint: Path | None, state: State | None, grown: bool, streams: Streams) -> None:
@@ -257,16 +273,13 @@ def check_same_streams(checkpoint: Path | None, state: State | None, grown: bool
     if grown or state.streams == now:
         return
     changes = [
-        *(f"{name or 'a single data set'} is new" for name in after.keys() - before.keys()),
+        *(f"{name or 'a single data set'} is new" for name in after.keys() - before.keys() if after[name].data != state.data),
         *(f"{name or 'the single data set'} is gone" for name in before.keys() - after.keys()),
         *(f"{name} is weighed otherwise" for name in both if before[name].share != after[name].share),
     ]
     if any(before[name].data != after[name].data for name in both) or not changes:
         raise UserError(f"{checkpoint}: {_OTHER_SAMPLES}")
-    raise UserError(
-        f"{checkpoint}: was trained on other data sets or buckets ({', '.join(sorted(changes))}); give the same, or "
-        "--continue_on_grown_data to go on with what there is now"
-    )
+    raise UserError(f"{checkpoint}: {_OTHER_STREAMS.format(', '.join(sorted(changes)))}")
 
 
 def unit_of(config: TrainConfig, checkpoint: Path | None, state: State | None) -> int:

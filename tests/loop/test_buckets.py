@@ -78,6 +78,42 @@ def test_shards_of_buckets_alone_train_the_same(published, data, tmp_path):
     assert names == ["12x20", "16x16", "20x12", "24x8"]
 
 
+def test_growth_that_opens_a_bucket_or_brings_a_data_set_is_refused_by_the_word_that_accepts_it(published, data, tmp_path):
+    """From one bucket, of which a checkpoint knows no streams, to three of two data sets."""
+    shapes = iter([(16, 48), (48, 16), (32, 32)])
+
+    def add() -> None:
+        name = str(len([*(tmp_path / "data").iterdir()]))
+        Image.new("RGB", next(shapes), (9, 9, 9)).save(tmp_path / "data" / f"{name}.png")
+        (tmp_path / "data" / f"{name}.txt").write_text(f"of {name}")
+
+    (tmp_path / "data").mkdir()
+    add()
+    options = {"train_batch_size": 1, "checkpointing_steps": 1, "resume_from_checkpoint": "latest"}
+    goes_on = {"continue_on_grown_data": True}
+
+    def trained(steps: int, **more) -> int:
+        return train(run("sd", published, tmp_path / "data", tmp_path / "out", **options | more, max_train_steps=steps))
+
+    (tmp_path / "data" / "x.png").write_bytes(b"no image")  # in the bucket of the squares, which has no record
+    (tmp_path / "data" / "x.txt").write_text("x")
+    assert trained(1) == 0
+    assert trained(2) == 0
+    for steps, bucket in ((3, "24x8"), (4, "16x16")):
+        add()
+        with pytest.raises(UserError, match=rf"other data sets or buckets \({bucket} is new\).* --continue_on_grown_data"):
+            trained(steps)
+        with pytest.raises(UserError, match=r"was trained on other shards \(--random_flip False, now True\)"):
+            trained(steps, random_flip=True, shards_dir=str(tmp_path / "others"), **goes_on)
+        assert trained(steps, **goes_on) == 0
+    tables = [{"name": "a", "train_data_dir": str(tmp_path / "data")}, {"name": "b", "train_data_dir": str(data)}]
+    mixed = {"train_data_dir": None, "data_sets": tables, "shards_dir": str(tmp_path / "mixed")}
+    with pytest.raises(UserError, match=r"other data sets or buckets \(a is new\).* --continue_on_grown_data"):
+        trained(5, **mixed)
+    assert not [*(tmp_path / "mixed").rglob("shard-*")]
+    assert trained(5, **mixed, **goes_on) == 0
+
+
 @pytest.mark.two_processes
 def test_two_processes_train_as_one(published, data, tmp_path):
     assert train(run("sd", published, data, tmp_path / "one", gradient_accumulation_steps=2)) == 0

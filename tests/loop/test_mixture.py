@@ -35,7 +35,7 @@ def mixture(model, shards, output, *tables, **options) -> TrainConfig:
 
 
 def streams_of(config: TrainConfig):
-    return prepare_shards(config, open_family(config), Processes(), lambda identity: None, config.seed, 4)[0]
+    return prepare_shards(config, open_family(config), Processes(), lambda *shards: None, config.seed, 4)[0]
 
 
 def test_two_data_sets_by_repeats_train_resume_and_are_written_back(model, images, few, tmp_path, capsys):
