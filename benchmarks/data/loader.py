@@ -3,8 +3,9 @@
 Shards of small random rows (two of 1280 bf16 values per record, the embeddings of the Kandinsky prior) are written to a
 temporary directory, and the loader's micro-batches are taken as fast as they come. The rows lie in the page cache: what is
 measured is the order, the draws, the gathering, the handover and, on a GPU, the copies. Counts of records just above a power
-of four are the worst for the cycle walking of the order. `--streams` mixes as many, of shares from 1 to as many. Target on two
-CPU cores, for one stream: 20,000 samples per second at batch 16, 40,000 at 64.
+of four are the worst for the cycle walking of the order. `--streams` mixes as many, of shares from 1 to as many; a further row
+replaces a tenth of the conditions. Target on two CPU cores, for one stream: 20,000 samples per second at batch 16, 40,000 at
+64.
 
 The last line is the slowest row as JSON.
 """
@@ -36,17 +37,17 @@ BATCHES = [16, 64]
 WINDOWS, WINDOW_SECONDS = 7, 1.0
 
 
-def measure(shards: Shards, batch: int, streams: int, device: torch.device) -> dict[str, Any]:
+def measure(shards: Shards, batch: int, streams: int, dropped: float, device: torch.device) -> dict[str, Any]:
     """Milliseconds to the first micro-batch, samples per second (the median over windows, and the slowest), and the processor's
     microseconds per sample over all threads, which other work on the machine changes least."""
     started = time.perf_counter()
-    with draw(shards, batch, device=device, streams=streams) as batches:
+    with draw(shards, batch, device=device, streams=streams, dropped=dropped) as batches:
         next(batches)
         first = time.perf_counter() - started
         _window(batches, device)
         rates, busy = zip(*(_window(batches, device) for _ in range(WINDOWS)), strict=True)
     return {
-        "records": len(shards), "batch": batch, "streams": streams, "first_milliseconds": first * 1e3,
+        "records": len(shards), "batch": batch, "streams": streams, "dropped": dropped, "first_milliseconds": first * 1e3,
         "samples_per_second": statistics.median(rates), "slowest_window": min(rates),
         "processor_microseconds": statistics.median(busy),
     }  # fmt: skip
@@ -80,10 +81,11 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as directory:
             write_shards(Path(directory), records, FAMILIES["prior"], fields_of("prior"))
             shards = Shards(Path(directory))
-            for batch, streams in itertools.product(options.batch, options.streams):
-                mixed = f", {streams} streams" if streams > 1 else ""
+            kinds = [*((streams, 0.0) for streams in options.streams), (1, 0.1)]
+            for batch, (streams, dropped) in itertools.product(options.batch, kinds):
+                mixed = f", {streams} streams" if streams > 1 else ", conditions dropped" if dropped else ""
                 name, expected = f"{records} records, batch {batch}{mixed}", (WINDOWS + 2) * WINDOW_SECONDS
-                row = rows.measure(name, expected, partial(measure, shards, batch, streams, device))
+                row = rows.measure(name, expected, partial(measure, shards, batch, streams, dropped, device))
                 measured.append(row)
                 print(name, problem(row) or describe(row), sep=": ")
     print(json.dumps(min(measured, key=lambda row: row.get("samples_per_second", 0))))

@@ -20,12 +20,15 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 # isort: split
 from benchmarks.tools.checkpoints import AIMS, opened
 from benchmarks.tools.levers import settings_kept
-from benchmarks.tools.published import TINY
+from benchmarks.tools.published import CHECKPOINTS, TINY
 from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
 from benchmarks.tools.sides import WARM_UP, batch_of, open_training, random_records
 from benchmarks.tools.tables import markdown
 from benchmarks.tools.timing import Work, spread, synchronize
+from engine.config.options import TrainConfig
+from engine.config.schema import options_lacking
+from engine.data.samples.loader import DRAWN
 from engine.quiet import quiet_libraries
 
 # Name -> options of the command line.
@@ -36,25 +39,26 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "timestep_sampling": "logit_normal", "timestep_bias_strategy": "later", "timestep_bias_multiplier": 2.0,
     },
     "Min-SNR weights": {"snr_gamma": 5.0},
+    "soft Min-SNR weights": {"loss_weighting": "soft_min_snr"},
+    "P2 weights": {"loss_weighting": "p2"},
+    "debiased estimation": {"loss_weighting": "debiased"},
     "EDM weights": {"loss_weighting": "edm"},
     "Huber loss": {"loss_type": "huber"},
+    "smooth L1 loss": {"loss_type": "smooth_l1"},
     "noise offset and perturbation": {"noise_offset": 0.1, "input_perturbation": 0.1},
+    "mask": {"mask_column": "mask"},
     "pyramid noise": {"pyramid_noise_discount": 0.3},
     "DREAM": {"dream_training": True},
     "gradient noise scale": {"gradient_accumulation_steps": 2, "gradient_noise_scale": True},
 }  # fmt: skip
-SPATIAL_ONLY = ("pyramid noise",)
-SD_ONLY = ("noise offset and perturbation", "DREAM")
 SIZE, TURNS = 4, 200  # samples per micro-batch; steps of each side
-DRAWN = 4096  # slots that are drawn together, as by the loader
 EXPECTED_SECONDS = {True: 20, False: 200}  # of a row, of a tiny model or a published one
 
 
 def objectives_of(name: str) -> list[str]:
     """The objectives that the family of a checkpoint has."""
-    lacking = () if name in ("sd", "SD 1.5, 512 px") else SD_ONLY
-    return [each for each in OBJECTIVES if each not in lacking and not ("prior" in name.lower() and "kand" in name.lower()
-                                                                         and each in SPATIAL_ONLY)]  # fmt: skip
+    lacking = options_lacking(TrainConfig, name if name in TINY else CHECKPOINTS[name][0])
+    return [objective for objective, options in OBJECTIVES.items() if not options.keys() & lacking]
 
 
 def step_of(name: str, options: dict[str, Any], device: torch.device) -> tuple[Work, Any]:
