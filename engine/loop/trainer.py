@@ -258,8 +258,7 @@ class Training:
         token = processes.from_first(secrets.token_hex(4))
         limit, beside = config.checkpoints_total_limit, config.checkpoint_async
         models = self._writes_models() if config.openable_checkpoints and processes.is_first else None
-        kept = config.best_checkpoint, config.checkpointing_steps
-        self.checkpoints = Writer(Path(config.output_dir), run, processes, limit, beside, token, models, *kept)
+        self.checkpoints = Writer(Path(config.output_dir), run, processes, limit, beside, token, models, config.best_checkpoint)
         self.watchdog: Watchdog | None = None
         self.stop: StopSignal | None = None
         self.log: Log | None = None
@@ -418,8 +417,9 @@ class Training:
 
     def _keep_as_best(self) -> None:
         """Names this step's checkpoint, and where there is none, as of a run that began from another's, saves it."""
-        if self.step != self.saved or not self.checkpoints.name_best(self.step):
-            self.save()
+        assert self.best is not None
+        if self.step != self.saved or not self.checkpoints.name_best(self.best):
+            self.save(as_best_alone=self.step < self.run.steps)
 
     def _measure(self) -> None:
         assert self.held_out is not None
@@ -466,8 +466,8 @@ class Training:
         export = f"python -m engine.checkpoint export {best} --output_dir DIR"
         return f", with the last weights; of step {self.best.step}, whose held-out loss is the lowest, `{export}` writes one"
 
-    def save(self) -> None:
-        self.checkpoints.save(self.step, self.partition, self.metrics, self.best)
+    def save(self, as_best_alone: bool = False) -> None:
+        self.checkpoints.save(self.step, self.partition, self.metrics, self.best, as_best_alone)
         self.saved = self.step
 
     def save_to_the_end(self) -> None:

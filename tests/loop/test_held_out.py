@@ -247,6 +247,21 @@ def test_the_best_checkpoint_stays_and_patience_ends_the_run(model, images, shar
         train(config(model, images, shards, tmp_path / "other", **run | named))
 
 
+def test_a_checkpoint_that_was_the_best_goes_if_it_was_written_for_that_alone(model, images, shards, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    run = MEASURED | {"use_ema": False, "validation_timesteps": 1, "validation_steps": 1, "checkpointing_steps": 100}
+    run |= {"best_checkpoint": True, "resume_from_checkpoint": "latest"}
+    for losses, steps, options, kept in (
+        ((0.5, 0.3, 0.4), 3, {}, [2, 3]),
+        ((0.2, 0.1), 5, {}, [3, 5]),  # 5 is there as the last, too
+        ((0.05, 0.06), 7, {}, [3, 5, 6, 7]),
+        ((0.9, 0.8), 8, {"validation_timesteps": 2}, [3, 5, 6, 7, 8]),  # another loss, from step 7 on
+    ):
+        falls_and_rises(monkeypatch, [loss for loss in losses for _ in range(1 + options.get("validation_timesteps", 1))])
+        assert train(config(model, images, shards, output, **run | options | {"max_train_steps": steps})) == 0
+        assert sorted(int(path.name.removeprefix("checkpoint-")) for path in output.glob("checkpoint-*")) == kept
+
+
 KILLED = """
 import os, signal, sys
 from engine import run

@@ -71,7 +71,9 @@ class Snapshot:
     state: State
 
 
-def take(step: int, run: Run, partition: Partition, metrics: Metrics, best: Best | None = None) -> Snapshot:
+def take(
+    step: int, run: Run, partition: Partition, metrics: Metrics, best: Best | None = None, as_best_alone: bool = False
+) -> Snapshot:
     """The state after a step, not copied: it must not change while the snapshot is in use."""
     processes, kinds = partition.processes, sliced_tensors(partition)
     tensors = {
@@ -99,6 +101,7 @@ def take(step: int, run: Run, partition: Partition, metrics: Metrics, best: Best
         loss_scaler={k: v for k, v in vars(scaler).items() if isinstance(v, (int, float))} if scaler else None,
         gradient_squares=metrics.noise_scale.state if metrics.noise_scale else {},
         best=best,
+        as_best_alone=as_best_alone,
     )
     return Snapshot(step, header, list(tensors.values()), state)
 

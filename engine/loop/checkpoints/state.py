@@ -78,6 +78,7 @@ class State(_Strict):
     loss_scaler: the numbers of DeepSpeed's, under fp16.
     gradient_squares: averages of the squared norm of the gradient, by the number of samples that it is of.
     best: of the held-out loss, where one is taken.
+    as_best_alone: the checkpoint was written for its held-out loss alone, and may go when that is no longer the lowest.
     """
 
     format_version: Literal[2] = 2
@@ -93,6 +94,7 @@ class State(_Strict):
     loss_scaler: dict[str, Number] | None = None
     gradient_squares: dict[str, Annotated[float, Field(ge=0)]] = {}
     best: Best | None = None
+    as_best_alone: bool = False
 
     @field_validator("options")
     @classmethod

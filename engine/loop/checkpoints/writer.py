@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.errors import LostProcess, UserError, disk_problem, first_line, lost_a_process
-from engine.files import PARTIAL, digest, discard, seen, sync, sync_files, write_json, write_text
+from engine.files import PARTIAL, digest, discard, parse_json, read_text, seen, sync, sync_files, write_json, write_text
 from engine.liveness import GRACE, named
 from engine.loop.checkpoints.layout import Depth, find, named_in
 from engine.loop.checkpoints.names import (
@@ -36,7 +36,7 @@ from engine.loop.checkpoints.names import (
     step_of,
 )
 from engine.loop.checkpoints.snapshot import Snapshot, take
-from engine.loop.checkpoints.state import Best
+from engine.loop.checkpoints.state import Best, parse_state
 from engine.loop.metrics import Metrics
 from engine.loop.run import Run
 from engine.loop.weights.partition import Partition
@@ -56,7 +56,6 @@ class Writer:
         `wait` raises; `save` tries the present step first, and raises only what keeps two in turn from being written.
     models: writes the models of a checkpoint into its directory, beside all slices, and returns their files; or None.
     keeps_best: name the one of the lowest held-out loss in `best`.
-    every: steps between checkpoints that are written for other reasons.
     token: tells this run's unfinished writing from that of a run that was killed; the same on all processes.
     """
 
@@ -68,7 +67,6 @@ class Writer:
     token: str
     models: Callable[[Path], list[Path]] | None = None
     keeps_best: bool = False
-    every: int = 1
     copy_seconds: float = 0.0
     _saves: int = 0
     _saving: bool = False
@@ -80,8 +78,13 @@ class Writer:
     _error: BaseException | None = None
     _buffers: list[Tensor] = field(default_factory=list)
 
-    def save(self, step: int, partition: Partition, metrics: Metrics, best: Best | None = None) -> None:
+    def save(
+        self, step: int, partition: Partition, metrics: Metrics, best: Best | None = None, as_best_alone: bool = False
+    ) -> None:
         """Every process must call it. Returns when the state is copied, or without `beside` when all of it is written.
+
+        Args:
+            as_best_alone: it would not be written if its held-out loss were not the lowest.
 
         Raises:
             UserError, LostProcess: this checkpoint, or the two before it, could not be written; by all processes.
@@ -92,7 +95,7 @@ class Writer:
         if self._store is None and self.processes.store is not None:
             self._store = self.processes.own_store()
         self.processes.synchronize()
-        snapshot = take(step, self.run, partition, metrics, best)
+        snapshot = take(step, self.run, partition, metrics, best, as_best_alone)
         if self.beside:
             started = time.perf_counter()
             try:
@@ -120,23 +123,24 @@ class Writer:
                 warn(f"{first_line(error)}; trying again with step {step}")
         return not self._failed
 
-    def name_best(self, step: int) -> bool:
-        """Names the checkpoint of a step in `best`; False where there is none. Every process must call it."""
-        if not self._settle(step):
+    def name_best(self, best: Best) -> bool:
+        """Names the checkpoint of the lowest loss in `best`; False where there is none. Every process must call it."""
+        if not self._settle(best.step):
             return False
         self._join_removing()
-        return self.processes.computed_by_first(lambda: self._name_best(self.directory / checkpoint_name(step)))
+        return self.processes.computed_by_first(lambda: self._name_best(best))
 
-    def _name_best(self, final: Path) -> bool:
+    def _name_best(self, best: Best) -> bool:
+        final = self.directory / checkpoint_name(best.step)
         if not final.is_dir():
             return False
         superseded = named_in(self.directory / BEST)
         write_text(self.directory / BEST, final.name + "\n")
-        self._begin_removing(final, superseded)
+        self._begin_removing(final, superseded, best)
         return True
 
-    def _begin_removing(self, final: Path, superseded: Path | None) -> None:
-        self._removing = threading.Thread(target=self._remove_old, args=(final, superseded), daemon=True)
+    def _begin_removing(self, final: Path, superseded: Path | None, best: Best | None) -> None:
+        self._removing = threading.Thread(target=self._remove_old, args=(final, superseded, best), daemon=True)
         self._removing.start()
 
     def wait(self) -> None:
@@ -245,8 +249,9 @@ class Writer:
         try:
             digests = self._digests(note)
             digests |= self._models(aside)
-            of_several = set() if snapshot.state.streams else {"unit", "streams"}
-            write_json(aside / STATE, snapshot.state.model_dump(exclude=of_several))
+            absent = set() if snapshot.state.streams else {"unit", "streams"}
+            absent |= set() if snapshot.state.as_best_alone else {"as_best_alone"}
+            write_json(aside / STATE, snapshot.state.model_dump(exclude=absent))
             digests[STATE] = digest(aside / STATE)
             write_json(aside / MANIFEST, digests)
             best, named = snapshot.state.best, named_in(self.directory / BEST)
@@ -268,7 +273,7 @@ class Writer:
             self._tell_outcome(said)
             raise error if problem is None else said from None
         self._tell_outcome(None)
-        self._begin_removing(final, named if is_best else None)
+        self._begin_removing(final, named if is_best else None, best)
 
     def _key(self, name: object) -> str:
         return f"checkpoint-{self.token}/{self._saves}/{name}"
@@ -351,23 +356,34 @@ class Writer:
             (final / name).replace(self.directory / name)
         sync(self.directory)
 
-    def _remove_old(self, final: Path, superseded: Path | None) -> None:
+    def _remove_old(self, final: Path, superseded: Path | None, best: Best | None) -> None:
         """Removes what a checkpoint replaced, and those that are more than are kept.
 
         Args:
-            superseded: the best before this one. It stays where it would be there without having been the best.
+            superseded: the best before this one. It stays where it would be there without having been the best, and where its
+                loss was taken over something else than that of `best`.
         """
         _remove(_replaced(final))
         # Of later steps are those of a run that went further before this one went on from an earlier checkpoint.
         older = [path for path in complete_checkpoints(self.directory) if step_of(path) < step_of(final)]
-        if superseded is not None and superseded in older and step_of(superseded) % self.every:
+        if best is not None and superseded in older and _was_as_best_alone(superseded, best.of):
             older.remove(superseded)
             _remove(superseded)
         if self.total_limit is not None:
-            best = named_in(self.directory / BEST)
-            older = [path for path in older if path != best]
+            named = named_in(self.directory / BEST)
+            older = [path for path in older if path != named]
             for old in older[: -self.total_limit + 1 or None]:
                 _remove(old)
+
+
+def _was_as_best_alone(checkpoint: Path, of: str) -> bool:
+    """Whether a checkpoint was written for its held-out loss alone, taken over this."""
+    path = checkpoint / STATE
+    try:
+        state = parse_state(parse_json(read_text(path)), path)
+    except (OSError, UserError, ValueError):  # it stays
+        return False
+    return state.as_best_alone and state.best is not None and state.best.of == of
 
 
 def _make(aside: Path) -> None:
