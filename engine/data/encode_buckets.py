@@ -7,6 +7,7 @@ after another, each as `encode_source` builds any directory. `buckets.json` is w
 import contextlib
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from engine.models.encoder import Encoding
 from engine.processes import Processes
 from engine.storage import below
 
+_PAUSE = 60  # seconds after which sizes that were read are remembered
+
 
 @dataclass(frozen=True)
 class _DataSet:
@@ -41,7 +44,8 @@ class _DataSet:
 
     sizes: of the buckets, from the narrowest to the widest.
     stamps: of each sample, uint64 [samples].
-    images: their widths and heights, int32 [samples, 2]; zeros where they are not known, or cannot be read.
+    images: their widths and heights, int32 [samples, 2]; zeros where they are not known, or cannot be read; negative where
+        that may be over at another time.
     recalled: whether any was known from an earlier build.
     """
 
@@ -58,7 +62,9 @@ class _DataSet:
         places = nearest(self.sizes, self.images)
         found = {name_of(size): np.flatnonzero(places == at) for at, size in enumerate(self.sizes)}
         return {
-            name: subset.Bucket(self.source, indices, self.stamps[indices]) for name, indices in found.items() if len(indices)
+            name: subset.Bucket(self.source, indices, self.stamps[indices], self.images[indices, 0] < 0)
+            for name, indices in found.items()
+            if len(indices)
         }
 
     def task(self, name: str, samples: subset.Bucket) -> Task:
@@ -174,7 +180,7 @@ def _build(
         """The source of all buckets, on every process; handed over when it is first asked for."""
         if not of_all:
             mine = data.source if data else None
-            if processes.computed_by_first(lambda: bool(mine and mine.portable)):
+            if writable and processes.computed_by_first(lambda: bool(mine and mine.portable)):
                 of_all.append(handed_to_all(mine, directory, processes))
                 if not processes.is_first:
                     of_all[0].noticed.clear()  # which the first one tells
@@ -183,22 +189,24 @@ def _build(
         return of_all[0]
 
     def bucket_of_all(mine: Source | None) -> Source:
-        told = (mine.indices, mine.listed) if isinstance(mine, subset.Bucket) else None
+        told = (mine.indices, mine.listed, mine.unmeasured) if isinstance(mine, subset.Bucket) else None
         return subset.Bucket(whole(), *handed_to_all(told, directory, processes))
 
+    writable = processes.computed_by_first(lambda: _begin(data))
     with contextlib.ExitStack() as stack:
-        if processes.computed_by_first(lambda: _begin(data)):
+        if writable:
             held = stack.enter_context(shards_held(config, processes))
             if processes.is_first:
                 sweep_halves(directory, held)
-            _measure_unknown(config, processes, data, whole)
-        processes.computed_by_first(lambda: _refuse_another(data))
+        _measure_unknown(config, processes, data, whole, writable)
+        processes.computed_by_first(lambda: _refuse_another(data, writable))
         samples = data.divided() if data else {}
         encoder, indexes = stack.enter_context(loaded_once(processes)), dict[str, Index]()
         for name in processes.from_first([*samples]):
             bucket, sized = in_bucket(config, name), encoding.of_size(*size_named(name))
             indexes[name] = encode_source(bucket, sized, processes, check, samples.get(name), bucket_of_all, encoder)
-        processes.computed_by_first(lambda: _end(data, indexes))
+        if writable:
+            processes.computed_by_first(lambda: _end(data, indexes))
     source = data.source if data else of_all[0] if of_all else None
     say_noticed(source.noticed if source else Counter(), len(source) if source else 0, processes)
     return indexes
@@ -212,28 +220,44 @@ def _begin(data: _DataSet | None) -> bool:
     return os.access(data.config.shards_path, os.W_OK)
 
 
-def _measure_unknown(config: CacheConfig, processes: Processes, data: _DataSet | None, whole: Callable[[], Source]) -> None:
+def _measure_unknown(
+    config: CacheConfig, processes: Processes, data: _DataSet | None, whole: Callable[[], Source], writable: bool
+) -> None:
     """Has all processes read the headers of images whose sizes the first one does not know."""
-    directory = config.shards_path
+    directory, last = config.shards_path, time.monotonic()
     unknown = np.flatnonzero(data.images[:, 0] == 0) if data else None
     if not processes.from_first(0 if unknown is None else len(unknown)):
         return
 
     def keep(places: np.ndarray, sizes: np.ndarray) -> None:
+        nonlocal last
         assert data is not None
         data.images[places] = sizes
-        remember(directory, data.stamps, data.images)
+        if writable and time.monotonic() > last + _PAUSE:  # those of all images are written each time
+            remember(directory, data.stamps, data.images)
+            last = time.monotonic()
 
     source = whole()
-    measure(source, handed_to_all(unknown, directory, processes), config, processes, keep)
+    places = handed_to_all(unknown, directory, processes) if writable else processes.from_first(unknown)
+    measure(source, places, config, processes, keep)
+    if writable and data:
+        remember(directory, data.stamps, data.images)
 
 
-def _refuse_another(data: _DataSet | None) -> None:
-    """Raises `UserError` where there are shards, and none of them holds a sample of the source."""
+def _refuse_another(data: _DataSet | None, writable: bool) -> None:
+    """Raises `UserError` where there are shards, and none of them holds a sample of the source, or where nothing can be written
+    and they are of other buckets."""
     assert data is not None  # the first process's
+    directory = data.config.shards_path
+    if not writable and (directory / BUCKETS).exists():
+        before = {bucket.name for bucket in Buckets.read(directory / BUCKETS).buckets}
+        if changed := ", ".join(sorted(before ^ data.divided().keys())):
+            raise UserError(
+                f"{directory}: the data set has changed: of {changed} there were, or are, no images; the shards there cannot "
+                "be written; let them be written, name another --shards_dir, or give no data options to train on these"
+            )
     if data.recalled:
         return
-    directory = data.config.shards_path
     tasks = [data.task(name, samples) for name, samples in data.divided().items() if (directory / name / INDEX).exists()]
     if _directories(directory) and not any(keeps_any(task, read) for read in (False, True) for task in tasks):
         raise UserError(

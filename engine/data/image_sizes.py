@@ -40,7 +40,7 @@ def remembered(directory: Path, stamps: np.ndarray) -> np.ndarray:
 
 def remember(directory: Path, stamps: np.ndarray, sizes: np.ndarray) -> None:
     """Leaves the sizes of images with their shards, of all of which they are known."""
-    known = np.flatnonzero(sizes[:, 0])
+    known = np.flatnonzero(sizes[:, 0] > 0)
     known = known[np.argsort(stamps[known], kind="stable")]
     arrays = {"stamps": torch.from_numpy(stamps[known].view(np.int64)), "sizes": torch.from_numpy(sizes[known])}
     header = header_of(arrays, {"engine": f'{{"check": "{_check_of(stamps[known], sizes[known])}"}}'})[0]
@@ -69,14 +69,15 @@ def measure(
     """Reads the headers of the images at some places, by all processes.
 
     Args:
-        keep: is given places and sizes, int32 [images, 2], by the first process again and again; zeros where none can be read.
+        keep: is given places and sizes, int32 [images, 2], by the first process again and again; zeros where none can be read,
+            and negative ones where that may be over at another time.
     """
 
     def size_at(place: int) -> Size:
         try:
             width, height = (0, 0) if source.refusal(place) else source.size(place)
-        except Refused:
-            return 0, 0  # as it will be when its pixels are asked for, and then said
+        except Refused as why:
+            return (-1, -1) if why.passing else (0, 0)  # as it will be when its pixels are asked for, and then said
         return (width, height) if 0 < min(width, height) <= max(width, height) <= _LONGEST_SIDE else (0, 0)
 
     rank, world, threads = processes.rank, processes.world, max(config.dataloader_num_workers, _READERS)

@@ -60,7 +60,7 @@ def nearest(sizes: list[Size], images: np.ndarray) -> np.ndarray:
 
     Args:
         sizes: from the narrowest to the widest.
-        images: widths and heights, int64 [images, 2]; zeros of images of which nobody knows, which go to where a square does.
+        images: widths and heights, int64 [images, 2]; none above 0 where nobody knows, which go to where a square does.
     """
     ratios = sorted({Fraction(*size) for size in sizes})
     of_ratio = [[place for place, size in enumerate(sizes) if Fraction(*size) == ratio] for ratio in ratios]

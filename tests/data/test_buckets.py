@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from engine.config.options import CacheConfig
-from engine.data import encode_buckets
+from engine.data import encode_buckets, image_sizes
 from engine.data.format.buckets import Buckets, size_named
 from engine.data.format.index import BUCKETS, INDEX, SIZES, Index
 from engine.data.format.verify import verify
@@ -21,6 +22,7 @@ from engine.data.parts import build_parts, find_parts
 from engine.data.sizes import cropped_away, made, nearest, sizes_of
 from engine.data.sources.decode import decode, size_of
 from engine.data.sources.image_folder import ImageFolder
+from engine.data.sources.interface import Refused
 from engine.errors import UserError
 from engine.models.encoder import Encoder, open_encoding
 from engine.models.stable_diffusion import StableDiffusionEncoder, StableDiffusionEncoding
@@ -223,6 +225,53 @@ def test_a_copy_of_the_data_set_is_known_and_another_one_refused(model, data, tm
     with pytest.raises(UserError, match="the shards there were built otherwise .other files or rows of data."):
         build(model, tmp_path / "other", tmp_path / "shards")
     assert records(build(model, data, tmp_path / "shards")) == {"12x20": 2, "16x16": 2, "20x12": 3}
+
+
+def test_shards_that_may_only_be_read_take_a_copy_of_the_data_set(model, data, tmp_path, monkeypatch):
+    build(model, data, tmp_path / "shards")
+    before = contents(tmp_path / "shards")
+    shutil.copytree(data, tmp_path / "copy")
+    for path in (tmp_path / "copy").iterdir():
+        path.touch()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+    assert records(build(model, tmp_path / "copy", tmp_path / "shards")) == {"12x20": 2, "16x16": 2, "20x12": 3}
+    assert contents(tmp_path / "shards") == before
+    write(tmp_path / "copy", [(32, 8)], first=7)
+    with pytest.raises(
+        UserError, match="has changed: of 32x8 there were, or are, no images; the shards there cannot be written"
+    ):
+        build(model, tmp_path / "copy", tmp_path / "shards")
+    assert contents(tmp_path / "shards") == before
+
+
+def test_an_image_whose_size_cannot_be_read_now_is_in_no_bucket_until_it_can(model, data, tmp_path, monkeypatch, capsys):
+    size = ImageFolder.size
+
+    def fails(self, index):
+        if index == 1:
+            raise Refused("unreadable image", "OSError: [Errno 116] Stale file handle", passing=True)
+        return size(self, index)
+
+    monkeypatch.setattr(ImageFolder, "size", fails)
+    for _ in range(2):
+        assert records(build(model, data, tmp_path / "shards")) == {"12x20": 2, "16x16": 2, "20x12": 2}
+    assert "refused 1 of 7 samples: 1 unreadable image" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert records(build(model, data, tmp_path / "shards")) == {"12x20": 2, "16x16": 2, "20x12": 3}
+
+
+def test_sizes_are_remembered_in_the_end_and_not_after_each_few(model, data, tmp_path, monkeypatch):
+    written: list[int] = []
+    monkeypatch.setattr(image_sizes, "_AT_ONCE", 2)
+    monkeypatch.setattr(
+        encode_buckets, "remember", lambda directory, stamps, sizes: written.append(int((sizes[:, 0] > 0).sum()))
+    )
+    build(model, data, tmp_path / "shards")
+    assert written == [7]
+    monkeypatch.setattr(encode_buckets, "_PAUSE", -1)
+    build(model, data, tmp_path / "others")
+    assert written == [7, 2, 4, 6, 7, 7]
 
 
 def test_a_build_that_was_stopped_goes_on(model, data, tmp_path, monkeypatch):

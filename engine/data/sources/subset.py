@@ -57,11 +57,18 @@ class Bucket(Subset):
 
     Args:
         listed: the stamps of its samples.
+        unmeasured: bool [samples], those whose size could not be read, though it may be at another time: until then nobody
+            knows that they belong here.
     """
 
-    def __init__(self, source: Source, indices: np.ndarray, listed: np.ndarray) -> None:
+    def __init__(self, source: Source, indices: np.ndarray, listed: np.ndarray, unmeasured: np.ndarray) -> None:
         super().__init__(source, indices)
-        self.portable, self.listed = False, listed  # all processes have the source, once for all buckets
+        self.portable, self.listed, self.unmeasured = False, listed, unmeasured  # all have the source, once for all buckets
+
+    def content(self, index: int) -> bytes:
+        if self.unmeasured[index]:
+            raise Refused("unreadable image", "its size could not be read", passing=True)
+        return super().content(index)
 
     def stamps(self) -> tuple[np.ndarray, np.ndarray]:
         return self.listed, np.ones(len(self), np.int64)
