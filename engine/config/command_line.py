@@ -43,7 +43,8 @@ class _SwitchOrTexts(argparse.Action):
     """A switch that may have values, which say how."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
-        setattr(namespace, self.dest, values or True)
+        before = getattr(namespace, self.dest, None)
+        setattr(namespace, self.dest, [*(before if isinstance(before, list) else []), *values] or True)
 
 
 def whole(low: int, high: int = LARGEST) -> Callable[[str], int]:

@@ -13,6 +13,7 @@ def test_a_switch_or_a_list_on_the_command_line_and_in_a_file(data, tmp_path):
     assert run(*data, "--buckets").buckets is True
     assert run(*data, "--buckets", "--no-buckets").buckets is False
     assert run(*data, "--buckets", "512x512", "640X384,384x640").buckets == ["512x512", "640x384", "384x640"]
+    assert run(*data, "--buckets", "512x512", "--buckets", "640x384").buckets == ["512x512", "640x384"]
     file = tmp_path / "run.toml"
     for written, read in (("true", True), ("false", False), ('["640x384", "512x512"]', ["640x384", "512x512"])):
         file.write_text(f"buckets = {written}\n")
