@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import math
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -148,6 +149,11 @@ def prepare_held_out(
         numbers = chosen([int(split.held.sum()) for _, split in splits], config.max_validation_samples)
         found = [(part, split.held_records(which)) for (part, split), which in zip(splits, numbers, strict=True)]
     found = [(part, which) for part, which in found if len(which)]
+    if config.validation_fraction and not found:
+        raise UserError(
+            f"--validation_fraction {config.validation_fraction}: nothing is held out, for no shard has two records; give more "
+            "data, or another data set as --validation_data_dir, or leave it out"
+        )
     # The loader's readers have their part of what may be open, too.
     opened = _open(config, [part for part, _ in found], processes, 2 * len(found))
     return [Records(shards, which) for shards, (_, which) in zip(opened, found, strict=True)]
@@ -164,9 +170,15 @@ def _validation_parts(config: TrainConfig, family: Family, processes: Processes,
             models = trained[0].index.identity.get("models", {})
             processes.computed_by_first(lambda: _refuse_other_models(parts, family, models))
         return parts
-    beside = str(Path(config.output_dir) / "shards") if config.shards_address else str(config.shards_path)
-    own = no_data | {"train_data_dir": given, "shards_dir": str(Path(beside) / VALIDATION)}
+    beside = not config.shards_address and processes.computed_by_first(lambda: _has_room_for_validation(config.shards_path))
+    place = config.shards_path if beside else Path(config.output_dir) / "shards"
+    own = no_data | {"train_data_dir": given, "shards_dir": str(place / VALIDATION)}
     return build_parts(config.model_copy(update=own), family.encoding, processes, lambda identity: None)
+
+
+def _has_room_for_validation(directory: Path) -> bool:
+    """Whether the shards of held-out data are beside those of the training, or may be written there."""
+    return holds_shards(directory / VALIDATION) or not directory.exists() or os.access(directory, os.W_OK)
 
 
 def _check(config: TrainConfig, parts: list[Part], processes: Processes) -> None:

@@ -1,5 +1,6 @@
 """Training on images of several ratios: every family, gone on with from a checkpoint, from shards alone, by two processes."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -112,6 +113,27 @@ def test_growth_that_opens_a_bucket_or_brings_a_data_set_is_refused_by_the_word_
         trained(5, **mixed)
     assert not [*(tmp_path / "mixed").rglob("shard-*")]
     assert trained(5, **mixed, **goes_on) == 0
+
+
+def test_a_fraction_of_which_nothing_is_held_out_is_refused(published, tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "0.png")
+    (tmp_path / "0.txt").write_text("x")
+    with pytest.raises(UserError, match=r"--validation_fraction 0.5: nothing is held out"):
+        train(run("sd", published, tmp_path, tmp_path / "out", validation_fraction=0.5, train_batch_size=1))
+
+
+def test_held_out_data_beside_shards_that_may_only_be_read_is_encoded_in_the_output_directory(
+    published, data, tmp_path, monkeypatch
+):
+    shards = tmp_path / "shards"
+    options = {"max_train_steps": 1, "shards_dir": str(shards)}
+    assert train(run("sd", published, data, tmp_path / "first", **options)) == 0
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: not (Path(path) == shards and mode == os.W_OK) and access(path, mode))
+    alone = {"train_data_dir": None, "buckets": False, "bucket_step": 64, "validation_data_dir": str(data)}
+    assert train(run("sd", published, data, tmp_path / "out", **options | alone)) == 0
+    assert not (shards / "validation").exists()
+    assert (tmp_path / "out" / "shards" / "validation" / "index.json").exists()
 
 
 @pytest.mark.two_processes
