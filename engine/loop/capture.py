@@ -137,9 +137,11 @@ class Captured:
     def release(self) -> None:
         """Gives the graphs of the pool and their memory back, so that other work has it; the next calls capture again.
 
-        No replay may be under way, and no result may be used any more. Weights, the optimizer's state and what libraries
-        prepared in the first calls lie outside the pool and stay.
+        No result may be used any more. Weights, the optimizer's state and what libraries prepared in the first calls lie
+        outside the pool and stay.
         """
+        if self.on_gpu:
+            torch.cuda.synchronize(self.processes.device)  # replays that are under way, whose memory this is
         # The allocator refuses to capture into a pool that is given up while something in it still lives.
         pool = torch.cuda.graph_pool_handle() if self.on_gpu else None
         for each in self.sharing:
