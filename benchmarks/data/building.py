@@ -82,7 +82,7 @@ class Stub(Encoding, Encoder):
     image_fields = {"value": Field((1,), torch.float32, "image")}  # noqa: RUF012
 
     def __init__(self, begins: bool) -> None:
-        self.begins, self.encoded = begins, 0
+        self.begins, self.encoded, self._identity = begins, 0, {}
 
     def encoder_digests(self) -> dict[str, Any]:
         return {}

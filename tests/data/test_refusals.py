@@ -44,6 +44,7 @@ class Chain(Encoding, Encoder):
 
     def __init__(self, place: str = "", error: BaseException | None = None, samples: int = 9) -> None:
         self.place, self.error, self.samples, self.noticed = place, error, samples, Counter()
+        self._identity = {}
 
     def meet(self, place: str, samples: list[int]) -> None:
         if place == self.place and BAD in samples:
