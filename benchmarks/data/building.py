@@ -79,7 +79,7 @@ class Stub(Encoding, Encoder):
 
     mean, captioned, size = "value", False, (1, 1)
     keeps_tokens = False
-    image_fields = {"value": Field((1,), torch.float32, "image")}  # noqa: RUF012
+    image_fields = record_spec = {"value": Field((1,), torch.float32, "image")}  # noqa: RUF012
 
     def __init__(self, begins: bool) -> None:
         self.begins, self.encoded, self._identity = begins, 0, {}
