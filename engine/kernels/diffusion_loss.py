@@ -8,7 +8,7 @@ which is d^2 for small d and 2 c |d| for large ones. The weight m of a position 
 Per element of a bf16 prediction: 2 bytes read and 2 written; mean and std (4 bytes) and the posterior's draw are skipped for
 samples with c_x = 0, that is for epsilon prediction. Huber adds no byte, and 18 instructions to 140 (predicted 12: a root and
 a division); a mask 1 byte per position, read by every program of its channels, and 5 instructions (predicted 4). Both are
-chosen when the kernel is compiled. On a CPU all of it vectorises: 13 % for Huber and 11 % for a mask (predicted 10 % and 3 %).
+chosen when the kernel is compiled. On a CPU all of it vectorises (`python -m benchmarks.operations.kernels`).
 
 Each program writes one partial sum, and a second small kernel adds them in a fixed order, so that the loss is reproducible bit
 for bit; atomics would not be.

@@ -1,7 +1,6 @@
 """Training on images of several ratios: every family, gone on with from a checkpoint, from shards alone, by two processes."""
 
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,7 @@ from engine.data.format.buckets import Buckets, read_indexes
 from engine.data.format.index import BUCKETS
 from engine.errors import UserError
 from engine.loop.trainer import train
-from tests.commands import run_two
-from tests.loop.runs import checkpoint_tensors, command
+from tests.loop.runs import checkpoint_tensors
 from tests.loop.test_families import losses
 
 SIZES = {"sd": (16, 4), "kandinsky-decoder": (16, 4), "wuerstchen": (256, 128)}  # resolution and step
@@ -134,11 +132,3 @@ def test_held_out_data_beside_shards_that_may_only_be_read_is_encoded_in_the_out
     assert train(run("sd", published, data, tmp_path / "out", **options | alone)) == 0
     assert not (shards / "validation").exists()
     assert (tmp_path / "out" / "shards" / "validation" / "index.json").exists()
-
-
-@pytest.mark.two_processes
-def test_two_processes_train_as_one(published, data, tmp_path):
-    assert train(run("sd", published, data, tmp_path / "one", gradient_accumulation_steps=2)) == 0
-    two = run("sd", published, data, tmp_path / "two", shards_dir=str(tmp_path / "one" / "shards"))
-    run_two([*command(two, sys.executable, "-m", "engine.run")])
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)

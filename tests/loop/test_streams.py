@@ -2,9 +2,7 @@
 
 import json
 import re
-import signal
 import sys
-import time
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -29,7 +27,6 @@ from engine.loop.trainer import cause_of_skips, train
 from engine.models.family import open_family
 from engine.shards import build_command
 from tests import tiny
-from tests.commands import Command, run_two
 from tests.loop.runs import checkpoint_tensors, config
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
@@ -181,27 +178,6 @@ def written(settings, output, **options) -> list[str]:
     output.mkdir()
     (output.parent / f"{output.name}.toml").write_text(to_toml(settings(output, **options)))
     return [sys.executable, "-m", "engine.run", "--config", str(output.parent / f"{output.name}.toml")]
-
-
-@pytest.mark.two_processes
-def test_two_processes_train_as_one_whose_steps_are_their_micro_batches(settings, tmp_path):
-    run_two(written(settings, tmp_path / "two", train_batch_size=2, max_train_steps=5))
-    assert train(settings(tmp_path / "one", train_batch_size=2, gradient_accumulation_steps=2, max_train_steps=5)) == 0
-    for ours, theirs in zip(lines(tmp_path / "two"), lines(tmp_path / "one"), strict=True):
-        for name in ("loss", "loss/squares", "loss/others"):
-            assert (ours[name] is None) == (theirs[name] is None)
-            assert ours[name] is None or ours[name] == pytest.approx(theirs[name], rel=1e-4), (ours["step"], name)
-
-
-def test_a_killed_run_continues_with_the_same_bits(settings, tmp_path):
-    resumable = written(settings, tmp_path / "killed", checkpointing_steps=2, resume_from_checkpoint="latest")
-    process = Command(resumable)
-    while not (tmp_path / "killed" / "latest").exists() and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert [Command(command).wait() for command in (resumable, written(settings, tmp_path / "whole"))] == [0, 0]
-    assert_same(trained(tmp_path / "killed"), trained(tmp_path / "whole"))
 
 
 class Doubled(torch.nn.Module):
