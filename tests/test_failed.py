@@ -131,7 +131,7 @@ sys.exit(exit_code("engine.run", run.main))
         (1, "trainer.open_family = stale", "cannot be read: Stale file handle; mend"),
         (0, "trainer.check_trackers = lambda config: failing(errno.EDQUOT, 'cache')", "cache: Disk quota exceeded; mend"),
         (0, "resume.write_text = lambda path, text: failing(errno.ENOSPC, path)", "config.toml: No space left on device; mend"),
-        (0, "trainer.Log = lambda config, step: failing(errno.EACCES, 'metrics')", "metrics: Permission denied; mend"),
+        (0, "trainer.Log = lambda config, *rest: failing(errno.EACCES, 'metrics')", "metrics: Permission denied; mend"),
     ],
     ids=["full", "stale", "trackers", "taking over", "log"],
 )

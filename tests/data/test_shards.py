@@ -461,11 +461,11 @@ def test_as_many_shards_stay_open_as_the_limit_of_open_files_lets(monkeypatch):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (512, limits[1]))
-        assert reader._allowed_open(1500) == reader.OPEN_SHARDS, "all may be open, whatever is read at a time"
+        assert reader._allowed_open(1500, 1) == reader.OPEN_SHARDS, "all may be open, whatever is read at a time"
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 1500 + reader.OTHERS
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     monkeypatch.setattr(reader, "allow_open_files", lambda wanted: 4096)
-    assert 2500 < reader._allowed_open(100_000) < 4096 - 1024
+    assert 2500 < reader._allowed_open(100_000, 1) < 4096 - 1024
     monkeypatch.setattr(reader, "allow_open_files", lambda wanted: wanted)
-    assert reader._allowed_open(100_000) == reader.OPEN_SHARDS
+    assert reader._allowed_open(100_000, 1) == reader.OPEN_SHARDS

@@ -68,11 +68,11 @@ def test_a_step_of_the_cpu_is_finished_when_it_returns():
 def test_the_watchdog_and_the_progress_count_finished_steps(device, model, images, shards, tmp_path, monkeypatch):
     seen, after_step, read = [], trainer.Training._after_step, trainer.Metrics.read
 
-    def note(self, progress, log, leave):
-        assert progress.n == device.finished
+    def note(self, leave, save):
+        assert self.progress.n == device.finished
         assert self.processes.step == device.finished
         seen.append((self.step, device.finished))
-        after_step(self, progress, log, leave)
+        after_step(self, leave, save)
 
     def read_finished(self, *arguments):
         assert device.given == device.finished, "the host would wait here on a clock that nobody advances"
@@ -86,18 +86,18 @@ def test_the_watchdog_and_the_progress_count_finished_steps(device, model, image
 
 
 def test_a_signal_waits_for_no_more_than_the_steps_that_were_given(device, model, images, shards, tmp_path, monkeypatch):
-    left, after_step, save = [], trainer.Training._after_step, Writer.save
+    left, after_step, write = [], trainer.Training._after_step, Writer.save
 
-    def note(self, progress, log, leave):
+    def note(self, leave, save):
         if self.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         if leave:
             left.append((self.step, device.given - device.finished))
-        after_step(self, progress, log, leave)
+        after_step(self, leave, save)
 
     def save_finished(self, *arguments):
         assert device.given == device.finished, "the time until here belongs to steps, and the watchdog counts it"
-        save(self, *arguments)
+        write(self, *arguments)
 
     monkeypatch.setattr(trainer.Training, "_after_step", note)
     monkeypatch.setattr(Writer, "save", save_finished)

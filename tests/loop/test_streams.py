@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -14,7 +13,7 @@ import torch._dynamo
 from torch._dynamo.utils import counters
 
 from engine.backends import compile_model
-from engine.config.command_line import load, to_toml
+from engine.config.command_line import load
 from engine.config.options import TrainConfig
 from engine.data.format.reader import Shards
 from engine.data.samples.streams import Stream, Streams
@@ -171,13 +170,6 @@ def test_replayed_training_of_two_shapes_is_eager_training(options, graphs, sett
     assert losses[0] == losses[1]
     assert {line["loss/others"] is None for line in lines(tmp_path / "on")} == {True, False}
     assert len(recorded) == graphs, "each once: both shapes came while kinds of micro-batches warmed up"
-
-
-def written(settings, output, **options) -> list[str]:
-    """A command with the configuration in a file, since tables have no place on a command line."""
-    output.mkdir()
-    (output.parent / f"{output.name}.toml").write_text(to_toml(settings(output, **options)))
-    return [sys.executable, "-m", "engine.run", "--config", str(output.parent / f"{output.name}.toml")]
 
 
 class Doubled(torch.nn.Module):
