@@ -17,6 +17,8 @@ from engine.config.command_line import load, parse, read_toml
 from engine.config.options import TrainConfig
 from engine.data.format.reader import Shards
 from engine.data.samples.batch import BatchPlan
+from engine.data.samples.order import order_of
+from engine.data.samples.streams import Stream, Streams
 from engine.files import digest, discard
 from engine.loop.checkpoints.layout import open_checked, or_another
 from engine.loop.checkpoints.models import whole_parameters
@@ -124,7 +126,8 @@ def training_beside(support: Path) -> tuple[TrainConfig, Training]:
     processes = Processes().connect()
     shards, plan = Shards(config.shards_path), BatchPlan(config.train_batch_size, 1, 0, 1)
     family = open_family(config)
-    run = open_run(config, 1, shards, plan, None)
+    stream = Stream(shards, order_of(1, shards.index.shards["records"], None), len(shards))
+    run = open_run(config, 1, Streams(1, [stream]), plan, None)
     return config, Training(config, run, family, family.load_model(), processes)
 
 
