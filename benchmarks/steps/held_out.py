@@ -7,7 +7,6 @@ replay their graphs. A round is of the weights and of their average. The tiny mo
 import statistics
 import sys
 import tempfile
-import time
 from functools import partial
 from itertools import count, repeat
 from pathlib import Path
@@ -26,7 +25,7 @@ from benchmarks.tools.rows import Rows
 from benchmarks.tools.shards import write_shards
 from benchmarks.tools.sides import WARM_UP, batch_of, open_training, random_records
 from benchmarks.tools.tables import markdown
-from benchmarks.tools.timing import synchronize
+from benchmarks.tools.timing import seconds_in_turns
 from engine.data.format.reader import Shards
 from engine.loop.held_out import HeldOutLoss, Records
 from engine.quiet import quiet_libraries
@@ -49,24 +48,19 @@ def measure(name: str, records: int, turns: int, device: torch.device) -> dict[s
         pairs = 2 * records * len(loss.grid)  # of the weights and of the average
         batch = batch_of(family, random_records(family, SIZE, device), 0, device)
         batches, numbers = repeat(batch), count(1)
-        taken: dict[str, list[float]] = {"round": [], "steps": []}
-        for turn in range(WARM_UP + turns):
-            for side in taken:
-                started = time.perf_counter()
-                if side == "round":
-                    loss.measure(turn)
-                else:
-                    for _ in range(pairs // SIZE):
-                        training.train_step(batches, next(numbers))
-                synchronize(device)
-                if turn >= WARM_UP:
-                    taken[side].append(time.perf_counter() - started)
+
+        def train_as_many() -> None:
+            for _ in range(pairs // SIZE):
+                training.train_step(batches, next(numbers))
+
+        rounds = count()
+        taken = seconds_in_turns((lambda: loss.measure(next(rounds)), train_as_many), turns, WARM_UP, device)
         loss.close()
-    ratios = [of_round / of_steps for of_round, of_steps in zip(taken["round"], taken["steps"], strict=True)]
-    seconds = statistics.median(taken["round"])
+    ratios = [of_round / of_steps for of_round, of_steps in zip(*taken, strict=True)]
+    seconds, training_seconds = map(statistics.median, taken)
     return {
         "seconds": seconds, "samples": pairs, "samples_per_second": pairs / seconds,
-        "training_samples_per_second": pairs / statistics.median(taken["steps"]), "ratio": statistics.median(ratios),
+        "training_samples_per_second": pairs / training_seconds, "ratio": statistics.median(ratios),
     }  # fmt: skip
 
 

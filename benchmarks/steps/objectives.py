@@ -25,7 +25,7 @@ from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
 from benchmarks.tools.sides import WARM_UP, batch_of, open_training, random_records
 from benchmarks.tools.tables import markdown
-from benchmarks.tools.timing import Work, spread, synchronize
+from benchmarks.tools.timing import Work, seconds_in_turns, spread
 from engine.config.options import TrainConfig
 from engine.config.schema import options_lacking
 from engine.data.samples.loader import DRAWN
@@ -79,14 +79,7 @@ def measure(name: str, objective: str, turns: int, device: torch.device) -> dict
     with settings_kept():
         plain, _ = step_of(name, {"gradient_accumulation_steps": accumulation}, device)
         other, schedule = step_of(name, options, device)
-        seconds: list[list[float]] = [[], []]
-        for turn in range(WARM_UP + turns):
-            for work, taken in zip((plain, other), seconds, strict=True):
-                started = time.perf_counter()
-                work()
-                synchronize(device)
-                if turn >= WARM_UP:
-                    taken.append(time.perf_counter() - started)
+        seconds = seconds_in_turns((plain, other), turns, WARM_UP, device)
     ratio, low, high = spread([after / before for before, after in zip(*seconds, strict=True)])
     before, after = (SIZE * accumulation / statistics.median(taken) for taken in seconds)
     return {

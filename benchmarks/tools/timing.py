@@ -10,7 +10,7 @@ import functools
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,19 @@ def data_sheet_flops_per_second(device_name: str) -> float | None:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def seconds_in_turns(works: Sequence[Work], turns: int, warm_up: int, device: torch.device) -> list[list[float]]:
+    """The times of each work, called as it is, over turns that alternate after some that warm up."""
+    taken: list[list[float]] = [[] for _ in works]
+    for turn in range(warm_up + turns):
+        for work, seconds in zip(works, taken, strict=True):
+            started = time.perf_counter()
+            work()
+            synchronize(device)
+            if turn >= warm_up:
+                seconds.append(time.perf_counter() - started)
+    return taken
 
 
 def microseconds(
