@@ -1,7 +1,7 @@
 """Do diffusers' tests of its scripts pass with the engine in their place? `python -m benchmarks.runs.examples CHECKOUT`
 
-CHECKOUT is a checkout of github.com/huggingface/diffusers, whose tests are run as they are. Models and data lie in local folders
-of the names that they have on the hub, tiny and random; what starts a script starts `python -m engine.run` with its options.
+CHECKOUT is a checkout of github.com/huggingface/diffusers, whose tests are run as they are. Models and data lie in local
+folders of the names that they have on the hub, tiny and random; what starts a script starts `python -m engine.run` instead.
 """
 
 import argparse
