@@ -15,8 +15,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # diffusers imports DeepSpeed, which probes for accelerators unless it is told.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-# diffusers imports torchao where it is installed, whose compiled parts for other torches and cards do not load.
-for name in ("torchao", "torch.utils._pytree"):
+# diffusers imports torchao and bitsandbytes where they are installed, whose compiled parts for other machines do not load.
+for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
     logging.getLogger(name).setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning)
 warnings.filterwarnings("ignore", category=DeprecationWarning)
