@@ -5,6 +5,7 @@ as the header places them (https://github.com/huggingface/safetensors).
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import io
 import itertools
@@ -14,7 +15,7 @@ import os
 import struct
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -197,14 +198,25 @@ def write_one_by_one(
     Args:
         layout: their shapes and dtypes by name; on the meta device, say.
     """
+    with writing(path, layout, metadata) as write:
+        for name, tensor in tensors:
+            write(name, tensor)
+
+
+@contextlib.contextmanager
+def writing(path: Path, layout: Mapping[str, Tensor], metadata: dict[str, str]) -> Iterator[Callable[[str, Tensor], None]]:
+    """What writes a tensor of a file, as `write_one_by_one` does; all must have been written at the end."""
     header, starts = header_of(in_file_order(layout), metadata)
     with path.open("wb") as file:
         file.write(header)
-        for name, tensor in tensors:
+
+        def write(name: str, tensor: Tensor) -> None:
             if tensor.shape != layout[name].shape:
                 raise ValueError(f"{name} is {list(tensor.shape)}, not {list(layout[name].shape)}")
             file.seek(starts.pop(name))
             file.write(bytes_of(tensor.to("cpu", layout[name].dtype)).numpy().data)
+
+        yield write
     if starts:
         raise ValueError(f"{path}: nothing was written for {', '.join(starts)}")
 

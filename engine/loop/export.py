@@ -18,11 +18,12 @@ from engine.failed import FAILED, LAUNCH
 from engine.files import LOCK, PARTIAL, discard, lies_inside, sync, sync_files
 from engine.loop.checkpoints.names import BEST, CHECKPOINT, LATEST
 from engine.loop.weights.partition import Partition
-from engine.loop.weights.whole import empty_published_model, whole_tensors, write_published
+from engine.loop.weights.whole import whole_tensors, write_published
 from engine.messages import say
 from engine.models.configurations import TOKENIZER_FILES
 from engine.models.family import Family
 from engine.models.index import INDEX
+from engine.models.parts import empty_copy, parts_of
 from engine.models.pipelines import use_portable_names
 
 # What is of the run and of no use to others; `attempt` is the script's for SLURM.
@@ -50,16 +51,17 @@ def save_pipeline(directory: Path, family: Family, module: Any, tensors: Iterabl
         module: the trained module, in training form.
         tensors: parameters and buffers of the published model, written in fp32 one after another.
     """
-    model = empty_published_model(module)
-    # The pipeline saves its parts by this method.
-    model.save_pretrained = lambda folder: write_published(Path(folder), module, tensors, torch.float32)
+    parts = parts_of(empty_copy(module), family.part)
+    for model in parts.values():
+        model.save_pretrained = lambda folder: None  # which the pipeline saves its parts by
     output = directory / family.result
     output.mkdir(parents=True, exist_ok=True)
     aside = directory / f"pipeline{PARTIAL}"
     discard(aside)
-    pipeline = family.pipeline(model)
+    pipeline = family.pipeline(parts)
     use_portable_names(pipeline)
     pipeline.save_pretrained(aside, safe_serialization=True)
+    write_published({name: aside / name for name in parts}, module, tensors, torch.float32)
     if (aside / "tokenizer").is_dir():
         _copy_tokenizer(family.encoding.path, aside / "tokenizer")
     sync_files(aside)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine.data.samples.streams import Shape, Streams
 from engine.models.encoder import Encoding
 from engine.models.family import Family
+from engine.models.parts import empty_copy
 from engine.models.training_form import form_of, to_training_form
 
 
@@ -51,7 +52,7 @@ def forward_on_meta(family: Family, model: Any, batch: int = 1, training_form: b
     """
     timesteps = family.schedule.draw(torch.tensor([0]), torch.arange(batch), batch).to("meta")
     with torch.device("meta"):
-        shadow = type(model).from_config(model.config)
+        shadow = empty_copy(model)
         if training_form:
             to_training_form(shadow, form_of(model))
         fields = family.encoding.record_spec | family.encoding.text_fields

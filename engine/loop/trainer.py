@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from engine import launcher, messages
 from engine.backends import compile_model, configure
-from engine.catalogue import FAMILIES
 from engine.config.mixture import data_sets_of
 from engine.config.options import TrainConfig
 from engine.data.samples.batch import Batch, BatchPlan
@@ -270,7 +269,7 @@ class Training:
         partition = self.partition
         return partial(
             write_models, module=partition.module, shapes=partition.shapes, frozen=partition.frozen,
-            part=FAMILIES[self.config.family].part, dtype=self.family.encoding.dtype, world=self.processes.world,
+            part=self.family.part, dtype=self.family.encoding.dtype, world=self.processes.world,
         )  # fmt: skip
 
     def resume(self, checkpoint: Checkpoint) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.config.options import TrainConfig
 from engine.errors import first_line
 from engine.loop.weights.partition import Partition
-from engine.loop.weights.whole import gather_state, published_model
+from engine.loop.weights.whole import gather_state, published_parts
 from engine.messages import warn
 from engine.models.family import Family
 from engine.models.pipelines import draw
@@ -117,7 +117,7 @@ def _draw_own(
             with turn:
                 if isinstance(state, Exception):
                     raise state
-                pipeline, arguments = family.preview(published_model(partition.module, state))
+                pipeline, arguments = family.preview(published_parts(partition.module, family.part, state))
                 pipeline = pipeline.to(partition.processes.device)
             for number, image in _draw(pipeline, arguments, own):
                 images[number] = np.asarray(image.convert("RGB"))

@@ -29,6 +29,7 @@ class Family(ABC):
 
     encoding: the frozen side, which says what records hold.
     schedule: draws timesteps and turns them into the coefficients of the loss.
+    part: what the pipeline calls the model that is trained, or the first of several.
     base_model: the trained checkpoint, as the user named it.
     result: the folder of the trained pipeline within the output directory.
     """
@@ -40,6 +41,7 @@ class Family(ABC):
         family = FAMILIES[config.family]
         self.config = config
         self.encoding = open_encoding(config)
+        self.part = family.part
         self.base_model: str = getattr(config, family.pipeline)
         self.result = Path(family.result)
 
@@ -61,12 +63,12 @@ class Family(ABC):
         """The model's prediction for noisy samples [B, C, H, W] at timesteps [B]."""
 
     @abstractmethod
-    def pipeline(self, model: nn.Module) -> Any:
-        """The published diffusers pipeline with the trained module in place, to be saved."""
+    def pipeline(self, parts: dict[str, Any]) -> Any:
+        """The published diffusers pipeline with the trained parts in place, by their names in it, to be saved."""
 
     @abstractmethod
-    def preview(self, model: nn.Module) -> tuple[Any, dict[str, Any]]:
-        """A pipeline from text to images in the run's precision with the trained module in place, and arguments to call it
+    def preview(self, parts: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """A pipeline from text to images in the run's precision with the trained parts in place, and arguments to call it
         with beside the prompt."""
 
     @torch.no_grad()
@@ -76,7 +78,7 @@ class Family(ABC):
         Raises:
             UserError: what its configuration holds cannot be computed with.
         """
-        part = self.encoding.path / FAMILIES[self.config.family].part / "config.json"
+        part = self.encoding.path / self.part / "config.json"
         with reading(part, "its model cannot compute with what it holds; download it again"):
             record = {
                 name: torch.empty(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline, UNet2DConditionModel, VQModel
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
 from engine.catalogue import PRIOR
@@ -148,12 +148,12 @@ class KandinskyDecoder(Family):
         condition = {"image_embeds": record["image_embedding"]}
         return model(noisy, timesteps, None, added_cond_kwargs=condition, return_dict=False)[0]
 
-    def pipeline(self, model: nn.Module) -> KandinskyV22Pipeline:
-        return load_pipeline(self.encoding.path, KandinskyV22Pipeline, self.config.variant, unet=model)
+    def pipeline(self, parts: dict[str, Any]) -> KandinskyV22Pipeline:
+        return load_pipeline(self.encoding.path, KandinskyV22Pipeline, self.config.variant, **parts)
 
-    def preview(self, model: nn.Module) -> tuple[Any, dict[str, Any]]:
+    def preview(self, parts: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         encoding, size = self.encoding, self.config.resolution
         variant, dtype = self.config.variant, encoding.dtype
         prior = load_pipeline(locate(self.config, PRIOR), KandinskyV22PriorPipeline, variant, dtype)
-        decoder = load_pipeline(encoding.path, KandinskyV22Pipeline, variant, dtype, unet=model)
+        decoder = load_pipeline(encoding.path, KandinskyV22Pipeline, variant, dtype, **parts)
         return combine(prior, decoder), {"num_inference_steps": PREVIEW_STEPS, "height": size, "width": size}

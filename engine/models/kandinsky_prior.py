@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMScheduler, KandinskyV22Pipeline, KandinskyV22PriorPipeline, PriorTransformer, UNet2DConditionModel
 from PIL import Image
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 from engine.catalogue import DECODER
@@ -210,12 +210,12 @@ class KandinskyPrior(Family):
             return_dict=False,
         )[0]
 
-    def pipeline(self, model: nn.Module) -> KandinskyV22PriorPipeline:
-        return load_pipeline(self.encoding.path, KandinskyV22PriorPipeline, self.config.variant, prior=model)
+    def pipeline(self, parts: dict[str, Any]) -> KandinskyV22PriorPipeline:
+        return load_pipeline(self.encoding.path, KandinskyV22PriorPipeline, self.config.variant, **parts)
 
-    def preview(self, model: nn.Module) -> tuple[Any, dict[str, Any]]:
+    def preview(self, parts: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         encoding, size = self.encoding, self.config.resolution
         variant, dtype = self.config.variant, encoding.dtype
-        prior = load_pipeline(encoding.path, KandinskyV22PriorPipeline, variant, dtype, prior=model)
+        prior = load_pipeline(encoding.path, KandinskyV22PriorPipeline, variant, dtype, **parts)
         decoder = load_pipeline(encoding.locate_decoder(), KandinskyV22Pipeline, variant, dtype)
         return combine(prior, decoder), {"num_inference_steps": PREVIEW_STEPS, "height": size, "width": size}

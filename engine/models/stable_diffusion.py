@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModel
 
 from engine.catalogue import MODEL
@@ -165,16 +165,16 @@ class StableDiffusion(Family):
     def predict(model: Callable[..., Any], noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
         return model(noisy, timesteps, record["encoder_hidden_states"], return_dict=False)[0]
 
-    def pipeline(self, model: nn.Module) -> StableDiffusionPipeline:
-        return self._pipeline(model, torch.float32)
+    def pipeline(self, parts: dict[str, Any]) -> StableDiffusionPipeline:
+        return self._pipeline(parts, torch.float32)
 
-    def preview(self, model: nn.Module) -> tuple[StableDiffusionPipeline, dict[str, Any]]:
-        pipeline = self._pipeline(model, self.encoding.dtype, safety_checker=None)
+    def preview(self, parts: dict[str, Any]) -> tuple[StableDiffusionPipeline, dict[str, Any]]:
+        pipeline = self._pipeline(parts, self.encoding.dtype, safety_checker=None)
         return pipeline, {"num_inference_steps": PREVIEW_STEPS}
 
-    def _pipeline(self, model: nn.Module, dtype: torch.dtype, **overrides: Any) -> StableDiffusionPipeline:
+    def _pipeline(self, parts: dict[str, Any], dtype: torch.dtype, **overrides: Any) -> StableDiffusionPipeline:
         path = self.encoding.path
-        given = absent_parts(path, StableDiffusionPipeline) | {"unet": model} | overrides
+        given = absent_parts(path, StableDiffusionPipeline) | parts | overrides
         pipeline = load_pipeline(path, StableDiffusionPipeline, self.config.variant, dtype, **given)
         pipeline.register_to_config(_name_or_path=self.base_model)  # which may be a name on the hub
         pipeline.scheduler.register_to_config(prediction_type=self.prediction_type)

@@ -157,12 +157,12 @@ class Wuerstchen(Family):
     def predict(model: Callable[..., Any], noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
         return model(noisy, timesteps, record["encoder_hidden_states"])
 
-    def pipeline(self, model: nn.Module) -> WuerstchenPriorPipeline:
-        return load_pipeline(self.encoding.path, WuerstchenPriorPipeline, self.config.variant, prior=model)
+    def pipeline(self, parts: dict[str, Any]) -> WuerstchenPriorPipeline:
+        return load_pipeline(self.encoding.path, WuerstchenPriorPipeline, self.config.variant, **parts)
 
-    def preview(self, model: nn.Module) -> tuple[Any, dict[str, Any]]:
+    def preview(self, parts: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         encoding, size = self.encoding, self.config.resolution
         variant, dtype = self.config.variant, encoding.dtype
-        prior = load_pipeline(encoding.path, WuerstchenPriorPipeline, variant, dtype, prior=model)
+        prior = load_pipeline(encoding.path, WuerstchenPriorPipeline, variant, dtype, **parts)
         decoder = load_pipeline(encoding.locate_decoder(), WuerstchenDecoderPipeline, variant, dtype)
         return combine(prior, decoder), {"prior_timesteps": DEFAULT_STAGE_C_TIMESTEPS, "height": size, "width": size}

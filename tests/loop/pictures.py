@@ -22,7 +22,7 @@ def fail(*arguments, **named):
 # What fails on the second process, by the step that is told.
 FAULTS = {
     "drawn": None, "drawing": (validation, "draw"), "loading": (StableDiffusion, "preview"),
-    "room": (Partition, "room_to_gather"), "keeping": (validation, "published_model"), "again": None,
+    "room": (Partition, "room_to_gather"), "keeping": (validation, "published_parts"), "again": None,
 }  # fmt: skip
 
 

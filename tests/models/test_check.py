@@ -295,7 +295,7 @@ def test_names_on_the_hub_are_looked_at_alike(model, tmp_path):
     family = open_family(config)
     family.check_files()
     assert family.unet.parent.name.startswith("non-ema")
-    assert family.pipeline(family.published_model()).config["_name_or_path"] == "org/model"
+    assert family.pipeline({family.part: family.published_model()}).config["_name_or_path"] == "org/model"
     (snapshot / UNET).write_text(POINTER)
     with pytest.raises(UserError, match=f"{snapshot / UNET}: a Git LFS pointer"):
         open_family(config).check_files()

@@ -52,8 +52,8 @@ def open_whole(family: str, models: dict[str, str]) -> None:
         if family != "wuerstchen" or name != "image_encoder":  # which has its full size
             digest()
     model = opened.published_model()
-    opened.pipeline(model)
-    opened.preview(model)
+    opened.pipeline({opened.part: model})
+    opened.preview({opened.part: model})
 
 
 def places(value: Any, at: tuple = ()) -> list[tuple]:

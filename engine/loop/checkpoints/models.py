@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.loop.checkpoints.slices import SliceFiles, open_slices
 from engine.loop.weights.whole import write_published
+from engine.models.parts import parts_of
 from engine.models.training_form import to_published_form
 
 FOLDERS = {"weight": "{}", "ema": "{}_ema"}  # of the weights and their moving average, as the diffusers scripts name them
@@ -47,14 +48,15 @@ def write_models(
         module: the trained module, in training form.
         shapes: of the trained parameters.
         frozen: the parameters that are not trained.
-        part: what the pipeline calls the module.
+        part: as `parts_of` takes it.
         world: how many processes wrote slices.
     """
     files = open_slices(checkpoint, world)
     others = {**frozen, **dict(module.named_buffers())}
-    folders = {kind: checkpoint / name.format(part) for kind, name in FOLDERS.items() if kind in files.kinds}
-    for kind, folder in folders.items():
-        folder.mkdir(exist_ok=True)
+    written = []
+    for kind in filter(files.kinds.__contains__, FOLDERS):
+        folders = {name: checkpoint / FOLDERS[kind].format(name) for name in parts_of(module, part)}
         parameters = whole_parameters(files, kind, shapes, others)
-        write_published(folder, module, to_published_form(module, parameters), dtype)
-    return [path for folder in folders.values() for path in sorted(folder.iterdir())]
+        write_published(folders, module, to_published_form(module, parameters), dtype)
+        written += [path for folder in folders.values() for path in sorted(folder.iterdir())]
+    return written

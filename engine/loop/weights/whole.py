@@ -1,7 +1,8 @@
 """The published model put together from a partition, to be saved or to draw with."""
 
+import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from engine.loop.weights.partition import Partition
+from engine.models.parts import empty_copy, part_and_name, parts_of
 from engine.models.training_form import to_published_form
-from engine.tensors import write_one_by_one
+from engine.tensors import writing
 
 
 def whole_tensors(partition: Partition, room: Tensor | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -48,31 +50,43 @@ def gather_state(partition: Partition, dtype: torch.dtype, keeps: bool, room: Te
     return failed or state
 
 
-def published_model(module: Any, state: dict[str, Tensor]) -> Any:
-    """The published model of one in training form, to draw with, around tensors of `gather_state`."""
-    model = empty_published_model(module)
+def published_parts(module: Any, part: str, state: dict[str, Tensor]) -> dict[str, Any]:
+    """The published models of a module in training form, to draw with, around tensors of `gather_state`.
+
+    Args:
+        part: as `parts_of` takes it.
+    """
+    model = empty_copy(module)
     model.load_state_dict(state, assign=True, strict=False)
     for name, _ in list(model.named_buffers()):
         # Some are no part of a state dictionary.
         path, _, leaf = name.rpartition(".")
         model.get_submodule(path)._buffers[leaf] = state[name]
-    return model.eval()
+    return parts_of(model.eval(), part)
 
 
-def write_published(folder: Path, module: Any, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> None:
-    """Writes the published model of one in training form into a folder, as diffusers opens it.
+def write_published(
+    folders: Mapping[str, Path], module: Any, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype
+) -> None:
+    """Writes the published models of a module in training form, as diffusers opens them.
 
     Args:
-        tensors: parameters and buffers of the published model, written one after another.
+        folders: by the names of all parts; where there is one, its name is what `parts_of` takes.
+        tensors: parameters and buffers of the published form, written one after another.
     """
-    model = empty_published_model(module)
-    model.save_config(folder)
-    layout = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
-    stored = ((name, tensor) for name, tensor in tensors if name in layout)
-    write_one_by_one(folder / SAFETENSORS_WEIGHTS_NAME, layout, stored, {"format": "pt"})
-
-
-def empty_published_model(module: Any) -> Any:
-    """The published model of one in training form, on the meta device."""
-    with torch.device("meta"):
-        return type(module).from_config(module.config)
+    (part, *_) = folders
+    with contextlib.ExitStack() as stack:
+        stored: dict[str, dict[str, Tensor]] = {}
+        write = {}
+        for name, model in parts_of(empty_copy(module), part).items():
+            folders[name].mkdir(exist_ok=True)
+            model.save_config(folders[name])
+            stored[name] = {
+                key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in model.state_dict().items()
+            }
+            file = folders[name] / SAFETENSORS_WEIGHTS_NAME
+            write[name] = stack.enter_context(writing(file, stored[name], {"format": "pt"}))
+        for name, tensor in tensors:
+            of, name = part_and_name(module, part, name)
+            if name in stored[of]:
+                write[of](name, tensor)
