@@ -117,7 +117,7 @@ def _check_buckets(config: CacheConfig) -> None:
 
 def _is_given(config: CacheConfig, name: str) -> bool:
     """Whether an option has another value than the family's default."""
-    return bool(getattr(config, name) != default_of(type(config), name, config.family))
+    return bool(getattr(config, name) != default_of(type(config), name, config.family, config.recipe))
 
 
 def _check_reading(config: TrainConfig) -> None:

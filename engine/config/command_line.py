@@ -18,8 +18,18 @@ from engine.catalogue import FAMILIES
 from engine.config.checks import LARGEST, check_machine, check_options, leads_out
 from engine.config.elsewhere import answer
 from engine.config.mixture import KEYS, OPTIONS, is_inherited, mistakes_of, title_of
-from engine.config.options import CacheConfig, TrainConfig, options_of
-from engine.config.schema import DIRECTORIES, PLACES, REQUIRED, SECRETS, UNSTORED, options_lacking
+from engine.config.options import CacheConfig, TrainConfig, options_of, recipe_in
+from engine.config.schema import (
+    DIRECTORIES,
+    PLACES,
+    RECIPES,
+    REQUIRED,
+    SECRETS,
+    UNSTORED,
+    default_of,
+    options_by_alias,
+    options_lacking,
+)
 from engine.errors import UserError, first_line
 from engine.files import open_regular
 from engine.messages import say
@@ -118,6 +128,9 @@ def parse(
     file = given.pop("config", None)
     try:
         values = read_toml(recipe or model, Path(file), f"--config {file}", open_any) if file else {}
+        family = values.get("family", given.get("family"))
+        if recipe_in(values) and isinstance(family, str) and family in FAMILIES:  # by options that only the recipe has, too
+            values.setdefault("output_dir", default_of(model, "output_dir", family, recipe_in(values | given)))
         values = {name: value for name, value in values.items() if name in model.model_fields}
         logs = values.get("logging_dir")
         if isinstance(logs, str) and leads_out(Path(logs)) and "logging_dir" not in given:
@@ -168,8 +181,8 @@ def read_toml(model: type[BaseModel], path: Path, where: str, opened: Callable[[
         raise UserError(f"{where}: {error.strerror}; give the path of a TOML file") from None
     except Exception as error:  # of what is no TOML, anything
         raise UserError(f"{where}: not valid TOML: {first_line(error)}; write lines such as `resolution = 512`") from None
-    if "data" in values:
-        values["data_sets"] = values.pop("data")
+    names = options_by_alias(model) | {"data": "data_sets"}
+    values = {names.get(name, name): value for name, value in values.items()}
     unknown = [name for name in values if name not in model.model_fields]
     if unknown:
         raise UserError(*(f"{where}: {_unknown_value(name, values[name], model)}" for name in unknown))
@@ -353,21 +366,21 @@ def build_parser(model: type[BaseModel], program: str, description: str) -> argp
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         group = groups[title]
-        text = f"{field.description}{_describe_default(field.is_required(), field.default, extra['by_family'])}"
-        text = text.replace("%", "%%")
+        text = f"{field.description}{_describe_default(field.is_required(), field.default, extra)}".replace("%", "%%")
+        flags: list[str] = [f"--{name}", *(f"--{alias}" for alias in extra["aliases"])]  # type: ignore[union-attr]
         if field.annotation is bool:
-            group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text)
+            group.add_argument(*flags, action=argparse.BooleanOptionalAction, help=text)
         elif name == "train_data_dir":  # which may be several, and are then several data sets
-            group.add_argument(f"--{name}", action="append", metavar="DIR", help=text)
+            group.add_argument(*flags, action="append", metavar="DIR", help=text)
         elif bool in get_args(field.annotation):
-            group.add_argument(f"--{name}", nargs="*", metavar="VALUE", action=_SwitchOrTexts, help=text)
+            group.add_argument(*flags, nargs="*", metavar="VALUE", action=_SwitchOrTexts, help=text)
             group.add_argument(f"--no-{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
         elif get_origin(field.annotation) is not Literal and list[str] in get_args(field.annotation):
-            group.add_argument(f"--{name}", nargs="+", metavar="TEXT", help=text)
+            group.add_argument(*flags, nargs="+", metavar="TEXT", help=text)
         else:
             choices = _choices(field.annotation)
             metavar = "{" + ",".join(choices) + "}" if choices else name.rsplit("_", 1)[-1].upper()
-            group.add_argument(f"--{name}", metavar=metavar, help=text)
+            group.add_argument(*flags, metavar=metavar, help=text)
     return parser
 
 
@@ -377,18 +390,30 @@ def _choices(annotation: Any) -> list[str]:
     return [choice for argument in get_args(annotation) for choice in _choices(argument)]
 
 
-def _describe_default(required: bool, default: Any, by_family: Any) -> str:
+def _describe_default(required: bool, default: Any, declared: Mapping[str, Any]) -> str:
     """What `--help` says after an option's description: which families have it, and its default."""
     if required:
         return " (required)"
-    if by_family is None:
-        return "" if default in (None, False) else f" (default: {default})"
+    titles = dict(zip(RECIPES, ("LoRA", "DreamBooth", "both"), strict=True))
+    others = "".join(f"; with {titles[recipe]} {_by_value(value)}" for recipe, value in declared["recipes"].items())
+    if by_family := declared["by_family"]:
+        families = ", ".join(by_family)
+        plain = set(map(str, by_family.values())) <= {"None", "False"}
+        usual = f"{families} only" if plain else _by_value(by_family)
+    else:
+        usual = "" if default in (None, False) else f"default: {default}"
+    said = f"{usual}{others}".removeprefix("; ")
+    return f" ({said})" if said else ""
+
+
+def _by_value(default: Any) -> str:
+    """A default, or the families that have each of several."""
+    if not isinstance(default, dict):
+        return str(default)
     families_of: dict[str, list[str]] = {}
-    for family, value in by_family.items():
+    for family, value in default.items():
         families_of.setdefault("required" if value is REQUIRED else str(value), []).append(family)
-    if families_of.keys() <= {"None", "False"}:
-        return f" ({', '.join(by_family)} only)"
-    return " (" + "; ".join(f"{', '.join(families)}: {value}" for value, families in families_of.items()) + ")"
+    return "; ".join(f"{', '.join(families)}: {value}" for value, families in families_of.items())
 
 
 def to_toml(config: CacheConfig) -> str:

@@ -208,7 +208,7 @@ ELSEWHERE = {
     "wandb_entity": "the variable WANDB_ENTITY",
     "log_tracker_name wandb_project_name wandb_tracker_name tracker_name project wandb_project": "--tracker_project_name",
     "logging_steps log_steps steps_per_print": "--log_every",
-    "sample_prompts validation_prompt sample_definition_file_name user_prompt_library final_validation_prompt": (
+    "sample_prompts sample_definition_file_name user_prompt_library final_validation_prompt": (
         "--validation_prompts"
     ),
     "sample_every_* sample_after* sample_at_first validation_step_interval validation_epoch_interval save_images_epochs": (

@@ -6,6 +6,7 @@ beside them. One pydantic model is the single source for the command line, the T
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from engine.catalogue import DECODER, FAMILIES, IMAGE_ENCODER, MODEL, PRIOR, FamilyName
-from engine.config.schema import REQUIRED, only, option, options_by_family, options_lacking, published, sd_differs
+from engine.config.schema import REQUIRED, defaults_of, only, option, options_lacking, published, sd_differs
 from engine.storage import is_remote, shown
 
 KANDINSKY = ("kandinsky-prior", "kandinsky-decoder")
@@ -22,6 +23,12 @@ SPATIAL = [family for family in FAMILIES if family != "kandinsky-prior"]  # whos
 CAPTION_VARIANTS = 16  # texts stored of a caption: 2.5 KB of tokens
 SHUFFLE_WINDOW = 64  # shards; of 1,024 records each as many as they take to mix like all of a data set of 65,536
 XFORMERS = [family for family, entry in FAMILIES.items() if entry.xformers]
+
+
+def recipe_in(values: Mapping[str, Any]) -> str:
+    """Which script's defaults options by name have: one of `RECIPES`, or "" for those of text to image."""
+    given = [name for name, option in (("dreambooth", "instance_data_dir"), ("lora", "lora_rank")) if values.get(option)]
+    return "_".join(given)
 
 
 def _of_several_folders(values: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +163,7 @@ class CacheConfig(BaseModel):
         ge=1,
     )
     image_interpolation_mode: Literal["nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"] = option(
-        only(("sd",), "lanczos"), "How images are resized.", "data"
+        only(("sd",), "lanczos"), "How images are resized.", "data", {"dreambooth": only(("sd",), "bilinear")}
     )
     buckets: bool | list[str] = option(
         only(SPATIAL, False),
@@ -222,16 +229,23 @@ class CacheConfig(BaseModel):
         | {"wuerstchen": "wuerstchen-model-finetuned"},
         "Where the trained pipeline, checkpoints and metrics go.",
         "output",
+        {
+            "lora": {"sd": "sd-model-finetuned-lora", "wuerstchen": "wuerstchen-model-finetuned-lora"}
+            | only(KANDINSKY, "kandi_2_2-model-finetuned-lora"),
+            "dreambooth": "dreambooth-model",
+            "dreambooth_lora": "lora-dreambooth-model",
+        },
     )
 
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_family(cls, values: dict[str, Any]) -> dict[str, Any]:
         family = str(values.get("family"))  # whatever it is; the field itself refuses what is no family
+        defaults = defaults_of(cls, family, recipe_in(values))
         values = _of_several_folders(values)
-        if isinstance(template := values.get("caption_template"), str):
-            values = values | {"caption_template": [template]}
-        defaults = {name: by_family[family] for name, by_family in options_by_family(cls).items() if family in by_family}
+        for name in ("caption_template", "validation_prompts"):
+            if isinstance(values.get(name), str):
+                values = values | {name: [values[name]]}
         return {name: value for name, value in defaults.items() if value is not REQUIRED} | values
 
     @field_validator("buckets", mode="before")
@@ -244,6 +258,11 @@ class CacheConfig(BaseModel):
         if not (found and all(found)):
             raise PydanticCustomError("size", "give sizes as WIDTHxHEIGHT, for example 640x384, or no value to have them made")
         return [f"{size[1]}x{size[2]}" for size in found if size]
+
+    @property
+    def recipe(self) -> str:
+        """Which script's defaults the options have: one of `RECIPES`, or "" for those of text to image."""
+        return recipe_in(dict(self))
 
     @property
     def source(self) -> str | None:
@@ -333,9 +352,21 @@ class TrainConfig(CacheConfig):
         "model",
     )
 
-    train_batch_size: int = option(sd_differs(16, 1), "Samples per process and micro-batch.", "training", ge=1)
+    train_batch_size: int = option(
+        sd_differs(16, 1),
+        "Samples per process and micro-batch.",
+        "training",
+        {"dreambooth": only(("sd",), 4), "dreambooth_lora": only(("sd",), 4)},
+        ge=1,
+    )
     gradient_accumulation_steps: int = option(1, "Micro-batches per optimizer step.", "training", ge=1)
-    num_train_epochs: int = option(100, "Passes over the data, when --max_train_steps is not given.", "training", ge=1)
+    num_train_epochs: int = option(
+        100,
+        "Passes over the data, when --max_train_steps is not given.",
+        "training",
+        {"dreambooth": 1, "dreambooth_lora": 1},
+        ge=1,
+    )
     max_train_steps: int | None = option(None, "Optimizer steps in all; overrides --num_train_epochs.", "training", ge=1)
     global_batch_size: int | None = option(
         None,
@@ -371,7 +402,9 @@ class TrainConfig(CacheConfig):
         "sharding",
     )
 
-    learning_rate: float = option(1e-4, "Learning rate after warm-up.", "optimizer", ge=0)
+    learning_rate: float = option(
+        1e-4, "Learning rate after warm-up.", "optimizer", {"dreambooth": 5e-6, "dreambooth_lora": 5e-4}, ge=0
+    )
     scale_lr: bool = option(False, "Multiply the learning rate by accumulation, batch size and processes.", "optimizer")
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = (
         option("constant", "Schedule of the learning rate.", "optimizer")
@@ -589,9 +622,23 @@ class TrainConfig(CacheConfig):
     patience: int | None = option(
         None, "End the training once so many rounds in turn did not lower the held-out loss.", "validation", ge=1
     )
-    validation_prompts: list[str] | None = option(None, "Prompts of the validation images.", "output")
-    validation_epochs: int = option(5, "Epochs between two rounds of validation images.", "output", ge=1)
-    num_validation_images: int = option(1, "Images per validation prompt.", "output", ge=1)
+    validation_prompts: list[str] | None = option(
+        None, "Prompts of the validation images.", "output", aliases=["validation_prompt"]
+    )
+    validation_epochs: int = option(
+        5,
+        "Epochs between two rounds of validation images.",
+        "output",
+        {"lora": only(("sd", *KANDINSKY), 1), "dreambooth_lora": 50},
+        ge=1,
+    )
+    num_validation_images: int = option(
+        1,
+        "Images per validation prompt.",
+        "output",
+        {"lora": only(("sd", *KANDINSKY), 4), "dreambooth": 4, "dreambooth_lora": 4},
+        ge=1,
+    )
     push_to_hub: bool = option(False, "Upload the trained pipeline to the hub.", "output")
     hub_token: str | None = option(None, "Token for the upload; never logged or stored.", "output", repr=False)
     hub_model_id: str | None = option(None, "Repository of the upload. Default: the output directory's name.", "output")

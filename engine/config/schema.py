@@ -1,6 +1,7 @@
 """How options are declared: with what `--help` says of them, and which families have them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import BaseModel, Field
@@ -8,6 +9,7 @@ from pydantic import BaseModel, Field
 from engine.catalogue import FAMILIES
 
 REQUIRED = ...
+RECIPES = ("lora", "dreambooth", "dreambooth_lora")  # scripts whose defaults differ from those of text to image
 SECRETS = {"hub_token"}  # never logged or stored
 UNSTORED = SECRETS | {"overwrite"}  # not in a run's config.toml: the same again must not remove the run's results
 # Options that name a place on this machine: directories, and what may also be a name on the hub or within another directory.
@@ -19,17 +21,30 @@ PLACES = DIRECTORIES | {
 }  # fmt: skip
 
 
-def option(default: Any, help: str, group: str | None, **constraints: Any) -> Any:
+def option(
+    default: Any,
+    help: str,
+    group: str | None,
+    recipes: Mapping[str, Any] = MappingProxyType({}),
+    aliases: Sequence[str] = (),
+    **constraints: Any,
+) -> Any:
     """A field of the configuration, with what `--help` needs to describe it; without a group it stands in files alone.
 
     A default that is a dictionary gives the defaults by family, `REQUIRED` where there is none. Families that are not in it do
     not have the option, and what the field then holds means nothing.
+
+    Args:
+        recipes: the defaults of other scripts (`RECIPES`), where they differ; a dictionary again by family, and families that
+            are not in it keep the usual one.
+        aliases: other names of the option, on the command line and in files.
     """
     by_family = default if isinstance(default, dict) else None
     if by_family:
         default = next(iter(by_family.values()))
         default = None if default is REQUIRED else default
-    return Field(default, description=help, json_schema_extra={"group": group, "by_family": by_family}, **constraints)
+    extra: dict[str, Any] = {"group": group, "by_family": by_family, "recipes": dict(recipes), "aliases": list(aliases)}
+    return Field(default, description=help, json_schema_extra=extra, **constraints)
 
 
 def only(families: Iterable[str], default: Any) -> dict[str, Any]:
@@ -48,15 +63,37 @@ def published(name: str) -> dict[str, Any]:
     return {family: REQUIRED if repository is None else repository for family, repository in repositories.items()}
 
 
+def _declared(model: type[BaseModel], word: str) -> dict[str, Any]:
+    """Name -> what was declared under a word, for the options that have it."""
+    extras = {name: field.json_schema_extra for name, field in model.model_fields.items()}
+    return {name: extra[word] for name, extra in extras.items() if isinstance(extra, dict) and extra[word]}
+
+
 def options_by_family(model: type[BaseModel]) -> dict[str, dict[str, Any]]:
     """Name -> defaults by family, for the options that not every family has, or has with one default."""
-    extras = {name: field.json_schema_extra for name, field in model.model_fields.items()}
-    return {name: extra["by_family"] for name, extra in extras.items() if isinstance(extra, dict) and extra["by_family"]}  # type: ignore[misc]
+    return _declared(model, "by_family")
 
 
-def default_of(model: type[BaseModel], name: str, family: str) -> Any:
+def options_by_alias(model: type[BaseModel]) -> dict[str, str]:
+    """Another name of an option -> its name."""
+    return {alias: name for name, aliases in _declared(model, "aliases").items() for alias in aliases}
+
+
+def defaults_of(model: type[BaseModel], family: str, recipe: str) -> dict[str, Any]:
+    """The defaults that a family and a recipe have, of the options where these say something."""
+    defaults = {name: of[family] for name, of in options_by_family(model).items() if family in of}
+    for name, by_recipe in _declared(model, "recipes").items():
+        of = by_recipe.get(recipe, {})
+        if not isinstance(of, dict):
+            defaults[name] = of
+        elif family in of:
+            defaults[name] = of[family]
+    return defaults
+
+
+def default_of(model: type[BaseModel], name: str, family: str, recipe: str = "") -> Any:
     """The default of an option that a family has."""
-    return options_by_family(model).get(name, {}).get(family, model.model_fields[name].default)
+    return defaults_of(model, family, recipe).get(name, model.model_fields[name].default)
 
 
 def options_lacking(model: type[BaseModel], family: str) -> list[str]:

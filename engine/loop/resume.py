@@ -303,7 +303,8 @@ def announce(checkpoint: Checkpoint, config: TrainConfig, run: Run, world: int) 
     """Says what will be different from here on from what the run was when the checkpoint was written."""
     name, before, step = checkpoint.path.name, checkpoint.state.options, checkpoint.state.step
     # An option that came after the version that wrote the checkpoint was as it is by default.
-    defaults = {option: default_of(TrainConfig, option, config.family) for option in run.options} | {"shuffle": "global"}
+    defaults = {option: default_of(TrainConfig, option, config.family, config.recipe) for option in run.options}
+    defaults |= {"shuffle": "global"}
     changed = [
         f"--{option} {value} (was {was})" for option, value in run.options.items()
         if (was := before.get(option, defaults[option])) != value

@@ -4,8 +4,10 @@ import tomllib
 
 import pytest
 
+from engine.config import schema
 from engine.config.command_line import parse, to_toml
-from engine.config.options import TrainConfig
+from engine.config.options import TrainConfig, recipe_in
+from engine.config.schema import default_of
 from engine.errors import UserError
 from tests.config.arguments import run
 
@@ -99,6 +101,55 @@ def test_the_stored_configuration_holds_only_what_the_family_has(family, data, t
     file.write_text(to_toml(config))
     assert not LACKING[family].keys() & tomllib.loads(file.read_text()).keys()
     assert parse(TrainConfig, "engine.run", "", ["--config", str(file)]) == config
+
+
+KANDINSKY_LORA = {"output_dir": "kandi_2_2-model-finetuned-lora", "num_validation_images": 4, "validation_epochs": 1}
+# What the recipes change of the scripts' flags above, as the LoRA and DreamBooth scripts have it.
+RECIPES = {
+    "lora": {
+        "sd": {"output_dir": "sd-model-finetuned-lora", "num_validation_images": 4, "validation_epochs": 1},
+        "kandinsky-prior": KANDINSKY_LORA,
+        "kandinsky-decoder": KANDINSKY_LORA,
+        "wuerstchen": {"output_dir": "wuerstchen-model-finetuned-lora", "num_validation_images": 1, "validation_epochs": 5},
+    },
+    "dreambooth": {
+        "sd": {
+            "output_dir": "dreambooth-model", "num_validation_images": 4, "train_batch_size": 4, "num_train_epochs": 1,
+            "learning_rate": 5e-6, "image_interpolation_mode": "bilinear",
+        },
+        "wuerstchen": {"output_dir": "dreambooth-model", "train_batch_size": 1, "num_train_epochs": 1, "learning_rate": 5e-6},
+    },
+    "dreambooth_lora": {
+        "sd": {
+            "output_dir": "lora-dreambooth-model", "num_validation_images": 4, "train_batch_size": 4, "num_train_epochs": 1,
+            "learning_rate": 5e-4, "image_interpolation_mode": "lanczos", "validation_epochs": 50,
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("recipe", "family"), [(recipe, family) for recipe, families in RECIPES.items() for family in families]
+)
+def test_recipes_have_the_defaults_of_their_scripts(recipe, family):
+    expected = RECIPES[recipe][family]
+    usual = {name: value for name, value in SCRIPT.items() if name not in LACKING[family]} | OTHER_SCRIPTS.get(family, {})
+    for name, value in (usual | expected).items():
+        assert default_of(TrainConfig, name, family, recipe) == value
+
+
+def test_a_recipe_is_what_its_own_option_says():
+    given = {"lora_rank": 4, "instance_data_dir": "dogs"}
+    assert recipe_in({}) == ""
+    assert recipe_in(given) == "dreambooth_lora"
+    assert [recipe_in({name: value}) for name, value in given.items()] == ["lora", "dreambooth"]
+    assert set(RECIPES) == set(schema.RECIPES)
+
+
+def test_another_name_of_an_option_is_the_option(data, tmp_path):
+    (tmp_path / "run.toml").write_text('validation_prompt = "a dog"')
+    assert run(*data, "--config", str(tmp_path / "run.toml")).validation_prompts == ["a dog"]
+    assert run(*data, "--validation_prompt", "a photo of a dog").validation_prompts == ["a photo of a dog"]
 
 
 def test_help_is_grouped(capsys):
