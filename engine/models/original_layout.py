@@ -104,10 +104,10 @@ def _unet_tensors(unet: Any) -> Iterator[tuple[str, Tensor]]:
     layers = unet.config.layers_per_block
     attends = ["CrossAttn" in block for block in unet.config.up_block_types]
     for name, tensor in unet.state_dict().items():
-        yield _unet_name(name, layers, attends), tensor
+        yield unet_name(name, layers, attends), tensor
 
 
-def _unet_name(name: str, layers: int, attends: list[bool]) -> str:
+def unet_name(name: str, layers: int, attends: list[bool]) -> str:
     """The original name of one of the UNet's tensors.
 
     Args:
