@@ -6,9 +6,19 @@ from fnmatch import fnmatchcase
 # for any letters -> what to give here, or that there is none. The first row that has a name answers.
 ELSEWHERE = {
     # What is trained.
-    "network_* lora_* rank dora_* use_dora use_lora use_peft lokr_* oft_* lycoris_* peft_type adapter adapter_* alpha "
-    "dim_from_weights base_weights* scale_weight_norms init_lora* save_lora* training_method fuse_adapters "
-    "merge_adapters layer_filter* freeze_model block_lr": "no LoRA or other adapter is trained, all weights of the model are",
+    "network_dim lora_dim dim network_rank lora_r use_lora use_peft adapter lora": "--lora_rank, which trains adapters",
+    "network_alpha alpha": "--lora_alpha, which is the rank where it is left out, and not 1",
+    "network_dropout rank_dropout module_dropout": "--lora_dropout",
+    "dora_* lora_decompose*": "--use_dora",
+    "init_lora* lora_initiali*": "--lora_init",
+    "network_train_unet_only layer_filter* lora_layers target_modules lora_target_modules": "--lora_targets",
+    "network_module network_args network_* lora_type lokr_* loha_* oft_* lycoris_* peft_type adapter_* training_method": (
+        "adapters are LoRA and DoRA of linear layers and convolutions: --lora_rank with --lora_targets"
+    ),
+    "scale_weight_norms": "the norms of adapters have no limit",
+    "dim_from_weights base_weights* save_lora* fuse_adapters merge_adapters freeze_model block_lr": (
+        "one adapter is trained, beside the weights of the model as they are"
+    ),
     "train_text_encoder* text_encoder_lr text_encoder_learning_rate text_encoder_lora* learning_rate_te* "
     "stop_text_encoder_training text_encoder_use_attention_mask skip_save_text_encoder train_te* text_encoder_2* "
     "text_encoder_3* clip_skip text_encoder_layer_skip": "the text encoders stay as they are, and give their last hidden state",

@@ -431,6 +431,33 @@ class TrainConfig(CacheConfig):
     offload_ema: bool = option(False, "Keep the moving average in host memory between steps.", "optimizer")
     foreach_ema: bool = option(False, "Accepted from the scripts; the moving average is always updated that way.", "optimizer")
 
+    lora_rank: int | None = option(
+        None,
+        "Train adapters (LoRA, arXiv:2106.09685) of this rank, and not the weights of the model, which stay as they are.",
+        "adapters",
+        aliases=["rank"],
+        ge=1,
+    )
+    lora_alpha: float | None = option(
+        None, "What adapters give is multiplied by this over the rank. Default: the rank, so by 1.", "adapters", gt=0
+    )
+    lora_targets: list[str] = option(
+        only(FAMILIES, ["to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_v_proj"])
+        | {"sd": ["to_k", "to_q", "to_v", "to_out.0"]},
+        "Which layers get adapters: the ends of their names, in which * stands for any letters; all-linear and convolutions "
+        "stand for all of a kind.",
+        "adapters",
+    )
+    lora_dropout: float = option(0.0, "Dropout of what adapters are given.", "adapters", ge=0, lt=1)
+    lora_init: Literal["gaussian", "kaiming"] = option(
+        only(FAMILIES, "gaussian") | {"wuerstchen": "kaiming"},
+        "How the first matrix of an adapter begins, the second being zero: normal with deviation 1 / rank, or as linear ones.",
+        "adapters",
+    )
+    use_dora: bool = option(
+        False, "Train DoRA (arXiv:2402.09353), adapters with magnitudes of the weights beside them.", "adapters"
+    )
+
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = option(
         only(("sd",), None), "What the model predicts. Default: as the pretrained scheduler says.", "objective"
     )
@@ -739,6 +766,7 @@ ALTER_THE_RESULT = (
     "noise_offset", "input_perturbation", "pyramid_noise_discount", "pyramid_noise_iterations", "dream_training",
     "dream_detail_preservation",
     "proportion_empty_prompts", "proportion_empty_images",
+    "lora_alpha", "lora_dropout",
 )  # fmt: skip
 
 

@@ -387,7 +387,10 @@ def _keep(ctx, inputs, output):
 def _differentiate(ctx, y_gradient, _mean, _rstd):
     x, weight, bias, mean, rstd = ctx.saved_tensors
     x_gradient, weight_gradient, bias_gradient = _backward(y_gradient, x, weight, bias, mean, rstd, ctx.groups, ctx.silu)
-    return x_gradient, weight_gradient.to(weight.dtype), bias_gradient.to(bias.dtype), None, None, None
+    # A frozen norm's are by-products, which the gradient of x is made of.
+    for_weight = weight_gradient.to(weight.dtype) if ctx.needs_input_grad[1] else None
+    for_bias = bias_gradient.to(bias.dtype) if ctx.needs_input_grad[2] else None
+    return x_gradient, for_weight, for_bias, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)

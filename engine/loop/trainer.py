@@ -130,7 +130,7 @@ def _train(config: TrainConfig, processes: Processes) -> int:
         # The model's dropout draws from torch's generator; each process its own numbers.
         torch.manual_seed(seed + processes.rank)
         with busy("Loading the model"):
-            model = family.load_model()
+            model = family.load_model(seed=seed)
         processes.computed_by_first(partial(take_over, config, checkpoint, again, launches, state.best if state else None))
         with busy("Laying out weights and optimizer"):
             training = Training(config, run, family, model, processes, held_out)

@@ -19,6 +19,7 @@ from engine.errors import UserError, first_line
 from engine.files import reading
 from engine.models import float8
 from engine.models.encoder import Encoding, open_encoding
+from engine.models.lora import add_adapters
 from engine.models.training_form import SHIPPED, Form, to_training_form
 
 PREVIEW_STEPS = 20  # of the last stage's sampling in validation images, as in the scripts
@@ -91,24 +92,30 @@ class Family(ABC):
             if prediction.shape[0] != 1 or prediction.shape[2:] != noisy.shape[2:]:
                 raise ValueError(f"it makes {list(prediction.shape)} of {list(noisy.shape)}")
 
-    def load_model(self, form: Form | None = SHIPPED) -> nn.Module:
+    def load_model(self, form: Form | None = SHIPPED, seed: int = 0) -> nn.Module:
         """The module that is trained, in fp32 on the host, in training mode.
 
         Args:
             form: None for the published one, without the options that shape its training pass.
+            seed: of the first values of adapters.
         """
         model = self.published_model()
         if form is not None:
-            ready_to_train(model, self.config, form)
+            ready_to_train(model, self.config, form, seed)
         return model.train()
 
 
-def ready_to_train(model: Any, config: TrainConfig, form: Form = SHIPPED) -> None:
+def ready_to_train(model: Any, config: TrainConfig, form: Form = SHIPPED, seed: int = 0) -> None:
     """Gives a freshly loaded diffusers model its training form and the options that shape its training pass, in place.
+
+    Args:
+        seed: of the first values of adapters.
 
     Raises:
         UserError: an option cannot be had here.
     """
+    if config.lora_rank:
+        add_adapters(model, config, seed)
     if config.gradient_checkpointing:
         # The state of the generator, needed for dropout alone, is kept by the host.
         kept = has_dropout(model)

@@ -6,7 +6,9 @@
 - Activations stay channels last. diffusers copies to contiguous memory before a shortcut, after a transformer's blocks and,
   from 64 samples on, before upsampling; the convolution that follows copies back.
 - The group normalisations of residual blocks take the SiLU, and a time embedding's scale and shift, into the same pass.
-- Projections of the same tokens are one matrix product: queries, keys and values, or keys and values alone.
+- Projections of the same tokens are one matrix product: queries, keys and values, or keys and values alone; and those of their
+  adapters (lora.py) two more.
+- What is frozen keeps nothing for a gradient that nobody asks for: autograd's convolution would keep its input.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,8 +24,10 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from diffusers.pipelines.wuerstchen.modeling_wuerstchen_common import TimestepBlock
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
 from engine.kernels import group_norm_silu
+from engine.models.lora import NAME, AdaptedLinear, can_stack, has_adapter, is_plain_linear
 
 # What is fused -> the published projections that it stacks.
 PROJECTIONS = {
@@ -53,7 +57,29 @@ class ChannelsLastConv2d(nn.Conv2d):
     """A convolution whose `weight` is stored as [out, height, width, in]."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return super()._conv_forward(input, weight.permute(0, 3, 1, 2), bias)
+        if weight.requires_grad or not input.requires_grad or self.padding_mode != "zeros":
+            return super()._conv_forward(input, weight.permute(0, 3, 1, 2), bias)
+        return FrozenConvolution.apply(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class FrozenConvolution(torch.autograd.Function):
+    """A convolution whose weights, stored as [out, height, width, in], get no gradient: it keeps these, and not its input."""
+
+    @staticmethod
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+        return F.conv2d(input, weight.permute(0, 3, 1, 2), bias, *geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, weight, _, *ctx.geometry = inputs
+        ctx.save_for_backward(weight)
+        ctx.shape = input.shape
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        (weight,) = ctx.saved_tensors
+        found = conv2d_input(ctx.shape, weight.permute(0, 3, 1, 2), gradient, *ctx.geometry)
+        return found, *(None,) * 6
 
 
 class GroupNorm(nn.GroupNorm):
@@ -205,8 +231,10 @@ def to_training_form(model: Any, form: Form) -> None:
     """Changes a diffusers model in place."""
     self_attentions = {block.attn1 for block in model.modules()
                        if isinstance(block, BasicTransformerBlock) and not block.only_cross_attention}  # fmt: skip
+    # DoRA takes the norm of a convolution's weights, and reads them as they were published.
+    as_published = {inner for layer in model.modules() if getattr(layer, "lora_variant", None) for inner in layer.modules()}
     for module in list(model.modules()):
-        if type(module) is nn.Conv2d:
+        if type(module) is nn.Conv2d and module not in as_published:
             module.__class__ = ChannelsLastConv2d
             turned = module.weight.detach().permute(0, 2, 3, 1)
             # A clone and not .contiguous(), which leaves odd strides to dimensions of size one.
@@ -224,6 +252,10 @@ def to_training_form(model: Any, form: Form) -> None:
             module.__class__ = Timestep
         elif type(module) is Attention and form.projections and _is_plain(module):
             _fuse(module, module in self_attentions)
+    for name, module in list(model.named_modules()):
+        if is_plain_linear(module):
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, AdaptedLinear(module.base_layer, [module]))
     if isinstance(getattr(model, "conv_norm_out", None), GroupNorm) and isinstance(model.conv_act, nn.SiLU):
         model.conv_norm_out.silu, model.conv_act = True, nn.Identity()
 
@@ -249,39 +281,73 @@ def _is_plain(attn: Any) -> bool:
 
 
 def _fuse(attn: Any, attends_to_itself: bool) -> None:
+    """Stacks the projections of an attention, unless their adapters keep them apart."""
     has_added = attn.add_k_proj is not None
-    if has_added:
-        _stack(attn, "to_added_kv")
-        attn.residual_connection = True  # always, for this kind
+    stacks = ["to_added_kv"] if has_added else []
     if not attn.only_cross_attention:
-        _stack(attn, "to_qkv" if has_added or attends_to_itself else "to_kv")
+        stacks.append("to_qkv" if has_added or attends_to_itself else "to_kv")
+    if not all(can_stack([getattr(attn, part) for part in PROJECTIONS[name]]) for name in stacks):
+        return
+    for name in stacks:
+        _stack(attn, name)
+    if has_added:
+        attn.residual_connection = True  # always, for this kind
     attn.__class__ = FusedAttention
 
 
 def _stack(attn: Any, name: str) -> None:
-    """Replaces projections by one linear layer that gives all of them."""
+    """Replaces projections by one linear layer that gives all of them, with their adapters if they have any."""
     layers = [getattr(attn, part) for part in PROJECTIONS[name]]
-    first, outputs = layers[0], sum(layer.out_features for layer in layers)
+    adapted = any(has_adapter(layer) for layer in layers)
+    bases = [layer.base_layer if has_adapter(layer) else layer for layer in layers]
+    first, outputs = bases[0], sum(base.out_features for base in bases)
     with torch.device("meta"):
         fused = nn.Linear(first.in_features, outputs, bias=first.bias is not None)
     for kind in ("weight", "bias") if first.bias is not None else ("weight",):
-        setattr(fused, kind, nn.Parameter(torch.cat([getattr(layer, kind).detach() for layer in layers])))
+        published = [getattr(base, kind) for base in bases]
+        stacked = torch.cat([parameter.detach() for parameter in published])
+        setattr(fused, kind, nn.Parameter(stacked, requires_grad=published[0].requires_grad))
     for part in PROJECTIONS[name]:
         delattr(attn, part)
-    setattr(attn, name, fused)
+    setattr(attn, name, AdaptedLinear(fused, layers) if adapted else fused)
 
 
 def to_published_form(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors laid out as the parameters of a model in training form, by name, as the published model has them: views."""
+    """Tensors laid out as the parameters of a model in training form, by name, as the published model has them: views.
+
+    Those of adapters have PEFT's names, without that of the adapter.
+    """
     turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, ChannelsLastConv2d)}
-    for name, tensor in tensors:
-        path, _, kind = name.rpartition(".")
-        path, _, layer = path.rpartition(".")
-        if name in turned:
-            yield name, tensor.permute(0, 3, 1, 2)
+    adapted = {name: module.adapted for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+    for stored, tensor in tensors:
+        tensor = tensor.permute(0, 3, 1, 2) if stored in turned else tensor
+        name = stored.replace(".base_layer.", ".").replace(f".{NAME}.", ".")
+        owner, _, kind = name.rpartition(".")
+        path, _, layer = owner.rpartition(".")
+        parts = PROJECTIONS.get(layer, (layer,))
+        if owner in adapted and kind in ("lora_A", "lora_B"):
+            pieces = tensor.chunk(len(adapted[owner]))
+            for number, piece in zip(adapted[owner], pieces, strict=True):
+                yield _joined(path, parts[number], kind, "weight"), piece.view(-1, piece.shape[-1])
         elif layer in PROJECTIONS:
-            parts = PROJECTIONS[layer]
             for part, piece in zip(parts, tensor.chunk(len(parts)), strict=True):
-                yield f"{path}.{part}.{kind}", piece
+                yield _joined(path, part, kind), piece
         else:
             yield name, tensor
+
+
+def _joined(*names: str) -> str:
+    return ".".join(filter(None, names))
+
+
+def alphas_of(model: nn.Module) -> dict[str, float]:
+    """Path in the published model of each layer that has an adapter in one in training form -> alpha."""
+    found: dict[str, float] = {}
+    for name, module in model.named_modules():
+        path, _, layer = name.rpartition(".")
+        if isinstance(module, AdaptedLinear):
+            parts = PROJECTIONS.get(layer, (layer,))
+            found |= {_joined(path, parts[number]): module.alpha for number in module.adapted}
+        elif has_adapter(module):
+            found[name] = module.lora_alpha[NAME]
+    return found

@@ -50,9 +50,8 @@ def test_a_name_stands_once_and_is_none_of_ours():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--lora_rank", "8"], "unknown option --lora_rank: no LoRA or other adapter is trained"),
-        (["--rank=8"], "unknown option --rank: no LoRA"),
-        (["--network-dim", "8"], "unknown option --network-dim: no LoRA"),
+        (["--network-dim", "8"], "unknown option --network-dim: here it is --lora_rank"),
+        (["--network_alpha=1"], "unknown option --network_alpha: here it is --lora_alpha, which is the rank where"),
         (["--max_train_epochs", "3"], "unknown option --max_train_epochs: here it is --num_train_epochs"),
         (["--min_snr_gamma=5"], "unknown option --min_snr_gamma: here it is --snr_gamma"),
         (["--multi_gpu"], "unknown option --multi_gpu: here it is `torchrun"),

@@ -34,7 +34,7 @@ class Partition(ABC):
     parameters: those of its parameters that are trained.
     masters: flat fp32 tensors that the optimizer updates.
     slices: which parameter's elements lie where in `masters`; the same places hold its moments and its moving average.
-    frozen: parameters that are not trained, in fp32 on the host, by name.
+    frozen: parameters that are saved without being trained, in fp32 on the host, by name; adapters are saved alone.
     ema: the moving average of `masters`, or None.
     captured_whole: whether a CUDA graph can hold all of a micro-batch, or only what comes before the reductions.
     """
@@ -46,7 +46,8 @@ class Partition(ABC):
 
     def __init__(self, model: nn.Module, config: TrainConfig, processes: Processes) -> None:
         self.module, self.config, self.processes = model, config, processes
-        self.frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+        frozen = [] if config.lora_rank else [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+        self.frozen = {name: parameter.detach().clone() for name, parameter in frozen}
         self.names: dict[nn.Parameter, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self.parameters: list[Tensor] = list(self.names)
         self.shapes = {name: parameter.shape for parameter, name in self.names.items()}

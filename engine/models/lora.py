@@ -1,0 +1,141 @@
+"""Adapters, LoRA (arXiv:2106.09685) and DoRA (arXiv:2402.09353), around the layers of a frozen model.
+
+PEFT makes them: which layers, names, first values. Then linear layers take the form that trains fastest, `AdaptedLinear`,
+which the training form (training_form.py) also makes of projections that it stacks. Layers with dropout or DoRA, and
+convolutions, stay PEFT's own.
+"""
+
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.config.options import TrainConfig
+from engine.errors import UserError
+
+NAME = "default"  # of the adapter, to PEFT
+ALL_LINEAR, CONVOLUTIONS = "all-linear", "convolutions"  # what --lora_targets may name beside layers
+
+
+class AdaptedLinear(nn.Module):
+    """One linear layer, or several stacked ones of the same input, with their adapters: y + s B A x in three products.
+
+    The A's are stacked; the B's lie on the diagonal of one matrix, so that each adapter moves its own layer alone.
+
+    base_layer: the frozen layer, or all of them on top of each other.
+    lora_A: [adapters * rank, in]; lora_B: [adapters, out of one layer, rank].
+    adapted: which of the stacked layers the adapters are of, in order.
+    """
+
+    places: Tensor
+
+    def __init__(self, base: nn.Module, layers: Sequence[Any]) -> None:
+        """
+        Args:
+            layers: PEFT's, or plain ones that have no adapter, in the order in which they are stacked in `base`.
+        """
+        super().__init__()
+        self.base_layer = base
+        self.adapted = [number for number, layer in enumerate(layers) if has_adapter(layer)]
+        adapters = [layers[number] for number in self.adapted]
+        self.scaling: float = adapters[0].scaling[NAME]
+        self.alpha: float = adapters[0].lora_alpha[NAME]
+        self.lora_A = nn.Parameter(torch.cat([layer.lora_A[NAME].weight.detach() for layer in adapters]))
+        self.lora_B = nn.Parameter(torch.stack([layer.lora_B[NAME].weight.detach() for layer in adapters]))
+        places = torch.zeros(len(layers), 1, len(adapters), 1)
+        for column, row in enumerate(self.adapted):
+            places[row, 0, column] = 1
+        self.register_buffer("places", places, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        # In place: the product adds to what the base gave, which nothing else holds.
+        result = self.base_layer(rows).addmm_(F.linear(rows, self.lora_A), self.diagonal().t(), alpha=self.scaling)
+        return result.view(*x.shape[:-1], -1)
+
+    def diagonal(self) -> Tensor:
+        """The B's as one matrix [out, adapters * rank] of blocks, zero elsewhere."""
+        if self.places.numel() == 1:
+            return self.lora_B[0]
+        return (self.places * self.lora_B.transpose(0, 1)).flatten(2).flatten(0, 1)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's, as those who ask a linear layer for its dtype find it."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
+
+def has_adapter(layer: Any) -> bool:
+    return hasattr(layer, "lora_A")
+
+
+def can_stack(layers: Sequence[nn.Module]) -> bool:
+    """Whether linear layers can be one product with their adapters: of one rank and scale, without dropout and DoRA."""
+    adapted: list[Any] = [layer for layer in layers if has_adapter(layer)]
+    plain = all(isinstance(layer.lora_dropout[NAME], nn.Identity) and not layer.lora_variant for layer in adapted)
+    return plain and len({(layer.r[NAME], layer.scaling[NAME]) for layer in adapted}) <= 1
+
+
+def is_plain_linear(layer: Any) -> bool:
+    """Whether a layer of PEFT's is a linear one that `AdaptedLinear` can be in the place of."""
+    return (
+        has_adapter(layer)
+        and not isinstance(layer, AdaptedLinear)
+        and isinstance(layer.base_layer, nn.Linear)
+        and can_stack([layer])
+    )
+
+
+def add_adapters(model: Any, config: TrainConfig, seed: int) -> None:
+    """Freezes a published model, and adds the adapters that the options ask for, in place.
+
+    Args:
+        seed: of their first values, the same on all processes.
+
+    Raises:
+        UserError: the options name no layer of the model.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    names = adapted_layers(model, config.lora_targets)
+    assert config.lora_rank is not None
+    model.requires_grad_(False)
+    options = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha or config.lora_rank,  # type: ignore[arg-type]
+        target_modules="|".join(map(re.escape, names)),
+        lora_dropout=config.lora_dropout,
+        use_dora=config.use_dora,
+        init_lora_weights="gaussian" if config.lora_init == "gaussian" else True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(options, model, adapter_name=NAME)
+
+
+def adapted_layers(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Names of the layers that `--lora_targets` are of.
+
+    Raises:
+        UserError: one of them is of no layer that can have an adapter.
+    """
+    layers = {name: module for name, module in model.named_modules() if _can_have_adapter(module)}
+    found = {target: [name for name, layer in layers.items() if _is_meant(target, name, layer)] for target in targets}
+    if not any(found.values()):
+        raise UserError(f"--lora_targets {' '.join(targets)}: no linear layer or convolution of the model has such a name")
+    chosen = {name for names in found.values() for name in names}
+    return [name for name in layers if name in chosen]
+
+
+def _can_have_adapter(module: Any) -> bool:
+    return type(module) is nn.Linear or (type(module) is nn.Conv2d and module.groups == 1)
+
+
+def _is_meant(target: str, name: str, layer: nn.Module) -> bool:
+    if target in (ALL_LINEAR, CONVOLUTIONS):
+        return isinstance(layer, nn.Linear if target == ALL_LINEAR else nn.Conv2d)
+    return fnmatchcase(name, target) or fnmatchcase(name, f"*.{target}")
