@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.files import parse_json, reading, write_atomically, write_json
+from engine.messages import say
 from engine.models.index import read_json, require_inside
 from engine.models.original_layout import unet_name
 from engine.models.weights import read_tensors, require_finite, stored_tensors
@@ -31,29 +32,30 @@ from engine.tensors import write_one_by_one
 WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers' `load_lora_weights` looks for it in a folder
 FORMATS = ("diffusers", "kohya", "peft")
 PARTS = ("unet", "prior", "text_encoder")  # of pipelines, that have adapters
-DOWN, UP, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector.weight"
-_SUFFIXES = {"down": DOWN, "up": UP, "magnitude": MAGNITUDE}
+DOWN, UP, MAGNITUDE, OF_INPUTS = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector.weight", ".dora_scale"
 _PEFT_WEIGHTS, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _IN_FOLDERS = (WEIGHTS, _PEFT_WEIGHTS, "pytorch_lora_weights.bin", "adapter_model.bin")
 _DESCRIBED = "lora_adapter_metadata"  # where in a file's metadata diffusers keeps PEFT's configuration
-# Parts as files call them, in underscores; the first is what is written.
+# Parts as files call them, in underscores; the first is kohya's, and what is written.
 _PART_NAMES = {
     "unet": ("lora_unet", "unet"),
-    "prior": ("lora_prior_unet", "lora_prior", "prior_prior", "prior"),
-    "text_encoder": ("lora_te", "lora_te1", "lora_prior_te", "text_encoder"),
-}
-_BEFORE = ("base_model_model_", "diffusion_model_", "transformer_", "model_")  # what programs put before a layer's path
-_TENSOR = re.compile(
-    r"(.+?)(?:[._]lora(?:_linear_layer)?[._](A|B|down|up|mid)(?:\.default\w*)?\.weight"
-    r"|\.(alpha|dora_scale)|\.(lora_magnitude_vector)(?:\.default\w*)?(?:\.weight)?)"
-)
-_ROLES = {
-    "A": "down", "down": "down", "mid": "mid", "B": "up", "up": "up", "alpha": "alpha", "dora_scale": "magnitude",
-    "lora_magnitude_vector": "magnitude",
+    "prior": ("lora_unet", "lora_prior_unet", "lora_prior", "prior_prior", "prior"),
+    "text_encoder": (
+        "lora_te", "lora_te1", "lora_prior_te", "text_encoders_clip_l_transformer", "text_encoders_clip_h_transformer",
+        "text_encoder",
+    ),
 }  # fmt: skip
+# What programs put before a layer's path.
+_BEFORE = ("base_model_model_", "diffusion_model_", "lycoris_", "transformer_", "model_")
+_TENSOR = re.compile(
+    r"(.+?)(?:[._]lora(?:_linear_layer)?[._](A|B|down|up|mid)(?:\.default\w*)?\.weight|\.(?:lora_)?(alpha)|\.(dora_scale)"
+    r"|\.(?:lora_)?(magnitude)(?:_vector(?:\.default\w*)?(?:\.weight)?)?)"
+)
+_ROLES = {"A": "down", "B": "up", "dora_scale": "magnitude"}
+_EMBEDDINGS = "bundle_emb."  # textual inversions that OneTrainer puts beside an adapter
 _OTHER_KINDS = {
     r"\.hada_": "LoHa", r"\.lokr_": "LoKr", r"\.b?oft_": "OFT", r"\.on_input": "IA3", r"\.diff(_b)?$": "whole differences",
-    r"string_to_param|emb_params": "a textual inversion", r"ip_adapter|image_proj": "an IP-Adapter",
+    r"string_to_param|emb_params": "a textual inversion", r"ip_adapter|^image_proj": "an IP-Adapter",
 }  # fmt: skip
 _OTHER_MODELS = {
     r"lora_te2|text_encoder_2|label_emb|add_embedding": "Stable Diffusion XL", r"double_blocks|single_transformer": "FLUX",
@@ -67,7 +69,8 @@ class Adapter:
 
     tensors: by PEFT's names within the pipeline: `unet.mid_block...to_q.lora_A.weight` [rank, in], of a convolution [rank, in,
         height, width]; `.lora_B.weight` [out, rank] or [out, rank, 1, 1]; with DoRA `.lora_magnitude_vector.weight` [out] or
-        [1, out, 1, 1]. Modules have the names that the installed libraries give them.
+        [1, out, 1, 1], or, as OneTrainer has it unless told otherwise, of the inputs: `.dora_scale` [1, in] or [1, in, 1, 1].
+        Modules have the names that the installed libraries give them.
     alphas: path of the layer, `unet.mid_block...to_q` -> its alpha; the product counts alpha / rank times.
     """
 
@@ -106,18 +109,23 @@ def read_adapter(path: Path, parts: Mapping[str, nn.Module]) -> Adapter:
     alphas: dict[str, float] = {}
     for file, part in _files(path):
         with reading(file, "give a file of LoRA weights, .safetensors"):
-            shapes = stored_tensors(file)
+            shapes = {name: tensor for name, tensor in stored_tensors(file).items() if not name.startswith(_EMBEDDINGS)}
             named = _by_layer(file, shapes, spelled, part)
             for layer, names in named.items():
                 _check(file, layer, {role: shapes[name] for role, name in names.items()}, layers[layer])
             values = read_tensors(file)
             require_finite(file, values)
+            if len(values) > len(shapes):
+                say(f"{file}: the embeddings beside the adapter ({_EMBEDDINGS}*) are left out")
             configured = _configurations(file)
             for layer, names in named.items():
                 found = {role: values[name] for role, name in names.items()}
                 rank = len(found["down"])
                 alphas[layer] = float(found["alpha"]) if "alpha" in found else _alpha(file, configured, layer, rank)
-                tensors |= {layer + _SUFFIXES[role]: tensor for role, tensor in _plain(found, layers[layer]).items()}
+                tensors |= {
+                    layer + suffix: tensor
+                    for suffix, tensor in _plain(found, layers[layer], names.get("magnitude", "")).items()
+                }
     return Adapter(tensors, alphas)
 
 
@@ -191,7 +199,8 @@ def _by_layer(file: Path, stored: Mapping[str, Any], spelled: Mapping[str, str],
             kind = next((kind for names, kind in _OTHER_KINDS.items() if re.search(names, name)), "something else")
             raise UserError(f"{file}: holds {name}, {kind} and no LoRA; give a file of LoRA weights alone")
         layer = _resolve(match[1], spelled, part)
-        role = _ROLES[next(filter(None, match.groups()[1:]))]
+        role = next(filter(None, match.groups()[1:]))
+        role = _ROLES.get(role, role)
         if layer is None:
             unknown.append(match[1])
         elif found.setdefault(layer, {}).setdefault(role, name) != name:
@@ -222,30 +231,25 @@ def _check(file: Path, layer: str, found: Mapping[str, Tensor], module: nn.Modul
     """Compares the tensors of a layer, of which only shapes and dtypes are looked at, with the model's."""
     if missing := {"down", "up"} - found.keys():
         raise UserError(f"{file}: {layer} has no lora_{min(missing)}; the file is incomplete, download it again")
-    if other := [role for role, tensor in found.items() if not tensor.dtype.is_floating_point and role != "alpha"]:
-        raise UserError(f"{file}: {layer}: its {other[0]} is {found[other[0]].dtype}, no fractions; download it again")
     rank = found["down"].shape[0] if found["down"].dim() else 0
     into, out, kernel, groups = _sizes(module)
-    if groups > 1 and rank % groups:
+    if rank % groups:
         raise UserError(f"{file}: {layer}: rank {rank} is not divisible by the groups of the layer, {groups}")
-    inner = () if "mid" in found else kernel
-    wanted = {"down": (rank, into, *inner), "up": (out, rank // groups), "mid": (rank, rank, *kernel)}
+    wanted: dict[str, list[tuple[int, ...]]] = {
+        "down": [(rank, into, *(() if "mid" in found else kernel))],
+        "up": [(out, rank // groups)], "mid": [(rank, rank, *kernel)],
+        "magnitude": [(out,), (out, 1), (1, out), (1, into)], "alpha": [(), (1,)],
+    }  # fmt: skip
     for role, tensor in found.items():
-        shape = tuple(tensor.shape)
-        if role == "alpha":
-            if tensor.numel() != 1:
-                raise UserError(f"{file}: {layer}: its alpha is {tensor.numel()} numbers; download it again")
-        elif role == "magnitude":
-            if shape not in ((out,), (out, 1), (out, 1, 1, 1), (1, out, 1, 1)):
-                inputs = shape[:2] == (1, into) and tensor.numel() == into
-                why = "scales inputs, and PEFT's DoRA outputs" if inputs else f"is {list(shape)}, not [{out}]"
-                raise UserError(f"{file}: {layer}: its dora_scale {why}; train it anew with DoRA on the output axis")
-        elif not rank or _significant(shape) != _significant(wanted[role]):
-            size = ["rank", *wanted[role][1:]] if role == "down" else [*wanted[role]]
+        shape = _significant(tuple(tensor.shape))
+        if not rank or shape not in map(_significant, wanted[role]):
+            takes = ["rank", *wanted[role][0][1:]] if role == "down" else [*wanted[role][0]]
             raise UserError(
-                f"{file}: {layer}: lora_{role} is {list(shape)}, and this model's takes {size}; give an adapter that was "
-                "trained for this model"
+                f"{file}: {layer}: its {role} is {list(tensor.shape)}, and this model's takes {takes}; give an adapter that "
+                "was trained for this model"
             )
+        if not tensor.dtype.is_floating_point and role != "alpha":
+            raise UserError(f"{file}: {layer}: its {role} is of {tensor.dtype}; download it again")
 
 
 def _significant(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -260,17 +264,23 @@ def _sizes(module: Any) -> tuple[int, int, tuple[int, ...], int]:
     return module.in_channels, module.out_channels, tuple(module.kernel_size), module.groups
 
 
-def _plain(found: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a layer in the shapes that PEFT has."""
+def _plain(found: Mapping[str, Tensor], module: nn.Module, scales: str) -> dict[str, Tensor]:
+    """The tensors of a layer by the suffixes, and in the shapes, of an `Adapter`.
+
+    Args:
+        scales: the name of what holds the magnitudes in the file: a `dora_scale` with one row is of the inputs.
+    """
     into, out, kernel, groups = _sizes(module)
-    down, up = found["down"], found["up"]
-    rank = len(down)
+    down, up, rank = found["down"], found["up"], len(found["down"])
     if "mid" in found:  # Tucker's decomposition, multiplied out
         down = torch.einsum("abhw,bc->achw", found["mid"].float(), down.flatten(1).float()).to(down.dtype)
     ones = (1,) * len(kernel)
-    plain = {"down": down.reshape(rank, into, *kernel), "up": up.reshape(out, rank // groups, *ones)}
-    if "magnitude" in found:
-        plain["magnitude"] = found["magnitude"].reshape((1, out, *ones) if kernel else (out,))
+    plain = {DOWN: down.reshape(rank, into, *kernel), UP: up.reshape(out, rank // groups, *ones)}
+    if (magnitude := found.get("magnitude")) is not None:
+        if scales.endswith(OF_INPUTS) and magnitude.dim() > 1 and magnitude.shape[0] == 1 < out:
+            plain[OF_INPUTS] = magnitude.reshape(1, into, *ones)
+        else:
+            plain[MAGNITUDE] = magnitude.reshape((1, out, *ones) if kernel else (out,))
     return plain
 
 
@@ -318,11 +328,13 @@ def peft_configuration(adapter: Adapter, part: str) -> dict[str, Any]:
     """PEFT's configuration of a part's adapter, as arguments of `LoraConfig`.
 
     Raises:
-        UserError: some of its layers have DoRA and others not, which PEFT does not know.
+        UserError: its DoRA is of inputs, or not of all layers, which PEFT does not know.
     """
     layers = [layer for layer in adapter.alphas if layer.startswith(f"{part}.")]
     ranks = {layer.removeprefix(f"{part}."): adapter.rank(layer) for layer in layers}
     alphas = {layer.removeprefix(f"{part}."): adapter.alphas[layer] for layer in layers}
+    if any(layer + OF_INPUTS in adapter.tensors for layer in layers):
+        raise UserError(f"the DoRA of {part} scales inputs, which PEFT does not know; `engine.export --merge` bakes it in")
     lengths = sum(layer + MAGNITUDE in adapter.tensors for layer in layers)
     if lengths not in (0, len(layers)):
         raise UserError(f"{lengths} of {len(layers)} layers of {part} have DoRA, which only kohya's form can say")
@@ -356,40 +368,44 @@ def write_adapter(path: Path, adapter: Adapter, form: str = "diffusers", about: 
 
 
 def _diffusers(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
-    tensors = {
-        name.removesuffix(".weight") if name.endswith(MAGNITUDE) else name: tensor for name, tensor in adapter.tensors.items()
-    }
     described = {f"{part}.{key}": value for part in adapter.parts for key, value in peft_configuration(adapter, part).items()}
-    return tensors, {_DESCRIBED: json.dumps(described, sort_keys=True)}
+    return {_portable(name): tensor for name, tensor in adapter.tensors.items()}, {_DESCRIBED: json.dumps(described)}
+
+
+def _portable(name: str) -> str:
+    """The name of a text encoder's layer as releases of transformers before 5 have it too, and all read it."""
+    return re.sub(r"^text_encoder\.(?=encoder\.)", "text_encoder.text_model.", name)
 
 
 def _kohya(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors: dict[str, Tensor] = {}
     for layer, alpha in adapter.alphas.items():
-        part, path = layer.split(".", 1)
-        if part == "text_encoder":
-            path = f"text_model.{path.removeprefix('text_model.')}"
+        part, path = _portable(layer).split(".", 1)
         name = f"{_PART_NAMES[part][0]}.{path}".replace(".", "_")
         tensors[f"{name}.lora_down.weight"] = adapter.tensors[layer + DOWN]
         tensors[f"{name}.lora_up.weight"] = up = adapter.tensors[layer + UP]
         tensors[f"{name}.alpha"] = torch.tensor(alpha)
         if (magnitude := adapter.tensors.get(layer + MAGNITUDE)) is not None:
             tensors[f"{name}.dora_scale"] = magnitude.reshape(len(up), *(1,) * (up.dim() - 1))
+        if (magnitude := adapter.tensors.get(layer + OF_INPUTS)) is not None:
+            tensors[f"{name}.dora_scale"] = magnitude
     rank = Counter(adapter.rank(layer) for layer in adapter.alphas).most_common(1)[0][0]
     alpha = Counter(adapter.alphas.values()).most_common(1)[0][0]
     return tensors, {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
 
 
 def _write_peft(folder: Path, adapter: Adapter, part: str) -> None:
-    tensors = {
-        f"base_model.model.{name.removeprefix(f'{part}.')}": tensor
-        for name, tensor in _diffusers(adapter)[0].items()
+    configured = peft_configuration(adapter, part)
+    tensors = {  # PEFT itself saves magnitudes without their last word
+        f"base_model.model.{name.removeprefix(f'{part}.').replace('_vector.weight', '_vector')}": tensor
+        for name, tensor in adapter.tensors.items()
         if name.startswith(f"{part}.")
     }
-    configured = {"peft_type": "LORA", "task_type": None, "inference_mode": True, "bias": "none", "lora_dropout": 0.0}
+    described = {"peft_type": "LORA", "task_type": None, "inference_mode": True, "bias": "none", "lora_dropout": 0.0}
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / _PEFT_CONFIG, configured | peft_configuration(adapter, part))
-    write_atomically(folder / _PEFT_WEIGHTS, lambda file: write_one_by_one(file, tensors, tensors.items(), {"format": "pt"}))
+    write_json(folder / _PEFT_CONFIG, described | configured)
+    file = folder / _PEFT_WEIGHTS
+    write_atomically(file, lambda path: write_one_by_one(path, tensors, tensors.items(), {"format": "pt"}))
 
 
 def load_into(pipeline: Any, adapter: Adapter, scale: float = 1.0, name: str = "default") -> None:
