@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from engine.files import write_atomically
 
@@ -124,6 +125,10 @@ def bars(names: Sequence[str], panels: Mapping[str, Sequence[float]], path: Path
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=100))
 
 
-def save_png(image: Image.Image, path: Path) -> None:
+def save_png(image: Image.Image, path: Path, texts: Mapping[str, str] | None = None) -> None:
+    """Writes a picture, and texts by keyword into it, as programs that show pictures read them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda temporary: image.save(temporary, format="PNG"))
+    information = PngInfo()
+    for keyword, text in (texts or {}).items():
+        information.add_text(keyword, text)
+    write_atomically(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=information))

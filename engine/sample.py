@@ -1,6 +1,9 @@
-"""Draws images from a trained pipeline into one labelled grid: `python -m engine.sample --model DIR --prompts ...`."""
+"""Draws images from a trained pipeline, each with its settings, and all in one labelled grid:
+`python -m engine.sample --model DIR --prompts ...`."""
 
+import json
 import sys
+from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,11 @@ from engine.config.checks import check_picture
 from engine.config.command_line import Parser, number, prompt, whole
 from engine.errors import UserError, exit_code, first_line, out_of_memory, printable
 from engine.loop.checkpoints.names import LATEST, MANIFEST
+from engine.messages import Progress
+from engine.prompts import GUIDANCE, IMAGES, SEED, STEPS, Wanted, read_prompts, size
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+_OF_THE_PRIOR = ("prior_num_inference_steps", "prior_guidance_scale")
 
 
 def _pixel_step(pipeline: Any) -> int:
@@ -21,32 +29,52 @@ def _pixel_step(pipeline: Any) -> int:
     return 8
 
 
-def _check_sampling(pipeline: Any, resolution: int | None, steps: int | None) -> None:
+def _check_sampling(pipeline: Any, wanted: Sequence[Wanted]) -> None:
     """Refuses what a pipeline would refuse in a trace, or answer with an image of another size."""
-    step = _pixel_step(pipeline)
-    if resolution is not None and resolution % step:
-        nearest = max(round(resolution / step), 1) * step
-        raise UserError(f"--resolution {resolution}: this model draws images in steps of {step} px; the nearest is {nearest}")
-    most = pipeline.scheduler.config.get("num_train_timesteps")
-    if steps is not None and type(most) is int and steps > most:
-        raise UserError(f"--num_inference_steps {steps}: this model has {most} timesteps")
+    step, most = _pixel_step(pipeline), pipeline.scheduler.config.get("num_train_timesteps")
+    for width, height in dict.fromkeys((one.width, one.height) for one in wanted):
+        sides = [side for side in (width, height) if side is not None]
+        wrong = next((side for side in sides if side % step), None)
+        if wrong:
+            named = sides[0] if len(set(sides)) == 1 else "x".join(map(str, sides))
+            nearest = max(round(wrong / step), 1) * step
+            raise UserError(f"--resolution {named}: this model draws images in steps of {step} px; the nearest is {nearest}")
+    for steps in dict.fromkeys(one.steps for one in wanted):
+        if steps is not None and type(most) is int and steps > most:
+            raise UserError(f"--num_inference_steps {steps}: this model has {most} timesteps")
 
 
 def _command_line() -> Parser:
-    parser = Parser("engine.sample", description="Draw images from a trained pipeline into one labelled grid.")
+    parser = Parser("engine.sample", description="Draw images from a trained pipeline: each, and all in one labelled grid.")
     parser.add_argument("--model", type=Path, required=True, help="directory of the trained pipeline")
     parser.add_argument(
         "--other_half",
         help="for Kandinsky and Wuerstchen, the decoder of a prior or the prior of a decoder (default: the published)",
     )
-    parser.add_argument("--prompts", type=prompt, nargs="+", required=True, help="one row of images each")
-    parser.add_argument("--images_per_prompt", type=whole(1, 1024), default=4, help="default: 4")
-    parser.add_argument("--num_inference_steps", type=whole(1), help="default: the pipeline's own")
-    parser.add_argument("--guidance_scale", type=number(0), help="default: the pipeline's own")
-    parser.add_argument("--resolution", type=whole(8), help="height and width (default: the pipeline's own)")
-    parser.add_argument("--seed", type=whole(-(2**63), 2**63 - 1), default=0, help="default: 0")
+    parser.add_argument(
+        "--prompts", type=prompt, nargs="+", required=True, metavar="PROMPT|FILE",
+        help="one row of images each; a .txt file holds one a line (with kohya's --n --d --w --h --s --l behind it), a .jsonl "
+        "file objects with prompt, negative_prompt, seed, size, steps, guidance_scale, images",
+    )  # fmt: skip
+    parser.add_argument("--negative_prompt", type=prompt, help="what guidance leads away from")
+    parser.add_argument("--images_per_prompt", type=IMAGES, default=4, help="default: 4")
+    parser.add_argument(
+        "--batch_size", type=whole(1, 1024), default=1, help="images at a time, which are the same for any number"
+    )
+    parser.add_argument("--num_inference_steps", type=STEPS, help="default: the pipeline's own")
+    parser.add_argument("--guidance_scale", type=GUIDANCE, help="default: the pipeline's own")
+    parser.add_argument("--prior_num_inference_steps", type=STEPS, help="of Kandinsky's and Wuerstchen's first stage")
+    parser.add_argument("--prior_guidance_scale", type=number(0), help="of Kandinsky's first stage")
+    parser.add_argument(
+        "--scheduler", help="ddim, euler, euler_a, dpm++_2m, `dpm++ 2m karras`, unipc, lcm, ... (default: the pipeline's own)"
+    )
+    parser.add_argument("--resolution", type=size, help="height and width, or WIDTHxHEIGHT (default: the pipeline's own)")
+    parser.add_argument("--seed", type=SEED, default=0, help="of the first image of a prompt, then one more each (default: 0)")
+    parser.add_argument("--precision", choices=PRECISIONS, help="default: bf16 on a GPU, else fp32")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--compile", action="store_true", help="compile the denoising models with torch.compile")
-    parser.add_argument("--output", type=Path, default=Path("samples.png"), help="the grid (default: samples.png)")
+    parser.add_argument("--output", type=Path, default=Path("samples.png"), help="the grid, beside which the images go as "
+                        "NAME-0000.png (default: samples.png)")  # fmt: skip
     return parser
 
 
@@ -63,45 +91,120 @@ def _locate(directory: Path) -> Path:
     return model
 
 
+def _device(name: str | None) -> Any:
+    """The device of a name, which computes.
+
+    Raises:
+        UserError: there is none.
+    """
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
+        torch.zeros(1, device=device).add(1)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's builds differ in what they raise
+        raise UserError(f"--device {name}: {first_line(error)}; give cpu, cuda or cuda:NUMBER") from None
+    return device
+
+
+def _arguments_of(pipeline: Any, options: Any) -> dict[str, Any]:
+    """What holds for all images, as the pipeline takes it."""
+    takes = signature(pipeline.__call__).parameters
+    given = {name: value for name in _OF_THE_PRIOR if (value := getattr(options, name)) is not None}
+    for name in given:
+        if name not in takes:
+            raise UserError(f"--{name}: this model has no prior; leave it out")
+    if "guidance_scale" not in takes and "prior_guidance_scale" in given and options.guidance_scale is not None:
+        raise UserError("--prior_guidance_scale: this model is guided in its prior alone; leave out --guidance_scale")
+    return given
+
+
+def _settings(pipeline: Any, one: Wanted, image: Any, arguments: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+    """Everything that made an image."""
+    from engine.models.schedulers import title_of
+
+    usual = {name: parameter.default for name, parameter in signature(pipeline.__call__).parameters.items()} | arguments
+    guidance = one.guidance_scale
+    if guidance is None:
+        guidance = usual.get("guidance_scale", usual.get("prior_guidance_scale"))
+    sampler, spacing = title_of(pipeline)
+    return {
+        "prompt": one.prompt, "negative_prompt": one.negative_prompt or "", "seed": one.seed, "width": image.width,
+        "height": image.height, "steps": one.steps or usual["num_inference_steps"], "guidance_scale": guidance,
+        "scheduler": sampler, "spacing": spacing, **arguments, **about,
+    }  # fmt: skip
+
+
+def _texts(settings: dict[str, Any]) -> dict[str, str]:
+    """What a PNG says of how it was made: as the web interfaces read it, and as JSON."""
+    words = {
+        "Steps": settings["steps"], "Sampler": settings["scheduler"], "Schedule type": (settings["spacing"] or "").capitalize(),
+        "CFG scale": settings["guidance_scale"], "Seed": settings["seed"],
+        "Size": f"{settings['width']}x{settings['height']}", "Model": json.dumps(settings["model"])[1:-1],
+    }  # fmt: skip
+    lines = [settings["prompt"]]
+    if settings["negative_prompt"]:
+        lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    lines.append(", ".join(f"{name}: {value}" for name, value in words.items() if value != ""))
+    return {"parameters": "\n".join(lines), "settings": json.dumps(settings, ensure_ascii=False)}
+
+
 def main() -> int:
     options = _command_line().parse_args(sys.argv[1:])
     check_picture("--output", options.output)
+    width, height = options.resolution or (None, None)
+    usual = Wanted(
+        "", options.seed, options.negative_prompt, width, height, options.num_inference_steps, options.guidance_scale
+    )
+    rows = read_prompts(options.prompts, usual, options.images_per_prompt)
     model = _locate(options.model)
 
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     import torch
 
-    from engine.models.pipelines import compile_denoisers, draw, open_pipeline, require_drawable
+    from engine.models.drawing import compile_denoisers, draw
+    from engine.models.pipelines import open_pipeline, require_drawable
+    from engine.models.schedulers import use_scheduler
     from engine.picture import labelled_grid, save_png
 
     quiet_libraries()
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    device = _device(options.device)
+    precision = options.precision or ("fp32" if device.type == "cpu" else "bf16")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     pipeline = open_pipeline(model, options.other_half, dtype)
-    _check_sampling(pipeline, options.resolution, options.num_inference_steps)
-    if options.resolution is None:
+    if options.scheduler:
+        use_scheduler(pipeline, options.scheduler)
+    wanted = [one for row in rows for one in row]
+    _check_sampling(pipeline, wanted)
+    arguments = _arguments_of(pipeline, options)
+    if any(one.width is None or one.height is None for one in wanted):
         require_drawable(pipeline, model, "give --resolution")
     pipeline = pipeline.to(device)
-    pipeline.set_progress_bar_config(disable=None)
-    # Wuerstchen is guided in its prior alone.
-    guided = "guidance_scale" if "guidance_scale" in signature(pipeline.__call__).parameters else "prior_guidance_scale"
-    arguments = {
-        "num_inference_steps": options.num_inference_steps,
-        guided: options.guidance_scale,
-        "height": options.resolution,
-        "width": options.resolution,
-    }
-    given = {name: value for name, value in arguments.items() if value is not None}
+    pipeline.set_progress_bar_config(disable=None, leave=False)
     if options.compile:
         compile_denoisers(pipeline)
+    about = {"model": options.model.absolute().name, "precision": precision}
+    digits = max(4, len(str(len(wanted) - 1)))
+    images: dict[int, Any] = {}
     try:
-        rows = list(draw(pipeline, options.prompts, options.images_per_prompt, options.seed, **given))
+        with Progress(len(wanted), "Drawing", "image") as progress:
+            for place, image in draw(pipeline, wanted, options.batch_size, options.compile, **arguments):
+                texts = _texts(_settings(pipeline, wanted[place], image, arguments, about))
+                save_png(image, options.output.with_name(f"{options.output.stem}-{place:0{digits}}.png"), texts)
+                images[place] = image
+                progress.update()
+    except UserError:
+        raise
     except Exception as error:  # numbers in a model's configurations that no other check knows
-        if out_of_memory(error):
+        if out_of_memory(error) or isinstance(error, OSError):
             raise
         raise UserError(f"--model {model}: cannot be drawn with: {type(error).__name__}: {first_line(error)}") from None
-    save_png(labelled_grid(rows), options.output)
+    drawn = iter([images[place] for place in range(len(wanted))])
+    grid = labelled_grid([(row[0].prompt, [next(drawn) for _ in row]) for row in rows])
+    save_png(grid, options.output)
     print(f"samples in {printable(str(options.output))}")
     return 0
 

@@ -7,9 +7,9 @@ ROOT = Path(__file__).parent.parent
 # From the bottom to the top; a name stands for the module and for all within.
 LAYERS = [
     "engine.launcher", "engine.errors", "engine.messages", "engine.quiet", "engine.catalogue", "engine.files", "engine.failed",
-    "engine.storage", "engine.tensors", "engine.picture", "engine.config", "engine.liveness", "engine.descriptors",
-    "engine.offline", "engine.processes", "engine.backends", "cpp_ext", "engine.philox", "engine.permutation",
-    "engine.diffusion", "engine.kernels",
+    "engine.storage", "engine.tensors", "engine.picture", "engine.config", "engine.prompts", "engine.liveness",
+    "engine.descriptors", "engine.offline", "engine.processes", "engine.backends", "cpp_ext", "engine.philox",
+    "engine.permutation", "engine.diffusion", "engine.kernels",
     "engine.data.format", "engine.data.samples", "engine.data.transforms", "engine.data.report", "engine.data.sources",
     "engine.models", "engine.data.identity", "engine.data.plan", "engine.data.handed", "engine.data.claims",
     "engine.data.captions", "engine.data.records", "engine.data.found", "engine.data.together", "engine.data.encode",

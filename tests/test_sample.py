@@ -1,5 +1,6 @@
 """Drawing from trained pipelines, compiled and not."""
 
+import json
 import shutil
 import sys
 from collections import Counter
@@ -12,8 +13,11 @@ from torch import nn
 
 from engine import sample
 from engine.errors import UserError, exit_code
-from engine.models import pipelines
-from engine.models.pipelines import draw, open_pipeline
+from engine.models import drawing
+from engine.models.drawing import draw
+from engine.models.pipelines import open_pipeline
+from engine.models.schedulers import SAMPLERS, parse_scheduler, schedulers_of, use_scheduler
+from engine.prompts import Wanted, read_prompts
 from tests.models.test_check import change, write_safety_checker
 
 HALVES = {
@@ -29,31 +33,222 @@ ARGUMENTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def opened(published):
+    """Whole pipelines by family, each opened once."""
+    kept = {}
+
+    def open_family(family):
+        if family not in kept:
+            ours, other = (published(family)[name] if name else None for name in HALVES[family])
+            kept[family] = open_pipeline(ours, other, torch.float32)
+            kept[family].set_progress_bar_config(disable=True)
+            if family == "wuerstchen":  # whose decoder begins by looking at noise alone
+                torch.manual_seed(0)
+                for weight in kept[family].decoder.parameters():
+                    if not weight.any():
+                        nn.init.normal_(weight, std=0.3)
+        return kept[family]
+
+    return open_family
+
+
+def pixels(pipeline, wanted, batch_size=1, **arguments) -> np.ndarray:
+    """What is drawn, as numbers, in the order of what was wanted."""
+    drawn = dict(draw(pipeline, wanted, batch_size, **arguments))
+    return np.stack([np.asarray(drawn[place], float) for place in range(len(wanted))])
+
+
+def test_every_sampling_step_calls_compiled_models(published, monkeypatch):
+    for family in HALVES:
+        ours, other = (published(family)[name] if name else None for name in HALVES[family])
+        calls = []
+
+        def compile_module(module, calls=calls):
+            def call(*arguments, **named):
+                calls.append(type(module))
+                return module._call_impl(*arguments, **named)
+
+            module._compiled_call_impl = call
+
+        monkeypatch.setattr(nn.Module, "compile", compile_module)
+        pipeline = open_pipeline(ours, other, torch.float32)
+        pipeline.set_progress_bar_config(disable=True)
+        wanted = [Wanted("a cat", 0), Wanted("a cat", 1)]
+        before = pixels(pipeline, wanted, 2, **ARGUMENTS[family])
+        assert not calls
+        drawing.compile_denoisers(pipeline)
+        assert np.array_equal(pixels(pipeline, wanted, 2, **ARGUMENTS[family]), before)
+        denoisers = [part for part in drawing.DENOISERS if part in pipeline.components]
+        assert len(denoisers) == (1 if family == "sd" else 2)
+        assert Counter(calls) == {type(pipeline.components[part]): 2 for part in denoisers}
+
+
 @pytest.mark.parametrize("family", HALVES)
-def test_every_sampling_step_calls_compiled_models(family, published, monkeypatch):
-    options = published(family)
-    ours, other = (options[name] if name else None for name in HALVES[family])
-    calls = []
+@pytest.mark.parametrize("negative", [None, "ugly"])
+def test_images_are_the_same_for_any_batch_size(family, negative, opened):
+    pipeline, words = opened(family), ("a cat", "a dog", "a very long prompt " * 9)
+    wanted = [Wanted(word, seed, negative) for word in words for seed in (5, 6)]
+    # The tiny decoder of Wuerstchen makes black and white of whatever it is given.
+    given = ARGUMENTS[family] | ({"output_type": "latent"} if family == "wuerstchen" else {})
+    alone = pixels(pipeline, wanted, 1, **given)
+    assert len({image.tobytes() for image in alone}) == len(wanted)
+    rounding = 1e-3 * abs(alone).max() if family == "wuerstchen" else 1
+    for batch_size, fill in ((4, False), (4, True), (6, False)):
+        assert abs(pixels(pipeline, wanted, batch_size, fill=fill, **given) - alone).max() <= rounding
 
-    def compile_module(module):
-        def call(*arguments, **named):
-            calls.append(type(module))
-            return module._call_impl(*arguments, **named)
 
-        module._compiled_call_impl = call
+def test_one_image_is_that_of_the_pipeline_and_its_seed(opened):
+    for family in HALVES:
+        pipeline = opened(family)
+        own = pipeline("a cat", generator=torch.Generator().manual_seed(3), **ARGUMENTS[family]).images[0]
+        assert np.array_equal(pixels(pipeline, [Wanted("a cat", 3)], **ARGUMENTS[family])[0], np.asarray(own))
 
-    monkeypatch.setattr(nn.Module, "compile", compile_module)
+
+def test_images_of_several_shapes_come_in_batches_of_one_each(opened, monkeypatch):
+    pipeline, sizes = opened("sd"), []
+    wanted = [Wanted("a", n, width=width, height=16, steps=2) for n, width in enumerate((16, 32, 16, 32, 16))]
+    batch = drawing._draw_batch
+    monkeypatch.setattr(
+        drawing, "_draw_batch", lambda pipeline, some, given: sizes.append(len(some)) or batch(pipeline, some, given)
+    )
+    drawn = dict(draw(pipeline, wanted, 2, fill=True))
+    assert sizes == [2, 2, 2]
+    assert [drawn[n].size for n in range(5)] == [(16, 16), (32, 16), (16, 16), (32, 16), (16, 16)]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_scheduler_draws_the_same_for_any_batch_size(name, model):
+    pipeline = open_pipeline(model, None, torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    plain = pixels(pipeline, [Wanted("a", 1, steps=3)])
+    use_scheduler(pipeline, name)
+    wanted = [Wanted("a", seed, steps=3) for seed in (1, 2, 3)]
+    alone = pixels(pipeline, wanted)
+    assert abs(pixels(pipeline, wanted, 3) - alone).max() <= 1
+    assert name in ("ddpm", "euler_a") or not np.array_equal(alone[0], plain[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    {
+        "DDIM": ("ddim", None), "euler a": ("euler_a", None), "k_euler_a": ("euler_a", None),
+        "Euler Ancestral": ("euler_a", None),
+        "DPM++ 2M Karras": ("dpm++_2m", "karras"), "dpmpp_2m_sde_karras": ("dpm++_2m_sde", "karras"),
+        "DPMSolverMultistepScheduler": ("dpm++_2m", None), "dpmsolver++": ("dpm++_2m", None), "uni-pc": ("unipc", None),
+        "UniPCMultistepScheduler": ("unipc", None), "k_dpm_2_a": ("dpm2_a", None), "plms": ("pndm", None), "LCM": ("lcm", None),
+    }.items(),
+)  # fmt: skip
+def test_schedulers_have_the_names_that_people_know(text, meant):
+    assert parse_scheduler(text) == meant
+
+
+def test_kandinsky_samples_with_what_serves_its_decoder(published):
+    ours, other = (published("kandinsky-prior")[name] for name in HALVES["kandinsky-prior"])
     pipeline = open_pipeline(ours, other, torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    drawn = dict(draw(pipeline, ["a cat"], 2, 0, **ARGUMENTS[family]))
-    assert not calls
-    pipelines.compile_denoisers(pipeline)
-    compiled = dict(draw(pipeline, ["a cat"], 2, 0, **ARGUMENTS[family]))
-    denoisers = [part for part in pipelines.DENOISERS if part in pipeline.components]
-    assert len(denoisers) == (1 if family == "sd" else 2)
-    assert Counter(calls) == {type(pipeline.components[part]): 2 for part in denoisers}
-    for before, after in zip(drawn["a cat"], compiled["a cat"], strict=True):
-        assert np.array_equal(np.asarray(after), np.asarray(before))
+    for name in schedulers_of(pipeline):
+        use_scheduler(pipeline, name)
+        assert pixels(pipeline, [Wanted("a", 1)], **ARGUMENTS["kandinsky-prior"]).std() > 1
+
+
+def test_less_memory_is_asked_for_where_it_is_short(model, monkeypatch, capsys):
+    pipeline = open_pipeline(model, None, torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    wanted = [Wanted("a", seed, steps=2) for seed in range(4)]
+    before, decode, failures = pixels(pipeline, wanted), pipeline.vae.decode, iter([True] * 4)
+
+    def short(*given, **named):
+        if next(failures, False):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return decode(*given, **named)
+
+    monkeypatch.setattr(pipeline.vae, "decode", short)
+    assert abs(pixels(pipeline, wanted, 4) - before).max() <= 1
+    said = capsys.readouterr().err
+    for words in ("decoded one by one", "2 at a time", "1 at a time", "in tiles"):
+        assert f"{words}" in said
+    assert pipeline.vae.use_slicing
+    assert pipeline.vae.use_tiling
+
+
+def test_a_lack_of_memory_that_nothing_helps_is_said(model, tmp_path, monkeypatch, capsys):
+    def short(*given, **named):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("diffusers.AutoencoderKL.decode", short)
+    arguments = ["--model", str(model), "--prompts", "x", "--num_inference_steps", "1", "--output", str(tmp_path / "a.png")]
+    monkeypatch.setattr(sys, "argv", ["sample", *arguments])
+    assert exit_code("engine.sample", sample.main) == 2
+    assert "out of memory: CUDA out of memory" in capsys.readouterr().err
+
+
+def test_files_of_prompts_say_what_each_image_is(model, tmp_path, monkeypatch):
+    text, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    text.write_text("\ufeff# a comment\na cat --n ugly --d 7 --w 32 --h 16 --s 3 --l 2\n\na d\u00f6g\n", encoding="utf-8")
+    lines.write_text(
+        '{"prompt": "a", "seed": 5, "size": 32, "steps": 1, "guidance": 3, "negative_prompt": "b", "images": 2}\n'
+        '"only words"\n{"prompt": "c", "size": "16x32", "seed": null}\n'
+        '{"prompt": "d", "size": [32, 16], "num_inference_steps": 2}\n'
+    )
+    usual = Wanted("", 1, None, 16, 16, 4, 5.0)
+    assert read_prompts([str(text), "words"], usual, 1) == [
+        [Wanted("a cat", 7, "ugly", 32, 16, 3, 2.0)], [Wanted("a d\u00f6g", 1, None, 16, 16, 4, 5.0)],
+        [Wanted("words", 1, None, 16, 16, 4, 5.0)],
+    ]  # fmt: skip
+    assert read_prompts([str(lines)], usual, 1) == [
+        [Wanted("a", 5, "b", 32, 32, 1, 3.0), Wanted("a", 6, "b", 32, 32, 1, 3.0)],
+        [Wanted("only words", 1, None, 16, 16, 4, 5.0)],
+        [Wanted("c", 1, None, 16, 32, 4, 5.0)],
+        [Wanted("d", 1, None, 32, 16, 2, 5.0)],
+    ]
+    grid = tmp_path / "out" / "grid.png"
+    words = ["--model", str(model), "--prompts", str(text), str(lines), "--images_per_prompt", "1",
+             "--num_inference_steps", "1", "--resolution", "16", "--scheduler", "dpm++ 2m karras", "--output", str(grid),
+             "--batch_size", "4"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["sample", *words])
+    assert sample.main() == 0
+    images = [Image.open(path) for path in sorted(grid.parent.glob("grid-*.png"))]
+    assert [image.size for image in images] == [(32, 16), (16, 16), (32, 32), (32, 32), (16, 16), (16, 32), (32, 16)]
+    assert images[0].text["parameters"] == (
+        "a cat\nNegative prompt: ugly\nSteps: 3, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 2.0, Seed: 7, "
+        f"Size: 32x16, Model: {model.name}"
+    )
+    settings = json.loads(images[1].text["settings"])
+    assert settings["prompt"] == "a d\u00f6g"
+    assert {"seed": 0, "steps": 1, "precision": "fp32", "guidance_scale": 7.5}.items() <= settings.items()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("p.txt", "fine\na cat --d x", "line 2: seed is 'x', no number"),
+        ("p.txt", "a cat --w 3", "line 1: width must be at least 8"),
+        ("p.txt", "a cat --ar 3", "line 1: unknown switch --ar; there are --n, --d, --w, --h, --s, --l"),
+        ("p.txt", "# nothing\n\n", "holds no prompt"),
+        ("p.txt", b"\xff\xfe\x00", "cannot be read"),
+        ("p.txt", "a\0b", "line 1: prompt 'a\\\\x00b' holds a NUL"),
+        ("p.jsonl", '{"prompt": "a"}\n\n{"prompt": ', "line 3: "),
+        ("p.jsonl", "[1]", "line 1: write an object"),
+        ("p.jsonl", '{"seed": 1}', "line 1: no prompt"),
+        ("p.jsonl", '{"prompt": "a", "seeds": 1}', "line 1: unknown key seeds; there are prompt, "),
+        ("p.jsonl", '{"prompt": "a", "seed": true}', "line 1: seed is true, no number"),
+        ("p.jsonl", '{"prompt": 3}', "line 1: prompt is 3, no text"),
+        ("p.jsonl", '{"prompt": "a", "size": "big"}', "line 1: size is 'big', no size"),
+        ("p.jsonl", '{"prompt": "a", "size": [1, 2, 3]}', "line 1: size"),
+        ("p.jsonl", '{"prompt": "a", "guidance": NaN}', "line 1: guidance_scale must be at least 0, not nan"),
+        ("p.jsonl", "[" * 100_000, "line 1: "),
+        ("p.txt", None, "No such file"),
+        ("p.csv", "prompt\na", "prompts are read from .txt and .jsonl"),
+    ],
+)
+def test_bad_lines_of_prompts_are_named_by_number(name, content, said, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as raised:
+        read_prompts([str(tmp_path / name)], Wanted(""), 1)
+    assert str(raised.value).startswith(f"--prompts {tmp_path / name}: ")
+    assert said.replace("\\\\", "\\") in str(raised.value)
 
 
 def test_the_command_draws_a_grid_with_compiled_models(model, tmp_path, monkeypatch):
@@ -115,6 +310,14 @@ def test_a_model_that_is_none_is_named(entries, said, tmp_path, monkeypatch):
         (["--output", "samples.jpg"], "--output samples.jpg: pictures are written as PNG"),
         (["--output", "/proc/no/x.png"], "--output /proc/no: cannot be written"),
         (["--other_half", "x"], "has no other half; leave out --other_half"),
+        (["--resolution", "64x33"], "--resolution 64x33: this model draws images in steps of 8 px; the nearest is 32"),
+        (["--resolution", "big"], "--resolution: invalid"),
+        (["--scheduler", "magic"], "--scheduler magic: unknown; there are ddim, "),
+        (["--scheduler", "ddim karras"], "--scheduler ddim karras: ddim has no karras spacing; leave karras out"),
+        (["--precision", "fp64"], "--precision: invalid choice"),
+        (["--device", "toaster"], "--device toaster: "),
+        (["--device", "meta"], "--device meta: it holds no numbers"),
+        (["--prior_num_inference_steps", "3"], "--prior_num_inference_steps: this model has no prior; leave it out"),
     ],
     ids=str,
 )
@@ -134,6 +337,22 @@ def test_a_size_that_a_family_cannot_draw_is_not_drawn_as_another(family, wrong,
     arguments = ["--model", ours, "--other_half", other, "--prompts", "x", "--resolution", str(wrong)]
     monkeypatch.setattr(sys, "argv", ["sample", *arguments])
     with pytest.raises(UserError, match=f"--resolution {wrong}: this model draws .* the nearest is {nearest}"):
+        sample.main()
+
+
+@pytest.mark.parametrize(
+    ("family", "scheduler", "said"),
+    [
+        ("wuerstchen", "ddim", "samples with the schedule that it was trained on"),
+        ("kandinsky-prior", "euler", "this model cannot be sampled with it; there are ddim, ddpm"),
+    ],
+)
+def test_a_scheduler_that_a_family_cannot_use_is_refused(family, scheduler, said, published, monkeypatch):
+    ours, other = (published(family)[name] for name in HALVES[family])
+    monkeypatch.setattr(
+        sys, "argv", ["sample", "--model", ours, "--other_half", other, "--prompts", "x", "--scheduler", scheduler]
+    )
+    with pytest.raises(UserError, match=f"^--scheduler {scheduler}: .*{said}"):
         sample.main()
 
 

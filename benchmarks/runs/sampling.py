@@ -24,7 +24,8 @@ from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
 from benchmarks.tools.tables import markdown
 from benchmarks.tools.timing import spread
-from engine.models.pipelines import compile_denoisers, draw
+from engine.models.drawing import compile_denoisers, draw
+from engine.prompts import Wanted
 from engine.quiet import quiet_libraries
 from examples import tiny_models
 
@@ -52,7 +53,8 @@ def measure(tiny: bool, images: int, steps: int, device: torch.device) -> dict[s
         seconds = []
         for _ in range(1 + CALLS):
             started = time.perf_counter()
-            ((_, drawn[side]),) = draw(pipeline, ["a photograph"], images, 0, num_inference_steps=steps)
+            wanted = [Wanted("a photograph", seed, steps=steps) for seed in range(images)]
+            drawn[side] = [image for _, image in draw(pipeline, wanted, images)]
             seconds.append(time.perf_counter() - started)
         median, low, high = spread(seconds[1:])
         row |= {f"{side}_first_seconds": seconds[0], f"{side}_seconds": median, f"{side}_quartiles": [low, high]}

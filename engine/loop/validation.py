@@ -16,11 +16,12 @@ from engine.errors import first_line
 from engine.loop.weights.partition import Partition
 from engine.loop.weights.whole import gather_state, published_parts
 from engine.messages import warn
+from engine.models.drawing import draw
 from engine.models.family import Family
-from engine.models.pipelines import draw
 from engine.offline import offline
 from engine.picture import labelled_grid, save_png
 from engine.processes import Processes
+from engine.prompts import Wanted
 
 LOADING_LIMIT, DRAWING_LIMIT = 900.0, 600.0  # seconds for the parts of a pipeline from a cold shared disk, and for an image
 
@@ -133,9 +134,8 @@ def _draw(
     pipeline: Any, arguments: dict[str, Any], own: list[tuple[int, tuple[str, int]]]
 ) -> Iterator[tuple[int, Image.Image]]:
     pipeline.set_progress_bar_config(disable=True)
-    for number, (prompt, seed) in own:
-        for _, (image,) in draw(pipeline, [prompt], 1, seed, **arguments):
-            yield number, image
+    for place, image in draw(pipeline, [Wanted(prompt, seed) for _, (prompt, seed) in own], **arguments):
+        yield own[place][0], image
 
 
 def _show(prompts: list[str], each: int, drawn: dict[int, Drawn], path: Path, step: int) -> Image.Image | None:

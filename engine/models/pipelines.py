@@ -1,6 +1,5 @@
-"""Whole pipelines from text to images: opened from their halves, compiled, drawn with, and saved under portable names."""
+"""Whole pipelines from text to images: opened from their halves, and saved under portable names."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from engine.models.index import classes_of, read_index
 from engine.models.published import download
 
 LARGEST_SIDE = 2048  # pixels of an image that no one gave a size for
-DENOISERS = ("unet", "prior_prior", "decoder")  # the parts of pipelines that are called once or twice per sampling step
 
 # Family of the prior -> prior, decoder, and the pipeline that joins them.
 _HALVES: dict[str, tuple[Any, Any, Any]] = {
@@ -128,13 +126,6 @@ def open_to_draw(path: Path, kind: Any, variant: str | None = None, dtype: torch
     return load_pipeline(path, kind, variant, dtype, **absent_parts(path, kind))
 
 
-def draw(pipeline: Any, prompts: list[str], count: int, seed: int, **arguments: Any) -> Iterator[tuple[str, list[Any]]]:
-    """Each prompt with `count` images of it; `arguments` as the pipeline takes them."""
-    for prompt in prompts:
-        generator = torch.Generator(pipeline.device).manual_seed(seed)
-        yield prompt, pipeline(prompt, num_images_per_prompt=count, generator=generator, **arguments).images
-
-
 def require_drawable(pipeline: Any, where: Path, remedy: str) -> None:
     """Refuses a Stable Diffusion whose images, where no size is given, would have more pixels than any is trained for.
 
@@ -147,10 +138,3 @@ def require_drawable(pipeline: Any, where: Path, remedy: str) -> None:
         most = max((side * pipeline.vae_scale_factor for side in sides if type(side) is int), default=0)
         if most > LARGEST_SIDE:
             raise UserError(f"{where}: by the sample_size of its unet it draws images of {most} px; {remedy}")
-
-
-def compile_denoisers(pipeline: Any) -> None:
-    """Has torch compile what a pipeline calls in every sampling step, in place."""
-    for name in DENOISERS:
-        if name in pipeline.components:
-            pipeline.components[name].compile()
