@@ -3,6 +3,7 @@
 import codecs
 import contextlib
 import importlib.util
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,7 @@ def check_options(config: CacheConfig) -> None:
         _check_held_out(config)
         _check_outputs(config)
         _check_objective(config)
+        _check_rates(config)
         _check_sharding(config)
         _check_precision(config)
         _check_attention(config)
@@ -196,6 +198,21 @@ def _check_objective(config: TrainConfig) -> None:
     for name, (other, values) in _NEEDS.items():
         if _is_given(config, name) and getattr(config, other) not in values:
             raise UserError(f"--{name} needs --{other} {' or '.join(filter(None, values))}")
+
+
+def _check_rates(config: TrainConfig) -> None:
+    for given in config.lr_of or ():
+        pattern, _, rate = given.rpartition("=")
+        try:
+            known = bool(pattern.strip()) and 0 <= float(rate) < math.inf
+        except ValueError:
+            known = False
+        if not known:
+            raise UserError(f"--lr_of {given}: give PATTERN=RATE, for example down_blocks.0=1e-5")
+    if config.freeze and config.lora_rank:
+        raise UserError("--freeze with --lora_rank: adapters alone are trained; --lora_targets says which layers have one")
+    if "" in map(str.strip, config.freeze or ()):
+        raise UserError("--freeze: a pattern is empty; give names of weights, for example down_blocks.0")
 
 
 def _check_sharding(config: TrainConfig) -> None:

@@ -376,7 +376,7 @@ def build_parser(model: type[BaseModel], program: str, description: str) -> argp
             group.add_argument(*flags, nargs="*", metavar="VALUE", action=_SwitchOrTexts, help=text)
             group.add_argument(f"--no-{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
         elif get_origin(field.annotation) is not Literal and list[str] in (field.annotation, *get_args(field.annotation)):
-            group.add_argument(*flags, nargs="+", metavar="TEXT", help=text)
+            group.add_argument(*flags, nargs="+", action="extend", metavar="TEXT", help=text)
         else:
             choices = _choices(field.annotation)
             metavar = "{" + ",".join(choices) + "}" if choices else name.rsplit("_", 1)[-1].upper()

@@ -16,7 +16,7 @@ ELSEWHERE = {
         "adapters are LoRA and DoRA of linear layers and convolutions: --lora_rank with --lora_targets"
     ),
     "scale_weight_norms": "the norms of adapters have no limit",
-    "dim_from_weights base_weights* save_lora* fuse_adapters merge_adapters freeze_model block_lr": (
+    "dim_from_weights base_weights* save_lora* fuse_adapters merge_adapters freeze_model": (
         "one adapter is trained, beside the weights of the model as they are"
     ),
     "train_text_encoder* text_encoder_lr text_encoder_learning_rate text_encoder_lora* learning_rate_te* "
@@ -132,6 +132,13 @@ ELSEWHERE = {
     # Optimizer.
     "learning_rate_scaler": "--scale_lr",
     "lr unet_lr unet_learning_rate learning_rate_unet": "--learning_rate",
+    "block_lr down_lr_weight mid_lr_weight up_lr_weight block_lr_zero_threshold network_reg_lrs lr_multipliers param_groups": (
+        "--lr_of PATTERN=RATE, for example --lr_of down_blocks.0=1e-5 mid_block=5e-6"
+    ),
+    "layer_decay llrd layerwise_lr_decay layer_wise_lr_decay lr_layer_decay": "--layer_lr_decay",
+    "freeze_layers freeze_layer frozen_layers freeze_params freeze_parameters layer_freeze_strategy layer_freeze_unfreeze": (
+        "--freeze, with patterns of the weights' names"
+    ),
     "warmup_steps learning_rate_warmup_steps": "--lr_warmup_steps",
     "learning_rate_scheduler lr_scheduler_type": "--lr_scheduler",
     "lr_num_cycles lr_power lr_scheduler_* learning_rate_cycles learning_rate_min_factor lr_end lr_decay_steps lr_decay": (

@@ -410,6 +410,23 @@ class TrainConfig(CacheConfig):
         option("constant", "Schedule of the learning rate.", "optimizer")
     )
     lr_warmup_steps: int = option(500, "Warm-up in optimizer steps, for the schedules that warm up.", "optimizer", ge=0)
+    layer_lr_decay: float = option(
+        1.0,
+        "Learning rate of a layer (a block of the model) over that of the next one: those nearest to the output learn at the "
+        "whole rate, those before ever slower.",
+        "optimizer",
+        gt=0,
+        le=1,
+    )
+    lr_of: list[str] | None = option(
+        None,
+        "PATTERN=RATE: weights that learn at another rate, by their names in the published model; * stands for any letters, a "
+        "module for all in it. The first pattern that a weight fits counts.",
+        "optimizer",
+    )
+    freeze: list[str] | None = option(
+        None, "Weights that are not trained, by patterns of their names as --lr_of takes them.", "optimizer"
+    )
     use_8bit_adam: bool = option(False, "Use the 8-bit AdamW of bitsandbytes.", "optimizer")
     adam_beta1: float = option(0.9, "Decay of AdamW's first moment.", "optimizer", ge=0, lt=1)
     adam_beta2: float = option(0.999, "Decay of AdamW's second moment.", "optimizer", ge=0, lt=1)
@@ -717,6 +734,24 @@ class TrainConfig(CacheConfig):
     )
     local_rank: int = option(-1, "Set by launchers; the environment variable LOCAL_RANK wins.", "training")
 
+    @field_validator("lr_of", "freeze", mode="before")
+    @classmethod
+    def _patterns(cls, value: Any) -> Any:
+        """In a file one pattern may stand alone, and rates may be a table."""
+        if isinstance(value, dict):
+            return [f"{pattern}={rate}" for pattern, rate in value.items()]
+        return [value] if isinstance(value, str) else value
+
+    @property
+    def rates_of_patterns(self) -> list[tuple[str, float]]:
+        """What `lr_of` means.
+
+        Raises:
+            ValueError: it means nothing that is known.
+        """
+        split = [given.rpartition("=") for given in self.lr_of or ()]
+        return [(pattern.strip(), float(rate)) for pattern, _, rate in split]
+
     @property
     def cache_bytes(self) -> int | None:
         """What `shards_cache_limit` means; None for no limit.
@@ -758,6 +793,7 @@ class TrainConfig(CacheConfig):
 ALTER_THE_RESULT = (
     "max_train_steps", "gradient_accumulation_dtype", "matrix_precision", "shuffle", "shuffle_window",
     "validation_fraction", "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps",
+    "layer_lr_decay", "lr_of", "freeze",
     "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm",
     "prediction_type", "rescale_betas_zero_snr", "timestep_sampling", "logit_mean", "logit_std", "mode_scale",
     "timestep_bias_strategy", "timestep_bias_multiplier", "timestep_bias_portion", "timestep_bias_begin", "timestep_bias_end",

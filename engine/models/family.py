@@ -20,6 +20,7 @@ from engine.files import reading
 from engine.models import float8
 from engine.models.encoder import Encoding, open_encoding
 from engine.models.lora import add_adapters
+from engine.models.trained_weights import check_patterns, freeze, learns_like
 from engine.models.training_form import SHIPPED, Form, to_training_form
 
 PREVIEW_STEPS = 20  # of the last stage's sampling in validation images, as in the scripts
@@ -74,11 +75,12 @@ class Family(ABC):
 
     @torch.no_grad()
     def try_step(self, model: Any) -> None:
-        """Has a model whose weights hold nothing predict for one record.
+        """Has a model whose weights hold nothing predict for one record, and looks for the weights that options name.
 
         Raises:
-            UserError: what its configuration holds cannot be computed with.
+            UserError: what its configuration holds cannot be computed with, or it has none of the weights.
         """
+        check_patterns((name for name, _ in model.named_parameters()), self.config)
         part = self.encoding.path / self.part / "config.json"
         with reading(part, "its model cannot compute with what it holds; download it again"):
             record = {
@@ -100,6 +102,7 @@ class Family(ABC):
             seed: of the first values of adapters.
         """
         model = self.published_model()
+        freeze(model, self.config)
         if form is not None:
             ready_to_train(model, self.config, form, seed)
         return model.train()
@@ -128,7 +131,7 @@ def ready_to_train(model: Any, config: TrainConfig, form: Form = SHIPPED, seed: 
                 f"--attention xformers: {first_line(error)}; install the extra `xformers`, or leave the option out and use "
                 "torch's attention"
             ) from None
-    to_training_form(model, form_with(config, form))
+    to_training_form(model, form_with(config, form), partial(learns_like, config=config))
     if config.matrix_precision == "fp8":
         float8.convert(model)
 

@@ -11,7 +11,7 @@
 - What is frozen keeps nothing for a gradient that nobody asks for: autograd's convolution would keep its input.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,13 +227,17 @@ class FusedAttention(Attention):
         return split.permute(2, 0, 3, 1, 4).unbind()
 
 
-def to_training_form(model: Any, form: Form) -> None:
-    """Changes a diffusers model in place."""
+def to_training_form(model: Any, form: Form, learns_like: Callable[[str], Hashable] = lambda name: None) -> None:
+    """Changes a diffusers model in place.
+
+    Args:
+        learns_like: of a published parameter, by name: projections of which it is not the same are not stacked.
+    """
     self_attentions = {block.attn1 for block in model.modules()
                        if isinstance(block, BasicTransformerBlock) and not block.only_cross_attention}  # fmt: skip
     # DoRA takes the norm of a convolution's weights, and reads them as they were published.
     as_published = {inner for layer in model.modules() if getattr(layer, "lora_variant", None) for inner in layer.modules()}
-    for module in list(model.modules()):
+    for name, module in list(model.named_modules()):
         if type(module) is nn.Conv2d and module not in as_published:
             module.__class__ = ChannelsLastConv2d
             turned = module.weight.detach().permute(0, 2, 3, 1)
@@ -250,7 +254,7 @@ def to_training_form(model: Any, form: Form) -> None:
             module.__class__ = Transformer
         elif type(module) is TimestepBlock:
             module.__class__ = Timestep
-        elif type(module) is Attention and form.projections and _is_plain(module):
+        elif type(module) is Attention and form.projections and _is_plain(module) and _learns_alike(name, module, learns_like):
             _fuse(module, module in self_attentions)
     for name, module in list(model.named_modules()):
         if is_plain_linear(module):
@@ -278,6 +282,17 @@ def _is_plain(attn: Any) -> bool:
     """Whether an attention has none of the parts that `FusedAttention` leaves out."""
     extras = (attn.spatial_norm, attn.norm_cross, attn.norm_q, attn.norm_k)
     return all(extra is None or extra is False for extra in extras)
+
+
+def _learns_alike(path: str, attn: Any, learns_like: Callable[[str], Hashable]) -> bool:
+    """Whether the projections that could be stacked learn alike."""
+    alike: dict[str, set[Hashable]] = {}
+    for name, _ in attn.named_parameters():
+        (published,) = published_names(f"{path}.{name}")
+        layer, _, kind = published.removeprefix(f"{path}.").partition(".")
+        if any(layer in parts for parts in PROJECTIONS.values()):
+            alike.setdefault(kind, set()).add(learns_like(published))
+    return all(len(kinds) == 1 for kinds in alike.values())
 
 
 def _fuse(attn: Any, attends_to_itself: bool) -> None:
@@ -310,6 +325,14 @@ def _stack(attn: Any, name: str) -> None:
     for part in PROJECTIONS[name]:
         delattr(attn, part)
     setattr(attn, name, AdaptedLinear(fused, layers) if adapted else fused)
+
+
+def published_names(name: str) -> list[str]:
+    """What the published model calls a parameter of the training form, or those that are stacked in it."""
+    owner, _, kind = name.replace(".base_layer.", ".").replace(f".{NAME}.", ".").rpartition(".")
+    path, _, layer = owner.rpartition(".")
+    kinds = (kind, "weight") if kind in ("lora_A", "lora_B") else (kind,)
+    return [_joined(path, part, *kinds) for part in PROJECTIONS.get(layer, (layer,))]
 
 
 def to_published_form(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

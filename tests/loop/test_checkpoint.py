@@ -27,7 +27,7 @@ from engine.loop.metrics import Metrics
 from engine.loop.optimizers.interface import Optimizer
 from engine.loop.run import Run
 from engine.loop.trainer import train
-from engine.loop.weights import flat
+from engine.loop.weights import partition as weights_partition
 from engine.loop.weights.flat import FlatPartition
 from engine.processes import Processes
 from engine.tensors import pieces_of
@@ -405,7 +405,7 @@ def keep(directory: Path, monkeypatch) -> tuple[FlatPartition, Metrics]:
     def keeper(masters, *others, **named):
         return Keeper([{"name": "weights", "params": masters}], 0.0, None, defaults={"lr": 1.0})
 
-    monkeypatch.setattr(flat, "create_optimizer", keeper)
+    monkeypatch.setattr(weights_partition, "create_optimizer", keeper)
     processes = Processes()
     config = TrainConfig(family="sd", pretrained_model_name_or_path="unused")
     partition = FlatPartition(nn.Linear(8, 8), config, processes)

@@ -12,12 +12,15 @@ from diffusers.training_utils import EMAModel
 from engine.config.options import TrainConfig
 from engine.loop.optimizers import create_optimizer
 from engine.loop.optimizers.adamw import AdamW
+from engine.loop.optimizers.groups import Group
 from engine.loop.optimizers.interface import Optimizer
 from engine.loop.optimizers.rates import peak_rate, rate_factors
 from engine.loop.weights import flat
+from engine.loop.weights import partition as weights_partition
 from engine.loop.weights.ema import Ema, decay_of_step
 from engine.processes import Processes
 
+WEIGHTS = [Group("weights", 1e-3)]
 ARGUMENTS = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
@@ -91,7 +94,7 @@ def test_weights_follow_an_optimizer_that_knows_only_masters(monkeypatch):
     def descent(masters, *others, **named):
         return SignDescent([{"name": "weights", "params": masters}], 0.0, None, defaults={"lr": 1.0})
 
-    monkeypatch.setattr(flat, "create_optimizer", descent)
+    monkeypatch.setattr(weights_partition, "create_optimizer", descent)
     layer = torch.nn.Linear(3, 2)
     before = layer.weight.detach().clone()
     partition = flat.FlatPartition(layer, config(mixed_precision="bf16"), Processes())
@@ -175,7 +178,7 @@ def test_8bit_adam_clips_by_the_global_norm():
     pytest.importorskip("bitsandbytes")
     ours = [torch.randn(5000, generator=torch.Generator().manual_seed(0)).requires_grad_()]
     before = ours[0].detach().clone()
-    optimizer = create_optimizer(ours, config(use_8bit_adam=True, adam_weight_decay=0.0), 1, None)
+    optimizer = create_optimizer(ours, WEIGHTS, config(use_8bit_adam=True, adam_weight_decay=0.0), None)
     optimizer.create_state(ours, torch.zeros_like)
     optimizer.set_rates(1.0)
     ours[0].grad = torch.full((5000,), 3.0)
@@ -190,7 +193,7 @@ def test_8bit_adam_skips_what_is_not_finite(monkeypatch):
     stand_in = types.SimpleNamespace(optim=types.SimpleNamespace(AdamW8bit=torch.optim.AdamW))
     monkeypatch.setitem(sys.modules, "bitsandbytes", stand_in)
     weights = [torch.ones(10).requires_grad_()]
-    optimizer = create_optimizer(weights, config(use_8bit_adam=True, adam_weight_decay=0.0), 1, None)
+    optimizer = create_optimizer(weights, WEIGHTS, config(use_8bit_adam=True, adam_weight_decay=0.0), None)
     Optimizer.create_state(optimizer, weights, torch.zeros_like)  # what lies beside the library's own
     weights[0].grad = torch.full((10,), float("nan"))
     optimizer.step()

@@ -85,7 +85,7 @@ class State(_Strict):
     step: Count
     world: int = Field(ge=1, le=LARGEST)
     run: Identity
-    options: dict[str, str | Number | None] = {}
+    options: dict[str, str | Number | list[str] | None] = {}
     data: dict[str, Any] | None = None
     unit: int | None = Field(default=None, ge=1, le=LARGEST)
     streams: list[StreamState] = []

@@ -11,8 +11,13 @@ from engine.errors import UserError
 
 def peak_rate(config: TrainConfig, world: int) -> float:
     """The rate that schedules multiply: as given, or scaled by the global batch of `world` processes."""
+    return scaled(config.learning_rate, config, world)
+
+
+def scaled(rate: float, config: TrainConfig, world: int) -> float:
+    """A rate as it is given, or times the global batch of `world` processes where `--scale_lr` asks for that."""
     scale = config.gradient_accumulation_steps * config.train_batch_size * world if config.scale_lr else 1
-    return config.learning_rate * scale
+    return rate * scale
 
 
 def rate_factors(config: TrainConfig, peak: float, steps: int) -> Callable[[int], float]:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from engine.config.options import TrainConfig
-from engine.loop.optimizers import create_optimizer
 from engine.loop.weights.partition import Partition, Slice
 from engine.models.encoder import PRECISIONS
 from engine.processes import Processes
@@ -34,22 +33,22 @@ class FlatPartition(Partition):
         for parameter, name in self.names.items():
             self.slices.append(Slice(name, parameter.shape, 0, parameter.numel(), 0, offset))
             offset += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
-        master = torch.zeros(offset, dtype=torch.float32, device=device)
-        self.masters = [master]
-        for piece, parameter in zip(self.slices, self.names, strict=True):
-            self.view(piece, self.masters).copy_(parameter.detach().view(-1))
-        self.weights = master if dtype == torch.float32 else master.to(dtype)
+        self.flat = torch.zeros(offset, dtype=torch.float32, device=device)
+        for parameter, view in zip(self.names, self._views(self.flat), strict=True):
+            view.copy_(parameter.detach())
+        self.weights = self.flat if dtype == torch.float32 else self.flat.to(dtype)
         model.to(device, dtype)
         for parameter, view in zip(self.names, self._views(self.weights), strict=True):
             parameter.data = view
         # A single micro-batch needs no more than its own precision.
         adds_up = config.gradient_accumulation_steps > 1 and config.accumulation_precision == "fp32"
-        self.gradient = torch.zeros_like(master, dtype=torch.float32 if adds_up else dtype)
-        self.gradient_views = self._views(self.gradient)
-        self.optimizer = create_optimizer([master], config, processes.world, sum_parts=None)
-        self.create_state(None if self.weights is master else [self.weights])
+        gradient = torch.zeros_like(self.flat, dtype=torch.float32 if adds_up else dtype)
+        self.gradient_views = self._views(gradient)
+        self.create_state(self.flat, None, None if self.weights is self.flat else self.weights)
+        self.gradients = self.divide(gradient)
 
     def _views(self, flat: Tensor) -> list[Tensor]:
+        """Of a flat tensor, before it is divided into masters."""
         return [self.view(piece, [flat]).view(piece.shape) for piece in self.slices]
 
     def predict(self, *arguments: Any, **named: Any) -> Any:
@@ -66,10 +65,10 @@ class FlatPartition(Partition):
 
     def update(self, last: bool) -> None:
         if last:
-            self.optimizer.apply([self.gradient])
+            self.optimizer.apply(self.gradients)
             if not self.optimizer.in_one_pass:
                 self.refresh_weights()
 
     def refresh_weights(self) -> None:
-        if self.weights is not self.masters[0]:
-            self.weights.copy_(self.masters[0])
+        if self.weights is not self.flat:
+            self.weights.copy_(self.flat)

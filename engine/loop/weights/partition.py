@@ -2,15 +2,16 @@
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from engine.config.options import TrainConfig
-from engine.loop.optimizers import Optimizer
+from engine.loop.optimizers import Optimizer, create_optimizer
+from engine.loop.optimizers.groups import Group, groups_of
 from engine.loop.weights.ema import Ema, decay_of_step
 from engine.processes import Processes
 
@@ -32,7 +33,7 @@ class Partition(ABC):
 
     module: the trained module, in the training precision.
     parameters: those of its parameters that are trained.
-    masters: flat fp32 tensors that the optimizer updates.
+    masters: flat fp32 tensors that the optimizer updates, each of weights that learn alike.
     slices: which parameter's elements lie where in `masters`; the same places hold its moments and its moving average.
     frozen: parameters that are saved without being trained, in fp32 on the host, by name; adapters are saved alone.
     ema: the moving average of `masters`, or None.
@@ -48,21 +49,43 @@ class Partition(ABC):
         self.module, self.config, self.processes = model, config, processes
         frozen = [] if config.lora_rank else [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
         self.frozen = {name: parameter.detach().clone() for name, parameter in frozen}
-        self.names: dict[nn.Parameter, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.groups = groups_of(trained, config, processes.world)
+        self.names: dict[nn.Parameter, str] = {trained[name]: name for name in self.groups}
         self.parameters: list[Tensor] = list(self.names)
         self.shapes = {name: parameter.shape for parameter, name in self.names.items()}
         self.slices: list[Slice] = []
 
-    def create_state(self, weights: list[Tensor] | None = None) -> None:
-        """Creates what lies beside `masters`: the moving average, if one is kept, and the optimizer's state.
+    def create_state(self, flat: Tensor, sum_parts: Callable[[Tensor], Tensor] | None, weights: Tensor | None = None) -> None:
+        """Divides the flat fp32 weights into `masters`, and creates what lies beside them: the moving average, if one is kept,
+        and the optimizer with its state.
 
         Args:
-            weights: for each master the same weights in the training precision, which the optimizer then writes too.
+            flat: holds `slices`, which lie in the order of their offsets and are told their masters here.
+            sum_parts: as an optimizer takes it.
+            weights: the same weights in the training precision, which the optimizer then writes too.
         """
+        groups: list[Group] = []
+        begins: list[int] = []
+        for number, piece in enumerate(sorted(self.slices, key=lambda piece: piece.offset)):
+            group = self.groups[piece.name]
+            if not groups or group != groups[-1]:
+                groups.append(group)
+                begins.append(piece.offset if groups[1:] else 0)
+            self.slices[number] = replace(piece, holder=len(groups) - 1, offset=piece.offset - begins[-1])
+        if not groups:  # a part that is all padding
+            groups, begins = [next(iter(self.groups.values()))], [0]
+        self.bounds = list(zip(begins, [*begins[1:], flat.numel()], strict=True))
+        self.masters = self.divide(flat.detach())
+        self.optimizer = create_optimizer(self.masters, groups, self.config, sum_parts)
         if self.config.use_ema:
             self.ema = Ema(self.masters, self.config.offload_ema and self.masters[0].is_cuda, self.allocate)
         averages = self.ema.averages if self.ema and not self._averages_apart else None
-        self.optimizer.create_state(self.masters, self.allocate, weights, averages)
+        self.optimizer.create_state(self.masters, self.allocate, None if weights is None else self.divide(weights), averages)
+
+    def divide(self, flat: Tensor) -> list[Tensor]:
+        """Views of a tensor laid out as the flat weights, one for each of `masters`."""
+        return [flat[begin:end] for begin, end in self.bounds]
 
     @property
     def _averages_apart(self) -> bool:

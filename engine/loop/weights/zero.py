@@ -7,7 +7,7 @@ moving average are ours and work on its flat fp32 partitions, so that a step rea
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from engine.config.options import TrainConfig
 from engine.errors import UserError
-from engine.loop.optimizers import create_optimizer
 from engine.loop.weights.partition import Partition, Slice
 from engine.loop.weights.zero_options import deepspeed_config, machinery_stage, read_file
 from engine.messages import say
@@ -45,6 +44,22 @@ class _CompleteGradients(torch.autograd.Function):
         return None, *gradients
 
 
+class _Stepped(torch.optim.Optimizer):
+    """What DeepSpeed steps in the place of the engine's optimizer: with the flat fp32 partition, in which all groups lie.
+
+    on_step: what a step is, with the gradient that DeepSpeed has left beside the partition.
+    """
+
+    on_step: Callable[[Tensor], None]
+
+    def __init__(self, parameters: Sequence[Tensor], rate: float) -> None:
+        super().__init__(list(parameters), {"lr": rate})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        (partition,) = self.param_groups[0]["params"]
+        self.on_step(partition.grad)
+
+
 class ZeroPartition(Partition):
     """The module under DeepSpeed, which reduces gradients to this process's part and gathers the weights again."""
 
@@ -52,30 +67,28 @@ class ZeroPartition(Partition):
         super().__init__(model, config, processes)
         deepspeed = _import_deepspeed(processes)
         model.to(processes.device)
-        self.optimizer = create_optimizer(self.parameters, config, processes.world, processes.sum_)
+        stepped = _Stepped(self.parameters, next(iter(self.groups.values())).rate)
         elements = sum(parameter.numel() for parameter in self.parameters)
         options = deepspeed_config(config, elements, overlap=processes.world > 1 and not captured)
         self.stage = machinery_stage(config)
         if self.stage == 3:
             set_leaf_modules(model)
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=options, dist_init_required=False)
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=stepped, config=options, dist_init_required=False)
         zero = self.engine.optimizer
         # Whether a gradient's memory is free again when its micro-batch ends: it is the only one, or stage 2 has moved it on.
         self.takes_gradients = config.gradient_accumulation_steps == 1 or (self.stage == 2 and zero.contiguous_gradients)
         if self.stage == 3:
-            self.masters = zero.fp32_partitioned_groups_flat
-            for holder, group in enumerate(zero.fp16_groups):
-                self._add_even_slices(group, holder)
+            (flat,), (group,) = zero.fp32_partitioned_groups_flat, zero.fp16_groups
+            self._add_even_slices(group)
         else:
-            self.masters = zero.single_partition_of_fp32_groups
-            for holder, group in enumerate(zero.bit16_groups):
-                for parameter in group:
-                    self._add_slice(parameter, self.names[parameter], holder)
+            (flat,), (group,) = zero.single_partition_of_fp32_groups, zero.bit16_groups
+            for parameter in group:
+                self._add_slice(parameter, self.names[parameter])
         self.directory = Path(config.nvme_path) if config.nvme_path else None
         if self.directory:
-            for master in self.masters:
-                master.data = self.allocate(master).copy_(master.detach())
-        self.create_state()
+            flat.data = self.allocate(flat).copy_(flat.detach())
+        self.create_state(flat, processes.sum_)
+        stepped.on_step = self._step
 
     def allocate(self, like: Tensor) -> Tensor:
         if self.directory is None:
@@ -85,7 +98,17 @@ class ZeroPartition(Partition):
             # The file loses its name at once and its space with the process, however that ends.
             return torch.from_file(file.name, shared=True, size=like.numel(), dtype=like.dtype).view_as(like)
 
-    def _add_slice(self, parameter: Tensor, name: str, holder: int) -> None:
+    def _step(self, gradient: Tensor) -> None:
+        gradients = self.divide(gradient)
+        for master, part in zip(self.masters, gradients, strict=True):
+            master.grad = part
+        try:
+            self.optimizer.step()
+        finally:  # DeepSpeed gives its memory back
+            for master in self.masters:
+                master.grad = None
+
+    def _add_slice(self, parameter: Tensor, name: str) -> None:
         """Stages 1 and 2: the partition is a piece of all parameters laid end to end."""
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is not None:
@@ -93,9 +116,9 @@ class ZeroPartition(Partition):
             # run, bound to the stream of now: differentiating on the stream of a capture would then draw this one into it.
             mapping.lp_fragment = mapping.lp_fragment.detach()
             ours, flat = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
-            self.slices.append(Slice(name, parameter.shape, ours.start, ours.numel, holder, flat.start))
+            self.slices.append(Slice(name, parameter.shape, ours.start, ours.numel, 0, flat.start))
 
-    def _add_even_slices(self, group: list[Any], holder: int) -> None:
+    def _add_even_slices(self, group: list[Any]) -> None:
         """Stage 3: the partition is an equal piece of every parameter, padded at the end."""
         offset = 0
         for parameter in group:
@@ -103,7 +126,7 @@ class ZeroPartition(Partition):
             start = self.processes.rank * size
             length = min(size, parameter.ds_numel - start)
             if length > 0:
-                self.slices.append(Slice(self.names[parameter], parameter.ds_shape, start, length, holder, offset))
+                self.slices.append(Slice(self.names[parameter], parameter.ds_shape, start, length, 0, offset))
             offset += size
 
     def predict(self, *arguments: Any, **named: Any) -> Any:
@@ -136,8 +159,7 @@ class ZeroPartition(Partition):
             zero.update_lp_params()
             return
         zero._partition_all_parameters()
-        for group in range(len(self.masters)):
-            zero._reassign_or_swap_out_partitioned_parameters(group)
+        zero._reassign_or_swap_out_partitioned_parameters(0)
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 

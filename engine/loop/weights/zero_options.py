@@ -78,8 +78,12 @@ def deepspeed_config(config: TrainConfig, elements: int, overlap: bool) -> dict[
         ours["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 2000}
     if low_precision and stage > 1:
         ours["data_types"] = {"grad_accum_dtype": config.accumulation_precision}
-    reduced = {"communication_data_type": reduction_precision(config, launcher.world())}
-    return _merge(ours, read_file(config), config, "") | reduced
+    merged = _merge(ours, read_file(config), config, "")
+    merged["communication_data_type"] = reduction_precision(config, launcher.world())
+    if stage == 3:
+        # One partition, so that one norm and one step see all of it; a file may ask for smaller ones to save memory in a step.
+        merged["zero_optimization"]["sub_group_size"] = whole
+    return merged
 
 
 def _decided(config: TrainConfig) -> dict[str, tuple[str, Any]]:
