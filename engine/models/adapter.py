@@ -8,16 +8,15 @@ import contextlib
 import json
 import math
 import re
+import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -52,6 +51,7 @@ _TENSOR = re.compile(
     r"|\.(?:lora_)?(magnitude)(?:_vector(?:\.default\w*)?(?:\.weight)?)?)"
 )
 _ROLES = {"A": "down", "B": "up", "dora_scale": "magnitude"}
+_TEXT_WIDTHS = {768: 1, 1024: 2}  # what Stable Diffusion's attention reads -> its version
 _EMBEDDINGS = "bundle_emb."  # textual inversions that OneTrainer puts beside an adapter
 _OTHER_KINDS = {
     r"\.hada_": "LoHa", r"\.lokr_": "LoKr", r"\.b?oft_": "OFT", r"\.on_input": "IA3", r"\.diff(_b)?$": "whole differences",
@@ -76,6 +76,10 @@ class Adapter:
 
     tensors: Mapping[str, Tensor]
     alphas: Mapping[str, float]
+
+    def to(self, dtype: torch.dtype | None) -> "Adapter":
+        """The same in another precision; None leaves it."""
+        return Adapter({name: tensor.to(dtype) for name, tensor in self.tensors.items()}, self.alphas) if dtype else self
 
     def rank(self, layer: str) -> int:
         return len(self.tensors[layer + DOWN])
@@ -338,7 +342,7 @@ def peft_configuration(adapter: Adapter, part: str) -> dict[str, Any]:
     lengths = sum(layer + MAGNITUDE in adapter.tensors for layer in layers)
     if lengths not in (0, len(layers)):
         raise UserError(f"{lengths} of {len(layers)} layers of {part} have DoRA, which only kohya's form can say")
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     return {
         "r": rank, "lora_alpha": alpha, "use_dora": lengths > 0, "target_modules": sorted(ranks),
         "rank_pattern": {f"^{path}": value for path, value in ranks.items() if value != rank},
@@ -389,9 +393,22 @@ def _kohya(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors[f"{name}.dora_scale"] = magnitude.reshape(len(up), *(1,) * (up.dim() - 1))
         if (magnitude := adapter.tensors.get(layer + OF_INPUTS)) is not None:
             tensors[f"{name}.dora_scale"] = magnitude
-    rank = Counter(adapter.rank(layer) for layer in adapter.alphas).most_common(1)[0][0]
-    alpha = Counter(adapter.alphas.values()).most_common(1)[0][0]
-    return tensors, {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
+    rank = _commonest(adapter.rank(layer) for layer in adapter.alphas)
+    metadata = {
+        "ss_network_module": "networks.lora", "ss_network_dim": str(rank),
+        "ss_network_alpha": str(_commonest(adapter.alphas.values())),
+    }  # fmt: skip
+    widths = {
+        adapter.tensors[layer + DOWN].shape[1] for layer in adapter.alphas if layer.endswith(("attn2.to_k", "attn2.to_v"))
+    }
+    if len(widths) == 1 and (version := _TEXT_WIDTHS.get(widths.pop())):
+        metadata |= {"ss_base_model_version": f"sd_v{version}", "ss_v2": str(version == 2)}
+        metadata |= {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": f"stable-diffusion-v{version}/lora"}
+    return tensors, metadata
+
+
+def _commonest(values: Iterable[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]
 
 
 def _write_peft(folder: Path, adapter: Adapter, part: str) -> None:
@@ -417,11 +434,15 @@ def load_into(pipeline: Any, adapter: Adapter, scale: float = 1.0, name: str = "
     Raises:
         UserError: PEFT does not know such an adapter.
     """
-    for part, model in adaptable(pipeline).items():
-        if part not in adapter.parts:
-            continue
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
+
+    models = adaptable(pipeline)
+    for part in adapter.parts:
+        model = models[part]
         state = {key.removeprefix(f"{part}."): value for key, value in adapter.tensors.items() if key.startswith(f"{part}.")}
-        inject_adapter_in_model(LoraConfig(**peft_configuration(adapter, part)), model, name)
+        with warnings.catch_warnings(action="ignore"):  # of several adapters
+            inject_adapter_in_model(LoraConfig(**peft_configuration(adapter, part)), model, name)
         set_peft_model_state_dict(model, state, name)
         layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
         for layer in layers:
