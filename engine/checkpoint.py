@@ -101,8 +101,9 @@ def export_command(arguments: list[str]) -> int:
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     from engine.loop.checkpoints.layout import open_checked, or_another
     from engine.loop.checkpoints.models import whole_parameters
-    from engine.loop.export import save_pipeline
+    from engine.loop.export import adapter_path, save_adapter, save_pipeline
     from engine.models.family import form_with, open_family
+    from engine.models.lora import add_adapters
     from engine.models.training_form import to_published_form, to_training_form
 
     quiet_libraries()
@@ -115,13 +116,20 @@ def export_command(arguments: list[str]) -> int:
     family.check_files()
     # The parameters as training lays them out, without the rest of what a training pass needs, a GPU of some kind perhaps.
     model = family.published_model()
+    if config.lora_rank:
+        add_adapters(model, family.part, config, seed=0)
     to_training_form(model, form_with(config))
     parameters = list(model.named_parameters())
     shapes = {name: parameter.shape for name, parameter in parameters if parameter.requires_grad}
     frozen = {name: parameter.detach() for name, parameter in parameters if not parameter.requires_grad}
-    whole = whole_parameters(files, kind, shapes, {**frozen, **dict(model.named_buffers())})
+    whole = whole_parameters(files, kind, shapes, {} if config.lora_rank else {**frozen, **dict(model.named_buffers())})
     with or_another(directory):
         files.check_model(shapes)
+        if config.lora_rank:
+            config = config.model_copy(update={"output_dir": str(options.output_dir)})
+            save_adapter(config, model, family.part, to_published_form(model, whole))
+            print(f"{kind} of step {checkpoint.state.step} in {adapter_path(config)}")
+            return 0
         save_pipeline(options.output_dir, family, model, to_published_form(model, whole))
     print(f"{kind} of step {checkpoint.state.step} in {options.output_dir / family.result}")
     return 0

@@ -46,6 +46,7 @@ def check_options(config: CacheConfig) -> None:
         _check_outputs(config)
         _check_objective(config)
         _check_rates(config)
+        _check_adapters(config)
         _check_sharding(config)
         _check_precision(config)
         _check_attention(config)
@@ -215,6 +216,18 @@ def _check_rates(config: TrainConfig) -> None:
         raise UserError("--freeze: a pattern is empty; give names of weights, for example down_blocks.0")
 
 
+def _check_adapters(config: TrainConfig) -> None:
+    beside = ("lora_alpha", "lora_targets", "lora_dropout", "lora_init", "use_dora", "lora_weights", "save_format")
+    given = [name for name in beside if _is_given(config, name)]
+    if given and not config.lora_rank:
+        raise UserError(f"--{given[0]} needs --lora_rank, with which adapters are trained")
+    for name in ("lora_alpha", "lora_targets"):
+        if config.lora_weights and name in given:
+            raise UserError(f"--{name} with --lora_weights, which says it itself; leave one out")
+    if config.lora_rank and config.matrix_precision:
+        raise UserError("--matrix_precision fp8 with --lora_rank, whose weights are frozen; leave one out")
+
+
 def _check_sharding(config: TrainConfig) -> None:
     if config.gradient_noise_scale and config.zero_stage == 3:
         raise UserError("--gradient_noise_scale with --zero_stage 3, which never has a whole gradient; use --zero_stage 2")
@@ -331,6 +344,8 @@ def _check_training_machine(config: TrainConfig) -> None:
     ):
         if wanted and not installed(package):
             raise UserError(f"{flag} needs {package}, which is not installed: install the extra `{package}`")
+    if config.lora_weights and not Path(config.lora_weights).exists():
+        raise UserError(f"--lora_weights {config.lora_weights}: no such file or folder")
     if config.deepspeed_config and not Path(config.deepspeed_config).is_file():
         raise UserError(f"--deepspeed_config {config.deepspeed_config}: no such file")
     resume = config.resume_from_checkpoint

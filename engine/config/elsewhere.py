@@ -10,7 +10,9 @@ ELSEWHERE = {
     "network_alpha alpha": "--lora_alpha, which is the rank where it is left out, and not 1",
     "network_dropout rank_dropout module_dropout": "--lora_dropout",
     "dora_* lora_decompose*": "--use_dora",
-    "init_lora* lora_initiali*": "--lora_init",
+    "lora_initiali* init_lora_weights": "--lora_init",
+    "network_weights init_lora lora_model_name init_from_existing resume_from_lora": "--lora_weights, with its --lora_rank",
+    "lora_format": "--save_format",
     "network_train_unet_only layer_filter* lora_layers target_modules lora_target_modules": "--lora_targets",
     "network_module network_args network_* lora_type lokr_* loha_* oft_* lycoris_* peft_type adapter_* training_method": (
         "adapters are LoRA and DoRA of linear layers and convolutions: --lora_rank with --lora_targets"

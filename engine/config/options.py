@@ -243,7 +243,7 @@ class CacheConfig(BaseModel):
         family = str(values.get("family"))  # whatever it is; the field itself refuses what is no family
         defaults = defaults_of(cls, family, recipe_in(values))
         values = _of_several_folders(values)
-        for name in ("caption_template", "validation_prompts"):
+        for name in ("caption_template", "validation_prompts", "lora_targets"):
             if isinstance(values.get(name), str):
                 values = values | {name: [values[name]]}
         return {name: value for name, value in defaults.items() if value is not REQUIRED} | values
@@ -473,6 +473,18 @@ class TrainConfig(CacheConfig):
     )
     use_dora: bool = option(
         False, "Train DoRA (arXiv:2402.09353), adapters with magnitudes of the weights beside them.", "adapters"
+    )
+    lora_weights: str | None = option(
+        None,
+        "Start from this adapter: a file or folder in the form of diffusers, kohya or PEFT. Layers and alphas are its own, and "
+        "--lora_rank is to be its rank.",
+        "adapters",
+    )
+    save_format: Literal["diffusers", "kohya", "peft"] = option(
+        "diffusers",
+        "The adapter's form in the output directory: diffusers' (pytorch_lora_weights.safetensors), kohya's, as web interfaces "
+        "read it (DIR.safetensors), or PEFT's (adapter_model.safetensors with its configuration).",
+        "adapters",
     )
 
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = option(
@@ -802,7 +814,7 @@ ALTER_THE_RESULT = (
     "noise_offset", "input_perturbation", "pyramid_noise_discount", "pyramid_noise_iterations", "dream_training",
     "dream_detail_preservation",
     "proportion_empty_prompts", "proportion_empty_images",
-    "lora_alpha", "lora_dropout",
+    "lora_rank", "lora_alpha", "lora_dropout", "use_dora",
 )  # fmt: skip
 
 

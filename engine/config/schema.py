@@ -17,7 +17,7 @@ DIRECTORIES = {"output_dir", "shards_dir", "shards_cache", "cache_dir", "compile
 PLACES = DIRECTORIES | {
     "pretrained_model_name_or_path", "pretrained_prior_model_name_or_path", "pretrained_decoder_model_name_or_path",
     "pretrained_image_encoder_name_or_path", "original_config", "tokenizer_name", "dataset_name", "train_data_dir",
-    "validation_data_dir", "deepspeed_config",
+    "validation_data_dir", "deepspeed_config", "lora_weights",
 }  # fmt: skip
 
 

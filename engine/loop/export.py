@@ -18,8 +18,9 @@ from engine.failed import FAILED, LAUNCH
 from engine.files import LOCK, PARTIAL, discard, lies_inside, sync, sync_files
 from engine.loop.checkpoints.names import BEST, CHECKPOINT, LATEST
 from engine.loop.weights.partition import Partition
-from engine.loop.weights.whole import whole_tensors, write_published
+from engine.loop.weights.whole import adapter_of, whole_tensors, write_published
 from engine.messages import say
+from engine.models.adapter import WEIGHTS, write_adapter
 from engine.models.configurations import TOKENIZER_FILES
 from engine.models.family import Family
 from engine.models.index import INDEX
@@ -31,17 +32,38 @@ _OF_THE_RUN = (LOCK, LAUNCH, FAILED, "attempt")
 
 
 def export(config: TrainConfig, family: Family, partition: Partition) -> None:
-    """Saves the pipeline with fp32 trained weights where the scripts leave it; every process must call it.
+    """Saves the pipeline, or the adapter, with fp32 trained weights where the scripts leave it; every process must call it.
 
     Each component is written aside and renamed into place; model_index.json, without which nothing loads, goes first and comes
     back last.
     """
     whole = whole_tensors(partition)
-    if partition.processes.is_first:
+    if partition.processes.is_first and config.lora_rank:
+        save_adapter(config, partition.module, family.part, whole)
+    elif partition.processes.is_first:
         save_pipeline(Path(config.output_dir), family, partition.module, whole)
     else:
         deque(whole, maxlen=0)
     partition.processes.barrier()
+
+
+def save_adapter(config: TrainConfig, module: Any, part: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Writes the adapter into the output directory, in the form of `--save_format`.
+
+    Args:
+        module: the trained module, in training form.
+        part: as `parts_of` takes it.
+        tensors: of the adapter, in published form.
+    """
+    write_adapter(adapter_path(config), adapter_of(module, part, tensors, torch.float32), config.save_format)
+
+
+def adapter_path(config: TrainConfig) -> Path:
+    """Where the adapter goes: a file, in the form of PEFT the output directory itself."""
+    output = Path(config.output_dir)
+    if config.save_format == "peft":
+        return output
+    return output / (WEIGHTS if config.save_format == "diffusers" else f"{output.resolve().name}.safetensors")
 
 
 def save_pipeline(directory: Path, family: Family, module: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -104,14 +126,14 @@ def create_repository(config: TrainConfig) -> str:
 
 
 def push_to_hub(config: TrainConfig, family: Family, repository: str) -> None:
-    """Uploads the trained pipeline with a model card."""
+    """Uploads the trained pipeline, or the adapter, with a model card."""
     output = Path(config.output_dir)
     data = ", ".join(data_set.config.source or data_set.name or "its own latent shards" for data_set in data_sets_of(config))
     card = ModelCard(
         "---\n"
         f"base_model: {family.base_model}\n"
         "library_name: diffusers\n"
-        "tags: [text-to-image, diffusers, diffusers-training]\n"
+        f"tags: [text-to-image, diffusers, diffusers-training{', lora' if config.lora_rank else ''}]\n"
         "---\n\n"
         f"# {repository}\n\n"
         f"Fine-tuned from `{family.base_model}` on `{data}`: {config.max_train_steps} steps at learning "

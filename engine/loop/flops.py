@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine.data.samples.streams import Shape, Streams
 from engine.models.encoder import Encoding
 from engine.models.family import Family
+from engine.models.lora import add_adapters
 from engine.models.parts import empty_copy
 from engine.models.training_form import form_of, to_training_form
 
@@ -21,8 +22,8 @@ from engine.models.training_form import form_of, to_training_form
 class Flops:
     """What model FLOP utilisation is the ratio of.
 
-    step: operations of a step for one sample: three times those of a forward pass, and the text encoder's where captions are
-        tokens. Where samples are of several shapes, the mean by their shares.
+    step: operations of a step for one sample: three times those of a forward pass, where adapters are trained as many as they
+        are, and the text encoder's where captions are tokens. Where samples are of several shapes, the mean by their shares.
     per_second: what a large matrix product reaches on this device.
     """
 
@@ -36,29 +37,47 @@ def count_flops(family: Family, model: torch.nn.Module, device: torch.device, st
         return None
     peak = matrix_flops_per_second(device, family.encoding.dtype, warm_up=0.1)  # short: a run should begin
     text = text_flops(family.encoding) if family.encoding.keeps_tokens else 0.0
-    return Flops(3 * mean_forward_flops(family, model, streams.shapes) + text, peak)
+    return Flops(mean_step_flops(family, model, streams.shapes) + text, peak)
 
 
-def mean_forward_flops(family: Family, model: torch.nn.Module, shapes: Mapping[Shape, Fraction]) -> float:
-    """Operations of one forward pass for one sample, in the mean over shapes by their shares."""
-    return sum(float(share) * forward_flops(family, model, shape) for shape, share in shapes.items())
+def mean_step_flops(family: Family, model: torch.nn.Module, shapes: Mapping[Shape, Fraction]) -> float:
+    """Operations of one sample's forward and backward pass, in the mean over shapes by their shares."""
+    return sum(float(share) * step_flops(family, model, shape) for shape, share in shapes.items())
 
 
-def forward_on_meta(family: Family, model: Any, batch: int = 1, training_form: bool = False, shape: Shape = ()) -> None:
+def step_flops(family: Family, model: torch.nn.Module, shape: Shape = ()) -> float:
+    """Operations of one sample's forward and backward pass; of a frozen base the second ends at the first adapter."""
+    if not family.config.lora_rank:
+        return 3 * forward_flops(family, model, shape)
+    with FlopCounterMode(display=False) as counter:
+        prediction, parameters = forward_on_meta(family, model, shape=shape)
+        torch.autograd.grad(prediction, parameters, torch.empty_like(prediction), materialize_grads=True)
+    return float(counter.get_total_flops())
+
+
+def forward_on_meta(
+    family: Family, model: Any, batch: int = 1, training_form: bool = False, shape: Shape = ()
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """A forward pass that computes nothing, of the published model or of the form it trains in, for modes that look on.
 
     Args:
         shape: of the records, where they have another than the encoding's.
+
+    Returns:
+        The prediction, and the parameters that are trained.
     """
     timesteps = family.schedule.draw(torch.tensor([0]), torch.arange(batch), batch).to("meta")
     with torch.device("meta"):
         shadow = empty_copy(model)
+        if family.config.lora_rank:
+            add_adapters(shadow, family.part, family.config, seed=0)
         if training_form:
             to_training_form(shadow, form_of(model))
         fields = family.encoding.record_spec | family.encoding.text_fields
         sizes = {name: field.shape for name, field in fields.items()} | dict(shape)
         record = {name: torch.empty(batch, *size) for name, size in sizes.items()}
-        family.predict(shadow, record[family.encoding.mean], timesteps, record)
+        prediction = family.predict(shadow, record[family.encoding.mean], timesteps, record)
+    return prediction, [parameter for parameter in shadow.parameters() if parameter.requires_grad]
 
 
 def forward_flops(family: Family, model: torch.nn.Module, shape: Shape = ()) -> float:

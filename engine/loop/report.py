@@ -20,6 +20,7 @@ from engine.loop.weights.partition import Partition
 from engine.loop.weights.zero_options import machinery_stage, reduction_precision
 from engine.messages import duration, warn
 from engine.models.family import Family
+from engine.models.training_form import alphas_of
 from engine.processes import Processes
 from engine.storage import is_remote
 
@@ -78,17 +79,17 @@ def opening(
     """
     processes = partition.processes
     trained = sum(shape.numel() for shape in partition.shapes.values())
-    frozen = sum(parameter.numel() for parameter in partition.frozen.values())
     reading = list(text_encoder.parameters()) if text_encoder is not None else []
     read = f"the text encoder's {count(sum(map(Tensor.numel, reading)))} read the captions"
     encoders = read if reading else "the encoders are not loaded"
-    state = state_bytes(config, trained, processes.world) + sum(weight.nbytes for weight in reading)
+    state = state_bytes(config, trained, processes.world) + sum(weight.nbytes for weight in reading) + partition.frozen_bytes
     size, number = checkpoint_bytes(config, trained), checkpoints_to_come(config, run, done)
     every = f"every {config.checkpointing_steps:,} steps and at the end"
     rows = {
         "family": f"{config.family}, from {family.base_model}",
         "output": config.output_dir,
-        "parameters": f"{count(trained)} trained, {count(frozen)} frozen; {encoders}",
+        "parameters": f"{count(trained)} trained, {count(partition.frozen_size)} frozen; {encoders}",
+        **({"adapters": adapters(config, partition.module)} if config.lora_rank else {}),
         "samples": f"{run.records:,}{_of_records(run, streams)} ({_refused(streams)})",
         **({"data sets": _shares(streams)} if len(streams.data_sets) > 1 else {}),
         **({"held out": held_out.words} if held_out else {}),
@@ -152,6 +153,14 @@ def optimizer(config: TrainConfig) -> str:
     warm_up = f", warm-up {config.lr_warmup_steps:,} steps" if config.lr_scheduler != "constant" else ""
     name = "8-bit AdamW" if config.use_8bit_adam else "AdamW"
     return f"{name}, learning rate {config.learning_rate:g} {schedule}{warm_up}{', moving average' if config.use_ema else ''}"
+
+
+def adapters(config: TrainConfig, module: nn.Module) -> str:
+    alphas = alphas_of(module)
+    said = " or ".join(f"{alpha:g}" for alpha in sorted(set(alphas.values())))
+    start = f", from {config.lora_weights}" if config.lora_weights else ""
+    kind = "DoRA" if config.use_dora else "LoRA"
+    return f"{kind} of rank {config.lora_rank}, alpha {said}, on {len(alphas)} layers{start}"
 
 
 def precision(config: TrainConfig, world: int) -> str:

@@ -30,10 +30,12 @@ from engine.loop.checkpoints.names import (
     step_of,
 )
 from engine.loop.checkpoints.state import Best, State, states_of
+from engine.loop.export import adapter_path
 from engine.loop.log import CURVES, METRICS
 from engine.loop.optimizers.rates import peak_rate, rate_factors
 from engine.loop.run import Run
 from engine.messages import say, warn
+from engine.models.adapter import WEIGHTS
 from engine.processes import Processes, warn_of_local_locks
 
 _OTHER_SHARDS = "was trained on other shards ({}); give the same data and options of the data"
@@ -67,6 +69,8 @@ def find_checkpoint(config: TrainConfig, again: bool = False) -> Path | None:
         raise UserError(f"{output}: no `best` checkpoint there; a run with --best_checkpoint keeps one. Give another")
     within = checkpoint is not None and _lies_in(checkpoint, output)
     if config.overwrite and not again:
+        if config.lora_weights and output.resolve() in Path(config.lora_weights, "_").resolve().parents:
+            raise UserError("--overwrite would remove what --lora_weights names; name another --output_dir")
         if within:
             raise UserError(f"--overwrite would remove {checkpoint}, which --resume_from_checkpoint names; leave one out")
         removed = output.resolve(), _index_of_the_pipeline(config).parent.resolve()
@@ -76,7 +80,7 @@ def find_checkpoint(config: TrainConfig, again: bool = False) -> Path | None:
     elif not within and (left := left_by_a_run(output)) and not (again and checkpoint):
         # A run that was killed before its first checkpoint left metrics alone, and the same command begins it again.
         if resume == LATEST and checkpoint is None:
-            if _index_of_the_pipeline(config).exists():
+            if any(path.exists() for path in _results(config)):
                 raise UserError(
                     f"{output}: an earlier run left {left} there; --resume_from_checkpoint latest finds no checkpoint of it, "
                     "--overwrite removes what it left, or name another --output_dir"
@@ -109,6 +113,12 @@ def _index_of_the_pipeline(config: TrainConfig) -> Path:
     return Path(config.output_dir) / FAMILIES[config.family].result / "model_index.json"
 
 
+def _results(config: TrainConfig) -> list[Path]:
+    """What a run that came to its end leaves: a pipeline, or an adapter."""
+    adapters = {WEIGHTS, "adapter_model.safetensors", "adapter_config.json", adapter_path(config).name}
+    return [_index_of_the_pipeline(config), *(Path(config.output_dir) / name for name in sorted(adapters))]
+
+
 def remove_run(config: TrainConfig) -> None:
     """Removes what an earlier run left in the output directory and nothing else: shards stay, and what others put there."""
     output, index = Path(config.output_dir), _index_of_the_pipeline(config)
@@ -124,7 +134,7 @@ def remove_run(config: TrainConfig) -> None:
     if output.resolve() not in folders[1].resolve().parents:
         folders.pop()  # others may keep theirs there
     for path in (
-        index,
+        *_results(config),
         *(index.parent / name for name in parts),
         *(path for folder in folders for kind in ("step-*.png", "events.out.tfevents.*") for path in folder.glob(kind)),
         *unfinished(output),
@@ -206,6 +216,15 @@ def open_checkpoint(checkpoint: Path, config: TrainConfig, processes: Processes,
             f"{checkpoint}: was written with global_batch {before.global_batch}, this run has {batch}; choose processes, "
             "--train_batch_size and --gradient_accumulation_steps with the same product"
         )
+    for name in ("lora_rank", "use_dora"):
+        value = opened.state.options.get(name)
+        if (value or None) != (getattr(config, name) or None):
+            said = (
+                f"with --{name}{'' if value is True else f' {value}'}; give the same"
+                if value
+                else f"without --{name}; leave it out"
+            )
+            raise UserError(f"{checkpoint}: was written {said}")
     kinds = opened.files.kinds
     if config.use_ema and "ema" not in kinds:
         raise UserError(

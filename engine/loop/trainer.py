@@ -31,7 +31,7 @@ from engine.loop.checkpoints.snapshot import restore
 from engine.loop.checkpoints.state import Best
 from engine.loop.checkpoints.writer import Writer
 from engine.loop.damage import SoundBatches
-from engine.loop.export import create_repository, export, push_to_hub
+from engine.loop.export import adapter_path, create_repository, export, push_to_hub
 from engine.loop.flops import count_flops
 from engine.loop.held_out import HeldOutLoss, NotTaken, Records, judged
 from engine.loop.log import Log, check_trackers
@@ -148,7 +148,12 @@ def _train(config: TrainConfig, processes: Processes) -> int:
     if processes.is_first and not config.quiet:
         if finished:
             ended = f" of {run.steps}: {training.why_early}" if training.ends_early else ""
-            print(f"Trained {training.step} steps{ended}; the pipeline is in {output / family.result}{training.where_best}")
+            result = (
+                f"the adapter is in {adapter_path(config)}"
+                if config.lora_rank
+                else f"the pipeline is in {output / family.result}"
+            )
+            print(f"Trained {training.step} steps{ended}; {result}{training.where_best}")
         else:
             saved = output / checkpoint_name(training.step)
             print(f"Stopped after step {training.step}, saved in {saved}; continue with --resume_from_checkpoint latest")
@@ -181,7 +186,7 @@ def _run(training: "Training", streams: Streams, plan: BatchPlan, dropout: Dropo
         training.save_to_the_end()
         processes.barrier()
         if finished:
-            with busy("Writing the pipeline"):
+            with busy("Writing the adapter" if config.lora_rank else "Writing the pipeline"):
                 export(config, training.family, training.partition)
             if config.validation_prompts:
                 training.validate(log)
@@ -268,7 +273,7 @@ class Training:
         """What writes the models of a checkpoint, for others to open, once all slices of it are there."""
         partition = self.partition
         return partial(
-            write_models, module=partition.module, shapes=partition.shapes, frozen=partition.frozen,
+            write_models, module=partition.module, shapes=partition.shapes, beside=partition.beside(),
             part=self.family.part, dtype=self.family.encoding.dtype, world=self.processes.world,
         )  # fmt: skip
 

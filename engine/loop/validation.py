@@ -14,10 +14,12 @@ from torch import Tensor
 from engine.config.options import TrainConfig
 from engine.errors import first_line
 from engine.loop.weights.partition import Partition
-from engine.loop.weights.whole import gather_state, published_parts
+from engine.loop.weights.whole import adapter_of, gather_state, published_parts
 from engine.messages import warn
+from engine.models.adapter import load_into
 from engine.models.drawing import draw
 from engine.models.family import Family
+from engine.models.parts import parts_of
 from engine.offline import offline
 from engine.picture import labelled_grid, save_png
 from engine.processes import Processes
@@ -118,7 +120,7 @@ def _draw_own(
             with turn:
                 if isinstance(state, Exception):
                     raise state
-                pipeline, arguments = family.preview(published_parts(partition.module, family.part, state))
+                pipeline, arguments = _pipeline(family, partition, state)
                 pipeline = pipeline.to(partition.processes.device)
             for number, image in _draw(pipeline, arguments, own):
                 images[number] = np.asarray(image.convert("RGB"))
@@ -127,6 +129,16 @@ def _draw_own(
     except Exception as error:  # of diffusers, of the disk, of memory: any
         return images, _described(error)
     return images, None
+
+
+def _pipeline(family: Family, partition: Partition, state: dict[str, Tensor]) -> tuple[Any, dict[str, Any]]:
+    """What draws with the exported weights: published models of them, or the base model as it was published and the adapter."""
+    module, dtype = partition.module, family.encoding.dtype
+    if not family.config.lora_rank:
+        return family.preview(published_parts(module, family.part, state))
+    pipeline, arguments = family.preview(parts_of(family.published_model().to(dtype).eval(), family.part))
+    load_into(pipeline, adapter_of(module, family.part, state.items(), dtype))
+    return pipeline, arguments
 
 
 @torch.no_grad()

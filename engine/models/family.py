@@ -118,7 +118,7 @@ def ready_to_train(model: Any, config: TrainConfig, form: Form = SHIPPED, seed: 
         UserError: an option cannot be had here.
     """
     if config.lora_rank:
-        add_adapters(model, config, seed)
+        add_adapters(model, FAMILIES[config.family].part, config, seed)
     if config.gradient_checkpointing:
         # The state of the generator, needed for dropout alone, is kept by the host.
         kept = has_dropout(model)

@@ -8,14 +8,18 @@ convolutions, stay PEFT's own.
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from engine.config.options import TrainConfig
 from engine.errors import UserError
+from engine.models.adapter import MAGNITUDE, Adapter, read_adapter
+from engine.models.parts import JoinedParts, parts_of
 
 NAME = "default"  # of the adapter, to PEFT
 ALL_LINEAR, CONVOLUTIONS = "all-linear", "convolutions"  # what --lora_targets may name beside layers
@@ -90,24 +94,26 @@ def is_plain_linear(layer: Any) -> bool:
     )
 
 
-def add_adapters(model: Any, config: TrainConfig, seed: int) -> None:
+def add_adapters(model: Any, part: str, config: TrainConfig, seed: int) -> None:
     """Freezes a published model, and adds the adapters that the options ask for, in place.
 
     Args:
+        part: as `parts_of` takes it.
         seed: of their first values, the same on all processes.
 
     Raises:
-        UserError: the options name no layer of the model.
+        UserError: the options name no layer of the model, or it has none that `--lora_weights` are for.
     """
-    from peft import LoraConfig, inject_adapter_in_model
-
-    names = adapted_layers(model, config.lora_targets)
     assert config.lora_rank is not None
+    start = _start(model, part, config) if config.lora_weights else None
+    names = list(start.alphas) if start else adapted_layers(model, config.lora_targets)
     model.requires_grad_(False)
     options = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha or config.lora_rank,  # type: ignore[arg-type]
         target_modules="|".join(map(re.escape, names)),
+        rank_pattern={f"^{re.escape(name)}": start.rank(name) for name in names} if start else {},
+        alpha_pattern={f"^{re.escape(name)}": alpha for name, alpha in start.alphas.items()} if start else {},
         lora_dropout=config.lora_dropout,
         use_dora=config.use_dora,
         init_lora_weights="gaussian" if config.lora_init == "gaussian" else True,
@@ -115,6 +121,27 @@ def add_adapters(model: Any, config: TrainConfig, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(options, model, adapter_name=NAME)
+    if start:
+        set_peft_model_state_dict(model, {name: tensor.float() for name, tensor in start.tensors.items()}, NAME)
+
+
+def _start(model: Any, part: str, config: TrainConfig) -> Adapter:
+    """The adapter of `--lora_weights`, by the names of the model's own layers.
+
+    Raises:
+        UserError: it is none of the model, or has another rank or kind than the options say.
+    """
+    path = f"--lora_weights {config.lora_weights}"
+    adapter = read_adapter(Path(str(config.lora_weights)), parts_of(model, part))
+    rank = max(map(adapter.rank, adapter.alphas))
+    if rank != config.lora_rank:
+        raise UserError(f"{path}: its rank is {rank}; give --lora_rank {rank}")
+    lengths = [name for name in adapter.tensors if name.endswith(MAGNITUDE)]
+    if bool(lengths) != config.use_dora:
+        raise UserError(f"{path}: {'is DoRA; give' if lengths else 'is no DoRA; leave out'} --use_dora")
+    within = "" if isinstance(model, JoinedParts) else f"{part}."
+    tensors = {name.removeprefix(within): tensor for name, tensor in adapter.tensors.items()}
+    return Adapter(tensors, {name.removeprefix(within): alpha for name, alpha in adapter.alphas.items()})
 
 
 def adapted_layers(model: nn.Module, targets: Sequence[str]) -> list[str]:

@@ -20,7 +20,7 @@ from engine.data.samples.streams import Stream, Streams
 from engine.errors import UserError
 from engine.loop import prepare
 from engine.loop.checkpoints.state import parse_state
-from engine.loop.flops import forward_flops, mean_forward_flops
+from engine.loop.flops import forward_flops, mean_step_flops
 from engine.loop.resume import check_same_streams, unit_of
 from engine.loop.trainer import cause_of_skips, train
 from engine.models.family import open_family
@@ -216,4 +216,4 @@ def test_operations_are_the_mean_over_shapes(settings, streams):
     assert list(shapes.values()) == [Fraction(12, 20), Fraction(8, 20)]
     each = [forward_flops(family, model, shape) for shape in shapes]
     assert each[0] == forward_flops(family, model) > each[1]
-    assert mean_forward_flops(family, model, shapes) == pytest.approx(0.6 * each[0] + 0.4 * each[1])
+    assert mean_step_flops(family, model, shapes) == pytest.approx(3 * (0.6 * each[0] + 0.4 * each[1]))

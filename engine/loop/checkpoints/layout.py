@@ -4,7 +4,7 @@ A directory checkpoint-N holds, per process, rank-R.safetensors with the slices 
 `kind/parameter@start`, with kind `weight`, a moment of the optimizer or `ema`, flattened, `start` the first element within the
 parameter (parameters are those of the training form, `models/training_form.py`). state.json holds the step and what the run
 was; manifest.json the digest of every file, and no file is read that it does not name. Folders hold the models for others to
-open (`models.py`), from which nothing is read here. No pickle is written or opened.
+open, or a file the adapter (`models.py`), from which nothing is read here. No pickle is written or opened.
 """
 
 import contextlib
@@ -41,6 +41,7 @@ from engine.loop.checkpoints.names import (
     STATE,
     complete_checkpoints,
     displaced_checkpoints,
+    is_for_others,
     rank_file,
     rank_of,
     step_of,
@@ -254,7 +255,7 @@ def _checked(checkpoint: Path, depth: Depth, processes: Processes | None = None)
         raise Damaged(f"damaged: {', '.join(f'{name} {problem}' for name, problem in faults.items())}")
     state, parts = shares[0].state, {number: part for share in shares for number, part in share.parts.items()}
     assert state is not None
-    named = sorted(name for name in manifest if "/" not in name)
+    named = sorted(name for name in manifest if not is_for_others(name))
     if len(named) != state.world + 1 or named != sorted([STATE, *map(rank_file, range(state.world))]):
         raise Damaged(
             f"{STATE}: of {state.world} processes, and there are {', '.join(name for name in named if name != STATE)}"
@@ -338,7 +339,7 @@ def _look(files: RankFiles, share: dict[str, str], depth: Depth) -> _Share:
                 f"{files.checkpoint / name}: process {launcher.rank()} does not come to see it, as the first process "
                 "does; mount the same output directory on all nodes, and start the same again"
             )
-        problem = _problem(files.checkpoint, name, expected, depth >= (Depth.MODELS if "/" in name else Depth.DIGESTS))
+        problem = _problem(files.checkpoint, name, expected, depth >= (Depth.MODELS if is_for_others(name) else Depth.DIGESTS))
         if problem:
             faults[name] = problem
     state = None

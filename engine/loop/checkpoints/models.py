@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.loop.checkpoints.names import ADAPTERS
 from engine.loop.checkpoints.slices import SliceFiles, open_slices
-from engine.loop.weights.whole import write_published
+from engine.loop.weights.whole import adapter_of, write_published
+from engine.models.adapter import write_adapter
 from engine.models.parts import parts_of
-from engine.models.training_form import to_published_form
+from engine.models.training_form import alphas_of, to_published_form
 
 FOLDERS = {"weight": "{}", "ema": "{}_ema"}  # of the weights and their moving average, as the diffusers scripts name them
 
@@ -35,28 +37,34 @@ def write_models(
     checkpoint: Path,
     module: Any,
     shapes: Mapping[str, torch.Size],
-    frozen: Mapping[str, Tensor],
+    beside: Mapping[str, Tensor],
     part: str,
     dtype: torch.dtype,
     world: int,
 ) -> list[Path]:
     """Writes the weights, and the moving average if there is one, into folders of a checkpoint; returns their files.
 
+    Of adapters there is a file of each instead.
+
     Needs no collective, and never holds more than a parameter.
 
     Args:
         module: the trained module, in training form.
         shapes: of the trained parameters.
-        frozen: the parameters that are not trained.
+        beside: what is saved with them.
         part: as `parts_of` takes it.
         world: how many processes wrote slices.
     """
     files = open_slices(checkpoint, world)
-    others = {**frozen, **dict(module.named_buffers())}
+    adapted = alphas_of(module)
     written = []
     for kind in filter(files.kinds.__contains__, FOLDERS):
+        tensors = to_published_form(module, whole_parameters(files, kind, shapes, beside))
+        if adapted:
+            written.append(checkpoint / ADAPTERS[kind])
+            write_adapter(written[-1], adapter_of(module, part, tensors, dtype))
+            continue
         folders = {name: checkpoint / FOLDERS[kind].format(name) for name in parts_of(module, part)}
-        parameters = whole_parameters(files, kind, shapes, others)
-        write_published(folders, module, to_published_form(module, parameters), dtype)
+        write_published(folders, module, tensors, dtype)
         written += [path for folder in folders.values() for path in sorted(folder.iterdir())]
     return written

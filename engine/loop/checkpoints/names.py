@@ -9,6 +9,7 @@ STATE = "state.json"
 LATEST = "latest"  # in the output directory: the name of the checkpoint to go on from
 BEST = "best"  # the same of the one of the lowest held-out loss
 CHECKPOINT = "checkpoint-"
+ADAPTERS = {"weight": "pytorch_lora_weights.safetensors", "ema": "pytorch_lora_weights_ema.safetensors"}
 REPLACED = ".replaced"  # what a checkpoint of a step is called while another of it takes its place
 
 
@@ -31,6 +32,11 @@ def rank_of(name: str) -> int | None:
     """Whose file it is, by its name; None for what is none of a process."""
     match = re.fullmatch(r"rank-(0|[1-9][0-9]{0,8})\.safetensors", name)
     return int(match[1]) if match else None
+
+
+def is_for_others(name: str) -> bool:
+    """Whether a file, by its path within a checkpoint, is a model or an adapter for others to open."""
+    return "/" in name or name in ADAPTERS.values()
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:

@@ -32,6 +32,7 @@ from engine.loop.checkpoints.names import (
     STATE,
     checkpoint_name,
     complete_checkpoints,
+    is_for_others,
     rank_file,
     step_of,
 )
@@ -333,8 +334,9 @@ class Writer:
                 sync_files(folder)
             return digests
         except Exception as error:  # a full disk, say
-            for folder in (path for path in aside.iterdir() if path.is_dir()):
-                discard(folder)
+            for path in aside.iterdir():
+                if path.is_dir() or is_for_others(path.name):
+                    discard(path)
             warn(f"{aside.name.removesuffix(PARTIAL)}: without models for diffusers to open: {first_line(error)}")
             return {}
 

@@ -13,6 +13,7 @@ from engine.config.options import TrainConfig
 from engine.loop.optimizers import Optimizer, create_optimizer
 from engine.loop.optimizers.groups import Group, groups_of
 from engine.loop.weights.ema import Ema, decay_of_step
+from engine.models.encoder import PRECISIONS
 from engine.processes import Processes
 
 
@@ -35,7 +36,8 @@ class Partition(ABC):
     parameters: those of its parameters that are trained.
     masters: flat fp32 tensors that the optimizer updates, each of weights that learn alike.
     slices: which parameter's elements lie where in `masters`; the same places hold its moments and its moving average.
-    frozen: parameters that are saved without being trained, in fp32 on the host, by name; adapters are saved alone.
+    frozen: parameters that are not trained, in fp32 on the host, by name; none beside adapters, which are saved alone.
+    frozen_size, frozen_bytes: of what the module holds untrained, in elements, and in bytes on the device of this process.
     ema: the moving average of `masters`, or None.
     captured_whole: whether a CUDA graph can hold all of a micro-batch, or only what comes before the reductions.
     """
@@ -49,6 +51,10 @@ class Partition(ABC):
         self.module, self.config, self.processes = model, config, processes
         frozen = [] if config.lora_rank else [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
         self.frozen = {name: parameter.detach().clone() for name, parameter in frozen}
+        untrained = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+        self.frozen_size = sum(parameter.numel() for parameter in untrained)
+        share = processes.world if config.zero_stage == 3 else 1
+        self.frozen_bytes = self.frozen_size * PRECISIONS[config.mixed_precision].itemsize / share
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.groups = groups_of(trained, config, processes.world)
         self.names: dict[nn.Parameter, str] = {trained[name]: name for name in self.groups}
@@ -91,6 +97,10 @@ class Partition(ABC):
     def _averages_apart(self) -> bool:
         """Whether the moving average is updated after the optimizer's step, and not in it."""
         return self.ema is not None and (self.ema.offload or not self.optimizer.in_one_pass)
+
+    def beside(self) -> dict[str, Tensor]:
+        """What is saved with the trained weights, by name: parameters that are not trained, and buffers."""
+        return {} if self.config.lora_rank else {**self.frozen, **dict(self.module.named_buffers())}
 
     @property
     def exported(self) -> list[Tensor]:

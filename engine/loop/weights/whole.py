@@ -11,13 +11,14 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from engine.loop.weights.partition import Partition
-from engine.models.parts import empty_copy, part_and_name, parts_of
-from engine.models.training_form import to_published_form
+from engine.models.adapter import Adapter
+from engine.models.parts import JoinedParts, empty_copy, part_and_name, parts_of
+from engine.models.training_form import alphas_of, to_published_form
 from engine.tensors import writing
 
 
 def whole_tensors(partition: Partition, room: Tensor | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, with the weights that are exported, and buffers of the published model, one at a time.
+    """Parameters, with the weights that are exported, and buffers of the published model, one at a time; or adapters alone.
 
     Every process must iterate to the end. On a single one they are views of what training holds.
 
@@ -25,8 +26,8 @@ def whole_tensors(partition: Partition, room: Tensor | None = None) -> Iterator[
         room: as `Partition.gather` takes it.
     """
     partition.processes.synchronize()
-    others = partition.frozen.items(), partition.module.named_buffers()
-    return to_published_form(partition.module, itertools.chain(partition.gather(partition.exported, room), *others))
+    others = partition.beside().items()
+    return to_published_form(partition.module, itertools.chain(partition.gather(partition.exported, room), others))
 
 
 def gather_state(partition: Partition, dtype: torch.dtype, keeps: bool, room: Tensor | None) -> dict[str, Tensor] | Exception:
@@ -63,6 +64,18 @@ def published_parts(module: Any, part: str, state: dict[str, Tensor]) -> dict[st
         path, _, leaf = name.rpartition(".")
         model.get_submodule(path)._buffers[leaf] = state[name]
     return parts_of(model.eval(), part)
+
+
+def adapter_of(module: Any, part: str, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Adapter:
+    """The adapter of a module in training form, on the host.
+
+    Args:
+        part: as `parts_of` takes it.
+        tensors: of the adapter, in published form.
+    """
+    within = "" if isinstance(module, JoinedParts) else f"{part}."
+    named = {f"{within}{name}": tensor.to("cpu", dtype).contiguous() for name, tensor in tensors}
+    return Adapter(named, {f"{within}{layer}": alpha for layer, alpha in alphas_of(module).items()})
 
 
 def write_published(
