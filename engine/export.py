@@ -111,7 +111,7 @@ def _merge(options: argparse.Namespace, dtype: Any) -> None:
     if len(scales) not in (1, len(options.merge)):
         raise UserError(f"--scale: {len(scales)} of them for {len(options.merge)} adapters; give one, or one for each")
     parts = open_parts(options.model, options.variant)
-    adapters = [read_adapter(path, parts) for path in options.merge]
+    adapters = [read_adapter(path, parts, of_inputs=True) for path in options.merge]
     scales = scales * len(adapters) if len(scales) == 1 else scales
     merge(options.model, list(zip(adapters, scales, strict=True)), options.output, options.variant, dtype)
 
@@ -128,7 +128,8 @@ def _convert(options: argparse.Namespace, dtype: Any) -> None:
     from engine.models.adapter import read_adapter
     from engine.models.low_rank import open_parts
 
-    _write(read_adapter(options.lora, open_parts(options.model, options.variant)), options, dtype, options.model)
+    adapter = read_adapter(options.lora, open_parts(options.model, options.variant), of_inputs=True)
+    _write(adapter, options, dtype, options.model)
 
 
 def _write(adapter: Any, options: argparse.Namespace, dtype: Any, base: Path) -> None:

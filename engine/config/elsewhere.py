@@ -18,7 +18,10 @@ ELSEWHERE = {
         "adapters are LoRA and DoRA of linear layers and convolutions: --lora_rank with --lora_targets"
     ),
     "scale_weight_norms": "the norms of adapters have no limit",
-    "dim_from_weights base_weights* save_lora* fuse_adapters merge_adapters freeze_model": (
+    "base_weights* fuse_adapters merge_adapters": (
+        "`python -m engine.export --merge ADAPTER` makes the pipeline with adapters in it, which is then trained on"
+    ),
+    "dim_from_weights save_lora* freeze_model": (
         "one adapter is trained, beside the weights of the model as they are"
     ),
     "train_text_encoder* text_encoder_lr text_encoder_learning_rate text_encoder_lora* learning_rate_te* "
@@ -216,7 +219,8 @@ ELSEWHERE = {
     "resume continue_last_backup resume_from": "--resume_from_checkpoint latest",
     "initial_epoch initial_step skip_until_initial_step": "--resume_from_checkpoint, which goes on after the checkpoint's step",
     "save_model_as save_precision save_dtype output_dtype output_model_format use_safetensors": (
-        "the result is a diffusers pipeline of safetensors in fp32; `python -m engine.export` makes a single file of it"
+        "the result is safetensors in fp32, a diffusers pipeline or a LoRA; `python -m engine.export` makes a single file of it, "
+        "or another form or precision"
     ),
     "huggingface_repo_id hub_repo": "--push_to_hub with --hub_model_id",
     "hub_private_repo huggingface_repo_visibility huggingface_repo_type": "create the repository first, as it is to be",

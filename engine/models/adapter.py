@@ -52,6 +52,10 @@ _TENSOR = re.compile(
 )
 _ROLES = {"A": "down", "B": "up", "dora_scale": "magnitude"}
 _TEXT_WIDTHS = {768: 1, 1024: 2}  # what Stable Diffusion's attention reads -> its version
+_INPUTS_ALONE = (
+    "DoRA is of inputs, which PEFT does not know; `python -m engine.export --merge` bakes it in, or train it anew on the "
+    "output axis"
+)
 _EMBEDDINGS = "bundle_emb."  # textual inversions that OneTrainer puts beside an adapter
 _OTHER_KINDS = {
     r"\.hada_": "LoHa", r"\.lokr_": "LoKr", r"\.b?oft_": "OFT", r"\.on_input": "IA3", r"\.diff(_b)?$": "whole differences",
@@ -97,12 +101,13 @@ def adaptable(pipeline: Any) -> dict[str, nn.Module]:
     return {name: found[name] for name in PARTS if isinstance(found.get(name), nn.Module)}
 
 
-def read_adapter(path: Path, parts: Mapping[str, nn.Module]) -> Adapter:
+def read_adapter(path: Path, parts: Mapping[str, nn.Module], of_inputs: bool = False) -> Adapter:
     """The adapter of a file or a folder in any of the known forms; its values as they are stored, on the host.
 
     Args:
         parts: models by their names in the pipeline. Only names and shapes of their layers are looked at, so they may be on the
             meta device. A name without a part belongs to the first model that has such a layer.
+        of_inputs: takes DoRA of inputs too, which PEFT does not know.
 
     Raises:
         UserError: it is no LoRA, is damaged, or does not fit the models.
@@ -126,10 +131,10 @@ def read_adapter(path: Path, parts: Mapping[str, nn.Module]) -> Adapter:
                 found = {role: values[name] for role, name in names.items()}
                 rank = len(found["down"])
                 alphas[layer] = float(found["alpha"]) if "alpha" in found else _alpha(file, configured, layer, rank)
-                tensors |= {
-                    layer + suffix: tensor
-                    for suffix, tensor in _plain(found, layers[layer], names.get("magnitude", "")).items()
-                }
+                plain = _plain(found, layers[layer], names.get("magnitude", ""))
+                if OF_INPUTS in plain and not of_inputs:
+                    raise UserError(f"{file}: its {_INPUTS_ALONE}")
+                tensors |= {layer + suffix: tensor for suffix, tensor in plain.items()}
     return Adapter(tensors, alphas)
 
 
@@ -338,7 +343,7 @@ def peft_configuration(adapter: Adapter, part: str) -> dict[str, Any]:
     ranks = {layer.removeprefix(f"{part}."): adapter.rank(layer) for layer in layers}
     alphas = {layer.removeprefix(f"{part}."): adapter.alphas[layer] for layer in layers}
     if any(layer + OF_INPUTS in adapter.tensors for layer in layers):
-        raise UserError(f"the DoRA of {part} scales inputs, which PEFT does not know; `engine.export --merge` bakes it in")
+        raise UserError(f"{part}: its {_INPUTS_ALONE}")
     lengths = sum(layer + MAGNITUDE in adapter.tensors for layer in layers)
     if lengths not in (0, len(layers)):
         raise UserError(f"{lengths} of {len(layers)} layers of {part} have DoRA, which only kohya's form can say")

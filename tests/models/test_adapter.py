@@ -284,7 +284,7 @@ def test_tuckers_decomposition_and_scales_of_inputs(pipelines, tmp_path):
         "bundle_emb.cat.emb": torch.zeros(2, 24),
     }  # fmt: skip
     save_file(tensors, tmp_path / "pieces.safetensors")
-    adapter = read_adapter(tmp_path / "pieces.safetensors", adaptable(pipeline))
+    adapter = read_adapter(tmp_path / "pieces.safetensors", adaptable(pipeline), of_inputs=True)
     change = merged(conv.weight.detach(), "unet.down_blocks.0.resnets.0.conv1", adapter, 1.0) - conv.weight.detach()
     pieces = torch.einsum("oabc,axyz,xide->oiyz", up[..., None, None].squeeze(-1).squeeze(-1), mid, down)
     assert torch.allclose(change, 2 / 3 * pieces, atol=1e-5)
@@ -294,10 +294,12 @@ def test_tuckers_decomposition_and_scales_of_inputs(pipelines, tmp_path):
     wanted = lengths * whole / whole.norm(dim=0, keepdim=True)
     assert torch.allclose(merged(linear.weight.detach(), layer, adapter, 1.0), wanted, atol=1e-5)
     write_adapter(tmp_path / "again.safetensors", adapter, "kohya")
-    assert_same(read_adapter(tmp_path / "again.safetensors", adaptable(pipeline)), adapter)
+    assert_same(read_adapter(tmp_path / "again.safetensors", adaptable(pipeline), of_inputs=True), adapter)
     assert [name for name in adapter.tensors if name.endswith((OF_INPUTS, MAGNITUDE))] == [layer + OF_INPUTS]
-    with pytest.raises(UserError, match="scales inputs"):
+    with pytest.raises(UserError, match="its DoRA is of inputs"):
         load_into(pipeline, adapter)
+    with pytest.raises(UserError, match=r"again\.safetensors: its DoRA is of inputs"):
+        read_adapter(tmp_path / "again.safetensors", adaptable(pipeline))
 
 
 LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
