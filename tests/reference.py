@@ -74,7 +74,7 @@ class PlainShards:
                 places = range_of(tensors.get("caption_offsets"), abs(said["captions"]) - (said["captions"] == -2), record)
                 numbers = tensors.get("caption_numbers", torch.arange(said["records"]))
                 self.caption_numbers.append([len(self.captions) + int(numbers[place]) for place in places])
-            self.captions += list(tensors["encoder_hidden_states"])
+            self.captions += list(tensors["tokens" if "tokens" in tensors else "encoder_hidden_states"])
 
 
 def range_of(offsets: torch.Tensor | None, count: int, record: int) -> range:

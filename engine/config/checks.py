@@ -41,6 +41,7 @@ def check_options(config: CacheConfig) -> None:
                 _check_buckets(data_set.config)
     _check_apart(data_sets_of(config))
     if isinstance(config, TrainConfig):
+        _check_text_encoder(config)
         _check_reading(config)
         _check_held_out(config)
         _check_outputs(config)
@@ -121,6 +122,15 @@ def _check_buckets(config: CacheConfig) -> None:
 def _is_given(config: CacheConfig, name: str) -> bool:
     """Whether an option has another value than the family's default."""
     return bool(getattr(config, name) != default_of(type(config), name, config.family, config.recipe))
+
+
+def _check_text_encoder(config: TrainConfig) -> None:
+    if config.train_text_encoder and config.cache_text == "states":
+        raise UserError(
+            "--train_text_encoder: what --cache_text states keeps was made by a text encoder that stays as it is; leave it out"
+        )
+    if config.text_encoder_lr is not None and not config.train_text_encoder:
+        raise UserError("--text_encoder_lr needs --train_text_encoder")
 
 
 def _check_reading(config: TrainConfig) -> None:

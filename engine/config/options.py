@@ -202,7 +202,7 @@ class CacheConfig(BaseModel):
     cache_text: Literal["states", "tokens"] = option(
         only(CAPTIONED, "states"),
         "What shards hold of a caption: the states that the text encoder makes of it; or its tokens, some hundred bytes, which "
-        "the text encoder reads in every step.",
+        "the text encoder reads in every step, as it must where it is trained itself.",
         "data",
     )
     data_sets: list[dict[str, Any]] | None = option(None, "Several data sets, each a [[data]] table of the TOML file.", None)
@@ -242,6 +242,8 @@ class CacheConfig(BaseModel):
     def _defaults_of_the_family(cls, values: dict[str, Any]) -> dict[str, Any]:
         family = str(values.get("family"))  # whatever it is; the field itself refuses what is no family
         defaults = defaults_of(cls, family, recipe_in(values))
+        if values.get("train_text_encoder"):
+            defaults["cache_text"] = "tokens"
         values = _of_several_folders(values)
         for name in ("caption_template", "validation_prompts", "lora_targets"):
             if isinstance(values.get(name), str):
@@ -320,6 +322,11 @@ class TrainConfig(CacheConfig):
     non_ema_revision: str | None = option(
         only(("sd",), None),
         "Revision of the trained weights, when the non-EMA ones are kept apart. Default: --revision.",
+        "model",
+    )
+    train_text_encoder: bool = option(
+        only(("sd",), False),
+        "Train the text encoder too, at --text_encoder_lr; the shards hold tokens (--cache_text tokens, the default then).",
         "model",
     )
     gradient_checkpointing: bool = option(
@@ -404,6 +411,9 @@ class TrainConfig(CacheConfig):
 
     learning_rate: float = option(
         1e-4, "Learning rate after warm-up.", "optimizer", {"dreambooth": 5e-6, "dreambooth_lora": 5e-4}, ge=0
+    )
+    text_encoder_lr: float | None = option(
+        only(("sd",), None), "Learning rate of the text encoder. Default: --learning_rate.", "optimizer", ge=0
     )
     scale_lr: bool = option(False, "Multiply the learning rate by accumulation, batch size and processes.", "optimizer")
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = (
@@ -756,13 +766,14 @@ class TrainConfig(CacheConfig):
 
     @property
     def rates_of_patterns(self) -> list[tuple[str, float]]:
-        """What `lr_of` means.
+        """What `lr_of` means, and after it `text_encoder_lr`.
 
         Raises:
             ValueError: it means nothing that is known.
         """
         split = [given.rpartition("=") for given in self.lr_of or ()]
-        return [(pattern.strip(), float(rate)) for pattern, _, rate in split]
+        of_text_encoder = [] if self.text_encoder_lr is None else [("text_encoder", self.text_encoder_lr)]
+        return [(pattern.strip(), float(rate)) for pattern, _, rate in split] + of_text_encoder
 
     @property
     def cache_bytes(self) -> int | None:
@@ -804,8 +815,8 @@ class TrainConfig(CacheConfig):
 # samples (shuffle, shuffle_window) and of what is held out of them (validation_fraction).
 ALTER_THE_RESULT = (
     "max_train_steps", "gradient_accumulation_dtype", "matrix_precision", "shuffle", "shuffle_window",
-    "validation_fraction", "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps",
-    "layer_lr_decay", "lr_of", "freeze",
+    "validation_fraction", "train_text_encoder", "text_encoder_lr", "learning_rate", "scale_lr", "lr_scheduler",
+    "lr_warmup_steps", "layer_lr_decay", "lr_of", "freeze",
     "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm",
     "prediction_type", "rescale_betas_zero_snr", "timestep_sampling", "logit_mean", "logit_std", "mode_scale",
     "timestep_bias_strategy", "timestep_bias_multiplier", "timestep_bias_portion", "timestep_bias_begin", "timestep_bias_end",

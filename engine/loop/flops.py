@@ -36,7 +36,7 @@ def count_flops(family: Family, model: torch.nn.Module, device: torch.device, st
     if device.type != "cuda":
         return None
     peak = matrix_flops_per_second(device, family.encoding.dtype, warm_up=0.1)  # short: a run should begin
-    text = text_flops(family.encoding) if family.encoding.keeps_tokens else 0.0
+    text = text_flops(family.encoding) if family.reads_tokens else 0.0
     return Flops(mean_step_flops(family, model, streams.shapes) + text, peak)
 
 
@@ -73,9 +73,13 @@ def forward_on_meta(
             add_adapters(shadow, family.part, family.config, seed=0)
         if training_form:
             to_training_form(shadow, form_of(model))
-        fields = family.encoding.record_spec | family.encoding.text_fields
-        sizes = {name: field.shape for name, field in fields.items()} | dict(shape)
-        record = {name: torch.empty(batch, *size) for name, size in sizes.items()}
+        shapes = dict(shape)
+        record = {
+            name: torch.empty(
+                batch, *shapes.get(name, field.shape), dtype=None if field.dtype.is_floating_point else field.dtype
+            )
+            for name, field in family.fields.items()
+        }
         prediction = family.predict(shadow, record[family.encoding.mean], timesteps, record)
     return prediction, [parameter for parameter in shadow.parameters() if parameter.requires_grad]
 

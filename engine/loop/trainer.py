@@ -251,8 +251,7 @@ class Training:
             shapes = {(config.train_batch_size, shape) for shape in run.streams.shapes}
             shapes |= {(run.streams.unit, shape_of(of.shards)) for of in held_out}
             compile_model(model, config, len(shapes))
-        encoding = family.encoding
-        self.text_encoder = encoding.load_text_encoder(device) if encoding.keeps_tokens else None
+        self.text_encoder = family.encoding.load_text_encoder(device) if family.reads_tokens else None
         self.train_step = Step(config, run, family, self.partition, self.metrics, captures, self.text_encoder)
         self.held_out: HeldOutLoss | None = None
         if held_out:

@@ -144,7 +144,7 @@ class Encoding(ABC):
         Raises:
             UserError: the model that makes it is not there, or makes no numbers of it.
         """
-        rows = self.rows_of_captions(self.load_text_encoder(device), [""])
+        rows = self.tokens_of([""]) if self.keeps_tokens else self.rows_of_captions(self.load_text_encoder(device), [""])
         return {name: rows[name][0].cpu() for name, field in self.record_spec.items() if field.per == "caption"}
 
     def load_text_encoder(self, device: torch.device) -> Any:

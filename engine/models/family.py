@@ -11,15 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from engine.catalogue import FAMILIES
 from engine.config.options import TrainConfig
+from engine.data.format.index import Field
 from engine.diffusion.schedules import Schedule
 from engine.errors import UserError, first_line
 from engine.files import reading
 from engine.models import float8
 from engine.models.encoder import Encoding, open_encoding
 from engine.models.lora import add_adapters
+from engine.models.parts import parts_of
 from engine.models.trained_weights import check_patterns, freeze, learns_like
 from engine.models.training_form import SHIPPED, Form, to_training_form
 
@@ -46,6 +49,16 @@ class Family(ABC):
         self.part = family.part
         self.base_model: str = getattr(config, family.pipeline)
         self.result = Path(family.result)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the frozen text encoder reads captions in the step."""
+        return self.encoding.keeps_tokens and not self.config.train_text_encoder
+
+    @property
+    def fields(self) -> dict[str, Field]:
+        """What the trained module is given: a record's fields, and what the frozen text encoder makes of them in the step."""
+        return self.encoding.record_spec | (self.encoding.text_fields if self.reads_tokens else {})
 
     @abstractmethod
     def check_files(self) -> None:
@@ -87,7 +100,7 @@ class Family(ABC):
                 name: torch.empty(
                     1, *field.shape, dtype=torch.float32 if field.dtype.is_floating_point else field.dtype, device="meta"
                 )
-                for name, field in (self.encoding.record_spec | self.encoding.text_fields).items()
+                for name, field in self.fields.items()
             }
             noisy = record[self.encoding.mean]
             prediction = self.predict(model, noisy, torch.zeros(1, device="meta"), record)
@@ -109,7 +122,7 @@ class Family(ABC):
 
 
 def ready_to_train(model: Any, config: TrainConfig, form: Form = SHIPPED, seed: int = 0) -> None:
-    """Gives a freshly loaded diffusers model its training form and the options that shape its training pass, in place.
+    """Gives a freshly loaded model its training form and the options that shape its training pass, in place.
 
     Args:
         seed: of the first values of adapters.
@@ -119,21 +132,33 @@ def ready_to_train(model: Any, config: TrainConfig, form: Form = SHIPPED, seed: 
     """
     if config.lora_rank:
         add_adapters(model, FAMILIES[config.family].part, config, seed)
-    if config.gradient_checkpointing:
-        # The state of the generator, needed for dropout alone, is kept by the host.
-        kept = has_dropout(model)
-        model.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=kept))
-    if config.uses_xformers:
-        try:
-            model.enable_xformers_memory_efficient_attention()
-        except Exception as error:  # not installed, or built for another torch or CUDA
-            raise UserError(
-                f"--attention xformers: {first_line(error)}; install the extra `xformers`, or leave the option out and use "
-                "torch's attention"
-            ) from None
+    for part in parts_of(model, FAMILIES[config.family].part).values():
+        if config.gradient_checkpointing:
+            _recompute(part)
+        if config.uses_xformers and not isinstance(part, PreTrainedModel):
+            _use_xformers(part)
     to_training_form(model, form_with(config, form), partial(learns_like, config=config))
     if config.matrix_precision == "fp8":
         float8.convert(model)
+
+
+def _recompute(part: Any) -> None:
+    """Has a model's activations recomputed in the backward pass."""
+    kept = has_dropout(part)  # the state of the generator, needed for dropout alone, is kept by the host
+    if isinstance(part, PreTrainedModel):
+        part.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": kept})
+    else:
+        part.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=kept))
+
+
+def _use_xformers(part: Any) -> None:
+    try:
+        part.enable_xformers_memory_efficient_attention()
+    except Exception as error:  # not installed, or built for another torch or CUDA
+        raise UserError(
+            f"--attention xformers: {first_line(error)}; install the extra `xformers`, or leave the option out and use "
+            "torch's attention"
+        ) from None
 
 
 def form_with(config: TrainConfig, form: Form = SHIPPED) -> Form:

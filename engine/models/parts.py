@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 
 class JoinedParts(nn.Module):
@@ -43,4 +44,6 @@ def empty_copy(module: Any) -> Any:
     if isinstance(module, JoinedParts):
         return type(module)(**{name: empty_copy(part) for name, part in module.named_children()})
     with torch.device("meta"):
+        if isinstance(module, PreTrainedModel):
+            return type(module)(module.config)
         return type(module).from_config(module.config)

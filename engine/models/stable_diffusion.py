@@ -1,6 +1,7 @@
 """Stable Diffusion, text to image: a UNet denoises the latents of a VAE under the hidden states of CLIP's text encoder.
 
-Trained: `unet`. Frozen, and needed only while shards are built: `vae`, `tokenizer`, and `text_encoder` unless it reads tokens.
+Trained: `unet`, and with `--train_text_encoder` `text_encoder`. Frozen, and needed only while shards are built: `vae`,
+`tokenizer`, and `text_encoder` unless it reads tokens.
 """
 
 import inspect
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from engine.catalogue import MODEL
@@ -28,6 +29,7 @@ from engine.models.configurations import read_config
 from engine.models.encoder import Encoder, Encoding
 from engine.models.family import PREVIEW_STEPS, Family
 from engine.models.kinds import require_text_to_image
+from engine.models.parts import JoinedParts
 from engine.models.pipelines import load_pipeline, require_drawable
 from engine.models.published import digest_parts, locate, read_scheduler, read_text_parts, require_equal
 from engine.models.weights import present_variant, weight_files
@@ -119,6 +121,21 @@ class StableDiffusionEncoder(Encoder):
         return {"latent_mean": posterior.mean * factor, "latent_std": posterior.std * factor}
 
 
+class TextToImage(JoinedParts):
+    """The UNet and the text encoder that it reads captions by, trained as one."""
+
+    unet: Any
+    text_encoder: Any
+
+    def __init__(self, unet: nn.Module, text_encoder: nn.Module) -> None:
+        super().__init__(unet=unet, text_encoder=text_encoder)
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, tokens: Tensor, return_dict: bool = False) -> Any:
+        """What the UNet makes of samples [B, C, H, W] at timesteps [B] under captions of tokens [B, N]."""
+        states = StableDiffusionEncoding.encode_tokens(self.text_encoder, {"tokens": tokens})
+        return self.unet(noisy, timesteps, states["encoder_hidden_states"], return_dict=return_dict)
+
+
 class StableDiffusion(Family):
     encoding: StableDiffusionEncoding
 
@@ -137,7 +154,8 @@ class StableDiffusion(Family):
         pipeline = check_pipeline(self.encoding.path, StableDiffusionPipeline, self.config.variant)
         if self.config.validation_prompts:
             require_drawable(pipeline, self.encoding.path, "leave out --validation_prompts")
-        self.try_step(check_weights(self.unet, UNet2DConditionModel, self._unet_variant()))
+        unet = check_weights(self.unet, UNet2DConditionModel, self._unet_variant())
+        self.try_step(unet if not self.config.train_text_encoder else TextToImage(unet, pipeline.text_encoder))
 
     @cached_property
     def unet(self) -> Path:
@@ -158,12 +176,18 @@ class StableDiffusion(Family):
         plain = weight_files(self.unet, UNet2DConditionModel, None)
         return None if plain else present_variant(self.unet, self.config.variant)
 
-    def published_model(self) -> UNet2DConditionModel:
-        return load_model(self.unet, UNet2DConditionModel, self._unet_variant(), torch.float32)
+    def published_model(self) -> Any:
+        unet = load_model(self.unet, UNet2DConditionModel, self._unet_variant(), torch.float32)
+        if not self.config.train_text_encoder:
+            return unet
+        folder = self.encoding.path / "text_encoder"
+        return TextToImage(unet, load_model(folder, CLIPTextModel, self.config.variant, torch.float32))
 
     @staticmethod
     def predict(model: Callable[..., Any], noisy: Tensor, timesteps: Tensor, record: dict[str, Tensor]) -> Tensor:
-        return model(noisy, timesteps, record["encoder_hidden_states"], return_dict=False)[0]
+        # Where the text encoder is a part of the model there are tokens alone.
+        condition = record["encoder_hidden_states"] if "encoder_hidden_states" in record else record["tokens"]
+        return model(noisy, timesteps, condition, return_dict=False)[0]
 
     def pipeline(self, parts: dict[str, Any]) -> StableDiffusionPipeline:
         return self._pipeline(parts, torch.float32)

@@ -25,6 +25,7 @@ from diffusers.models.upsampling import Upsample2D
 from diffusers.pipelines.wuerstchen.modeling_wuerstchen_common import TimestepBlock
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
+from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 
 from engine.kernels import group_norm_silu
 from engine.models.lora import NAME, AdaptedLinear, can_stack, has_adapter, is_plain_linear
@@ -171,6 +172,13 @@ class Timestep(TimestepBlock):
         return super().forward(x, t.to(self.mapper.weight.dtype))
 
 
+class TextEmbeddings(CLIPTextEmbeddings):
+    """CLIP's embeddings of tokens [B, N] and their positions, without a look at a weight that ZeRO 3 has gathered later only."""
+
+    def forward(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.token_embedding(input_ids) + self.position_embedding(self.position_ids[:, : input_ids.shape[1]])
+
+
 class FusedAttention(Attention):
     """diffusers' attention over hidden states [B, N, C] or [B, C, H, W], with its projections fused.
 
@@ -252,6 +260,8 @@ def to_training_form(model: Any, form: Form, learns_like: Callable[[str], Hashab
             module.__class__ = Upsample
         elif type(module) is Transformer2DModel and module.is_input_continuous:
             module.__class__ = Transformer
+        elif type(module) is CLIPTextEmbeddings:
+            module.__class__ = TextEmbeddings
         elif type(module) is TimestepBlock:
             module.__class__ = Timestep
         elif type(module) is Attention and form.projections and _is_plain(module) and _learns_alike(name, module, learns_like):
@@ -260,8 +270,9 @@ def to_training_form(model: Any, form: Form, learns_like: Callable[[str], Hashab
         if is_plain_linear(module):
             path, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(path), leaf, AdaptedLinear(module.base_layer, [module]))
-    if isinstance(getattr(model, "conv_norm_out", None), GroupNorm) and isinstance(model.conv_act, nn.SiLU):
-        model.conv_norm_out.silu, model.conv_act = True, nn.Identity()
+    for module in model.modules():
+        if isinstance(getattr(module, "conv_norm_out", None), GroupNorm) and isinstance(module.conv_act, nn.SiLU):
+            module.conv_norm_out.silu, module.conv_act = True, nn.Identity()
 
 
 def form_of(model: nn.Module) -> Form:

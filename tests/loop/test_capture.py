@@ -56,6 +56,8 @@ def lines(output) -> list[tuple[float, float]]:
         ({"zero_stage": 2, "dream_training": True}, 1),
         ({"cache_text": "tokens", "dream_training": True, "gradient_accumulation_steps": 2}, 2),
         ({"cache_text": "tokens", "zero_stage": 1}, 1),
+        ({"train_text_encoder": True, "gradient_checkpointing": True, "mixed_precision": "bf16"}, 1),
+        ({"train_text_encoder": True, "zero_stage": 1}, 1),
     ],
     ids=str,
 )

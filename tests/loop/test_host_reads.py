@@ -119,6 +119,7 @@ def test_the_counter_sees_a_crossing():
         ("sd", {"noise_offset": 0.1, "input_perturbation": 0.1, "snr_gamma": 5.0}),
         ("sd", {"dream_training": True, "mixed_precision": "bf16", "gradient_accumulation_steps": 3}),
         ("sd", {"gradient_checkpointing": True, "cache_text": "tokens"}),
+        ("sd", {"gradient_checkpointing": True, "train_text_encoder": True}),
         ("kandinsky-prior", {"snr_gamma": 5.0}),
         ("kandinsky-prior", {"cache_text": "tokens"}),
         ("wuerstchen", {"cache_text": "tokens"}),

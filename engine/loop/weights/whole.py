@@ -1,14 +1,17 @@
 """The published model put together from a partition, to be saved or to draw with."""
 
 import contextlib
+import copy
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from engine.loop.weights.partition import Partition
 from engine.models.adapter import Adapter
@@ -89,17 +92,26 @@ def write_published(
     """
     (part, *_) = folders
     with contextlib.ExitStack() as stack:
-        stored: dict[str, dict[str, Tensor]] = {}
-        write = {}
-        for name, model in parts_of(empty_copy(module), part).items():
-            folders[name].mkdir(exist_ok=True)
-            model.save_config(folders[name])
-            stored[name] = {
-                key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in model.state_dict().items()
-            }
-            file = folders[name] / SAFETENSORS_WEIGHTS_NAME
-            write[name] = stack.enter_context(writing(file, stored[name], {"format": "pt"}))
+        models = parts_of(empty_copy(module), part)
+        write = {name: stack.enter_context(_writing_model(folders[name], model, dtype)) for name, model in models.items()}
         for name, tensor in tensors:
-            of, name = part_and_name(module, part, name)
-            if name in stored[of]:
-                write[of](name, tensor)
+            of, within = part_and_name(module, part, name)
+            write[of](within, tensor)
+
+
+@contextlib.contextmanager
+def _writing_model(folder: Path, model: Any, dtype: torch.dtype) -> Iterator[Callable[[str, Tensor], None]]:
+    """What writes a tensor of a model into a folder, as its library opens it, and passes over what that does not keep."""
+    folder.mkdir(exist_ok=True)
+    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
+    file, prefix = folder / SAFETENSORS_WEIGHTS_NAME, ""
+    if isinstance(model, PreTrainedModel):
+        # Names as in published pipelines: the library of now reads them, too, and those of other programs no others.
+        file, prefix = folder / SAFE_WEIGHTS_NAME, "text_model."
+        config = copy.deepcopy(model.config)
+        config.architectures, config.dtype = [type(model).__name__], str(dtype).removeprefix("torch.")
+        config.save_pretrained(folder)
+    else:
+        model.save_config(folder)
+    with writing(file, {f"{prefix}{name}": tensor for name, tensor in state.items()}, {"format": "pt"}) as write:
+        yield lambda name, tensor: write(f"{prefix}{name}", tensor) if name in state else None
