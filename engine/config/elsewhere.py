@@ -24,9 +24,15 @@ ELSEWHERE = {
     "dim_from_weights save_lora* freeze_model": (
         "one adapter is trained, beside the weights of the model as they are"
     ),
-    "train_text_encoder* text_encoder_lr text_encoder_learning_rate text_encoder_lora* learning_rate_te* "
-    "stop_text_encoder_training text_encoder_use_attention_mask skip_save_text_encoder train_te* text_encoder_2* "
-    "text_encoder_3* clip_skip text_encoder_layer_skip": "the text encoders stay as they are, and give their last hidden state",
+    "train_te train_te1 train_clip text_encoder_train network_train_text_encoder*": "--train_text_encoder, for sd",
+    "text_encoder_learning_rate text_encoder_lora* learning_rate_te learning_rate_te1 text_encoder_1_learning_rate te_lr": (
+        "--text_encoder_lr with --train_text_encoder"
+    ),
+    "stop_text_encoder_training train_text_encoder_frac text_encoder_stop_training_after*": (
+        "a text encoder that is trained is so to the end; a second run without --train_text_encoder goes on from its result"
+    ),
+    "text_encoder_use_attention_mask skip_save_text_encoder text_encoder_2* text_encoder_3* train_te2 learning_rate_te2 "
+    "clip_skip text_encoder_layer_skip": "there is one text encoder, which gives its last hidden state",
     "model_type model_family v2 is_sdxl": "--family, which says what is trained",
     "v_parameterization force_v_prediction": "--prediction_type v_prediction",
     "force_epsilon_prediction": "--prediction_type epsilon",

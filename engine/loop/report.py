@@ -152,7 +152,9 @@ def optimizer(config: TrainConfig) -> str:
     schedule = config.lr_scheduler.replace("_", " ")
     warm_up = f", warm-up {config.lr_warmup_steps:,} steps" if config.lr_scheduler != "constant" else ""
     name = "8-bit AdamW" if config.use_8bit_adam else "AdamW"
-    return f"{name}, learning rate {config.learning_rate:g} {schedule}{warm_up}{', moving average' if config.use_ema else ''}"
+    other = "" if config.text_encoder_lr is None else f", the text encoder's {config.text_encoder_lr:g}"
+    average = ", moving average" if config.use_ema else ""
+    return f"{name}, learning rate {config.learning_rate:g} {schedule}{warm_up}{other}{average}"
 
 
 def adapters(config: TrainConfig, module: nn.Module) -> str:

@@ -173,9 +173,9 @@ class Timestep(TimestepBlock):
 
 
 class TextEmbeddings(CLIPTextEmbeddings):
-    """CLIP's embeddings of tokens [B, N] and their positions, without a look at a weight that ZeRO 3 has gathered later only."""
+    """CLIP's embeddings of tokens [B, N] and their positions, and no look at a weight that ZeRO 3 gathers later only."""
 
-    def forward(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         return self.token_embedding(input_ids) + self.position_embedding(self.position_ids[:, : input_ids.shape[1]])
 
 
