@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine.catalogue import MODEL, PIPELINES
 from engine.config.mixture import DataSet, data_sets_of
-from engine.config.options import SPATIAL, XFORMERS, CacheConfig, TrainConfig
+from engine.config.options import CAPTIONED, SPATIAL, XFORMERS, CacheConfig, TrainConfig
 from engine.config.schema import REQUIRED, default_of, options_by_family, options_lacking
 from engine.errors import UserError
 from engine.storage import is_remote, shown
@@ -33,6 +33,7 @@ def check_options(config: CacheConfig) -> None:
     for name, value in config:
         if type(value) is int and value > LARGEST and name not in ("seed", "subset_seed"):
             raise UserError(f"--{name} {value}: too large; {LARGEST} is the most")
+    _check_dreambooth(config)
     for data_set in data_sets_of(config):
         with _of(data_set):
             _check_data(data_set.config)
@@ -51,6 +52,33 @@ def check_options(config: CacheConfig) -> None:
         _check_sharding(config)
         _check_precision(config)
         _check_attention(config)
+
+
+def _check_dreambooth(config: CacheConfig) -> None:
+    if config.instance_prompt is not None and config.instance_data_dir is None:
+        raise UserError("--instance_prompt needs --instance_data_dir; in a [[data]] table it is `prompt`")
+    if not config.is_dreambooth:
+        return
+    beside = next((name for name in ("train_data_dir", "dataset_name") if getattr(config, name)), None)
+    if beside:
+        raise UserError(f"--{beside} beside DreamBooth's data sets; give its folder as --instance_data_dir, or leave it out")
+    if config.data_sets is not None:
+        raise UserError("[[data]] tables beside DreamBooth's data sets; give tables alone, with `prompt` and `loss_weight`")
+    if config.instance_data_dir is None:
+        if config.class_data_dir or not config.shards_dir:
+            raise UserError("--with_prior_preservation needs --instance_data_dir, or --shards_dir with shards built before")
+        return
+    needed = ["instance_prompt"] * (config.family in CAPTIONED)
+    if config.with_prior_preservation:
+        needed += ["class_data_dir", *["class_prompt"] * (config.family in CAPTIONED)]
+    for name in needed:
+        if getattr(config, name) is None:
+            of = "--instance_data_dir" if name == "instance_prompt" else "--with_prior_preservation"
+            raise UserError(f"{of} needs --{name}")
+    if config.with_prior_preservation and config.class_data_dir:
+        places = [Path(place).resolve() for place in (config.instance_data_dir, config.class_data_dir)]
+        if places[0] == places[1]:
+            raise UserError(f"--class_data_dir {config.class_data_dir}: holds the instance; give a folder of its own")
 
 
 @contextlib.contextmanager
@@ -296,8 +324,11 @@ def check_machine(config: CacheConfig) -> None:
     if not isinstance(config, TrainConfig) and any(data_set.config.source for data_set in data_sets):
         data_sets = [data_set for data_set in data_sets if data_set.config.source]  # nothing is built of others
     for data_set in data_sets:
-        with _of(data_set):
-            _check_source(data_set.config)
+        if config.is_dreambooth:
+            _check_folder(data_set)
+        else:
+            with _of(data_set):
+                _check_source(data_set.config)
     lacking = options_lacking(type(config), config.family)
     for name in PIPELINES:
         if name not in lacking:
@@ -310,15 +341,28 @@ def check_machine(config: CacheConfig) -> None:
         _check_training_machine(config)
 
 
+def _check_folder(data_set: DataSet) -> None:
+    """Refuses a folder of DreamBooth that is not there; that of the class is made."""
+    config = data_set.config
+    if config.shards_address and config.source:
+        raise UserError(_read_there(config))
+    if config.train_data_dir and not data_set.prior and not Path(config.train_data_dir).exists():
+        raise UserError(f"--instance_data_dir {config.train_data_dir}: no such directory")
+
+
+def _read_there(config: CacheConfig) -> str:
+    return (
+        f"--shards_dir {config.shards_place}: shards are read there, and not built; build them in a directory of this "
+        "machine, and copy that there; to train on those that are there, leave the data set out"
+    )
+
+
 def _check_source(config: CacheConfig) -> None:
     """Refuses a data set that is not there."""
     if not (config.source or config.shards_dir):
         raise UserError("no data: give --train_data_dir, --dataset_name, or --shards_dir with shards built before")
     if config.shards_address and (config.source or not isinstance(config, TrainConfig)):
-        raise UserError(
-            f"--shards_dir {config.shards_place}: shards are read there, and not built; build them in a directory of this "
-            "machine, and copy that there; to train on those that are there, leave the data set out"
-        )
+        raise UserError(_read_there(config))
     if config.train_data_dir and not config.dataset_name and not Path(config.train_data_dir).exists():
         raise UserError(f"--train_data_dir {config.train_data_dir}: no such directory")
     name = config.dataset_name

@@ -144,6 +144,9 @@ def parse(
         raise UserError(*mistakes)
     if config.data_sets and config.source and not is_inherited(config.data_sets):
         say(f"{config.source} is passed over, because every [[data]] table names data of its own")
+    for name in ("class_data_dir", "class_prompt"):
+        if getattr(config, name) and not config.with_prior_preservation:
+            say(f"--{name} is passed over without --with_prior_preservation")
     check_machine(config)
     return config
 

@@ -1,24 +1,28 @@
-"""The data sets of a run: one, as the usual options name it, or several, each by a `[[data]]` table of the TOML file."""
+"""The data sets of a run: one, as the usual options name it; several, each by a `[[data]]` table of the TOML file; or the
+images of an instance and of its class, as DreamBooth's options name them."""
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from engine.config.options import CacheConfig
+from engine.config.options import CAPTIONED, CacheConfig
 from engine.storage import below, shown
 
 SOURCE = ("train_data_dir", "dataset_name", "dataset_config_name")
 # What a table may hold: options, which are then those of its data set alone, and what it is called and how much of it is seen.
 OPTIONS = (
-    *SOURCE, "image_column", "mask_column", "caption_column", "keep_empty_captions", "caption_prefix", "caption_template",
-    "shuffle_tags", "keep_tokens", "caption_variants", "max_train_samples", "subset_seed",
+    *SOURCE, "prompt", "image_column", "mask_column", "caption_column", "keep_empty_captions", "caption_prefix",
+    "caption_template", "shuffle_tags", "keep_tokens", "caption_variants", "max_train_samples", "subset_seed",
     "center_crop", "random_flip", "random_crops", "image_interpolation_mode", "image_mode", "background", "max_upscale",
     "metadata_encoding", "follow_links", "shards_dir",
 )  # fmt: skip
-KEYS = ("name", "weight", "repeats")
+KEYS = ("name", "weight", "repeats", "loss_weight")
+INSTANCE, CLASS = "instance", "class"  # the data sets of DreamBooth
+# What tells DreamBooth's data sets; in the configuration of one of these alone it is left out.
+_OF_DREAMBOOTH = ("instance_data_dir", "instance_prompt", "with_prior_preservation", "class_data_dir", "class_prompt")
 _NAME = re.compile(r"[A-Za-z0-9_][\w.-]{0,99}", re.ASCII)
 _RESERVED = re.compile(r"validation|\d+x\d+")  # folders beside those of data sets
 
@@ -31,32 +35,58 @@ class DataSet:
     config: the run's, with the options of this data set; `shards_dir` is where its shards lie.
     weight: how often its samples come, relative to the other data sets'; None where `repeats` says it.
     repeats: how often each of its records comes in an epoch.
+    loss_weight: what its loss counts.
+    prior: it is the images of the class, whose loss is a term of its own.
+    title: what messages about its options begin with.
     """
 
     name: str
     config: CacheConfig
     weight: Fraction | None = None
     repeats: Fraction = Fraction(1)
-
-    @property
-    def title(self) -> str:
-        """What messages about its options begin with."""
-        return f"[[data]] {self.name}: " if self.name else ""
+    loss_weight: float = 1.0
+    prior: bool = False
+    title: str = ""
 
 
 def data_sets_of(config: CacheConfig) -> list[DataSet]:
     """The data sets of a configuration, in order."""
+    if config.is_dreambooth:
+        return _of_dreambooth(config)
     if config.data_sets is None:
         return [DataSet("", config)]
     return [_data_set(config, name, table) for name, table in zip(names_of(config.data_sets), config.data_sets, strict=True)]
+
+
+def _of_dreambooth(config: CacheConfig) -> list[DataSet]:
+    """The images of the instance, and those of the class."""
+    tables: dict[str, dict[str, Any]] = {INSTANCE: {"train_data_dir": config.instance_data_dir}}
+    if config.instance_prompt is not None:
+        tables[INSTANCE]["prompt"] = config.instance_prompt
+    if config.with_prior_preservation:
+        captioned = {"prompt": config.class_prompt} if config.family in CAPTIONED else {}
+        most = min(config.num_class_images, config.max_train_samples or config.num_class_images)
+        tables[CLASS] = captioned | {"train_data_dir": config.class_data_dir, "max_train_samples": most}
+        tables[CLASS]["loss_weight"] = getattr(config, "prior_loss_weight", 1.0)
+    config = config.model_copy(update=dict.fromkeys(_OF_DREAMBOOTH) | {"with_prior_preservation": False})
+    return [
+        replace(_data_set(config, name, table), prior=name == CLASS, title=f"--{name}_data_dir: ")
+        for name, table in tables.items()
+    ]
 
 
 def _data_set(config: CacheConfig, name: str, table: Mapping[str, Any]) -> DataSet:
     values = config.model_dump() | {"data_sets": None} | merged(config.model_dump(include={*SOURCE}), table)
     if "shards_dir" not in table:
         values["shards_dir"] = below(config.shards_dir or str(config.shards_path), name)
-    weight = _fraction(table["weight"]) if "weight" in table else None
-    return DataSet(name, type(config).model_validate(values), weight, _fraction(table.get("repeats", 1)))
+    return DataSet(
+        name,
+        type(config).model_validate(values),
+        _fraction(table["weight"]) if "weight" in table else None,
+        _fraction(table.get("repeats", 1)),
+        float(table.get("loss_weight", 1)),
+        title=f"[[data]] {name}: ",
+    )
 
 
 def merged(given: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,6 +154,9 @@ def _mistakes(table: Mapping[str, Any]) -> list[str]:
         value = table.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-9 <= value <= 1e9:
             said.append(f"{key} {value!r}: give a number above 0, from 1e-9 to 1e9")
+    value = table.get("loss_weight", 1)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1e9:
+        said.append(f"loss_weight {value!r}: give a number from 0 to 1e9")
     return said
 
 

@@ -27,8 +27,8 @@ XFORMERS = [family for family, entry in FAMILIES.items() if entry.xformers]
 
 def recipe_in(values: Mapping[str, Any]) -> str:
     """Which script's defaults options by name have: one of `RECIPES`, or "" for those of text to image."""
-    given = [name for name, option in (("dreambooth", "instance_data_dir"), ("lora", "lora_rank")) if values.get(option)]
-    return "_".join(given)
+    dreambooth = values.get("instance_data_dir") or values.get("with_prior_preservation")
+    return "_".join(["dreambooth"] * bool(dreambooth) + ["lora"] * bool(values.get("lora_rank")))
 
 
 def _of_several_folders(values: dict[str, Any]) -> dict[str, Any]:
@@ -104,6 +104,34 @@ class CacheConfig(BaseModel):
         "file beside each image; archives (.zip, .tar) of the same. With --dataset_name: its data directory.",
         "data",
     )
+    instance_data_dir: str | None = option(
+        None,
+        "Folder of the images of what DreamBooth (arXiv:2208.12242) teaches, in the place of --train_data_dir.",
+        "DreamBooth",
+    )
+    instance_prompt: str | None = option(
+        only(CAPTIONED, None), "Caption of all of them, whatever lies beside them: a rare word and the class.", "DreamBooth"
+    )
+    with_prior_preservation: bool = option(
+        False,
+        "Train on as many images of the class, too: --train_batch_size of each at a time, and the loss is the sum of both "
+        "means. Without data directories on the shards `instance` and `class` in --shards_dir.",
+        "DreamBooth",
+    )
+    class_data_dir: str | None = option(
+        None, "Folder of the images of the class; those that are missing are drawn with the pipeline first.", "DreamBooth"
+    )
+    class_prompt: str | None = option(
+        None, "What they are drawn of, and the caption of all of them where captions are trained on.", "DreamBooth"
+    )
+    num_class_images: int = option(
+        100, "How many of them are trained on, at the most, and drawn where they lack.", "DreamBooth", ge=1
+    )
+    sample_batch_size: int = option(4, "Images of the class that a process draws at a time.", "DreamBooth", ge=1)
+    prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = option(
+        None, "Precision in which they are drawn. Default: fp16 on a GPU, else fp32; so does no.", "DreamBooth"
+    )
+    prompt: str | None = option(only(CAPTIONED, None), "Caption of every image of a data set, whatever lies beside it.", "data")
     image_column: str = option("image", "Column that holds the image.", "data")
     mask_column: str | None = option(
         only(SPATIAL, None),
@@ -270,6 +298,11 @@ class CacheConfig(BaseModel):
     def source(self) -> str | None:
         """What names the images and captions, None where there are only shards."""
         return self.dataset_name or self.train_data_dir
+
+    @property
+    def is_dreambooth(self) -> bool:
+        """Whether the data sets are the images of an instance and of its class."""
+        return self.recipe.startswith("dreambooth")
 
     @property
     def varies_captions(self) -> bool:
@@ -587,6 +620,14 @@ class TrainConfig(CacheConfig):
         only(("sd",), False), "Train with DREAM (arXiv:2312.00210): one extra forward pass.", "objective"
     )
     dream_detail_preservation: float = option(only(("sd",), 1.0), "DREAM's detail preservation factor p.", "objective", gt=0)
+    prior_loss_weight: float = option(
+        1.0,
+        "With --with_prior_preservation, what the loss of the class counts; --snr_gamma and --loss_weighting weigh the "
+        "instance's alone, as in the script.",
+        "DreamBooth",
+        ge=0,
+        le=1e9,
+    )
     proportion_empty_prompts: float = option(
         only(CAPTIONED, 0.0),
         "Share of the samples that are trained with the empty caption in place of theirs, which sampling guides against; 0.1 "
@@ -800,6 +841,11 @@ class TrainConfig(CacheConfig):
         return self.attention == "xformers" or self.enable_xformers_memory_efficient_attention
 
     @property
+    def micro_batches(self) -> int:
+        """Micro-batches per optimizer step and process; with images of the class each is of these or of the instance."""
+        return self.gradient_accumulation_steps * (2 if self.with_prior_preservation else 1)
+
+    @property
     def weights_precision(self) -> str:
         """That of the weights in training, as `--gradient_accumulation_dtype` names it."""
         return "fp32" if self.mixed_precision == "no" else self.mixed_precision
@@ -824,7 +870,7 @@ ALTER_THE_RESULT = (
     "loss_type", "huber_c", "huber_schedule",
     "noise_offset", "input_perturbation", "pyramid_noise_discount", "pyramid_noise_iterations", "dream_training",
     "dream_detail_preservation",
-    "proportion_empty_prompts", "proportion_empty_images",
+    "proportion_empty_prompts", "proportion_empty_images", "prior_loss_weight",
     "lora_rank", "lora_alpha", "lora_dropout", "use_dora",
 )  # fmt: skip
 

@@ -13,11 +13,11 @@ RECIPES = ("lora", "dreambooth", "dreambooth_lora")  # scripts whose defaults di
 SECRETS = {"hub_token"}  # never logged or stored
 UNSTORED = SECRETS | {"overwrite"}  # not in a run's config.toml: the same again must not remove the run's results
 # Options that name a place on this machine: directories, and what may also be a name on the hub or within another directory.
-DIRECTORIES = {"output_dir", "shards_dir", "shards_cache", "cache_dir", "compile_cache_dir", "nvme_path"}
+DIRECTORIES = {"output_dir", "class_data_dir", "shards_dir", "shards_cache", "cache_dir", "compile_cache_dir", "nvme_path"}
 PLACES = DIRECTORIES | {
     "pretrained_model_name_or_path", "pretrained_prior_model_name_or_path", "pretrained_decoder_model_name_or_path",
     "pretrained_image_encoder_name_or_path", "original_config", "tokenizer_name", "dataset_name", "train_data_dir",
-    "validation_data_dir", "deepspeed_config", "lora_weights",
+    "validation_data_dir", "deepspeed_config", "lora_weights", "instance_data_dir",
 }  # fmt: skip
 
 

@@ -14,7 +14,9 @@ _OPTIONS = {
     "samples": "max_train_samples",
     "sample_seed": "subset_seed",
 }
-_OF_CAPTIONS = ("cache_text", "keep_empty_captions", "caption_prefix", "caption_template", "shuffle_tags", "keep_tokens")
+_OF_CAPTIONS = (
+    "cache_text", "prompt", "keep_empty_captions", "caption_prefix", "caption_template", "shuffle_tags", "keep_tokens",
+)  # fmt: skip
 # Options of the data that are part of the identity where they are not left at their defaults.
 _SHAPING = ("image_mode", "background", "max_upscale", "metadata_encoding", "follow_links", "mask_column", *_OF_CAPTIONS)
 
@@ -27,7 +29,7 @@ def recipe_of(config: CacheConfig, encoding: Encoding) -> dict[str, Any]:
         "models": encoding.encoder_identity(),
         "preprocessing": encoding.preprocessing_identity(),
         "precision": config.mixed_precision,
-        "caption_column": config.caption_column if encoding.captioned else None,
+        "caption_column": config.caption_column if encoding.captioned and config.prompt is None else None,
         "shard_records": config.shard_records,
         **({"caption_variants": config.stored_variants} if config.stored_variants > 1 else {}),
         **{name: value for name in shaping if (value := getattr(config, name)) != CacheConfig.model_fields[name].default},

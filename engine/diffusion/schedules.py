@@ -22,6 +22,9 @@ from engine.errors import UserError
 ZERO_TERMINAL = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
+WEIGHT = 4  # the row of w in coefficients
+
+
 class Objective(NamedTuple):
     """What is asked of training, whatever the schedule: how errors are weighed and measured, and how timesteps are drawn."""
 
@@ -46,8 +49,12 @@ class Schedule(Protocol):
 
     draw: Draw
 
-    def coefficients(self, timesteps: Tensor) -> Tensor:
-        """a, s, c_x, c_e and w of timesteps [B]: fp32 [5, B]; for a Huber loss also c, [6, B]."""
+    def coefficients(self, timesteps: Tensor, weighed: bool = True) -> Tensor:
+        """a, s, c_x, c_e and w of timesteps [B]: fp32 [5, B]; for a Huber loss also c, [6, B].
+
+        Args:
+            weighed: as the objective weighs timesteps, else all alike.
+        """
         ...
 
 
@@ -66,15 +73,18 @@ class DiscreteSchedule:
     def __init__(self, alphas_cumprod: Tensor, prediction_type: str, objective: Objective = PLAIN) -> None:
         self.prediction_type = prediction_type
         count = len(alphas_cumprod)
-        self.table = coefficient_rows(alphas_cumprod, prediction_type, objective, torch.arange(count).double() / count)
+        self.table, self.unweighed = (
+            coefficient_rows(alphas_cumprod, prediction_type, of, torch.arange(count).double() / count)
+            for of in (objective, objective._replace(weighting=unweighted))
+        )
         self.draw = Draw(objective.sampling, count, integers=True)
 
     @property
     def timesteps(self) -> int:
         return self.table.shape[1]
 
-    def coefficients(self, timesteps: Tensor) -> Tensor:
-        return self.table[:, timesteps]
+    def coefficients(self, timesteps: Tensor, weighed: bool = True) -> Tensor:
+        return (self.table if weighed else self.unweighed)[:, timesteps]
 
 
 class CosineSchedule:
@@ -91,11 +101,12 @@ class CosineSchedule:
         self.objective = objective
         self.draw = Draw(objective.sampling, 1.0, integers=False)
 
-    def coefficients(self, timesteps: Tensor) -> Tensor:
+    def coefficients(self, timesteps: Tensor, weighed: bool = True) -> Tensor:
         angle = (timesteps.double() + self.OFFSET) / (1 + self.OFFSET) * (math.pi / 2)
         first = math.cos(self.OFFSET / (1 + self.OFFSET) * (math.pi / 2)) ** 2
         signal = (angle.cos().square() / first).clamp(0.0001, 0.9999)
-        return coefficient_rows(signal, "epsilon", self.objective, timesteps)
+        objective = self.objective if weighed else self.objective._replace(weighting=unweighted)
+        return coefficient_rows(signal, "epsilon", objective, timesteps)
 
 
 def coefficient_rows(alphas_cumprod: Tensor, prediction_type: str, objective: Objective, progress: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from engine.config.options import TrainConfig
 from engine.data.format.reader import Rows, Shards, ahead
 from engine.data.samples.batch import Batch
 from engine.data.samples.streams import shape_of
+from engine.diffusion.schedules import WEIGHT
 from engine.errors import LostProcess, first_line, of_all
 from engine.files import digest_of
 from engine.loop.capture import Captured
@@ -40,10 +41,12 @@ class Records:
 
     shards: a reader of its own, for one thread has each.
     numbers: int64 [N], increasing.
+    loss_weight: what their losses are multiplied by.
     """
 
     shards: Shards
     numbers: Tensor
+    loss_weight: float = 1.0
 
 
 class NotTaken(Exception):
@@ -89,7 +92,10 @@ class HeldOutLoss:
     @property
     def of(self) -> str:
         """What tells this loss from others that cannot be compared with it."""
-        of_parts = [[of.shards.index.fingerprint, digest_of(of.numbers.tolist())] for of in self.records]
+        of_parts = [
+            [of.shards.index.fingerprint, digest_of(of.numbers.tolist()), *([of.loss_weight] if of.loss_weight != 1 else [])]
+            for of in self.records
+        ]
         return digest_of([of_parts, self.grid.tolist(), bool(self.partition.ema)])
 
     @property
@@ -161,18 +167,19 @@ class HeldOutLoss:
             )[0]  # fmt: skip
 
     def _read(self, batches: list[tuple[int, int]]) -> Iterator[Batch]:
-        for shards, rows, (slots, timesteps) in ahead(self._asked(part, first) for part, first in batches):
+        for shards, rows, given in ahead(self._asked(part, first) for part, first in batches):
             record = self._room(shards, "cpu")
             shards.gather_fields(rows, record, self.family.encoding.limits)
-            yield self._batch(record, slots, timesteps)
+            yield self._batch(record, *given)
 
-    def _asked(self, part: int, first: int) -> tuple[Shards, Rows, tuple[Tensor, Tensor]]:
-        """Of a batch: who reads its rows; these; its slots and timesteps. A part's last is filled up with its last pair."""
+    def _asked(self, part: int, first: int) -> tuple[Shards, Rows, tuple[Tensor, Tensor, float]]:
+        """Of a batch: who reads its rows; these; its slots, timesteps and weight. A part's last is filled up with its last
+        pair."""
         of, grid = self.records[part], len(self.grid)
         pairs = torch.arange(first, first + self.unit).clamp(max=len(of.numbers) * grid - 1)
         records, places = of.numbers[pairs // grid], pairs % grid
         slots = (part << 48) + records * grid + places
-        return of.shards, of.shards.rows_of(of.shards.find(records)), (slots, self.grid[places])
+        return of.shards, of.shards.rows_of(of.shards.find(records)), (slots, self.grid[places], of.loss_weight)
 
     def _room(self, shards: Shards, device: str) -> dict[str, Tensor]:
         return {
@@ -180,8 +187,10 @@ class HeldOutLoss:
             for name, field in shards.fields.items()
         }
 
-    def _batch(self, record: dict[str, Tensor], slots: Tensor, timesteps: Tensor) -> Batch:
-        tensors = slots, timesteps, self.family.schedule.coefficients(timesteps), torch.zeros(1, dtype=torch.int64)
+    def _batch(self, record: dict[str, Tensor], slots: Tensor, timesteps: Tensor, loss_weight: float = 1.0) -> Batch:
+        coefficients = self.family.schedule.coefficients(timesteps)
+        coefficients[WEIGHT] *= loss_weight
+        tensors = slots, timesteps, coefficients, torch.zeros(1, dtype=torch.int64)
         device = self.partition.processes.device
         return Batch({name: tensor.to(device) for name, tensor in record.items()}, *(tensor.to(device) for tensor in tensors))
 

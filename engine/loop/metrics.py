@@ -35,8 +35,9 @@ class Metrics:
         self.loss_sum = torch.zeros((), device=device)
         self.offending = torch.full((OFFENDING,), -1, device=device)
         self.data_sets = run.streams.data_sets if len(run.streams.data_sets) > 1 else []
-        # Of each data set the sum of its losses, and how many there were.
+        # Of each data set the sum of its losses, and how many there were; and what these were multiplied by.
         self.of_data_sets = torch.zeros(2, len(self.data_sets), device=device)
+        self.weights = [run.streams.loss_weights[name] for name in self.data_sets]
         self._numbers = torch.arange(len(self.data_sets), device=device)
         self.steps = 0
         # The sums and `steps` after each of the last steps, and before the first.
@@ -109,8 +110,8 @@ class Metrics:
             "epoch": step * self.run.global_batch / self.run.records,
             "loss": loss,
             **{
-                f"loss/{name}": loss / many if many else None
-                for name, loss, many in zip(self.data_sets, losses, samples, strict=True)
+                f"loss/{name}": loss / many / weight if many and weight else None
+                for name, loss, many, weight in zip(self.data_sets, losses, samples, self.weights, strict=True)
             },
             "lr": rate,
             "grad_norm": norm if math.isfinite(norm) else None,

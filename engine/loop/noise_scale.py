@@ -27,7 +27,7 @@ class NoiseScale:
     """
 
     def __init__(self, config: TrainConfig, processes: Processes) -> None:
-        accumulation, world = config.gradient_accumulation_steps, processes.world
+        accumulation, world = config.micro_batches, processes.world
         if accumulation * world == 1:
             raise UserError(
                 "--gradient_noise_scale compares micro-batches with the whole batch, and here is one; give "

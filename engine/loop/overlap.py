@@ -63,7 +63,7 @@ def overlap_pays(config: TrainConfig, model: nn.Module, flops: Flops | None, pro
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     elements = sum(parameter.numel() for parameter in trained)
     size = elements * (4 if reduction_precision(config, processes.world) == "fp32" else 2)
-    operations, micro_batches = flops.step * config.train_batch_size, config.gradient_accumulation_steps
+    operations, micro_batches = flops.step * config.train_batch_size, config.micro_batches
     gain = processes.from_first(
         overlap_gain(
             operations / (flops.per_second * UTILISATION),

@@ -84,14 +84,20 @@ def prepare_shards(
     data_sets = data_sets_of(config)
     parts = [part for data_set in data_sets for part in _parts_of(data_set, family, processes, check)]
     _check(config, parts, processes)
-    streams, splits = [], splits_of((part.index for part in parts), config.validation_fraction)
+    by_name = {data_set.name: data_set for data_set in data_sets}
+    judged = [part for part in parts if not by_name[part.data_set].prior]
+    held = dict(zip(map(id, judged), splits_of((part.index for part in judged), config.validation_fraction), strict=True))
+    streams, splits = [], [held.get(id(part)) for part in parts]
     opened = _open(config, parts, processes, len(parts))
     for number, (part, shards, split) in enumerate(zip(parts, opened, splits, strict=True)):
         records = shards.index.shards["records"] if split is None else split.trained
         order = order_of(seed_of_stream(seed, number), records, config.shuffle_window)
         order = order if split is None else split.without_held(order)
-        streams.append(Stream(shards, order, 1, part.data_set, part.bucket, split))
-    return Streams(seed, _with_shares(streams, data_sets), unit), parts
+        of, turns = by_name[part.data_set], len(data_sets) if config.with_prior_preservation else 1
+        weight = of.loss_weight * turns  # in turn the losses of each data set are a mean of their own
+        streams.append(Stream(shards, order, 1, part.data_set, part.bucket, split, weight, of.prior))
+    in_turn = config.with_prior_preservation
+    return Streams(seed, (_in_turn if in_turn else _with_shares)(streams, data_sets), unit, in_turn), parts
 
 
 def _parts_of(data_set: DataSet, family: Family, processes: Processes, check: Check) -> list[Part]:
@@ -127,6 +133,15 @@ def _with_shares(streams: list[Stream], data_sets: list[DataSet]) -> list[Stream
     return [replace(stream, share=share(stream)) for stream in streams]
 
 
+def _in_turn(streams: list[Stream], data_sets: list[DataSet]) -> list[Stream]:
+    """Streams of data sets that each take as many slots of an epoch as the largest has records."""
+    records = Counter[str]()
+    for stream in streams:
+        records[stream.data_set] += stream.records
+    most = max(records.values())
+    return [replace(stream, share=Fraction(most * stream.records, records[stream.data_set])) for stream in streams]
+
+
 def prepare_held_out(
     config: TrainConfig, family: Family, processes: Processes, streams: Streams, parts: list[Part]
 ) -> list[Records]:
@@ -142,21 +157,26 @@ def prepare_held_out(
         parts = _validation_parts(config, family, processes, parts)
         _check(config, parts, processes)
         numbers = chosen([part.index.records for part in parts], config.max_validation_samples)
-        found = list(zip(parts, numbers, strict=True))
+        found = [(part, which, 1.0) for part, which in zip(parts, numbers, strict=True)]
     else:
-        of_streams = zip(parts, streams.streams, strict=True)
-        splits = [(part, stream.split) for part, stream in of_streams if stream.split is not None]
-        numbers = chosen([int(split.held.sum()) for _, split in splits], config.max_validation_samples)
-        found = [(part, split.held_records(which)) for (part, split), which in zip(splits, numbers, strict=True)]
-    found = [(part, which) for part, which in found if len(which)]
+        splits = [
+            (part, stream.split, stream.loss_weight / (2 if streams.in_turn else 1))
+            for part, stream in zip(parts, streams.streams, strict=True)
+            if stream.split is not None
+        ]
+        numbers = chosen([int(split.held.sum()) for _, split, _ in splits], config.max_validation_samples)
+        found = [
+            (part, split.held_records(which), weight) for (part, split, weight), which in zip(splits, numbers, strict=True)
+        ]
+    found = [each for each in found if len(each[1])]
     if config.validation_fraction and not found:
         raise UserError(
             f"--validation_fraction {config.validation_fraction}: nothing is held out, for no shard has two records; give more "
             "data, or another data set as --validation_data_dir, or leave it out"
         )
     # The loader's readers have their part of what may be open, too.
-    opened = _open(config, [part for part, _ in found], processes, 2 * len(found))
-    return [Records(shards, which) for shards, (_, which) in zip(opened, found, strict=True)]
+    opened = _open(config, [part for part, *_ in found], processes, 2 * len(found))
+    return [Records(shards, which, weight) for shards, (_, which, weight) in zip(opened, found, strict=True)]
 
 
 def _validation_parts(config: TrainConfig, family: Family, processes: Processes, trained: list[Part]) -> list[Part]:
@@ -345,5 +365,6 @@ def open_run(config: TrainConfig, seed: int, streams: Streams, plan: BatchPlan, 
     _warn_of_a_small_cache(config, [stream.shards.index.shards for stream in streams.streams], resumed=state is not None)
     _say_small_streams(streams)
     several, index = states_of(streams), streams.streams[0].shards.index
-    fingerprint = digest_of([each.model_dump() for each in several]) if several else index.fingerprint
+    told_apart = [each.model_dump(exclude={"loss_weight"}) for each in several]
+    fingerprint = digest_of(told_apart) if several else index.fingerprint
     return Run(seed, plan.global_batch, fingerprint, records, steps, options, None if several else index.identity, streams)

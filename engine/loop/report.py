@@ -96,7 +96,7 @@ def opening(
         "resolution": f"{config.resolution} px",
         **({"buckets": _buckets(streams)} if any(stream.bucket for stream in streams.streams) else {}),
         "global batch": f"{run.global_batch:,} = {config.train_batch_size} per micro-batch x "
-        f"{config.gradient_accumulation_steps} accumulated x {processes.world} process{'es' if processes.world > 1 else ''}",
+        f"{config.micro_batches} accumulated x {processes.world} process{'es' if processes.world > 1 else ''}",
         "steps": f"{run.steps:,}, {run.steps * run.global_batch / run.records:.1f} epochs"
         + (f"; going on after step {done:,}" if done else ""),
         "optimizer": optimizer(config),
@@ -200,7 +200,7 @@ def state_bytes(config: TrainConfig, trained: int, world: int) -> float:
     weight = 4 if config.weights_precision == "fp32" else 2
     sharded = needs_deepspeed(config, world)
     stage = machinery_stage(config) if sharded else 0
-    gradient = 4 if config.gradient_accumulation_steps > 1 and config.accumulation_precision == "fp32" else weight
+    gradient = 4 if config.micro_batches > 1 and config.accumulation_precision == "fp32" else weight
     masters = 4 if sharded or weight == 2 else 0
     state = masters + (2 if config.use_8bit_adam else 8) + (4 if config.use_ema else 0)
     kept = state / (world if sharded else 1) + gradient / (world if stage >= 2 else 1) + weight / (world if stage == 3 else 1)

@@ -207,10 +207,13 @@ def open_checkpoint(checkpoint: Path, config: TrainConfig, processes: Processes,
     latest = _lies_in(checkpoint, Path(config.output_dir)) and (again or config.resume_from_checkpoint == LATEST)
     opened = open_newest(checkpoint, processes) if latest else open_checked(checkpoint, processes=processes)
     checkpoint = opened.path
-    before, batch = opened.state.run, config.train_batch_size * config.gradient_accumulation_steps * processes.world
+    before, batch = opened.state.run, config.train_batch_size * config.micro_batches * processes.world
     if config.seed not in (None, before.seed):
         seeds = f"seed {before.seed}, this run has {config.seed}"
         raise UserError(f"{checkpoint}: was written with {seeds}; leave out --seed, or give the same")
+    if opened.state.in_turn != config.with_prior_preservation:
+        one, other = ("with", "give it") if opened.state.in_turn else ("without", "leave it out")
+        raise UserError(f"{checkpoint}: was written {one} --with_prior_preservation; {other}")
     if before.global_batch != batch:
         raise UserError(
             f"{checkpoint}: was written with global_batch {before.global_batch}, this run has {batch}; choose processes, "
@@ -289,7 +292,8 @@ def check_same_streams(checkpoint: Path | None, state: State | None, grown: bool
     for name in sorted(both):
         if changed := differences(without_source(before[name].data), without_source(after[name].data)):
             raise UserError(f"{checkpoint}: {_OTHER_SHARDS.format(f'{name}: {changed}')}")
-    if grown or state.streams == now:
+    alike = [[stream.model_copy(update={"loss_weight": 1.0}) for stream in each] for each in (state.streams, now)]
+    if grown or alike[0] == alike[1]:
         return
     changes = [
         *(f"{name or 'a single data set'} is new" for name in after.keys() - before.keys() if after[name].data != state.data),
@@ -333,6 +337,10 @@ def announce(checkpoint: Checkpoint, config: TrainConfig, run: Run, world: int) 
         rates = [_rate(config.model_copy(update=options), world, step) for options in (before, run.options)]
         if rates[0] != rates[1]:
             say(f"The learning rate after step {step} is {rates[1]:.3g}; as {name} was trained, {rates[0]:.3g}")
+    weights, before_it = run.streams.loss_weights, {stream.data_set: stream.loss_weight for stream in checkpoint.state.streams}
+    for name in weights if not run.streams.in_turn else ():  # else an option says it
+        if weights[name] != before_it.get(name, weights[name]):
+            say(f"Changed since {checkpoint.path.name}: loss_weight {weights[name]:g} of {name} (was {before_it[name]:g})")
     if not config.use_ema and "ema" in checkpoint.files.kinds:
         say(f"The moving average of {name} ends here: --use_ema is not given")
     if config.validation_fraction and checkpoint.state.run.fingerprint != run.fingerprint:

@@ -37,7 +37,7 @@ class Step:
     ) -> None:  # fmt: skip
         self.config, self.family, self.partition, self.metrics = config, family, partition, metrics
         self.text_encoder, self.noise_scale = text_encoder, metrics.noise_scale
-        self.accumulation = config.gradient_accumulation_steps
+        self.accumulation = config.micro_batches
         self.samples = config.train_batch_size * self.accumulation
         processes, device = partition.processes, partition.processes.device
         self.rate_factor_of = rate_factors(config, peak_rate(config, processes.world), run.steps)

@@ -118,7 +118,7 @@ def _train(config: TrainConfig, processes: Processes) -> int:
         streams, parts = prepare_shards(config, family, processes, same, seed, unit_of(config, checkpoint, state))
         check_same_streams(checkpoint, state, config.continue_on_grown_data, streams)
         held_out = prepare_held_out(config, family, processes, streams, parts)
-        plan = BatchPlan(config.train_batch_size, config.gradient_accumulation_steps, processes.rank, processes.world)
+        plan = BatchPlan(config.train_batch_size, config.micro_batches, processes.rank, processes.world)
         run = open_run(config, seed, streams, plan, state)
         subset = any(data_set.config.max_train_samples for data_set in data_sets_of(config))
         subset_seed = config.sample_seed if subset else None
@@ -381,7 +381,7 @@ class Training:
     def _leave_damaged(self) -> None:
         """Saves what was trained before any process met damage, and says what that is; to be called by all."""
         batches = self.batches
-        whole = self.started + batches.given // self.config.gradient_accumulation_steps  # those of which all micro-batches came
+        whole = self.started + batches.given // self.config.micro_batches  # those of which all micro-batches came
         met = self.processes.gather_objects((whole, batches.damage) if batches.damage else None)
         if not (found := [damage for damage in met if damage]):
             return

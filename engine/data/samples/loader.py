@@ -16,7 +16,7 @@ from engine.data.samples.batch import Batch, BatchPlan
 from engine.data.samples.draw import draw_rows
 from engine.data.samples.dropout import Dropout
 from engine.data.samples.streams import Streams
-from engine.diffusion.schedules import Schedule
+from engine.diffusion.schedules import WEIGHT, Schedule
 
 DEPTH = 2  # micro-batches ready ahead of the step
 ALIGNMENT = 64  # bytes, of fields in memory
@@ -148,7 +148,9 @@ class Loader:
         flat = slots.flatten()
         found, records = (each.view(slots.shape) for each in self.streams.find(flat))
         timesteps = self.schedule.draw(torch.tensor([self.seed]), flat, self.plan.global_batch)
-        coefficients = self.schedule.coefficients(timesteps).unflatten(1, slots.shape).transpose(0, 1).contiguous()
+        coefficients = self.schedule.coefficients(timesteps)
+        self._weigh(coefficients, timesteps, found.flatten())
+        coefficients = coefficients.unflatten(1, slots.shape).transpose(0, 1).contiguous()
         data_sets = self.streams.data_set_numbers[found[:, :1]]
         draws = [slots, timesteps.view(slots.shape), coefficients, data_sets]
         draws = [tensor.pin_memory() for tensor in draws] if self.on_gpu else draws
@@ -160,6 +162,15 @@ class Loader:
                 rows[micro_batch] = {of: numbers.view(-1, slots.shape[1])[place] for of, numbers in drawn.items()}
         for micro_batch, number in enumerate(found[:, 0].tolist()):
             yield self.streams.streams[number].shards, rows[micro_batch], [tensor[micro_batch] for tensor in draws]
+
+    def _weigh(self, coefficients: Tensor, timesteps: Tensor, found: Tensor) -> None:
+        """Puts what the losses of streams count on the coefficients [rows, N] of timesteps [N], by the stream of each."""
+        for number, stream in enumerate(self.streams.streams):
+            if stream.weighs_alike:
+                here = found == number
+                coefficients[:, here] = self.schedule.coefficients(timesteps[here], weighed=False)
+            if stream.loss_weight != 1:
+                coefficients[WEIGHT, found == number] *= stream.loss_weight
 
 
 def _aligned(size: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.data.format.reader import Shards
 from engine.data.samples.held_out import Split
-from engine.data.samples.order import Order, Units
+from engine.data.samples.order import Order, Units, seed_of_stream
 
 Shape = tuple[tuple[str, tuple[int, ...]], ...]  # of a record: of each of its fields
 
@@ -28,6 +28,8 @@ class Stream:
     share: of the units, relative to the other streams'.
     data_set, bucket: as its part has them.
     split: what is held out of its shards; None for nothing.
+    loss_weight: what the losses of its samples are multiplied by.
+    weighs_alike: its losses are weighed alike at all timesteps, whatever the objective says.
     """
 
     shards: Shards
@@ -36,6 +38,8 @@ class Stream:
     data_set: str = ""
     bucket: str | None = None
     split: Split | None = None
+    loss_weight: float = 1.0
+    weighs_alike: bool = False
 
     @property
     def name(self) -> str:
@@ -53,16 +57,24 @@ class Streams:
     """All streams of a run.
 
     unit: how many slots that follow each other belong to one stream.
+    in_turn: units are of one data set after another, in turn; else as the shares have it, which then are of the units of a
+        data set.
     """
 
     seed: int = 0
     streams: Sequence[Stream] = ()
     unit: int = 1
+    in_turn: bool = False
 
     @property
     def data_sets(self) -> list[str]:
         """Their names, in the order of the streams."""
         return list(dict.fromkeys(stream.data_set for stream in self.streams))
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Of each data set what the losses of its samples are multiplied by."""
+        return {stream.data_set: stream.loss_weight for stream in self.streams}
 
     @functools.cached_property
     def shapes(self) -> dict[Shape, Fraction]:
@@ -85,7 +97,7 @@ class Streams:
             return torch.zeros_like(slots), self.streams[0].order(slots)
         numbers = slots.numpy()
         units, where = np.unique(numbers // self.unit, return_inverse=True)
-        found, before = (each[where] for each in self._units.find(units))
+        found, before = (each[where] for each in self._find(units))
         own = torch.from_numpy(before * self.unit + numbers % self.unit)  # slots of the streams' own sequences
         streams, records = torch.from_numpy(found), torch.empty_like(slots)
         for number in np.unique(found).tolist():
@@ -93,9 +105,25 @@ class Streams:
             records[here] = self.streams[number].order(own[here])
         return streams, records
 
+    def _find(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The stream of each unit [N], and how many units of that stream come before it: int64 [N] each."""
+        streams, before = np.empty_like(units), np.empty_like(units)
+        for turn, (members, order) in enumerate(self._turns):
+            here = units % len(self._turns) == turn
+            found, before[here] = order.find(units[here] // len(self._turns))
+            streams[here] = members[found]
+        return streams, before
+
     @functools.cached_property
-    def _units(self) -> Units:
-        return Units(self.seed, [stream.share for stream in self.streams])
+    def _turns(self) -> list[tuple[np.ndarray, Units]]:
+        """The numbers of the streams that share every n-th of n units, and the order of theirs."""
+        numbers = [self.data_sets.index(stream.data_set) if self.in_turn else 0 for stream in self.streams]
+        turns = []
+        for turn in range(max(numbers) + 1):
+            members = np.flatnonzero(np.array(numbers) == turn)
+            shares = [self.streams[number].share for number in members.tolist()]
+            turns.append((members, Units(seed_of_stream(self.seed, turn), shares)))
+        return turns
 
     def close(self) -> None:
         """Ends what their shards are fetching."""

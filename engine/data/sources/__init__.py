@@ -11,7 +11,7 @@ from engine.data.sources.interface import Source
 from engine.data.sources.kinds import looks_like_image
 from engine.data.sources.library import LibraryDataset
 from engine.data.sources.local import PACKED, is_saved
-from engine.data.sources.subset import drawn_from
+from engine.data.sources.subset import Prompted, drawn_from
 from engine.data.sources.tables import TABLES
 from engine.errors import UserError
 
@@ -27,7 +27,7 @@ def open_source(config: CacheConfig, captioned: bool = True) -> Source:
     Raises:
         UserError: nothing there, or not readable.
     """
-    caption_column = config.caption_column if captioned else None
+    caption_column = config.caption_column if captioned and config.prompt is None else None
     decoding = Decoding(config.image_mode, config.background_color)
     place = _local_place(config)
     source: Source
@@ -59,6 +59,8 @@ def open_source(config: CacheConfig, captioned: bool = True) -> Source:
         raise UserError("no data to build shards from: give --train_data_dir or --dataset_name")
     if len(source) == 0:
         raise UserError(f"{config.source}: no samples found")
+    if captioned and config.prompt is not None:
+        source = Prompted(source, config.prompt)
     if config.max_train_samples is not None and config.max_train_samples < len(source):
         return drawn_from(source, config.max_train_samples, config.sample_seed)
     return source

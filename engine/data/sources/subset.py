@@ -52,6 +52,20 @@ class Subset(Source):
         return self.source.identity() | self.drawn
 
 
+class Prompted(Subset):
+    """All samples of a source, each with the same caption."""
+
+    def __init__(self, source: Source, prompt: str) -> None:
+        super().__init__(source, np.arange(len(source)))
+        self.prompt = prompt
+
+    def captions(self, index: int) -> list[str]:
+        return [self.prompt]
+
+    def stamps(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.source.stamps()
+
+
 class Bucket(Subset):
     """The samples of a source whose images are brought to one size; beside it there are others, so it may come to have none.
 

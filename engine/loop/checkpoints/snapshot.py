@@ -96,6 +96,7 @@ def take(
         data=run.data,
         unit=run.streams.unit if several else None,
         streams=several,
+        in_turn=run.streams.in_turn,
         optimizer_counters=host_counters(partition),
         loss_steps=metrics.steps,
         loss_scaler={k: v for k, v in vars(scaler).items() if isinstance(v, (int, float))} if scaler else None,

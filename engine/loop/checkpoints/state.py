@@ -1,9 +1,10 @@
 """What state.json holds."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_serializer
 
 from engine.config.checks import LARGEST
 from engine.config.options import ALTER_THE_RESULT, TrainConfig
@@ -37,6 +38,7 @@ class StreamState(_Strict):
 
     share: of the units, a fraction in words.
     data: what shaped its shards.
+    loss_weight: what its losses are multiplied by.
     """
 
     data_set: str
@@ -44,6 +46,12 @@ class StreamState(_Strict):
     records: Count
     share: str
     data: dict[str, Any]
+    loss_weight: float = Field(default=1.0, ge=0)
+
+    @model_serializer(mode="wrap")
+    def _in_few_words(self, serialize: Callable[["StreamState"], dict[str, Any]]) -> dict[str, Any]:
+        values = serialize(self)
+        return {name: value for name, value in values.items() if (name, value) != ("loss_weight", 1.0)}
 
     @property
     def name(self) -> str:
@@ -73,6 +81,7 @@ class State(_Strict):
     world: how many processes there were, and so files of slices.
     options: those that alter the result; `data`: what shaped the shards. Earlier versions wrote neither.
     unit, streams: how many slots that follow each other are of one stream, where there are several; then without `data`.
+    in_turn: units are of one data set after another.
     optimizer_counters: what an optimizer keeps as plain numbers.
     loss_steps: how many steps the sum of losses holds.
     loss_scaler: the numbers of DeepSpeed's, under fp16.
@@ -89,6 +98,7 @@ class State(_Strict):
     data: dict[str, Any] | None = None
     unit: int | None = Field(default=None, ge=1, le=LARGEST)
     streams: list[StreamState] = []
+    in_turn: bool = False
     optimizer_counters: dict[str, Count] = {}
     loss_steps: Count
     loss_scaler: dict[str, Number] | None = None
@@ -126,7 +136,7 @@ def states_of(streams: Streams) -> list[StreamState]:
     return [
         StreamState(
             data_set=stream.data_set, bucket=stream.bucket, records=stream.records, share=str(stream.share),
-            data=stream.shards.index.identity,
+            data=stream.shards.index.identity, loss_weight=stream.loss_weight,
         )
         for stream in streams.streams
     ]  # fmt: skip

@@ -41,7 +41,7 @@ class FlatPartition(Partition):
         for parameter, view in zip(self.names, self._views(self.weights), strict=True):
             parameter.data = view
         # A single micro-batch needs no more than its own precision.
-        adds_up = config.gradient_accumulation_steps > 1 and config.accumulation_precision == "fp32"
+        adds_up = config.micro_batches > 1 and config.accumulation_precision == "fp32"
         gradient = torch.zeros_like(self.flat, dtype=torch.float32 if adds_up else dtype)
         self.gradient_views = self._views(gradient)
         self.create_state(self.flat, None, None if self.weights is self.flat else self.weights)

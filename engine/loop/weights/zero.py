@@ -76,7 +76,7 @@ class ZeroPartition(Partition):
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=stepped, config=options, dist_init_required=False)
         zero = self.engine.optimizer
         # Whether a gradient's memory is free again when its micro-batch ends: it is the only one, or stage 2 has moved it on.
-        self.takes_gradients = config.gradient_accumulation_steps == 1 or (self.stage == 2 and zero.contiguous_gradients)
+        self.takes_gradients = config.micro_batches == 1 or (self.stage == 2 and zero.contiguous_gradients)
         if self.stage == 3:
             (flat,), (group,) = zero.fp32_partitioned_groups_flat, zero.fp16_groups
             self._add_even_slices(group)

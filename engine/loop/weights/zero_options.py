@@ -29,7 +29,7 @@ def machinery_stage(config: TrainConfig) -> int:
     """
     if config.zero_stage:
         return config.zero_stage
-    return 2 if config.gradient_accumulation_steps > 1 and config.mixed_precision != "no" else 1
+    return 2 if config.micro_batches > 1 and config.mixed_precision != "no" else 1
 
 
 def reduction_precision(config: TrainConfig, world: int) -> str:
@@ -64,7 +64,7 @@ def deepspeed_config(config: TrainConfig, elements: int, overlap: bool) -> dict[
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.train_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "gradient_accumulation_steps": config.micro_batches,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -88,12 +88,12 @@ def deepspeed_config(config: TrainConfig, elements: int, overlap: bool) -> dict[
 
 def _decided(config: TrainConfig) -> dict[str, tuple[str, Any]]:
     """What the options decide of DeepSpeed's: dotted name -> option, and its value. The user's file may repeat it."""
-    whole = config.train_batch_size * config.gradient_accumulation_steps * launcher.world()
+    whole = config.train_batch_size * config.micro_batches * launcher.world()
     ours, precision, rate = "the engine's own optimizer", "--mixed_precision", config.learning_rate
     return {
         "train_batch_size": ("--train_batch_size x accumulation x processes", whole),
         "train_micro_batch_size_per_gpu": ("--train_batch_size", config.train_batch_size),
-        "gradient_accumulation_steps": ("--gradient_accumulation_steps", config.gradient_accumulation_steps),
+        "gradient_accumulation_steps": ("--gradient_accumulation_steps", config.micro_batches),
         "gradient_clipping": ("--max_grad_norm", config.max_grad_norm),
         "bf16.enabled": (precision, config.mixed_precision == "bf16"),
         "fp16.enabled": (precision, config.mixed_precision == "fp16"),
