@@ -24,6 +24,7 @@ def build_command(arguments: list[str]) -> int:
     config = parse(CacheConfig, "engine.shards build", "Encode a data set into latent shards.", arguments, TrainConfig)
     # After parsing, so that --help and mistakes answer at once.
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
+    from engine.data.class_images import draw_class_images
     from engine.data.describe import summary
     from engine.data.format.buckets import read_indexes
     from engine.data.parts import build_parts
@@ -35,6 +36,7 @@ def build_command(arguments: list[str]) -> int:
     try:
         processes.connect()
         encoding = processes.first_before_others(lambda: open_encoding(config))
+        draw_class_images(config, encoding, processes)
         built = [each.config for each in data_sets_of(config) if each.config.source or not each.name]
         for each in built:
             build_parts(each, encoding.of_data_set(each), processes)

@@ -16,6 +16,7 @@ from engine import launcher, messages
 from engine.backends import compile_model, configure
 from engine.config.mixture import data_sets_of
 from engine.config.options import TrainConfig
+from engine.data.class_images import draw_class_images
 from engine.data.samples.batch import Batch, BatchPlan
 from engine.data.samples.dropout import Dropout
 from engine.data.samples.loader import Loader
@@ -114,6 +115,7 @@ def _train(config: TrainConfig, processes: Processes) -> int:
         config = with_held_out(with_order(config, checkpoint, state), checkpoint, state)
         if config.validation_fraction or config.validation_data_dir:
             family.schedule.draw.grid(config.validation_timesteps)  # which refuses what it cannot be, before shards are built
+        draw_class_images(config, family.encoding, processes)
         same = partial(check_same_shards, checkpoint, state, config)
         streams, parts = prepare_shards(config, family, processes, same, seed, unit_of(config, checkpoint, state))
         check_same_streams(checkpoint, state, config.continue_on_grown_data, streams)
