@@ -50,7 +50,7 @@ ELSEWHERE = {
         "put the part into the folder of the pipeline that --pretrained_model_name_or_path names"
     ),
     # Data.
-    "instance_data_dir image_dir image_folder data_dir data_path dataset_path dataset "
+    "image_dir image_folder data_dir data_path dataset_path dataset "
     "in_json train_data images": (
         "--train_data_dir, a folder of images and their captions, or --dataset_name"
     ),
@@ -64,16 +64,21 @@ ELSEWHERE = {
     "cache_shuffle_num": "--caption_variants",
     "cache_shuffle_delimiter tag_delimiter keep_tokens_separator caption_separator secondary_separator": "commas separate tags",
     "caption_tag_dropout_rate tag_dropout*": "tags are not dropped; --proportion_empty_prompts drops whole captions",
-    "instance_prompt class_tokens caption_extension caption_extention caption_strategy "
+    "class_tokens": "--instance_prompt with --instance_data_dir; in a [[data]] table `prompt`",
+    "caption_extension caption_extention caption_strategy "
     "token_warmup* instanceprompt": (
         "captions beside the images, in a `.txt` each, or in the column of a table that --caption_column names"
     ),
     "caption_dropout_rate caption_dropout caption_dropout_prob* cond_dropout_prob conditioning_dropout_prob "
     "cfg_dropout_prob ucg_rate": "--proportion_empty_prompts",
-    "class_data_dir class_prompt with_prior_preservation prior_loss_weight num_class_images reg_data_dir "
-    "masked_prior_preservation_weight prior_generation_precision is_reg": (
-        "no prior preservation; images of the class are a [[data]] table of their own, with its `repeats` or `weight`"
+    "reg_data_dir": (
+        "--with_prior_preservation with --class_data_dir and --class_prompt; or a [[data]] table with `loss_weight`"
     ),
+    "is_reg is_regularisation_data is_regularization_data loss_weight loss_multiplier": (
+        "`loss_weight` in a [[data]] table, with `prompt` where its images have no captions"
+    ),
+    "num_reg_images": "--num_class_images",
+    "masked_prior_preservation_weight prior_divergence_loss*": "no prediction of the model before it was trained is kept",
     "caption_dropout_every_n_epochs": "--proportion_empty_prompts, the same in every epoch",
     "weighted_captions max_token_length tokenizer_max_length enable_wildcard": (
         "captions are tokenized as the pipeline does it; give several per image in a list"

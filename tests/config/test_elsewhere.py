@@ -55,7 +55,7 @@ def test_a_name_stands_once_and_is_none_of_ours():
         (["--max_train_epochs", "3"], "unknown option --max_train_epochs: here it is --num_train_epochs"),
         (["--min_snr_gamma=5"], "unknown option --min_snr_gamma: here it is --snr_gamma"),
         (["--multi_gpu"], "unknown option --multi_gpu: here it is `torchrun"),
-        (["--is_reg"], "unknown option --is_reg: no prior preservation; images of the class are a [[data]] table of their own"),
+        (["--is_reg"], "unknown option --is_reg: here it is `loss_weight` in a [[data]] table"),
         (["--initial_epoch", "3"], "unknown option --initial_epoch: here it is --resume_from_checkpoint, which goes on"),
         (["--conditioning_data_dir", "m"], "unknown option --conditioning_data_dir: masks lie beside the images"),
         (["--huber_scale", "3"], "unknown option --huber_scale: the loss that --loss_type names has no factor"),

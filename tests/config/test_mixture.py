@@ -96,7 +96,7 @@ def test_a_folder_given_twice_is_two_data_sets(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (f"{CATS}zzz = 4", ["[[data]] cats: unknown key zzz; there are name, weight, repeats, train_data_dir"]),
+        (f"{CATS}zzz = 4", ["[[data]] cats: unknown key zzz; there are name, weight, repeats, loss_weight, train_data_dir"]),
         (f"{CATS}reapets = 4", ["[[data]] cats: unknown key reapets; did you mean repeats?"]),
         (f"{CATS}num_repeats = 4", ["[[data]] cats: unknown key num_repeats; did you mean repeats?"]),
         (f"{CATS}resolution = 4", ["[[data]] cats: resolution is of the whole run; write it above the tables"]),
