@@ -15,7 +15,9 @@ from engine import export, sample
 from engine.config.options import TrainConfig
 from engine.data.sources.interface import refusing
 from engine.loop.export import save_pipeline
+from engine.models.adapter import DOWN, MAGNITUDE, UP, Adapter, adaptable_layers, read_adapter, write_adapter
 from engine.models.family import open_family
+from engine.models.low_rank import open_parts
 from engine.models.original_layout import write_single_file
 from engine.models.pipelines import open_pipeline
 from examples.tiny_models import WRITERS
@@ -147,7 +149,7 @@ def make_single_files(whole: Path) -> None:
 
 
 def mutate_single_file(path: Path, random: Random) -> str:
-    if path.suffix == ".ckpt" and random.random() < 0.2:
+    if path.suffix in (".ckpt", ".bin") and random.random() < 0.2:
         path.unlink()
         torch.save({"state_dict": Evil(next(parent / OUTSIDE for parent in path.parents if (parent / OUTSIDE).is_dir()))}, path)
         return "a program in a pickle"
@@ -174,6 +176,47 @@ def read_single_file(place: Place) -> Any:
     return None
 
 
+def make_adapters(whole: Path) -> None:
+    """An adapter of some layers in every form, and in a pickle, beside the pipeline that it is of."""
+    WRITERS["sd"](whole.parent)
+    parts = open_parts(whole.parent / "pipeline")
+    layers = (
+        "unet.conv_in",
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
+        "text_encoder.encoder.layers.0.mlp.fc1",
+    )
+    tensors, alphas = {}, {}
+    for layer in layers:
+        out, *inner = adaptable_layers(parts)[layer].weight.shape
+        tensors[layer + DOWN], tensors[layer + UP] = torch.ones(2, *inner), torch.ones(out, 2, *(1 for _ in inner[1:]))
+        tensors[layer + MAGNITUDE] = torch.ones((1, out, 1, 1) if inner[1:] else out)
+        alphas[layer] = 1.0 + len(alphas)
+    adapter = Adapter(tensors, alphas)
+    write_adapter(whole / "theirs.safetensors", adapter)
+    write_adapter(whole / "kohya.safetensors", adapter, "kohya")
+    write_adapter(whole / "peft", adapter, "peft")
+    torch.save(load_file(whole / "kohya.safetensors"), whole / "pickle.bin")
+
+
+def mutate_adapter(path: Path, random: Random) -> str:
+    if path.is_dir() and random.random() < 0.5:
+        return mutate_folder(path, random)
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return mutate_single_file(random.choice(files), random)
+
+
+def read_an_adapter(place: Place) -> Any:
+    """Reads an adapter as a training does, and now and then merges it into its pipeline."""
+    pipeline = place.support / "pipeline"
+    parts = open_parts(pipeline)
+    adapter = read_adapter(place.given, parts)
+    if not all(torch.isfinite(tensor.float()).all() for tensor in adapter.tensors.values()):
+        raise Broken("a tensor is not finite")
+    if place.thorough:
+        command(export.main, "--model", str(pipeline), "--merge", str(place.given), "--output", str(place.output / "merged"))
+    return None
+
+
 KINDS = {
     f"models-{family}": Kind(
         family, functools.partial(make_pipelines, family), mutate_pipeline, functools.partial(read_pipelines, family)
@@ -183,4 +226,5 @@ KINDS = {
     "models-sampled": Kind("sd", functools.partial(make_pipelines, "sd"), mutate_pipeline, read_sampled),
     "models-exported": Kind("sd", functools.partial(make_pipelines, "sd"), mutate_pipeline, read_exported),
     "single-files": Kind("single-files", make_single_files, mutate_single_file, read_single_file),
+    "adapters": Kind("adapters", make_adapters, mutate_adapter, read_an_adapter),
 }
