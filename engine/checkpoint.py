@@ -101,6 +101,7 @@ def export_command(arguments: list[str]) -> int:
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     from engine.loop.checkpoints.layout import open_checked, or_another
     from engine.loop.checkpoints.models import whole_parameters
+    from engine.loop.checkpoints.names import ADAPTERS
     from engine.loop.export import adapter_path, save_adapter, save_pipeline
     from engine.models.family import form_with, open_family
     from engine.models.lora import add_adapters
@@ -117,6 +118,8 @@ def export_command(arguments: list[str]) -> int:
     # The parameters as training lays them out, without the rest of what a training pass needs, a GPU of some kind perhaps.
     model = family.published_model()
     if config.lora_rank:
+        if config.lora_weights and (own := directory / ADAPTERS["weight"]).is_file():  # of the same layers, on any machine
+            config = config.model_copy(update={"lora_weights": str(own)})
         add_adapters(model, family.part, config, seed=0)
     to_training_form(model, form_with(config))
     parameters = list(model.named_parameters())

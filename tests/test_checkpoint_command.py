@@ -5,6 +5,9 @@ import tomllib
 
 import pytest
 import tomli_w
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from engine import checkpoint
@@ -12,6 +15,7 @@ from engine.config.command_line import to_toml
 from engine.errors import UserError
 from engine.loop.trainer import train
 from engine.models import published
+from engine.models.adapter import DOWN, UP, Adapter, adaptable, read_adapter, write_adapter
 from tests.loop import test_families as families
 from tests.loop.runs import config, flip_last_byte
 
@@ -60,6 +64,28 @@ def test_an_export_is_the_pipeline_that_training_left(trained, tmp_path, monkeyp
     assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
     assert command(monkeypatch, "export", trained / "checkpoint-2", "--output_dir", tmp_path / "raw", "--kind", "weight") == 0
     assert any(bool((value != theirs[name]).any()) for name, value in weights(tmp_path / "raw").items())
+
+
+def test_an_adapter_is_exported_without_the_one_that_its_training_began_with(
+    model, images, shards, tmp_path, monkeypatch, capsys
+):
+    pipeline = DiffusionPipeline.from_pretrained(model)
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    tensors = {f"unet.{layer}{DOWN}": torch.ones(2, 32), f"unet.{layer}{UP}": torch.zeros(32, 2)}
+    start = tmp_path / "start.safetensors"
+    write_adapter(start, Adapter(tensors, {f"unet.{layer}": 1.0}), "kohya")
+    options = {"lora_rank": 2, "lora_weights": str(start), "save_format": "kohya", "checkpointing_steps": 1}
+    assert train(config(model, images, shards, tmp_path / "style", max_train_steps=1, **options)) == 0
+    start.unlink()
+    assert command(monkeypatch, "export", tmp_path / "style", "--output_dir", tmp_path / "out") == 0
+    exported, left = tmp_path / "out" / "out.safetensors", tmp_path / "style" / "style.safetensors"
+    assert str(exported) in capsys.readouterr().out
+    ours, theirs = (read_adapter(file, adaptable(pipeline)) for file in (exported, left))
+    assert ours.alphas == theirs.alphas == {f"unet.{layer}": 1.0}
+    assert all(torch.equal(ours.tensors[name], theirs.tensors[name]) for name in tensors)
+    with safe_open(left, "pt") as opened:
+        said = opened.metadata()
+    assert (said["ss_sd_model_name"], said["ss_output_name"], said["ss_network_dim"]) == (model.name, "style", "2")
 
 
 def test_an_export_needs_none_of_the_cards_that_the_training_needed(published, photographs, tmp_path, monkeypatch):

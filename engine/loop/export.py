@@ -1,6 +1,7 @@
 """The trained pipeline: saved where the diffusers scripts leave it, and uploaded."""
 
 import glob
+import json
 import shutil
 from collections import deque
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from torch import Tensor
 
+from engine.catalogue import FAMILIES
 from engine.config.mixture import data_sets_of
 from engine.config.options import TrainConfig
 from engine.errors import UserError, first_line
@@ -55,7 +57,13 @@ def save_adapter(config: TrainConfig, module: Any, part: str, tensors: Iterable[
         part: as `parts_of` takes it.
         tensors: of the adapter, in published form.
     """
-    write_adapter(adapter_path(config), adapter_of(module, part, tensors, torch.float32), config.save_format)
+    path, base = adapter_path(config), getattr(config, FAMILIES[config.family].pipeline)
+    said = {  # that web interfaces show, by the names of kohya's scripts
+        "sd_model_name": Path(base).name, "output_name": path.stem, "learning_rate": config.learning_rate,
+        "max_train_steps": config.max_train_steps, "resolution": config.resolution,
+    }  # fmt: skip
+    about = {f"ss_{name}": str(value) for name, value in said.items()} if config.save_format == "kohya" else {}
+    write_adapter(path, adapter_of(module, part, tensors, torch.float32), config.save_format, about)
 
 
 def adapter_path(config: TrainConfig) -> Path:
@@ -129,15 +137,17 @@ def push_to_hub(config: TrainConfig, family: Family, repository: str) -> None:
     """Uploads the trained pipeline, or the adapter, with a model card."""
     output = Path(config.output_dir)
     data = ", ".join(data_set.config.source or data_set.name or "its own latent shards" for data_set in data_sets_of(config))
+    front = [
+        *([] if Path(family.base_model).exists() else [f"base_model: {family.base_model}"]),  # the hub refuses what is no name
+        "library_name: diffusers",
+        f"tags: [text-to-image, diffusers, diffusers-training{', lora' if config.lora_rank else ''}]",
+        *([f"instance_prompt: {json.dumps(config.instance_prompt)}"] if config.instance_prompt else []),
+    ]
     card = ModelCard(
-        "---\n"
-        f"base_model: {family.base_model}\n"
-        "library_name: diffusers\n"
-        f"tags: [text-to-image, diffusers, diffusers-training{', lora' if config.lora_rank else ''}]\n"
-        "---\n\n"
-        f"# {repository}\n\n"
-        f"Fine-tuned from `{family.base_model}` on `{data}`: {config.max_train_steps} steps at learning "
-        f"rate {config.learning_rate}, {config.resolution} px, precision {config.mixed_precision}.\n"
+        "\n".join(["---", *front, "---"]) + f"\n\n# {repository}\n\n"
+        f"{'A LoRA of' if config.lora_rank else 'Fine-tuned from'} `{family.base_model}` on `{data}`: "
+        f"{config.max_train_steps} steps at learning rate {config.learning_rate}, {config.resolution} px, precision "
+        f"{config.mixed_precision}.\n{_how_to_load(config, family, repository) if config.lora_rank else ''}"
     )
     discard(output / "README.md")  # which may be a link
     card.save(output / "README.md")
@@ -151,3 +161,25 @@ def push_to_hub(config: TrainConfig, family: Family, repository: str) -> None:
         commit_message="End of training",
         ignore_patterns=[f"{CHECKPOINT}*", "shards/*", "logs/*", "wandb/*", LATEST, BEST, *_OF_THE_RUN, *others],
     )
+
+
+def _how_to_load(config: TrainConfig, family: Family, repository: str) -> str:
+    """Code that puts a published adapter into its pipeline, for a model card; none where no library reads the form."""
+    name, entry = adapter_path(config).name, FAMILIES[config.family]
+    kind, imports = entry.classes[entry.pipeline], ""
+    if config.save_format == "peft":
+        parts = ("unet", "text_encoder") if config.train_text_encoder else (entry.part,)
+        imports = "from peft import PeftModel\n"
+        within = [f', subfolder="{part}"' if len(parts) > 1 else "" for part in parts]
+        load = "\n".join(
+            f'pipeline.{part} = PeftModel.from_pretrained(pipeline.{part}, "{repository}"{folder})'
+            for part, folder in zip(parts, within, strict=True)
+        )
+    elif config.family == "sd" or (config.family == "wuerstchen" and config.save_format == "diffusers"):
+        load = f'pipeline.load_lora_weights("{repository}", weight_name="{name}")'
+    elif config.save_format == "diffusers":
+        load = f'pipeline.{entry.part}.load_lora_adapter("{repository}", prefix="{entry.part}", weight_name="{name}")'
+    else:
+        return ""
+    code = f'{imports}\npipeline = {kind}.from_pretrained("{family.base_model}")\n{load}'
+    return f"\n```python\nfrom diffusers import {kind}\n{code}\n```\n"

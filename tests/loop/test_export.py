@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -144,3 +145,33 @@ def test_links_are_not_published(model, tmp_path, monkeypatch, capsys):
     assert SECRET not in "".join(published.values())
     assert (tmp_path / "secret").read_text() == SECRET
     assert "these links lead elsewhere: " in capsys.readouterr().err
+
+
+CARDS = {
+    ("sd", "diffusers"): 'pipeline.load_lora_weights("a/b", weight_name="pytorch_lora_weights.safetensors")',
+    ("sd", "kohya"): 'pipeline.load_lora_weights("a/b", weight_name="out.safetensors")',
+    ("wuerstchen", "diffusers"): 'pipeline.load_lora_weights("a/b", weight_name="pytorch_lora_weights.safetensors")',
+    ("kandinsky-prior", "diffusers"): 'pipeline.prior.load_lora_adapter("a/b", prefix="prior", weight_name="pytorch_lora',
+    ("kandinsky-decoder", "peft"): 'pipeline.unet = PeftModel.from_pretrained(pipeline.unet, "a/b")\n',
+    ("wuerstchen", "kohya"): None,
+}
+
+
+@pytest.mark.parametrize(("family", "form"), CARDS)
+def test_the_card_of_an_adapter_says_how_it_is_loaded(family, form, tmp_path, monkeypatch):
+    config = TrainConfig.model_validate(
+        {"family": family, MODEL: "someone/base", "shards_dir": "unused", "output_dir": str(tmp_path / "out"),
+         "max_train_steps": 1, "lora_rank": 4, "save_format": form}
+    )  # fmt: skip
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(export.HfApi, "upload_folder", lambda self, **options: None)
+    push_to_hub(config, SimpleNamespace(base_model="someone/base"), "a/b")
+    card = (tmp_path / "out" / "README.md").read_text()
+    code = CARDS[family, form]
+    assert card.count("```") == (2 if code else 0)
+    assert code is None or code in card
+    assert (
+        "base_model: someone/base\nlibrary_name: diffusers\ntags: [text-to-image, diffusers, diffusers-training, lora]" in card
+    )
+    push_to_hub(config, SimpleNamespace(base_model=str(tmp_path)), "a/b")
+    assert "base_model" not in (tmp_path / "out" / "README.md").read_text()
