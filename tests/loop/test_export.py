@@ -170,8 +170,6 @@ def test_the_card_of_an_adapter_says_how_it_is_loaded(family, form, tmp_path, mo
     code = CARDS[family, form]
     assert card.count("```") == (2 if code else 0)
     assert code is None or code in card
-    assert (
-        "base_model: someone/base\nlibrary_name: diffusers\ntags: [text-to-image, diffusers, diffusers-training, lora]" in card
-    )
+    assert {"base_model: someone/base", "library_name: diffusers", "- lora"} <= {*card.splitlines()}
     push_to_hub(config, SimpleNamespace(base_model=str(tmp_path)), "a/b")
     assert "base_model" not in (tmp_path / "out" / "README.md").read_text()
