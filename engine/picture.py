@@ -6,6 +6,7 @@ import math
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -22,6 +23,8 @@ _MIN_LABEL = 144  # pixels, enough for three words
 _IMAGES_BESIDE = 12  # of one row, before it wraps
 _LABEL_HEIGHT = 20
 _FONT_SIZE = 13
+_LARGEST_FRAME = 1024  # pixels of a GIF's longer side
+_BLENDS, _SHOWN_MS, _BLEND_MS = 6, 900, 70  # pictures between two of a GIF, and for how long each is shown
 _LONGEST_LABEL = 1000  # characters, of which no grid shows all
 _DEJAVU = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # Latin, Greek, Cyrillic, Arabic, Hebrew
 
@@ -50,6 +53,49 @@ def labelled_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Im
             enlarged = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
             grid.paste(enlarged, (left + place % columns * width, top + _LABEL_HEIGHT + place // columns * height))
     return grid
+
+
+def side_by_side(labels: Sequence[str], rows: Sequence[tuple[str, Sequence[Sequence[Image.Image]]]]) -> Image.Image:
+    """A column of images under each label: of every row its text, and below it lines of an image per label.
+
+    Args:
+        rows: text -> lines, each an image for every label.
+    """
+    images = [image for _, lines in rows for line in lines for image in line]
+    factor = max(1, -(-_MIN_CELL // max(image.width for image in images)))
+    width = max(max(image.width for image in images) * factor, _MIN_LABEL) + _MARGIN
+    height = max(image.height for image in images) * factor + _MARGIN
+    lines_in_all = sum(len(lines) for _, lines in rows)
+    size = (len(labels) * width + _MARGIN, (1 + len(rows)) * _LABEL_HEIGHT + lines_in_all * height + _MARGIN)
+    grid = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(grid)
+    for column, label in enumerate(labels):
+        _write(label, draw, _MARGIN + column * width, _MARGIN, width - _MARGIN)
+    top = _MARGIN + _LABEL_HEIGHT
+    for text, lines in rows:
+        _write(text, draw, _MARGIN, top, size[0] - 2 * _MARGIN)
+        top += _LABEL_HEIGHT
+        for line in lines:
+            for column, image in enumerate(line):
+                enlarged = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+                grid.paste(enlarged, (_MARGIN + column * width, top))
+            top += height
+    return grid
+
+
+def save_fading(pictures: Sequence[Image.Image], path: Path) -> None:
+    """Writes pictures of one size as a GIF in which each fades into the next, without end."""
+    largest = max(pictures[0].size)
+    sizes = [max(1, side * min(largest, _LARGEST_FRAME) // largest) for side in pictures[0].size]
+    shown = [picture.resize((sizes[0], sizes[1]), Image.Resampling.LANCZOS) for picture in pictures]
+    frames, times = [], []
+    for now, then in zip(shown, [*shown[1:], shown[0]], strict=True):
+        frames += [Image.blend(now, then, step / (_BLENDS + 1)) for step in range(_BLENDS + 1)]
+        times += [_SHOWN_MS, *[_BLEND_MS] * _BLENDS]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first, *others = frames
+    options: dict[str, Any] = {"save_all": True, "append_images": others, "duration": times, "loop": 0}
+    write_atomically(path, lambda temporary: first.save(temporary, format="GIF", **options))
 
 
 def _write(text: str, draw: ImageDraw.ImageDraw, left: int, top: int, width: int) -> None:

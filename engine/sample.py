@@ -2,18 +2,18 @@
 `python -m engine.sample --model DIR --prompts ...`."""
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from engine.catalogue import FAMILIES
 from engine.config.checks import check_picture
 from engine.config.command_line import Parser, number, prompt, whole
+from engine.drawable import Drawable, compared, locate
 from engine.errors import UserError, exit_code, first_line, out_of_memory, printable
-from engine.loop.checkpoints.names import LATEST, MANIFEST
-from engine.messages import Progress
+from engine.messages import Progress, busy
 from engine.prompts import GUIDANCE, IMAGES, SEED, STEPS, Wanted, read_prompts, size
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -44,9 +44,39 @@ def _check_sampling(pipeline: Any, wanted: Sequence[Wanted]) -> None:
             raise UserError(f"--num_inference_steps {steps}: this model has {most} timesteps")
 
 
+def _scaled(text: str) -> tuple[Path, float]:
+    """A path, and the scale that may stand behind it."""
+    path, _, scale = text.rpartition(":")
+    try:
+        if path and not Path(text).exists() and math.isfinite(value := float(scale)):
+            return Path(path), value
+    except ValueError:
+        pass
+    return Path(text), 1.0
+
+
 def _command_line() -> Parser:
     parser = Parser("engine.sample", description="Draw images from a trained pipeline: each, and all in one labelled grid.")
-    parser.add_argument("--model", type=Path, required=True, help="directory of the trained pipeline")
+    parser.add_argument(
+        "--model", type=Path, help="the trained pipeline, the output directory of its training, or a checkpoint in it"
+    )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        nargs="+",
+        metavar="MODEL",
+        help="draw with several models from the same noise, side by side and as a GIF: pipelines, output directories, "
+        "checkpoints, or adapters over --model; or with all checkpoints of the one output directory named",
+    )
+    parser.add_argument(
+        "--lora",
+        type=_scaled,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="adapters to draw with",
+    )
     parser.add_argument(
         "--other_half",
         help="for Kandinsky and Wuerstchen, the decoder of a prior or the prior of a decoder (default: the published)",
@@ -72,23 +102,10 @@ def _command_line() -> Parser:
     parser.add_argument("--seed", type=SEED, default=0, help="of the first image of a prompt, then one more each (default: 0)")
     parser.add_argument("--precision", choices=PRECISIONS, help="default: bf16 on a GPU, else fp32")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    parser.add_argument("--compile", action="store_true", help="compile the denoising models with torch.compile")
+    parser.add_argument("--compile", action="store_true", help="compile the models with torch.compile: for many images")
     parser.add_argument("--output", type=Path, default=Path("samples.png"), help="the grid, beside which the images go as "
                         "NAME-0000.png (default: samples.png)")  # fmt: skip
     return parser
-
-
-def _locate(directory: Path) -> Path:
-    """The pipeline that a training left in its output directory, or that lies in one."""
-    results = [directory / family.result for family in FAMILIES.values() if family.result]
-    model = next(filter(Path.is_dir, results), directory)
-    if not (model / "model_index.json").is_file():
-        remedy = "give the output directory of a training that ended"
-        if any((directory / name).exists() for name in (LATEST, MANIFEST)):
-            remedy = "make a pipeline of the checkpoint with `python -m engine.checkpoint export`"
-        problem = "no model_index.json there" if directory.is_dir() else "no such directory"
-        raise UserError(f"--model {directory}: {problem}; {remedy}")
-    return model
 
 
 def _device(name: str | None) -> Any:
@@ -144,56 +161,57 @@ def _texts(settings: dict[str, Any]) -> dict[str, str]:
         "CFG scale": settings["guidance_scale"], "Seed": settings["seed"],
         "Size": f"{settings['width']}x{settings['height']}", "Model": json.dumps(settings["model"])[1:-1],
     }  # fmt: skip
-    lines = [settings["prompt"]]
+    named = "".join(f" <lora:{name}:{scale:g}>" for name, scale in settings["lora"].items())
+    lines = [settings["prompt"] + named]
     if settings["negative_prompt"]:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
     lines.append(", ".join(f"{name}: {value}" for name, value in words.items() if value != ""))
     return {"parameters": "\n".join(lines), "settings": json.dumps(settings, ensure_ascii=False)}
 
 
-def main() -> int:
-    options = _command_line().parse_args(sys.argv[1:])
-    check_picture("--output", options.output)
-    width, height = options.resolution or (None, None)
-    usual = Wanted(
-        "", options.seed, options.negative_prompt, width, height, options.num_inference_steps, options.guidance_scale
-    )
-    rows = read_prompts(options.prompts, usual, options.images_per_prompt)
-    model = _locate(options.model)
-
-    from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
+def _open(one: Drawable, options: Any, wanted: Sequence[Wanted], device: Any, precision: str) -> Any:
+    """The pipeline to draw with, ready on its device."""
     import torch
 
-    from engine.models.drawing import compile_denoisers, draw
-    from engine.models.pipelines import open_pipeline, require_drawable
+    from engine.models.drawing import compile_models, speed_up
+    from engine.models.pipelines import bake_in, open_pipeline, require_drawable
     from engine.models.schedulers import use_scheduler
-    from engine.picture import labelled_grid, save_png
 
-    quiet_libraries()
-
-    device = _device(options.device)
-    precision = options.precision or ("fp32" if device.type == "cpu" else "bf16")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    pipeline = open_pipeline(model, options.other_half, dtype)
+    adapters = [*one.adapters, *options.lora]
+    # An adapter changes less than a number in 16 bits can hold: it is added in fp32, and the sum rounded once.
+    pipeline = open_pipeline(one.pipeline, options.other_half, torch.float32 if adapters else dtype, one.parts)
+    for path, scale in adapters:
+        bake_in(pipeline, path, scale)
     if options.scheduler:
         use_scheduler(pipeline, options.scheduler)
-    wanted = [one for row in rows for one in row]
     _check_sampling(pipeline, wanted)
-    arguments = _arguments_of(pipeline, options)
-    if any(one.width is None or one.height is None for one in wanted):
-        require_drawable(pipeline, model, "give --resolution")
-    pipeline = pipeline.to(device)
+    if any(image.width is None or image.height is None for image in wanted):
+        require_drawable(pipeline, one.pipeline, "give --resolution")
+    pipeline = pipeline.to(device, dtype)
     pipeline.set_progress_bar_config(disable=None, leave=False)
+    speed_up(pipeline)
     if options.compile:
-        compile_denoisers(pipeline)
-    about = {"model": options.model.absolute().name, "precision": precision}
-    digits = max(4, len(str(len(wanted) - 1)))
+        compile_models(pipeline, 2 * len({(image.width, image.height) for image in wanted}))
+    return pipeline
+
+
+def _draw(one: Drawable, options: Any, wanted: Sequence[Wanted], device: Any, names: Sequence[Path]) -> list[Any]:
+    """The images that are wanted, in their order, each saved under its name with its settings."""
+    from engine.models.drawing import draw
+    from engine.picture import save_png
+
+    precision = options.precision or ("fp32" if device.type == "cpu" else "bf16")
+    with busy(f"Opening {one.name}"):
+        pipeline = _open(one, options, wanted, device, precision)
+    arguments = _arguments_of(pipeline, options)
+    loras = {path.stem: scale for path, scale in options.lora}
+    about = {"model": one.name, "lora": loras, "precision": precision}
     images: dict[int, Any] = {}
     try:
-        with Progress(len(wanted), "Drawing", "image") as progress:
+        with Progress(len(wanted), f"Drawing with {one.name}", "image") as progress:
             for place, image in draw(pipeline, wanted, options.batch_size, options.compile, **arguments):
-                texts = _texts(_settings(pipeline, wanted[place], image, arguments, about))
-                save_png(image, options.output.with_name(f"{options.output.stem}-{place:0{digits}}.png"), texts)
+                save_png(image, names[place], _texts(_settings(pipeline, wanted[place], image, arguments, about)))
                 images[place] = image
                 progress.update()
     except UserError:
@@ -201,11 +219,68 @@ def main() -> int:
     except Exception as error:  # numbers in a model's configurations that no other check knows
         if out_of_memory(error) or isinstance(error, OSError):
             raise
-        raise UserError(f"--model {model}: cannot be drawn with: {type(error).__name__}: {first_line(error)}") from None
-    drawn = iter([images[place] for place in range(len(wanted))])
-    grid = labelled_grid([(row[0].prompt, [next(drawn) for _ in row]) for row in rows])
-    save_png(grid, options.output)
-    print(f"samples in {printable(str(options.output))}")
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"--model {one.pipeline}: cannot be drawn with: {said}") from None
+    return [images[place] for place in range(len(wanted))]
+
+
+def _by_prompt(rows: Sequence[Sequence[Wanted]], images: Sequence[Any]) -> list[tuple[str, Sequence[Any]]]:
+    """Each prompt with its images."""
+    left = iter(images)
+    return [(row[0].prompt, [next(left) for _ in row]) for row in rows]
+
+
+def _sides(options: Any) -> list[Drawable]:
+    """What is drawn with, one after another.
+
+    Raises:
+        UserError: nothing is named, or something that cannot be drawn with.
+    """
+    if options.model is None and not options.compare:
+        raise UserError("--model is required: the directory of a trained pipeline; or --compare, with two of them")
+    base = locate("--model", options.model) if options.model is not None else None
+    if not options.compare:
+        return [base] if base else []
+    if base is not None and (base.parts or base.adapters):
+        raise UserError(f"--model {options.model}: beneath what --compare names lies a whole pipeline; give one")
+    return compared(options.compare, base.pipeline if base else None)
+
+
+def main() -> int:
+    options = _command_line().parse_args(sys.argv[1:])
+    output: Path = options.output
+    check_picture("--output", output)
+    width, height = options.resolution or (None, None)
+    usual = Wanted(
+        "", options.seed, options.negative_prompt, width, height, options.num_inference_steps, options.guidance_scale
+    )
+    rows = read_prompts(options.prompts, usual, options.images_per_prompt)
+    wanted = [one for row in rows for one in row]
+    sides = _sides(options)
+
+    from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
+    from engine.picture import labelled_grid, save_fading, save_png, side_by_side
+
+    quiet_libraries()
+    device = _device(options.device)
+    digits = max(4, len(str(len(wanted) - 1)))
+    drawn = []
+    for place, side in enumerate(sides):
+        stem = f"{output.stem}-{place}" if options.compare else output.stem
+        names = [output.with_name(f"{stem}-{image:0{digits}}.png") for image in range(len(wanted))]
+        drawn.append(_draw(side, options, wanted, device, names))
+    if not options.compare:
+        save_png(labelled_grid(_by_prompt(rows, drawn[0])), output)
+        print(f"samples in {printable(str(output))}")
+        return 0
+    save_png(side_by_side([side.name for side in sides], _by_prompt(rows, list(zip(*drawn, strict=True)))), output)
+    grids = [
+        labelled_grid([(f"{side.name}: {prompt}", row) for prompt, row in _by_prompt(rows, images)])
+        for side, images in zip(sides, drawn, strict=True)
+    ]
+    fading = output.with_suffix(".gif")
+    save_fading(grids, fading)
+    print(f"side by side in {printable(str(output))}, fading in {printable(str(fading))}")
     return 0
 
 

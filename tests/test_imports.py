@@ -15,7 +15,8 @@ LAYERS = [
     "engine.data.captions", "engine.data.records", "engine.data.found", "engine.data.together", "engine.data.encode",
     "engine.data.sizes", "engine.data.image_sizes", "engine.data.encode_buckets",
     "engine.data.parts", "engine.data.describe", "engine.data.convert", "engine.data", "engine.loop", "engine.run",
-    "engine.shards", "engine.cache", "engine.checkpoint", "engine.sample", "engine.export", "benchmarks.tools", "benchmarks",
+    "engine.shards", "engine.cache", "engine.checkpoint", "engine.drawable", "engine.sample", "engine.export",
+    "benchmarks.tools", "benchmarks",
 ]  # fmt: skip
 # Folders -> what their files import of the project at the most; questions import tools and never each other.
 QUESTION = ("benchmarks.tools", "engine", "cpp_ext")

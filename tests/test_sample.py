@@ -3,17 +3,19 @@
 import json
 import shutil
 import sys
-from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import nn
 
-from engine import sample
+from engine import drawable, sample
 from engine.errors import UserError, exit_code
 from engine.models import drawing
+from engine.models.adapter import DOWN, UP, Adapter, adaptable, adaptable_layers, write_adapter
 from engine.models.drawing import draw
 from engine.models.pipelines import open_pipeline
 from engine.models.schedulers import SAMPLERS, parse_scheduler, schedulers_of, use_scheduler
@@ -59,29 +61,35 @@ def pixels(pipeline, wanted, batch_size=1, **arguments) -> np.ndarray:
     return np.stack([np.asarray(drawn[place], float) for place in range(len(wanted))])
 
 
-def test_every_sampling_step_calls_compiled_models(published, monkeypatch):
-    for family in HALVES:
-        ours, other = (published(family)[name] if name else None for name in HALVES[family])
-        calls = []
+@pytest.mark.parametrize("family", HALVES)
+def test_all_that_draws_is_one_compiled_graph_each_and_in_the_form_of_training(family, published, monkeypatch):
+    """Graph breaks raise; what inductor would make of the graphs is torch's."""
+    compiled = []
 
-        def compile_module(module, calls=calls):
-            def call(*arguments, **named):
-                calls.append(type(module))
-                return module._call_impl(*arguments, **named)
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph
 
-            module._compiled_call_impl = call
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call, mode, **options: compiler(call, backend=backend, **options))
+    ours, other = (published(family)[name] if name else None for name in HALVES[family])
+    pipeline = open_pipeline(ours, other, torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    wanted = [Wanted("a cat", 0), Wanted("a cat", 1), Wanted("a dog", 2)]
+    before = pixels(pipeline, wanted, 2, **ARGUMENTS[family])
+    drawing.speed_up(pipeline)
+    drawing.compile_models(pipeline, 1)
+    after = pixels(pipeline, wanted, 2, fill=True, **ARGUMENTS[family])
+    assert abs(after - before).max() <= 1
+    assert len(compiled) == (2 if family == "sd" else 3)
 
-        monkeypatch.setattr(nn.Module, "compile", compile_module)
-        pipeline = open_pipeline(ours, other, torch.float32)
-        pipeline.set_progress_bar_config(disable=True)
-        wanted = [Wanted("a cat", 0), Wanted("a cat", 1)]
-        before = pixels(pipeline, wanted, 2, **ARGUMENTS[family])
-        assert not calls
-        drawing.compile_denoisers(pipeline)
-        assert np.array_equal(pixels(pipeline, wanted, 2, **ARGUMENTS[family]), before)
-        denoisers = [part for part in drawing.DENOISERS if part in pipeline.components]
-        assert len(denoisers) == (1 if family == "sd" else 2)
-        assert Counter(calls) == {type(pipeline.components[part]): 2 for part in denoisers}
+
+def test_results_of_compiled_models_stay_when_the_next_are_written_over_them():
+    place = torch.zeros(2)
+    call = drawing._kept(lambda x: {"sample": place.fill_(x)})
+    first = call(1.0)
+    call(2.0)
+    assert first["sample"].tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("family", HALVES)
@@ -251,20 +259,147 @@ def test_bad_lines_of_prompts_are_named_by_number(name, content, said, tmp_path)
     assert said.replace("\\\\", "\\") in str(raised.value)
 
 
-def test_the_command_draws_a_grid_with_compiled_models(model, tmp_path, monkeypatch):
+def test_the_command_compiles_where_it_is_told_to(model, tmp_path, monkeypatch):
     compiled = []
-    monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(module))
-    grid = tmp_path / "grid.png"
-    arguments = ["--model", str(model), "--prompts", "a cat", "a dog", "--images_per_prompt", "2", "--num_inference_steps", "2",
-                 "--resolution", "16", "--output", str(grid)]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["sample", *arguments])
-    assert sample.main() == 0
-    plain = np.asarray(Image.open(grid))
+    monkeypatch.setattr(torch, "compile", lambda call, **options: compiled.append(options) or call)
+    words = ["--images_per_prompt", "2", "--resolution", "16", "--batch_size", "2"]
+    assert draw_with(monkeypatch, model, tmp_path, *words) == 0
+    plain = np.asarray(Image.open(tmp_path / "a.png"))
     assert not compiled
-    monkeypatch.setattr(sys, "argv", ["sample", *arguments, "--compile"])
-    assert sample.main() == 0
-    assert [type(module).__name__ for module in compiled] == ["UNet2DConditionModel"]
-    assert np.array_equal(np.asarray(Image.open(grid)), plain)
+    assert draw_with(monkeypatch, model, tmp_path, *words, "--compile") == 0
+    assert compiled == [{"fullgraph": True, "dynamic": False, "mode": None}] * 2
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), plain)
+
+
+@pytest.fixture(scope="module")
+def adapters(model, tmp_path_factory) -> list[Path]:
+    """Two files of LoRA weights for the tiny pipeline."""
+    pipeline, paths = open_pipeline(model, None, torch.float32), []
+    for number in range(2):
+        torch.manual_seed(number)
+        layers = {
+            name: layer for name, layer in adaptable_layers(adaptable(pipeline)).items() if name.endswith(("to_q", "to_v"))
+        }
+        tensors = {}
+        for name, layer in layers.items():
+            tensors[name + DOWN] = 4 * torch.randn(2, layer.in_features)
+            tensors[name + UP] = torch.randn(layer.out_features, 2)
+        paths.append(tmp_path_factory.mktemp("adapters") / f"look-{number}.safetensors")
+        write_adapter(paths[-1], Adapter(tensors, dict.fromkeys(layers, 2.0)))
+    return paths
+
+
+def test_adapters_are_drawn_with_at_their_scales(model, adapters, tmp_path, monkeypatch):
+    pipeline = StableDiffusionPipeline.from_pretrained(model)
+    pipeline.set_progress_bar_config(disable=True)
+    plain = pixels(pipeline, [Wanted("a", 0, steps=1)])
+    for path, name in zip(adapters, ("x", "y"), strict=True):
+        pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+    pipeline.set_adapters(["x", "y"], [0.5, 1.0])
+    theirs = pixels(pipeline, [Wanted("a", 0, steps=1)])
+    assert abs(theirs - plain).max() > 8
+    draw_with(monkeypatch, model, tmp_path, "--lora", f"{adapters[0]}:0.5", str(adapters[1]))
+    image = Image.open(tmp_path / "a-0000.png")
+    assert abs(np.asarray(image, float) - theirs[0]).max() <= 1
+    assert image.text["parameters"].startswith("a <lora:look-0:0.5> <lora:look-1:1>\nSteps: 1, ")
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("none.safetensors", "no such file or folder"),
+        ("text.safetensors", "damaged"),
+        ("text.safetensors:0.5", "damaged"),
+    ],
+)
+def test_an_adapter_that_is_none_is_named(file, said, model, tmp_path, monkeypatch):
+    (tmp_path / "text.safetensors").write_text("no weights")
+    with pytest.raises(UserError, match=f"^{tmp_path}/{file.partition(':')[0]}: .*{said}"):
+        draw_with(monkeypatch, model, tmp_path, "--lora", str(tmp_path / file))
+
+
+def write_run(run, model, steps, ema=True) -> None:
+    """An output directory of a training that has not ended: checkpoints with models of other weights, and a configuration."""
+    for step in steps:
+        for number, name in enumerate(("unet", "unet_ema") if ema else ("unet",)):
+            unet = UNet2DConditionModel.from_pretrained(model / "unet")
+            with torch.no_grad():
+                unet.conv_out.bias += 10 * step + number
+            unet.save_pretrained(run / f"checkpoint-{step}" / name)
+    (run / "latest").write_text(f"checkpoint-{steps[-1]}")
+    (run / "config.toml").write_text(f'family = "sd"\npretrained_model_name_or_path = "{model}"\n')
+
+
+def compare_with(monkeypatch, directory, *words) -> int:
+    usual = ["--prompts", "a", "b", "--images_per_prompt", "1", "--num_inference_steps", "1"]
+    monkeypatch.setattr(sys, "argv", ["sample", *usual, "--output", str(directory / "a.png"), *map(str, words)])
+    return sample.main()
+
+
+def numbers(path) -> np.ndarray:
+    return np.asarray(Image.open(path), float)
+
+
+def test_models_are_compared_from_the_same_noise(model, adapters, tmp_path, monkeypatch):
+    run, out = tmp_path / "run", tmp_path / "out"
+    write_run(run, model, (1,))
+    assert compare_with(monkeypatch, out, "--model", model, "--compare", model, run, adapters[0]) == 0
+    drawn = [numbers(out / f"a-{side}-0000.png") for side in range(3)]
+    assert drawn[0].shape == drawn[1].shape
+    assert all(abs(drawn[0] - other).max() > 4 for other in drawn[1:])
+    draw_with(monkeypatch, model, tmp_path)
+    assert np.array_equal(numbers(tmp_path / "a-0000.png"), drawn[0])
+    with Image.open(out / "a.gif") as fading:
+        assert fading.n_frames > 3 * 4
+    assert Image.open(out / "a.png").width > 3 * 144
+
+
+def test_the_checkpoints_of_a_training_are_a_strip(model, tmp_path, monkeypatch):
+    run, out = tmp_path / "run", tmp_path / "out"
+    write_run(run, model, (2, 10))
+    assert [one.name for one in drawable.compared([run], None)] == ["step 2", "step 10"]
+    assert drawable.locate("--model", run / "checkpoint-2").parts == {"unet": run / "checkpoint-2" / "unet_ema"}
+    assert compare_with(monkeypatch, out, "--compare", run) == 0
+    draw_with(monkeypatch, run / "checkpoint-10", tmp_path)
+    assert np.array_equal(numbers(tmp_path / "a-0000.png"), numbers(out / "a-1-0000.png"))
+    assert not np.array_equal(numbers(out / "a-0-0000.png"), numbers(out / "a-1-0000.png"))
+
+
+def test_names_of_what_is_compared_tell_them_apart(model, tmp_path):
+    paths = [tmp_path / name / "out" for name in ("a", "b")]
+    for path in paths:
+        shutil.copytree(model, path)
+    assert [one.name for one in drawable.compared(paths, None)] == ["a/out", "b/out"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--compare", "RUN"], "--compare RUN: give two models, or the output directory of a training with .*; it has 1"),
+        (["--compare", "none"], "--compare none: give two models, .*; there is no such directory"),
+        (["--compare", "MODEL", "none"], "--compare none: no such directory"),
+        (["--compare", "MODEL", "LOST/checkpoint-1"], "give the pipeline that it was trained from as --model"),
+        (["--model", "LOST/checkpoint-1"], "as --model, and this with --lora or --compare"),
+        (["--model", "RUN/checkpoint-1", "--compare", "MODEL", "RUN"], "beneath what --compare names lies a whole pipeline"),
+        ([], "--model is required"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(words, said, model, tmp_path, monkeypatch):
+    write_run(tmp_path / "run", model, (1,), ema=False)
+    write_run(tmp_path / "lost", model, (1,), ema=False)
+    (tmp_path / "lost" / "config.toml").write_text('family = "sd"\npretrained_model_name_or_path = "someone/model"\n')
+    places = {"RUN": tmp_path / "run", "LOST": tmp_path / "lost", "MODEL": model}
+    for name, place in places.items():
+        words, said = [word.replace(name, str(place)) for word in words], said.replace(name, str(place))
+    with pytest.raises(UserError, match=said):
+        compare_with(monkeypatch, tmp_path / "out", *words)
+
+
+def test_a_checkpoint_of_another_model_is_refused(published, model, tmp_path, monkeypatch):
+    write_run(tmp_path / "run", model, (1,))
+    prior = published("wuerstchen")["pretrained_prior_model_name_or_path"]
+    with pytest.raises(UserError, match="a WuerstchenPriorPipeline has no unet; give the pipeline that it was trained from"):
+        compare_with(monkeypatch, tmp_path, "--model", prior, "--compare", tmp_path / "run" / "checkpoint-1", model)
 
 
 def test_samples_are_drawn_into_a_labelled_grid(model, tmp_path, monkeypatch):

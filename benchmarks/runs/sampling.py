@@ -24,7 +24,7 @@ from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
 from benchmarks.tools.tables import markdown
 from benchmarks.tools.timing import spread
-from engine.models.drawing import compile_denoisers, draw
+from engine.models.drawing import compile_models, draw
 from engine.prompts import Wanted
 from engine.quiet import quiet_libraries
 from examples import tiny_models
@@ -49,7 +49,7 @@ def measure(tiny: bool, images: int, steps: int, device: torch.device) -> dict[s
     drawn = {}
     for side in ("plain", "compiled"):
         if side == "compiled":
-            compile_denoisers(pipeline)
+            compile_models(pipeline, 1)
         seconds = []
         for _ in range(1 + CALLS):
             started = time.perf_counter()

@@ -1,5 +1,6 @@
 """Whole pipelines from text to images: opened from their halves, and saved under portable names."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from diffusers import (
 from engine.catalogue import DECODER, FAMILIES, PRIOR
 from engine.errors import UserError, first_line
 from engine.files import reading
-from engine.models.check import absent_parts, check_pipeline, join_parts, load_part
+from engine.models.adapter import adaptable, adaptable_layers, read_adapter
+from engine.models.check import absent_parts, check_part, check_pipeline, join_parts, load_part
 from engine.models.index import classes_of, read_index
+from engine.models.low_rank import merged
 from engine.models.published import download
 
 LARGEST_SIDE = 2048  # pixels of an image that no one gave a size for
@@ -83,14 +86,17 @@ def load_pipeline(path: Path, kind: Any, variant: str | None = None, dtype: torc
     return pipeline
 
 
-def open_pipeline(path: Path, other_half: str | None, dtype: torch.dtype) -> Any:
+def open_pipeline(path: Path, other_half: str | None, dtype: torch.dtype, parts: Mapping[str, Path] | None = None) -> Any:
     """A pipeline from text to images: the one at `path`, joined with its other half (by default the published one) if it is a
     prior or a decoder.
+
+    Args:
+        parts: models of the pipeline that are loaded from other folders, as of a checkpoint.
 
     Raises:
         UserError: a part is missing or damaged, or the other half is not there, does not fit, or is not needed.
     """
-    pipeline = _open(Path(path), dtype)
+    pipeline = _open(Path(path), dtype, parts or {})
     published = _published_half(pipeline)
     if published is None:
         if other_half:
@@ -103,27 +109,50 @@ def open_pipeline(path: Path, other_half: str | None, dtype: torch.dtype) -> Any
         raise
     except Exception as error:  # a connection, a missing repository, an incomplete directory: the library raises many kinds
         raise UserError(f"--other_half {name}: cannot be loaded: {first_line(error)}") from None
-    other = _open(folder, dtype)
+    other = _open(folder, dtype, {})
     with reading(folder, f"give the other half of {path}"):
         return combine(pipeline, other)
 
 
-def _open(path: Path, dtype: torch.dtype) -> Any:
+def _open(path: Path, dtype: torch.dtype, parts: Mapping[str, Path]) -> Any:
     name = read_index(path)["_class_name"]
     kind = next((kind for kind in _DRAWN if kind.__name__ == name), None)
     if kind is None:
         raise UserError(f"{path}: a {name}; what can be drawn with: {', '.join(kind.__name__ for kind in _DRAWN)}")
-    return open_to_draw(path, kind, dtype=dtype)
+    classes = classes_of(path, kind)
+    if strange := sorted(parts.keys() - classes.keys()):
+        raise UserError(f"{parts[strange[0]]}: a {name} has no {strange[0]}; give the pipeline that it was trained from")
+    for part, folder in parts.items():
+        check_part(folder, classes[part])
+    given = {part: load_part(folder, classes[part], None, dtype) for part, folder in parts.items()}
+    return open_to_draw(path, kind, dtype=dtype, **given)
 
 
-def open_to_draw(path: Path, kind: Any, variant: str | None = None, dtype: torch.dtype | None = None) -> Any:
+def open_to_draw(path: Path, kind: Any, variant: str | None = None, dtype: torch.dtype | None = None, **given: Any) -> Any:
     """A pipeline of the class `kind` out of a folder, once all of it is known to be whole.
+
+    Args:
+        given: parts to take instead of the folder's.
 
     Raises:
         UserError: a part is of another kind, missing, or damaged.
     """
     check_pipeline(path, kind, variant)
-    return load_pipeline(path, kind, variant, dtype, **absent_parts(path, kind))
+    return load_pipeline(path, kind, variant, dtype, **(absent_parts(path, kind) | given))
+
+
+def bake_in(pipeline: Any, path: Path, scale: float) -> None:
+    """Adds an adapter to the weights of a pipeline in fp32, so that it costs nothing to draw with.
+
+    Raises:
+        UserError: it is none, is damaged, or does not fit the pipeline's models.
+    """
+    parts = adaptable(pipeline)
+    adapter = read_adapter(path, parts)
+    layers: dict[str, Any] = adaptable_layers(parts)
+    with reading(path, "give an adapter that was trained for this model"), torch.no_grad():
+        for layer in adapter.alphas:
+            layers[layer].weight.copy_(merged(layers[layer].weight, layer, adapter, scale))
 
 
 def require_drawable(pipeline: Any, where: Path, remedy: str) -> None:
