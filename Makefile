@@ -1,4 +1,4 @@
-# Two commands for a newcomer: `make quickstart` and `make test`. Each makes the virtual environment it needs.
+# Commands for a newcomer: `make quickstart`, `make quickstart-lora` and `make test`. Each makes the virtual environment it needs.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,10 +6,13 @@ BIN := $(VENV)/bin
 # DeepSpeed builds no operators on installation; the engine needs none of them.
 export DS_BUILD_OPS := 0
 
-.PHONY: quickstart test lint types format coverage clean
+.PHONY: quickstart quickstart-lora test lint types format coverage clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py
+
+quickstart-lora: $(VENV)/installed
+	$(BIN)/python -m examples.quickstart_lora
 
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal

@@ -152,13 +152,20 @@ def train(model: Path, images: Path, output: Path, empty_prompts: float) -> None
         "--validation_prompts", caption(3), caption(7), "--num_validation_images", "4", "--validation_epochs", "10",
         "--checkpointing_steps", "350", "--checkpoints_total_limit", "1",
     ]  # fmt: skip
+    run(command)
+
+
+def run(command: list[str]) -> None:
+    """Shows a command and runs it."""
     print("$", " ".join(f'"{word}"' if " " in word else word for word in ["python", *command[1:]]), flush=True)
     subprocess.run(command, check=True)
 
 
-def draw(output: Path, guidance: float, count: int) -> list[list[Image.Image]]:
-    """So many images of each digit, by plain diffusers."""
+def draw(output: Path, guidance: float, count: int, adapter: Path | None = None) -> list[list[Image.Image]]:
+    """So many images of each digit, by plain diffusers, with a LoRA where one is given."""
     pipeline = StableDiffusionPipeline.from_pretrained(output)
+    if adapter is not None:
+        pipeline.load_lora_weights(adapter)
     pipeline.set_progress_bar_config(desc="Sampling", disable=None)
     prompts = [caption(digit) for digit in range(10) for _ in range(count)]
     steps = SAMPLING_STEPS if guidance > 1 else 2 * SAMPLING_STEPS  # as many passes

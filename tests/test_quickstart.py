@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from examples import quickstart_lora
+
 
 @pytest.fixture(scope="module")
 def quickstart():
@@ -43,3 +45,24 @@ def test_the_classifier_knows_real_digits_and_rejects_others(quickstart):
     ]  # fmt: skip
     assert quickstart.recognised(real) > 0.95
     assert quickstart.recognised(real[1:] + real[:1]) < 0.05
+
+
+def test_the_images_of_the_lora_are_the_digits_inverted(monkeypatch, tmp_path):
+    monkeypatch.setattr(quickstart_lora.quickstart, "ROOT", tmp_path)
+    quickstart_lora.quickstart.write_images(tmp_path / "images")
+    quickstart_lora.write_images(tmp_path / "inverted")
+    lines = (tmp_path / "inverted" / "metadata.jsonl").read_text().splitlines()
+    assert lines == (tmp_path / "images" / "metadata.jsonl").read_text().splitlines()[: quickstart_lora.IMAGES]
+    name = json.loads(lines[7])["file_name"]
+    before, after = (np.asarray(Image.open(tmp_path / folder / name).convert("RGB")) for folder in ("images", "inverted"))
+    assert (after == 255 - before).all()
+
+
+def test_a_changed_base_is_noticed(tmp_path):
+    file = tmp_path / "unet" / "model.safetensors"
+    file.parent.mkdir()
+    file.write_bytes(b"weights")
+    before = quickstart_lora.digests(tmp_path)
+    assert list(before) == ["unet/model.safetensors"]
+    file.write_bytes(b"others")
+    assert quickstart_lora.digests(tmp_path) != before
