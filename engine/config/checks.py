@@ -487,6 +487,6 @@ def _closest_pipeline(path: Path) -> str:
     if (path.parent / "model_index.json").is_file():
         return f"this is a part; give the pipeline, {path.parent}"
     if any((path / name).is_file() for name in ("adapter_config.json", "pytorch_lora_weights.safetensors")):
-        return "it holds an adapter (LoRA), no model; give the pipeline that it belongs to"
+        return "it holds an adapter (LoRA), no model; give the pipeline that it belongs to, and this with --lora_weights"
     files = sorted(file for file in path.iterdir() if file.suffix in SINGLE_FILES)
     return f"give a diffusers pipeline, or a single file: {files[0]}" if files else "give a diffusers pipeline"

@@ -214,6 +214,11 @@ def _by_layer(file: Path, stored: Mapping[str, Any], spelled: Mapping[str, str],
             unknown.append(match[1])
         elif found.setdefault(layer, {}).setdefault(role, name) != name:
             raise UserError(f"{file}: holds {name} twice, also as {found[layer][role]}; give a file of one adapter")
+    if unknown and found and all(re.match(r"lora_te_|lora_te1_|text_encoder(s\.clip_[lh])?\.", name) for name in unknown):
+        raise UserError(
+            f"{file}: adapts the text encoder too, which has no adapter here; give --train_text_encoder in a training, or an "
+            "adapter without it"
+        )
     if unknown:
         model = next((model for names, model in _OTHER_MODELS.items() if any(re.search(names, name) for name in stored)), None)
         others = f" and {count - 1} more" if (count := len(set(unknown))) > 1 else ""

@@ -334,6 +334,14 @@ def test_what_is_no_adapter_of_the_model_is_refused_in_a_line(pipelines, wrong, 
     assert len(refused.value.lines) == 1
 
 
+def test_an_adapter_of_the_text_encoder_too_is_not_read_in_part(pipelines, tmp_path):
+    pipeline = open_(pipelines["sd"])
+    for form in ("diffusers", "kohya"):
+        file = write(tmp_path, make_adapter(pipeline, ("unet", "text_encoder")), form)
+        with pytest.raises(UserError, match="adapts the text encoder too, .*--train_text_encoder"):
+            read_adapter(file, {"unet": pipeline.unet})
+
+
 def test_files_that_are_damaged_or_hold_programs_are_refused(pipelines, tmp_path):
     parts = adaptable(open_(pipelines["sd"]))
     adapter = make_adapter(open_(pipelines["sd"]), ("unet",))
