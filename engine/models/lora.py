@@ -23,6 +23,8 @@ from engine.models.parts import JoinedParts, parts_of
 
 NAME = "default"  # of the adapter, to PEFT
 ALL_LINEAR, CONVOLUTIONS = "all-linear", "convolutions"  # what --lora_targets may name beside layers
+# Of the text encoder, where --lora_targets names none of its layers, as in the script.
+OF_TEXT_ENCODER = [f"text_encoder.*.{layer}" for layer in ("q_proj", "k_proj", "v_proj", "out_proj")]
 
 
 class AdaptedLinear(nn.Module):
@@ -107,6 +109,12 @@ def add_adapters(model: Any, part: str, config: TrainConfig, seed: int) -> None:
     assert config.lora_rank is not None
     start = _start(model, part, config) if config.lora_weights else None
     names = list(start.alphas) if start else adapted_layers(model, config.lora_targets)
+    if config.train_text_encoder and not any(name.startswith("text_encoder.") for name in names):
+        if start:
+            raise UserError(
+                f"--lora_weights {config.lora_weights}: it has no layer of the text encoder; leave out --train_text_encoder"
+            )
+        names += adapted_layers(model, OF_TEXT_ENCODER)
     model.requires_grad_(False)
     options = LoraConfig(
         r=config.lora_rank,
