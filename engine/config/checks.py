@@ -115,6 +115,8 @@ def _check_apart(data_sets: list[DataSet]) -> None:
 
 
 def _check_captions(config: CacheConfig) -> None:
+    if config.pre_compute_text_embeddings and config.cache_text == "tokens":
+        raise UserError("--pre_compute_text_embeddings with captions as tokens, which the step encodes; leave it out")
     for template in config.caption_template or ():
         if "{caption}" not in template:
             raise UserError(f"--caption_template {template!r}: does not say where the caption stands; write {{caption}} there")
@@ -227,6 +229,8 @@ _NEEDS: dict[str, tuple[str, tuple[str | None, ...]]] = {
     "p2_k": ("loss_weighting", ("p2",)),
     "edm_sigma_data": ("loss_weighting", ("edm",)),
     "huber_c": ("loss_type", ("huber", "smooth_l1")),
+    "lr_num_cycles": ("lr_scheduler", ("cosine_with_restarts",)),
+    "lr_power": ("lr_scheduler", ("polynomial",)),
     "huber_schedule": ("loss_type", ("huber", "smooth_l1")),
 }
 
@@ -234,6 +238,8 @@ _NEEDS: dict[str, tuple[str, tuple[str | None, ...]]] = {
 def _check_objective(config: TrainConfig) -> None:
     if _is_given(config, "pyramid_noise_iterations") and not config.pyramid_noise_discount:
         raise UserError("--pyramid_noise_iterations needs --pyramid_noise_discount, for example 0.3")
+    if config.offset_noise and config.noise_offset != 0.1:
+        raise UserError(f"--offset_noise contradicts --noise_offset {config.noise_offset:g}; leave one out")
     for name, (other, values) in _NEEDS.items():
         if _is_given(config, name) and getattr(config, other) not in values:
             raise UserError(f"--{name} needs --{other} {' or '.join(filter(None, values))}")

@@ -121,7 +121,7 @@ ELSEWHERE = {
     "unmasked_probability normalize_masked_area_loss": (
         "masks of --mask_column always weigh, and the mean is over all positions"
     ),
-    "cache_latents* cache_text_encoder_outputs* latent_caching pre_compute_text_embeddings vae_cache* text_cache* "
+    "cache_latents* cache_text_encoder_outputs* latent_caching vae_cache* text_cache* "
     "skip_cache_check text_embed*": "not needed: latents and captions are always encoded once, into --shards_dir",
     "regenerate_cache clear_cache_before_training": "delete --shards_dir, and it is built again",
     "trust_cache override_dataset_config": "--trust_shards",
@@ -157,8 +157,10 @@ ELSEWHERE = {
     ),
     "warmup_steps learning_rate_warmup_steps": "--lr_warmup_steps",
     "learning_rate_scheduler lr_scheduler_type": "--lr_scheduler",
-    "lr_num_cycles lr_power lr_scheduler_* learning_rate_cycles learning_rate_min_factor lr_end lr_decay_steps lr_decay": (
-        "the schedules of --lr_scheduler have one cycle and power 1"
+    "learning_rate_cycles lr_scheduler_num_cycles": "--lr_num_cycles",
+    "lr_scheduler_power": "--lr_power",
+    "lr_scheduler_* learning_rate_min_factor lr_end lr_decay_steps lr_decay": (
+        "the schedules of --lr_scheduler end at 0, with the training"
     ),
     "optimizer optimizer_* use_lion_optimizer use_adafactor prodigy_* use_8bit_ademamix fused_backward_pass "
     "fused_back_pass": "the optimizer is AdamW (--adam_beta1 and so on), or in 8 bits with --use_8bit_adam",
@@ -172,10 +174,10 @@ ELSEWHERE = {
         "the average's decay grows to 0.9999, as in the script; --use_ema keeps one"
     ),
     "ema_device ema_cpu_only": "--offload_ema",
-    "ema_foreach_disable set_grads_to_none": "not needed: it is always so",
+    "ema_foreach_disable": "not needed: it is always so",
     # Objective.
     "min_snr_gamma": "--snr_gamma",
-    "offset_noise offset_noise_weight": "--noise_offset",
+    "offset_noise_weight": "--noise_offset",
     "ip_noise_gamma perturbation_noise_weight input_pertubation": "--input_perturbation",
     "multires_noise_discount": "--pyramid_noise_discount",
     "multires_noise_iterations": "--pyramid_noise_iterations, which counts the coarser levels",
@@ -249,13 +251,14 @@ ELSEWHERE = {
         "--validation_epochs, counted in epochs"
     ),
     "sample_sampler validation_guidance* validation_num_inference_steps validation_resolution validation_negative_prompt "
-    "validation_scheduler validation_seed num_inference_steps validation_inference_steps guidance_scale": (
+    "validation_seed num_inference_steps validation_inference_steps guidance_scale": (
         "validation images are drawn as the pipeline draws; `python -m engine.sample` has more choices"
     ),
     "num_validation_image validation_number_images": "--num_validation_images",
     "wandb_run_name run_name tracker_run": "--tracker_run_name",
     "validation_split validation_ratio val_split": "--validation_fraction",
-    "validation_images validation_dataset* val_data_dir eval_datasets eval_dataset eval_data_dir eval_dataset_name": (
+    "validation_images class_labels_conditioning": "nothing here: it is of DeepFloyd IF, which is not trained",
+    "validation_dataset* val_data_dir eval_datasets eval_dataset eval_data_dir eval_dataset_name": (
         "--validation_data_dir"
     ),
     "validate_every_n_steps validate_every_n_* validate_after* eval_every_n_* eval_steps eval_steps_interval validation "

@@ -233,6 +233,9 @@ class CacheConfig(BaseModel):
         "the text encoder reads in every step, as it must where it is trained itself.",
         "data",
     )
+    pre_compute_text_embeddings: bool = option(
+        only(CAPTIONED, False), "Accepted from the scripts; so it is always with --cache_text states.", "data"
+    )
     data_sets: list[dict[str, Any]] | None = option(None, "Several data sets, each a [[data]] table of the TOML file.", None)
     shards_dir: str | None = option(
         None,
@@ -276,6 +279,8 @@ class CacheConfig(BaseModel):
         for name in ("caption_template", "validation_prompts", "lora_targets"):
             if isinstance(values.get(name), str):
                 values = values | {name: [values[name]]}
+        if values.get("offset_noise") is True:
+            defaults["noise_offset"] = 0.1
         return {name: value for name, value in defaults.items() if value is not REQUIRED} | values
 
     @field_validator("buckets", mode="before")
@@ -453,6 +458,8 @@ class TrainConfig(CacheConfig):
         option("constant", "Schedule of the learning rate.", "optimizer")
     )
     lr_warmup_steps: int = option(500, "Warm-up in optimizer steps, for the schedules that warm up.", "optimizer", ge=0)
+    lr_num_cycles: int = option(1, "How often cosine_with_restarts falls from the highest rate.", "optimizer", ge=1)
+    lr_power: float = option(1.0, "Power of polynomial.", "optimizer", gt=0, le=100)
     layer_lr_decay: float = option(
         1.0,
         "Learning rate of a layer (a block of the model) over that of the next one: those nearest to the output learn at the "
@@ -489,6 +496,7 @@ class TrainConfig(CacheConfig):
     )
     use_ema: bool = option(False, "Keep an exponential moving average of the weights, and export it.", "optimizer")
     offload_ema: bool = option(False, "Keep the moving average in host memory between steps.", "optimizer")
+    set_grads_to_none: bool = option(False, "Accepted from the scripts; gradients are never set to zero.", "optimizer")
     foreach_ema: bool = option(False, "Accepted from the scripts; the moving average is always updated that way.", "optimizer")
 
     lora_rank: int | None = option(
@@ -600,6 +608,7 @@ class TrainConfig(CacheConfig):
     noise_offset: float = option(
         only(("sd",), 0.0), "Scale of an offset that the noise of a channel shares.", "objective", ge=0
     )
+    offset_noise: bool = option(only(("sd",), False), "The DreamBooth script's name of --noise_offset 0.1.", "objective")
     input_perturbation: float = option(
         only(("sd",), 0.0),
         "Scale of extra noise in the input that the target does not see; 0.1 is recommended.",
@@ -713,7 +722,12 @@ class TrainConfig(CacheConfig):
         "validation",
     )
     validation_steps: int = option(
-        500, "Steps between two rounds of the held-out loss; the last step has one, too.", "validation", ge=1
+        500,
+        "Steps between two rounds of the held-out loss; the last step has one, too. Without --validation_epochs, as with "
+        "DreamBooth, also between two rounds of validation images.",
+        "validation",
+        {"dreambooth": 100},
+        ge=1,
     )
     max_validation_samples: int = option(
         256, "Records of those held out that the loss is taken over; always the same ones.", "validation", ge=1
@@ -732,19 +746,25 @@ class TrainConfig(CacheConfig):
     validation_prompts: list[str] | None = option(
         None, "Prompts of the validation images.", "output", aliases=["validation_prompt"]
     )
-    validation_epochs: int = option(
+    validation_epochs: int | None = option(
         5,
         "Epochs between two rounds of validation images.",
         "output",
-        {"lora": only(("sd", *KANDINSKY), 1), "dreambooth_lora": 50},
+        {"lora": only(("sd", *KANDINSKY), 1), "dreambooth": None, "dreambooth_lora": 50},
         ge=1,
     )
     num_validation_images: int = option(
         1,
-        "Images per validation prompt.",
+        "Images per validation prompt; 0 draws none.",
         "output",
         {"lora": only(("sd", *KANDINSKY), 4), "dreambooth": 4, "dreambooth_lora": 4},
-        ge=1,
+        ge=0,
+    )
+    validation_scheduler: Literal["DPMSolverMultistepScheduler", "DDPMScheduler"] | None = option(
+        only(("sd",), None),
+        "What validation images are sampled with. Default: the pipeline's own.",
+        "output",
+        {recipe: only(("sd",), "DPMSolverMultistepScheduler") for recipe in ("dreambooth", "dreambooth_lora")},
     )
     push_to_hub: bool = option(False, "Upload the trained pipeline to the hub.", "output")
     hub_token: str | None = option(None, "Token for the upload; never logged or stored.", "output", repr=False)
@@ -841,6 +861,11 @@ class TrainConfig(CacheConfig):
         return self.attention == "xformers" or self.enable_xformers_memory_efficient_attention
 
     @property
+    def draws_images(self) -> bool:
+        """Whether there are validation images."""
+        return bool(self.validation_prompts) and self.num_validation_images > 0
+
+    @property
     def micro_batches(self) -> int:
         """Micro-batches per optimizer step and process; with images of the class each is of these or of the instance."""
         return self.gradient_accumulation_steps * (2 if self.with_prior_preservation else 1)
@@ -862,7 +887,7 @@ class TrainConfig(CacheConfig):
 ALTER_THE_RESULT = (
     "max_train_steps", "gradient_accumulation_dtype", "matrix_precision", "shuffle", "shuffle_window",
     "validation_fraction", "train_text_encoder", "text_encoder_lr", "learning_rate", "scale_lr", "lr_scheduler",
-    "lr_warmup_steps", "layer_lr_decay", "lr_of", "freeze",
+    "lr_warmup_steps", "lr_num_cycles", "lr_power", "layer_lr_decay", "lr_of", "freeze",
     "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm",
     "prediction_type", "rescale_betas_zero_snr", "timestep_sampling", "logit_mean", "logit_std", "mode_scale",
     "timestep_bias_strategy", "timestep_bias_multiplier", "timestep_bias_portion", "timestep_bias_begin", "timestep_bias_end",

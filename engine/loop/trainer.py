@@ -190,7 +190,7 @@ def _run(training: "Training", streams: Streams, plan: BatchPlan, dropout: Dropo
         if finished:
             with busy("Writing the adapter" if config.lora_rank else "Writing the pipeline"):
                 export(config, training.family, training.partition)
-            if config.validation_prompts:
+            if config.draws_images:
                 training.validate(log)
         training.checkpoints.close()
         return finished
@@ -365,7 +365,7 @@ class Training:
         if self.ends_early and not logs:
             self._log_metrics()
         last = self.step == self.run.steps or self.ends_early
-        if config.validation_prompts and not last and self._epoch_to_validate():
+        if config.draws_images and not last and self._pictures_are_due():
             self._beside_training(lambda: self.validate(self.log), seconds_at_most(config, self.processes.world))
 
     def _log_metrics(self) -> None:
@@ -506,9 +506,12 @@ class Training:
             f"steps touched no weight. Or raise --max_skipped_steps {self.config.max_skipped_steps}"
         )
 
-    def _epoch_to_validate(self) -> bool:
-        """Whether this step ended an epoch after which validation is due: the first, and every `--validation_epochs`."""
+    def _pictures_are_due(self) -> bool:
+        """Whether this step ended an epoch after which they are, the first and every `--validation_epochs`; or without that
+        every `--validation_steps`."""
         batch, records, every = self.run.global_batch, self.run.records, self.config.validation_epochs
+        if every is None:
+            return self.step % self.config.validation_steps == 0
         before, now = (self.step - 1) * batch // records, self.step * batch // records
         return any((epoch - 1) % every == 0 for epoch in range(before + 1, now + 1))
 

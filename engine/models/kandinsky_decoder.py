@@ -127,7 +127,7 @@ class KandinskyDecoder(Family):
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
-        if config.validation_prompts:
+        if config.draws_images:
             locate(config, PRIOR)  # the rest of it too, which draws the images
         scheduler = read_scheduler(self.encoding.path)
         self.schedule = DiscreteSchedule(scheduler.alphas_cumprod, scheduler.config.prediction_type, objective(config))
@@ -136,7 +136,7 @@ class KandinskyDecoder(Family):
         self.try_step(check_pipeline(self.encoding.path, KandinskyV22Pipeline, self.config.variant).unet)
         if self.config.proportion_empty_images:
             self.encoding.check_image_encoder()
-        if self.config.validation_prompts:
+        if self.config.draws_images:
             check_pipeline(locate(self.config, PRIOR), KandinskyV22PriorPipeline, self.config.variant)
 
     def published_model(self) -> UNet2DConditionModel:

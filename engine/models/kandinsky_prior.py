@@ -183,14 +183,14 @@ class KandinskyPrior(Family):
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
-        if config.validation_prompts:
+        if config.draws_images:
             self.encoding.locate_decoder()
         scheduler: Any = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
         self.schedule = DiscreteSchedule(scheduler.alphas_cumprod, "sample", objective(config))
 
     def check_files(self) -> None:
         self.try_step(check_pipeline(self.encoding.path, KandinskyV22PriorPipeline, self.config.variant).prior)
-        if self.config.validation_prompts:
+        if self.config.draws_images:
             check_pipeline(self.encoding.locate_decoder(), KandinskyV22Pipeline, self.config.variant)
 
     def published_model(self) -> PriorTransformer:

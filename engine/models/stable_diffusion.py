@@ -32,7 +32,10 @@ from engine.models.kinds import require_text_to_image
 from engine.models.parts import JoinedParts
 from engine.models.pipelines import load_pipeline, require_drawable
 from engine.models.published import digest_parts, locate, read_scheduler, read_text_parts, require_equal
+from engine.models.schedulers import use_scheduler
 from engine.models.weights import present_variant, weight_files
+
+_PREVIEW_STEPS = {"lora": 30, "dreambooth": 25, "dreambooth_lora": 25}  # where a recipe's script takes others
 
 
 class StableDiffusionEncoding(Encoding):
@@ -152,7 +155,7 @@ class StableDiffusion(Family):
 
     def check_files(self) -> None:
         pipeline = check_pipeline(self.encoding.path, StableDiffusionPipeline, self.config.variant)
-        if self.config.validation_prompts:
+        if self.config.draws_images:
             require_drawable(pipeline, self.encoding.path, "leave out --validation_prompts")
         unet = check_weights(self.unet, UNet2DConditionModel, self._unet_variant())
         self.try_step(unet if not self.config.train_text_encoder else TextToImage(unet, pipeline.text_encoder))
@@ -194,7 +197,9 @@ class StableDiffusion(Family):
 
     def preview(self, parts: dict[str, Any]) -> tuple[StableDiffusionPipeline, dict[str, Any]]:
         pipeline = self._pipeline(parts, self.encoding.dtype, safety_checker=None)
-        return pipeline, {"num_inference_steps": PREVIEW_STEPS}
+        if self.config.validation_scheduler:
+            use_scheduler(pipeline, self.config.validation_scheduler)
+        return pipeline, {"num_inference_steps": _PREVIEW_STEPS.get(self.config.recipe, PREVIEW_STEPS)}
 
     def _pipeline(self, parts: dict[str, Any], dtype: torch.dtype, **overrides: Any) -> StableDiffusionPipeline:
         path = self.encoding.path

@@ -141,13 +141,13 @@ class Wuerstchen(Family):
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
-        if config.validation_prompts:
+        if config.draws_images:
             self.encoding.locate_decoder()
         self.schedule = CosineSchedule(objective(config))
 
     def check_files(self) -> None:
         self.try_step(check_pipeline(self.encoding.path, WuerstchenPriorPipeline, self.config.variant).prior)
-        if self.config.validation_prompts:
+        if self.config.draws_images:
             check_pipeline(self.encoding.locate_decoder(), WuerstchenDecoderPipeline, self.config.variant)
 
     def published_model(self) -> WuerstchenPrior:

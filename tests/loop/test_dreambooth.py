@@ -1,6 +1,8 @@
 """DreamBooth: an instance and its class in turn, each with a term of the loss; missing images of the class are drawn."""
 
 import json
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,16 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from engine.config.command_line import load
 from engine.config.options import TrainConfig
+from engine.data import class_images
 from engine.data.samples.order import records_of, seed_of_stream
+from engine.errors import UserError
 from engine.loop.trainer import train
+from engine.models.family import open_family
+from engine.processes import Processes
+from engine.shards import build_command
 from tests import objectives, reference, tiny
-from tests.commands import ON_GPU
-from tests.loop.runs import SLACK, checkpoint_tensors, published_order, relative_distance
+from tests.commands import ON_GPU, run_two
+from tests.loop.runs import SLACK, checkpoint_tensors, command, published_order, relative_distance
 
 STEPS, BATCH, SEED = 20, 2, 2**40 + 9
 INSTANCE, CLASS = "sks dog", "a dog"
@@ -142,3 +149,158 @@ def test_weights_averages_and_both_terms_follow_the_script(case, settings, model
     logged = [[line[name] for name in ("loss", "loss/instance", "loss/class")] for line in lines(tmp_path / "out")]
     for ours, expected in zip(logged, losses, strict=True):
         assert ours == pytest.approx(expected, rel=1e-4 * SLACK)
+
+
+def bits(output: Path, step: int = 4) -> dict[str, dict[str, torch.Tensor]]:
+    return {kind: checkpoint_tensors(output / f"checkpoint-{step}", kind) for kind in ("weight", "exp_avg", "ema")}
+
+
+def assert_same(left: Path, right: Path) -> None:
+    for (kind, ours), theirs in zip(bits(left).items(), bits(right).values(), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours), kind
+
+
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory) -> Path:
+    """The output directory of a run of four steps, with pictures after every second one."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    drawn = {"validation_prompts": ["sks dog"], "num_validation_images": 1, "validation_steps": 2}
+    assert train(settings(output, checkpointing_steps=2, **drawn)) == 0
+    return output
+
+
+def test_pictures_come_every_so_many_steps_and_none_if_none_are_asked_for(whole, settings, tmp_path):
+    assert sorted(path.name for path in (whole / "samples").iterdir()) == ["step-2.png", "step-4.png"]
+    none = {"validation_prompts": ["sks dog"], "num_validation_images": 0, "validation_steps": 1, "max_train_steps": 1}
+    assert train(settings(tmp_path / "out", **none)) == 0
+    assert not (tmp_path / "out" / "samples").exists()
+
+
+def test_what_resumes_goes_on_in_the_same_turns(whole, settings, tmp_path):
+    checkpoint = str(whole / "checkpoint-2")
+    assert train(settings(tmp_path / "out", resume_from_checkpoint=checkpoint)) == 0
+    assert_same(tmp_path / "out", whole)
+    assert [line["loss"] for line in lines(tmp_path / "out")] == [line["loss"] for line in lines(whole)[2:]]
+    alone = {"with_prior_preservation": False, "class_data_dir": None, "class_prompt": None}
+    with pytest.raises(UserError, match="checkpoint-2: was written with --with_prior_preservation; give it"):
+        train(settings(tmp_path / "other", resume_from_checkpoint=checkpoint, gradient_accumulation_steps=2, **alone))
+
+
+def test_shards_alone_train_the_same(whole, settings, folders, tmp_path):
+    alone = dict.fromkeys(("instance_data_dir", "instance_prompt", "class_data_dir", "class_prompt"))
+    assert train(settings(tmp_path / "out", **alone)) == 0
+    assert_same(tmp_path / "out", whole)
+
+
+def test_an_epoch_is_of_as_many_of_each_as_the_larger_has(settings, tmp_path):
+    assert train(settings(tmp_path / "out", max_train_steps=None, num_train_epochs=2)) == 0
+    assert lines(tmp_path / "out")[-1]["step"] == 5  # twice five of the class, two at a time
+    assert lines(tmp_path / "out")[-1]["epoch"] == 2.0
+
+
+def test_nothing_of_the_class_is_held_out(settings, tmp_path, capsys):
+    held = {"validation_fraction": 0.4, "validation_timesteps": 2, "max_train_steps": 1}
+    assert train(settings(tmp_path / "out", **held)) == 0
+    state = json.loads((tmp_path / "out" / "checkpoint-1" / "state.json").read_text())
+    assert [stream["records"] for stream in state["streams"]] == [2, 5]
+    assert "the loss over 1 records" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def quickly():
+    """Draws in two steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(class_images, "Wanted", partial(class_images.Wanted, steps=2))
+        yield
+
+
+@pytest.fixture(scope="module")
+def drawn(model, quickly, tmp_path_factory) -> Path:
+    """Three images of the class beside one that was there, and the shards of all."""
+    place = tmp_path_factory.mktemp("drawn")
+    images_of(place / "class", 1)
+    assert build_command([
+        "--family", "sd", "--pretrained_model_name_or_path", str(model), "--resolution", "16", "--seed", str(SEED),
+        "--instance_data_dir", str(images_of(place / "instance", 2)), "--instance_prompt", INSTANCE,
+        "--with_prior_preservation", "--class_data_dir", str(place / "class"), "--class_prompt", CLASS,
+        "--num_class_images", "4", "--sample_batch_size", "2", "--shards_dir", str(place / "shards"),
+    ]) == 0  # fmt: skip
+    return place
+
+
+def over(place: Path, **options) -> dict:
+    folders = {"instance_data_dir": "instance", "class_data_dir": "class", "shards_dir": "shards"}
+    return {name: str(place / folder) for name, folder in folders.items()} | {
+        "num_class_images": 4, "sample_batch_size": 2, "max_train_steps": 1,
+    } | options  # fmt: skip
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("drawn-*.png")}
+
+
+def test_missing_images_of_the_class_are_drawn_and_no_others(drawn, settings, tmp_path, monkeypatch):
+    before = pictures(drawn / "class")
+    assert sorted(before) == ["drawn-00000.png", "drawn-00001.png", "drawn-00002.png"]
+    assert len(set(before.values())) == 3
+    (drawn / "class" / "drawn-00001.png").unlink()  # as of a run that was killed, whose other process was further
+    config = settings(tmp_path / "out", **over(drawn))
+    class_images.draw_class_images(config, open_family(config).encoding, Processes().connect())
+    assert pictures(drawn / "class") == before
+    monkeypatch.setattr(class_images, "_open", lambda *unused: pytest.fail("nothing is missing"))
+    assert train(config) == 0
+
+
+def test_more_images_of_the_class_are_drawn_and_its_shards_grow(drawn, settings, tmp_path):
+    place = tmp_path / "grown"
+    shutil.copytree(drawn, place)
+    assert train(settings(tmp_path / "out", **over(place))) == 0
+    before, more = (
+        pictures(place / "class"),
+        over(place, num_class_images=6, max_train_steps=2, resume_from_checkpoint="latest"),
+    )
+    with pytest.raises(UserError, match="was trained on other samples.*--continue_on_grown_data"):
+        train(settings(tmp_path / "out", **more))
+    after = pictures(place / "class")
+    assert after.items() > before.items()
+    assert len(after) == 5
+    assert train(settings(tmp_path / "out", continue_on_grown_data=True, **more)) == 0
+
+
+class OneOfTwo:
+    """A process beside another that is not there: what the first computes is given."""
+
+    world, device = 2, torch.device("cpu")
+
+    def __init__(self, rank: int, missing: list[int]) -> None:
+        self.rank, self.is_first, self.told = rank, rank == 0, iter([missing])
+
+    def computed_by_first(self, work):
+        return next(self.told, None)
+
+    def first_before_others(self, work):
+        return work()
+
+    all_or_none = first_before_others
+
+
+def test_two_processes_draw_what_one_does(drawn, settings, tmp_path):
+    config = settings(tmp_path / "out", **over(drawn, class_data_dir=str(tmp_path / "class")))
+    (tmp_path / "class").mkdir()
+    for rank, of_it in ((1, ["drawn-00002.png"]), (0, ["drawn-00000.png", "drawn-00001.png"])):
+        before = pictures(tmp_path / "class")
+        class_images.draw_class_images(config, open_family(config).encoding, OneOfTwo(rank, [0, 1, 2]))
+        assert sorted(pictures(tmp_path / "class").keys() - before) == of_it
+    assert pictures(tmp_path / "class") == pictures(drawn / "class")
+
+
+@pytest.mark.two_processes
+def test_two_processes_train_as_one(whole, settings, tmp_path):
+    run_two(command(settings(tmp_path / "pair", train_batch_size=1)))
+    # The same global batch, of units of one sample here too.
+    assert train(settings(tmp_path / "one", train_batch_size=1, gradient_accumulation_steps=2)) == 0
+    start = UNet2DConditionModel.from_pretrained(settings(tmp_path).pretrained_model_name_or_path, subfolder="unet")
+    for kind in ("weight", "ema"):
+        one, pair = (published_order(start, bits(tmp_path / name)[kind]) for name in ("one", "pair"))
+        assert relative_distance(pair, one, dict(start.named_parameters())) < 1e-4 * SLACK

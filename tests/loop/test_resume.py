@@ -198,7 +198,16 @@ def test_an_average_that_ends_is_said(model, images, shards, tmp_path, capsys):
 
 def test_every_option_of_optimizer_and_objective_is_compared_or_known_not_to_matter():
     groups = {name: field.json_schema_extra["group"] for name, field in TrainConfig.model_fields.items()}
-    known = {"use_ema", "use_8bit_adam", "max_skipped_steps", "gradient_noise_scale", "offload_ema", "foreach_ema"}
+    known = {
+        "use_ema",
+        "use_8bit_adam",
+        "max_skipped_steps",
+        "gradient_noise_scale",
+        "offload_ema",
+        "foreach_ema",
+        "set_grads_to_none",
+        "offset_noise",
+    }
     shaping = {name for name, group in groups.items() if group in ("optimizer", "objective")}
     assert shaping - known <= set(ALTER_THE_RESULT) <= groups.keys()
 

@@ -30,8 +30,9 @@ def rate_factors(config: TrainConfig, peak: float, steps: int) -> Callable[[int]
     carrier = torch.optim.SGD([torch.zeros(1)], lr=peak)
     try:
         scheduler = get_scheduler(
-            config.lr_scheduler, carrier, num_warmup_steps=config.lr_warmup_steps, num_training_steps=steps
-        )
+            config.lr_scheduler, carrier, num_warmup_steps=config.lr_warmup_steps, num_training_steps=steps,
+            num_cycles=config.lr_num_cycles, power=config.lr_power,
+        )  # fmt: skip
     except ValueError as error:
         raise UserError(f"--lr_scheduler {config.lr_scheduler} with --learning_rate {peak}: {error}") from None
     return scheduler.lr_lambdas[0]
