@@ -115,14 +115,19 @@ RECIPES = {
     "dreambooth": {
         "sd": {
             "output_dir": "dreambooth-model", "num_validation_images": 4, "train_batch_size": 4, "num_train_epochs": 1,
-            "learning_rate": 5e-6, "image_interpolation_mode": "bilinear",
+            "learning_rate": 5e-6, "image_interpolation_mode": "bilinear", "validation_epochs": None, "validation_steps": 100,
+            "validation_scheduler": "DPMSolverMultistepScheduler",
         },
-        "wuerstchen": {"output_dir": "dreambooth-model", "train_batch_size": 1, "num_train_epochs": 1, "learning_rate": 5e-6},
+        "wuerstchen": {
+            "output_dir": "dreambooth-model", "train_batch_size": 1, "num_train_epochs": 1, "learning_rate": 5e-6,
+            "validation_epochs": None, "validation_steps": 100,
+        },
     },
     "dreambooth_lora": {
         "sd": {
             "output_dir": "lora-dreambooth-model", "num_validation_images": 4, "train_batch_size": 4, "num_train_epochs": 1,
             "learning_rate": 5e-4, "image_interpolation_mode": "lanczos", "validation_epochs": 50,
+            "validation_scheduler": "DPMSolverMultistepScheduler",
         },
     },
 }  # fmt: skip
@@ -136,6 +141,41 @@ def test_recipes_have_the_defaults_of_their_scripts(recipe, family):
     usual = {name: value for name, value in SCRIPT.items() if name not in LACKING[family]} | OTHER_SCRIPTS.get(family, {})
     for name, value in (usual | expected).items():
         assert default_of(TrainConfig, name, family, recipe) == value
+
+
+# The flags of the LoRA and DreamBooth scripts beside those above, and what is no option here.
+ALSO_OF_THE_SCRIPTS = {
+    "tokenizer_name", "instance_data_dir", "class_data_dir", "instance_prompt", "class_prompt",
+    "with_prior_preservation", "prior_loss_weight", "num_class_images", "train_text_encoder", "sample_batch_size",
+    "lr_num_cycles", "lr_power", "validation_prompt", "num_validation_images", "validation_steps",
+    "prior_generation_precision", "set_grads_to_none", "offset_noise", "pre_compute_text_embeddings",
+    "validation_scheduler", "rank", "lora_dropout",
+}  # fmt: skip
+OF_OTHER_MODELS = (
+    "tokenizer_max_length", "text_encoder_use_attention_mask", "skip_save_text_encoder", "validation_images",
+    "class_labels_conditioning",
+)  # fmt: skip
+
+
+def test_every_flag_of_the_lora_and_dreambooth_scripts_is_an_option_or_answered(data):
+    known = TrainConfig.model_fields.keys() | schema.options_by_alias(TrainConfig).keys()
+    assert not ALSO_OF_THE_SCRIPTS - known
+    for name in OF_OTHER_MODELS:
+        with pytest.raises(UserError, match=f"unknown option --{name}: (?!.*did you mean|.*--help)"):
+            run(*data, f"--{name}", "x")
+
+
+def test_what_scripts_call_otherwise_means_the_same(data):
+    assert run(*data, "--offset_noise").noise_offset == 0.1
+    accepted = run(*data, "--set_grads_to_none", "--pre_compute_text_embeddings", "--num_validation_images", "0")
+    assert not accepted.draws_images
+    for given, said in (
+        (["--offset_noise", "--noise_offset", "0.3"], "--offset_noise contradicts --noise_offset 0.3"),
+        (["--pre_compute_text_embeddings", "--cache_text", "tokens"], "--pre_compute_text_embeddings with captions as tokens"),
+        (["--lr_power", "2"], "--lr_power needs --lr_scheduler polynomial"),
+    ):
+        with pytest.raises(UserError, match=said):
+            run(*data, *given)
 
 
 def test_a_recipe_is_what_its_own_option_says():

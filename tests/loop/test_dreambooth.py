@@ -20,6 +20,7 @@ from engine.data import class_images
 from engine.data.samples.order import records_of, seed_of_stream
 from engine.errors import UserError
 from engine.loop.trainer import train
+from engine.models import stable_diffusion
 from engine.models.family import open_family
 from engine.processes import Processes
 from engine.shards import build_command
@@ -166,7 +167,9 @@ def whole(settings, tmp_path_factory) -> Path:
     """The output directory of a run of four steps, with pictures after every second one."""
     output = tmp_path_factory.mktemp("whole") / "out"
     drawn = {"validation_prompts": ["sks dog"], "num_validation_images": 1, "validation_steps": 2}
-    assert train(settings(output, checkpointing_steps=2, **drawn)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(stable_diffusion._PREVIEW_STEPS, "dreambooth", 2)
+        assert train(settings(output, checkpointing_steps=2, **drawn)) == 0
     return output
 
 

@@ -161,8 +161,8 @@ def config(**options) -> TrainConfig:
 @pytest.mark.parametrize("name", ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"])
 def test_learning_rates_are_those_of_diffusers_schedules(name):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
-    schedule = get_scheduler(name, optimizer, num_warmup_steps=5, num_training_steps=40)
-    factor_of = rate_factors(config(lr_scheduler=name, lr_warmup_steps=5), 1e-3, 40)
+    schedule = get_scheduler(name, optimizer, num_warmup_steps=5, num_training_steps=40, num_cycles=3, power=2.0)
+    factor_of = rate_factors(config(lr_scheduler=name, lr_warmup_steps=5, lr_num_cycles=3, lr_power=2.0), 1e-3, 40)
     for step in range(40):
         assert 1e-3 * factor_of(step) == pytest.approx(schedule.get_last_lr()[0], rel=1e-12, abs=1e-18)
         optimizer.step()
