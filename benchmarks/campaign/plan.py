@@ -137,9 +137,11 @@ PLAN = [
         990, "as above without fp32, four compiled sides", limit=420, needs=("torchao",), predicted="a difference within noise",
     ),
     Part(
-        "sampling", "What does `engine.sample --compile` gain?",
-        module("runs.sampling"), module("runs.sampling", "--tiny", "--images", "1", "--steps", "2"), 100,
-        "10 calls of 25 steps for 4 images, 2 s each, and 60 s of torch.compile",
+        "sampling", "How fast are images drawn, and where does the time go?",
+        module("sample"), module("sample", "--size", "tiny", "--families", "sd", "--images", "1", "--steps", "2"), 760,
+        "20 s of counts; per family 30 s to draw weights, 21 calls of 25 steps for 4 images, 2 to 6 s each, and 60 s of "
+        "torch.compile", limit=420,
+        predicted="compiled: Wuerstchen's prior gains most, of 2 to 3 times that others report (docs/performance.md)",
     ),
     Part(
         "whole runs", "What does a user gain over the diffusers recipe, from files to files?",

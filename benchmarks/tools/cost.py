@@ -22,7 +22,7 @@ from engine.loop.flops import forward_flops, forward_on_meta, text_flops
 from engine.models.family import Family, open_family
 
 STEP_BYTES = 48  # per parameter: weights 2 + 2, gradient 2, its copy to the flat buffer 4, norm 2, AdamW with its average 36
-_MATRIX_OPERATIONS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution"}
+MATRIX_OPERATIONS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution"}
 
 
 @dataclass(frozen=True)
@@ -53,22 +53,22 @@ class _Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function._schema.name in _MATRIX_OPERATIONS:
+        if function._schema.name in MATRIX_OPERATIONS:
             self.add(args, result)
         return result
 
 
-class _Attention(TorchFunctionMode):
+class OneAttention(TorchFunctionMode):
     """Makes attention one operation that keeps its scores to itself, and adds what it reads and writes to the traffic."""
 
-    def __init__(self, traffic: _Traffic) -> None:
+    def __init__(self, traffic: Any) -> None:
         super().__init__()
         self.traffic = traffic
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is not scaled_dot_product_attention:
             return function(*args, **(kwargs or {}))
-        query, key, value = args
+        query, key, value = args or (kwargs["query"], kwargs["key"], kwargs["value"])
         result = query.new_empty(*query.shape[:-1], value.shape[-1])
         self.traffic.add(query, key, value, result)
         return result
@@ -78,7 +78,7 @@ def count(family: Family, model: Any) -> Cost:
     """Counts a family's model by a forward pass of one sample on the meta device."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     traffic = _Traffic()
-    with _Attention(traffic), traffic:
+    with OneAttention(traffic), traffic:
         forward_on_meta(family, model)
     return Cost(3 * forward_flops(family, model), 3 * 2 * (traffic.numbers - parameters), parameters)
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import sample
 from benchmarks.campaign import __main__ as command
 from benchmarks.campaign import campaign, gpu_tests, plan, report
 from benchmarks.campaign.campaign import DONE
 from benchmarks.campaign.plan import PROVOKED, Part
 from benchmarks.data import loader
-from benchmarks.runs import recipe, sampling
+from benchmarks.runs import recipe
 from benchmarks.steps import step
 from benchmarks.tools import timing
 from benchmarks.tools.environment import environment
@@ -61,7 +62,7 @@ def rehearsed(tmp_path_factory) -> Path:
         patch.setattr(gpu_tests, "run_suite", lambda arguments: outcome)
         patch.setattr(recipe, "WARM_UP", 1)
         patch.setattr(recipe, "subprocess", SimpleNamespace(run=in_process.run))
-        patch.setattr(sampling, "CALLS", 1)
+        patch.setattr(sample, "TURNS", 1)
         for module, windows in ((step, 2), (loader, 1)):
             patch.setattr(module, "WINDOWS", windows)
         patch.setattr(loader, "WINDOW_SECONDS", 0.05)
@@ -112,11 +113,11 @@ def test_a_table_that_fails_costs_only_itself(tmp_path):
     parts = {name: {"status": DONE, "attempts": [], "failed": [], "tail": []} for name in ("optimizer", "sampling")}
     for kept in parts.values():
         kept["attempts"].append({"environment": 0, "status": DONE, "ended": "done", "rows": 1, "seconds": 1.0})
-    row = {"name": "SD 1.5, 512 px", "environment": 0, "gain": 1.5}
-    rows = {name: {"environments": [HERE], "rows": [row]} for name in ("optimizer", "sampling")}
+    row = {"name": "SD 1.5, 512 px", "environment": 0, "gain": {"engine": 1.5}}
+    rows = {name: {"environments": [HERE], "rows": [row]} for name in ("optimizer", "sample")}
     state = {"rehearsal": False, "environments": [HERE], "calls": [], "parts": parts, "rows": rows}
     text = report.report(state, tmp_path)
     assert "This could not be written:\n\n```\nTraceback" in text
     assert "KeyError: 'microseconds'" in text
-    assert "| SD 1.5, 512 px |  |  |  |  | 1.5 |" in text
+    assert "| SD 1.5, 512 px |  |  |  |  |  |  | 1.5 |  |" in text
     assert "- kernels: 200 s by estimate" in text
