@@ -128,7 +128,7 @@ def read_adapter(path: Path, parts: Mapping[str, nn.Module], of_inputs: bool = F
                 say(f"{file}: the embeddings beside the adapter ({_EMBEDDINGS}*) are left out")
             configured = _configurations(file)
             for layer, names in named.items():
-                found = {role: values[name] for role, name in names.items()}
+                found = {role: _fractions(file, name, values[name]) for role, name in names.items()}
                 rank = len(found["down"])
                 alphas[layer] = float(found["alpha"]) if "alpha" in found else _alpha(file, configured, layer, rank)
                 plain = _plain(found, layers[layer], names.get("magnitude", ""))
@@ -262,8 +262,13 @@ def _check(file: Path, layer: str, found: Mapping[str, Tensor], module: nn.Modul
                 f"{file}: {layer}: its {role} is {list(tensor.shape)}, and this model's takes {takes}; give an adapter that "
                 "was trained for this model"
             )
-        if not tensor.dtype.is_floating_point and role != "alpha":
-            raise UserError(f"{file}: {layer}: its {role} is of {tensor.dtype}; download it again")
+
+
+def _fractions(file: Path, name: str, tensor: Tensor) -> Tensor:
+    """A tensor in a precision that can be computed with: of 8 bits, 16 hold the same value."""
+    if not tensor.is_floating_point() and tensor.numel() > 1:
+        raise UserError(f"{file}: {name} is of {tensor.dtype}, no weights of LoRA; download it again")
+    return tensor.half() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
 
 
 def _significant(shape: tuple[int, ...]) -> tuple[int, ...]:

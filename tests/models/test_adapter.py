@@ -235,6 +235,17 @@ def test_the_names_of_other_trainers_are_read(pipelines, family, spelling, tmp_p
         assert_same(read_adapter(tmp_path, adaptable(pipeline)), Adapter(adapter.tensors, ranks))
 
 
+def test_weights_of_8_bits_are_read_in_16(pipelines, tmp_path):
+    pipeline = open_(pipelines["sd"])
+    adapter = make_adapter(pipeline, ("unet",))
+    eight = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in adapter.tensors.items()}
+    described = {"unet.r": 4, "unet.lora_alpha": 3}
+    save_file(eight, tmp_path / "small.safetensors", {"lora_adapter_metadata": json.dumps(described)})
+    found = read_adapter(tmp_path / "small.safetensors", adaptable(pipeline))
+    assert all(torch.equal(found.tensors[name], tensor.half()) for name, tensor in eight.items())
+    write_adapter(tmp_path / "again.safetensors", found, "kohya")
+
+
 def test_old_names_of_the_text_encoder_and_a_pickle(pipelines, tmp_path):
     pipeline = open_(pipelines["sd"])
     adapter = make_adapter(pipeline, ("text_encoder",))
@@ -311,6 +322,7 @@ WRONG = {
     "half": ({LAYER + DOWN: torch.zeros(4, 32)}, "has no lora_up; the file is incomplete"),
     "not finite": (ZEROS | {LAYER + DOWN: torch.full((4, 32), math.nan)}, "not finite"),
     "whole numbers": (ZEROS | {LAYER + DOWN: torch.zeros(4, 32, dtype=torch.int64)}, "int64"),
+    "small whole numbers": (ZEROS | {LAYER + DOWN: torch.zeros(4, 32, dtype=torch.int8)}, "int8"),
     "two alphas": (ZEROS | {LAYER + ".alpha": torch.zeros(2)}, "its alpha is"),
     "no scale": (ZEROS | {LAYER + ".dora_scale": torch.zeros(7, 1)}, "its magnitude is"),
     "twice": (ZEROS | {LAYER.removeprefix("unet.") + DOWN: torch.zeros(4, 32)}, "twice"),
