@@ -32,6 +32,7 @@ from engine.models.adapter import (
 )
 from engine.models.low_rank import closest, merge, merged
 from engine.models.original_layout import unet_name
+from engine.models.pipelines import combine
 from engine.models.published import digest_folder
 from examples.tiny_models import kandinsky_decoder, kandinsky_prior, stable_diffusion, wuerstchen_prior
 
@@ -171,6 +172,20 @@ def test_several_adapters_add_up_by_their_scales(pipelines, tmp_path):
     nothing = open_(pipelines["sd"])
     load_into(nothing, adapters[0], 0.0)
     np.testing.assert_array_equal(drawn(nothing), drawn(open_(pipelines["sd"])))
+
+
+def test_a_whole_pipeline_has_the_layers_of_its_halves(pipelines):
+    prior, decoder = (open_(pipelines[name]) for name in ("kandinsky-prior", "kandinsky-decoder"))
+    adapters = make_adapter(prior, ("prior",)), make_adapter(decoder, ("unet",))
+    whole = combine(prior, decoder)
+    assert {*adaptable(whole)} == {"unet", "prior", "text_encoder"}
+    for adapter in adapters:
+        load_into(whole, adapter)
+    for name, part in (("kandinsky-prior", whole.prior_pipe), ("kandinsky-decoder", whole.decoder_pipe)):
+        half = open_(pipelines[name])
+        load_into(half, adapters[name == "kandinsky-decoder"])
+        part.set_progress_bar_config(disable=True)
+        np.testing.assert_array_equal(drawn(part), drawn(half))
 
 
 def _underscored(layer: str) -> str:
