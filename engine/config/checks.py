@@ -331,7 +331,7 @@ def check_machine(config: CacheConfig) -> None:
         data_sets = [data_set for data_set in data_sets if data_set.config.source]  # nothing is built of others
     for data_set in data_sets:
         if config.is_dreambooth:
-            _check_folder(data_set)
+            _check_folder(config, data_set)
         else:
             with _of(data_set):
                 _check_source(data_set.config)
@@ -347,13 +347,13 @@ def check_machine(config: CacheConfig) -> None:
         _check_training_machine(config)
 
 
-def _check_folder(data_set: DataSet) -> None:
+def _check_folder(config: CacheConfig, data_set: DataSet) -> None:
     """Refuses a folder of DreamBooth that is not there; that of the class is made."""
-    config = data_set.config
-    if config.shards_address and config.source:
+    folder = data_set.config.source
+    if folder and config.shards_address:
         raise UserError(_read_there(config))
-    if config.train_data_dir and not data_set.prior and not Path(config.train_data_dir).exists():
-        raise UserError(f"--instance_data_dir {config.train_data_dir}: no such directory")
+    if folder and not data_set.prior and not Path(folder).exists():
+        raise UserError(f"--instance_data_dir {folder}: no such directory")
 
 
 def _read_there(config: CacheConfig) -> str:

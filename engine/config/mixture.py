@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from engine.config.options import CAPTIONED, CacheConfig
+from engine.config.options import CAPTIONED, CacheConfig, options_of
 from engine.storage import below, shown
 
 SOURCE = ("train_data_dir", "dataset_name", "dataset_config_name")
@@ -76,7 +76,7 @@ def _of_dreambooth(config: CacheConfig) -> list[DataSet]:
 
 
 def _data_set(config: CacheConfig, name: str, table: Mapping[str, Any]) -> DataSet:
-    values = config.model_dump() | {"data_sets": None} | merged(config.model_dump(include={*SOURCE}), table)
+    values = options_of(config) | {"data_sets": None} | merged(config.model_dump(include={*SOURCE}), table)
     if "shards_dir" not in table:
         values["shards_dir"] = below(config.shards_dir or str(config.shards_path), name)
     return DataSet(

@@ -141,3 +141,20 @@ def test_options_of_captions_are_refused_in_tables_of_families_without_them(tmp_
     file.write_text(f'family = "kandinsky-decoder"\n{CATS}caption_prefix = "a"\n'.replace("@", str(tmp_path)))
     with pytest.raises(UserError, match=r"^\[\[data\]\] cats: --caption_prefix is not used by kandinsky-decoder"):
         parse(TrainConfig, "engine.run", "", ["--config", str(file)])
+
+
+@pytest.mark.parametrize("family", ["kandinsky-prior", "kandinsky-decoder", "wuerstchen"])
+def test_every_family_takes_tables(family, tmp_path):
+    (tmp_path / "run.toml").write_text(f'family = "{family}"\n{CATS}{DOGS}'.replace("@/", f"{tmp_path}/"))
+    for name in ("cats", "dogs"):
+        (tmp_path / name).mkdir()
+    config = parse(TrainConfig, "engine.run", "", ["--config", str(tmp_path / "run.toml")])
+    assert [each.config.family for each in data_sets_of(config)] == [family] * 2
+
+
+def test_a_table_may_have_a_caption_of_all_and_a_weight_of_its_losses(tmp_path):
+    config = read(tmp_path, f'{CATS}prompt = "a cat"\nloss_weight = 0.5\n{DOGS}')
+    assert [(each.config.prompt, each.loss_weight) for each in data_sets_of(config)] == [("a cat", 0.5), (None, 1.0)]
+    assert config.recipe == ""
+    with pytest.raises(UserError, match=r"\[\[data\]\] cats: loss_weight -1: give a number from 0 to 1e9"):
+        read(tmp_path, f"{CATS}loss_weight = -1\n{DOGS}")

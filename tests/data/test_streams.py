@@ -1,6 +1,7 @@
 """Streams: units of slots by exact shares, and every stream's own endless sequence, however a run is divided."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -117,3 +118,23 @@ def test_streams_of_the_same_size_have_orders_of_their_own():
     streams = streams_of([8, 8])
     found, records = streams.find(torch.arange(512))
     assert not torch.equal(records[found == 0][:8], records[found == 1][:8])
+
+
+@pytest.mark.parametrize("first", [0, FAR])
+def test_data_sets_in_turn_have_every_second_unit_each_and_share_it_among_their_buckets(first):
+    streams = streams_of([6, 2, 5], unit=3)
+    names = [("instance", "8x8"), ("instance", "16x8"), ("class", None)]
+    turns = [replace(stream, data_set=name, bucket=of) for stream, (name, of) in zip(streams.streams, names, strict=True)]
+    in_turn = replace(streams, streams=turns, in_turn=True)
+    slots = torch.arange(first * 12, first * 12 + 12 * 400)
+    found, records = in_turn.find(slots)
+    of_units = found.view(-1, 3)
+    assert bool((of_units == of_units[:, :1]).all()), "of one stream each"
+    assert of_units[1::2].unique().tolist() == [2]
+    assert np.bincount(of_units[::2, 0], minlength=2).tolist() == pytest.approx([600, 200], abs=2)
+    for number, count in enumerate((6, 2, 5)):  # every record comes as often
+        often = np.bincount(records[found == number], minlength=count)
+        assert often.max() - often.min() <= 2
+    parts = [in_turn.find(slots[part]) for part in (slice(0, 100), slice(100, None))]
+    assert torch.cat([streams for streams, _ in parts]).equal(found)
+    assert torch.cat([records for _, records in parts]).equal(records)
