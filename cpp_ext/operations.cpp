@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kGroups = 64;  // Philox calls per block, each for four elements
 constexpr int kBlock = 4 * kGroups;
-constexpr uint32_t kNoise = 0, kPosterior = 1, kNoiseOffset = 3, kInputPerturbation = 4;
+constexpr uint32_t kNoise = 0, kPosterior = 1, kNoiseOffset = 3, kInputPerturbation = 4, kRounding = 8;
 
 using Task = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Task task, void* context);
@@ -203,7 +203,9 @@ struct AdamWEma {
   float* ema;     // null: no average is kept
   const float *learning_rate, *factor, *step, *ema_weight;
   double beta_1, beta_2, epsilon, weight_decay;
+  const int64_t* rounding;  // seed and place; null: fp32 masters, which are not rounded
   int64_t elements;
+  bool lion;
 };
 }
 
@@ -337,6 +339,65 @@ void diffusion_loss_task(int64_t begin, int64_t end, void* context) {
 // Blocks per turn of a thread: enough work to be worth waking one.
 constexpr int64_t kGrain = 8;
 
+inline float sign(float value) { return static_cast<float>((value > 0) - (value < 0)); }
+
+// What bf16 holds of a value, up where the digits that are lost and the noise, 16 bits, add up to one.
+inline float round_up_by_chance(float value, uint32_t noise, BFloat16* target) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  target->bits = static_cast<uint16_t>((bits + noise) >> 16);
+  return widen(*target);
+}
+
+// A step on weights and moments in bf16, by tiles as engine/kernels/rounding.py has them. In a library whose products and sums are
+// not fused, so that the bits are those of the other devices.
+constexpr int64_t kQuarter = 1024, kTile = 4 * kQuarter;
+
+template <typename G>
+void rounded_task(int64_t begin, int64_t end, void* context) {
+  const AdamWEma& task = *static_cast<const AdamWEma*>(context);
+  const float factor = *task.factor, beta_1 = static_cast<float>(task.beta_1), rest_1 = static_cast<float>(1 - task.beta_1);
+  const float beta_2 = static_cast<float>(task.beta_2), rest_2 = static_cast<float>(1 - task.beta_2);
+  const float update_rate = static_cast<float>(*task.learning_rate / (1 - std::pow(task.beta_1, *task.step)));
+  const float root_correction = static_cast<float>(1 / std::sqrt(1 - std::pow(task.beta_2, *task.step)));
+  const float rate = *task.learning_rate, decay = rate * static_cast<float>(task.weight_decay);
+  const float epsilon = static_cast<float>(task.epsilon), weight = *task.ema_weight;
+  const int64_t slot = static_cast<int64_t>(*task.step) + (task.rounding[1] << 32);
+  BFloat16* __restrict weights = reinterpret_cast<BFloat16*>(task.master);
+  BFloat16* __restrict exp_avg = reinterpret_cast<BFloat16*>(task.exp_avg);
+  BFloat16* __restrict exp_avg_sq = reinterpret_cast<BFloat16*>(task.exp_avg_sq);
+  float* __restrict ema = task.ema;
+  const G* __restrict gradients = static_cast<const G*>(task.gradient);
+  uint32_t words[4][kGroups];
+  for (int64_t tile = begin; tile < end; ++tile) {
+    for (int64_t group = 0; group < kQuarter; group += kGroups) {
+      philox(task.rounding[0], slot, kRounding, static_cast<uint32_t>(tile * kQuarter + group), kGroups, words);
+      for (int quarter = 0; quarter < 4; ++quarter) {
+        const int64_t start = tile * kTile + quarter * kQuarter + group;
+        const int count = static_cast<int>(std::clamp<int64_t>(task.elements - start, 0, kGroups));
+        for (int j = 0; j < count; ++j) {
+          const int64_t i = start + j;
+          const uint32_t word = words[quarter][j];
+          const float gradient = widen(gradients[i]) * factor, before = widen(weights[i]), momentum = widen(exp_avg[i]);
+          float value = before - decay * before, first;
+          if (task.lion) {
+            value -= rate * sign(beta_1 * momentum + rest_1 * gradient);
+            first = beta_2 * momentum + rest_2 * gradient;
+          } else {
+            first = momentum + rest_1 * (gradient - momentum);
+            const float second = beta_2 * widen(exp_avg_sq[i]) + rest_2 * gradient * gradient;
+            value -= update_rate * first / (std::sqrt(second) * root_correction + epsilon);
+            round_up_by_chance(second, ((word >> 24) << 8) + 0x80, exp_avg_sq + i);
+          }
+          round_up_by_chance(first, (((word >> 16) & 0xFF) << 8) + 0x80, exp_avg + i);
+          value = round_up_by_chance(value, word & 0xFFFF, weights + i);
+          if (ema != nullptr) ema[i] += weight * (value - ema[i]);
+        }
+      }
+    }
+  }
+}
+
 template <typename G, typename W>
 void adamw_ema_task(int64_t begin, int64_t end, void* context) {
   const AdamWEma& task = *static_cast<const AdamWEma*>(context);
@@ -345,7 +406,8 @@ void adamw_ema_task(int64_t begin, int64_t end, void* context) {
   const float update_rate = static_cast<float>(*task.learning_rate / (1 - std::pow(task.beta_1, *task.step)));
   const float root_correction = static_cast<float>(1 / std::sqrt(1 - std::pow(task.beta_2, *task.step)));
   const float epsilon = static_cast<float>(task.epsilon), weight = *task.ema_weight;
-  const float decay = *task.learning_rate * static_cast<float>(task.weight_decay);
+  const float rate = *task.learning_rate, decay = rate * static_cast<float>(task.weight_decay);
+  const float beta_1 = static_cast<float>(task.beta_1);
   // No two of these overlap, which the compiler cannot see; it would test for it in every block otherwise.
   float* __restrict master = task.master;
   float* __restrict exp_avg = task.exp_avg;
@@ -355,7 +417,14 @@ void adamw_ema_task(int64_t begin, int64_t end, void* context) {
   W* __restrict weights = static_cast<W*>(task.weights);
   for (int64_t start = begin; start < end; start += kBlock) {
     const int64_t stop = std::min(end, start + kBlock);
-    for (int64_t i = start; i < stop; ++i) {
+    if (task.lion) {
+      for (int64_t i = start; i < stop; ++i) {
+        const float gradient = widen(gradients[i]) * factor, update = beta_1 * exp_avg[i] + rest_1 * gradient;
+        exp_avg[i] = beta_2 * exp_avg[i] + rest_2 * gradient;
+        master[i] = master[i] - decay * master[i] - rate * sign(update);
+      }
+    }
+    for (int64_t i = task.lion ? stop : start; i < stop; ++i) {
       const float gradient = widen(gradients[i]) * factor;
       const float first = exp_avg[i] + rest_1 * (gradient - exp_avg[i]);
       const float second = beta_2 * exp_avg_sq[i] + rest_2 * gradient * gradient;
@@ -417,6 +486,10 @@ int32_t diffusion_loss(DiffusionLoss* task, int32_t type, int32_t mean_type, Par
 
 int32_t adamw_ema(AdamWEma* task, int32_t gradient_type, int32_t weights_type, ParallelFor parallel_for) {
   if (!(*task->factor > 0)) return 0;
+  if (task->rounding != nullptr) {
+    const Task tasks[] = {rounded_task<float>, rounded_task<_Float16>, rounded_task<BFloat16>};
+    return parallel_for(0, (task->elements + kTile - 1) / kTile, 4, tasks[gradient_type], task);
+  }
   constexpr int64_t kElementsPerTurn = 16384;
   decltype(&adamw_ema_task_for<float>) const by_gradient[] = {adamw_ema_task_for<float>, adamw_ema_task_for<_Float16>,
                                                               adamw_ema_task_for<BFloat16>};

@@ -42,7 +42,7 @@ TARGETS = {
 _TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPES = list(_TORCH_DTYPES)
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_INTEGERS = {"seed_pointer": "*i64", "slot_pointer": "*i64", "mask_pointer": "*u8"}
+_INTEGERS = {"rounding_pointer": "*i64", "seed_pointer": "*i64", "slot_pointer": "*i64", "mask_pointer": "*u8"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Case:
     variant: what it is called; constants: its compile-time arguments; samples: the pointers that have the data's dtype;
     integers: the values of its integer arguments, of which the JIT looks whether they are 1 or multiples of 16.
     moved: how many elements a program handles in one turn of its loops.
+    in_bf16: the pointers whose data is bf16, whatever the dtype of the others.
     """
 
     kernel: Any
@@ -61,6 +62,7 @@ class Case:
     integers: dict[str, int] = field(default_factory=dict)
     options: dict[str, int] = field(default_factory=dict)
     moved: int = 0
+    in_bf16: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -122,10 +124,30 @@ def _group_norm_cases(dtype: str, target: str) -> list[Case]:
     return found
 
 
+def _optimizer_cases() -> list[Case]:
+    """AdamW, as most runs have it, and Lion; then both on bf16 weights, which need no second copy."""
+    kinds = {"any count": (False, False), "Lion": (True, False), "bf16 masters": (False, True),
+             "Lion, bf16 masters": (True, True)}  # fmt: skip
+    cases = []
+    for variant, (lion, rounds) in kinds.items():
+        constants = {
+            "LION": lion,
+            "ROUNDS": rounds,
+            "HAS_WEIGHTS": not rounds,
+            "HAS_EMA": True,
+            "BLOCK": BLOCK,
+            "VECTOR": VECTOR,
+        }
+        options = {"enable_fp_fusion": False} if rounds else {}
+        in_bf16 = ("master", "exp_avg", "exp_avg_sq") if rounds else ()
+        integers = {"elements": 859_520_964}
+        cases.append(Case(adamw_ema_kernel, variant, constants, ("gradient", "weights"), integers, options, in_bf16=in_bf16))
+    return cases
+
+
 _CASES = [
     *_latent_cases(),
-    Case(adamw_ema_kernel, "any count", {"HAS_WEIGHTS": True, "HAS_EMA": True, "BLOCK": BLOCK, "VECTOR": VECTOR},
-         ("gradient", "weights"), {"elements": 859_520_964}),
+    *_optimizer_cases(),
     Case(square_sum_kernel, "any count", {"BLOCK": SQUARE_SUM_BLOCK, "TURNS": TURNS, "VECTOR": VECTOR}, ("tensor",),
          {"elements": 859_520_964}),
 ]  # fmt: skip
@@ -145,8 +167,9 @@ def compile_case(case: Case, dtype: str, target: GPUTarget) -> Any:
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_pointer"):
-            sample = name.removesuffix("_pointer") in case.samples
-            signature[name] = _INTEGERS.get(name, f"*{dtype}" if sample else "*fp32")
+            of = name.removesuffix("_pointer")
+            kind = "bf16" if of in case.in_bf16 else dtype if of in case.samples else "fp32"
+            signature[name] = _INTEGERS.get(name, f"*{kind}")
             aligned.append(parameter.num)
         elif value is None:
             signature[name] = "fp32"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from engine.catalogue import MODEL, PIPELINES
 from engine.config.mixture import DataSet, data_sets_of
+from engine.config.optimizers import OPTIMIZERS
 from engine.config.options import CAPTIONED, SPATIAL, XFORMERS, CacheConfig, TrainConfig
 from engine.config.schema import REQUIRED, default_of, options_by_family, options_lacking
 from engine.errors import UserError
@@ -49,6 +50,7 @@ def check_options(config: CacheConfig) -> None:
         _check_objective(config)
         _check_rates(config)
         _check_adapters(config)
+        _check_optimizer(config)
         _check_sharding(config)
         _check_precision(config)
         _check_attention(config)
@@ -272,6 +274,23 @@ def _check_adapters(config: TrainConfig) -> None:
         raise UserError("--matrix_precision fp8 with --lora_rank, whose weights are frozen; leave one out")
 
 
+def _check_optimizer(config: TrainConfig) -> None:
+    name = config.optimizer
+    if config.use_8bit_adam and name != "adamw8bit":
+        raise UserError(f"--use_8bit_adam contradicts --optimizer {name}; leave one out")
+    if name == "schedulefree_adamw" and config.use_ema:
+        raise UserError("--use_ema with --optimizer schedulefree_adamw, which keeps an average of its own; leave one out")
+    if name == "prodigy" and (config.layer_lr_decay < 1 or any(rate for _, rate in config.rates_of_patterns)):
+        raise UserError(
+            "--optimizer prodigy finds one rate for all weights; leave out --layer_lr_decay, --text_encoder_lr and --lr_of, "
+            "but for rates of 0"
+        )
+    if config.masters == "none" and name not in ("adamw", "lion"):
+        raise UserError(f"--masters none is for --optimizer adamw or lion, not {name}; leave it out")
+    if config.masters == "none" and config.mixed_precision != "bf16":
+        raise UserError("--masters none needs --mixed_precision bf16")
+
+
 def _check_sharding(config: TrainConfig) -> None:
     if config.gradient_noise_scale and config.zero_stage == 3:
         raise UserError("--gradient_noise_scale with --zero_stage 3, which never has a whole gradient; use --zero_stage 2")
@@ -397,13 +416,16 @@ def _check_training_machine(config: TrainConfig) -> None:
         if leads_out(logs):
             raise UserError(f"--logging_dir {logs}: leads out of the output directory; name a folder in it, for example logs")
         check_writable("--logging_dir", Path(config.output_dir) / logs)
+    known = OPTIMIZERS[config.optimizer]
+    optimizer_flag = "--use_8bit_adam" if config.use_8bit_adam else f"--optimizer {config.optimizer}"
     for flag, wanted, package in (
         ("--report_to wandb", config.report_to == "wandb", "wandb"),
-        ("--use_8bit_adam", config.use_8bit_adam, "bitsandbytes"),
+        (optimizer_flag, known.package is not None, known.package or ""),
         ("--matrix_precision fp8", config.matrix_precision == "fp8", "torchao"),
     ):
         if wanted and not installed(package):
-            raise UserError(f"{flag} needs {package}, which is not installed: install the extra `{package}`")
+            extra = "optimizers" if package in ("prodigyopt", "schedulefree") else package
+            raise UserError(f"{flag} needs {package}, which is not installed: install the extra `{extra}`")
     if config.lora_weights and not Path(config.lora_weights).exists():
         raise UserError(f"--lora_weights {config.lora_weights}: no such file or folder")
     if config.deepspeed_config and not Path(config.deepspeed_config).is_file():

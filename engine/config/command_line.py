@@ -186,7 +186,8 @@ def read_toml(model: type[BaseModel], path: Path, where: str, opened: Callable[[
         raise UserError(f"{where}: not valid TOML: {first_line(error)}; write lines such as `resolution = 512`") from None
     names = options_by_alias(model) | {"data": "data_sets"}
     values = {names.get(name, name): value for name, value in values.items()}
-    unknown = [name for name in values if name not in model.model_fields]
+    tables = {name for name, value in values.items() if isinstance(value, dict)} - {"lr_of", "data_sets"}
+    unknown = [name for name in values if name not in model.model_fields or name in tables]
     if unknown:
         raise UserError(*(f"{where}: {_unknown_value(name, values[name], model)}" for name in unknown))
     if "global_batch_size" in values and values.pop("gradient_accumulation_steps", None) is not None:

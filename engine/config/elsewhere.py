@@ -162,8 +162,16 @@ ELSEWHERE = {
     "lr_scheduler_* learning_rate_min_factor lr_end lr_decay_steps lr_decay": (
         "the schedules of --lr_scheduler end at 0, with the training"
     ),
-    "optimizer optimizer_* use_lion_optimizer use_adafactor prodigy_* use_8bit_ademamix fused_backward_pass "
-    "fused_back_pass": "the optimizer is AdamW (--adam_beta1 and so on), or in 8 bits with --use_8bit_adam",
+    "optimizer_type optimizer_name optim": "--optimizer",
+    "use_lion_optimizer": "--optimizer lion",
+    "use_adafactor use_adafactor_optimizer": "--optimizer adafactor",
+    "optimizer_* prodigy_* use_8bit_ademamix": (
+        "what --optimizer names takes --learning_rate, --adam_beta1, --adam_beta2, --adam_weight_decay and --adam_epsilon"
+    ),
+    "fused_backward_pass fused_back_pass": "the optimizer steps on flat memory in one pass, once all gradients are there",
+    "loraplus_*": "--lr_of with patterns of the adapters' second matrices, for example *.lora_B*=1e-3",
+    "stochastic_rounding use_stochastic_rounding": "--masters none",
+    "full_bf16": "--mixed_precision bf16 with --masters none",
     "weight_decay": "--adam_weight_decay",
     "beta1": "--adam_beta1",
     "beta2": "--adam_beta2",
@@ -201,7 +209,7 @@ ELSEWHERE = {
     ),
     # Precision, memory and speed.
     "full_fp16 fp16": "--mixed_precision fp16",
-    "full_bf16 bf16": "--mixed_precision bf16",
+    "bf16": "--mixed_precision bf16",
     "train_dtype weight_dtype dtype base_model_precision": "--mixed_precision",
     "fp8_base* do_fp8_training quantization quantize_* quantized_model_path": (
         "--matrix_precision fp8, for kandinsky-prior and wuerstchen"

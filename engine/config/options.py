@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from engine.catalogue import DECODER, FAMILIES, IMAGE_ENCODER, MODEL, PRIOR, FamilyName
+from engine.config.optimizers import OPTIMIZERS, OTHER_NAMES
 from engine.config.schema import REQUIRED, defaults_of, only, option, options_lacking, published, sd_differs
 from engine.storage import is_remote, shown
 
@@ -41,6 +42,15 @@ def _of_several_folders(values: dict[str, Any]) -> dict[str, Any]:
     named = {name: values[name] for name in ("dataset_name", "dataset_config_name") if values.get(name)}
     tables = [{"train_data_dir": folder, **named} for folder in folders]
     return values | dict.fromkeys(["train_data_dir", *named]) | {"data_sets": tables}
+
+
+def _of_the_optimizer(values: dict[str, Any]) -> dict[str, Any]:
+    """Values with the optimizer by its name here, and both names of 8-bit AdamW where one stands."""
+    if isinstance(given := values.get("optimizer"), str):
+        values = values | {"optimizer": OTHER_NAMES.get(name := given.strip().lower(), name)}
+    if values.get("use_8bit_adam") is True and values.get("optimizer") is None:
+        return values | {"optimizer": "adamw8bit"}
+    return values | {"use_8bit_adam": True} if values.get("optimizer") == "adamw8bit" else values
 
 
 class CacheConfig(BaseModel):
@@ -276,6 +286,9 @@ class CacheConfig(BaseModel):
         if values.get("train_text_encoder"):
             defaults["cache_text"] = "tokens"
         values = _of_several_folders(values)
+        values = _of_the_optimizer(values)
+        if (optimizer := str(values.get("optimizer"))) in OPTIMIZERS:
+            defaults |= OPTIMIZERS[optimizer].defaults
         for name in ("caption_template", "validation_prompts", "lora_targets"):
             if isinstance(values.get(name), str):
                 values = values | {name: [values[name]]}
@@ -477,9 +490,18 @@ class TrainConfig(CacheConfig):
     freeze: list[str] | None = option(
         None, "Weights that are not trained, by patterns of their names as --lr_of takes them.", "optimizer"
     )
-    use_8bit_adam: bool = option(False, "Use the 8-bit AdamW of bitsandbytes.", "optimizer")
-    adam_beta1: float = option(0.9, "Decay of AdamW's first moment.", "optimizer", ge=0, lt=1)
-    adam_beta2: float = option(0.999, "Decay of AdamW's second moment.", "optimizer", ge=0, lt=1)
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "lion", "prodigy", "muon", "schedulefree_adamw"] = option(
+        "adamw",
+        "Optimizer. lion wants a rate 3 to 10 times lower than AdamW's, and a weight decay as much higher; prodigy finds the "
+        "rate, of which --learning_rate (1 by default) is a factor; schedulefree_adamw needs no schedule but a warm-up, and "
+        "saves the average that is part of it; adafactor's rate (0.01 by default) is relative to the size of the weights.",
+        "optimizer",
+    )
+    use_8bit_adam: bool = option(False, "The scripts' name of --optimizer adamw8bit.", "optimizer")
+    adam_beta1: float = option(0.9, "Decay of the first moment, of whatever optimizer has one.", "optimizer", ge=0, lt=1)
+    adam_beta2: float = option(
+        0.999, "Decay of the second moment; with --optimizer lion of its only one, 0.99 by default.", "optimizer", ge=0, lt=1
+    )
     adam_weight_decay: float = option(sd_differs(1e-2, 0.0), "Weight decay.", "optimizer", ge=0)
     adam_epsilon: float = option(1e-8, "AdamW's epsilon.", "optimizer", gt=0)
     max_skipped_steps: int = option(
@@ -655,6 +677,13 @@ class TrainConfig(CacheConfig):
     )
 
     allow_tf32: bool = option(False, "Allow TF32 matrix products on Ampere GPUs and newer.", "precision")
+    masters: Literal["fp32", "none"] = option(
+        "fp32",
+        "Precision of the weights that are trained: fp32, of which those in training are copies; or none beside those in bf16, "
+        "which, as their moments, are rounded stochastically: 8 bytes per parameter less. On one process, with --optimizer "
+        "adamw or lion.",
+        "precision",
+    )
     matrix_precision: Literal["fp8"] | None = option(
         only(("kandinsky-prior", "wuerstchen"), None),
         "Precision of the matrix products within the model's blocks, on Hopper GPUs and newer; needs --compile and "
@@ -871,6 +900,11 @@ class TrainConfig(CacheConfig):
         return self.gradient_accumulation_steps * (2 if self.with_prior_preservation else 1)
 
     @property
+    def keeps_average(self) -> bool:
+        """Whether an average of the weights is kept beside them, and is the model."""
+        return self.use_ema or self.optimizer == "schedulefree_adamw"
+
+    @property
     def weights_precision(self) -> str:
         """That of the weights in training, as `--gradient_accumulation_dtype` names it."""
         return "fp32" if self.mixed_precision == "no" else self.mixed_precision
@@ -886,7 +920,8 @@ class TrainConfig(CacheConfig):
 # samples (shuffle, shuffle_window) and of what is held out of them (validation_fraction).
 ALTER_THE_RESULT = (
     "max_train_steps", "gradient_accumulation_dtype", "matrix_precision", "shuffle", "shuffle_window",
-    "validation_fraction", "train_text_encoder", "text_encoder_lr", "learning_rate", "scale_lr", "lr_scheduler",
+    "validation_fraction", "train_text_encoder", "text_encoder_lr", "masters", "optimizer", "learning_rate", "scale_lr",
+    "lr_scheduler",
     "lr_warmup_steps", "lr_num_cycles", "lr_power", "layer_lr_decay", "lr_of", "freeze",
     "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm",
     "prediction_type", "rescale_betas_zero_snr", "timestep_sampling", "logit_mean", "logit_std", "mode_scale",

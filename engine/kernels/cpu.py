@@ -18,6 +18,7 @@ from engine.kernels.layout import positions_of, stored_like, strides, tile, walk
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _FLAGS = ("-march=native", "-fno-math-errno", "-fno-trapping-math")
+_UNFUSED = ("-ffp-contract=off",)  # for what gives the same bits on every device
 
 _Pointer = ctypes.c_void_p
 _Strides = ctypes.c_int64 * 3
@@ -49,14 +50,18 @@ class _AdamWEma(ctypes.Structure):
         *((name, _Pointer) for name in ("master", "exp_avg", "exp_avg_sq", "gradient", "weights", "ema")),
         *((name, _Pointer) for name in ("learning_rate", "factor", "step", "ema_weight")),
         *((name, ctypes.c_double) for name in ("beta_1", "beta_2", "epsilon", "weight_decay")),
-        ("elements", ctypes.c_int64),
+        ("rounding", _Pointer), ("elements", ctypes.c_int64), ("lion", ctypes.c_bool),
     ]  # fmt: skip
 
 
 @functools.cache
-def library() -> tuple[ctypes.CDLL, ctypes.c_void_p] | None:
-    """The C++ operations and torch's parallel loop; None where either is missing."""
-    operations = cpp_ext.load("operations", _FLAGS)
+def library(flags: tuple[str, ...] = ()) -> tuple[ctypes.CDLL, ctypes.c_void_p] | None:
+    """The C++ operations and torch's parallel loop; None where either is missing.
+
+    Args:
+        flags: beside the usual ones.
+    """
+    operations = cpp_ext.load("operations", (*_FLAGS, *flags))
     torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     if operations is None or not torch_library.exists():
         return None
@@ -112,12 +117,20 @@ def run_diffusion_loss(
     return loss, gradient
 
 
-def run_adamw_ema_(*arguments: Any) -> None:
+def run_adamw_ema_(*arguments: Any, lion: bool = False) -> None:
     """The structure begins with the arguments of the operation, in their order."""
-    tensors, options = arguments[:10], arguments[10:]
+    tensors, options, rounding = arguments[:10], arguments[10:14], arguments[14] if len(arguments) > 14 else None
     master, _, _, gradient, weights = tensors[:5]
-    task = _AdamWEma(*(None if tensor is None else tensor.data_ptr() for tensor in tensors), *options, master.numel())
-    _call("adamw_ema", task, TYPES[gradient.dtype], TYPES[(master if weights is None else weights).dtype])
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in (*tensors, rounding)]
+    task = _AdamWEma(*pointers[:-1], *options, pointers[-1], master.numel(), lion)
+    kinds = TYPES[gradient.dtype], TYPES[(master if weights is None else weights).dtype]
+    _call("adamw_ema", task, *kinds, flags=() if rounding is None else _UNFUSED)
+
+
+def run_lion_ema_(*arguments: Any) -> None:
+    """As AdamW, without a second moment and an epsilon."""
+    master, exp_avg, *others, beta_1, beta_2, weight_decay = arguments[:12]
+    run_adamw_ema_(master, exp_avg, None, *others, beta_1, beta_2, 0.0, weight_decay, *arguments[12:], lion=True)
 
 
 def _walk(
@@ -131,8 +144,8 @@ def _walk(
     )  # fmt: skip
 
 
-def _call(name: str, task: ctypes.Structure, *types: int) -> None:
-    loaded = library()
+def _call(name: str, task: ctypes.Structure, *types: int, flags: tuple[str, ...] = ()) -> None:
+    loaded = library(flags) if flags else library()
     assert loaded is not None
     operations, parallel_for = loaded
     failed = getattr(operations, name)(ctypes.byref(task), *(ctypes.c_int32(kind) for kind in types), parallel_for)

@@ -51,7 +51,7 @@ def _cosine_and_sine(word):
 
 
 @triton.jit
-def _words(seed, group, slot, stream: tl.constexpr):
+def words_of(seed, group, slot, stream: tl.constexpr):
     group = group.to(tl.uint32)
     slot_low = tl.zeros_like(group) + (slot & 0xFFFFFFFF).to(tl.uint32)
     slot_high = tl.zeros_like(group) + ((slot >> 32) & 0xFFFFFFFF).to(tl.uint32)
@@ -64,7 +64,7 @@ def normals4(seed, group, slot, stream: tl.constexpr):
 
     `seed` and `slot` are int64 scalars, `group` an integer block of element // 4.
     """
-    word_0, word_1, word_2, word_3 = _words(seed, group, slot, stream)
+    word_0, word_1, word_2, word_3 = words_of(seed, group, slot, stream)
     radius_0, radius_1 = _radius(word_0), _radius(word_2)
     cosine_0, sine_0 = _cosine_and_sine(word_1)
     cosine_1, sine_1 = _cosine_and_sine(word_3)
@@ -77,7 +77,7 @@ def normals4(seed, group, slot, stream: tl.constexpr):
 @triton.jit
 def normal_of_element(seed, element, slot, stream: tl.constexpr):
     """The unit normal of every element of an integer block, fp32 of its shape; for draws that many elements share."""
-    word_0, word_1, word_2, word_3 = _words(seed, element // 4, slot, stream)
+    word_0, word_1, word_2, word_3 = words_of(seed, element // 4, slot, stream)
     second_pair = element % 4 >= 2
     radius = _radius(tl.where(second_pair, word_2, word_0))
     cosine, sine = _cosine_and_sine(tl.where(second_pair, word_3, word_1))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.config.optimizers import OPTIMIZERS
 from engine.config.options import TrainConfig
 from engine.data.samples.streams import Streams
 from engine.loop.capture import reason_against
@@ -151,7 +152,7 @@ def held_out_words(line: Mapping[str, Any]) -> str:
 def optimizer(config: TrainConfig) -> str:
     schedule = config.lr_scheduler.replace("_", " ")
     warm_up = f", warm-up {config.lr_warmup_steps:,} steps" if config.lr_scheduler != "constant" else ""
-    name = "8-bit AdamW" if config.use_8bit_adam else "AdamW"
+    name = OPTIMIZERS[config.optimizer].shown
     other = "" if config.text_encoder_lr is None else f", the text encoder's {config.text_encoder_lr:g}"
     average = ", moving average" if config.use_ema else ""
     return f"{name}, learning rate {config.learning_rate:g} {schedule}{warm_up}{other}{average}"
@@ -167,6 +168,8 @@ def adapters(config: TrainConfig, module: nn.Module) -> str:
 
 def precision(config: TrainConfig, world: int) -> str:
     masters = "" if config.weights_precision == "fp32" else " with fp32 masters"
+    if config.masters == "none":
+        masters = " without masters, rounded stochastically"
     products = f", {config.matrix_precision} products" if config.matrix_precision else ""
     reduced = reduction_precision(config, world) if needs_deepspeed(config, world) else config.weights_precision
     sums = f"; gradients add up over processes in {reduced}" if reduced != config.weights_precision else ""
@@ -189,7 +192,9 @@ def how_steps_run(
         each += f", and {held_out.shapes} without gradients for the held-out loss"
     compiled = f"compiled ({config.compile_mode}{each})" if config.compile else "not compiled (no --compile)"
     if captures:
-        return f"captured as CUDA graphs, {compiled}"
+        known = OPTIMIZERS[config.optimizer]
+        apart = "" if known.on_device else f" but for the optimizer, since {known.shown} steps from the host"
+        return f"captured as CUDA graphs{apart}, {compiled}"
     asked = "--cuda_graphs off" if config.cuda_graphs == "off" else None
     why = asked or reason_against(config, device, model) or "reductions overlap the backward pass instead"
     return f"not captured ({why}), {compiled}"
@@ -201,16 +206,22 @@ def state_bytes(config: TrainConfig, trained: int, world: int) -> float:
     sharded = needs_deepspeed(config, world)
     stage = machinery_stage(config) if sharded else 0
     gradient = 4 if config.micro_batches > 1 and config.accumulation_precision == "fp32" else weight
-    masters = 4 if sharded or weight == 2 else 0
-    state = masters + (2 if config.use_8bit_adam else 8) + (4 if config.use_ema else 0)
+    masters = 4 if sharded or (weight == 2 and config.masters == "fp32") else 0
+    state = masters + moment_bytes(config) + (4 if config.keeps_average else 0)
     kept = state / (world if sharded else 1) + gradient / (world if stage >= 2 else 1) + weight / (world if stage == 3 else 1)
     return trained * (kept + weight)  # and the gradients as the backward pass leaves them
 
 
+def moment_bytes(config: TrainConfig) -> float:
+    """Bytes per parameter of the optimizer's state."""
+    return OPTIMIZERS[config.optimizer].state / (1 if config.masters == "fp32" else 2)
+
+
 def checkpoint_bytes(config: TrainConfig, trained: int) -> int:
-    weight, kinds = (4 if config.weights_precision == "fp32" else 2), 2 if config.use_ema else 1
-    opened = weight * kinds if config.openable_checkpoints else 0
-    return trained * (4 * kinds + (2 if config.use_8bit_adam else 8) + opened)
+    weight, average = (4 if config.weights_precision == "fp32" else 2), 4 if config.keeps_average else 0
+    opened = weight * (2 if config.use_ema else 1) if config.openable_checkpoints else 0
+    kept = average + (4 if config.masters == "fp32" else 2)
+    return trained * int(kept + moment_bytes(config) + opened)
 
 
 def checkpoints_to_come(config: TrainConfig, run: Run, done: int) -> int:

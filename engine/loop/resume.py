@@ -234,9 +234,15 @@ def open_checkpoint(checkpoint: Path, config: TrainConfig, processes: Processes,
             f"{checkpoint}: was written without --use_ema, so there is no moving average to go on with; leave the option out, "
             "or train from the beginning in another --output_dir"
         )
-    if config.use_8bit_adam == ("exp_avg" in kinds):
-        one, other = ("without", "leave it out") if config.use_8bit_adam else ("with", "give it")
-        raise UserError(f"{checkpoint}: was written {one} --use_8bit_adam; {other}")
+    options = opened.state.options
+    optimizer = options.get("optimizer") or ("adamw" if "exp_avg" in kinds else "adamw8bit")  # which older versions do not name
+    if config.optimizer != optimizer:
+        if {config.optimizer, optimizer} == {"adamw", "adamw8bit"}:
+            one, other = ("without", "leave it out") if config.use_8bit_adam else ("with", "give it")
+            raise UserError(f"{checkpoint}: was written {one} --use_8bit_adam; {other}")
+        raise UserError(f"{checkpoint}: was written with --optimizer {optimizer}; give the same")
+    if config.masters != (masters := options.get("masters") or "fp32"):
+        raise UserError(f"{checkpoint}: was written with --masters {masters}; give the same")
     return opened
 
 
@@ -327,7 +333,7 @@ def announce(checkpoint: Checkpoint, config: TrainConfig, run: Run, world: int) 
     name, before, step = checkpoint.path.name, checkpoint.state.options, checkpoint.state.step
     # An option that came after the version that wrote the checkpoint was as it is by default.
     defaults = {option: default_of(TrainConfig, option, config.family, config.recipe) for option in run.options}
-    defaults |= {"shuffle": "global"}
+    defaults |= {"shuffle": "global", "optimizer": config.optimizer}
     changed = [
         f"--{option} {value} (was {was})" for option, value in run.options.items()
         if (was := before.get(option, defaults[option])) != value
@@ -341,7 +347,7 @@ def announce(checkpoint: Checkpoint, config: TrainConfig, run: Run, world: int) 
     for name in weights if not run.streams.in_turn else ():  # else an option says it
         if weights[name] != before_it.get(name, weights[name]):
             say(f"Changed since {checkpoint.path.name}: loss_weight {weights[name]:g} of {name} (was {before_it[name]:g})")
-    if not config.use_ema and "ema" in checkpoint.files.kinds:
+    if not config.keeps_average and "ema" in checkpoint.files.kinds:
         say(f"The moving average of {name} ends here: --use_ema is not given")
     if config.validation_fraction and checkpoint.state.run.fingerprint != run.fingerprint:
         warn(

@@ -60,7 +60,7 @@ from engine.loop.step import Step
 from engine.loop.stop import StopSignal
 from engine.loop.validation import seconds_at_most, validate
 from engine.loop.watchdog import Watchdog
-from engine.loop.weights import needs_deepspeed, open_partition
+from engine.loop.weights import check_division, needs_deepspeed, open_partition
 from engine.loop.weights.zero import check_deepspeed
 from engine.messages import busy, say, shows_bars, warn
 from engine.models.family import Family, open_family
@@ -92,6 +92,7 @@ def train(config: TrainConfig) -> int:
 
 def _train(config: TrainConfig, processes: Processes) -> int:
     config = divide_global_batch(config, processes.world)
+    check_division(config, processes.world)
     with busy("Waiting for the other processes"):
         processes.connect()
     output = Path(config.output_dir)
@@ -276,6 +277,7 @@ class Training:
         return partial(
             write_models, module=partition.module, shapes=partition.shapes, beside=partition.beside(),
             part=self.family.part, dtype=self.family.encoding.dtype, world=self.processes.world,
+            average_alone=partition.optimizer.averages_itself,
         )  # fmt: skip
 
     def resume(self, checkpoint: Checkpoint) -> None:

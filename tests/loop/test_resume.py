@@ -177,7 +177,7 @@ def test_a_checkpoint_without_options_is_read_as_before(output, run, capsys):
     ("options", "said"),
     [
         ({"use_ema": True}, "checkpoint-8: was written without --use_ema, so there is no moving average to go on with"),
-        ({"use_8bit_adam": True}, "checkpoint-8: was written without --use_8bit_adam; leave it out"),
+        ({"optimizer": "adamw8bit", "use_8bit_adam": True}, "checkpoint-8: was written without --use_8bit_adam; leave it out"),
         ({"seed": 12}, "checkpoint-8: was written with seed 11, this run has 12"),
         ({"train_batch_size": 2}, "checkpoint-8: was written with global_batch 4, this run has 2"),
         ({"resolution": 32}, r"checkpoint-8: was trained on other shards \(--resolution 16, now 32\)"),

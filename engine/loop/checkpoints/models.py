@@ -41,6 +41,7 @@ def write_models(
     part: str,
     dtype: torch.dtype,
     world: int,
+    average_alone: bool = False,
 ) -> list[Path]:
     """Writes the weights, and the moving average if there is one, into folders of a checkpoint; returns their files.
 
@@ -54,17 +55,19 @@ def write_models(
         beside: what is saved with them.
         part: as `parts_of` takes it.
         world: how many processes wrote slices.
+        average_alone: the average is the model, and the weights that are stepped on are none.
     """
     files = open_slices(checkpoint, world)
     adapted = alphas_of(module)
     written = []
-    for kind in filter(files.kinds.__contains__, FOLDERS):
+    named = {"ema": "weight"} if average_alone else {kind: kind for kind in FOLDERS}
+    for kind in filter(files.kinds.__contains__, named):
         tensors = to_published_form(module, whole_parameters(files, kind, shapes, beside))
         if adapted:
-            written.append(checkpoint / ADAPTERS[kind])
+            written.append(checkpoint / ADAPTERS[named[kind]])
             write_adapter(written[-1], adapter_of(module, part, tensors, dtype))
             continue
-        folders = {name: checkpoint / FOLDERS[kind].format(name) for name in parts_of(module, part)}
+        folders = {name: checkpoint / FOLDERS[named[kind]].format(name) for name in parts_of(module, part)}
         write_published(folders, module, tensors, dtype)
         written += [path for folder in folders.values() for path in sorted(folder.iterdir())]
     return written

@@ -23,7 +23,7 @@ OLD_LISTING = 60.0  # seconds for which NFS keeps what it once knew of a directo
 OPEN = 16  # files at a time; the header of one of stage 3 takes some 2 MB
 _Found = tuple[str, int, int, Tensor]  # a tensor of a file, its elements, the first that is wanted, and where to
 _Read = tuple[int, str, Tensor]  # a position in a file, the tensor that lies there, and where to
-_FP32 = ("weight", "ema")  # kinds that are never anything else
+_PRECISIONS = {"weight": ("F32", "BF16"), "ema": ("F32",)}  # of kinds that are never in others
 _NOT_NEGATIVE = ("exp_avg_sq",)
 _OF_EVERY_PROCESS = {"metrics/loss_sum", "random/cpu"}
 _LACKS_STATE = "does not hold the state that every process has"
@@ -86,7 +86,7 @@ def part_of(file: TensorFile) -> Part:
             if kind in ("optimizer", "metrics", "random") or not (match or _OTHER.fullmatch(name)):
                 raise ValueError(f"{name} is no name of a slice")
             if match:
-                if len(shape) != 1 or (kind in _FP32 and described["dtype"] != "F32"):
+                if len(shape) != 1 or described["dtype"] not in _PRECISIONS.get(kind, (described["dtype"],)):
                     raise ValueError(f"{name} is {described['dtype']} {shape}, and not a row of numbers in fp32")
                 names.append(f"{kind}/{parameter}")
                 spans.append((int(start), int(start) + shape[0]))
@@ -229,8 +229,14 @@ class SliceFiles:
         return sum(self._sizes(kind).values())
 
     def fill_parameter(self, kind: str, name: str, parameter: Tensor) -> None:
-        """Copies a whole parameter from whichever files hold its pieces; it must be contiguous."""
-        self.fill([(kind, Slice(name, parameter.shape, 0, parameter.numel(), 0, 0), parameter.detach().view(-1))])
+        """Copies a whole parameter from whichever files hold its pieces, from their precision; it must be contiguous."""
+        whole, stored = Slice(name, parameter.shape, 0, parameter.numel(), 0, 0), parameter.detach().view(-1)
+        if places := self.places.get(f"{kind}/{name}", np.empty((0, 3), np.int64)).tolist():
+            start, _, rank = places[0]
+            described = self.files[rank].header.get(f"{kind}/{name}@{start}", {})
+            stored = stored.to(DTYPES.get(described.get("dtype", ""), parameter.dtype))
+        self.fill([(kind, whole, stored)])
+        parameter.detach().view(-1).copy_(stored)
 
     def fill(self, wanted: Iterable[tuple[str, Slice, Tensor]]) -> None:
         """Copies the elements of slices, each of a kind into a tensor, from whichever files hold them.

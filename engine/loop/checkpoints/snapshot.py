@@ -37,7 +37,8 @@ def other_state(partition: Partition) -> dict[str, list[Tensor]]:
     for number, master in enumerate(partition.masters):
         for kind, value in optimizer.state_of(master).items():
             if torch.is_tensor(value) and kind not in optimizer.laid_out:
-                name = f"optimizer/{kind}" if kind in optimizer.counters else f"optimizer/{number}/{kind}"
+                of_all = kind in optimizer.counters or kind in optimizer.numbers
+                name = f"optimizer/{kind}" if of_all else f"optimizer/{number}/{kind}"
                 stored.setdefault(name, []).append(value)
     return stored
 
@@ -140,6 +141,8 @@ def _restore(files: SliceFiles, state: State, partition: Partition, metrics: Met
     files.fill((kind, piece, partition.view(piece, holders)) for piece in partition.slices for kind, holders in kinds.items())
     same_world = state.world == processes.world
     own = files.files[processes.rank if same_world else 0]
+    if host_counters(partition).keys() != state.optimizer_counters.keys():
+        raise Damaged(f"holds no {', '.join(host_counters(partition))} for this optimizer")
     for name, values in others.items():
         stored = _stored(own, name, values[0])
         if name.removeprefix("optimizer/") in partition.optimizer.counters and not (
@@ -148,8 +151,6 @@ def _restore(files: SliceFiles, state: State, partition: Partition, metrics: Met
             raise Damaged(f"{own.path.name}: {name} is {float(stored)}, after {state.step} steps")
         for value in values:
             value.copy_(stored)
-    if host_counters(partition).keys() != state.optimizer_counters.keys():
-        raise Damaged(f"holds no {', '.join(host_counters(partition))} for this optimizer")
     partition.optimizer.resume(partition.masters, state.optimizer_counters)
     if same_world:
         torch.set_rng_state(generator_state(own))

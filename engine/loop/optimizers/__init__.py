@@ -1,26 +1,54 @@
-"""The optimizers, one file each behind the interface of `interface.py`, and the schedules of the learning rate."""
+"""The optimizers behind the interface of `interface.py`, and the schedules of the learning rate."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from engine.config.options import TrainConfig
-from engine.loop.optimizers.adamw import AdamW
-from engine.loop.optimizers.adamw_8bit import adamw_8bit
+from engine.loop.optimizers.adamw import AdamW, Lion
+from engine.loop.optimizers.by_parameter import Adafactor, Muon, OfMatrices
 from engine.loop.optimizers.groups import Group
 from engine.loop.optimizers.interface import Optimizer
+from engine.loop.optimizers.library import adamw_8bit, prodigy, schedule_free
 
 
 def create_optimizer(
-    masters: Sequence[Tensor], groups: Sequence[Group], config: TrainConfig, sum_parts: Callable[[Tensor], Tensor] | None
+    masters: Sequence[Tensor],
+    groups: Sequence[Group],
+    config: TrainConfig,
+    sum_parts: Callable[[Tensor], Tensor] | None,
+    pieces: Sequence[tuple[str, Sequence[int]]] = (),
 ) -> Optimizer:
-    """The optimizer that a configuration names, of masters and the group of each."""
-    kind = adamw_8bit() if config.use_8bit_adam else AdamW
-    return kind(
-        [{"name": group.name, "params": [master], "lr": group.rate} for master, group in zip(masters, groups, strict=True)],
-        config.max_grad_norm,
-        sum_parts,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.adam_weight_decay,
-    )
+    """The optimizer that a configuration names, of masters and the group of each.
+
+    Args:
+        pieces: name and shape of each master's parameter, where each is one (`steps_on_parameters`).
+    """
+    named = [{"name": group.name, "params": [master], "lr": group.rate} for master, group in zip(masters, groups, strict=True)]
+    given = named, config.max_grad_norm, sum_parts
+    betas, decay = (config.adam_beta1, config.adam_beta2), config.adam_weight_decay
+    adam: dict[str, Any] = {"betas": betas, "eps": config.adam_epsilon, "weight_decay": decay}
+    match config.optimizer:
+        case "adamw":
+            return AdamW(*given, seed=config.seed or 0, **adam)
+        case "lion":
+            return Lion(*given, seed=config.seed or 0, **adam)
+        case "adamw8bit":
+            return adamw_8bit()(*given, **adam)
+        case "adafactor":
+            return Adafactor(*given, pieces, config.lora_rank, weight_decay=decay)
+        case "muon":
+            return Muon(*given, pieces, config.lora_rank, **adam)
+        case "prodigy":
+            return prodigy()(*given, use_bias_correction=True, safeguard_warmup=True, **adam)
+        case "schedulefree_adamw":
+            return schedule_free()(*given, **adam)
+
+
+def steps_on_parameters(config: TrainConfig) -> bool:
+    """Whether the optimizer looks at whole parameters, so that each is a master."""
+    return config.optimizer in ("adafactor", "muon")
+
+
+__all__ = ["OfMatrices", "Optimizer", "create_optimizer", "steps_on_parameters"]

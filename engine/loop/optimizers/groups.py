@@ -13,6 +13,11 @@ _A_LAYER = 3  # blocks of Wuerstchen's prior, of residuals, timestep and attenti
 _STAGES = ("down_blocks", "mid_block", "up_blocks")  # of a UNet, in the order of its pass
 
 
+def in_a_block(name: str) -> bool:
+    """Whether a parameter is of a block, and not of what comes before or after all."""
+    return _BLOCK.match(name) is not None
+
+
 @dataclass(frozen=True)
 class Group:
     """Weights that learn alike.

@@ -31,8 +31,10 @@ class Optimizer(torch.optim.Optimizer):
     laid_out: names of the state with a number for every weight.
     counters: names of the state that is one number, the same for all masters, on the device or in Python.
     bound: names of the state that fits these very masters only, as the scales of blocks do.
+    numbers: names of the state that is real numbers of the whole optimizer, fp64, one for each group.
 
     in_one_pass: whether a step also writes the weights in the training precision and keeps their moving average.
+    averages_itself: whether the model is an average that is part of the method.
     max_grad_norm: clip to this norm, 0 for no clipping.
     sum_parts: adds a tensor over processes, where each holds a part of the gradients.
     """
@@ -40,7 +42,9 @@ class Optimizer(torch.optim.Optimizer):
     laid_out: ClassVar[tuple[str, ...]]
     counters: ClassVar[tuple[str, ...]]
     bound: ClassVar[tuple[str, ...]] = ()
+    numbers: ClassVar[tuple[str, ...]] = ()
     in_one_pass: ClassVar[bool] = False
+    averages_itself: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -78,6 +82,10 @@ class Optimizer(torch.optim.Optimizer):
         """Says what the new weights count for in the moving average, where it is kept `in_one_pass`."""
         self.average_weight.fill_(weight)
 
+    def write_average(self, master: Tensor, average: Tensor) -> None:
+        """Writes what the model is after a step, where the optimizer `averages_itself`."""
+        raise NotImplementedError
+
     @property
     def rate(self) -> float:
         """The learning rate of the first group."""
@@ -113,6 +121,6 @@ class Optimizer(torch.optim.Optimizer):
             TypeError: something in it was not declared, so that nobody knows how to keep it.
         """
         state = self.state[master]
-        if unknown := set(state) - {*self.laid_out, *self.counters, *self.bound}:
+        if unknown := set(state) - {*self.laid_out, *self.counters, *self.bound, *self.numbers}:
             raise TypeError(f"{type(self).__name__} does not say how to keep {', '.join(sorted(unknown))}")
         return state

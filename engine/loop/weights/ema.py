@@ -37,8 +37,8 @@ class Ema:
         self.masters = [master.detach() for master in masters]
         self.offload = offload
         if offload:
-            self.averages = [torch.empty_like(master, device="cpu") for master in self.masters]
-            device, dtype = self.masters[0].device, self.masters[0].dtype
+            self.averages = [torch.empty_like(master, dtype=torch.float32, device="cpu") for master in self.masters]
+            device, dtype = self.masters[0].device, torch.float32
             self._buffers = [torch.empty(slice_bytes // dtype.itemsize, dtype=dtype, device=device) for _ in range(2)]
             # Each buffer is filled, averaged and emptied on its own stream: one comes while the other goes.
             self._streams = [torch.cuda.Stream(device) if device.type == "cuda" else None for _ in self._buffers]
@@ -65,7 +65,7 @@ class Ema:
                 buffer, stream = next(ways)
                 with torch.cuda.stream(stream):
                     here = buffer[: there.numel()].copy_(there, non_blocking=True)
-                    there.copy_(here.lerp_(weights, weight), non_blocking=True)
+                    there.copy_(here.lerp_(weights.float(), weight), non_blocking=True)
 
     @torch.no_grad()
     def exchange(self, most: int = 2**20) -> None:

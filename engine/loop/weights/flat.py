@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.config.optimizers import OPTIMIZERS
 from engine.config.options import TrainConfig
 from engine.loop.weights.partition import Partition, Slice
 from engine.models.encoder import PRECISIONS
@@ -21,22 +22,22 @@ ALIGNMENT = 64  # elements: every parameter begins on a 128-byte line, also in b
 class FlatPartition(Partition):
     """All trained weights of a single process.
 
-    In fp32 the module's weights are the masters themselves; in bf16 they follow these, in the optimizer's pass if it can.
+    In fp32, and without masters, the module's weights are the masters themselves; in bf16 they follow these, in the
+    optimizer's pass if it can.
     """
-
-    captured_whole = True
 
     def __init__(self, model: nn.Module, config: TrainConfig, processes: Processes) -> None:
         super().__init__(model, config, processes)
+        self.captured_whole = OPTIMIZERS[config.optimizer].on_device
         dtype, device = PRECISIONS[config.mixed_precision], processes.device
         offset = 0
         for parameter, name in self.names.items():
             self.slices.append(Slice(name, parameter.shape, 0, parameter.numel(), 0, offset))
             offset += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
-        self.flat = torch.zeros(offset, dtype=torch.float32, device=device)
+        self.flat = torch.zeros(offset, dtype=torch.float32 if config.masters == "fp32" else dtype, device=device)
         for parameter, view in zip(self.names, self._views(self.flat), strict=True):
             view.copy_(parameter.detach())
-        self.weights = self.flat if dtype == torch.float32 else self.flat.to(dtype)
+        self.weights = self.flat if dtype == self.flat.dtype else self.flat.to(dtype)
         model.to(device, dtype)
         for parameter, view in zip(self.names, self._views(self.weights), strict=True):
             parameter.data = view

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.config.options import TrainConfig
-from engine.loop.optimizers import Optimizer, create_optimizer
+from engine.loop.optimizers import Optimizer, create_optimizer, steps_on_parameters
 from engine.loop.optimizers.groups import Group, groups_of
 from engine.loop.weights.ema import Ema, decay_of_step
 from engine.models.encoder import PRECISIONS
@@ -75,17 +75,20 @@ class Partition(ABC):
         begins: list[int] = []
         for number, piece in enumerate(sorted(self.slices, key=lambda piece: piece.offset)):
             group = self.groups[piece.name]
-            if not groups or group != groups[-1]:
+            if not groups or group != groups[-1] or steps_on_parameters(self.config):
                 groups.append(group)
                 begins.append(piece.offset if groups[1:] else 0)
             self.slices[number] = replace(piece, holder=len(groups) - 1, offset=piece.offset - begins[-1])
         if not groups:  # a part that is all padding
             groups, begins = [next(iter(self.groups.values()))], [0]
         self.bounds = list(zip(begins, [*begins[1:], flat.numel()], strict=True))
+        if steps_on_parameters(self.config):  # without the room between them
+            self.bounds = [(begin, begin + piece.length) for begin, piece in zip(begins, self.slices, strict=True)]
         self.masters = self.divide(flat.detach())
-        self.optimizer = create_optimizer(self.masters, groups, self.config, sum_parts)
-        if self.config.use_ema:
-            self.ema = Ema(self.masters, self.config.offload_ema and self.masters[0].is_cuda, self.allocate)
+        pieces = [(piece.name, piece.shape) for piece in self.slices] if steps_on_parameters(self.config) else []
+        self.optimizer = create_optimizer(self.masters, groups, self.config, sum_parts, pieces)
+        if self.config.keeps_average:
+            self.ema = Ema(self.masters, self.config.offload_ema and self.masters[0].is_cuda, self._allocate_fp32)
         averages = self.ema.averages if self.ema and not self._averages_apart else None
         self.optimizer.create_state(self.masters, self.allocate, None if weights is None else self.divide(weights), averages)
 
@@ -115,7 +118,10 @@ class Partition(ABC):
 
     def end(self, step: int) -> None:
         """To be called when the step has moved the weights."""
-        if self.ema and self._averages_apart:
+        if self.ema and self.optimizer.averages_itself:
+            for master, average in zip(self.masters, self.ema.averages, strict=True):
+                self.optimizer.write_average(master, average)
+        elif self.ema and self._averages_apart:
             self.ema.update(step)
 
     @abstractmethod
@@ -137,6 +143,9 @@ class Partition(ABC):
     def allocate(self, like: Tensor) -> Tensor:
         """Zeros for state laid out as one of `masters`, where that state is kept."""
         return torch.zeros_like(like)
+
+    def _allocate_fp32(self, like: Tensor) -> Tensor:
+        return self.allocate(like) if like.dtype == torch.float32 else torch.zeros_like(like, dtype=torch.float32)
 
     def view(self, piece: Slice, tensors: list[Tensor]) -> Tensor:
         """The elements of a slice in tensors laid out as `masters`."""
@@ -172,12 +181,19 @@ class Partition(ABC):
     def averaged(self) -> Iterator[None]:
         """Inside, the module computes with the moving average; then all weights have their bits again. All must enter."""
         assert self.ema is not None
-        self.ema.exchange()
+        kept = [] if self.config.masters == "fp32" else [master.clone() for master in self.masters]
+        if kept:  # bf16, which cannot hold the averages
+            torch._foreach_copy_(self.masters, self.ema.averages)
+        else:
+            self.ema.exchange()
         try:
             self.refresh_weights()
             yield
         finally:  # of this process alone: where something failed the others may be anywhere
-            self.ema.exchange()
+            if kept:
+                torch._foreach_copy_(self.masters, kept)
+            else:
+                self.ema.exchange()
         self.refresh_weights()
 
     @abstractmethod

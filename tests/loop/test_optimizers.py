@@ -1,0 +1,268 @@
+"""Every optimizer that `--optimizer` names: against its own library, skipping, going on to the bit, and where it may run."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from engine.config.checks import check_options
+from engine.config.optimizers import OPTIMIZERS
+from engine.config.options import TrainConfig
+from engine.errors import UserError
+from engine.loop.checkpoints.names import rank_file
+from engine.loop.optimizers import create_optimizer
+from engine.loop.optimizers.groups import Group
+from engine.loop.trainer import train
+from engine.loop.weights import check_division
+from tests.loop.runs import checkpoint_tensors, config, published_order
+
+ALL = list(OPTIMIZERS)
+OTHERS = [name for name in ALL if name not in ("adamw", "adamw8bit")]
+SHAPES = {"down_blocks.0.x.weight": (6, 5), "down_blocks.0.x.bias": (6,), "mid_block.conv.weight": (4, 3, 3, 2)}
+
+
+def options(**values) -> TrainConfig:
+    return config("model", "images", "shards", "out", **values)
+
+
+def masters() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).flatten() for shape in SHAPES.values()]
+
+
+def gradient(step: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(100 * step + like.numel()))
+
+
+def created(weights, rates=(1e-2, 1e-2, 1e-2), **values):
+    values = {"max_grad_norm": 0.5, "adam_weight_decay": 0.1, "learning_rate": 1e-2, "use_ema": False} | values
+    groups = [Group(str(number), rate) for number, rate in enumerate(rates)]
+    optimizer = create_optimizer(weights, groups, options(**values), None, list(SHAPES.items()))
+    optimizer.create_state(weights, torch.zeros_like)
+    return optimizer
+
+
+def theirs(name: str, weights: list[torch.Tensor]):
+    """The library's own over the same weights, in their shapes."""
+    if name == "adafactor":
+        return torch.optim.Adafactor(weights, lr=1e-2, weight_decay=0.1)
+    if name == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy(weights, lr=1e-2, weight_decay=0.1, use_bias_correction=True, safeguard_warmup=True)
+    from schedulefree import AdamWScheduleFree
+
+    optimizer = AdamWScheduleFree(weights, lr=1e-2, weight_decay=0.1)
+    optimizer.train()
+    return optimizer
+
+
+@pytest.mark.parametrize("name", ["adafactor", "prodigy", "schedulefree_adamw"])
+def test_steps_are_those_of_the_library_after_clipping(name):
+    ours, shaped = masters(), [w.clone().view(s) for w, s in zip(masters(), SHAPES.values(), strict=True)]
+    if name == "adafactor":
+        shaped = [shaped[0], shaped[1], shaped[2].view(4, -1)]  # a convolution is a matrix
+    optimizer, plain = created(ours, optimizer=name), theirs(name, shaped)
+    for step in range(5):
+        optimizer.set_rates(1.0)
+        for weight, left in zip(shaped, ours, strict=True):
+            weight.grad = gradient(step, left).view(weight.shape)
+        optimizer.apply([gradient(step, left) for left in ours])
+        norm = torch.nn.utils.get_total_norm([weight.grad for weight in shaped])
+        for weight in shaped:
+            weight.grad *= min(1.0, 0.5 / (float(norm) + 1e-6))
+        plain.step()
+    for left, right in zip(ours, shaped, strict=True):
+        torch.testing.assert_close(left, right.flatten(), rtol=1e-5, atol=1e-6)
+    if name == "schedulefree_adamw":
+        plain.eval()
+        for left, right in zip(ours, shaped, strict=True):
+            average = torch.empty_like(left)
+            optimizer.write_average(left, average)
+            torch.testing.assert_close(average, right.flatten(), rtol=1e-5, atol=1e-6)
+
+
+def test_muon_steps_on_matrices_and_adamw_on_the_rest():
+    ours, groups = masters(), ["0", "1", "2"]
+    optimizer = created(ours, optimizer="muon", max_grad_norm=0.0)
+    matrices = [ours[0].clone().view(6, 5), ours[2].clone().view(4, 18)]
+    bias = ours[1].clone()
+    muon = torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW([bias], lr=1e-2, weight_decay=0.1)
+    for step in range(4):
+        optimizer.set_rates(1.0)
+        optimizer.apply([gradient(step, weight) for weight in ours])
+        matrices[0].grad, matrices[1].grad = gradient(step, ours[0]).view(6, 5), gradient(step, ours[2]).view(4, 18)
+        bias.grad = gradient(step, bias)
+        muon.step()
+        adamw.step()
+    for left, right in zip(ours, [matrices[0], bias, matrices[1]], strict=True):
+        torch.testing.assert_close(left, right.flatten(), rtol=1e-4, atol=1e-5)
+    assert [group["name"] for group in optimizer.param_groups] == groups
+
+
+def test_stacked_projections_are_as_many_matrices():
+    from engine.loop.optimizers.by_parameter import matrices
+
+    assert matrices("down_blocks.0.attn1.to_qkv.weight", (12, 4), None) == (3, 4, 4)
+    assert matrices("down_blocks.0.attn1.to_qkv.bias", (12,), None) == (12,)
+    assert matrices("mid_block.conv1.weight", (8, 3, 3, 4), None) == (1, 8, 36)
+    assert matrices("mid_block.attn1.to_qkv.lora_A", (4, 16), 2) == (2, 2, 16)
+    assert matrices("mid_block.attn1.to_qkv.lora_B", (2, 16, 2), 2) == (2, 16, 2)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_step_that_is_not_finite_changes_nothing(name):
+    weights = masters()
+    optimizer = created(weights, optimizer=name)
+    before = [weight.clone() for weight in weights]
+    gradients = [gradient(0, weight) for weight in weights]
+    gradients[1][2] = float("nan")
+    optimizer.set_rates(1.0)
+    optimizer.apply(gradients)
+    assert all(torch.equal(weight, old) for weight, old in zip(weights, before, strict=True))
+    assert optimizer.norm_and_skips()[1] == 1
+    optimizer.apply([gradient(1, weight) for weight in weights])
+    assert not torch.equal(weights[0], before[0])
+    optimizer.state_of(weights[0])  # all of it is declared
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon", "lion"])
+def test_groups_step_at_their_rates(name):
+    weights = masters()
+    before = [weight.clone() for weight in weights]
+    optimizer = created(weights, (1e-2, 1e-2, 0.0), optimizer=name)
+    optimizer.set_rates(1.0)
+    optimizer.apply([gradient(0, weight) for weight in weights])
+    assert [torch.equal(weight, old) for weight, old in zip(weights, before, strict=True)] == [False, False, True]
+
+
+@pytest.fixture(scope="module")
+def shards_in_bf16(tmp_path_factory):
+    return tmp_path_factory.mktemp("bf16") / "shards"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({"optimizer": name} for name in OTHERS),
+        {"masters": "none", "mixed_precision": "bf16"},
+        {"optimizer": "lion", "masters": "none", "mixed_precision": "bf16", "lr_of": ["mid_block=1e-2"]},
+    ],
+    ids=str,
+)
+def test_a_run_goes_on_to_the_bit(values, model, images, shards, shards_in_bf16, tmp_path):
+    values = {"use_ema": values.get("optimizer") != "schedulefree_adamw", "learning_rate": 1e-3} | values
+    values |= {
+        "checkpointing_steps": 2,
+        "lr_scheduler": "constant_with_warmup",
+        "lr_warmup_steps": 2,
+        "adam_weight_decay": 0.01,
+    }
+    shards = shards_in_bf16 if "mixed_precision" in values else shards
+    assert train(config(model, images, shards, tmp_path / "whole", **values, max_train_steps=4)) == 0
+    begun = tmp_path / "resumed"
+    begun.mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", begun / "checkpoint-2")
+    assert train(config(model, images, shards, begun, **values, max_train_steps=4, resume_from_checkpoint="checkpoint-2")) == 0
+    stored = [(output / "checkpoint-4" / rank_file(0)).read_bytes() for output in (begun, tmp_path / "whole")]
+    assert stored[0] == stored[1]
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert all(loss < 10 for loss in losses)
+
+
+def test_the_average_of_schedule_free_is_the_model(model, images, shards, tmp_path):
+    values = {"optimizer": "schedulefree_adamw", "use_ema": False, "max_train_steps": 3, "validation_fraction": 0.2}
+    assert train(config(model, images, shards, tmp_path / "out", **values)) == 0
+    checkpoint = tmp_path / "out" / "checkpoint-3"
+    assert not (checkpoint / "unet_ema").exists()
+    published = UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet")
+    exported = UNet2DConditionModel.from_pretrained(tmp_path / "out", subfolder="unet").state_dict()
+    y, z, average = (published_order(published, checkpoint_tensors(checkpoint, kind)) for kind in ("weight", "z", "ema"))
+    for name, weight in published.state_dict().items():
+        assert torch.equal(weight, average[name])
+        assert torch.equal(weight, exported[name])
+        torch.testing.assert_close(average[name], torch.lerp(y[name], z[name], 1 - 1 / 0.9), rtol=1e-5, atol=1e-7)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert any("validation_loss_ema" in line for line in lines)
+
+
+def test_weights_without_masters_are_bf16_and_averaged_in_fp32(model, images, shards_in_bf16, tmp_path):
+    values = {"masters": "none", "mixed_precision": "bf16", "max_train_steps": 2, "validation_fraction": 0.2}
+    assert train(config(model, images, shards_in_bf16, tmp_path / "out", **values)) == 0
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    kinds = {kind: {t.dtype for t in checkpoint_tensors(checkpoint, kind).values()} for kind in ("weight", "exp_avg_sq", "ema")}
+    assert kinds == {"weight": {torch.bfloat16}, "exp_avg_sq": {torch.bfloat16}, "ema": {torch.float32}}
+    published = UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet")
+    stored = published_order(published, checkpoint_tensors(checkpoint, "weight"))
+    assert all(torch.equal(weight.bfloat16(), stored[name]) for name, weight in published.state_dict().items())
+    with pytest.raises(UserError, match="checkpoint-2: was written with --masters none; give the same"):
+        train(config(model, images, shards_in_bf16, tmp_path / "out", **(values | {"masters": "fp32"}),
+                     resume_from_checkpoint="latest"))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"optimizer": "lion", "use_8bit_adam": True}, "--use_8bit_adam contradicts --optimizer lion"),
+        (
+            {"optimizer": "schedulefree_adamw"},
+            "--use_ema with --optimizer schedulefree_adamw, which keeps",
+        ),
+        ({"optimizer": "prodigy", "layer_lr_decay": 0.5}, "--optimizer prodigy finds one rate for all weights"),
+        ({"optimizer": "muon", "masters": "none"}, "--masters none is for --optimizer adamw or lion, not muon"),
+        ({"masters": "none"}, "--masters none needs --mixed_precision bf16"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_go_together_are_refused(values, said):
+    with pytest.raises(UserError, match=said):
+        check_options(options(**values))
+
+
+@pytest.mark.parametrize(
+    ("values", "world", "said"),
+    [
+        ({"optimizer": "muon"}, 2, "--optimizer muon with 2 processes"),
+        ({"optimizer": "adafactor", "zero_stage": 1}, 1, "--optimizer adafactor with --zero_stage 1"),
+        ({"optimizer": "prodigy", "offload_optimizer": "cpu"}, 1, "--optimizer prodigy with --offload_optimizer"),
+        ({"masters": "none", "mixed_precision": "bf16"}, 2, "--masters none with 2 processes"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_divided_is_refused_by_name(values, world, said):
+    with pytest.raises(UserError, match=said):
+        check_division(options(**values), world)
+    check_division(options(**(values | {"zero_stage": 0, "offload_optimizer": "none"})), 1)
+
+
+def test_defaults_are_those_that_an_optimizer_needs():
+    def default(name: str, option: str):
+        return getattr(TrainConfig(family="sd", pretrained_model_name_or_path="m", optimizer=name), option)
+
+    assert [default(name, "learning_rate") for name in ("adamw", "prodigy", "adafactor")] == [1e-4, 1.0, 1e-2]
+    assert [default(name, "adam_beta2") for name in ("adamw", "lion")] == [0.999, 0.99]
+    assert options(optimizer="adamw8bit").use_8bit_adam
+    assert options(use_8bit_adam=True).optimizer == "adamw8bit"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("AdamW", "adamw"), ("AdamW8bit", "adamw8bit"), ("Lion", "lion"), ("AdaFactor", "adafactor"), ("Prodigy", "prodigy"),
+     ("AdamWScheduleFree", "schedulefree_adamw"), ("Muon", "muon")],
+)  # fmt: skip
+def test_the_names_of_other_trainers_are_known(given, meant):
+    assert options(optimizer=given).optimizer == meant
+
+
+@pytest.mark.parametrize(("name", "stage"), [("lion", 3), ("schedulefree_adamw", 1)])
+def test_what_can_be_divided_runs_under_zero(name, stage, model, images, shards, tmp_path):
+    values = {"optimizer": name, "use_ema": name == "lion", "max_train_steps": 3}
+    for output, zero in (("flat", 0), ("zero", stage)):
+        assert train(config(model, images, shards, tmp_path / output, **values, zero_stage=zero)) == 0
+    ours, theirs = (checkpoint_tensors(tmp_path / output / "checkpoint-3", "weight") for output in ("zero", "flat"))
+    for name_of, weight in theirs.items():
+        close = torch.isclose(ours[name_of], weight, rtol=1e-4, atol=1e-6)
+        assert close.float().mean() > 0.99, name_of  # the sign of a gradient near zero may differ
