@@ -270,6 +270,8 @@ def _check_adapters(config: TrainConfig) -> None:
     for name in ("lora_alpha", "lora_targets"):
         if config.lora_weights and name in given:
             raise UserError(f"--{name} with --lora_weights, which says it itself; leave one out")
+    if config.use_dora and config.zero_stage == 3:
+        raise UserError("--use_dora with --zero_stage 3, which has no layer's weights outside of it; use --zero_stage 2")
     if config.lora_rank and config.matrix_precision:
         raise UserError("--matrix_precision fp8 with --lora_rank, whose weights are frozen; leave one out")
 

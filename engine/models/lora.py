@@ -2,7 +2,7 @@
 
 PEFT makes them: which layers, names, first values. Then linear layers take the form that trains fastest, `AdaptedLinear`,
 which the training form (training_form.py) also makes of projections that it stacks. Layers with dropout or DoRA, and
-convolutions, stay PEFT's own.
+convolutions, stay PEFT's own, but for the arithmetic of DoRA.
 """
 
 import re
@@ -67,12 +67,48 @@ class AdaptedLinear(nn.Module):
         """The B's as one matrix [out, adapters * rank] of blocks, zero elsewhere."""
         if self.places.numel() == 1:
             return self.lora_B[0]
-        return (self.places * self.lora_B.transpose(0, 1)).flatten(2).flatten(0, 1)
+        places = self.places.to(self.lora_B.dtype)  # which ZeRO 3 leaves to buffers
+        return (places * self.lora_B.transpose(0, 1)).flatten(2).flatten(0, 1)
 
     @property
     def weight(self) -> Tensor:
         """The base's, as those who ask a linear layer for its dtype find it."""
         return self.base_layer.weight  # type: ignore[return-value]
+
+
+class Dora:
+    """DoRA in a layer of PEFT's: what it computes (arXiv:2402.09353, section 4.3), in operations that compile into one graph.
+
+    With W' = W + s B A, each output of W' x is multiplied by m / ||W'||, of which the norm gets no gradient.
+    """
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **unused: Any) -> Tensor:
+        """
+        Args:
+            module: PEFT's layer.
+            result: what the frozen layer gave.
+        """
+        base, scaling = module.base_layer, module.scaling[active_adapter]
+        down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        dropout, magnitude = module.lora_dropout[active_adapter], module.lora_magnitude_vector[active_adapter].weight
+        per_output = (-1, 1, 1) if isinstance(base, nn.Conv2d) else (-1,)
+        with torch.no_grad():
+            weight = dequantized(base)
+            change = (up.weight.flatten(1) @ down.weight.flatten(1)).view_as(weight)
+            norm = (weight + scaling * change).flatten(1).norm(dim=1).to(weight.dtype)
+        bias = 0 if base.bias is None else base.bias.view(per_output)
+        plain = result - bias
+        if module.training and not isinstance(dropout, nn.Identity):
+            x = dropout(x)
+            plain = base(x) - bias
+        factor = (magnitude.flatten() / norm).view(per_output)
+        return result + (factor - 1) * plain + factor * up(down(x)) * scaling
+
+
+def dequantized(layer: Any) -> Tensor:
+    """The weights of a frozen layer in the precision that it computes in."""
+    return layer.weight
 
 
 def has_adapter(layer: Any) -> bool:
@@ -129,6 +165,9 @@ def add_adapters(model: Any, part: str, config: TrainConfig, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(options, model, adapter_name=NAME)
+    for layer in model.modules():
+        if getattr(layer, "lora_variant", None):
+            layer.lora_variant[NAME] = Dora()
     if start:
         set_peft_model_state_dict(model, {name: tensor.float() for name, tensor in start.tensors.items()}, NAME)
 

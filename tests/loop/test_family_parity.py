@@ -28,6 +28,7 @@ from engine.data.samples.order import records_of
 from engine.loop.trainer import train
 from engine.models.efficientnet import load_encoder
 from tests import objectives, reference
+from tests.loop.adapters import trained_parameters
 from tests.loop.runs import SLACK, checkpoint_tensors, published_order, relative_distance
 
 STEPS, BATCH, SEED = 20, 4, 2**41 + 3
@@ -148,10 +149,11 @@ def reference_run(config: TrainConfig, folder: Path) -> tuple[torch.nn.Module, d
     with torch.no_grad():
         family = REFERENCES[config.family](config, images, [row["text"] for row in rows])
     model = family.model.train()
+    parameters = trained_parameters(model, config)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=config.adam_weight_decay, eps=1e-8
+        parameters.values(), lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=config.adam_weight_decay, eps=1e-8
     )
-    ema = EMAModel(model.parameters())
+    ema = EMAModel(parameters.values())
     losses = []
     accumulation = config.gradient_accumulation_steps
     for step in range(STEPS):
@@ -171,13 +173,12 @@ def reference_run(config: TrainConfig, folder: Path) -> tuple[torch.nn.Module, d
             loss = objectives.losses(config, error, snr, progress, family.prediction_type)
             (loss.mean() / accumulation).backward()
             step_loss += loss.mean().item() / accumulation
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        ema.step(model.parameters())
+        ema.step(parameters.values())
         losses.append(step_loss)
-    names = [name for name, _ in model.named_parameters()]
-    return model, dict(zip(names, ema.shadow_params, strict=True)), losses
+    return model, dict(zip(parameters, ema.shadow_params, strict=True)), losses
 
 
 def has_gradient(family: str, name: str) -> bool:

@@ -14,6 +14,7 @@ from engine.config.options import TrainConfig
 from engine.data.samples.order import records_of
 from engine.loop.trainer import train
 from tests import objectives, reference
+from tests.loop.adapters import trained_parameters
 from tests.loop.runs import SLACK, checkpoint_tensors, config, published_order, relative_distance
 
 STEPS, BATCH, SEED = 20, 4, 2**40 + 7
@@ -29,11 +30,12 @@ def reference_run(model, shards, config: TrainConfig) -> tuple[dict, dict, list[
     scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler", **rescaled)
     scheduler.register_to_config(prediction_type=config.prediction_type)
     data = reference.PlainShards(shards)
+    parameters = trained_parameters(unet, config)
     optimizer = torch.optim.AdamW(
-        unet.parameters(), lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=config.adam_weight_decay, eps=1e-8
+        parameters.values(), lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=config.adam_weight_decay, eps=1e-8
     )
     rates = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=STEPS)
-    ema = EMAModel(unet.parameters(), model_cls=UNet2DConditionModel, model_config=unet.config)
+    ema = EMAModel(parameters.values(), model_cls=UNet2DConditionModel, model_config=unet.config)
     losses, norms = [], []
     accumulation = config.gradient_accumulation_steps
     for step in range(STEPS):
@@ -75,13 +77,13 @@ def reference_run(model, shards, config: TrainConfig) -> tuple[dict, dict, list[
             loss = objectives.losses(config, prediction - target, snr, timesteps / count, config.prediction_type)
             (loss.mean() / accumulation).backward()
             step_loss += loss.mean().item() / accumulation
-        norms.append(float(torch.nn.utils.clip_grad_norm_(unet.parameters(), config.max_grad_norm)))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)))
         optimizer.step()
         rates.step()
         optimizer.zero_grad()
-        ema.step(unet.parameters())
+        ema.step(parameters.values())
         losses.append(step_loss)
-    weights = {name: parameter.detach() for name, parameter in unet.named_parameters()}
+    weights = {name: parameter.detach() for name, parameter in parameters.items()}
     return weights, dict(zip(weights, ema.shadow_params, strict=True)), losses, norms
 
 
