@@ -45,8 +45,14 @@ def _kind(pipeline: Path) -> Any:
 
 def merged(weight: Tensor, layer: str, adapter: Adapter, scale: float) -> Tensor:
     """A layer's weight with its adapter baked in, in fp32: W + s B A, and with DoRA (arXiv:2402.09353, equation 5) at the
-    lengths that were learned."""
+    lengths that were learned.
+
+    Raises:
+        UserError: the layer is a convolution of groups, as which it could not be computed any more.
+    """
     down, up = (adapter.tensors[layer + suffix].float() for suffix in (DOWN, UP))
+    if up.shape[1] != len(down):
+        raise UserError(f"{layer} is a convolution of groups, into which no adapter can be merged; load it beside the model")
     change = (up.flatten(1) @ down.flatten(1)).view(weight.shape)
     whole = weight.float() + scale * adapter.alphas[layer] / len(down) * change
     for suffix, axis in ((MAGNITUDE, 0), (OF_INPUTS, 1)):
@@ -66,12 +72,7 @@ def merge(pipeline: Path, adapters: Scaled, output: Path, variant: str | None = 
     Raises:
         UserError: a layer cannot take its adapter.
     """
-    grouped = [layer for layer, module in adaptable_layers(open_parts(pipeline, variant)).items() if _is_grouped(module)]
-    for layer in grouped:
-        if any(layer in adapter.alphas for adapter, _ in adapters):
-            raise UserError(
-                f"{layer} is a convolution of groups, into which no adapter can be merged; load it beside the model"
-            )
+    open_parts(pipeline, variant)
     changed = {part for adapter, _ in adapters for part in adapter.parts}
     aside = output.with_name(output.name + PARTIAL)
     discard(aside)

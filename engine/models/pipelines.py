@@ -148,7 +148,7 @@ def bake_in(pipeline: Any, path: Path, scale: float) -> None:
         UserError: it is none, is damaged, or does not fit the pipeline's models.
     """
     parts = adaptable(pipeline)
-    adapter = read_adapter(path, parts)
+    adapter = read_adapter(path, parts, of_inputs=True)
     layers: dict[str, Any] = adaptable_layers(parts)
     with reading(path, "give an adapter that was trained for this model"), torch.no_grad():
         for layer in adapter.alphas:
