@@ -3,7 +3,8 @@
 Whole pipelines with random weights draw as `python -m engine.sample` does: the plain one of diffusers, with the models in the
 form of the engine's training, and with these compiled, in turns; how far the pictures are apart; and of each the seconds of
 text encoders, denoisers, decoder and schedulers, synchronised around each, and of the host around them. The published models
-are counted on the meta device, for one image with guidance: launches and bytes of a call, and the values that the host reads.
+are counted on the meta device, for one image with guidance: launches, operations and bytes of a call, and the values that the
+host reads; by an assumed H200 the time that the device has per launch, and what fusing all but the products could give.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 
@@ -36,6 +38,7 @@ from engine.prompts import Wanted
 from engine.quiet import quiet_libraries
 
 TURNS = 5
+FLOPS, BANDWIDTH = 788e12, 4.3e12  # of an H200 per second, as `benchmarks.steps.sizes` assumes them
 EXPECTED_SECONDS = {"tiny": 20, "small": 300, "full": 240}  # a family, torch.compile from cold caches included; assumed
 WAYS = ("plain", "engine", "compiled")
 TEXT_ENCODERS = ("text_encoder", "prior_text_encoder", "prior_image_encoder")
@@ -195,10 +198,15 @@ def count(name: str) -> dict[str, Any]:
         counted = Counted()
         with OneAttention(counted), counted:
             model.eval()(**inputs)
+        with FlopCounterMode(display=False) as operations:
+            model(**inputs)
+    flops, least = operations.get_total_flops(), 2 * counted.matrix_numbers
+    products, others = max(flops / FLOPS, least / BANDWIDTH), (2 * counted.numbers - least) / BANDWIDTH
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {
-        "parameters": parameters, "launches": counted.launches, "mib": 2 * counted.numbers / 2**20,
-        "least_mib": 2 * counted.matrix_numbers / 2**20, "host_reads": host_reads(COUNTED[name]),
+        "parameters": parameters, "launches": counted.launches, "tflop": flops / 1e12, "mib": 2 * counted.numbers / 2**20,
+        "least_mib": least / 2**20, "host_reads": host_reads(COUNTED[name]),
+        "even_microseconds": 1e6 * (products + others) / counted.launches, "gain_at_most": (products + others) / products,
     }  # fmt: skip
 
 
@@ -236,8 +244,11 @@ def table(rows: list[dict[str, Any]]) -> str:
             "scheduler": "scheduler", "host": "host",
         }),
         markdown([row for row in rows if "launches" in row], {
-            "one image, with guidance": "name", "parameters": "parameters", "launches": "launches", "MiB moved": "mib",
-            "MiB of products alone": "least_mib", "host reads per step of all stages": "host_reads",
+            "one image, with guidance": "name", "parameters": "parameters", "launches": "launches", "TFLOP": "tflop",
+            "MiB moved": "mib",
+            "MiB of products alone": "least_mib", "µs per launch": "even_microseconds",
+            "fused at most": "gain_at_most",
+            "host reads per step of all stages": "host_reads",
         }),
     ])  # fmt: skip
 

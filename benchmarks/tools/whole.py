@@ -1,6 +1,6 @@
 """Whole pipelines from text to images with random weights: tiny, small, or as published.
 
-Small ones have the parts of the published with a quarter of their channels and fewer blocks: minutes on a CPU.
+Small ones have the parts of the published with a part of their channels, levels and layers, for minutes on a CPU.
 """
 
 import tempfile
@@ -43,21 +43,18 @@ SIDES = {
 }  # fmt: skip
 
 
-def _with(model: Any, **changes: Any) -> Any:
-    """The configuration of a model that is not built, with changes."""
-    known = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    return type(model).from_config({**known, **changes})
-
-
 def _sd(small: bool) -> dict[str, Any]:
     if not small:
         return {"unet": published.sd_1_5(), "vae": published.vae(), "text_encoder": CLIPTextModel(text_config(768, 12, 12))}
-    with torch.device("meta"):
-        unet, vae = published.sd_1_5(), published.vae()
-    narrow = {"block_out_channels": (64, 128, 256, 256), "layers_per_block": 1}
-    made: UNet2DConditionModel = _with(unet, **narrow, cross_attention_dim=192, sample_size=32)
-    decoder: AutoencoderKL = _with(vae, block_out_channels=(32, 64, 128, 128), layers_per_block=1, sample_size=256)
-    return {"unet": made, "vae": decoder, "text_encoder": CLIPTextModel(text_config(192, 4, 4))}
+    unet = UNet2DConditionModel(
+        sample_size=32, block_out_channels=(128, 256), layers_per_block=1, cross_attention_dim=192, attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(32, 64, 64, 128), layers_per_block=1, latent_channels=4, sample_size=256,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    return {"unet": unet, "vae": vae, "text_encoder": CLIPTextModel(text_config(192, 4, 4))}
 
 
 def _kandinsky(small: bool) -> dict[str, Any]:
@@ -67,21 +64,25 @@ def _kandinsky(small: bool) -> dict[str, Any]:
             "text_encoder": CLIPTextModelWithProjection(text_config(1280, 32, 20)), "unet": published.kandinsky_decoder(),
             "movq": published.movq(),
         }  # fmt: skip
-    with torch.device("meta"):
-        unet, movq = published.kandinsky_decoder(), published.movq()
     vision = CLIPVisionConfig(
         hidden_size=192, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, image_size=224, patch_size=14,
         projection_dim=320,
     )  # fmt: skip
-    decoder: UNet2DConditionModel = _with(
-        unet, block_out_channels=(96, 192, 288, 384), layers_per_block=1, attention_head_dim=32, cross_attention_dim=192,
-        encoder_hid_dim=320, sample_size=16,
+    unet = UNet2DConditionModel(
+        sample_size=32, in_channels=4, out_channels=8, block_out_channels=(96, 192), layers_per_block=1, attention_head_dim=32,
+        cross_attention_dim=192, encoder_hid_dim=320, encoder_hid_dim_type="image_proj", addition_embed_type="image",
+        resnet_time_scale_shift="scale_shift", down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn", up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
     )  # fmt: skip
-    pixels: VQModel = _with(movq, block_out_channels=(32, 64, 64, 128), layers_per_block=1, num_vq_embeddings=256)
+    movq = VQModel(
+        block_out_channels=(32, 64, 64, 64), layers_per_block=1, latent_channels=4, vq_embed_dim=4, num_vq_embeddings=256,
+        norm_type="spatial", down_block_types=(*("DownEncoderBlock2D",) * 3, "AttnDownEncoderBlock2D"),
+        up_block_types=("AttnUpDecoderBlock2D", *("UpDecoderBlock2D",) * 3),
+    )  # fmt: skip
     return {
         "prior": PriorTransformer(embedding_dim=320, num_attention_heads=8, attention_head_dim=64, num_layers=5),
         "image_encoder": CLIPVisionModelWithProjection(vision),
-        "text_encoder": CLIPTextModelWithProjection(text_config(320, 4, 5)), "unet": decoder, "movq": pixels,
+        "text_encoder": CLIPTextModelWithProjection(text_config(320, 4, 5)), "unet": unet, "movq": movq,
     }  # fmt: skip
 
 
@@ -95,7 +96,8 @@ def _wuerstchen(small: bool) -> dict[str, Any]:
         "prior": WuerstchenPrior(c_in=16, c=384, c_cond=320, c_r=64, depth=8, nhead=6),
         "prior_text_encoder": CLIPTextModel(text_config(320, 4, 5)),
         "decoder": WuerstchenDiffNeXt(
-            c_hidden=[80, 160, 320, 320], nhead=[-1, 5, 10, 10], blocks=[1, 1, 4, 1], c_cond=256, clip_embd=256
+            c_hidden=[80, 160], nhead=[-1, 5], blocks=[1, 2], level_config=["CT", "CTA"], inject_effnet=[False, True],
+            c_cond=256, clip_embd=256,
         ),
         "vqgan": PaellaVQModel(embed_dim=96, bottleneck_blocks=3),
         "text_encoder": CLIPTextModel(text_config(256, 4, 4)),

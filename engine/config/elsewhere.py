@@ -253,14 +253,15 @@ ELSEWHERE = {
     "log_tracker_name wandb_project_name wandb_tracker_name tracker_name project wandb_project": "--tracker_project_name",
     "logging_steps log_steps steps_per_print": "--log_every",
     "sample_prompts sample_definition_file_name user_prompt_library final_validation_prompt": (
-        "--validation_prompts"
+        "--validation_prompts; `python -m engine.sample --prompts FILE` takes files of them, in the form of kohya's too"
     ),
     "sample_every_* sample_after* sample_at_first validation_step_interval validation_epoch_interval save_images_epochs": (
         "--validation_epochs, counted in epochs"
     ),
     "sample_sampler validation_guidance* validation_num_inference_steps validation_resolution validation_negative_prompt "
     "validation_seed num_inference_steps validation_inference_steps guidance_scale": (
-        "validation images are drawn as the pipeline draws; `python -m engine.sample` has more choices"
+        "validation images are drawn as the pipeline draws; `python -m engine.sample` has all of that, for each prompt of a "
+        "file too, and draws with every checkpoint by `--compare OUTPUT_DIR`"
     ),
     "num_validation_image validation_number_images": "--num_validation_images",
     "wandb_run_name run_name tracker_run": "--tracker_run_name",
