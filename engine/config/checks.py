@@ -263,13 +263,28 @@ def _check_rates(config: TrainConfig) -> None:
 
 
 def _check_adapters(config: TrainConfig) -> None:
-    beside = ("lora_alpha", "lora_targets", "lora_dropout", "lora_init", "use_dora", "lora_weights", "save_format")
+    beside = (
+        "lora_alpha",
+        "lora_targets",
+        "lora_dropout",
+        "lora_init",
+        "use_dora",
+        "lora_weights",
+        "save_format",
+        "base_precision",
+    )
     given = [name for name in beside if _is_given(config, name)]
     if given and not config.lora_rank:
         raise UserError(f"--{given[0]} needs --lora_rank, with which adapters are trained")
     for name in ("lora_alpha", "lora_targets"):
         if config.lora_weights and name in given:
             raise UserError(f"--{name} with --lora_weights, which says it itself; leave one out")
+    base, run = config.base_precision, config.mixed_precision
+    if base and (run == "no" or (base == "bf16" and run != "bf16")):
+        needed = "bf16" if base == "bf16" else "bf16 or fp16"
+        raise UserError(f"--base_precision {base} needs --mixed_precision {needed}, in which its products are computed")
+    if base not in (None, "bf16") and config.zero_stage == 3:
+        raise UserError(f"--base_precision {base} with --zero_stage 3, which divides weights and no codes; use --zero_stage 2")
     if config.use_dora and config.zero_stage == 3:
         raise UserError("--use_dora with --zero_stage 3, which has no layer's weights outside of it; use --zero_stage 2")
     if config.lora_rank and config.matrix_precision:
@@ -424,6 +439,7 @@ def _check_training_machine(config: TrainConfig) -> None:
         ("--report_to wandb", config.report_to == "wandb", "wandb"),
         (optimizer_flag, known.package is not None, known.package or ""),
         ("--matrix_precision fp8", config.matrix_precision == "fp8", "torchao"),
+        ("--base_precision nf4", config.base_precision == "nf4", "bitsandbytes"),
     ):
         if wanted and not installed(package):
             extra = "optimizers" if package in ("prodigyopt", "schedulefree") else package

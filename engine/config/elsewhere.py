@@ -210,8 +210,9 @@ ELSEWHERE = {
     # Precision, memory and speed.
     "full_fp16 fp16": "--mixed_precision fp16",
     "bf16": "--mixed_precision bf16",
-    "train_dtype weight_dtype dtype base_model_precision": "--mixed_precision",
-    "fp8_base* do_fp8_training quantization quantize_* quantized_model_path": (
+    "train_dtype weight_dtype dtype": "--mixed_precision",
+    "base_model_precision base_model_default_dtype fp8_base* quantization quantize_via": "--base_precision, with --lora_rank",
+    "do_fp8_training quantize_* quantized_model_path": (
         "--matrix_precision fp8, for kandinsky-prior and wuerstchen"
     ),
     "xformers use_xformers diffusers_xformers": "--attention xformers",

@@ -547,6 +547,12 @@ class TrainConfig(CacheConfig):
     use_dora: bool = option(
         False, "Train DoRA (arXiv:2402.09353), adapters with magnitudes of the weights beside them.", "adapters"
     )
+    base_precision: Literal["bf16", "fp8", "int8", "nf4"] | None = option(
+        None,
+        "Precision in which the frozen linear layers are kept beside adapters; convolutions stay in that of the run. Needs "
+        "--mixed_precision bf16 or fp16. Default: that of the run.",
+        "adapters",
+    )
     lora_weights: str | None = option(
         None,
         "Start from this adapter: a file or folder in the form of diffusers, kohya or PEFT. Layers and alphas are its own, and "
@@ -931,7 +937,7 @@ ALTER_THE_RESULT = (
     "noise_offset", "input_perturbation", "pyramid_noise_discount", "pyramid_noise_iterations", "dream_training",
     "dream_detail_preservation",
     "proportion_empty_prompts", "proportion_empty_images", "prior_loss_weight",
-    "lora_rank", "lora_alpha", "lora_dropout", "use_dora",
+    "lora_rank", "lora_alpha", "lora_dropout", "use_dora", "base_precision",
 )  # fmt: skip
 
 

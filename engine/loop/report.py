@@ -163,7 +163,8 @@ def adapters(config: TrainConfig, module: nn.Module) -> str:
     said = " or ".join(f"{alpha:g}" for alpha in sorted(set(alphas.values())))
     start = f", from {config.lora_weights}" if config.lora_weights else ""
     kind = "DoRA" if config.use_dora else "LoRA"
-    return f"{kind} of rank {config.lora_rank}, alpha {said}, on {len(alphas)} layers{start}"
+    base = f"; frozen linear layers in {config.base_precision}" if config.base_precision else ""
+    return f"{kind} of rank {config.lora_rank}, alpha {said}, on {len(alphas)} layers{start}{base}"
 
 
 def precision(config: TrainConfig, world: int) -> str:

@@ -23,6 +23,7 @@ from engine.models import float8
 from engine.models.encoder import Encoding, open_encoding
 from engine.models.lora import add_adapters
 from engine.models.parts import parts_of
+from engine.models.quantized import quantize_base
 from engine.models.trained_weights import check_patterns, freeze, learns_like
 from engine.models.training_form import SHIPPED, Form, to_training_form
 
@@ -138,6 +139,8 @@ def ready_to_train(model: Any, config: TrainConfig, form: Form = SHIPPED, seed: 
         if config.uses_xformers and not isinstance(part, PreTrainedModel):
             _use_xformers(part)
     to_training_form(model, form_with(config, form), partial(learns_like, config=config))
+    if config.base_precision not in (None, "bf16"):
+        quantize_base(model, config)
     if config.matrix_precision == "fp8":
         float8.convert(model)
 

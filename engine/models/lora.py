@@ -20,6 +20,7 @@ from engine.config.options import TrainConfig
 from engine.errors import UserError
 from engine.models.adapter import MAGNITUDE, Adapter, read_adapter
 from engine.models.parts import JoinedParts, parts_of
+from engine.models.quantized import QuantizedLinear
 
 NAME = "default"  # of the adapter, to PEFT
 ALL_LINEAR, CONVOLUTIONS = "all-linear", "convolutions"  # what --lora_targets may name beside layers
@@ -94,7 +95,7 @@ class Dora:
         dropout, magnitude = module.lora_dropout[active_adapter], module.lora_magnitude_vector[active_adapter].weight
         per_output = (-1, 1, 1) if isinstance(base, nn.Conv2d) else (-1,)
         with torch.no_grad():
-            weight = dequantized(base)
+            weight = base.dequantized(x.dtype) if isinstance(base, QuantizedLinear) else base.weight
             change = (up.weight.flatten(1) @ down.weight.flatten(1)).view_as(weight)
             norm = (weight + scaling * change).flatten(1).norm(dim=1).to(weight.dtype)
         bias = 0 if base.bias is None else base.bias.view(per_output)
@@ -104,11 +105,6 @@ class Dora:
             plain = base(x) - bias
         factor = (magnitude.flatten() / norm).view(per_output)
         return result + (factor - 1) * plain + factor * up(down(x)) * scaling
-
-
-def dequantized(layer: Any) -> Tensor:
-    """The weights of a frozen layer in the precision that it computes in."""
-    return layer.weight
 
 
 def has_adapter(layer: Any) -> bool:

@@ -136,7 +136,7 @@ def test_a_run_that_was_killed_goes_on_to_the_bit(model, images, shards, tmp_pat
 @pytest.mark.parametrize(
     ("options", "graphs"),
     [
-        ({"mixed_precision": "bf16", "gradient_accumulation_steps": 2}, 2),
+        ({"mixed_precision": "bf16", "gradient_accumulation_steps": 2, "base_precision": "nf4"}, 2),
         ({"use_dora": True, "lora_targets": ALL, "zero_stage": 1}, 1),
         ({"gradient_checkpointing": True, "validation_fraction": 0.3, "validation_steps": 4}, 3),
     ],
@@ -196,6 +196,11 @@ def test_images_are_drawn_with_the_adapter_and_checkpoints_hold_it(model, images
     [
         ({"use_dora": True}, "--use_dora needs --lora_rank"),
         ({"lora_rank": 4, "zero_stage": 3, "use_dora": True}, "--use_dora with --zero_stage 3"),
+        ({"lora_rank": 4, "base_precision": "int8"}, "--base_precision int8 needs --mixed_precision bf16 or fp16"),
+        (
+            {"lora_rank": 4, "base_precision": "nf4", "mixed_precision": "bf16", "zero_stage": 3},
+            "--base_precision nf4 with --zero_stage 3",
+        ),
         ({"lora_rank": 4, "lora_weights": "a", "lora_alpha": 1.0}, "--lora_alpha with --lora_weights, which says it itself"),
     ],
     ids=str,

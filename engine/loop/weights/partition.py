@@ -14,6 +14,7 @@ from engine.loop.optimizers import Optimizer, create_optimizer, steps_on_paramet
 from engine.loop.optimizers.groups import Group, groups_of
 from engine.loop.weights.ema import Ema, decay_of_step
 from engine.models.encoder import PRECISIONS
+from engine.models.quantized import QuantizedLinear
 from engine.processes import Processes
 
 
@@ -51,10 +52,12 @@ class Partition(ABC):
         self.module, self.config, self.processes = model, config, processes
         frozen = [] if config.lora_rank else [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
         self.frozen = {name: parameter.detach().clone() for name, parameter in frozen}
-        untrained = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-        self.frozen_size = sum(parameter.numel() for parameter in untrained)
+        size = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+        codes = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+        self.frozen_size = size + sum(layer.in_features * layer.out_features for layer in codes)
         share = processes.world if config.zero_stage == 3 else 1
-        self.frozen_bytes = self.frozen_size * PRECISIONS[config.mixed_precision].itemsize / share
+        self.frozen_bytes = size * PRECISIONS[config.mixed_precision].itemsize / share
+        self.frozen_bytes += sum(layer.codes.nbytes + layer.scales.nbytes for layer in codes)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.groups = groups_of(trained, config, processes.world)
         self.names: dict[nn.Parameter, str] = {trained[name]: name for name in self.groups}
