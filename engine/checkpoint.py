@@ -102,7 +102,7 @@ def export_command(arguments: list[str]) -> int:
     from engine.loop.checkpoints.layout import open_checked, or_another
     from engine.loop.checkpoints.models import whole_parameters
     from engine.loop.checkpoints.names import ADAPTERS
-    from engine.loop.export import adapter_path, save_adapter, save_pipeline
+    from engine.loop.export import result_of, save_result
     from engine.models.family import form_with, open_family
     from engine.models.lora import add_adapters
     from engine.models.training_form import to_published_form, to_training_form
@@ -121,20 +121,17 @@ def export_command(arguments: list[str]) -> int:
         if config.lora_weights and (own := directory / ADAPTERS["weight"]).is_file():  # of the same layers, on any machine
             config = config.model_copy(update={"lora_weights": str(own)})
         add_adapters(model, family.part, config, seed=0)
+    family.add_tokens(model)
     to_training_form(model, form_with(config))
     parameters = list(model.named_parameters())
     shapes = {name: parameter.shape for name, parameter in parameters if parameter.requires_grad}
     frozen = {name: parameter.detach() for name, parameter in parameters if not parameter.requires_grad}
-    whole = whole_parameters(files, kind, shapes, {} if config.lora_rank else {**frozen, **dict(model.named_buffers())})
+    whole = whole_parameters(files, kind, shapes, {} if config.trains_beside else {**frozen, **dict(model.named_buffers())})
     with or_another(directory):
         files.check_model(shapes)
-        if config.lora_rank:
-            config = config.model_copy(update={"output_dir": str(options.output_dir)})
-            save_adapter(config, model, family.part, to_published_form(model, whole))
-            print(f"{kind} of step {checkpoint.state.step} in {adapter_path(config)}")
-            return 0
-        save_pipeline(options.output_dir, family, model, to_published_form(model, whole))
-    print(f"{kind} of step {checkpoint.state.step} in {options.output_dir / family.result}")
+        config = config.model_copy(update={"output_dir": str(options.output_dir)})
+        save_result(config, family, model, to_published_form(model, whole))
+    print(f"{kind} of step {checkpoint.state.step} in {result_of(config, family)[1]}")
     return 0
 
 

@@ -157,10 +157,18 @@ def _is_given(config: CacheConfig, name: str) -> bool:
 
 
 def _check_text_encoder(config: TrainConfig) -> None:
-    if config.train_text_encoder and config.cache_text == "states":
+    if config.joins_text_encoder and config.cache_text == "states":
+        option = "train_text_encoder" if config.train_text_encoder else "placeholder_token"
         raise UserError(
-            "--train_text_encoder: what --cache_text states keeps was made by a text encoder that stays as it is; leave it out"
+            f"--{option}: what --cache_text states keeps was made by a text encoder that stays as it is; leave it out"
         )
+    if (config.placeholder_token is None) != (config.initializer_token is None):
+        raise UserError("--placeholder_token and --initializer_token need each other")
+    if config.num_vectors > 1 and config.placeholder_token is None:
+        raise UserError("--num_vectors needs --placeholder_token")
+    for name in ("lora_rank", "train_text_encoder", "freeze"):
+        if config.placeholder_token is not None and getattr(config, name):
+            raise UserError(f"--placeholder_token trains the vectors of a token alone; leave out --{name}")
     if config.text_encoder_lr is not None and not config.train_text_encoder:
         raise UserError("--text_encoder_lr needs --train_text_encoder")
 

@@ -36,8 +36,13 @@ ELSEWHERE = {
     "model_type model_family v2 is_sdxl": "--family, which says what is trained",
     "v_parameterization force_v_prediction": "--prediction_type v_prediction",
     "force_epsilon_prediction": "--prediction_type epsilon",
-    "placeholder_token initializer_token num_vectors token_string init_word learnable_property embedding modifier_token "
-    "num_vectors_per_token": "no textual inversion",
+    "token_string embedding_name": "--placeholder_token, which captions hold",
+    "init_word initial_embedding_text": "--initializer_token, one word",
+    "num_vectors_per_token embedding_token_count": "--num_vectors",
+    "learnable_property use_object_template use_style_template": (
+        "--caption_template with the sentences, each with {caption} in the place of the token"
+    ),
+    "embedding modifier_token additional_embeddings": "one token is trained, beside a model that stays as it is",
     "controlnet_* conditioning_image_column original_image_column edited_image_column "
     "edit_prompt_column control_path control_type": "models that take another image are not trained",
     "teacher_revision pretrained_teacher_model num_ddim_timesteps w_min w_max": "no distillation",

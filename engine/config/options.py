@@ -237,6 +237,14 @@ class CacheConfig(BaseModel):
     follow_links: bool = option(False, "Follow links that lead out of the data set's folder.", "data")
     strict: bool = option(False, "Stop at the first image or caption that cannot be used, instead of skipping it.", "data")
 
+    placeholder_token: str | None = option(
+        only(("sd",), None),
+        "Train a new token of this name (textual inversion, arXiv:2208.01618), and nothing else: captions hold it, for example "
+        "<cat-toy>, and learned_embeds.safetensors is the result. The shards hold tokens.",
+        "model",
+        min_length=1,
+    )
+    num_vectors: int = option(only(("sd",), 1), "How many vectors --placeholder_token stands for.", "model", ge=1, le=75)
     cache_text: Literal["states", "tokens"] = option(
         only(CAPTIONED, "states"),
         "What shards hold of a caption: the states that the text encoder makes of it; or its tokens, some hundred bytes, which "
@@ -283,7 +291,7 @@ class CacheConfig(BaseModel):
     def _defaults_of_the_family(cls, values: dict[str, Any]) -> dict[str, Any]:
         family = str(values.get("family"))  # whatever it is; the field itself refuses what is no family
         defaults = defaults_of(cls, family, recipe_in(values))
-        if values.get("train_text_encoder"):
+        if values.get("train_text_encoder") or values.get("placeholder_token"):
             defaults["cache_text"] = "tokens"
         values = _of_several_folders(values)
         values = _of_the_optimizer(values)
@@ -374,6 +382,9 @@ class TrainConfig(CacheConfig):
         only(("sd",), None),
         "Revision of the trained weights, when the non-EMA ones are kept apart. Default: --revision.",
         "model",
+    )
+    initializer_token: str | None = option(
+        only(("sd",), None), "A word, one token, whose vector --placeholder_token begins with.", "model"
     )
     train_text_encoder: bool = option(
         only(("sd",), False),
@@ -891,6 +902,16 @@ class TrainConfig(CacheConfig):
         return self.proportion_empty_prompts or self.proportion_empty_images
 
     @property
+    def trains_beside(self) -> bool:
+        """Whether the model stays as it is, and adapters or vectors of new tokens are trained beside it."""
+        return self.lora_rank is not None or self.placeholder_token is not None
+
+    @property
+    def joins_text_encoder(self) -> bool:
+        """Whether the text encoder is a part of the trained module, because something in it is trained."""
+        return self.train_text_encoder or self.placeholder_token is not None
+
+    @property
     def uses_xformers(self) -> bool:
         """Whether attention is xFormers', by either of its names."""
         return self.attention == "xformers" or self.enable_xformers_memory_efficient_attention
@@ -926,9 +947,9 @@ class TrainConfig(CacheConfig):
 # samples (shuffle, shuffle_window) and of what is held out of them (validation_fraction).
 ALTER_THE_RESULT = (
     "max_train_steps", "gradient_accumulation_dtype", "matrix_precision", "shuffle", "shuffle_window",
-    "validation_fraction", "train_text_encoder", "text_encoder_lr", "masters", "optimizer", "learning_rate", "scale_lr",
-    "lr_scheduler",
-    "lr_warmup_steps", "lr_num_cycles", "lr_power", "layer_lr_decay", "lr_of", "freeze",
+    "validation_fraction", "train_text_encoder", "text_encoder_lr", "initializer_token", "masters", "optimizer",
+    "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "layer_lr_decay", "lr_of",
+    "freeze",
     "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm",
     "prediction_type", "rescale_betas_zero_snr", "timestep_sampling", "logit_mean", "logit_std", "mode_scale",
     "timestep_bias_strategy", "timestep_bias_multiplier", "timestep_bias_portion", "timestep_bias_begin", "timestep_bias_end",

@@ -16,6 +16,7 @@ _OPTIONS = {
 }
 _OF_CAPTIONS = (
     "cache_text", "prompt", "keep_empty_captions", "caption_prefix", "caption_template", "shuffle_tags", "keep_tokens",
+    "placeholder_token", "num_vectors",
 )  # fmt: skip
 # Options of the data that are part of the identity where they are not left at their defaults.
 _SHAPING = ("image_mode", "background", "max_upscale", "metadata_encoding", "follow_links", "mask_column", *_OF_CAPTIONS)

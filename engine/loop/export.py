@@ -26,6 +26,7 @@ from engine.models.adapter import WEIGHTS, write_adapter
 from engine.models.configurations import TOKENIZER_FILES
 from engine.models.family import Family
 from engine.models.index import INDEX
+from engine.models.inversion import FILE, VECTORS, write_vectors
 from engine.models.parts import empty_copy, parts_of
 from engine.models.pipelines import use_portable_names
 
@@ -40,13 +41,35 @@ def export(config: TrainConfig, family: Family, partition: Partition) -> None:
     back last.
     """
     whole = whole_tensors(partition)
-    if partition.processes.is_first and config.lora_rank:
-        save_adapter(config, partition.module, family.part, whole)
-    elif partition.processes.is_first:
-        save_pipeline(Path(config.output_dir), family, partition.module, whole)
+    if partition.processes.is_first:
+        save_result(config, family, partition.module, whole)
     else:
         deque(whole, maxlen=0)
     partition.processes.barrier()
+
+
+def save_result(config: TrainConfig, family: Family, module: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Writes what was trained into the output directory: the pipeline, the adapter, or the vectors of a new token.
+
+    Args:
+        module: the trained module, in training form.
+        tensors: what is saved, in published form.
+    """
+    if config.lora_rank:
+        save_adapter(config, module, family.part, tensors)
+    elif config.placeholder_token:
+        write_vectors(result_of(config, family)[1], config.placeholder_token, dict(tensors)[VECTORS])
+    else:
+        save_pipeline(Path(config.output_dir), family, module, tensors)
+
+
+def result_of(config: TrainConfig, family: Family) -> tuple[str, Path]:
+    """What there is of a training in the end, in a word, and where."""
+    if config.lora_rank:
+        return "adapter", adapter_path(config)
+    if config.placeholder_token:
+        return f"embedding of {config.placeholder_token}", Path(config.output_dir) / FILE
+    return "pipeline", Path(config.output_dir) / family.result
 
 
 def save_adapter(config: TrainConfig, module: Any, part: str, tensors: Iterable[tuple[str, Tensor]]) -> None:

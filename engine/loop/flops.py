@@ -47,7 +47,7 @@ def mean_step_flops(family: Family, model: torch.nn.Module, shapes: Mapping[Shap
 
 def step_flops(family: Family, model: torch.nn.Module, shape: Shape = ()) -> float:
     """Operations of one sample's forward and backward pass; of a frozen base the second ends at the first adapter."""
-    if not family.config.lora_rank:
+    if not family.config.trains_beside:
         return 3 * forward_flops(family, model, shape)
     with FlopCounterMode(display=False) as counter:
         prediction, parameters = forward_on_meta(family, model, shape=shape)
@@ -69,6 +69,7 @@ def forward_on_meta(
     timesteps = family.schedule.draw(torch.tensor([0]), torch.arange(batch), batch).to("meta")
     with torch.device("meta"):
         shadow = empty_copy(model)
+        family.add_tokens(shadow)
         if family.config.lora_rank:
             add_adapters(shadow, family.part, family.config, seed=0)
         if training_form:

@@ -32,7 +32,7 @@ from engine.loop.checkpoints.snapshot import restore
 from engine.loop.checkpoints.state import Best
 from engine.loop.checkpoints.writer import Writer
 from engine.loop.damage import SoundBatches
-from engine.loop.export import adapter_path, create_repository, export, push_to_hub
+from engine.loop.export import create_repository, export, push_to_hub, result_of
 from engine.loop.flops import count_flops
 from engine.loop.held_out import HeldOutLoss, NotTaken, Records, judged
 from engine.loop.log import Log, check_trackers
@@ -151,12 +151,8 @@ def _train(config: TrainConfig, processes: Processes) -> int:
     if processes.is_first and not config.quiet:
         if finished:
             ended = f" of {run.steps}: {training.why_early}" if training.ends_early else ""
-            result = (
-                f"the adapter is in {adapter_path(config)}"
-                if config.lora_rank
-                else f"the pipeline is in {output / family.result}"
-            )
-            print(f"Trained {training.step} steps{ended}; {result}{training.where_best}")
+            result, place = result_of(config, family)
+            print(f"Trained {training.step} steps{ended}; the {result} is in {place}{training.where_best}")
         else:
             saved = output / checkpoint_name(training.step)
             print(f"Stopped after step {training.step}, saved in {saved}; continue with --resume_from_checkpoint latest")
@@ -189,7 +185,7 @@ def _run(training: "Training", streams: Streams, plan: BatchPlan, dropout: Dropo
         training.save_to_the_end()
         processes.barrier()
         if finished:
-            with busy("Writing the adapter" if config.lora_rank else "Writing the pipeline"):
+            with busy(f"Writing the {result_of(config, family)[0]}"):
                 export(config, training.family, training.partition)
             if config.draws_images:
                 training.validate(log)
@@ -278,6 +274,7 @@ class Training:
             write_models, module=partition.module, shapes=partition.shapes, beside=partition.beside(),
             part=self.family.part, dtype=self.family.encoding.dtype, world=self.processes.world,
             average_alone=partition.optimizer.averages_itself,
+            token=self.config.placeholder_token,
         )  # fmt: skip
 
     def resume(self, checkpoint: Checkpoint) -> None:

@@ -19,6 +19,7 @@ from engine.messages import warn
 from engine.models.adapter import load_into
 from engine.models.drawing import draw
 from engine.models.family import Family
+from engine.models.inversion import VECTORS
 from engine.models.parts import parts_of
 from engine.offline import offline
 from engine.picture import labelled_grid, save_png
@@ -132,11 +133,14 @@ def _draw_own(
 
 
 def _pipeline(family: Family, partition: Partition, state: dict[str, Tensor]) -> tuple[Any, dict[str, Any]]:
-    """What draws with the exported weights: published models of them, or the base model as it was published and the adapter."""
+    """What draws with the exported weights: published models of them, or those of the base and what was trained beside."""
     module, dtype = partition.module, family.encoding.dtype
-    if not family.config.lora_rank:
+    if not family.config.trains_beside:
         return family.preview(published_parts(module, family.part, state))
     pipeline, arguments = family.preview(parts_of(family.published_model().to(dtype).eval(), family.part))
+    if token := family.config.placeholder_token:
+        pipeline.load_textual_inversion({token: state[VECTORS]})
+        return pipeline, arguments
     load_into(pipeline, adapter_of(module, family.part, state.items(), dtype))
     return pipeline, arguments
 

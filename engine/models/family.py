@@ -21,6 +21,7 @@ from engine.errors import UserError, first_line
 from engine.files import reading
 from engine.models import float8
 from engine.models.encoder import Encoding, open_encoding
+from engine.models.inversion import add_vectors
 from engine.models.lora import add_adapters
 from engine.models.parts import parts_of
 from engine.models.quantized import quantize_base
@@ -42,6 +43,7 @@ class Family(ABC):
 
     encoding: Encoding
     schedule: Schedule
+    initializer: int | None = None  # the token whose vector that of --placeholder_token begins with
 
     def __init__(self, config: TrainConfig) -> None:
         family = FAMILIES[config.family]
@@ -54,7 +56,7 @@ class Family(ABC):
     @property
     def reads_tokens(self) -> bool:
         """Whether the frozen text encoder reads captions in the step."""
-        return self.encoding.keeps_tokens and not self.config.train_text_encoder
+        return self.encoding.keeps_tokens and not self.config.joins_text_encoder
 
     @property
     def fields(self) -> dict[str, Field]:
@@ -108,6 +110,13 @@ class Family(ABC):
             if prediction.shape[0] != 1 or prediction.shape[2:] != noisy.shape[2:]:
                 raise ValueError(f"it makes {list(prediction.shape)} of {list(noisy.shape)}")
 
+    def add_tokens(self, model: Any) -> None:
+        """Freezes a published model and adds the vectors of `--placeholder_token`, in place, where it is given."""
+        if self.config.placeholder_token:
+            encoding: Any = self.encoding
+            model.requires_grad_(False)
+            add_vectors(model.text_encoder, encoding.first_new_token, self.config.num_vectors, self.initializer)
+
     def load_model(self, form: Form | None = SHIPPED, seed: int = 0) -> nn.Module:
         """The module that is trained, in fp32 on the host, in training mode.
 
@@ -117,6 +126,7 @@ class Family(ABC):
         """
         model = self.published_model()
         freeze(model, self.config)
+        self.add_tokens(model)
         if form is not None:
             ready_to_train(model, self.config, form, seed)
         return model.train()

@@ -24,6 +24,7 @@ from engine.data.format.index import Field
 from engine.diffusion.schedules import ZERO_TERMINAL, DiscreteSchedule, objective
 from engine.errors import UserError
 from engine.messages import say
+from engine.models import inversion
 from engine.models.check import absent_parts, check_pipeline, check_weights, load_model
 from engine.models.configurations import read_config
 from engine.models.encoder import Encoder, Encoding
@@ -47,6 +48,8 @@ class StableDiffusionEncoding(Encoding):
         self.unet_config = read_config(self.path, "unet", UNet2DConditionModel)
         self.vae_config = read_config(self.path, "vae", AutoencoderKL)
         self.text_config, self.tokenizer = read_text_parts(self.path)
+        if config.placeholder_token:
+            self.first_new_token = inversion.extend(self.tokenizer, config)
         if not isinstance(scaling := self.vae_config["scaling_factor"], int | float) or not 0 < scaling < math.inf:
             raise UserError(f"{self.path / 'vae' / 'config.json'}: its scaling_factor is {scaling}; download it again")
         factor = 2 ** (len(self.vae_config["block_out_channels"]) - 1)
@@ -69,6 +72,25 @@ class StableDiffusionEncoding(Encoding):
     def text_fields(self) -> dict[str, Field]:
         states = (self.tokenizer.model_max_length, self.text_config.hidden_size)
         return {"encoder_hidden_states": Field(states, self.dtype, "caption")}
+
+    @property
+    def limits(self) -> dict[str, int]:
+        return {"tokens": len(self.tokenizer)} if self.config.placeholder_token else super().limits
+
+    @property
+    def _token_dtype(self) -> torch.dtype:
+        return torch.uint16 if max(len(self.tokenizer), self.text_config.vocab_size) <= 2**16 else torch.int32
+
+    def tokens_of(self, captions: list[str]) -> dict[str, Tensor]:
+        if self.config.placeholder_token:
+            captions = [inversion.spelled(caption, self.config) for caption in captions]
+        return super().tokens_of(captions)
+
+    def load_text_encoder(self, device: torch.device) -> Any:
+        text_encoder = super().load_text_encoder(device)
+        if self.config.placeholder_token:
+            inversion.add_vectors(text_encoder, self.first_new_token, self.config.num_vectors)
+        return text_encoder
 
     @staticmethod
     def encode_tokens(text_encoder: Any, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -148,6 +170,8 @@ class StableDiffusion(Family):
         scheduler = read_scheduler(self.encoding.path, **zero_terminal)
         self.prediction_type = config.prediction_type or scheduler.config.prediction_type
         self.schedule = DiscreteSchedule(scheduler.alphas_cumprod, self.prediction_type, objective(config))
+        if config.placeholder_token:
+            self.initializer = inversion.token_number(self.encoding.tokenizer, config)
         if config.dream_training and self.prediction_type != "epsilon":
             raise UserError(f"--dream_training needs prediction type epsilon, not {self.prediction_type}")
         if self.schedule.draw.end == self.schedule.timesteps and not float(self.schedule.table[4, -1]):
@@ -158,7 +182,7 @@ class StableDiffusion(Family):
         if self.config.draws_images:
             require_drawable(pipeline, self.encoding.path, "leave out --validation_prompts")
         unet = check_weights(self.unet, UNet2DConditionModel, self._unet_variant())
-        self.try_step(unet if not self.config.train_text_encoder else TextToImage(unet, pipeline.text_encoder))
+        self.try_step(unet if not self.config.joins_text_encoder else TextToImage(unet, pipeline.text_encoder))
 
     @cached_property
     def unet(self) -> Path:
@@ -181,7 +205,7 @@ class StableDiffusion(Family):
 
     def published_model(self) -> Any:
         unet = load_model(self.unet, UNet2DConditionModel, self._unet_variant(), torch.float32)
-        if not self.config.train_text_encoder:
+        if not self.config.joins_text_encoder:
             return unet
         folder = self.encoding.path / "text_encoder"
         return TextToImage(unet, load_model(folder, CLIPTextModel, self.config.variant, torch.float32))

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.loop.checkpoints.names import ADAPTERS
+from engine.loop.checkpoints.names import ADAPTERS, VECTORS
 from engine.loop.checkpoints.slices import SliceFiles, open_slices
 from engine.loop.weights.whole import adapter_of, write_published
+from engine.models import inversion
 from engine.models.adapter import write_adapter
+from engine.models.inversion import write_vectors
 from engine.models.parts import parts_of
 from engine.models.training_form import alphas_of, to_published_form
 
@@ -42,10 +44,11 @@ def write_models(
     dtype: torch.dtype,
     world: int,
     average_alone: bool = False,
+    token: str | None = None,
 ) -> list[Path]:
     """Writes the weights, and the moving average if there is one, into folders of a checkpoint; returns their files.
 
-    Of adapters there is a file of each instead.
+    Of adapters, and of the vectors of a token, there is a file of each instead.
 
     Needs no collective, and never holds more than a parameter.
 
@@ -56,6 +59,7 @@ def write_models(
         part: as `parts_of` takes it.
         world: how many processes wrote slices.
         average_alone: the average is the model, and the weights that are stepped on are none.
+        token: whose vectors alone are trained.
     """
     files = open_slices(checkpoint, world)
     adapted = alphas_of(module)
@@ -63,6 +67,10 @@ def write_models(
     named = {"ema": "weight"} if average_alone else {kind: kind for kind in FOLDERS}
     for kind in filter(files.kinds.__contains__, named):
         tensors = to_published_form(module, whole_parameters(files, kind, shapes, beside))
+        if token:
+            written.append(checkpoint / VECTORS[named[kind]])
+            write_vectors(written[-1], token, dict(tensors)[inversion.VECTORS])
+            continue
         if adapted:
             written.append(checkpoint / ADAPTERS[named[kind]])
             write_adapter(written[-1], adapter_of(module, part, tensors, dtype))

@@ -9,6 +9,7 @@ STATE = "state.json"
 LATEST = "latest"  # in the output directory: the name of the checkpoint to go on from
 BEST = "best"  # the same of the one of the lowest held-out loss
 CHECKPOINT = "checkpoint-"
+VECTORS = {"weight": "learned_embeds.safetensors", "ema": "learned_embeds_ema.safetensors"}
 ADAPTERS = {"weight": "pytorch_lora_weights.safetensors", "ema": "pytorch_lora_weights_ema.safetensors"}
 REPLACED = ".replaced"  # what a checkpoint of a step is called while another of it takes its place
 
@@ -35,8 +36,8 @@ def rank_of(name: str) -> int | None:
 
 
 def is_for_others(name: str) -> bool:
-    """Whether a file, by its path within a checkpoint, is a model or an adapter for others to open."""
-    return "/" in name or name in ADAPTERS.values()
+    """Whether a file, by its path within a checkpoint, is a model, an adapter or vectors for others to open."""
+    return "/" in name or name in (*ADAPTERS.values(), *VECTORS.values())
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:

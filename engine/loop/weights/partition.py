@@ -50,7 +50,7 @@ class Partition(ABC):
 
     def __init__(self, model: nn.Module, config: TrainConfig, processes: Processes) -> None:
         self.module, self.config, self.processes = model, config, processes
-        frozen = [] if config.lora_rank else [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+        frozen = [] if config.trains_beside else [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
         self.frozen = {name: parameter.detach().clone() for name, parameter in frozen}
         size = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
         codes = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
@@ -106,7 +106,7 @@ class Partition(ABC):
 
     def beside(self) -> dict[str, Tensor]:
         """What is saved with the trained weights, by name: parameters that are not trained, and buffers."""
-        return {} if self.config.lora_rank else {**self.frozen, **dict(self.module.named_buffers())}
+        return {} if self.config.trains_beside else {**self.frozen, **dict(self.module.named_buffers())}
 
     @property
     def exported(self) -> list[Tensor]:
