@@ -160,10 +160,12 @@ def push_to_hub(config: TrainConfig, family: Family, repository: str) -> None:
     """Uploads the trained pipeline, or the adapter, with a model card."""
     output = Path(config.output_dir)
     data = ", ".join(data_set.config.source or data_set.name or "its own latent shards" for data_set in data_sets_of(config))
+    tags = ["text-to-image", "diffusers", "diffusers-training"]
+    tags += ["lora"] * bool(config.lora_rank) + ["dreambooth"] * config.is_dreambooth
     front = [
         *([] if Path(family.base_model).exists() else [f"base_model: {family.base_model}"]),  # the hub refuses what is no name
         "library_name: diffusers",
-        f"tags: [text-to-image, diffusers, diffusers-training{', lora' if config.lora_rank else ''}]",
+        f"tags: [{', '.join(tags)}]",
         *([f"instance_prompt: {json.dumps(config.instance_prompt)}"] if config.instance_prompt else []),
     ]
     card = ModelCard(

@@ -307,3 +307,30 @@ def test_two_processes_train_as_one(whole, settings, tmp_path):
     for kind in ("weight", "ema"):
         one, pair = (published_order(start, bits(tmp_path / name)[kind]) for name in ("one", "pair"))
         assert relative_distance(pair, one, dict(start.named_parameters())) < 1e-4 * SLACK
+
+
+def test_a_table_has_a_caption_of_all_and_its_losses_a_weight(whole, settings, folders, tmp_path, capsys):
+    def tables(weight: float) -> list[dict]:
+        images = {"instance": (INSTANCE, 1.0), "class": (CLASS, weight)}
+        return [
+            {"name": name, "train_data_dir": folders[f"{name}_data_dir"], "prompt": prompt, "loss_weight": of}
+            for name, (prompt, of) in images.items()
+        ]
+
+    alone = dict.fromkeys(("instance_data_dir", "instance_prompt", "class_data_dir", "class_prompt", "with_prior_preservation"))
+    usual = alone | {"image_interpolation_mode": "bilinear", "checkpointing_steps": 4}  # as the shards were built
+    assert train(settings(tmp_path / "out", data_sets=tables(0.25), max_train_steps=8, **usual)) == 0
+    for line in lines(tmp_path / "out"):
+        (loss,) = [
+            line[name] * weight for name, weight in (("loss/instance", 1.0), ("loss/class", 0.25)) if line[name] is not None
+        ]
+        assert line["loss"] == pytest.approx(loss, rel=1e-6)
+    state = json.loads((tmp_path / "out" / "checkpoint-4" / "state.json").read_text())
+    assert [stream.get("loss_weight") for stream in state["streams"]] == [None, 0.25]
+    assert "in_turn" not in state
+    checkpoint = str(tmp_path / "out" / "checkpoint-4")
+    assert (
+        train(settings(tmp_path / "on", data_sets=tables(0.5), resume_from_checkpoint=checkpoint, max_train_steps=5, **usual))
+        == 0
+    )
+    assert "Changed since checkpoint-4: loss_weight 0.5 of class (was 0.25)" in capsys.readouterr().err
