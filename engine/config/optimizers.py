@@ -8,8 +8,8 @@ class Known:
     """An optimizer that `--optimizer` can name.
 
     shown: its name to people.
-    state: bytes per trained parameter beside the fp32 masters; with one number per row and column of a matrix, about none.
-    reads: how often the host reads the device in a step; None: twice for every master.
+    state: bytes per trained parameter beside the fp32 masters; of numbers for rows and columns none are counted.
+    reads: how often the host reads the device in a step, and how often for every matrix or group of weights beside that.
     anywhere: whether it steps on any part of the weights, so that several processes and ZeRO can divide them.
     package: what must be installed for it.
     defaults: of options, where it needs others than AdamW.
@@ -17,7 +17,7 @@ class Known:
 
     shown: str
     state: float
-    reads: int | None
+    reads: tuple[int, int]
     anywhere: bool
     package: str | None = None
     defaults: tuple[tuple[str, float], ...] = ()
@@ -25,17 +25,17 @@ class Known:
     @property
     def on_device(self) -> bool:
         """Whether a step is the device's alone, so that it can be captured."""
-        return self.reads == 0
+        return self.reads == (0, 0)
 
 
 OPTIMIZERS = {
-    "adamw": Known("AdamW", 8, 0, True),
-    "adamw8bit": Known("8-bit AdamW", 2, 1, True, "bitsandbytes"),
-    "lion": Known("Lion", 4, 0, True, None, (("adam_beta2", 0.99),)),
-    "adafactor": Known("Adafactor", 0, 1, False, None, (("learning_rate", 1e-2),)),
-    "muon": Known("Muon", 4, 1, False),
-    "prodigy": Known("Prodigy", 16, None, False, "prodigyopt", (("learning_rate", 1.0),)),
-    "schedulefree_adamw": Known("schedule-free AdamW", 12, 1, True, "schedulefree"),
+    "adamw": Known("AdamW", 8, (0, 0), True),
+    "adamw8bit": Known("8-bit AdamW", 2, (1, 0), True, "bitsandbytes"),
+    "lion": Known("Lion", 4, (0, 0), True, None, (("adam_beta2", 0.99),)),
+    "adafactor": Known("Adafactor", 0, (1, 2), False, None, (("learning_rate", 1e-2),)),
+    "muon": Known("Muon", 4, (1, 0), False),
+    "prodigy": Known("Prodigy", 16, (1, 2), False, "prodigyopt", (("learning_rate", 1.0),)),
+    "schedulefree_adamw": Known("schedule-free AdamW", 8, (1, 0), True, "schedulefree"),
 }
 
 # Names of other trainers, in small letters.

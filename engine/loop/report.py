@@ -167,6 +167,19 @@ def adapters(config: TrainConfig, module: nn.Module) -> str:
     return f"{kind} of rank {config.lora_rank}, alpha {said}, on {len(alphas)} layers{start}{base}"
 
 
+def advice(config: TrainConfig) -> list[str]:
+    """What those who made an optimizer recommend, where the options are otherwise."""
+    name, said = config.optimizer, []
+    decays = config.lr_scheduler not in ("constant", "constant_with_warmup")
+    if name == "prodigy" and config.learning_rate < 0.1:
+        said.append("it finds the learning rate, of which --learning_rate is a factor; 1 is recommended")
+    if name == "schedulefree_adamw" and decays:
+        said.append("no schedule that decays is recommended; constant_with_warmup warms up")
+    if name == "lion" and config.learning_rate > 5e-5 and not config.lora_rank:
+        said.append("its steps are larger than AdamW's; a learning rate of a third to a tenth of AdamW's is recommended")
+    return [f"--optimizer {name}: {each}" for each in said]
+
+
 def precision(config: TrainConfig, world: int) -> str:
     masters = "" if config.weights_precision == "fp32" else " with fp32 masters"
     if config.masters == "none":

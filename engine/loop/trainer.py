@@ -41,7 +41,7 @@ from engine.loop.noise_scale import NoiseScale
 from engine.loop.overlap import overlap_pays
 from engine.loop.pace import Pace
 from engine.loop.prepare import divide_global_batch, open_dropout, open_run, prepare_held_out, prepare_shards
-from engine.loop.report import held_out_words, log_line, opening, warn_of_a_full_disk
+from engine.loop.report import advice, held_out_words, log_line, opening, warn_of_a_full_disk
 from engine.loop.resume import (
     announce,
     check_same_shards,
@@ -143,6 +143,8 @@ def _train(config: TrainConfig, processes: Processes) -> int:
         text_encoder, captures = training.text_encoder, training.captures
         done, held = training.step, training.held_out
         say(*opening(config, run, family, training.partition, streams, captures, done, text_encoder, held))
+        for advised in advice(config):
+            warn(advised)
         warn_of_a_full_disk(config, run, training.partition, training.step)
         finished = _run(training, streams, plan, dropout)
         if finished and repository and processes.is_first:

@@ -1,11 +1,14 @@
 """Every optimizer that `--optimizer` names: against its own library, skipping, going on to the bit, and where it may run."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.config.checks import check_options
 from engine.config.optimizers import OPTIMIZERS
@@ -14,6 +17,7 @@ from engine.errors import UserError
 from engine.loop.checkpoints.names import rank_file
 from engine.loop.optimizers import create_optimizer
 from engine.loop.optimizers.groups import Group
+from engine.loop.report import advice
 from engine.loop.trainer import train
 from engine.loop.weights import check_division
 from tests.loop.runs import checkpoint_tensors, config, published_order
@@ -266,3 +270,52 @@ def test_what_can_be_divided_runs_under_zero(name, stage, model, images, shards,
     for name_of, weight in theirs.items():
         close = torch.isclose(ours[name_of], weight, rtol=1e-4, atol=1e-6)
         assert close.float().mean() > 0.99, name_of  # the sign of a gradient near zero may differ
+
+
+class Reads(TorchDispatchMode):
+    """Counts what the host reads of tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.count += "_local_scalar_dense" in str(function)
+        return function(*arguments, **(named or {}))
+
+
+def documented() -> dict[str, list[str]]:
+    section = Path("docs/performance.md").read_text().split("\n## Optimizers")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    return {row[0].strip("`"): row[1:] for row in rows if not row[0].startswith("`--")}
+
+
+def test_the_table_names_every_optimizer():
+    assert list(documented()) == ALL
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_table_says_what_an_optimizer_keeps_and_reads(name):
+    known, (state, reads, captured, divided, _) = OPTIMIZERS[name], documented()[name]
+    weights = [torch.randn(2048 * 256)]
+    groups, pieces = [Group("weights", 1e-3)], [("mid_block.x.weight", (2048, 256))]
+    optimizer = create_optimizer(weights, groups, options(optimizer=name, use_ema=False), None, pieces)
+    optimizer.create_state(weights, torch.zeros_like)
+    tensors = [value for value in optimizer.state_of(weights[0]).values() if torch.is_tensor(value)]
+    kept = sum(tensor.nbytes for tensor in tensors) / weights[0].numel()
+    assert kept == pytest.approx(known.state, abs=0.1)
+    assert re.match(r"\d+", state)[0] == str(known.state)
+    optimizer.set_rates(1.0)
+    with Reads() as counted:
+        optimizer.apply([torch.randn_like(weights[0])])
+    expected = sum(known.reads) + (name == "adafactor")  # of the number of its step, which is on the host
+    assert counted.count == expected
+    once, each = known.reads
+    assert reads.startswith("once" if once else "never")
+    assert (f"and {each} times for every" in reads) == bool(each)
+    assert captured == ("whole step" if known.on_device else "up to the gradients")
+    assert divided.startswith("any stage" if known.anywhere else "refused")
+
+
+def test_what_is_recommended_is_said():
+    assert "1 is recommended" in advice(options(optimizer="prodigy", learning_rate=1e-4))[0]
+    assert "no schedule that decays" in advice(options(optimizer="schedulefree_adamw", lr_scheduler="cosine"))[0]
+    assert advice(options()) == []

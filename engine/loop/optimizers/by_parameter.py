@@ -86,7 +86,7 @@ class Adafactor(OfMatrices):
         options: list[dict[str, Any]] = []
         for number, master in enumerate(masters):
             form, device = matrices(*self.pieces[number], self.rank), master.device
-            state: dict[str, Any] = {"step": torch.zeros((), device=device)}
+            state: dict[str, Any] = {"step": torch.zeros(())}
             if len(form) == 3:
                 count, rows, columns = form
                 state |= {"row_var": torch.zeros(count, rows, 1, device=device)}
