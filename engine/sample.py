@@ -89,7 +89,7 @@ def _command_line() -> Parser:
     parser.add_argument("--negative_prompt", type=prompt, help="what guidance leads away from")
     parser.add_argument("--images_per_prompt", type=IMAGES, default=4, help="default: 4")
     parser.add_argument(
-        "--batch_size", type=whole(1, 1024), default=1, help="images at a time, which are the same for any number"
+        "--batch_size", type=whole(1, 1024), default=4, help="images at a time, the same for any number (default: 4)"
     )
     parser.add_argument("--num_inference_steps", type=STEPS, help="default: the pipeline's own")
     parser.add_argument("--guidance_scale", type=GUIDANCE, help="default: the pipeline's own")
