@@ -122,7 +122,9 @@ def chart(rows: list[dict[str, Any]], path: Path) -> None:
     for column, row in enumerate(measured):
         for name, panel in zip(("loss", "way"), panels[:, column], strict=True):
             for side, color in SIDES.items():
-                panel.plot(row["marks"], row["curves"][side][name], color=color, label=side)
+                panel.plot(
+                    row["marks"], row["curves"][side][name], color=color, label=side, linewidth=5 if color == BLUE else 1.5
+                )
             panel.spines[["top", "right"]].set_visible(False)
         panels[0, column].set(title=f"{row['optimizer']}, learning rate {row['rate']:g}")
         panels[1, column].set(xlabel="step")
