@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,7 @@ def export_command(arguments: list[str]) -> int:
     from engine.loop.export import result_of, save_result
     from engine.models.family import form_with, open_family
     from engine.models.lora import add_adapters
+    from engine.models.trained_weights import freeze, learns_like
     from engine.models.training_form import to_published_form, to_training_form
 
     quiet_libraries()
@@ -117,12 +119,13 @@ def export_command(arguments: list[str]) -> int:
     family.check_files()
     # The parameters as training lays them out, without the rest of what a training pass needs, a GPU of some kind perhaps.
     model = family.published_model()
+    freeze(model, config)
     if config.lora_rank:
         if config.lora_weights and (own := directory / ADAPTERS["weight"]).is_file():  # of the same layers, on any machine
             config = config.model_copy(update={"lora_weights": str(own)})
         add_adapters(model, family.part, config, seed=0)
     family.add_tokens(model)
-    to_training_form(model, form_with(config))
+    to_training_form(model, form_with(config), partial(learns_like, config=config))
     parameters = list(model.named_parameters())
     shapes = {name: parameter.shape for name, parameter in parameters if parameter.requires_grad}
     frozen = {name: parameter.detach() for name, parameter in parameters if not parameter.requires_grad}

@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from engine import checkpoint
 from engine.config.checks import check_options
 from engine.config.options import TrainConfig
 from engine.errors import UserError
@@ -161,3 +163,11 @@ def test_a_run_of_groups_goes_on_to_the_bit(grouped, model, images, shards, tmp_
     for kind in ("weight", "exp_avg", "exp_avg_sq", "ema"):
         ours, theirs = (checkpoint_tensors(each / "checkpoint-8", kind) for each in (tmp_path / "out", output))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs), kind
+
+
+def test_what_is_exported_of_a_checkpoint_is_what_the_run_left(grouped, tmp_path, monkeypatch):
+    output, _ = grouped
+    monkeypatch.setattr("sys.argv", ["checkpoint", "export", str(output), "--output_dir", str(tmp_path / "out")])
+    assert checkpoint.main() == 0
+    ours, theirs = (load_file(each / "unet" / "diffusion_pytorch_model.safetensors") for each in (tmp_path / "out", output))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -319,3 +319,22 @@ def test_what_is_recommended_is_said():
     assert "1 is recommended" in advice(options(optimizer="prodigy", learning_rate=1e-4))[0]
     assert "no schedule that decays" in advice(options(optimizer="schedulefree_adamw", lr_scheduler="cosine"))[0]
     assert advice(options()) == []
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"optimizer": "lion", "masters": "none", "mixed_precision": "bf16", "layer_lr_decay": 0.8},
+        {"optimizer": "muon", "freeze": ["conv_in"]},
+    ],
+    ids=str,
+)
+def test_replayed_training_is_eager_training(values, recorded, model, images, shards, shards_in_bf16, tmp_path):
+    """Of Muon, whose step is taken from the host, what comes before it is replayed."""
+    shards = shards_in_bf16 if "mixed_precision" in values else shards
+    for name, how in (("eager", "off"), ("captured", "on")):
+        run = config(model, images, shards, tmp_path / name, cuda_graphs=how, max_train_steps=6, **values)
+        assert train(run) == 0
+    assert len(recorded) == 1
+    eager, replayed = (tmp_path / name / "checkpoint-6" / rank_file(0) for name in ("eager", "captured"))
+    assert eager.read_bytes() == replayed.read_bytes()
