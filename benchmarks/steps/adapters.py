@@ -34,7 +34,7 @@ from benchmarks.tools.published import CHECKPOINTS, trained_model, write
 from engine.models import training_form
 from engine.models.family import Family, open_family
 from engine.models.lora import add_adapters
-from engine.models.training_form import Form, to_training_form
+from engine.models.training_form import Form, alphas_of, to_training_form
 
 FORMS: dict[str, Form | None] = {"full": Form(), "peft": None, "apart": Form(projections=False), "stacked": Form()}
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "convolution", "convolution_backward"}
@@ -59,7 +59,7 @@ class _Kernels(TorchDispatchMode):
 
 
 class _Attention(torch.autograd.Function):
-    """Attention as one kernel: 4 (backward: 10) operations for each pair of positions and number of a head."""
+    """Attention as one kernel."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -73,6 +73,8 @@ class _Attention(torch.autograd.Function):
 
 
 class _OneAttention(TorchFunctionMode):
+    """Counts 4 operations for each pair of positions and number of a head, and twice as many for the backward pass."""
+
     flops = 0
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -80,7 +82,7 @@ class _OneAttention(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
         query, key, value = args or (kwargs["query"], kwargs["key"], kwargs["value"])
         pairs = math.prod(query.shape) * key.shape[-2]
-        self.flops += pairs * (14 if query.requires_grad else 4)
+        self.flops += pairs * (12 if query.requires_grad else 4)
         return _Attention.apply(query, key, value)
 
 
@@ -96,7 +98,7 @@ def brought_into(form: str, model: Any, family: Family) -> Any:
 
 def count(family: Family, model: Any) -> dict[str, int]:
     """What a forward and a backward pass of one sample take."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained, adapted = [parameter for parameter in model.parameters() if parameter.requires_grad], bool(alphas_of(model))
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}  # by storage, which lives as long as its tensor
 
@@ -115,10 +117,12 @@ def count(family: Family, model: Any) -> dict[str, int]:
     with torch.device("meta"), FlopCounterMode(display=False) as counter, kernels:
         with attention, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             prediction = family.predict(model, record[encoding.mean], timesteps, record)
+        forward = counter.get_total_flops()
         torch.autograd.grad(prediction, trained, torch.empty_like(prediction), materialize_grads=True)
     return {
         "trained": sum(parameter.numel() for parameter in trained),
-        "flops": counter.get_total_flops() + attention.flops,
+        # torch counts the weights' gradients of a grouped convolution as if it had no groups; all of them are a forward pass.
+        "flops": (counter.get_total_flops() if adapted else 3 * forward) + attention.flops,
         "products": kernels.products,
         "kernels": kernels.kernels,
         "moved_bytes": kernels.moved,
