@@ -8,7 +8,7 @@ ELSEWHERE = {
     # What is trained.
     "network_dim lora_dim dim network_rank lora_r use_lora use_peft adapter lora": "--lora_rank, which trains adapters",
     "network_alpha alpha": "--lora_alpha, which is the rank where it is left out, and not 1",
-    "network_dropout rank_dropout module_dropout": "--lora_dropout",
+    "network_dropout dropout_probability rank_dropout module_dropout": "--lora_dropout",
     "dora_* lora_decompose*": "--use_dora",
     "lora_initiali* init_lora_weights": "--lora_init",
     "network_weights init_lora lora_model_name init_from_existing resume_from_lora": "--lora_weights, with its --lora_rank",
@@ -36,7 +36,7 @@ ELSEWHERE = {
     "model_type model_family v2 is_sdxl": "--family, which says what is trained",
     "v_parameterization force_v_prediction": "--prediction_type v_prediction",
     "force_epsilon_prediction": "--prediction_type epsilon",
-    "token_string embedding_name": "--placeholder_token, which captions hold",
+    "token_string placeholder embedding_name": "--placeholder_token, which captions hold",
     "init_word initial_embedding_text": "--initializer_token, one word",
     "num_vectors_per_token embedding_token_count": "--num_vectors",
     "learnable_property use_object_template use_style_template": (
@@ -216,7 +216,9 @@ ELSEWHERE = {
     "full_fp16 fp16": "--mixed_precision fp16",
     "bf16": "--mixed_precision bf16",
     "train_dtype weight_dtype dtype": "--mixed_precision",
-    "base_model_precision base_model_default_dtype fp8_base* quantization quantize_via": "--base_precision, with --lora_rank",
+    "base_model_precision base_model_default_dtype fp8_base* transformer_dtype quantization quantize_via": (
+        "--base_precision, with --lora_rank"
+    ),
     "do_fp8_training quantize_* quantized_model_path": (
         "--matrix_precision fp8, for kandinsky-prior and wuerstchen"
     ),
@@ -273,7 +275,7 @@ ELSEWHERE = {
     "wandb_run_name run_name tracker_run": "--tracker_run_name",
     "validation_split validation_ratio val_split": "--validation_fraction",
     "validation_images class_labels_conditioning": "nothing here: it is of DeepFloyd IF, which is not trained",
-    "validation_dataset* val_data_dir eval_datasets eval_dataset eval_data_dir eval_dataset_name": (
+    "validation_dataset* val_data_dir eval_datasets eval_dataset_id eval_dataset eval_data_dir eval_dataset_name": (
         "--validation_data_dir"
     ),
     "validate_every_n_steps validate_every_n_* validate_after* eval_every_n_* eval_steps eval_steps_interval validation "
