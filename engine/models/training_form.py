@@ -159,6 +159,8 @@ def normalise(norm: GroupNorm, x: Tensor, silu: bool, scale: Tensor | None = Non
             factor = 1 + scale.float()
             weight, bias = weight * factor, bias * factor + shift
         return group_norm_silu(x, weight, bias, norm.num_groups, norm.eps, silu)
+    if torch.is_grad_enabled() and norm.weight.requires_grad and not (x.is_cuda or x.requires_grad):
+        x = x.contiguous()  # what lies before is frozen, and torch's backward pass on the CPU then crashes over channels last
     y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     if scale is not None and shift is not None:
         y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
