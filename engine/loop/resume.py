@@ -35,7 +35,8 @@ from engine.loop.log import CURVES, METRICS
 from engine.loop.optimizers.rates import peak_rate, rate_factors
 from engine.loop.run import Run
 from engine.messages import say, warn
-from engine.models.adapter import WEIGHTS
+from engine.models.adapter import PARTS
+from engine.models.inversion import FILE as VECTORS
 from engine.processes import Processes, warn_of_local_locks
 
 _OTHER_SHARDS = "was trained on other shards ({}); give the same data and options of the data"
@@ -114,9 +115,11 @@ def _index_of_the_pipeline(config: TrainConfig) -> Path:
 
 
 def _results(config: TrainConfig) -> list[Path]:
-    """What a run that came to its end leaves: a pipeline, or an adapter."""
-    adapters = {WEIGHTS, "adapter_model.safetensors", "adapter_config.json", adapter_path(config).name}
-    return [_index_of_the_pipeline(config), *(Path(config.output_dir) / name for name in sorted(adapters))]
+    """What a run that came to its end leaves: a pipeline, an adapter in any of the forms, or the vectors of a token."""
+    output = Path(config.output_dir)
+    files = (adapter_path(config.model_copy(update={"save_format": form})) for form in ("diffusers", "kohya"))
+    described = (output / part / name for part in ("", *PARTS) for name in ("adapter_model.safetensors", "adapter_config.json"))
+    return [_index_of_the_pipeline(config), output / VECTORS, *files, *described]
 
 
 def remove_run(config: TrainConfig) -> None:
@@ -142,7 +145,7 @@ def remove_run(config: TrainConfig) -> None:
         *(output / name for name in ("wandb", CURVES, CONFIG, LATEST, BEST, METRICS)),
     ):
         discard(path)
-    for folder in folders:
+    for folder in (*folders, *(output / part for part in PARTS)):
         with contextlib.suppress(OSError):  # absent, or something else is in it
             folder.rmdir()
     say(f"{output}: removed what an earlier run left: {left}")

@@ -14,7 +14,7 @@ from engine.files import digest, write_json
 from engine.launcher import launch
 from engine.loop import trainer
 from engine.loop.checkpoints.layout import complete_checkpoints, open_checked
-from engine.loop.resume import find_checkpoint
+from engine.loop.resume import find_checkpoint, remove_run
 from engine.loop.trainer import train
 from tests.loop.runs import config, flip_last_byte
 
@@ -100,6 +100,22 @@ def test_overwrite_removes_what_the_run_left_and_nothing_else(output, run, capsy
     assert not (output / "samples" / "step-8.png").exists()
     assert not list((output / "logs").glob("events*"))
     assert "\noverwrite" not in (output / "config.toml").read_text()
+
+
+@pytest.mark.parametrize("named", ["out", "."])
+@pytest.mark.parametrize("form", ["diffusers", "kohya", "peft"])
+def test_overwrite_removes_an_adapter_of_any_form_and_nothing_else(form, named, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    adapters = ["pytorch_lora_weights.safetensors", "out.safetensors", "adapter_config.json", "unet/adapter_model.safetensors"]
+    theirs = ["out/mine.txt", "mine.txt", "text_encoder/mine.txt"]
+    left = ["metrics.jsonl", "learned_embeds.safetensors", "text_encoder/adapter_config.json", *adapters]
+    for name in (*left, *theirs):
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_text("{}")
+    monkeypatch.chdir(output if named == "." else tmp_path)
+    remove_run(config(output, output, output, Path(named), lora_rank=2, save_format=form))
+    assert sorted(content(output)) == sorted(theirs)
+    assert not (output / "unet").exists()
 
 
 def test_overwrite_never_removes_before_everything_is_known(output, run):
