@@ -58,7 +58,8 @@ class ChannelsLastConv2d(nn.Conv2d):
     """A convolution whose `weight` is stored as [out, height, width, in]."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if weight.requires_grad or not input.requires_grad or self.padding_mode != "zeros":
+        learns = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if learns or not input.requires_grad or self.padding_mode != "zeros":
             return super()._conv_forward(input, weight.permute(0, 3, 1, 2), bias)
         return FrozenConvolution.apply(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
