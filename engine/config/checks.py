@@ -78,9 +78,14 @@ def _check_dreambooth(config: CacheConfig) -> None:
             of = "--instance_data_dir" if name == "instance_prompt" else "--with_prior_preservation"
             raise UserError(f"{of} needs --{name}")
     if config.with_prior_preservation and config.class_data_dir:
-        places = [Path(place).resolve() for place in (config.instance_data_dir, config.class_data_dir)]
-        if places[0] == places[1]:
+        instance, of_class = (Path(place).resolve() for place in (config.instance_data_dir, config.class_data_dir))
+        if instance.is_relative_to(of_class):
             raise UserError(f"--class_data_dir {config.class_data_dir}: holds the instance; give a folder of its own")
+        if of_class.is_relative_to(instance):
+            raise UserError(
+                f"--class_data_dir {config.class_data_dir}: lies in --instance_data_dir, whose folders are all read; give a "
+                "folder beside it"
+            )
 
 
 @contextlib.contextmanager

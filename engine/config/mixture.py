@@ -69,10 +69,13 @@ def _of_dreambooth(config: CacheConfig) -> list[DataSet]:
         tables[CLASS] = captioned | {"train_data_dir": config.class_data_dir, "max_train_samples": most}
         tables[CLASS]["loss_weight"] = getattr(config, "prior_loss_weight", 1.0)
     config = config.model_copy(update=dict.fromkeys(_OF_DREAMBOOTH) | {"with_prior_preservation": False})
-    return [
+    data_sets = [
         replace(_data_set(config, name, table), prior=name == CLASS, title=f"--{name}_data_dir: ")
         for name, table in tables.items()
     ]
+    for data_set in data_sets:
+        data_set.config._masks_may_lack = data_set.prior
+    return data_sets
 
 
 def _data_set(config: CacheConfig, name: str, table: Mapping[str, Any]) -> DataSet:

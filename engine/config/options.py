@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, PrivateAttr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from engine.catalogue import DECODER, FAMILIES, IMAGE_ENCODER, MODEL, PRIOR, FamilyName
@@ -57,6 +57,8 @@ class CacheConfig(BaseModel):
     """What shapes the content of the latent shards."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    # Of DreamBooth's class, whose images are drawn without any, whatever the instance has.
+    _masks_may_lack: bool = PrivateAttr(default=False)
 
     family: FamilyName = option(
         ...,

@@ -5,7 +5,10 @@ An image is a function of its number, the seed, and how many are drawn at a time
 what was interrupted goes on.
 """
 
+import contextlib
 import re
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,12 @@ import diffusers
 import torch
 
 from engine.catalogue import FAMILIES, PRIOR
-from engine.config.checks import check_writable
-from engine.config.mixture import CLASS, data_sets_of
+from engine.config.checks import check_writable, holds_shards
+from engine.config.mixture import CLASS, DataSet, data_sets_of
 from engine.config.options import CAPTIONED, CacheConfig
-from engine.data.sources import open_source
+from engine.data.sources import holds_data, open_source
 from engine.errors import UserError, out_of_memory
-from engine.files import seen
+from engine.files import PARTIAL, held, seen
 from engine.messages import Progress, busy
 from engine.models.drawing import draw
 from engine.models.encoder import PRECISIONS, Encoding
@@ -32,46 +35,74 @@ from engine.prompts import Wanted
 _DRAWN = re.compile(r"drawn-(\d{5,9})\.png")
 
 
-def draw_class_images(config: CacheConfig, encoding: Encoding, processes: Processes) -> None:
+def draw_class_images(config: CacheConfig, encoding: Encoding, processes: Processes, checkpoint: Path | None = None) -> None:
     """Draws what is missing of `--num_class_images` into `--class_data_dir`; every process must call it.
 
+    Of several runs that share the folder one draws, and the others wait for its images.
+
+    Args:
+        checkpoint: that from which a run goes on, on the same samples.
+
     Raises:
-        UserError: the folder holds what is no data set or cannot be written, or the pipeline cannot be opened, or not draw.
+        UserError: the folder holds what is no data set or cannot be written, or the pipeline cannot be opened, or not draw; or
+            a checkpoint was trained on images that are gone, whose shards are there.
     """
     if not (config.with_prior_preservation and config.class_data_dir):
         return
-    folder, size = Path(config.class_data_dir), config.sample_batch_size
-    missing = processes.computed_by_first(lambda: _missing(config, folder))
+    with contextlib.ExitStack() as stack:
+        _draw_missing(config, encoding, processes, lambda: _missing_once_held(config, stack, checkpoint))
+
+
+def _draw_missing(config: CacheConfig, encoding: Encoding, processes: Processes, look: Callable[[], list[int]]) -> None:
+    folder, size = Path(config.class_data_dir or ""), config.sample_batch_size
+    missing = processes.computed_by_first(look)
     if not missing:
         return
     # What a batch holds does not depend on what is there already: the last bits of an image may depend on its batch.
     batches = [range(first, first + size) for first in range(0, max(missing) + 1, size)]
     own = [batch for batch in batches if not set(missing).isdisjoint(batch)][processes.rank :: processes.world]
     with busy("Opening the pipeline that draws the images of the class, downloads included"):
-        pipeline = processes.first_before_others(lambda: _open(config, encoding, processes.device))
+        # The first one downloads, whether it draws or not.
+        pipeline = processes.first_before_others(
+            lambda: _open(config, encoding, processes.device) if own or processes.is_first else None
+        )
     processes.all_or_none(lambda: _draw(config, pipeline, own, missing, processes))
     processes.computed_by_first(lambda: _require(folder, missing))
 
 
-def _missing(config: CacheConfig, folder: Path) -> list[int]:
-    """The numbers of the images that are to be drawn, beside those that others put there."""
+def _missing_once_held(config: CacheConfig, stack: contextlib.ExitStack, checkpoint: Path | None) -> list[int]:
+    """The numbers of the images that are to be drawn; the folder is then held until the stack is closed."""
+    folder, data_set = Path(config.class_data_dir or ""), next(each for each in data_sets_of(config) if each.name == CLASS)
+    if not (missing := _missing(config, data_set)):
+        return []
+    of_all = f"--class_data_dir {folder}: {len(missing)} of --num_class_images {config.num_class_images} are missing"
+    if checkpoint and not getattr(config, "continue_on_grown_data", False) and holds_shards(data_set.config.shards_path):
+        raise UserError(
+            f"{checkpoint}: was trained on other samples. {of_all}: give --shards_dir {data_set.config.shards_path.parent} in "
+            "place of the folders and their prompts to go on, or --continue_on_grown_data to draw more"
+        )
+    if config.class_prompt is None:
+        raise UserError(f"{of_all}; give --class_prompt, of which they are drawn")
+    check_writable("--class_data_dir", folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with busy(f"Waiting for another run to draw into {folder}"):
+        stack.enter_context(held(folder, wait=partial(time.sleep, 0.5)))
+    for left in folder.glob(f"drawn-*.png.*{PARTIAL}"):  # by one that was killed
+        left.unlink(missing_ok=True)
+    return _missing(config, data_set)
+
+
+def _missing(config: CacheConfig, data_set: DataSet) -> list[int]:
+    """The numbers of the images that lack, beside those that others put there."""
+    folder = Path(config.class_data_dir or "")
     if folder.exists() and not folder.is_dir():
         return []  # an archive or a table
     there = 0
-    if folder.is_dir() and any(folder.iterdir()):
-        data_set = next(each for each in data_sets_of(config) if each.name == CLASS)
+    if holds_data(folder):
         there = len(open_source(data_set.config.model_copy(update={"max_train_samples": None}), config.family in CAPTIONED))
     drawn = {int(found[1]) for path in folder.glob("drawn-*.png") if (found := _DRAWN.fullmatch(path.name))}
-    missing = [number for number in range(config.num_class_images - (there - len(drawn))) if number not in drawn]
-    if missing and config.class_prompt is None:
-        raise UserError(
-            f"--class_data_dir {folder}: {len(missing)} of --num_class_images {config.num_class_images} are missing; give "
-            "--class_prompt, of which they are drawn"
-        )
-    if missing:
-        check_writable("--class_data_dir", folder)
-        folder.mkdir(parents=True, exist_ok=True)
-    return missing
+    wanted = data_set.config.max_train_samples or config.num_class_images
+    return [number for number in range(wanted - (there - len(drawn))) if number not in drawn]
 
 
 def _open(config: CacheConfig, encoding: Encoding, device: torch.device) -> Any:

@@ -116,7 +116,7 @@ def _train(config: TrainConfig, processes: Processes) -> int:
         config = with_held_out(with_order(config, checkpoint, state), checkpoint, state)
         if config.validation_fraction or config.validation_data_dir:
             family.schedule.draw.grid(config.validation_timesteps)  # which refuses what it cannot be, before shards are built
-        draw_class_images(config, family.encoding, processes)
+        draw_class_images(config, family.encoding, processes, checkpoint)
         same = partial(check_same_shards, checkpoint, state, config)
         streams, parts = prepare_shards(config, family, processes, same, seed, unit_of(config, checkpoint, state))
         check_same_streams(checkpoint, state, config.continue_on_grown_data, streams)

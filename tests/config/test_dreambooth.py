@@ -77,6 +77,8 @@ def test_a_decoder_needs_no_captions(tmp_path):
         ([*INSTANCE, CLASS[0], *CLASS[3:]], "--with_prior_preservation needs --class_data_dir"),
         (CLASS[:1], "--with_prior_preservation needs --instance_data_dir, or --shards_dir"),
         ([*INSTANCE, *CLASS, "--class_data_dir", "@/instance"], "--class_data_dir .*/instance: holds the instance"),
+        ([*INSTANCE, *CLASS, "--class_data_dir", "@/instance/class"], "--class_data_dir .*/class: lies in --instance_data_dir"),
+        ([*INSTANCE, *CLASS, "--class_data_dir", "@"], "--class_data_dir .*: holds the instance"),
         ([*INSTANCE, *CLASS, "--prior_loss_weight", "-1"], "--prior_loss_weight '-1': input should be greater"),
         ([*INSTANCE, "--shards_dir", "s3://bucket/shards"], "--shards_dir s3://bucket/shards: shards are read there"),
     ],

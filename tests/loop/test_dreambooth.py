@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +17,13 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from engine.config.command_line import load
+from engine.config.mixture import data_sets_of
 from engine.config.options import TrainConfig
 from engine.data import class_images
 from engine.data.samples.order import records_of, seed_of_stream
+from engine.data.sources import open_source
 from engine.errors import UserError
+from engine.files import lock, unlock
 from engine.loop.trainer import train
 from engine.models import stable_diffusion
 from engine.models.family import open_family
@@ -263,12 +268,50 @@ def test_more_images_of_the_class_are_drawn_and_its_shards_grow(drawn, settings,
         pictures(place / "class"),
         over(place, num_class_images=6, max_train_steps=2, resume_from_checkpoint="latest"),
     )
-    with pytest.raises(UserError, match="was trained on other samples.*--continue_on_grown_data"):
+    with pytest.raises(UserError, match="was trained on other samples.*give --shards_dir .*/shards .*--continue_on_grown_data"):
         train(settings(tmp_path / "out", **more))
+    assert pictures(place / "class") == before
+    assert train(settings(tmp_path / "out", continue_on_grown_data=True, **more)) == 0
     after = pictures(place / "class")
     assert after.items() > before.items()
     assert len(after) == 5
-    assert train(settings(tmp_path / "out", continue_on_grown_data=True, **more)) == 0
+
+
+def missing(config: TrainConfig) -> list[int]:
+    with ExitStack() as stack:
+        return class_images._missing_once_held(config, stack, None)
+
+
+def test_what_is_no_data_keeps_none_from_being_drawn(settings, tmp_path):
+    folder = tmp_path / "class"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    (folder / "empty").mkdir()
+    for name in (".gitkeep", "notes.txt", "drawn-00000.png.0123abcd.partial"):
+        (folder / name).touch()
+    config = settings(tmp_path / "out", class_data_dir=str(folder))
+    assert missing(config) == [0, 1, 2, 3, 4]
+    assert sorted(path.name for path in folder.iterdir()) == [".gitkeep", ".ipynb_checkpoints", "empty", "notes.txt"]
+    assert missing(config.model_copy(update={"max_train_samples": 2})) == [0, 1]
+
+
+def test_a_run_takes_what_another_draws_meanwhile(drawn, settings, tmp_path, monkeypatch):
+    folder = tmp_path / "class"
+    folder.mkdir()
+    descriptor = lock(folder)
+
+    def end(seconds: float) -> None:
+        shutil.copytree(drawn / "class", folder, dirs_exist_ok=True)
+        unlock(descriptor, folder)
+
+    monkeypatch.setattr(class_images, "time", SimpleNamespace(sleep=end))
+    assert missing(settings(tmp_path / "out", **over(drawn, class_data_dir=str(folder)))) == []
+
+
+def test_images_of_the_class_need_no_masks(drawn, settings, tmp_path):
+    instance, of_class = data_sets_of(settings(tmp_path / "out", **over(drawn, mask_column="mask")))
+    assert len(open_source(of_class.config)) == 4
+    with pytest.raises(UserError, match="no masks there"):
+        open_source(instance.config)
 
 
 class OneOfTwo:
@@ -288,7 +331,7 @@ class OneOfTwo:
     all_or_none = first_before_others
 
 
-def test_two_processes_draw_what_one_does(drawn, settings, tmp_path):
+def test_two_processes_draw_what_one_does(drawn, settings, tmp_path, monkeypatch):
     config = settings(tmp_path / "out", **over(drawn, class_data_dir=str(tmp_path / "class")))
     (tmp_path / "class").mkdir()
     for rank, of_it in ((1, ["drawn-00002.png"]), (0, ["drawn-00000.png", "drawn-00001.png"])):
@@ -296,6 +339,8 @@ def test_two_processes_draw_what_one_does(drawn, settings, tmp_path):
         class_images.draw_class_images(config, open_family(config).encoding, OneOfTwo(rank, [0, 1, 2]))
         assert sorted(pictures(tmp_path / "class").keys() - before) == of_it
     assert pictures(tmp_path / "class") == pictures(drawn / "class")
+    monkeypatch.setattr(class_images, "_open", lambda *unused: pytest.fail("the other one draws"))
+    class_images.draw_class_images(config, open_family(config).encoding, OneOfTwo(1, [0]))
 
 
 @pytest.mark.two_processes

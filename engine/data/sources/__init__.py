@@ -41,6 +41,7 @@ def open_source(config: CacheConfig, captioned: bool = True) -> Source:
             decoding=decoding,
             keep_empty=config.keep_empty_captions,
             mask_column=config.mask_column,
+            masks_may_lack=config._masks_may_lack,
         )
     elif config.source:
         source = LibraryDataset(
@@ -94,7 +95,7 @@ def _is_for_the_library(place: Path) -> bool:
     if kinds & {*PACKED}:
         _refuse_others_than_files(place)
         return True
-    if kinds & {*ARCHIVES, *TABLES} or (place.is_dir() and any(looks_like_image(f"image{suffix}") for suffix in kinds)):
+    if kinds & {*ARCHIVES, *TABLES} or (place.is_dir() and any(map(_is_of_images, kinds))):
         return False
     if kinds & {*_COMPRESSED}:
         raise UserError(f"{place}: compressed archives are not read in any order; unpack them, or make .zip or .tar of them")
@@ -102,6 +103,22 @@ def _is_for_the_library(place: Path) -> bool:
         f"{place}: no images, no tables ({', '.join(TABLES)}) and no archives ({', '.join(ARCHIVES)}) there; "
         f"it holds {', '.join(sorted(kinds - {''})) or 'nothing'}"
     )
+
+
+def holds_data(folder: Path) -> bool:
+    """Whether anything below a folder is called as data are, readable or not; links are data, wherever they lead."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        kinds = {suffix_of(name) for name in files if not is_hidden(name)}
+        if kinds & {*ARCHIVES, *TABLES, *PACKED, *_COMPRESSED} or any(map(_is_of_images, kinds)):
+            return True
+        if any(Path(place, name).is_symlink() for name in folders):
+            return True
+    return False
+
+
+def _is_of_images(suffix: str) -> bool:
+    return looks_like_image(f"image{suffix}")
 
 
 def _refuse_others_than_files(place: Path) -> None:

@@ -61,6 +61,7 @@ class ImageFolder(Source):
         decoding: Decoding | None = None,
         keep_empty: bool = False,
         mask_column: str | None = None,
+        masks_may_lack: bool = False,
     ) -> None:
         self.keep_empty = keep_empty
         self.place, self.encoding = folder, encoding
@@ -76,7 +77,7 @@ class ImageFolder(Source):
         if not table:
             samples += [self._beside(name) if self.beside else Sample(name) for name in self._unnamed(samples)]
         if mask_column:
-            samples = self._masked(samples)
+            samples = self._masked(samples, masks_may_lack)
         self._note(samples)
         self.samples = Samples(samples)
         self.files.forget_names()
@@ -180,16 +181,16 @@ class ImageFolder(Source):
         name, found = self._find(table, written)
         return found, None if found else self._missing(name, "mask")
 
-    def _masked(self, samples: list[Sample]) -> list[Sample]:
+    def _masked(self, samples: list[Sample], may_lack: bool) -> list[Sample]:
         """The samples with the masks that lie beside images, of which none is a sample.
 
         Raises:
-            UserError: there is not one mask.
+            UserError: there is not one mask, and they may not all lack.
         """
         for sample in samples:
             sample.mask = sample.mask or (None if sample.refused or self.tables else self._mask_beside(sample.name))
         masks = {sample.mask for sample in samples if sample.mask}
-        if not masks and not any(sample.refused and "mask" in sample.refused.reason for sample in samples):
+        if not masks and not may_lack and not any(sample.refused and "mask" in sample.refused.reason for sample in samples):
             raise UserError(
                 f"{self.place}: --mask_column {self.mask_column}: no masks there; name them in that column of a "
                 f"metadata.jsonl, or leave them beside the images as IMAGE-{self.mask_column}.png"
