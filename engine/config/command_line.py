@@ -18,7 +18,7 @@ from engine.catalogue import FAMILIES
 from engine.config.checks import LARGEST, check_machine, check_options, leads_out
 from engine.config.elsewhere import answer
 from engine.config.mixture import KEYS, OPTIONS, is_inherited, mistakes_of, title_of
-from engine.config.options import CacheConfig, TrainConfig, options_of, recipe_in
+from engine.config.options import CacheConfig, TrainConfig, options_of
 from engine.config.schema import (
     DIRECTORIES,
     PLACES,
@@ -26,7 +26,6 @@ from engine.config.schema import (
     REQUIRED,
     SECRETS,
     UNSTORED,
-    default_of,
     options_by_alias,
     options_lacking,
 )
@@ -128,9 +127,6 @@ def parse(
     file = given.pop("config", None)
     try:
         values = read_toml(recipe or model, Path(file), f"--config {file}", open_any) if file else {}
-        family = values.get("family", given.get("family"))
-        if recipe_in(values) and isinstance(family, str) and family in FAMILIES:  # by options that only the recipe has, too
-            values.setdefault("output_dir", default_of(model, "output_dir", family, recipe_in(values | given)))
         values = {name: value for name, value in values.items() if name in model.model_fields}
         logs = values.get("logging_dir")
         if isinstance(logs, str) and leads_out(Path(logs)) and "logging_dir" not in given:
@@ -185,6 +181,9 @@ def read_toml(model: type[BaseModel], path: Path, where: str, opened: Callable[[
     except Exception as error:  # of what is no TOML, anything
         raise UserError(f"{where}: not valid TOML: {first_line(error)}; write lines such as `resolution = 512`") from None
     names = options_by_alias(model) | {"data": "data_sets"}
+    twice = [f"{alias} and {name}" for alias, name in names.items() if alias in values and name in values]
+    if twice:
+        raise UserError(*(f"{where}: {both} are one option; leave one out" for both in twice))
     values = {names.get(name, name): value for name, value in values.items()}
     tables = {name for name, value in values.items() if isinstance(value, dict)} - {"lr_of", "data_sets"}
     unknown = [name for name in values if name not in model.model_fields or name in tables]

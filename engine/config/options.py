@@ -239,6 +239,19 @@ class CacheConfig(BaseModel):
     follow_links: bool = option(False, "Follow links that lead out of the data set's folder.", "data")
     strict: bool = option(False, "Stop at the first image or caption that cannot be used, instead of skipping it.", "data")
 
+    # What is trained decides the recipe, and what shards hold of captions.
+    lora_rank: int | None = option(
+        None,
+        "Train adapters (LoRA, arXiv:2106.09685) of this rank, and not the weights of the model, which stay as they are.",
+        "adapters",
+        aliases=["rank"],
+        ge=1,
+    )
+    train_text_encoder: bool = option(
+        only(("sd",), False),
+        "Train the text encoder too, at --text_encoder_lr; the shards hold tokens (--cache_text tokens, the default then).",
+        "model",
+    )
     placeholder_token: str | None = option(
         only(("sd",), None),
         "Train a new token of this name (textual inversion, arXiv:2208.01618), and nothing else: captions hold it, for example "
@@ -388,11 +401,6 @@ class TrainConfig(CacheConfig):
     initializer_token: str | None = option(
         only(("sd",), None), "A word, one token, whose vector --placeholder_token begins with.", "model"
     )
-    train_text_encoder: bool = option(
-        only(("sd",), False),
-        "Train the text encoder too, at --text_encoder_lr; the shards hold tokens (--cache_text tokens, the default then).",
-        "model",
-    )
     gradient_checkpointing: bool = option(
         only(("sd", "kandinsky-decoder", "wuerstchen"), False),
         "Recompute activations in the backward pass to save memory.",
@@ -534,13 +542,6 @@ class TrainConfig(CacheConfig):
     set_grads_to_none: bool = option(False, "Accepted from the scripts; gradients are never set to zero.", "optimizer")
     foreach_ema: bool = option(False, "Accepted from the scripts; the moving average is always updated that way.", "optimizer")
 
-    lora_rank: int | None = option(
-        None,
-        "Train adapters (LoRA, arXiv:2106.09685) of this rank, and not the weights of the model, which stay as they are.",
-        "adapters",
-        aliases=["rank"],
-        ge=1,
-    )
     lora_alpha: float | None = option(
         None, "What adapters give is multiplied by this over the rank. Default: the rank, so by 1.", "adapters", gt=0
     )

@@ -83,7 +83,12 @@ def test_several_mistakes_are_all_named(data):
 
 
 @pytest.mark.parametrize(
-    ("text", "named"), [("resolutoin = 3", "unknown option resolutoin; did you mean resolution?"), ("a = ", "not valid TOML")]
+    ("text", "named"),
+    [
+        ("resolutoin = 3", "unknown option resolutoin; did you mean resolution?"),
+        ("a = ", "not valid TOML"),
+        ("rank = 4\nlora_rank = 8", "rank and lora_rank are one option; leave one out"),
+    ],
 )
 def test_mistakes_in_the_file_name_the_file(text, named, data, tmp_path):
     file = tmp_path / "run.toml"

@@ -49,12 +49,17 @@ def test_what_is_stored_is_the_same_run_again(given, tmp_path):
     ]
 
 
-def test_shards_are_built_where_the_recipe_of_the_run_looks_for_them(given, tmp_path):
-    """Also by options that `engine.shards` does not have."""
-    (tmp_path / "run.toml").write_text('family = "sd"\npretrained_model_name_or_path = "org/model"\nlora_rank = 4\n')
-    arguments = ["--config", str(tmp_path / "run.toml"), "--train_data_dir", str(tmp_path / "instance")]
-    built = parse(CacheConfig, "engine.shards build", "", arguments, TrainConfig)
-    assert built.shards_path == parse(TrainConfig, "engine.run", "", arguments).shards_path
+@pytest.mark.parametrize("trained", [["--rank", "4"], ["--train_text_encoder"], []], ids=str)
+@pytest.mark.parametrize("data", [INSTANCE, ["--train_data_dir", INSTANCE[1]]], ids=["dreambooth", "usual"])
+def test_shards_are_built_as_a_run_of_the_same_options_has_them(given, tmp_path, trained, data):
+    (tmp_path / "run.toml").write_text(to_toml(given(*data, *trained)))
+    model = ["--family", "sd", "--pretrained_model_name_or_path", "org/model"]
+    typed = [text.replace("@", str(tmp_path)) for text in (*model, *data, *trained)]
+    for arguments in (["--config", str(tmp_path / "run.toml")], typed):
+        built = parse(CacheConfig, "engine.shards build", "", arguments, TrainConfig)
+        run = parse(TrainConfig, "engine.run", "", arguments)
+        assert dict(built).items() <= dict(run).items()
+        assert built.shards_path == run.shards_path
 
 
 def test_a_decoder_needs_no_captions(tmp_path):
