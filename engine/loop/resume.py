@@ -347,9 +347,10 @@ def announce(checkpoint: Checkpoint, config: TrainConfig, run: Run, world: int) 
         if rates[0] != rates[1]:
             say(f"The learning rate after step {step} is {rates[1]:.3g}; as {name} was trained, {rates[0]:.3g}")
     weights, before_it = run.streams.loss_weights, {stream.data_set: stream.loss_weight for stream in checkpoint.state.streams}
-    for name in weights if not run.streams.in_turn else ():  # else an option says it
-        if weights[name] != before_it.get(name, weights[name]):
-            say(f"Changed since {checkpoint.path.name}: loss_weight {weights[name]:g} of {name} (was {before_it[name]:g})")
+    for data_set in weights if not run.streams.in_turn else ():  # else an option says it
+        now, was = weights[data_set], before_it.get(data_set, weights[data_set])
+        if now != was:
+            say(f"Changed since {name}: loss_weight {now:g} of {data_set} (was {was:g})")
     if not config.keeps_average and "ema" in checkpoint.files.kinds:
         say(f"The moving average of {name} ends here: --use_ema is not given")
     if config.validation_fraction and checkpoint.state.run.fingerprint != run.fingerprint:
