@@ -102,7 +102,6 @@ def export_command(arguments: list[str]) -> int:
     from engine.quiet import quiet_libraries  # isort: skip (before the libraries that it quiets)
     from engine.loop.checkpoints.layout import open_checked, or_another
     from engine.loop.checkpoints.models import whole_parameters
-    from engine.loop.checkpoints.names import ADAPTERS
     from engine.loop.export import result_of, save_result
     from engine.models.family import form_with, open_family
     from engine.models.lora import add_adapters
@@ -121,9 +120,9 @@ def export_command(arguments: list[str]) -> int:
     model = family.published_model()
     freeze(model, config)
     if config.lora_rank:
-        if config.lora_weights and (own := directory / ADAPTERS["weight"]).is_file():  # of the same layers, on any machine
-            config = config.model_copy(update={"lora_weights": str(own)})
-        add_adapters(model, family.part, config, seed=0)
+        family.adapters = checkpoint.state.layers
+        family.check_adapters()
+        add_adapters(model, family.part, config, seed=0, layers=family.adapters)
     family.add_tokens(model)
     to_training_form(model, form_with(config), partial(learns_like, config=config))
     parameters = list(model.named_parameters())

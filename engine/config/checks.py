@@ -457,7 +457,7 @@ def _check_training_machine(config: TrainConfig) -> None:
         if wanted and not installed(package):
             extra = "optimizers" if package in ("prodigyopt", "schedulefree") else package
             raise UserError(f"{flag} needs {package}, which is not installed: install the extra `{extra}`")
-    if config.lora_weights and not Path(config.lora_weights).exists():
+    if config.lora_weights and not config.resume_from_checkpoint and not Path(config.lora_weights).exists():
         raise UserError(f"--lora_weights {config.lora_weights}: no such file or folder")
     if config.deepspeed_config and not Path(config.deepspeed_config).is_file():
         raise UserError(f"--deepspeed_config {config.deepspeed_config}: no such file")

@@ -961,7 +961,7 @@ ALTER_THE_RESULT = (
     "noise_offset", "input_perturbation", "pyramid_noise_discount", "pyramid_noise_iterations", "dream_training",
     "dream_detail_preservation",
     "proportion_empty_prompts", "proportion_empty_images", "prior_loss_weight",
-    "lora_rank", "lora_alpha", "lora_dropout", "use_dora", "base_precision",
+    "lora_rank", "lora_alpha", "lora_targets", "lora_dropout", "use_dora", "base_precision",
 )  # fmt: skip
 
 

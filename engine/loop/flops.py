@@ -15,7 +15,7 @@ from engine.models.encoder import Encoding
 from engine.models.family import Family
 from engine.models.lora import add_adapters
 from engine.models.parts import empty_copy
-from engine.models.training_form import form_of, to_training_form
+from engine.models.training_form import adapters_of, form_of, to_training_form
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def forward_on_meta(
         shadow = empty_copy(model)
         family.add_tokens(shadow)
         if family.config.lora_rank:
-            add_adapters(shadow, family.part, family.config, seed=0)
+            add_adapters(shadow, family.part, family.config, seed=0, layers=adapters_of(model))
         if training_form:
             to_training_form(shadow, form_of(model))
         shapes = dict(shape)

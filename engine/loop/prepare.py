@@ -367,4 +367,5 @@ def open_run(config: TrainConfig, seed: int, streams: Streams, plan: BatchPlan, 
     several, index = states_of(streams), streams.streams[0].shards.index
     told_apart = [each.model_dump(exclude={"loss_weight"}) for each in several]
     fingerprint = digest_of(told_apart) if several else index.fingerprint
-    return Run(seed, plan.global_batch, fingerprint, records, steps, options, None if several else index.identity, streams)
+    data, from_file = None if several else index.identity, bool(state.adapters if state else config.lora_weights)
+    return Run(seed, plan.global_batch, fingerprint, records, steps, options, data, streams, from_file)

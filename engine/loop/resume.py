@@ -222,15 +222,7 @@ def open_checkpoint(checkpoint: Path, config: TrainConfig, processes: Processes,
             f"{checkpoint}: was written with global_batch {before.global_batch}, this run has {batch}; choose processes, "
             "--train_batch_size and --gradient_accumulation_steps with the same product"
         )
-    for name in ("lora_rank", "use_dora"):
-        value = opened.state.options.get(name)
-        if (value or None) != (getattr(config, name) or None):
-            said = (
-                f"with --{name}{'' if value is True else f' {value}'}; give the same"
-                if value
-                else f"without --{name}; leave it out"
-            )
-            raise UserError(f"{checkpoint}: was written {said}")
+    _refuse_other_adapters(opened, config)
     kinds = opened.files.kinds
     if config.use_ema and "ema" not in kinds:
         raise UserError(
@@ -247,6 +239,33 @@ def open_checkpoint(checkpoint: Path, config: TrainConfig, processes: Processes,
     if config.masters != (masters := options.get("masters") or "fp32"):
         raise UserError(f"{checkpoint}: was written with --masters {masters}; give the same")
     return opened
+
+
+def _refuse_other_adapters(opened: Checkpoint, config: TrainConfig) -> None:
+    """Raises `UserError` where adapters would be others than those of a checkpoint, or of other layers."""
+    state, name = opened.state, opened.path
+    before = state.options
+    for option in ("lora_rank", "use_dora"):
+        value = before.get(option)
+        if (value or None) != (getattr(config, option) or None):
+            said = (
+                f"with --{option}{'' if value is True else f' {value}'}; give the same"
+                if value
+                else f"without --{option}; leave it out"
+            )
+            raise UserError(f"{name}: was written {said}")
+    if not config.lora_rank:
+        return
+    if bool(before.get("lora_dropout")) != bool(config.lora_dropout):
+        one, other = ("with", "give some") if before.get("lora_dropout") else ("without", "leave it out")
+        raise UserError(f"{name}: was written {one} --lora_dropout; {other}")
+    if config.lora_weights and not state.adapters:
+        raise UserError(f"{name}: was written without --lora_weights; leave it out")
+    if state.adapters and config.lora_alpha is not None:
+        raise UserError(f"{name}: began with --lora_weights, which says --lora_alpha itself; leave it out")
+    targets: Any = before.get("lora_targets") or default_of(TrainConfig, "lora_targets", config.family, config.recipe)
+    if sorted(targets) != sorted(config.lora_targets):
+        raise UserError(f"{name}: was written with --lora_targets {' '.join(targets)}; give the same")
 
 
 def check_same_shards(

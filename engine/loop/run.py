@@ -17,6 +17,7 @@ class Run:
     options: those that alter the result; when the run is resumed all may change but the order.
     data: what shaped the shards of a single stream.
     streams: that the samples are of.
+    begins_with_adapters: of a file, whose ranks and alphas the options do not say.
     """
 
     seed: int
@@ -27,3 +28,4 @@ class Run:
     options: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] | None = None
     streams: Streams = field(default_factory=Streams)
+    begins_with_adapters: bool = False

@@ -112,6 +112,8 @@ def _train(config: TrainConfig, processes: Processes) -> int:
         with busy(f"Comparing {checkpoint} with its digests"):
             opened = open_checkpoint(checkpoint, config, processes, again) if checkpoint else None
         checkpoint, state = (opened.path, opened.state) if opened else (None, None)
+        family.adapters = state.layers if state else {}
+        processes.computed_by_first(family.check_adapters)
         seed = processes.from_first(seed_of(config, state))
         config = with_held_out(with_order(config, checkpoint, state), checkpoint, state)
         if config.validation_fraction or config.validation_data_dir:
@@ -134,11 +136,11 @@ def _train(config: TrainConfig, processes: Processes) -> int:
         torch.manual_seed(seed + processes.rank)
         with busy("Loading the model"):
             model = family.load_model(seed=seed)
-        processes.computed_by_first(partial(take_over, config, checkpoint, again, launches, state.best if state else None))
         with busy("Laying out weights and optimizer"):
             training = Training(config, run, family, model, processes, held_out)
         if opened:
             training.resume(opened)
+        processes.computed_by_first(partial(take_over, config, checkpoint, again, launches, state.best if state else None))
         del opened  # a file that is held open keeps its room when rotation removes it
         text_encoder, captures = training.text_encoder, training.captures
         done, held = training.step, training.held_out

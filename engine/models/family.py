@@ -22,7 +22,7 @@ from engine.files import reading
 from engine.models import float8
 from engine.models.encoder import Encoding, open_encoding
 from engine.models.inversion import add_vectors
-from engine.models.lora import add_adapters
+from engine.models.lora import Layers, add_adapters, can_have_adapters, chosen_layers
 from engine.models.parts import parts_of
 from engine.models.quantized import quantize_base
 from engine.models.trained_weights import check_patterns, freeze, learns_like
@@ -44,6 +44,7 @@ class Family(ABC):
     encoding: Encoding
     schedule: Schedule
     initializer: int | None = None  # the token whose vector that of --placeholder_token begins with
+    adapters: Layers | None = None  # that a checkpoint says, where its run began with those of a file; else the options do
 
     def __init__(self, config: TrainConfig) -> None:
         family = FAMILIES[config.family]
@@ -97,6 +98,7 @@ class Family(ABC):
             UserError: what its configuration holds cannot be computed with, or it has none of the weights.
         """
         check_patterns((name for name, _ in model.named_parameters()), self.config)
+        self._without_weights = model
         part = self.encoding.path / self.part / "config.json"
         with reading(part, "its model cannot compute with what it holds; download it again"):
             record = {
@@ -109,6 +111,18 @@ class Family(ABC):
             prediction = self.predict(model, noisy, torch.zeros(1, device="meta"), record)
             if prediction.shape[0] != 1 or prediction.shape[2:] != noisy.shape[2:]:
                 raise ValueError(f"it makes {list(prediction.shape)} of {list(noisy.shape)}")
+
+    def check_adapters(self) -> None:
+        """Looks for the layers that are to have adapters in the model, whose files were checked.
+
+        Raises:
+            UserError: the model has none, or `--lora_weights` are not for it.
+        """
+        rank = self.config.lora_rank
+        if rank and not self.adapters:
+            chosen_layers(self._without_weights, self.part, self.config)
+        if self.adapters and not can_have_adapters(self._without_weights, self.adapters, rank or 0):
+            raise UserError("the checkpoint names layers with adapters that the model cannot have; give the model of its run")
 
     def add_tokens(self, model: Any) -> None:
         """Freezes a published model and adds the vectors of `--placeholder_token`, in place, where it is given."""
@@ -128,21 +142,24 @@ class Family(ABC):
         freeze(model, self.config)
         self.add_tokens(model)
         if form is not None:
-            ready_to_train(model, self.config, form, seed)
+            ready_to_train(model, self.config, form, seed, self.adapters)
         return model.train()
 
 
-def ready_to_train(model: Any, config: TrainConfig, form: Form = SHIPPED, seed: int = 0) -> None:
+def ready_to_train(
+    model: Any, config: TrainConfig, form: Form = SHIPPED, seed: int = 0, adapters: Layers | None = None
+) -> None:
     """Gives a freshly loaded model its training form and the options that shape its training pass, in place.
 
     Args:
         seed: of the first values of adapters.
+        adapters: as `add_adapters` takes it.
 
     Raises:
         UserError: an option cannot be had here.
     """
     if config.lora_rank:
-        add_adapters(model, FAMILIES[config.family].part, config, seed)
+        add_adapters(model, FAMILIES[config.family].part, config, seed, adapters)
     for part in parts_of(model, FAMILIES[config.family].part).values():
         if config.gradient_checkpointing:
             _recompute(part)

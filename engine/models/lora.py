@@ -6,7 +6,7 @@ convolutions, stay PEFT's own, but for the arithmetic of DoRA.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,15 @@ from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from engine.config.options import TrainConfig
+from engine.config.schema import default_of
 from engine.errors import UserError
+from engine.messages import warn
 from engine.models.adapter import MAGNITUDE, Adapter, read_adapter
 from engine.models.parts import JoinedParts, parts_of
 from engine.models.quantized import QuantizedLinear
 
 NAME = "default"  # of the adapter, to PEFT
+Layers = Mapping[str, tuple[int, float]]  # path in the model of a layer that has an adapter -> its rank and alpha
 ALL_LINEAR, CONVOLUTIONS = "all-linear", "convolutions"  # what --lora_targets may name beside layers
 # Of the text encoder, where --lora_targets names none of its layers, as in the script.
 OF_TEXT_ENCODER = [f"text_encoder.*.{layer}" for layer in ("q_proj", "k_proj", "v_proj", "out_proj")]
@@ -49,6 +52,7 @@ class AdaptedLinear(nn.Module):
         self.base_layer = base
         self.adapted = [number for number, layer in enumerate(layers) if has_adapter(layer)]
         adapters = [layers[number] for number in self.adapted]
+        self.rank: int = adapters[0].r[NAME]
         self.scaling: float = adapters[0].scaling[NAME]
         self.alpha: float = adapters[0].lora_alpha[NAME]
         self.lora_A = nn.Parameter(torch.cat([layer.lora_A[NAME].weight.detach() for layer in adapters]))
@@ -128,32 +132,25 @@ def is_plain_linear(layer: Any) -> bool:
     )
 
 
-def add_adapters(model: Any, part: str, config: TrainConfig, seed: int) -> None:
-    """Freezes a published model, and adds the adapters that the options ask for, in place.
+def add_adapters(model: Any, part: str, config: TrainConfig, seed: int, layers: Layers | None = None) -> None:
+    """Freezes a published model, and adds adapters, in place.
 
     Args:
         part: as `parts_of` takes it.
         seed: of their first values, the same on all processes.
+        layers: that have one; if none, those that the options say, with the values of `--lora_weights`.
 
     Raises:
-        UserError: the options name no layer of the model, or it has none that `--lora_weights` are for.
+        UserError: as `chosen_layers`.
     """
-    assert config.lora_rank is not None
-    start = _start(model, part, config) if config.lora_weights else None
-    names = list(start.alphas) if start else adapted_layers(model, config.lora_targets)
-    if config.train_text_encoder and not any(name.startswith("text_encoder.") for name in names):
-        if start:
-            raise UserError(
-                f"--lora_weights {config.lora_weights}: it has no layer of the text encoder; leave out --train_text_encoder"
-            )
-        names += adapted_layers(model, OF_TEXT_ENCODER)
+    start = _start(model, part, config) if config.lora_weights and not layers else None
+    layers = _layers_of(start) if start else layers or chosen_layers(model, part, config)
     model.requires_grad_(False)
     options = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha or config.lora_rank,  # type: ignore[arg-type]
-        target_modules="|".join(map(re.escape, names)),
-        rank_pattern={f"^{re.escape(name)}": start.rank(name) for name in names} if start else {},
-        alpha_pattern={f"^{re.escape(name)}": alpha for name, alpha in start.alphas.items()} if start else {},
+        r=config.lora_rank or 0,
+        target_modules="|".join(map(re.escape, layers)),
+        rank_pattern={f"^{re.escape(name)}": rank for name, (rank, _) in layers.items()},
+        alpha_pattern={f"^{re.escape(name)}": alpha for name, (_, alpha) in layers.items()},
         lora_dropout=config.lora_dropout,
         use_dora=config.use_dora,
         init_lora_weights="gaussian" if config.lora_init == "gaussian" else True,
@@ -168,14 +165,49 @@ def add_adapters(model: Any, part: str, config: TrainConfig, seed: int) -> None:
         set_peft_model_state_dict(model, {name: tensor.float() for name, tensor in start.tensors.items()}, NAME)
 
 
+def chosen_layers(model: Any, part: str, config: TrainConfig) -> Layers:
+    """The layers that the options ask adapters for; the model's weights may be on the meta device.
+
+    Raises:
+        UserError: they name no layer of the model, or it has none that `--lora_weights` are for.
+    """
+    assert config.lora_rank is not None
+    if config.lora_weights:
+        return _layers_of(_start(model, part, config))
+    names = adapted_layers(model, config.lora_targets)
+    if config.lora_targets != default_of(TrainConfig, "lora_targets", config.family, config.recipe):
+        for target in config.lora_targets:
+            if not any(_is_meant(target, name, model.get_submodule(name)) for name in names):
+                warn(f"--lora_targets {target}: no linear layer or convolution of the model has such a name")
+    if config.train_text_encoder and not any(name.startswith("text_encoder.") for name in names):
+        names += adapted_layers(model, OF_TEXT_ENCODER)
+    return dict.fromkeys(names, (config.lora_rank, config.lora_alpha or float(config.lora_rank)))
+
+
+def can_have_adapters(model: nn.Module, layers: Layers, rank: int) -> bool:
+    """Whether a model can have the adapters that a checkpoint says, of this rank at most."""
+    found = dict(model.named_modules())
+    return all(_can_have_adapter(found.get(name)) and of <= rank for name, (of, _) in layers.items())
+
+
+def _layers_of(adapter: Adapter) -> Layers:
+    return {name: (adapter.rank(name), alpha) for name, alpha in adapter.alphas.items()}
+
+
 def _start(model: Any, part: str, config: TrainConfig) -> Adapter:
     """The adapter of `--lora_weights`, by the names of the model's own layers.
 
     Raises:
-        UserError: it is none of the model, or has another rank or kind than the options say.
+        UserError: it is none of the model, has another rank or kind than the options say, or could not learn.
     """
     path = f"--lora_weights {config.lora_weights}"
     adapter = read_adapter(Path(str(config.lora_weights)), parts_of(model, part))
+    if still := next((name for name, alpha in adapter.alphas.items() if alpha <= 0), None):
+        raise UserError(
+            f"{path}: the alpha of {still} is {adapter.alphas[still]:g}, with which it learns nothing; give another"
+        )
+    if config.train_text_encoder and "text_encoder" not in adapter.parts:
+        raise UserError(f"{path}: it has no layer of the text encoder; leave out --train_text_encoder")
     rank = max(map(adapter.rank, adapter.alphas))
     if rank != config.lora_rank:
         raise UserError(f"{path}: its rank is {rank}; give --lora_rank {rank}")

@@ -11,7 +11,8 @@
 - What is frozen keeps nothing for a gradient that nobody asks for: autograd's convolution would keep its input.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -349,6 +350,15 @@ def published_names(name: str) -> list[str]:
     return [_joined(path, part, *kinds) for part in PROJECTIONS.get(layer, (layer,))]
 
 
+def sizes_by_place(sizes: Mapping[str, int]) -> Counter[str]:
+    """Elements of parameters in training form, those of the projections of an attention together: the same in every form."""
+    projections = {part for parts in PROJECTIONS.values() for part in parts}
+    places = Counter[str]()
+    for name, size in sizes.items():
+        places[".".join(word for word in published_names(name)[0].split(".") if word not in projections)] += size
+    return places
+
+
 def to_published_form(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Tensors laid out as the parameters of a model in training form, by name, as the published model has them: views.
 
@@ -377,14 +387,19 @@ def _joined(*names: str) -> str:
     return ".".join(filter(None, names))
 
 
-def alphas_of(model: nn.Module) -> dict[str, float]:
-    """Path in the published model of each layer that has an adapter in one in training form -> alpha."""
-    found: dict[str, float] = {}
+def adapters_of(model: nn.Module) -> dict[str, tuple[int, float]]:
+    """Path in the published model of each layer that has an adapter in one in training form -> rank and alpha."""
+    found: dict[str, tuple[int, float]] = {}
     for name, module in model.named_modules():
         path, _, layer = name.rpartition(".")
         if isinstance(module, AdaptedLinear):
             parts = PROJECTIONS.get(layer, (layer,))
-            found |= {_joined(path, parts[number]): module.alpha for number in module.adapted}
+            found |= {_joined(path, parts[number]): (module.rank, module.alpha) for number in module.adapted}
         elif has_adapter(module):
-            found[name] = module.lora_alpha[NAME]
+            found[name] = module.r[NAME], module.lora_alpha[NAME]
     return found
+
+
+def alphas_of(model: nn.Module) -> dict[str, float]:
+    """The same -> alpha."""
+    return {name: alpha for name, (_, alpha) in adapters_of(model).items()}

@@ -170,7 +170,39 @@ def test_training_starts_from_an_adapter_in_any_form(form, model, images, shards
     assert "LoRA of rank 2, alpha 3, on" in capsys.readouterr().err
     for wrong, said in (({"lora_rank": 4}, "its rank is 2; give --lora_rank 2"), ({"use_dora": True}, "is no DoRA; leave out")):
         with pytest.raises(UserError, match=said):
-            train(config(model, images, shards, tmp_path / "wrong", **run | again | wrong))
+            train(config(model, images, tmp_path / "new", tmp_path / "wrong", **run | again | wrong))
+    assert not (tmp_path / "new").exists()  # known before anything is encoded
+
+
+def test_what_began_with_an_adapter_goes_on_without_its_file(model, images, shards, tmp_path, monkeypatch, capsys):
+    run = {"lora_rank": 2, "max_train_steps": 1, "use_ema": False}
+    assert train(config(model, images, shards, tmp_path / "first", lora_alpha=3.0, lora_targets=["to_q", "to_k"], **run)) == 0
+    path, out = tmp_path / "first" / "pytorch_lora_weights.safetensors", tmp_path / "out"
+    assert train(config(model, images, shards, out, lora_weights=str(path), **run)) == 0
+    path.unlink()
+    before = (out / "config.toml").read_text()
+    resumed = run | {"max_train_steps": 2, "resume_from_checkpoint": "latest"}
+    for options, said in (
+        ({"lora_alpha": 2.0}, "began with --lora_weights, which says --lora_alpha itself"),
+        ({"lora_dropout": 0.1}, "was written without --lora_dropout; leave it out"),
+        ({"lora_targets": ["to_q"]}, "was written with --lora_targets to_k to_q .*; give the same"),
+        ({"lr_of": ["*.to_q.*=0.1"]}, "queries, keys and values lie otherwise there"),
+    ):
+        with pytest.raises(UserError, match=said):
+            train(config(model, images, shards, out, **resumed | options))
+    assert (out / "config.toml").read_text() == before
+    assert train(config(model, images, shards, out, lora_weights=str(path), **resumed)) == 0
+    assert train(config(model, images, shards, out, **resumed | {"max_train_steps": 3})) == 0
+    assert capsys.readouterr().err.count("LoRA of rank 2, alpha 3, on 16 layers") == 4
+    unet = {"unet": UNet2DConditionModel.from_pretrained(model, subfolder="unet")}
+    assert set(read_adapter(out, unet).alphas.values()) == {3.0}
+    monkeypatch.setattr(
+        "sys.argv", ["engine.checkpoint", "export", str(out / "checkpoint-1"), "--output_dir", str(tmp_path / "exported")]
+    )
+    assert checkpoint.main() == 0
+    assert set(read_adapter(tmp_path / "exported", unet).alphas.values()) == {3.0}
+    with pytest.raises(UserError, match="was written without --lora_weights; leave it out"):
+        train(config(model, images, shards, tmp_path / "first", lora_weights=str(out), **resumed))
 
 
 def test_images_are_drawn_with_the_adapter_and_checkpoints_hold_it(model, images, shards, tmp_path, monkeypatch):

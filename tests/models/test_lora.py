@@ -1,11 +1,16 @@
 """Adapters in the training form: what PEFT computes, and back into its names."""
 
+import warnings
+
 import pytest
 import torch
 
 from engine.config.options import TrainConfig
 from engine.errors import UserError
-from engine.models.lora import AdaptedLinear, adapted_layers, add_adapters
+from engine.loop.flops import step_flops
+from engine.models.adapter import Adapter, write_adapter
+from engine.models.family import open_family
+from engine.models.lora import AdaptedLinear, adapted_layers, add_adapters, chosen_layers
 from engine.models.training_form import (
     SHIPPED,
     ChannelsLastConv2d,
@@ -14,6 +19,7 @@ from engine.models.training_form import (
     to_published_form,
     to_training_form,
 )
+from tests.loop import runs
 from tests.loop.adapters import trained_parameters
 from tests.models.test_training_form import CLASSES, inputs, load
 
@@ -128,7 +134,7 @@ def test_adapters_compile_into_one_graph(values, model, published):
     torch.testing.assert_close(*(torch.autograd.grad(each.square().sum(), x)[0] for each in (ours, theirs)))
 
 
-def test_targets_are_names_patterns_and_kinds(model, published):
+def test_targets_are_names_patterns_and_kinds(model, published, capsys):
     unet = load("sd", model, published)
     names = adapted_layers(unet, ["down_blocks.*.attn1.to_q", "conv_in"])
     assert names[0] == "conv_in"
@@ -136,5 +142,23 @@ def test_targets_are_names_patterns_and_kinds(model, published):
     assert all(name.endswith("attn1.to_q") and name.startswith("down_blocks") for name in names[1:])
     linear = {name for name, layer in unet.named_modules() if isinstance(layer, torch.nn.Linear)}
     assert set(adapted_layers(unet, ["all-linear"])) == linear
+    assert set(chosen_layers(unet, "unet", options("sd", lora_targets=["conv_in", "to_kk"]))) == {"conv_in"}
+    assert "--lora_targets to_kk: no linear layer or convolution of the model has such a name" in capsys.readouterr().err
     with pytest.raises(UserError, match="--lora_targets to_x: no linear layer or convolution of the model has such a name"):
         adapted_layers(unet, ["to_x"])
+
+
+def test_an_adapter_that_could_not_learn_is_refused_and_operations_are_counted_without_its_file(model, published, tmp_path):
+    unet, path = load("sd", model, published), tmp_path / "lora.safetensors"
+    shapes = {"A": (4, *unet.conv_in.weight.shape[1:]), "B": (len(unet.conv_in.weight), 4, 1, 1)}
+    tensors = {f"unet.conv_in.lora_{name}.weight": torch.ones(shape) for name, shape in shapes.items()}
+    config = runs.config(model, tmp_path, tmp_path, tmp_path, lora_rank=4, lora_weights=str(path))
+    write_adapter(path, Adapter(tensors, {"unet.conv_in": 0.0}), "kohya")
+    with pytest.raises(UserError, match="the alpha of unet.conv_in is 0, with which it learns nothing"):
+        chosen_layers(unet, "unet", config)
+    write_adapter(path, Adapter(tensors, {"unet.conv_in": 2.0}), "kohya")
+    family = open_family(config)
+    trained = family.load_model()
+    path.unlink()
+    with warnings.catch_warnings(action="error"):
+        assert step_flops(family, trained) > 0

@@ -6,13 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.errors import UserError
 from engine.loop.checkpoints.layout import FOUND, Checkpoint, or_another
 from engine.loop.checkpoints.names import STATE
 from engine.loop.checkpoints.slices import Damaged, SliceFiles, damage, generator_state
-from engine.loop.checkpoints.state import Best, Identity, State, states_of
+from engine.loop.checkpoints.state import Best, Identity, State, adapted_of, states_of
 from engine.loop.metrics import Metrics
 from engine.loop.run import Run
 from engine.loop.weights.partition import Partition
+from engine.models.training_form import adapters_of, sizes_by_place
 from engine.tensors import DTYPES, TensorFile, header_of, in_file_order
 
 
@@ -98,6 +100,7 @@ def take(
         unit=run.streams.unit if several else None,
         streams=several,
         in_turn=run.streams.in_turn,
+        adapters=adapted_of(adapters_of(partition.module)) if run.begins_with_adapters else [],
         optimizer_counters=host_counters(partition),
         loss_steps=metrics.steps,
         loss_scaler={k: v for k, v in vars(scaler).items() if isinstance(v, (int, float))} if scaler else None,
@@ -115,6 +118,13 @@ def restore(checkpoint: Checkpoint, partition: Partition, metrics: Metrics) -> N
         UserError: the checkpoint does not hold what this training needs, or values that are not finite; by all processes.
     """
     processes, files, state = partition.processes, checkpoint.files, checkpoint.state
+    sizes = {name: shape.numel() for name, shape in partition.shapes.items()}
+    if sizes.keys() != files.sizes.keys() and sizes_by_place(sizes) == sizes_by_place(files.sizes):
+        raise UserError(
+            f"{checkpoint.path}: queries, keys and values lie otherwise there, in one matrix or apart, which --lora_dropout, "
+            "--lr_of and --attention xformers decide on; give them as that run had them",
+            shared=True,
+        )
     with or_another(checkpoint.path, processes), torch.no_grad():
         sums = processes.all_or_none(lambda: _restore(files, state, partition, metrics), FOUND)
     by_rank = [sums[rank % processes.world][rank // processes.world] for rank in range(state.world)]

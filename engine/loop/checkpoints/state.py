@@ -1,6 +1,6 @@
 """What state.json holds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -58,6 +58,14 @@ class StreamState(_Strict):
         return "/".join(filter(None, (self.data_set, self.bucket)))
 
 
+class Adapted(_Strict):
+    """Layers that have adapters of one rank and alpha, by their paths in the model."""
+
+    rank: int = Field(ge=1, le=LARGEST)
+    alpha: float = Field(gt=0)
+    layers: list[str]
+
+
 class Best(_Strict):
     """The lowest held-out loss so far.
 
@@ -82,6 +90,7 @@ class State(_Strict):
     options: those that alter the result; `data`: what shaped the shards. Earlier versions wrote neither.
     unit, streams: how many slots that follow each other are of one stream, where there are several; then without `data`.
     in_turn: units are of one data set after another.
+    adapters: of a run that began with those of a file, which need not be there when it is resumed.
     optimizer_counters: what an optimizer keeps as plain numbers.
     loss_steps: how many steps the sum of losses holds.
     loss_scaler: the numbers of DeepSpeed's, under fp16.
@@ -99,12 +108,18 @@ class State(_Strict):
     unit: int | None = Field(default=None, ge=1, le=LARGEST)
     streams: list[StreamState] = []
     in_turn: bool = False
+    adapters: list[Adapted] = []
     optimizer_counters: dict[str, Count] = {}
     loss_steps: Count
     loss_scaler: dict[str, Number] | None = None
     gradient_squares: dict[str, Annotated[float, Field(ge=0)]] = {}
     best: Best | None = None
     as_best_alone: bool = False
+
+    @property
+    def layers(self) -> dict[str, tuple[int, float]]:
+        """Path of each layer of `adapters` -> rank and alpha."""
+        return {name: (each.rank, each.alpha) for each in self.adapters for name in each.layers}
 
     @field_validator("options")
     @classmethod
@@ -127,6 +142,15 @@ class State(_Strict):
             if scaler and name in scaler and not scaler[name] > 0:
                 raise ValueError(f"{name}: not positive")
         return scaler
+
+
+def adapted_of(adapters: Mapping[str, tuple[int, float]]) -> list[Adapted]:
+    """What is recorded of adapters, given as path of the layer -> rank and alpha."""
+    kinds = dict.fromkeys(adapters.values())
+    return [
+        Adapted(rank=rank, alpha=alpha, layers=[name for name, kind in adapters.items() if kind == (rank, alpha)])
+        for rank, alpha in kinds
+    ]
 
 
 def states_of(streams: Streams) -> list[StreamState]:

@@ -251,7 +251,7 @@ class Writer:
             digests = self._digests(note)
             digests |= self._models(aside)
             absent = set() if snapshot.state.streams else {"unit", "streams"}
-            absent |= {name for name in ("as_best_alone", "in_turn") if not getattr(snapshot.state, name)}
+            absent |= {name for name in ("adapters", "as_best_alone", "in_turn") if not getattr(snapshot.state, name)}
             write_json(aside / STATE, snapshot.state.model_dump(exclude=absent))
             digests[STATE] = digest(aside / STATE)
             write_json(aside / MANIFEST, digests)
