@@ -374,7 +374,7 @@ class Training:
     def _log_metrics(self) -> None:
         self.pace.wait()
         optimizer = self.partition.optimizer
-        line = self.metrics.read(self.step, optimizer.rate, optimizer.norm_and_skips())
+        line = self.metrics.read(self.step, self.partition.rate, optimizer.norm_and_skips())
         self.shown |= {"loss": f"{line['loss']:.4f}", "lr": f"{line['lr']:.2e}"}
         self.progress.set_postfix(self.shown)
         if self.progress.disable:

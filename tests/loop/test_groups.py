@@ -1,6 +1,8 @@
 """Groups of weights by pattern and by layer, on whatever partition, and what is frozen."""
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from engine import checkpoint
 from engine.config.checks import check_options
 from engine.config.options import TrainConfig
 from engine.errors import UserError
-from engine.loop.optimizers.groups import groups_of
+from engine.loop.checkpoints.snapshot import other_state
+from engine.loop.optimizers import create_optimizer
+from engine.loop.optimizers.groups import Group, groups_of
 from engine.loop.trainer import train
 from engine.models.family import open_family
 from tests.loop.runs import checkpoint_tensors, config, relative_distance
@@ -43,7 +47,7 @@ def test_rates_decay_from_the_output_to_the_input():
             "input": 1 / 32,
         }
     )
-    assert next(iter(groups.values())).name == "output", "whose rate is reported"
+    assert next(iter(groups.values())).name == "input", "whatever the rates are"
     names = ["text_encoder.embeddings.token_embedding.weight", "text_encoder.encoder.layers.0.x.weight",
              "text_encoder.final_layer_norm.bias"]  # fmt: skip
     both = groups_of([*names, *(f"unet.{name}" for name in UNET)], options(layer_lr_decay=0.5), 1)
@@ -52,7 +56,9 @@ def test_rates_decay_from_the_output_to_the_input():
     assert both["text_encoder.encoder.layers.0.x.weight"].name == "text_encoder.layers.0"
     prior = groups_of(["projection.weight", *(f"blocks.{number}.x" for number in range(6)), "out.1.weight"],
                       options(layer_lr_decay=0.5), 1)  # fmt: skip
-    assert [group.rate / 1e-3 for group in dict.fromkeys(prior.values())] == [1, 1 / 2, 1 / 4, 1 / 8]
+    assert [group.rate / 1e-3 for group in dict.fromkeys(prior.values())] == [1 / 8, 1 / 4, 1 / 2, 1]
+    among = groups_of([f"blocks.{number}.x" for number in range(6)], options(layer_lr_decay=0.5, lr_of=["blocks.1=1"]), 1)
+    assert len({group.name for group in among.values()}) == len(set(among.values())) == 3, "blocks.1 is a layer's name, too"
 
 
 def test_the_first_pattern_counts_and_scales_with_the_run():
@@ -163,6 +169,31 @@ def test_a_run_of_groups_goes_on_to_the_bit(grouped, model, images, shards, tmp_
     for kind in ("weight", "exp_avg", "exp_avg_sq", "ema"):
         ours, theirs = (checkpoint_tensors(each / "checkpoint-8", kind) for each in (tmp_path / "out", output))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs), kind
+
+
+def test_every_process_keeps_the_names_of_all_groups():
+    pytest.importorskip("bitsandbytes")
+    groups, stored = [Group("of a", 1e-5), Group("weights", 1e-3)], []
+    for held in (groups, groups[1:]):
+        weights = [torch.ones(8192) for _ in held]
+        optimizer = create_optimizer(weights, held, options(optimizer="adamw8bit"), None, (), groups)
+        optimizer.create_state(weights, torch.zeros_like)
+        partition: Any = SimpleNamespace(
+            optimizer=optimizer, masters=weights, keys=["of a", "weights"], processes=SimpleNamespace(world=2)
+        )
+        stored.append({name: values[0].numel() for name, values in other_state(partition).items()})
+    assert stored[0].keys() == stored[1].keys()
+    assert [each["optimizer/of a/absmax1"] for each in stored] == [8192 // 256, 0]
+    assert [each["optimizer/weights/absmax1"] for each in stored] == [8192 // 256] * 2
+
+
+def test_numbers_are_of_all_groups_also_where_a_process_has_none():
+    groups, weights = [Group("of a", 1e-5), Group("weights", 1e-3)], [torch.ones(4)]
+    optimizer = create_optimizer(weights, groups[1:], options(optimizer="schedulefree_adamw"), None, (), groups)
+    optimizer.create_state(weights, torch.zeros_like)
+    optimizer.set_rates(1.0)
+    optimizer.apply([torch.ones(4)])
+    assert optimizer.state_of(weights[0])["weight_sum"].tolist() == pytest.approx([1e-10, 1e-6])
 
 
 def test_what_is_exported_of_a_checkpoint_is_what_the_run_left(grouped, tmp_path, monkeypatch):

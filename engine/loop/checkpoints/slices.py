@@ -28,7 +28,7 @@ _NOT_NEGATIVE = ("exp_avg_sq",)
 _OF_EVERY_PROCESS = {"metrics/loss_sum", "random/cpu"}
 _LACKS_STATE = "does not hold the state that every process has"
 _SLICE = re.compile(r"([A-Za-z0-9_]+)/([^/@]+)@(0|[1-9][0-9]{0,17})")
-_OTHER = re.compile(r"optimizer/([0-9]+/)?[A-Za-z0-9_]+|metrics/(loss_sum|of_data_sets)|random/(cpu|cuda)")
+_OTHER = re.compile(r"optimizer/(.+/)?[A-Za-z0-9_]+|metrics/(loss_sum|of_data_sets)|random/(cpu|cuda)")
 
 
 class Damaged(Exception):

@@ -31,17 +31,21 @@ def sliced_tensors(partition: Partition) -> dict[str, list[Tensor]]:
 def other_state(partition: Partition) -> dict[str, list[Tensor]]:
     """Optimizer state that has no place within a parameter, by the name that it is stored under.
 
-    Counters are the same for all masters and stored once, so that they fit any other partition; what is bound to these masters
-    is stored for each.
+    Counters are the same for all masters and stored once, so that they fit any other partition, and so are the numbers of each
+    group; what is bound to these masters is stored for each. All processes have the same names, with nothing where one has no
+    master of a group.
     """
-    optimizer = partition.optimizer
+    optimizer, several = partition.optimizer, partition.processes.world > 1
+    numbers = optimizer.state_of(partition.masters[0])
     stored: dict[str, list[Tensor]] = {}
-    for number, master in enumerate(partition.masters):
-        for kind, value in optimizer.state_of(master).items():
-            if torch.is_tensor(value) and kind not in optimizer.laid_out:
-                of_all = kind in optimizer.counters or kind in optimizer.numbers
-                name = f"optimizer/{kind}" if of_all else f"optimizer/{number}/{kind}"
-                stored.setdefault(name, []).append(value)
+    for number, (key, group) in enumerate(zip(partition.keys, optimizer.param_groups, strict=True)):
+        state = optimizer.state_of(group["params"][0]) if group["params"] else {}
+        for kind in optimizer.counters:
+            if torch.is_tensor(value := state.get(kind)):
+                stored.setdefault(f"optimizer/{kind}", []).append(value)
+        bound = (kind for kind in optimizer.bound if several or kind in state)
+        stored |= {f"optimizer/{key}/{kind}": [state.get(kind, torch.empty(0))] for kind in bound}
+        stored |= {f"optimizer/{key}/{kind}": [numbers[kind][number : number + 1]] for kind in optimizer.numbers}
     return stored
 
 

@@ -19,13 +19,18 @@ def create_optimizer(
     config: TrainConfig,
     sum_parts: Callable[[Tensor], Tensor] | None,
     pieces: Sequence[tuple[str, Sequence[int]]] = (),
+    of_run: Sequence[Group] = (),
 ) -> Optimizer:
     """The optimizer that a configuration names, of masters and the group of each.
 
     Args:
         pieces: name and shape of each master's parameter, where each is one (`steps_on_parameters`).
+        of_run: all groups of the run in their order, also those of which this process has no master.
     """
-    named = [{"name": group.name, "params": [master], "lr": group.rate} for master, group in zip(masters, groups, strict=True)]
+    held = list(zip([[master] for master in masters], groups, strict=True))
+    held += [([], group) for group in of_run if group not in groups]
+    held.sort(key=lambda each: of_run.index(each[1]) if of_run else 0)
+    named = [{"name": group.name, "params": of_group, "lr": group.rate} for of_group, group in held]
     given = named, config.max_grad_norm, sum_parts
     betas, decay = (config.adam_beta1, config.adam_beta2), config.adam_weight_decay
     adam: dict[str, Any] = {"betas": betas, "eps": config.adam_epsilon, "weight_decay": decay}

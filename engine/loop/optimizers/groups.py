@@ -35,21 +35,19 @@ def groups_of(names: Iterable[str], config: TrainConfig, world: int) -> dict[str
 
     A rate of `--lr_of` stands as it is given; others are those of the run, times `--layer_lr_decay` for every layer after them.
     """
-    known = list(names)
-    peak, depths = peak_rate(config, world), _depths(known, config)
+    peak, depths = peak_rate(config, world), _depths(known := list(names), config)
     found: dict[str, Group] = {}
     for name in known:
         given = rate_given(name, config)
         if given:
-            found[name] = Group(given[0], scaled(given[1], config, world))
+            found[name] = Group(f"of {given[0]}", scaled(given[1], config, world))
         elif config.layer_lr_decay < 1:
             layer, later = depths[name]
             found[name] = Group(layer, peak * config.layer_lr_decay**later)
         else:
             found[name] = Group("weights", peak)
-    # The first group is the one whose rate is reported: that of the run, or the nearest to it.
-    order = sorted(dict.fromkeys(found.values()), key=lambda group: abs(group.rate - peak))
-    return {name: group for each in order for name, group in found.items() if group == each}
+    # In an order that no rate decides, which a resumed run may change.
+    return {name: group for each in dict.fromkeys(found.values()) for name, group in found.items() if group == each}
 
 
 def _depths(names: list[str], config: TrainConfig) -> dict[str, tuple[str, int]]:

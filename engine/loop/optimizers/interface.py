@@ -31,7 +31,7 @@ class Optimizer(torch.optim.Optimizer):
     laid_out: names of the state with a number for every weight.
     counters: names of the state that is one number, the same for all masters, on the device or in Python.
     bound: names of the state that fits these very masters only, as the scales of blocks do.
-    numbers: names of the state that is real numbers of the whole optimizer, fp64, one for each group.
+    numbers: names of the state that is real numbers, fp64, one for each group of the run.
 
     in_one_pass: whether a step also writes the weights in the training precision and keeps their moving average.
     averages_itself: whether the model is an average that is part of the method.
@@ -85,11 +85,6 @@ class Optimizer(torch.optim.Optimizer):
     def write_average(self, master: Tensor, average: Tensor) -> None:
         """Writes what the model is after a step, where the optimizer `averages_itself`."""
         raise NotImplementedError
-
-    @property
-    def rate(self) -> float:
-        """The learning rate of the first group."""
-        return float(self.param_groups[0]["lr"])
 
     def norm_and_skips(self) -> Tensor:
         """The gradient norm of the last step, before clipping, and how many steps were skipped so far: fp32 [2]."""

@@ -43,7 +43,6 @@ class FromLibrary(Optimizer):
     def state_of(self, master: Tensor) -> dict[str, Any]:
         group = self.param_groups[0]
         own = {name: group[name] for name in self.in_groups if name in self.counters}
-        # Each group's own, in the order of the groups.
         for name in self.numbers:
             held = self.held.setdefault(name, torch.zeros(len(self.param_groups), dtype=torch.float64))
             held.copy_(torch.tensor([float(group[name]) for group in self.param_groups], dtype=torch.float64))

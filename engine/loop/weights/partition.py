@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from engine.config.options import TrainConfig
 from engine.loop.optimizers import Optimizer, create_optimizer, steps_on_parameters
 from engine.loop.optimizers.groups import Group, groups_of
+from engine.loop.optimizers.rates import peak_rate
 from engine.loop.weights.ema import Ema, decay_of_step
 from engine.models.encoder import PRECISIONS
 from engine.models.quantized import QuantizedLinear
@@ -36,6 +37,7 @@ class Partition(ABC):
     module: the trained module, in the training precision.
     parameters: those of its parameters that are trained.
     masters: flat fp32 tensors that the optimizer updates, each of weights that learn alike.
+    keys: names of the optimizer's groups in checkpoints: of parameters where each is one, else the same on every process.
     slices: which parameter's elements lie where in `masters`; the same places hold its moments and its moving average.
     frozen: parameters that are not trained, in fp32 on the host, by name; none beside adapters, which are saved alone.
     frozen_size, frozen_bytes: of what the module holds untrained, in elements, and in bytes on the device of this process.
@@ -46,6 +48,7 @@ class Partition(ABC):
     captured_whole = False
     optimizer: Optimizer
     masters: list[Tensor]
+    keys: list[str]
     ema: Ema | None = None
 
     def __init__(self, model: nn.Module, config: TrainConfig, processes: Processes) -> None:
@@ -89,7 +92,9 @@ class Partition(ABC):
             self.bounds = [(begin, begin + piece.length) for begin, piece in zip(begins, self.slices, strict=True)]
         self.masters = self.divide(flat.detach())
         pieces = [(piece.name, piece.shape) for piece in self.slices] if steps_on_parameters(self.config) else []
-        self.optimizer = create_optimizer(self.masters, groups, self.config, sum_parts, pieces)
+        of_run = list(dict.fromkeys(self.groups.values()))
+        self.keys = [name for name, _ in pieces] or ([group.name for group in of_run] if of_run[1:] else ["0"])
+        self.optimizer = create_optimizer(self.masters, groups, self.config, sum_parts, pieces, of_run)
         if self.config.keeps_average:
             self.ema = Ema(self.masters, self.config.offload_ema and self.masters[0].is_cuda, self._allocate_fp32)
         averages = self.ema.averages if self.ema and not self._averages_apart else None
@@ -112,6 +117,12 @@ class Partition(ABC):
     def exported(self) -> list[Tensor]:
         """The weights that are shown and saved, laid out as `masters`."""
         return self.ema.averages if self.ema else self.masters
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the group whose highest one is the run's, or the nearest to it."""
+        peaks, peak = self.optimizer.peak_rates, peak_rate(self.config, self.processes.world)
+        return float(min(self.optimizer.param_groups, key=lambda group: abs(peaks[group["name"]] - peak))["lr"])
 
     def begin(self, step: int, rate_factor: float) -> None:
         """Puts what optimizer step number `step`, counted from 1, needs on the device."""
