@@ -197,6 +197,7 @@ class Partition(ABC):
         assert self.ema is not None
         kept = [] if self.config.masters == "fp32" else [master.clone() for master in self.masters]
         if kept:  # bf16, which cannot hold the averages
+            self.ema.wait()
             torch._foreach_copy_(self.masters, self.ema.averages)
         else:
             self.ema.exchange()
