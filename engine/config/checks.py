@@ -310,6 +310,8 @@ def _check_optimizer(config: TrainConfig) -> None:
         raise UserError(f"--use_8bit_adam contradicts --optimizer {name}; leave one out")
     if name == "schedulefree_adamw" and config.use_ema:
         raise UserError("--use_ema with --optimizer schedulefree_adamw, which keeps an average of its own; leave one out")
+    if name == "schedulefree_adamw" and config.adam_beta1 == 0:
+        raise UserError("--adam_beta1 0 with --optimizer schedulefree_adamw, whose mixture of weights it is; give more, as 0.9")
     if name == "prodigy" and (config.layer_lr_decay < 1 or any(rate for _, rate in config.rates_of_patterns)):
         raise UserError(
             "--optimizer prodigy finds one rate for all weights; leave out --layer_lr_decay, --text_encoder_lr and --lr_of, "
