@@ -20,6 +20,7 @@ from engine.loop.optimizers.groups import Group
 from engine.loop.report import advice
 from engine.loop.trainer import train
 from engine.loop.weights import check_division
+from engine.loop.weights.ema import Ema
 from tests.loop.runs import checkpoint_tensors, config, published_order
 
 ALL = list(OPTIMIZERS)
@@ -110,11 +111,26 @@ def test_muon_steps_on_matrices_and_adamw_on_the_rest():
 def test_stacked_projections_are_as_many_matrices():
     from engine.loop.optimizers.by_parameter import matrices
 
-    assert matrices("down_blocks.0.attn1.to_qkv.weight", (12, 4), None) == (3, 4, 4)
-    assert matrices("down_blocks.0.attn1.to_qkv.bias", (12,), None) == (12,)
-    assert matrices("mid_block.conv1.weight", (8, 3, 3, 4), None) == (1, 8, 36)
-    assert matrices("mid_block.attn1.to_qkv.lora_A", (4, 16), 2) == (2, 2, 16)
-    assert matrices("mid_block.attn1.to_qkv.lora_B", (2, 16, 2), 2) == (2, 16, 2)
+    shapes = {
+        "down_blocks.0.attn1.to_qkv.weight": (12, 4), "down_blocks.0.attn1.to_qkv.bias": (12,),
+        "mid_block.conv1.weight": (8, 3, 3, 4),
+        "mid_block.attn1.to_qkv.lora_A": (9, 16), "mid_block.attn1.to_qkv.lora_B": (3, 16, 3),
+        "blocks.0.gamma": (1, 1, 1, 8), "mid_block.conv1.lora_magnitude_vector.default.weight": (1, 8, 1, 1),
+    }  # fmt: skip
+    seen = [matrices(name, shapes) for name in shapes]
+    assert seen == [(3, 4, 4), (12,), (1, 8, 36), (3, 3, 16), (3, 16, 3), (8,), (8,)]
+
+
+def test_adafactor_steps_as_far_whatever_the_gradients_are():
+    steps = []
+    for scale in (1.0, 1e-7):
+        weights = masters()
+        before = weights[0].clone()
+        optimizer = created(weights, optimizer="adafactor", max_grad_norm=0.0, adam_weight_decay=0.0)
+        optimizer.set_rates(1.0)
+        optimizer.apply([scale * gradient(0, weight) for weight in weights])
+        steps.append(weights[0] - before)
+    torch.testing.assert_close(*steps, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -133,14 +149,15 @@ def test_a_step_that_is_not_finite_changes_nothing(name):
     optimizer.state_of(weights[0])  # all of it is declared
 
 
-@pytest.mark.parametrize("name", ["adafactor", "muon", "lion"])
-def test_groups_step_at_their_rates(name):
+@pytest.mark.parametrize("name", ["adafactor", "muon", "lion", "prodigy"])
+def test_groups_step_at_their_rates(name, capsys):
     weights = masters()
     before = [weight.clone() for weight in weights]
     optimizer = created(weights, (1e-2, 1e-2, 0.0), optimizer=name)
     optimizer.set_rates(1.0)
     optimizer.apply([gradient(0, weight) for weight in weights])
     assert [torch.equal(weight, old) for weight, old in zip(weights, before, strict=True)] == [False, False, True]
+    assert not capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -193,9 +210,12 @@ def test_the_average_of_schedule_free_is_the_model(model, images, shards, tmp_pa
     assert any("validation_loss_ema" in line for line in lines)
 
 
-def test_weights_without_masters_are_bf16_and_averaged_in_fp32(model, images, shards_in_bf16, tmp_path):
+def test_weights_without_masters_are_bf16_and_averaged_in_fp32(model, images, shards_in_bf16, tmp_path, monkeypatch):
     values = {"masters": "none", "mixed_precision": "bf16", "max_train_steps": 2, "validation_fraction": 0.2}
+    waits: list[Ema] = []
+    monkeypatch.setattr(Ema, "wait", lambda self: waits.append(self))
     assert train(config(model, images, shards_in_bf16, tmp_path / "out", **values)) == 0
+    assert len(waits) > 2, "once in each step, and before the averages are read"
     checkpoint = tmp_path / "out" / "checkpoint-2"
     kinds = {kind: {t.dtype for t in checkpoint_tensors(checkpoint, kind).values()} for kind in ("weight", "exp_avg_sq", "ema")}
     assert kinds == {"weight": {torch.bfloat16}, "exp_avg_sq": {torch.bfloat16}, "ema": {torch.float32}}
@@ -214,6 +234,10 @@ def test_weights_without_masters_are_bf16_and_averaged_in_fp32(model, images, sh
         (
             {"optimizer": "schedulefree_adamw"},
             "--use_ema with --optimizer schedulefree_adamw, which keeps",
+        ),
+        (
+            {"optimizer": "schedulefree_adamw", "use_ema": False, "adam_beta1": 0.0},
+            "--adam_beta1 0 with --optimizer schedulefree",
         ),
         ({"optimizer": "prodigy", "layer_lr_decay": 0.5}, "--optimizer prodigy finds one rate for all weights"),
         ({"optimizer": "muon", "masters": "none"}, "--masters none is for --optimizer adamw or lion, not muon"),

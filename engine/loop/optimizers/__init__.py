@@ -1,5 +1,7 @@
 """The optimizers behind the interface of `interface.py`, and the schedules of the learning rate."""
 
+import contextlib
+import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,7 +32,10 @@ def create_optimizer(
     held = list(zip([[master] for master in masters], groups, strict=True))
     held += [([], group) for group in of_run if group not in groups]
     held.sort(key=lambda each: of_run.index(each[1]) if of_run else 0)
-    named = [{"name": group.name, "params": of_group, "lr": group.rate} for of_group, group in held]
+    named: list[dict[str, Any]] = [{"name": group.name, "params": of_group, "lr": group.rate} for of_group, group in held]
+    for each in named:
+        if each["lr"] == 0:  # Prodigy decays all weights at one rate
+            each["weight_decay"] = 0.0
     given = named, config.max_grad_norm, sum_parts
     betas, decay = (config.adam_beta1, config.adam_beta2), config.adam_weight_decay
     adam: dict[str, Any] = {"betas": betas, "eps": config.adam_epsilon, "weight_decay": decay}
@@ -42,11 +47,12 @@ def create_optimizer(
         case "adamw8bit":
             return adamw_8bit()(*given, **adam)
         case "adafactor":
-            return Adafactor(*given, pieces, config.lora_rank, weight_decay=decay)
+            return Adafactor(*given, pieces, weight_decay=decay)
         case "muon":
-            return Muon(*given, pieces, config.lora_rank, **adam)
+            return Muon(*given, pieces, **adam)
         case "prodigy":
-            return prodigy()(*given, use_bias_correction=True, safeguard_warmup=True, **adam)
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints how it decays
+                return prodigy()(*given, use_bias_correction=True, safeguard_warmup=True, **adam)
         case "schedulefree_adamw":
             return schedule_free()(*given, **adam)
 

@@ -1,7 +1,8 @@
 """Optimizers that look at matrices: torch's Adafactor and Muon. They step on whole parameters, each a master."""
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,24 +14,24 @@ from engine.loop.optimizers.interface import Allocate, Optimizer, clip_factor, g
 from engine.models.training_form import published_names
 
 
-def matrices(name: str, shape: Sequence[int], rank: int | None) -> tuple[int, ...]:
+def matrices(name: str, shapes: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
     """How a parameter in training form is seen as matrices [number, rows, columns], or a vector [elements].
 
-    Convolutions are matrices of their outputs; what is stacked is as many as are published.
+    Convolutions are matrices of their outputs; what is stacked is as many as are published. A single row or column is a vector.
 
     Args:
-        rank: of adapters, whose first matrices are stacked.
+        shapes: of all parameters; the first matrices of adapters are stacked as the second ones tell.
     """
-    size = 1
-    for length in shape:
-        size *= length
+    shape = shapes[name]
+    size = math.prod(shape)
     if len(shape) < 2:
         return (size,)
-    if len(shape) == 3:  # the second matrices of adapters
-        return tuple(shape)
-    number = shape[0] // rank if rank and re.search(r"lora_A$", name) else len(published_names(name)) if len(shape) == 2 else 1
-    rows = shape[0] // number
-    return (number, rows, size // (number * rows))
+    second = shapes.get(re.sub(r"lora_A$", "lora_B", name), ())
+    stacked = len(published_names(name)) if len(shape) == 2 else 1
+    number = second[0] if len(second) == 3 else stacked
+    rows = shape[1] if len(shape) == 3 else shape[0] // number
+    columns = size // (number * rows)
+    return (size,) if 1 in (rows, columns) else (number, rows, columns)
 
 
 class OfMatrices(Optimizer):
@@ -38,19 +39,18 @@ class OfMatrices(Optimizer):
 
     Args:
         pieces: name and shape of each master's parameter.
-        rank: of adapters, if these are trained.
     """
 
     def __init__(
         self, groups: Sequence[dict[str, Any]], max_grad_norm: float, sum_parts: Any,
-        pieces: Sequence[tuple[str, Sequence[int]]], rank: int | None = None, **options: Any,
+        pieces: Sequence[tuple[str, Sequence[int]]], **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(groups, max_grad_norm, sum_parts, defaults=options)
-        self.pieces, self.rank = pieces, rank
+        self.pieces, self.forms = pieces, [matrices(name, dict(pieces)) for name, _ in pieces]
 
     def seen(self, number: int, tensor: Tensor) -> list[Tensor]:
         """A tensor laid out as master `number`, as the matrices that it is, or the vector."""
-        form = matrices(*self.pieces[number], self.rank)
+        form = self.forms[number]
         return list(tensor.detach().view(form)) if len(form) == 3 else [tensor.detach()]
 
     @torch.no_grad()
@@ -85,7 +85,7 @@ class Adafactor(OfMatrices):
         rates = [group for group in self.param_groups for _ in group["params"]]
         options: list[dict[str, Any]] = []
         for number, master in enumerate(masters):
-            form, device = matrices(*self.pieces[number], self.rank), master.device
+            form, device = self.forms[number], master.device
             state: dict[str, Any] = {"step": torch.zeros(())}
             if len(form) == 3:
                 count, rows, columns = form
@@ -96,7 +96,8 @@ class Adafactor(OfMatrices):
             self.state[master] = state
             self.weights.append(self.seen(number, master))
             options.append({"params": self.weights[-1], "weight_decay": rates[number]["weight_decay"]})
-        self.steps = torch.optim.Adafactor(options, foreach=False)
+        # torch squares the first: the paper's 1e-30. Its own default, of fp32, is larger than the gradients of a mean loss.
+        self.steps = torch.optim.Adafactor(options, eps=(1e-15, 1e-3), foreach=False)
         for master, weights_of in zip(masters, self.weights, strict=True):
             own = self.state[master]
             for place, weight in enumerate(weights_of):
@@ -130,7 +131,7 @@ class Muon(OfMatrices):
     def create_state(self, masters: Sequence[Tensor], allocate: Allocate, weights: Any = None, averages: Any = None) -> None:
         super().create_state(masters, allocate)
         groups = [group for group in self.param_groups for _ in group["params"]]
-        self.is_muons = [len(matrices(*piece, self.rank)) == 3 and in_a_block(piece[0]) for piece in self.pieces]
+        self.is_muons = [len(form) == 3 and in_a_block(name) for form, (name, _) in zip(self.forms, self.pieces, strict=True)]
         others = [number for number, is_muons in enumerate(self.is_muons) if not is_muons]
         self.rest = [masters[number] for number in others]
         self.adamw: AdamW | None = None
