@@ -8,10 +8,11 @@ from engine.catalogue import FAMILIES
 from engine.config.command_line import CONFIG, read_toml
 from engine.config.options import TrainConfig
 from engine.errors import UserError
-from engine.loop.checkpoints.names import ADAPTERS, LATEST, MANIFEST, complete_checkpoints, step_of
+from engine.loop.checkpoints.names import ADAPTERS, LATEST, MANIFEST, VECTORS, complete_checkpoints, step_of
 from engine.messages import say
 
 INDEX = "model_index.json"
+_USUAL = (*ADAPTERS.values(), "adapter_model.safetensors")
 _PARTS = ("unet", "prior", "text_encoder")  # of pipelines, that checkpoints hold
 
 
@@ -45,8 +46,9 @@ def locate(flag: str, path: Path, base: Path | None = None) -> Drawable:
         return _of_checkpoint(flag, path, base)
     if (pipeline := _pipeline_in(path)) is not None:
         return Drawable(name, pipeline)
-    if path.is_file() or any((path / file).is_file() for file in (*ADAPTERS.values(), "adapter_config.json")):
-        return Drawable(path.stem, _base_of(flag, path, path, base), {}, ((path, 1.0),))
+    if (adapter := path if path.is_file() else _result_of(path)) is not None:
+        run = path if path.is_dir() else path.absolute().parent
+        return Drawable(call(adapter), _base_of(flag, path, run, base), {}, ((adapter, 1.0),))
     if found := _checkpoints(path):
         say(f"{flag} {path}: the training has not ended; drawn with {found[-1].name}")
         return replace(_of_checkpoint(flag, found[-1], base), name=name)
@@ -65,19 +67,40 @@ def compared(paths: Sequence[Path], base: Path | None) -> list[Drawable]:
     """
     if len(paths) > 1:
         found = [locate("--compare", path, base) for path in paths]
-        for depth in range(2, 2 + max(len(path.absolute().parts) for path in paths)):
-            if len({one.name for one in found}) == len(found):
-                break
-            found = [
-                replace(one, name="/".join(path.absolute().parts[-depth:])) for one, path in zip(found, paths, strict=True)
-            ]
-        return found
+        return [
+            replace(one, name=name) for one, name in zip(found, told_apart([one.name for one in found], paths), strict=True)
+        ]
     checkpoints = _checkpoints(paths[0])
     if len(checkpoints) < 2:
         there = f"it has {len(checkpoints)}" if paths[0].is_dir() else "there is no such directory"
         raise UserError(f"--compare {paths[0]}: give two models, or the output directory of a training with checkpoints "
                         f"that diffusers can open, several of them (--openable_checkpoints); {there}")  # fmt: skip
     return [replace(_of_checkpoint("--compare", one, base), name=f"step {step_of(one)}") for one in checkpoints]
+
+
+def call(adapter: Path) -> str:
+    """What an adapter is called: as its file, or as its folder where files of all trainings are called the same."""
+    return adapter.absolute().parent.name if adapter.name in _USUAL else adapter.name.removesuffix(".safetensors")
+
+
+def told_apart(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
+    """Names of paths; where two are the same, all with as many of the folders that they lie in as tell them apart."""
+    names = list(names)
+    for depth in range(2, 2 + max((len(path.absolute().parts) for path in paths), default=0)):
+        if len({*names}) == len(names):
+            break
+        names = ["/".join(path.absolute().parts[-depth:]) for path in paths]
+    return names
+
+
+def _result_of(directory: Path) -> Path | None:
+    """The adapter that a training left in its output directory, or that lies in a directory itself: its file, or of several
+    files the directory."""
+    if any((directory / file).is_file() for file in (*ADAPTERS.values(), "adapter_config.json")):
+        return directory
+    files = [file for file in directory.glob("*.safetensors") if file.is_file() and file.name not in VECTORS.values()]
+    named = directory / f"{directory.resolve().name}.safetensors"  # of --save_format kohya
+    return named if named in files else files[0] if len(files) == 1 else None
 
 
 def _pipeline_in(directory: Path) -> Path | None:

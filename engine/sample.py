@@ -11,7 +11,7 @@ from typing import Any
 
 from engine.config.checks import check_picture
 from engine.config.command_line import Parser, number, prompt, whole
-from engine.drawable import Drawable, compared, locate
+from engine.drawable import Drawable, call, compared, locate, told_apart
 from engine.errors import UserError, exit_code, first_line, out_of_memory, printable
 from engine.messages import Progress, busy
 from engine.prompts import GUIDANCE, IMAGES, SEED, STEPS, Wanted, read_prompts, size
@@ -161,8 +161,9 @@ def _texts(settings: dict[str, Any]) -> dict[str, str]:
         "CFG scale": settings["guidance_scale"], "Seed": settings["seed"],
         "Size": f"{settings['width']}x{settings['height']}", "Model": json.dumps(settings["model"])[1:-1],
     }  # fmt: skip
-    named = "".join(f" <lora:{name}:{scale:g}>" for name, scale in settings["lora"].items())
-    lines = [settings["prompt"] + named]
+    names = told_apart([call(Path(path)) for path, _ in settings["lora"]], [Path(path) for path, _ in settings["lora"]])
+    named = [f" <lora:{name}:{scale:g}>" for name, (_, scale) in zip(names, settings["lora"], strict=True)]
+    lines = [settings["prompt"] + "".join(named)]
     if settings["negative_prompt"]:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
     lines.append(", ".join(f"{name}: {value}" for name, value in words.items() if value != ""))
@@ -205,8 +206,11 @@ def _draw(one: Drawable, options: Any, wanted: Sequence[Wanted], device: Any, na
     with busy(f"Opening {one.name}"):
         pipeline = _open(one, options, wanted, device, precision)
     arguments = _arguments_of(pipeline, options)
-    loras = {path.stem: scale for path, scale in options.lora}
-    about = {"model": one.name, "lora": loras, "precision": precision}
+    about = {
+        "model": one.name, "pipeline": str(one.pipeline), "other_half": options.other_half,
+        "parts": {part: str(folder) for part, folder in one.parts.items()},
+        "lora": [(str(path), scale) for path, scale in (*one.adapters, *options.lora)], "precision": precision,
+    }  # fmt: skip
     images: dict[int, Any] = {}
     try:
         with Progress(len(wanted), f"Drawing with {one.name}", "image") as progress:

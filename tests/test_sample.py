@@ -300,6 +300,7 @@ def test_adapters_are_drawn_with_at_their_scales(model, adapters, tmp_path, monk
     assert abs(theirs - plain).max() > 8
     draw_with(monkeypatch, model, tmp_path, "--lora", f"{adapters[0]}:0.5", str(adapters[1]))
     image = Image.open(tmp_path / "a-0000.png")
+    assert json.loads(image.text["settings"])["lora"] == [[str(adapters[0]), 0.5], [str(adapters[1]), 1]]
     assert abs(np.asarray(image, float) - theirs[0]).max() <= 1
     assert image.text["parameters"].startswith("a <lora:look-0:0.5> <lora:look-1:1>\nSteps: 1, ")
 
@@ -316,6 +317,32 @@ def test_an_adapter_that_is_none_is_named(file, said, model, tmp_path, monkeypat
     (tmp_path / "text.safetensors").write_text("no weights")
     with pytest.raises(UserError, match=f"^{tmp_path}/{file.partition(':')[0]}: .*{said}"):
         draw_with(monkeypatch, model, tmp_path, "--lora", str(tmp_path / file))
+
+
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "run.v2.safetensors", "renamed.safetensors"])
+def test_the_adapter_of_a_training_that_ended_is_drawn_with(name, model, adapters, tmp_path, monkeypatch):
+    run = tmp_path / "run.v2"
+    write_run(run, model, (1,))
+    shutil.copy(adapters[0], run / name)
+    for path in (run, run / name):
+        found = drawable.locate("--model", path)
+        assert found.pipeline == model
+        assert found.name == ("renamed" if name.startswith("renamed") else "run.v2")
+    draw_with(monkeypatch, run, tmp_path, "--lora", f"{run / name}:2")
+    image = Image.open(tmp_path / "a-0000.png")
+    settings = json.loads(image.text["settings"])
+    assert settings["pipeline"] == str(model)
+    assert [scale for _, scale in settings["lora"]] == [1, 2]
+    again = ["--lora", *(f"{path}:{scale}" for path, scale in settings["lora"])]
+    draw_with(monkeypatch, settings["pipeline"], tmp_path / "again", *again)
+    assert np.array_equal(numbers(tmp_path / "again" / "a-0000.png"), np.asarray(image, float))
+
+
+def test_adapters_of_one_name_are_told_apart(tmp_path):
+    paths = [tmp_path / place / "out" / "pytorch_lora_weights.safetensors" for place in ("a", "b")]
+    assert drawable.told_apart([drawable.call(path) for path in paths], paths) == [
+        f"{place}/out/pytorch_lora_weights.safetensors" for place in ("a", "b")
+    ]
 
 
 def write_run(run, model, steps, ema=True) -> None:
