@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
 from benchmarks.tools.published import CHECKPOINTS, trained_model, write
@@ -40,7 +40,6 @@ CARDS = (8, 12, 16, 24)  # GB
 BATCHES = (1, 8, 16)  # counted; what lies between and beyond follows the lines through them
 MOST = 256  # samples in a batch that are asked for
 STATE_BYTES = 14  # per trained parameter: master 4, moments 8, flat gradient 2; without masters 6
-WEIGHT_BYTES = 2
 LORA = {"lora_rank": 16}
 WAYS: dict[str, dict[str, Any]] = {
     "all weights": {},
@@ -125,7 +124,7 @@ def count(checkpoint: str, options: dict[str, Any]) -> dict[str, Any]:
         model = trained_model(checkpoint).train()
         ready_to_train(model, config)
         trained: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        with FlopCounterMode(display=False) as flops:
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _backward_flops}) as flops:
             differentiate(family, model, trained, 1)
         peaks = {}
         for batch in BATCHES:
@@ -138,6 +137,12 @@ def count(checkpoint: str, options: dict[str, Any]) -> dict[str, Any]:
         "trained": numbers, "flops": float(flops.get_total_flops()), "weight_bytes": _bytes_of(model), "state_bytes": beside,
         **{f"bytes_{batch}": peak + beside for batch, peak in peaks.items()},
     }  # fmt: skip
+
+
+def _backward_flops(gradient: Any, x: Any, weight: Any, *rest: Any, **_: Any) -> int:
+    """A convolution's backward pass: each gradient as many as its forward pass, where torch forgets groups."""
+    transposed, _, _, wanted = rest[-4:]
+    return conv_flop_count(x, weight, gradient, transposed) * sum(wanted[:2])
 
 
 def _bytes_of(model: Any) -> int:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.steps import memory
 
@@ -35,6 +36,17 @@ def test_the_peak_counts_what_lives_at_a_time():
             torch.empty(50)
     assert peak.peak == 300
     assert peak.now == kept.nbytes
+
+
+def test_the_backward_pass_of_a_convolution_in_groups_costs_two_forward_passes():
+    mapping = {torch.ops.aten.convolution_backward: memory._backward_flops}
+    with torch.device("meta"), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        x, weight = torch.empty(2, 8, 10, 10, requires_grad=True), torch.empty(8, 1, 3, 3, requires_grad=True)
+        y = torch.nn.functional.conv2d(x, weight, groups=8)
+        forward = counter.get_total_flops()
+        torch.autograd.grad(y, [x, weight], y)
+    assert forward == 2 * 2 * 8 * 8 * 8 * 9
+    assert counter.get_total_flops() == 3 * forward
 
 
 def test_between_and_beyond_the_counted_batches_are_lines(monkeypatch):
