@@ -53,15 +53,15 @@ def run_command(command):
 
 def write_workplace(directory: Path, checkout: Path) -> None:
     """What the tests find around them, in a directory that they are run in."""
+    from examples.photographs import write_images
     from examples.tiny_models import write_stable_diffusion
-    from tests.tiny import write_images
 
     directory.mkdir(exist_ok=True)
     hub = directory / "hf-internal-testing"
     made = write_stable_diffusion(directory / "model")["pretrained_model_name_or_path"]
     hub.mkdir()
     Path(made).rename(hub / "tiny-stable-diffusion-torch")
-    write_images(hub / "dummy_image_text_data", count=4, size=(64, 64))
+    write_images(hub / "dummy_image_text_data", longest=64)
     shutil.copytree(checkout / IMAGES, directory / IMAGES)
     (directory / "test_examples_utils.py").write_text(STAND_IN)
     for suite in SUITES:

@@ -248,8 +248,8 @@ ELSEWHERE = {
     "resume continue_last_backup resume_from": "--resume_from_checkpoint latest",
     "initial_epoch initial_step skip_until_initial_step": "--resume_from_checkpoint, which goes on after the checkpoint's step",
     "save_model_as save_precision save_dtype output_dtype output_model_format use_safetensors": (
-        "the result is safetensors in fp32, a diffusers pipeline or a LoRA; `python -m engine.export` makes a single file of "
-        "it, or another form or precision"
+        "the result is a diffusers pipeline in fp32, of which `python -m engine.export` makes a single file in any precision, "
+        "or a LoRA, whose form --save_format says"
     ),
     "huggingface_repo_id hub_repo": "--push_to_hub with --hub_model_id",
     "hub_private_repo huggingface_repo_visibility huggingface_repo_type": "create the repository first, as it is to be",
