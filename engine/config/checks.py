@@ -306,8 +306,8 @@ def _check_adapters(config: TrainConfig) -> None:
 
 def _check_optimizer(config: TrainConfig) -> None:
     name = config.optimizer
-    if config.use_8bit_adam and name != "adamw8bit":
-        raise UserError(f"--use_8bit_adam contradicts --optimizer {name}; leave one out")
+    if config.use_8bit_adam != (name == "adamw8bit"):
+        raise UserError(f"--{'' if config.use_8bit_adam else 'no-'}use_8bit_adam contradicts --optimizer {name}; leave one out")
     if name == "schedulefree_adamw" and config.use_ema:
         raise UserError("--use_ema with --optimizer schedulefree_adamw, which keeps an average of its own; leave one out")
     if name == "schedulefree_adamw" and config.adam_beta1 == 0:

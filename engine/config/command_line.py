@@ -18,6 +18,7 @@ from engine.catalogue import FAMILIES
 from engine.config.checks import LARGEST, check_machine, check_options, leads_out
 from engine.config.elsewhere import answer
 from engine.config.mixture import KEYS, OPTIONS, is_inherited, mistakes_of, title_of
+from engine.config.optimizers import OTHER_NAMES
 from engine.config.options import CacheConfig, TrainConfig, options_of
 from engine.config.schema import (
     DIRECTORIES,
@@ -133,7 +134,7 @@ def parse(
             # Runs of earlier versions wrote their curves anywhere, and stored where.
             say(f"--config {file}: logging_dir {logs} is passed over, because it leads out of the output directory")
             del values["logging_dir"]
-        config = load(model, values | given)
+        config = load(model, _but_for_other_names(values, given) | given)
     except UserError as error:
         mistakes += error.lines
     if mistakes:
@@ -211,6 +212,16 @@ def load(model: type[Model], values: dict[str, Any], where: str = "") -> Model:
         error.lines = [f"{where}: {line}" if where else line for line in error.lines]
         raise
     return config
+
+
+def _but_for_other_names(values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's values without the name of an optimizer in whose place the command line gives another by its other name."""
+    known = str(values.get("optimizer")).lower()
+    eight_bits = OTHER_NAMES.get(known, known) == "adamw8bit"
+    passed_over = "use_8bit_adam" if "optimizer" in given else None
+    if passed_over is None and given.get("use_8bit_adam", eight_bits) != eight_bits:
+        passed_over = "optimizer"
+    return {name: value for name, value in values.items() if name != passed_over}
 
 
 def _with_home(values: dict[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def _of_the_optimizer(values: dict[str, Any]) -> dict[str, Any]:
         values = values | {"optimizer": OTHER_NAMES.get(name := given.strip().lower(), name)}
     if values.get("use_8bit_adam") is True and values.get("optimizer") is None:
         return values | {"optimizer": "adamw8bit"}
-    return values | {"use_8bit_adam": True} if values.get("optimizer") == "adamw8bit" else values
+    return {"use_8bit_adam": True} | values if values.get("optimizer") == "adamw8bit" else values
 
 
 class CacheConfig(BaseModel):

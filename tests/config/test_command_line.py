@@ -39,6 +39,22 @@ def test_the_command_line_wins_over_the_file(data, tmp_path):
     assert config.validation_prompts == ["x"]
 
 
+@pytest.mark.parametrize(
+    ("stored", "arguments", "optimizer"),
+    [
+        ("AdamW8bit", ["--no-use_8bit_adam"], "adamw"),
+        ("adamw8bit", ["--optimizer", "lion"], "lion"),
+        ("lion", ["--no-use_8bit_adam"], "lion"),
+        ("adamw", ["--use_8bit_adam"], "adamw8bit"),
+    ],
+)
+def test_the_command_line_wins_over_an_optimizers_other_name(stored, arguments, optimizer, data, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(f'optimizer = "{stored}"\nuse_8bit_adam = {str("8" in stored).lower()}\n')
+    config = run(*data, "--config", str(file), *arguments)
+    assert (config.optimizer, config.use_8bit_adam) == (optimizer, optimizer == "adamw8bit")
+
+
 def test_a_file_may_hold_everything(data, tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(f'family = "sd"\npretrained_model_name_or_path = "a/b"\ntrain_data_dir = "{data[1]}"\n')

@@ -231,6 +231,7 @@ def test_weights_without_masters_are_bf16_and_averaged_in_fp32(model, images, sh
     ("values", "said"),
     [
         ({"optimizer": "lion", "use_8bit_adam": True}, "--use_8bit_adam contradicts --optimizer lion"),
+        ({"optimizer": "adamw8bit", "use_8bit_adam": False}, "--no-use_8bit_adam contradicts --optimizer adamw8bit"),
         (
             {"optimizer": "schedulefree_adamw"},
             "--use_ema with --optimizer schedulefree_adamw, which keeps",
