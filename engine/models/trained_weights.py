@@ -11,6 +11,7 @@ from typing import Any
 from engine.catalogue import FAMILIES
 from engine.config.options import TrainConfig
 from engine.errors import UserError
+from engine.models.inversion import VECTORS
 from engine.models.training_form import published_names
 
 _PARTS = {*(entry.part for entry in FAMILIES.values()), "text_encoder"}
@@ -51,7 +52,7 @@ def check_patterns(names: Iterable[str], config: TrainConfig) -> None:
     Raises:
         UserError: which.
     """
-    known = list(names)
+    known = [VECTORS] if config.placeholder_token else list(names)
     if config.lora_rank:
         known += [f"{name.removesuffix('weight')}{kind}.weight" for kind in ("lora_A", "lora_B") for name in known]
     options = {"--freeze": config.freeze or [], "--lr_of": [pattern for pattern, _ in config.rates_of_patterns]}
@@ -64,6 +65,25 @@ def check_patterns(names: Iterable[str], config: TrainConfig) -> None:
                 )
     if all(is_frozen(name, config) for name in known):
         raise UserError("--freeze leaves no weight to train; give patterns of fewer")
+
+
+def check_rates(names: Iterable[str], config: TrainConfig) -> None:
+    """Refuses patterns of `--lr_of` that stand for weights which are not trained.
+
+    Args:
+        names: of all trained parameters, in training form.
+
+    Raises:
+        UserError: which; of all processes.
+    """
+    trained = [published for name in names for published in published_names(name)]
+    for pattern, _ in config.rates_of_patterns[: len(config.lr_of or ())]:
+        if not any(selects(pattern, name, config) for name in trained):
+            raise UserError(
+                f"--lr_of {pattern}: no weight of that name is trained; those that are have names as {trained[0]} and "
+                f"{trained[-1]}",
+                shared=True,
+            )
 
 
 def freeze(model: Any, config: TrainConfig) -> None:

@@ -17,6 +17,7 @@ from engine.loop.optimizers import create_optimizer
 from engine.loop.optimizers.groups import Group, groups_of
 from engine.loop.trainer import train
 from engine.models.family import open_family
+from engine.models.trained_weights import check_rates
 from tests.loop.runs import checkpoint_tensors, config, relative_distance
 
 RATES = ["down_blocks.0=0", "*.to_q.*=3e-4", "unet.mid_block=2e-3"]
@@ -147,6 +148,11 @@ def test_the_two_matrices_of_an_adapter_may_learn_apart(model, images, shards, t
     assert {rate for name, rate in rates.items() if "lora_B" in name} == {4e-3}
     assert {rate for name, rate in rates.items() if name.endswith("attn2.to_q.lora_A")} == {5e-3}
     assert {rate for name, rate in rates.items() if "attn1" in name and "lora_A" in name} == {1e-3}
+    check_rates(trained, adapted)
+    with pytest.raises(
+        UserError, match="--lr_of mid_block.resnets: no weight of that name is trained; those that are have names"
+    ):
+        check_rates(trained, adapted.model_copy(update={"lr_of": ["mid_block.attentions=0", "mid_block.resnets=0"]}))
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

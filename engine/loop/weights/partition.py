@@ -16,6 +16,7 @@ from engine.loop.optimizers.rates import peak_rate
 from engine.loop.weights.ema import Ema, decay_of_step
 from engine.models.encoder import PRECISIONS
 from engine.models.quantized import QuantizedLinear
+from engine.models.trained_weights import check_rates
 from engine.processes import Processes
 
 
@@ -62,6 +63,7 @@ class Partition(ABC):
         self.frozen_bytes = size * PRECISIONS[config.mixed_precision].itemsize / share
         self.frozen_bytes += sum(layer.codes.nbytes + layer.scales.nbytes for layer in codes)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        check_rates(trained, config)
         self.groups = groups_of(trained, config, processes.world)
         self.names: dict[nn.Parameter, str] = {trained[name]: name for name in self.groups}
         self.parameters: list[Tensor] = list(self.names)
