@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.torch
+import torch
 
 from engine.config.checks import holds_shards
 from engine.config.mixture import DataSet, data_sets_of
@@ -44,6 +45,7 @@ from engine.storage import Storage, is_remote
 
 Check = Callable[[str, bool, dict[str, Any]], None]
 
+_AT_A_TIME = 4096  # records
 VALIDATION = "validation"  # in the directory of the shards: those of --validation_data_dir
 
 
@@ -89,6 +91,9 @@ def prepare_shards(
     held = dict(zip(map(id, judged), splits_of((part.index for part in judged), config.validation_fraction), strict=True))
     streams, splits = [], [held.get(id(part)) for part in parts]
     opened = _open(config, parts, processes, len(parts))
+    if config.placeholder_token:
+        taught = [shards for part, shards in zip(parts, opened, strict=True) if not by_name[part.data_set].prior]
+        processes.computed_by_first(lambda: _look_for_new_tokens(taught, family))
     for number, (part, shards, split) in enumerate(zip(parts, opened, splits, strict=True)):
         records = shards.index.shards["records"] if split is None else split.trained
         order = order_of(seed_of_stream(seed, number), records, config.shuffle_window)
@@ -98,6 +103,25 @@ def prepare_shards(
         streams.append(Stream(shards, order, 1, part.data_set, part.bucket, split, weight, of.prior))
     in_turn = config.with_prior_preservation
     return Streams(seed, (_in_turn if in_turn else _with_shares)(streams, data_sets), unit, in_turn), parts
+
+
+def _look_for_new_tokens(taught: list[Shards], family: Family) -> None:
+    """Raises `UserError` where no record's first caption holds a token of `--placeholder_token`; says how many lack it."""
+    encoding: Any = family.encoding
+    field, lacking = encoding.record_spec["tokens"], 0
+    for shards in taught:
+        for records in torch.arange(len(shards)).split(min(_AT_A_TIME, shards.found_together)):
+            tokens = torch.empty(len(records), *field.shape, dtype=field.dtype)
+            shards.gather("tokens", shards.rows_of(shards.find(records)), tokens)
+            lacking += int((tokens.int() < encoding.first_new_token).all(dim=1).sum())
+    token, whole = f"--placeholder_token {family.config.placeholder_token}", sum(map(len, taught))
+    if lacking == whole:
+        raise UserError(
+            f"{token}: no caption holds it, so that nothing would be learned; write it into the captions, or give it in "
+            "--caption_prefix, --caption_template or --instance_prompt, and another --shards_dir"
+        )
+    if lacking:
+        warn(f"{token}: {lacking:,} of {whole:,} records have captions without it, which teach it nothing")
 
 
 def _parts_of(data_set: DataSet, family: Family, processes: Processes, check: Check) -> list[Part]:

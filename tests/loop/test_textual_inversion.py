@@ -124,6 +124,16 @@ def test_other_ways_give_the_same_vectors(options, trained, tmp_path, recorded):
     torch.testing.assert_close(embedding(tmp_path / "out"), embedding(Path(trained.output_dir)), rtol=0, atol=1e-6 * SLACK)
 
 
+def test_captions_must_hold_the_token(trained, tmp_path, capsys):
+    run = trained.model_copy(update={"output_dir": str(tmp_path / "out"), "max_train_steps": 1, "validation_prompts": None})
+    with pytest.raises(UserError, match=f"--placeholder_token {TOKEN}: no caption holds it, so that nothing would be learned"):
+        train(run.model_copy(update={"shards_dir": str(tmp_path / "shards"), "caption_prefix": ""}))
+    with pytest.raises(UserError, match=r"--lr_of unet: no weight .* named as text_encoder.embeddings.vectors"):
+        train(run.model_copy(update={"lr_of": ["unet=1"]}))
+    assert train(run.model_copy(update={"lr_of": ["text_encoder.embeddings.vectors=0"], "adam_weight_decay": 0.0})) == 0
+    assert "captions without it" not in capsys.readouterr().err
+
+
 def test_a_checkpoint_is_exported(trained, tmp_path):
     assert export_command([f"{trained.output_dir}/checkpoint-8", "--output_dir", str(tmp_path)]) == 0
     there = embedding(Path(trained.output_dir) / "checkpoint-8", "learned_embeds_ema")
