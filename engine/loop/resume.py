@@ -3,9 +3,11 @@
 import contextlib
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from engine.catalogue import FAMILIES, PIPELINES
 from engine.config.checks import NEEDS_BLOCKS, check_judged_by_loss
@@ -37,6 +39,7 @@ from engine.loop.run import Run
 from engine.messages import say, warn
 from engine.models.adapter import PARTS
 from engine.models.inversion import FILE as VECTORS
+from engine.models.training_form import sizes_by_place
 from engine.processes import Processes, warn_of_local_locks
 
 _OTHER_SHARDS = "was trained on other shards ({}); give the same data and options of the data"
@@ -266,6 +269,33 @@ def _refuse_other_adapters(opened: Checkpoint, config: TrainConfig) -> None:
     targets: Any = before.get("lora_targets") or default_of(TrainConfig, "lora_targets", config.family, config.recipe)
     if sorted(targets) != sorted(config.lora_targets):
         raise UserError(f"{name}: was written with --lora_targets {' '.join(targets)}; give the same")
+
+
+def check_same_weights(checkpoint: Checkpoint, config: TrainConfig, shapes: Mapping[str, torch.Size]) -> None:
+    """Compares what is trained with what a checkpoint holds, where options tell why they differ.
+
+    Args:
+        shapes: of the trained parameters, in training form.
+
+    Raises:
+        UserError: other weights are trained, or they are stacked otherwise.
+    """
+    now, before = {name: shape.numel() for name, shape in shapes.items()}, checkpoint.files.sizes
+    if now.keys() == before.keys():
+        return
+    for option in ("train_text_encoder", "freeze"):
+        value: Any = checkpoint.state.options.get(option)
+        if (value or None) != (getattr(config, option) or None):
+            given = " ".join([f"--{option}", *(value if isinstance(value, list) else [])])
+            raise UserError(
+                f"{checkpoint.path}: was written {'with' if value else 'without'} {given}, and other weights are trained now; "
+                f"{'give the same' if value else 'leave it out'}"
+            )
+    if sizes_by_place(now) == sizes_by_place(before):
+        raise UserError(
+            f"{checkpoint.path}: queries, keys and values lie otherwise there, in one matrix or apart, which --lora_dropout, "
+            "--lr_of and --attention xformers decide on; give them as that run had them"
+        )
 
 
 def check_same_shards(

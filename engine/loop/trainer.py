@@ -46,6 +46,7 @@ from engine.loop.resume import (
     announce,
     check_same_shards,
     check_same_streams,
+    check_same_weights,
     find_checkpoint,
     only_run,
     open_checkpoint,
@@ -284,6 +285,7 @@ class Training:
     def resume(self, checkpoint: Checkpoint) -> None:
         """Goes on from a checkpoint that was checked."""
         started = time.perf_counter()
+        check_same_weights(checkpoint, self.config, self.partition.shapes)
         restore(checkpoint, self.partition, self.metrics)
         self.step = self.saved = checkpoint.state.step
         if self.held_out and checkpoint.state.best and checkpoint.state.best.of == self.held_out.of:

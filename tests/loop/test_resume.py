@@ -161,6 +161,13 @@ def test_a_longer_schedule_and_changed_options_are_said(output, run, capsys):
     assert "Changed" not in capsys.readouterr().err
 
 
+def test_other_weights_than_the_checkpoints_are_refused_and_nothing_is_touched(output, run):
+    before = content(output)
+    with pytest.raises(UserError, match="checkpoint-8: was written without --freeze, and other weights are trained now; leave"):
+        run(resume_from_checkpoint="latest", freeze=["conv_in"])
+    assert content(output) == before
+
+
 def edit_state(checkpoint: Path, edit) -> None:
     state = json.loads((checkpoint / "state.json").read_text())
     edit(state)

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.errors import UserError
 from engine.loop.checkpoints.layout import FOUND, Checkpoint, or_another
 from engine.loop.checkpoints.names import STATE
 from engine.loop.checkpoints.slices import Damaged, SliceFiles, damage, generator_state
@@ -14,7 +13,7 @@ from engine.loop.checkpoints.state import Best, Identity, State, adapted_of, sta
 from engine.loop.metrics import Metrics
 from engine.loop.run import Run
 from engine.loop.weights.partition import Partition
-from engine.models.training_form import adapters_of, sizes_by_place
+from engine.models.training_form import adapters_of
 from engine.tensors import DTYPES, TensorFile, header_of, in_file_order
 
 
@@ -122,13 +121,6 @@ def restore(checkpoint: Checkpoint, partition: Partition, metrics: Metrics) -> N
         UserError: the checkpoint does not hold what this training needs, or values that are not finite; by all processes.
     """
     processes, files, state = partition.processes, checkpoint.files, checkpoint.state
-    sizes = {name: shape.numel() for name, shape in partition.shapes.items()}
-    if sizes.keys() != files.sizes.keys() and sizes_by_place(sizes) == sizes_by_place(files.sizes):
-        raise UserError(
-            f"{checkpoint.path}: queries, keys and values lie otherwise there, in one matrix or apart, which --lora_dropout, "
-            "--lr_of and --attention xformers decide on; give them as that run had them",
-            shared=True,
-        )
     with or_another(checkpoint.path, processes), torch.no_grad():
         sums = processes.all_or_none(lambda: _restore(files, state, partition, metrics), FOUND)
     by_rank = [sums[rank % processes.world][rank // processes.world] for rank in range(state.world)]
