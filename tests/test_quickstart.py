@@ -66,3 +66,5 @@ def test_a_changed_base_is_noticed(tmp_path):
     assert list(before) == ["unet/model.safetensors"]
     file.write_bytes(b"others")
     assert quickstart_lora.digests(tmp_path) != before
+    (tmp_path / "model_index.json").write_text("{}")
+    assert list(quickstart_lora.digests(tmp_path)) == ["model_index.json", "unet/model.safetensors"]

@@ -89,12 +89,17 @@ def run_suite(directory: Path, suite: str) -> list[dict[str, Any]]:
     ]
     roots = os.pathsep.join([str(directory), str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])])
     common = os.environ | {"PYTHONPATH": roots}
-    subprocess.run([*command, f"--junitxml={report}", suite], cwd=directory, env=common, check=False)
-    rows = []
-    for case in ElementTree.parse(report).iter("testcase"):
+    report.unlink(missing_ok=True)  # of another suite
+    code = subprocess.run([*command, f"--junitxml={report}", suite], cwd=directory, env=common, check=False).returncode
+    rows: list[dict[str, Any]] = []
+    for case in ElementTree.parse(report).iter("testcase") if report.is_file() else ():
         failed = next((found for kind in ("failure", "error") if (found := case.find(kind)) is not None), None)
         said = {} if failed is None else {"said": (failed.text or "").strip()[-500:]}
         rows.append({"suite": suite, "test": case.get("name"), "passed": failed is None, **said})
+    if code not in (0, 1) or not rows:
+        rows.append(
+            {"suite": suite, "test": "the suite", "passed": False, "said": f"pytest left with {code}, no test to the end"}
+        )
     return rows
 
 

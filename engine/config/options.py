@@ -449,8 +449,8 @@ class TrainConfig(CacheConfig):
     max_train_steps: int | None = option(None, "Optimizer steps in all; overrides --num_train_epochs.", "training", ge=1)
     global_batch_size: int | None = option(
         None,
-        "Samples per optimizer step over all processes; as many micro-batches add up as that takes. Instead of "
-        "--gradient_accumulation_steps.",
+        "Samples per optimizer step over all processes, those of DreamBooth's class included; as many micro-batches add up as "
+        "that takes. Instead of --gradient_accumulation_steps.",
         "training",
         ge=1,
     )

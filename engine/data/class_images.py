@@ -6,6 +6,7 @@ what was interrupted goes on.
 """
 
 import contextlib
+import gc
 import re
 import time
 from collections.abc import Callable
@@ -51,6 +52,10 @@ def draw_class_images(config: CacheConfig, encoding: Encoding, processes: Proces
         return
     with contextlib.ExitStack() as stack:
         _draw_missing(config, encoding, processes, lambda: _missing_once_held(config, stack, checkpoint))
+    if torch.cuda.is_initialized():  # what drawing took is not held beside the training, nor counted as its own
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _draw_missing(config: CacheConfig, encoding: Encoding, processes: Processes, look: Callable[[], list[int]]) -> None:

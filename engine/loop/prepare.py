@@ -55,7 +55,8 @@ def divide_global_batch(config: TrainConfig, world: int) -> TrainConfig:
     Raises:
         UserError: the processes cannot divide it evenly.
     """
-    whole, part = config.global_batch_size, config.train_batch_size * world
+    of_both = 2 if config.with_prior_preservation else 1  # as many of the class as of the instance
+    whole, part = config.global_batch_size, config.train_batch_size * of_both * world
     if whole is None:
         return config
     if whole % part:
@@ -63,7 +64,7 @@ def divide_global_batch(config: TrainConfig, world: int) -> TrainConfig:
         nearest = f"{below} or {above}" if below else str(above)
         raise UserError(
             f"--global_batch_size {whole} cannot be divided among {world} processes with --train_batch_size "
-            f"{config.train_batch_size}; the nearest that can: {nearest}",
+            f"{config.train_batch_size}{' of the instance and of the class' * (of_both - 1)}; the nearest that can: {nearest}",
             passing=launched(),  # which may start another number of them
         )
     return config.model_copy(update={"gradient_accumulation_steps": whole // part})

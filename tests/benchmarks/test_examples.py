@@ -29,4 +29,8 @@ def test_each_test_has_a_row_and_what_no_family_trains_is_left_out(tmp_path):
     assert passed["test"] == "test_models_are_there"
     assert not failed["passed"]
     assert "engine.run: error" in failed["said"]
+    (workplace / examples.SUITES[1]).write_text("def test_it(: pass")
+    *_, broken = examples.run_suite(workplace, examples.SUITES[1])
+    assert (broken["test"], broken["passed"]) == ("the suite", False)
+    assert "pytest left with 2" in broken["said"]
     assert [row["left_out"] for row in examples.left_out(checkout)] == ["trains Stable Diffusion XL"] * len(examples.SUITES)

@@ -24,7 +24,7 @@ from engine.data.samples.order import records_of, seed_of_stream
 from engine.data.sources import open_source
 from engine.errors import UserError
 from engine.files import lock, unlock
-from engine.loop.trainer import train
+from engine.loop.trainer import divide_global_batch, train
 from engine.models import stable_diffusion
 from engine.models.family import open_family
 from engine.processes import Processes
@@ -176,6 +176,16 @@ def whole(settings, tmp_path_factory) -> Path:
         patch.setitem(stable_diffusion._PREVIEW_STEPS, "dreambooth", 2)
         assert train(settings(output, checkpointing_steps=2, **drawn)) == 0
     return output
+
+
+@pytest.mark.parametrize(("wanted", "accumulated"), [(8, 1), (16, 2), (12, None)])
+def test_the_global_batch_is_of_both(wanted, accumulated, settings, tmp_path):
+    config = settings(tmp_path, global_batch_size=wanted)
+    if accumulated:
+        assert divide_global_batch(config, 2).gradient_accumulation_steps == accumulated
+    else:
+        with pytest.raises(UserError, match="2 of the instance and of the class; the nearest that can: 8 or 16"):
+            divide_global_batch(config, 2)
 
 
 def test_pictures_come_every_so_many_steps_and_none_if_none_are_asked_for(whole, settings, tmp_path):
