@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,19 +83,27 @@ def side_by_side(labels: Sequence[str], rows: Sequence[tuple[str, Sequence[Seque
     return grid
 
 
-def save_fading(pictures: Sequence[Image.Image], path: Path) -> None:
-    """Writes pictures of one size as a GIF in which each fades into the next, without end."""
-    largest = max(pictures[0].size)
-    sizes = [max(1, side * min(largest, _LARGEST_FRAME) // largest) for side in pictures[0].size]
-    shown = [picture.resize((sizes[0], sizes[1]), Image.Resampling.LANCZOS) for picture in pictures]
-    frames, times = [], []
-    for now, then in zip(shown, [*shown[1:], shown[0]], strict=True):
-        frames += [Image.blend(now, then, step / (_BLENDS + 1)) for step in range(_BLENDS + 1)]
-        times += [_SHOWN_MS, *[_BLEND_MS] * _BLENDS]
+def save_fading(pictures: Iterable[Image.Image], path: Path) -> None:
+    """Writes pictures of one size as a GIF in which each fades into the next, without end; asks for one when the one before it
+    is shrunk."""
+    shown = [_shrunk(picture) for picture in pictures]
+    frames = (
+        Image.blend(now, then, step / (_BLENDS + 1))
+        for now, then in zip(shown, [*shown[1:], shown[0]], strict=True)
+        for step in range(_BLENDS + 1)
+    )
+    times = [_SHOWN_MS, *[_BLEND_MS] * _BLENDS] * len(shown)
     path.parent.mkdir(parents=True, exist_ok=True)
-    first, *others = frames
-    options: dict[str, Any] = {"save_all": True, "append_images": others, "duration": times, "loop": 0}
+    first = next(frames)
+    options: dict[str, Any] = {"save_all": True, "append_images": frames, "duration": times, "loop": 0}
     write_atomically(path, lambda temporary: first.save(temporary, format="GIF", **options))
+
+
+def _shrunk(picture: Image.Image) -> Image.Image:
+    """A picture in the size of a GIF's frame."""
+    largest = max(picture.size)
+    width, height = (max(1, side * min(largest, _LARGEST_FRAME) // largest) for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _write(text: str, draw: ImageDraw.ImageDraw, left: int, top: int, width: int) -> None:

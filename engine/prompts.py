@@ -10,6 +10,7 @@ from typing import Any
 
 from engine.config.command_line import number, open_any, prompt, whole
 from engine.errors import UserError, first_line
+from engine.messages import warn
 
 FILES = (".txt", ".jsonl")
 SEED = whole(-(2**63), 2**63 - 1)
@@ -57,6 +58,7 @@ _ALSO = {
     "num_images_per_prompt": "images",
 }  # fmt: skip
 # kohya's switches behind a prompt in a line of text.
+_IGNORED = ("ss", "g", "rcfg", "cn", "ctr", "fs")  # kohya's too, of other models or of nothing that one line alone may change
 _SWITCHES = {"n": "negative_prompt", "d": "seed", "w": "width", "h": "height", "s": "steps", "l": "guidance_scale"}
 
 
@@ -134,7 +136,7 @@ def _read_json(line: str) -> dict[str, Any]:
         if key not in _READERS:
             raise ValueError(f"unknown key {name}; there are {', '.join(_READERS)}")
         if key == "size" and isinstance(value, list):
-            value = "x".join(map(str, value))
+            value = "x".join(str(_whole(side)) for side in value)
         if value is not None:
             named[key] = value
     return named
@@ -145,11 +147,19 @@ def _read_text(line: str) -> dict[str, Any]:
     values: dict[str, Any] = {"prompt": text.strip()}
     for switch in switches:
         name, _, value = switch.partition(" ")
+        if name in _IGNORED:
+            warn(f"--prompts: --{name} {value.strip()} is passed over; there are --n --d --w --h --s --l, and --scheduler")
+            continue
         if name not in _SWITCHES:
             raise ValueError(f"unknown switch --{name}; there are {', '.join(f'--{known}' for known in _SWITCHES)}; any text "
                              "can be a prompt in a .jsonl file")  # fmt: skip
         values[_SWITCHES[name]] = value.strip()
     return values
+
+
+def _whole(value: Any) -> Any:
+    """An integer for a number without a fraction, as tables write those."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _judge(line: dict[str, Any]) -> dict[str, Any]:
@@ -166,7 +176,7 @@ def _judge(line: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, bool | dict | list) or (texts != isinstance(value, str) and texts):
             raise ValueError(f"{name} is {json.dumps(value)[:80]}, no {'text' if texts else 'number'}")
         try:
-            judged[name] = _READERS[name](str(value))
+            judged[name] = _READERS[name](str(_whole(value)))
         except ValueError:
             raise ValueError(f"{name} is {str(value)[:80]!r}, no {'size' if name == 'size' else 'number'}") from None
         except argparse.ArgumentTypeError as error:

@@ -1,6 +1,7 @@
 """Draws images from a trained pipeline, each with its settings, and all in one labelled grid:
 `python -m engine.sample --model DIR --prompts ...`."""
 
+import itertools
 import json
 import math
 import sys
@@ -13,10 +14,11 @@ from engine.config.checks import check_picture
 from engine.config.command_line import Parser, number, prompt, whole
 from engine.drawable import Drawable, call, compared, locate, told_apart
 from engine.errors import UserError, exit_code, first_line, out_of_memory, printable
-from engine.messages import Progress, busy
+from engine.messages import Progress, busy, say
 from engine.prompts import GUIDANCE, IMAGES, SEED, STEPS, Wanted, read_prompts, size
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+_MOST_SHOWN = 1024  # images in a picture of all
 _OF_THE_PRIOR = ("prior_num_inference_steps", "prior_guidance_scale")
 
 
@@ -197,8 +199,8 @@ def _open(one: Drawable, options: Any, wanted: Sequence[Wanted], device: Any, pr
     return pipeline
 
 
-def _draw(one: Drawable, options: Any, wanted: Sequence[Wanted], device: Any, names: Sequence[Path]) -> list[Any]:
-    """The images that are wanted, in their order, each saved under its name with its settings."""
+def _draw(one: Drawable, options: Any, wanted: Sequence[Wanted], device: Any, names: Sequence[Path], shown: int) -> list[Any]:
+    """Saves the images that are wanted, each under its name with its settings; returns so many of the first, in their order."""
     from engine.models.drawing import draw
     from engine.picture import save_png
 
@@ -211,12 +213,13 @@ def _draw(one: Drawable, options: Any, wanted: Sequence[Wanted], device: Any, na
         "parts": {part: str(folder) for part, folder in one.parts.items()},
         "lora": [(str(path), scale) for path, scale in (*one.adapters, *options.lora)], "precision": precision,
     }  # fmt: skip
-    images: dict[int, Any] = {}
+    images: dict[int, Any] = {}  # those that pictures of all show
     try:
         with Progress(len(wanted), f"Drawing with {one.name}", "image") as progress:
             for place, image in draw(pipeline, wanted, options.batch_size, options.compile, **arguments):
                 save_png(image, names[place], _texts(_settings(pipeline, wanted[place], image, arguments, about)))
-                images[place] = image
+                if place < shown:
+                    images[place] = image
                 progress.update()
     except UserError:
         raise
@@ -225,7 +228,7 @@ def _draw(one: Drawable, options: Any, wanted: Sequence[Wanted], device: Any, na
             raise
         said = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"--model {one.pipeline}: cannot be drawn with: {said}") from None
-    return [images[place] for place in range(len(wanted))]
+    return [images[place] for place in range(shown)]
 
 
 def _by_prompt(rows: Sequence[Sequence[Wanted]], images: Sequence[Any]) -> list[tuple[str, Sequence[Any]]]:
@@ -250,6 +253,15 @@ def _sides(options: Any) -> list[Drawable]:
     return compared(options.compare, base.pipeline if base else None)
 
 
+def _shown(rows: list[list[Wanted]], sides: int) -> list[list[Wanted]]:
+    """The first rows, of which one picture can show all images, and memory hold them."""
+    ends = itertools.accumulate(len(row) for row in rows)
+    fitting = max(1, sum(end * sides <= _MOST_SHOWN for end in ends))
+    if fitting < len(rows):
+        say(f"Pictures of all show the first {fitting} of {len(rows)} prompts; every image is saved beside them")
+    return rows[:fitting]
+
+
 def main() -> int:
     options = _command_line().parse_args(sys.argv[1:])
     output: Path = options.output
@@ -268,20 +280,21 @@ def main() -> int:
     quiet_libraries()
     device = _device(options.device)
     digits = max(4, len(str(len(wanted) - 1)))
+    rows = _shown(rows, len(sides))
     drawn = []
     for place, side in enumerate(sides):
         stem = f"{output.stem}-{place}" if options.compare else output.stem
         names = [output.with_name(f"{stem}-{image:0{digits}}.png") for image in range(len(wanted))]
-        drawn.append(_draw(side, options, wanted, device, names))
+        drawn.append(_draw(side, options, wanted, device, names, sum(map(len, rows))))
     if not options.compare:
         save_png(labelled_grid(_by_prompt(rows, drawn[0])), output)
         print(f"samples in {printable(str(output))}")
         return 0
     save_png(side_by_side([side.name for side in sides], _by_prompt(rows, list(zip(*drawn, strict=True)))), output)
-    grids = [
+    grids = (
         labelled_grid([(f"{side.name}: {prompt}", row) for prompt, row in _by_prompt(rows, images)])
         for side, images in zip(sides, drawn, strict=True)
-    ]
+    )
     fading = output.with_suffix(".gif")
     save_fading(grids, fading)
     print(f"side by side in {printable(str(output))}, fading in {printable(str(fading))}")

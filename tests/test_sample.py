@@ -191,13 +191,16 @@ def test_a_lack_of_memory_that_nothing_helps_is_said(model, tmp_path, monkeypatc
     assert "out of memory: CUDA out of memory" in capsys.readouterr().err
 
 
-def test_files_of_prompts_say_what_each_image_is(model, tmp_path, monkeypatch):
+def test_files_of_prompts_say_what_each_image_is(model, tmp_path, monkeypatch, capsys):
     text, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
-    text.write_text("\ufeff# a comment\na cat --n ugly --d 7 --w 32 --h 16 --s 3 --l 2\n\na d\u00f6g\n", encoding="utf-8")
+    text.write_text(
+        "\ufeff# a comment\na cat --n ugly --ss euler_a --d 7 --fs 3.1 --w 32 --h 16 --s 3 --l 2\n\na d\u00f6g\n",
+        encoding="utf-8",
+    )
     lines.write_text(
         '{"prompt": "a", "seed": 5, "size": 32, "steps": 1, "guidance": 3, "negative_prompt": "b", "images": 2}\n'
-        '"only words"\n{"prompt": "c", "size": "16x32", "seed": null}\n'
-        '{"prompt": "d", "size": [32, 16], "num_inference_steps": 2}\n'
+        '"only words"\n{"prompt": "c", "size": "16x32", "seed": null, "steps": 4.0}\n'
+        '{"prompt": "d", "size": [32.0, 16], "num_inference_steps": 2}\n'
     )
     usual = Wanted("", 1, None, 16, 16, 4, 5.0)
     assert read_prompts([str(text), "words"], usual, 1) == [
@@ -215,7 +218,11 @@ def test_files_of_prompts_say_what_each_image_is(model, tmp_path, monkeypatch):
              "--num_inference_steps", "1", "--resolution", "16", "--scheduler", "dpm++ 2m karras", "--output", str(grid),
              "--batch_size", "4"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["sample", *words])
+    monkeypatch.setattr(sample, "_MOST_SHOWN", 2)
     assert sample.main() == 0
+    said = capsys.readouterr().err
+    assert "--ss euler_a is passed over" in said
+    assert "show the first 2 of 6 prompts" in said
     images = [Image.open(path) for path in sorted(grid.parent.glob("grid-*.png"))]
     assert [image.size for image in images] == [(32, 16), (16, 16), (32, 32), (32, 32), (16, 16), (16, 32), (32, 16)]
     assert images[0].text["parameters"] == (
@@ -474,6 +481,7 @@ def test_a_model_that_is_none_is_named(entries, said, tmp_path, monkeypatch):
         (["--other_half", "x"], "has no other half; leave out --other_half"),
         (["--resolution", "64x33"], "--resolution 64x33: this model draws images in steps of 8 px; the nearest is 32"),
         (["--resolution", "big"], "--resolution: invalid"),
+        (["--scheduler", "DPM++ SDE Karras"], "unknown; the nearest is dpm++_2m_sde karras; there are ddim, "),
         (["--scheduler", "magic"], "--scheduler magic: unknown; there are ddim, "),
         (["--scheduler", "ddim karras"], "--scheduler ddim karras: ddim has no karras spacing; leave karras out"),
         (["--precision", "fp64"], "--precision: invalid choice"),

@@ -1,5 +1,6 @@
 """Schedulers of sampling, by the names that people know them by: other ways through the noise of the same trained model."""
 
+import difflib
 import inspect
 import re
 from dataclasses import dataclass
@@ -76,7 +77,9 @@ def parse_scheduler(text: str) -> tuple[str, str | None]:
             words, spacing = words.removesuffix(f" {known}"), known
     if words not in _NAMES:
         names = ", ".join(SAMPLERS)
-        raise UserError(f"--scheduler {text}: unknown; there are {names}, most also with {', '.join(SPACINGS)} behind")
+        closest = difflib.get_close_matches(words, _NAMES, n=1)
+        nearest = f"the nearest is {' '.join(filter(None, [_NAMES[closest[0]], spacing]))}; " if closest else ""
+        raise UserError(f"--scheduler {text}: unknown; {nearest}there are {names}, most also with {', '.join(SPACINGS)} behind")
     return _NAMES[words], spacing
 
 
