@@ -2,7 +2,6 @@
 
 import os
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +102,8 @@ def export_command(arguments: list[str]) -> int:
     from engine.loop.checkpoints.layout import open_checked, or_another
     from engine.loop.checkpoints.models import whole_parameters
     from engine.loop.export import result_of, save_result
-    from engine.models.family import form_with, open_family
-    from engine.models.lora import add_adapters
-    from engine.models.trained_weights import freeze, learns_like
-    from engine.models.training_form import to_published_form, to_training_form
+    from engine.models.family import open_family
+    from engine.models.training_form import to_published_form
 
     quiet_libraries()
     checkpoint = open_checked(directory)
@@ -118,13 +115,9 @@ def export_command(arguments: list[str]) -> int:
     family.check_files()
     # The parameters as training lays them out, without the rest of what a training pass needs, a GPU of some kind perhaps.
     model = family.published_model()
-    freeze(model, config)
-    if config.lora_rank:
-        family.adapters = checkpoint.state.layers
-        family.check_adapters()
-        add_adapters(model, family.part, config, seed=0, layers=family.adapters)
-    family.add_tokens(model)
-    to_training_form(model, form_with(config), partial(learns_like, config=config))
+    family.adapters = checkpoint.state.layers
+    family.check_adapters()
+    family.lay_out(model)
     parameters = list(model.named_parameters())
     shapes = {name: parameter.shape for name, parameter in parameters if parameter.requires_grad}
     frozen = {name: parameter.detach() for name, parameter in parameters if not parameter.requires_grad}

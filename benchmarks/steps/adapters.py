@@ -33,7 +33,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.tools.published import CHECKPOINTS, trained_model, write
 from engine.models import training_form
 from engine.models.family import Family, open_family
-from engine.models.lora import add_adapters
 from engine.models.training_form import Form, alphas_of, to_training_form
 
 FORMS: dict[str, Form | None] = {"full": Form(), "peft": None, "apart": Form(projections=False), "stacked": Form()}
@@ -89,10 +88,10 @@ class _OneAttention(TorchFunctionMode):
 def brought_into(form: str, model: Any, family: Family) -> Any:
     """A published model on the meta device, brought into one of `FORMS` and bf16."""
     with torch.device("meta"):
-        if form != "full":
-            add_adapters(model, family.part, family.config, seed=0)
-        if (shape := FORMS[form]) is not None:
-            to_training_form(model, shape)
+        if form == "full":
+            to_training_form(model, Form())
+        else:
+            family.lay_out(model, FORMS[form])
     return model.train().to(torch.bfloat16)
 
 

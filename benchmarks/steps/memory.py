@@ -33,7 +33,7 @@ from benchmarks.tools.rows import Rows
 from benchmarks.tools.tables import markdown
 from engine.config.options import TrainConfig
 from engine.config.schema import options_lacking
-from engine.models.family import Family, open_family, ready_to_train
+from engine.models.family import Family, open_family
 from engine.quiet import quiet_libraries
 
 CARDS = (8, 12, 16, 24)  # GB
@@ -122,7 +122,7 @@ def count(checkpoint: str, options: dict[str, Any]) -> dict[str, Any]:
         family = open_family(config)
     with _bf16():
         model = trained_model(checkpoint).train()
-        ready_to_train(model, config)
+        family.ready_to_train(model)
         trained: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
         with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _backward_flops}) as flops:
             differentiate(family, model, trained, 1)

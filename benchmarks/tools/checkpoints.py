@@ -1,6 +1,7 @@
 """Checkpoints open for training: at their published size with random weights, or with a few thousand weights."""
 
 import contextlib
+import copy
 import math
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from benchmarks.tools.compiling import compiling_cheaply
 from benchmarks.tools.cost import Cost, count
 from benchmarks.tools.published import TINY, open_tiny, random_encoder, trained_model, write
 from engine.models.encoder import Encoder
-from engine.models.family import Family, open_family, ready_to_train
+from engine.models.family import Family, open_family
 from engine.models.training_form import SHIPPED, Form
 
 # Checkpoint -> the batch that its waterfall aims at, and further ones of the sweep.
@@ -73,7 +74,9 @@ class Checkpoint:
             with self.device:
                 model = trained_model(self.name)
         if form is not None:
-            ready_to_train(model, self.family.config.model_copy(update=options), form)
+            family = copy.copy(self.family)
+            family.config = family.config.model_copy(update=options)
+            family.ready_to_train(model, form)
         return model.train()
 
     def load_encoder(self) -> Encoder:

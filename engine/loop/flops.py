@@ -13,9 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine.data.samples.streams import Shape, Streams
 from engine.models.encoder import Encoding
 from engine.models.family import Family
-from engine.models.lora import add_adapters
 from engine.models.parts import empty_copy
-from engine.models.training_form import adapters_of, form_of, to_training_form
+from engine.models.training_form import adapters_of, form_of
 
 
 @dataclass(frozen=True)
@@ -69,11 +68,7 @@ def forward_on_meta(
     timesteps = family.schedule.draw(torch.tensor([0]), torch.arange(batch), batch).to("meta")
     with torch.device("meta"):
         shadow = empty_copy(model)
-        family.add_tokens(shadow)
-        if family.config.lora_rank:
-            add_adapters(shadow, family.part, family.config, seed=0, layers=adapters_of(model))
-        if training_form:
-            to_training_form(shadow, form_of(model))
+        family.lay_out(shadow, form_of(model) if training_form else None, adapters=adapters_of(model))
         shapes = dict(shape)
         record = {
             name: torch.empty(

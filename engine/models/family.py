@@ -124,12 +124,45 @@ class Family(ABC):
         if self.adapters and not can_have_adapters(self._without_weights, self.adapters, rank or 0):
             raise UserError("the checkpoint names layers with adapters that the model cannot have; give the model of its run")
 
-    def add_tokens(self, model: Any) -> None:
-        """Freezes a published model and adds the vectors of `--placeholder_token`, in place, where it is given."""
+    def lay_out(self, model: Any, form: Form | None = SHIPPED, seed: int = 0, adapters: Layers | None = None) -> None:
+        """Gives a published model the parameters that are trained, as they lie in training, in place.
+
+        Args:
+            form: None leaves the modules as they are published.
+            seed: of the first values of adapters.
+            adapters: layers that have one; if none, those of the family.
+
+        Raises:
+            UserError: as `chosen_layers`.
+        """
+        freeze(model, self.config)
         if self.config.placeholder_token:
             encoding: Any = self.encoding
             model.requires_grad_(False)
             add_vectors(model.text_encoder, encoding.first_new_token, self.config.num_vectors, self.initializer)
+        if self.config.lora_rank:
+            add_adapters(model, self.part, self.config, seed, adapters or self.adapters)
+        if form is not None:
+            # Another library's attention does not know stacked projections.
+            form = replace(form, projections=form.projections and not self.config.uses_xformers)
+            to_training_form(model, form, partial(learns_like, config=self.config))
+
+    def ready_to_train(self, model: Any, form: Form = SHIPPED, seed: int = 0) -> None:
+        """Lays a published model out, and gives it the options that shape its training pass, in place.
+
+        Raises:
+            UserError: an option cannot be had here.
+        """
+        self.lay_out(model, form, seed)
+        for part in parts_of(model, self.part).values():
+            if self.config.gradient_checkpointing:
+                _recompute(part)
+            if self.config.uses_xformers and not isinstance(part, PreTrainedModel):
+                _use_xformers(part)
+        if self.config.base_precision not in (None, "bf16"):
+            quantize_base(model, self.config)
+        if self.config.matrix_precision == "fp8":
+            float8.convert(model)
 
     def load_model(self, form: Form | None = SHIPPED, seed: int = 0) -> nn.Module:
         """The module that is trained, in fp32 on the host, in training mode.
@@ -139,37 +172,11 @@ class Family(ABC):
             seed: of the first values of adapters.
         """
         model = self.published_model()
-        freeze(model, self.config)
-        self.add_tokens(model)
-        if form is not None:
-            ready_to_train(model, self.config, form, seed, self.adapters)
+        if form is None:
+            self.lay_out(model, None, seed)
+        else:
+            self.ready_to_train(model, form, seed)
         return model.train()
-
-
-def ready_to_train(
-    model: Any, config: TrainConfig, form: Form = SHIPPED, seed: int = 0, adapters: Layers | None = None
-) -> None:
-    """Gives a freshly loaded model its training form and the options that shape its training pass, in place.
-
-    Args:
-        seed: of the first values of adapters.
-        adapters: as `add_adapters` takes it.
-
-    Raises:
-        UserError: an option cannot be had here.
-    """
-    if config.lora_rank:
-        add_adapters(model, FAMILIES[config.family].part, config, seed, adapters)
-    for part in parts_of(model, FAMILIES[config.family].part).values():
-        if config.gradient_checkpointing:
-            _recompute(part)
-        if config.uses_xformers and not isinstance(part, PreTrainedModel):
-            _use_xformers(part)
-    to_training_form(model, form_with(config, form), partial(learns_like, config=config))
-    if config.base_precision not in (None, "bf16"):
-        quantize_base(model, config)
-    if config.matrix_precision == "fp8":
-        float8.convert(model)
 
 
 def _recompute(part: Any) -> None:
@@ -189,11 +196,6 @@ def _use_xformers(part: Any) -> None:
             f"--attention xformers: {first_line(error)}; install the extra `xformers`, or leave the option out and use "
             "torch's attention"
         ) from None
-
-
-def form_with(config: TrainConfig, form: Form = SHIPPED) -> Form:
-    """The form as the options allow it: another library's attention does not know stacked projections."""
-    return replace(form, projections=form.projections and not config.uses_xformers)
 
 
 def has_dropout(model: nn.Module) -> bool:
