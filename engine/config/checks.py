@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine.catalogue import MODEL, PIPELINES
 from engine.config.mixture import DataSet, data_sets_of
-from engine.config.optimizers import OPTIMIZERS
+from engine.config.optimizers import OPTIMIZERS, named
 from engine.config.options import CAPTIONED, SPATIAL, XFORMERS, CacheConfig, TrainConfig
 from engine.config.schema import REQUIRED, default_of, options_by_family, options_lacking
 from engine.errors import UserError
@@ -308,8 +308,8 @@ def _check_optimizer(config: TrainConfig) -> None:
     name = config.optimizer
     if config.use_8bit_adam != (name == "adamw8bit"):
         raise UserError(f"--{'' if config.use_8bit_adam else 'no-'}use_8bit_adam contradicts --optimizer {name}; leave one out")
-    if name == "schedulefree_adamw" and config.use_ema:
-        raise UserError("--use_ema with --optimizer schedulefree_adamw, which keeps an average of its own; leave one out")
+    if OPTIMIZERS[name].averages_itself and config.use_ema:
+        raise UserError(f"--use_ema with --optimizer {name}, which keeps an average of its own; leave one out")
     if name == "schedulefree_adamw" and config.adam_beta1 == 0:
         raise UserError("--adam_beta1 0 with --optimizer schedulefree_adamw, whose mixture of weights it is; give more, as 0.9")
     if name == "prodigy" and (config.layer_lr_decay < 1 or any(rate for _, rate in config.rates_of_patterns)):
@@ -317,8 +317,9 @@ def _check_optimizer(config: TrainConfig) -> None:
             "--optimizer prodigy finds one rate for all weights; leave out --layer_lr_decay, --text_encoder_lr and --lr_of, "
             "but for rates of 0"
         )
-    if config.masters == "none" and name not in ("adamw", "lion"):
-        raise UserError(f"--masters none is for --optimizer adamw or lion, not {name}; leave it out")
+    if config.masters == "none" and not OPTIMIZERS[name].without_masters:
+        able = named(lambda traits: traits.without_masters)
+        raise UserError(f"--masters none is for --optimizer {able}, not {name}; leave it out")
     if config.masters == "none" and config.mixed_precision != "bf16":
         raise UserError("--masters none needs --mixed_precision bf16")
 

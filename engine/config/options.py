@@ -932,7 +932,7 @@ class TrainConfig(CacheConfig):
     @property
     def keeps_average(self) -> bool:
         """Whether an average of the weights is kept beside them, and is the model."""
-        return self.use_ema or self.optimizer == "schedulefree_adamw"
+        return self.use_ema or OPTIMIZERS[self.optimizer].averages_itself
 
     @property
     def weights_precision(self) -> str:

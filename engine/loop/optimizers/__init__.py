@@ -26,7 +26,7 @@ def create_optimizer(
     """The optimizer that a configuration names, of masters and the group of each.
 
     Args:
-        pieces: name and shape of each master's parameter, where each is one (`steps_on_parameters`).
+        pieces: name and shape of each master's parameter, where each is one (`OptimizerTraits.whole_parameters`).
         of_run: all groups of the run in their order, also those of which this process has no master.
     """
     held = list(zip([[master] for master in masters], groups, strict=True))
@@ -57,9 +57,4 @@ def create_optimizer(
             return schedule_free()(*given, **adam)
 
 
-def steps_on_parameters(config: TrainConfig) -> bool:
-    """Whether the optimizer looks at whole parameters, so that each is a master."""
-    return config.optimizer in ("adafactor", "muon")
-
-
-__all__ = ["OfMatrices", "Optimizer", "create_optimizer", "steps_on_parameters"]
+__all__ = ["OfMatrices", "Optimizer", "create_optimizer"]

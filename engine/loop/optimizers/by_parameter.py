@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.loop.optimizers.adamw import AdamW
 from engine.loop.optimizers.groups import in_a_block
-from engine.loop.optimizers.interface import Allocate, Optimizer, clip_factor, global_norm
+from engine.loop.optimizers.interface import Allocate, Optimizer
 from engine.models.training_form import published_names
 
 
@@ -55,13 +55,10 @@ class OfMatrices(Optimizer):
 
     @torch.no_grad()
     def apply(self, gradients: Sequence[Tensor]) -> None:
-        self.grad_norm.copy_(global_norm(gradients, self.sum_parts))
-        if not bool(self.grad_norm.isfinite()):
-            self.skipped += 1
+        if (clipped := self.clipped(gradients)) is None:
             return
-        factor = clip_factor(self.grad_norm, self.max_grad_norm).view(())
-        for number, gradient in enumerate(gradients):
-            self.take(number, gradient.float() * factor)
+        for number, gradient in enumerate(clipped):
+            self.take(number, gradient)
         self.finish()
 
     def take(self, number: int, gradient: Tensor) -> None:
@@ -82,7 +79,7 @@ class Adafactor(OfMatrices):
     def create_state(self, masters: Sequence[Tensor], allocate: Allocate, weights: Any = None, averages: Any = None) -> None:
         super().create_state(masters, allocate)
         self.weights: list[list[Tensor]] = []
-        rates = [group for group in self.param_groups for _ in group["params"]]
+        groups = self.groups_of_masters
         options: list[dict[str, Any]] = []
         for number, master in enumerate(masters):
             form, device = self.forms[number], master.device
@@ -95,7 +92,7 @@ class Adafactor(OfMatrices):
                 state["variance"] = torch.zeros(1, *form, device=device)
             self.state[master] = state
             self.weights.append(self.seen(number, master))
-            options.append({"params": self.weights[-1], "weight_decay": rates[number]["weight_decay"]})
+            options.append({"params": self.weights[-1], "weight_decay": groups[number]["weight_decay"]})
         # torch squares the first: the paper's 1e-30. Its own default, of fp32, is larger than the gradients of a mean loss.
         self.steps = torch.optim.Adafactor(options, eps=(1e-15, 1e-3), foreach=False)
         for master, weights_of in zip(masters, self.weights, strict=True):
@@ -109,8 +106,7 @@ class Adafactor(OfMatrices):
             weight.grad = part
 
     def finish(self) -> None:
-        groups = [group for group in self.param_groups for _ in group["params"]]
-        for group, given in zip(self.steps.param_groups, groups, strict=True):
+        for group, given in zip(self.steps.param_groups, self.groups_of_masters, strict=True):
             group["lr"] = given["lr"]
         self.steps.step()
         self.steps.zero_grad()
@@ -130,7 +126,7 @@ class Muon(OfMatrices):
 
     def create_state(self, masters: Sequence[Tensor], allocate: Allocate, weights: Any = None, averages: Any = None) -> None:
         super().create_state(masters, allocate)
-        groups = [group for group in self.param_groups for _ in group["params"]]
+        groups = self.groups_of_masters
         self.is_muons = [len(form) == 3 and in_a_block(name) for form, (name, _) in zip(self.forms, self.pieces, strict=True)]
         others = [number for number, is_muons in enumerate(self.is_muons) if not is_muons]
         self.rest = [masters[number] for number in others]
@@ -165,7 +161,7 @@ class Muon(OfMatrices):
             weight.grad = part
 
     def finish(self) -> None:
-        groups = [group for group in self.param_groups for _ in group["params"]]
+        groups = self.groups_of_masters
         if self.adamw is not None:
             for group in self.adamw.param_groups:
                 group["lr"] = groups[int(group["name"])]["lr"]

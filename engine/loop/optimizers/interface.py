@@ -34,7 +34,6 @@ class Optimizer(torch.optim.Optimizer):
     numbers: names of the state that is real numbers, fp64, one for each group of the run.
 
     in_one_pass: whether a step also writes the weights in the training precision and keeps their moving average.
-    averages_itself: whether the model is an average that is part of the method.
     max_grad_norm: clip to this norm, 0 for no clipping.
     sum_parts: adds a tensor over processes, where each holds a part of the gradients.
     """
@@ -44,7 +43,6 @@ class Optimizer(torch.optim.Optimizer):
     bound: ClassVar[tuple[str, ...]] = ()
     numbers: ClassVar[tuple[str, ...]] = ()
     in_one_pass: ClassVar[bool] = False
-    averages_itself: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -83,8 +81,13 @@ class Optimizer(torch.optim.Optimizer):
         self.average_weight.fill_(weight)
 
     def write_average(self, master: Tensor, average: Tensor) -> None:
-        """Writes what the model is after a step, where the optimizer `averages_itself`."""
+        """Writes what the model is after a step, where the method averages itself."""
         raise NotImplementedError
+
+    @property
+    def groups_of_masters(self) -> list[dict[str, Any]]:
+        """The group of each master, in their order."""
+        return [group for group in self.param_groups for _ in group["params"]]
 
     def norm_and_skips(self) -> Tensor:
         """The gradient norm of the last step, before clipping, and how many steps were skipped so far: fp32 [2]."""
@@ -99,6 +102,19 @@ class Optimizer(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step on the gradients that lie beside the parameters, as DeepSpeed leaves them."""
         self.apply([parameter.grad for group in self.param_groups for parameter in group["params"]])
+
+    def clipped(self, gradients: Sequence[Tensor]) -> list[Tensor] | None:
+        """The gradients in fp32, clipped, in place where they have that precision; None where a step is to be left out.
+
+        Here the host looks at the norm: for those that know no other way to leave the weights alone.
+        """
+        self.grad_norm.copy_(global_norm(gradients, self.sum_parts))
+        if not bool(self.grad_norm.isfinite()):
+            self.skipped += 1
+            return None
+        scaled = [gradient.float() for gradient in gradients]
+        torch._foreach_mul_(scaled, clip_factor(self.grad_norm, self.max_grad_norm).view(()))
+        return scaled
 
     def apply(self, gradients: Sequence[Tensor]) -> None:
         """One step on the given gradients, flat and in any precision, in the order of the groups' parameters."""

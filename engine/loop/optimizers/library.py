@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from engine.loop.optimizers.interface import Allocate, Optimizer, clip_factor, global_norm
+from engine.loop.optimizers.interface import Allocate, Optimizer
 
 
 class FromLibrary(Optimizer):
@@ -25,13 +25,8 @@ class FromLibrary(Optimizer):
 
     @torch.no_grad()
     def apply(self, gradients: Sequence[Tensor]) -> None:
-        self.grad_norm.copy_(global_norm(gradients, self.sum_parts))
-        if not bool(self.grad_norm.isfinite()):
-            # The library knows no way to leave the weights alone, so that here the host must look.
-            self.skipped += 1
+        if (scaled := self.clipped(gradients)) is None:
             return
-        scaled = [gradient.float() for gradient in gradients]
-        torch._foreach_mul_(scaled, clip_factor(self.grad_norm, self.max_grad_norm).view(()))
         masters = [master for group in self.param_groups for master in group["params"]]
         for master, gradient in zip(masters, scaled, strict=True):
             master.grad = gradient
@@ -116,7 +111,6 @@ def schedule_free() -> type[Optimizer]:
         counters = ("k",)
         numbers = ("weight_sum", "lr_max")
         in_groups = ("k",)
-        averages_itself = True
 
         def create_state(
             self, masters: Sequence[Tensor], allocate: Allocate, weights: Any = None, averages: Any = None

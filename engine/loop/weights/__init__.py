@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from engine.config.optimizers import OPTIMIZERS
+from engine.config.optimizers import OPTIMIZERS, named
 from engine.config.options import TrainConfig
 from engine.errors import UserError
 from engine.loop.weights.flat import FlatPartition
@@ -35,7 +35,7 @@ def check_division(config: TrainConfig, world: int) -> None:
         )  # fmt: skip
         raise UserError(
             f"{what} with {by}, where DeepSpeed divides fp32 masters into flat parts: it is for one process without ZeRO; "
-            "use adamw, adamw8bit, lion or schedulefree_adamw" if what != "--masters none" else
+            f"use {named(lambda traits: traits.anywhere)}" if what != "--masters none" else
             f"{what} with {by}, where DeepSpeed keeps and divides fp32 masters; it is for one process without ZeRO"
         )  # fmt: skip
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.config.optimizers import OPTIMIZERS
 from engine.config.options import TrainConfig
-from engine.loop.optimizers import Optimizer, create_optimizer, steps_on_parameters
+from engine.loop.optimizers import Optimizer, create_optimizer
 from engine.loop.optimizers.groups import Group, groups_of
 from engine.loop.optimizers.rates import peak_rate
 from engine.loop.weights.ema import Ema, decay_of_step
@@ -79,21 +80,22 @@ class Partition(ABC):
             sum_parts: as an optimizer takes it.
             weights: the same weights in the training precision, which the optimizer then writes too.
         """
+        whole = OPTIMIZERS[self.config.optimizer].whole_parameters
         groups: list[Group] = []
         begins: list[int] = []
         for number, piece in enumerate(sorted(self.slices, key=lambda piece: piece.offset)):
             group = self.groups[piece.name]
-            if not groups or group != groups[-1] or steps_on_parameters(self.config):
+            if not groups or group != groups[-1] or whole:
                 groups.append(group)
                 begins.append(piece.offset if groups[1:] else 0)
             self.slices[number] = replace(piece, holder=len(groups) - 1, offset=piece.offset - begins[-1])
         if not groups:  # a part that is all padding
             groups, begins = [next(iter(self.groups.values()))], [0]
         self.bounds = list(zip(begins, [*begins[1:], flat.numel()], strict=True))
-        if steps_on_parameters(self.config):  # without the room between them
+        if whole:  # without the room between them
             self.bounds = [(begin, begin + piece.length) for begin, piece in zip(begins, self.slices, strict=True)]
         self.masters = self.divide(flat.detach())
-        pieces = [(piece.name, piece.shape) for piece in self.slices] if steps_on_parameters(self.config) else []
+        pieces = [(piece.name, piece.shape) for piece in self.slices] if whole else []
         of_run = list(dict.fromkeys(self.groups.values()))
         self.keys = [name for name, _ in pieces] or ([group.name for group in of_run] if of_run[1:] else ["0"])
         self.optimizer = create_optimizer(self.masters, groups, self.config, sum_parts, pieces, of_run)
@@ -134,7 +136,7 @@ class Partition(ABC):
 
     def end(self, step: int) -> None:
         """To be called when the step has moved the weights."""
-        if self.ema and self.optimizer.averages_itself:
+        if self.ema and OPTIMIZERS[self.config.optimizer].averages_itself:
             for master, average in zip(self.masters, self.ema.averages, strict=True):
                 self.optimizer.write_average(master, average)
         elif self.ema and self._averages_apart:
