@@ -276,10 +276,8 @@ class Training:
         """What writes the models of a checkpoint, for others to open, once all slices of it are there."""
         partition = self.partition
         return partial(
-            write_models, module=partition.module, shapes=partition.shapes, beside=partition.beside(),
-            part=self.family.part, dtype=self.family.encoding.dtype, world=self.processes.world,
-            average_alone=partition.optimizer.averages_itself,
-            token=self.config.placeholder_token,
+            write_models, family=self.family, module=partition.module, shapes=partition.shapes, beside=partition.beside(),
+            world=self.processes.world,
         )  # fmt: skip
 
     def resume(self, checkpoint: Checkpoint) -> None:

@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.config.optimizers import OPTIMIZERS
 from engine.loop.checkpoints.names import ADAPTERS, VECTORS
 from engine.loop.checkpoints.slices import SliceFiles, open_slices
 from engine.loop.weights.whole import adapter_of, write_published
 from engine.models import inversion
 from engine.models.adapter import write_adapter
+from engine.models.family import Family
 from engine.models.inversion import write_vectors
 from engine.models.parts import parts_of
-from engine.models.training_form import alphas_of, to_published_form
+from engine.models.training_form import to_published_form
 
 FOLDERS = {"weight": "{}", "ema": "{}_ema"}  # of the weights and their moving average, as the diffusers scripts name them
 
@@ -37,14 +39,11 @@ def whole_parameters(
 
 def write_models(
     checkpoint: Path,
+    family: Family,
     module: Any,
     shapes: Mapping[str, torch.Size],
     beside: Mapping[str, Tensor],
-    part: str,
-    dtype: torch.dtype,
     world: int,
-    average_alone: bool = False,
-    token: str | None = None,
 ) -> list[Path]:
     """Writes the weights, and the moving average if there is one, into folders of a checkpoint; returns their files.
 
@@ -56,26 +55,23 @@ def write_models(
         module: the trained module, in training form.
         shapes: of the trained parameters.
         beside: what is saved with them.
-        part: as `parts_of` takes it.
         world: how many processes wrote slices.
-        average_alone: the average is the model, and the weights that are stepped on are none.
-        token: whose vectors alone are trained.
     """
+    config, part, dtype = family.config, family.part, family.encoding.dtype
     files = open_slices(checkpoint, world)
-    adapted = alphas_of(module)
     written = []
-    named = {"ema": "weight"} if average_alone else {kind: kind for kind in FOLDERS}
+    # Where the average is the model, the weights that are stepped on are none.
+    named = {"ema": "weight"} if OPTIMIZERS[config.optimizer].averages_itself else {kind: kind for kind in FOLDERS}
     for kind in filter(files.kinds.__contains__, named):
         tensors = to_published_form(module, whole_parameters(files, kind, shapes, beside))
-        if token:
-            written.append(checkpoint / VECTORS[named[kind]])
-            write_vectors(written[-1], token, dict(tensors)[inversion.VECTORS])
-            continue
-        if adapted:
+        if config.lora_rank:
             written.append(checkpoint / ADAPTERS[named[kind]])
             write_adapter(written[-1], adapter_of(module, part, tensors, dtype))
-            continue
-        folders = {name: checkpoint / FOLDERS[named[kind]].format(name) for name in parts_of(module, part)}
-        write_published(folders, module, tensors, dtype)
-        written += [path for folder in folders.values() for path in sorted(folder.iterdir())]
+        elif config.placeholder_token:
+            written.append(checkpoint / VECTORS[named[kind]])
+            write_vectors(written[-1], config.placeholder_token, dict(tensors)[inversion.VECTORS])
+        else:
+            folders = {name: checkpoint / FOLDERS[named[kind]].format(name) for name in parts_of(module, part)}
+            write_published(folders, module, tensors, dtype)
+            written += [path for folder in folders.values() for path in sorted(folder.iterdir())]
     return written
