@@ -1,4 +1,4 @@
-"""The model families: what must be known of one before its models are imported."""
+"""The model families: what must be known of one before its models are imported. And what files of pipelines are called."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -8,6 +8,12 @@ PRIOR = "pretrained_prior_model_name_or_path"
 DECODER = "pretrained_decoder_model_name_or_path"
 IMAGE_ENCODER = "pretrained_image_encoder_name_or_path"
 PIPELINES = (MODEL, PRIOR, DECODER)  # the options that name diffusers pipelines
+
+INDEX = "model_index.json"  # of a pipeline
+PARTS = ("unet", "prior", "text_encoder")  # of pipelines, that are trained
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers' `load_lora_weights` looks for it in a folder
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+EMBEDDING = "learned_embeds.safetensors"  # of a new token, as the script of textual inversion names it
 
 
 @dataclass(frozen=True)

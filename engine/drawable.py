@@ -4,16 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from engine.catalogue import FAMILIES
+from engine.catalogue import FAMILIES, INDEX, PARTS, PEFT_CONFIG, PEFT_WEIGHTS
 from engine.config.command_line import CONFIG, read_toml
 from engine.config.options import TrainConfig
 from engine.errors import UserError
 from engine.loop.checkpoints.names import ADAPTERS, LATEST, MANIFEST, VECTORS, complete_checkpoints, step_of
 from engine.messages import say
 
-INDEX = "model_index.json"
-_USUAL = (*ADAPTERS.values(), "adapter_model.safetensors")
-_PARTS = ("unet", "prior", "text_encoder")  # of pipelines, that checkpoints hold
+_USUAL = (*ADAPTERS.values(), PEFT_WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def told_apart(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
 def _result_of(directory: Path) -> Path | None:
     """The adapter that a training left in its output directory, or that lies in a directory itself: its file, or of several
     files the directory."""
-    if any((directory / file).is_file() for file in (*ADAPTERS.values(), "adapter_config.json")):
+    if any((directory / file).is_file() for file in (*ADAPTERS.values(), PEFT_CONFIG)):
         return directory
     files = [file for file in directory.glob("*.safetensors") if file.is_file() and file.name not in VECTORS.values()]
     named = directory / f"{directory.resolve().name}.safetensors"  # of --save_format kohya
@@ -120,7 +118,7 @@ def _checkpoints(directory: Path) -> list[Path]:
 
 def _models_of(checkpoint: Path) -> dict[str, Path]:
     """The models in a checkpoint: of those that have a moving average, that, which the training's result has too."""
-    folders = {part: [checkpoint / f"{part}_ema", checkpoint / part] for part in _PARTS}
+    folders = {part: [checkpoint / f"{part}_ema", checkpoint / part] for part in PARTS}
     found = {part: next(filter(Path.is_dir, both), None) for part, both in folders.items()}
     return {part: folder for part, folder in found.items() if folder is not None}
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from engine.catalogue import INDEX
 from engine.config.checks import check_writable
 from engine.config.command_line import Parser, number, whole
 from engine.errors import UserError, exit_code, printable
@@ -58,9 +59,9 @@ def main() -> int:
     task = _task(options)
     for name in ("model", "base"):
         folder = getattr(options, name)
-        if folder is not None and not (folder / "model_index.json").is_file():
+        if folder is not None and not (folder / INDEX).is_file():
             raise UserError(
-                f"--{name} {folder}: no model_index.json there; give the output directory of a training. Of a checkpoint, "
+                f"--{name} {folder}: no {INDEX} there; give the output directory of a training. Of a checkpoint, "
                 "or OUTPUT_DIR/best, `python -m engine.checkpoint export` writes one"
             )
     target = options.single_file if task == "single_file" else options.output

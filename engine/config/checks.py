@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from engine.catalogue import MODEL, PIPELINES
+from engine.catalogue import INDEX, LORA_WEIGHTS, MODEL, PEFT_CONFIG, PIPELINES
 from engine.config.mixture import DataSet, data_sets_of
 from engine.config.optimizers import OPTIMIZERS, named
 from engine.config.options import CAPTIONED, SPATIAL, XFORMERS, CacheConfig, TrainConfig
@@ -537,18 +537,18 @@ def _check_pipeline(option: str, path: Path) -> None:
         raise UserError(f"--{option} {path}: no file of weights; single files are {', '.join(SINGLE_FILES)}")
     if path.is_file() and option != MODEL:
         raise UserError(f"--{option} {path}: a file; give a diffusers pipeline (single files: --family sd only)")
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        raise UserError(f"--{option} {path}: no model_index.json there; {_closest_pipeline(path)}")
+    if path.is_dir() and not (path / INDEX).is_file():
+        raise UserError(f"--{option} {path}: no {INDEX} there; {_closest_pipeline(path)}")
 
 
 def _closest_pipeline(path: Path) -> str:
     """What to give in the place of a directory that is no pipeline."""
-    below = next((index.parent for depth in ("*", "*/*") for index in sorted(path.glob(f"{depth}/model_index.json"))), None)
+    below = next((index.parent for depth in ("*", "*/*") for index in sorted(path.glob(f"{depth}/{INDEX}"))), None)
     if below:
         return f"give {below}"
-    if (path.parent / "model_index.json").is_file():
+    if (path.parent / INDEX).is_file():
         return f"this is a part; give the pipeline, {path.parent}"
-    if any((path / name).is_file() for name in ("adapter_config.json", "pytorch_lora_weights.safetensors")):
+    if any((path / name).is_file() for name in (PEFT_CONFIG, LORA_WEIGHTS)):
         return "it holds an adapter (LoRA), no model; give the pipeline that it belongs to, and this with --lora_weights"
     files = sorted(file for file in path.iterdir() if file.suffix in SINGLE_FILES)
     return f"give a diffusers pipeline, or a single file: {files[0]}" if files else "give a diffusers pipeline"

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from torch import Tensor
 
-from engine.catalogue import FAMILIES
+from engine.catalogue import EMBEDDING, FAMILIES, INDEX, LORA_WEIGHTS
 from engine.config.mixture import data_sets_of
 from engine.config.options import TrainConfig
 from engine.errors import UserError, first_line
@@ -22,11 +22,10 @@ from engine.loop.checkpoints.names import BEST, CHECKPOINT, LATEST
 from engine.loop.weights.partition import Partition
 from engine.loop.weights.whole import adapter_of, whole_tensors, write_published
 from engine.messages import say
-from engine.models.adapter import WEIGHTS, write_adapter
+from engine.models.adapter import write_adapter
 from engine.models.configurations import TOKENIZER_FILES
 from engine.models.family import Family
-from engine.models.index import INDEX
-from engine.models.inversion import FILE, VECTORS, write_vectors
+from engine.models.inversion import VECTORS, write_vectors
 from engine.models.parts import empty_copy, parts_of
 from engine.models.pipelines import use_portable_names
 
@@ -68,7 +67,7 @@ def result_of(config: TrainConfig, family: Family) -> tuple[str, Path]:
     if config.lora_rank:
         return "adapter", adapter_path(config)
     if config.placeholder_token:
-        return f"embedding of {config.placeholder_token}", Path(config.output_dir) / FILE
+        return f"embedding of {config.placeholder_token}", Path(config.output_dir) / EMBEDDING
     return "pipeline", Path(config.output_dir) / family.result
 
 
@@ -94,7 +93,7 @@ def adapter_path(config: TrainConfig) -> Path:
     output = Path(config.output_dir)
     if config.save_format == "peft":
         return output
-    return output / (WEIGHTS if config.save_format == "diffusers" else f"{output.resolve().name}.safetensors")
+    return output / (LORA_WEIGHTS if config.save_format == "diffusers" else f"{output.resolve().name}.safetensors")
 
 
 def save_pipeline(directory: Path, family: Family, module: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from engine.catalogue import FAMILIES, PIPELINES
+from engine.catalogue import EMBEDDING, FAMILIES, INDEX, PARTS, PEFT_CONFIG, PEFT_WEIGHTS, PIPELINES
 from engine.config.checks import NEEDS_BLOCKS, check_judged_by_loss
 from engine.config.command_line import CONFIG, to_toml
 from engine.config.mixture import data_sets_of
@@ -37,8 +37,6 @@ from engine.loop.log import CURVES, METRICS
 from engine.loop.optimizers.rates import peak_rate, rate_factors
 from engine.loop.run import Run
 from engine.messages import say, warn
-from engine.models.adapter import PARTS
-from engine.models.inversion import FILE as VECTORS
 from engine.models.training_form import sizes_by_place
 from engine.processes import Processes, warn_of_local_locks
 
@@ -114,15 +112,15 @@ def left_by_a_run(output: Path) -> str:
 
 
 def _index_of_the_pipeline(config: TrainConfig) -> Path:
-    return Path(config.output_dir) / FAMILIES[config.family].result / "model_index.json"
+    return Path(config.output_dir) / FAMILIES[config.family].result / INDEX
 
 
 def _results(config: TrainConfig) -> list[Path]:
     """What a run that came to its end leaves: a pipeline, an adapter in any of the forms, or the vectors of a token."""
     output = Path(config.output_dir)
     files = (adapter_path(config.model_copy(update={"save_format": form})) for form in ("diffusers", "kohya"))
-    described = (output / part / name for part in ("", *PARTS) for name in ("adapter_model.safetensors", "adapter_config.json"))
-    return [_index_of_the_pipeline(config), output / VECTORS, *files, *described]
+    described = (output / part / name for part in ("", *PARTS) for name in (PEFT_WEIGHTS, PEFT_CONFIG))
+    return [_index_of_the_pipeline(config), output / EMBEDDING, *files, *described]
 
 
 def remove_run(config: TrainConfig) -> None:

@@ -20,6 +20,7 @@ from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from engine.catalogue import LORA_WEIGHTS, PARTS, PEFT_CONFIG, PEFT_WEIGHTS
 from engine.errors import UserError
 from engine.files import parse_json, reading, write_atomically, write_json
 from engine.messages import say
@@ -28,12 +29,9 @@ from engine.models.original_layout import unet_name
 from engine.models.weights import read_tensors, require_finite, stored_tensors
 from engine.tensors import write_one_by_one
 
-WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers' `load_lora_weights` looks for it in a folder
 FORMATS = ("diffusers", "kohya", "peft")
-PARTS = ("unet", "prior", "text_encoder")  # of pipelines, that have adapters
 DOWN, UP, MAGNITUDE, OF_INPUTS = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector.weight", ".dora_scale"
-_PEFT_WEIGHTS, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_IN_FOLDERS = (WEIGHTS, _PEFT_WEIGHTS, "pytorch_lora_weights.bin", "adapter_model.bin")
+_IN_FOLDERS = (LORA_WEIGHTS, PEFT_WEIGHTS, "pytorch_lora_weights.bin", "adapter_model.bin")
 _DESCRIBED = "lora_adapter_metadata"  # where in a file's metadata diffusers keeps PEFT's configuration
 # Parts as files call them, in underscores; the first is kohya's, and what is written.
 _PART_NAMES = {
@@ -190,7 +188,7 @@ def _files(path: Path) -> list[tuple[Path, str | None]]:
     named = [(file, None) for file in sorted(path.glob("*.safetensors")) if file.is_file()]
     files: list[tuple[Path, str | None]] = [*(whole or by_part or named)]
     if not files:
-        raise UserError(f"{path}: no LoRA weights there, neither {WEIGHTS} nor {_PEFT_WEIGHTS}")
+        raise UserError(f"{path}: no LoRA weights there, neither {LORA_WEIGHTS} nor {PEFT_WEIGHTS}")
     if len(named) > 1 and not whole and not by_part:
         raise UserError(f"{path}: holds {named[0][0].name} and {len(named) - 1} more; name the file")
     for file, _ in files:
@@ -305,7 +303,7 @@ def _plain(found: Mapping[str, Tensor], module: nn.Module, scales: str) -> dict[
 
 def _configurations(file: Path) -> dict[str, Any]:
     """What PEFT's configuration beside or in a file says; of several parts under their names."""
-    if (beside := file.with_name(_PEFT_CONFIG)).is_file() and file.name.startswith("adapter_model"):
+    if (beside := file.with_name(PEFT_CONFIG)).is_file() and file.name.startswith("adapter_model"):
         require_inside(beside, file.parent)
         configured = read_json(beside)
         if (kind := configured.get("peft_type", "LORA")) != "LORA":
@@ -435,8 +433,8 @@ def _write_peft(folder: Path, adapter: Adapter, part: str) -> None:
     }
     described = {"peft_type": "LORA", "task_type": None, "inference_mode": True, "bias": "none", "lora_dropout": 0.0}
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / _PEFT_CONFIG, described | configured)
-    file = folder / _PEFT_WEIGHTS
+    write_json(folder / PEFT_CONFIG, described | configured)
+    file = folder / PEFT_WEIGHTS
     write_atomically(file, lambda path: write_one_by_one(path, tensors, tensors.items(), {"format": "pt"}))
 
 

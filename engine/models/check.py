@@ -18,11 +18,12 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from engine.catalogue import INDEX, PEFT_CONFIG
 from engine.errors import UserError, blame_the_machine, first_line
 from engine.files import lies_inside, reading
 from engine.messages import say
 from engine.models.configurations import has_files, read_config, read_part, require_bounded, transformers_config
-from engine.models.index import INDEX, classes_of, parts_of, read_index, read_json
+from engine.models.index import classes_of, parts_of, read_index, read_json
 from engine.models.weights import present_variant, read_tensors, require_finite, stored_tensors, variants, weight_files
 
 MOST_LAYERS = 10_000  # of a model; the largest of the published ones have some 3,000 layers and weights
@@ -160,7 +161,7 @@ def check_weights(folder: Path, model: Any, variant: str | None = None) -> Any:
         UserError: they are not there, unreadable, or do not fit.
     """
     read_part(folder, lambda path: read_json(Path(path) / "config.json"))
-    if (folder / "adapter_config.json").exists() and issubclass(model, transformers.PreTrainedModel):
+    if (folder / PEFT_CONFIG).exists() and issubclass(model, transformers.PreTrainedModel):
         raise UserError(
             f"{folder}: holds an adapter beside its weights, which would be left out; merge it, or remove its files"
         )

@@ -13,10 +13,10 @@ import diffusers
 import transformers
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from engine.catalogue import INDEX
 from engine.errors import UserError
 from engine.files import lies_inside, parse_json, read_text, reading
 
-INDEX = "model_index.json"
 _POINTER = b"version https://git-lfs"
 _PART = re.compile(r"[A-Za-z]\w{0,99}", re.ASCII)
 _NOT_RUN = "nothing of a model's folder is run; give a pipeline of diffusers' own classes"

@@ -16,7 +16,6 @@ from engine.errors import UserError
 from engine.files import write_atomically
 from engine.models.training_form import TextEmbeddings
 
-FILE = "learned_embeds.safetensors"  # as the script names it
 VECTORS = "text_encoder.embeddings.vectors"  # the trained parameter
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import diffusers
 from torch import nn
 
-from engine.catalogue import FAMILIES
+from engine.catalogue import FAMILIES, INDEX
 from engine.errors import UserError
-from engine.models.index import INDEX, parts_of, read_index
+from engine.models.index import parts_of, read_index
 
 # The first expression that the name of a pipeline's class begins with tells what it is; others are told by their parts.
 _CLASSES = {

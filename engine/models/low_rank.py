@@ -13,13 +13,13 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from engine.catalogue import FAMILIES
+from engine.catalogue import FAMILIES, INDEX
 from engine.errors import UserError
 from engine.files import PARTIAL, discard, publish_directory, reading
 from engine.messages import Progress, say
 from engine.models.adapter import DOWN, MAGNITUDE, OF_INPUTS, UP, Adapter, adaptable, adaptable_layers
 from engine.models.check import check_pipeline
-from engine.models.index import INDEX, classes_of, read_index, require_inside
+from engine.models.index import classes_of, read_index, require_inside
 from engine.models.weights import is_weights, present_variant, read_tensors, stored_tensors, weight_files
 from engine.tensors import write_one_by_one
 

@@ -15,12 +15,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
+from engine.catalogue import INDEX
 from engine.config.options import CacheConfig
 from engine.errors import UserError, first_line
 from engine.files import digest, lies_inside, reading
 from engine.models.check import check_weights
 from engine.models.configurations import LARGEST_SIDE, last_token, read_part, transformers_config
-from engine.models.index import INDEX, read_index
+from engine.models.index import read_index
 from engine.models.kinds import require_kind
 from engine.models.single_file import open_single_file
 from engine.models.weights import is_weights, present_variant, read_tensors, require_finite, weight_files

@@ -24,6 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from engine.catalogue import INDEX
 from engine.config.options import CacheConfig, TrainConfig
 from engine.diffusion.schedules import ZERO_TERMINAL
 from engine.errors import UserError, disk_problem, first_line, out_of_memory
@@ -41,7 +42,7 @@ from engine.files import (
 from engine.messages import busy, say
 from engine.models.check import bounded, empty_model
 from engine.models.configurations import TOKENIZER_FILES, configured, read_part
-from engine.models.index import INDEX, has_class
+from engine.models.index import has_class
 from engine.models.kinds import kind_of_tensors, trained
 from engine.models.weights import read_tensors, stored_tensors
 

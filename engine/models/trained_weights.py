@@ -8,18 +8,16 @@ from collections.abc import Hashable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
-from engine.catalogue import FAMILIES
+from engine.catalogue import FAMILIES, PARTS
 from engine.config.options import TrainConfig
 from engine.errors import UserError
 from engine.models.inversion import VECTORS
 from engine.models.training_form import published_names
 
-_PARTS = {*(entry.part for entry in FAMILIES.values()), "text_encoder"}
-
 
 def whole_name(name: str, config: TrainConfig) -> str:
     """A parameter's name with the part of the pipeline before it, which it has already where several parts are trained."""
-    return name if name.split(".")[0] in _PARTS else f"{FAMILIES[config.family].part}.{name}"
+    return name if name.split(".")[0] in PARTS else f"{FAMILIES[config.family].part}.{name}"
 
 
 def selects(pattern: str, name: str, config: TrainConfig) -> bool:

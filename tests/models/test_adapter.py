@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from engine import export
+from engine.catalogue import LORA_WEIGHTS
 from engine.errors import UserError
 from engine.models.adapter import (
     DOWN,
@@ -22,7 +23,6 @@ from engine.models.adapter import (
     MAGNITUDE,
     OF_INPUTS,
     UP,
-    WEIGHTS,
     Adapter,
     adaptable,
     adaptable_layers,
@@ -104,7 +104,7 @@ def can_have(layer) -> bool:
 
 
 def write(directory: Path, adapter: Adapter, form: str, **about: str) -> Path:
-    path = directory / form if form == "peft" else directory / form / WEIGHTS
+    path = directory / form if form == "peft" else directory / form / LORA_WEIGHTS
     write_adapter(path, adapter, form, about)
     return path
 
@@ -134,10 +134,10 @@ def test_every_form_gives_one_picture_here_in_the_libraries_and_merged(pipelines
 
     library = open_(pipelines[family])
     if hasattr(library, "load_lora_weights"):
-        library.load_lora_weights(str(tmp_path / "diffusers"), weight_name=WEIGHTS)
+        library.load_lora_weights(str(tmp_path / "diffusers"), weight_name=LORA_WEIGHTS)
     else:
         model = adaptable(library)[PARTS[family]]
-        model.load_lora_adapter(str(tmp_path / "diffusers"), prefix=PARTS[family], weight_name=WEIGHTS)
+        model.load_lora_adapter(str(tmp_path / "diffusers"), prefix=PARTS[family], weight_name=LORA_WEIGHTS)
     np.testing.assert_allclose(drawn(library), wanted, **tolerance)
 
     library = open_(pipelines[family])
@@ -153,9 +153,9 @@ def test_diffusers_reads_kohyas_form_of_what_kohya_adapts(pipelines, tmp_path):
     write(tmp_path, adapter, "kohya", ss_sd_model_name="tiny")
     load_into(plain, adapter)
     library = open_(pipelines["sd"])
-    library.load_lora_weights(str(tmp_path / "kohya"), weight_name=WEIGHTS)
+    library.load_lora_weights(str(tmp_path / "kohya"), weight_name=LORA_WEIGHTS)
     np.testing.assert_allclose(drawn(library), drawn(plain), atol=1e-4)
-    with safe_open(tmp_path / "kohya" / WEIGHTS, "pt") as opened:
+    with safe_open(tmp_path / "kohya" / LORA_WEIGHTS, "pt") as opened:
         said = opened.metadata()
     names = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_sd_model_name")
     assert [said[name] for name in names] == ["networks.lora", "4", "3.0", "tiny"]

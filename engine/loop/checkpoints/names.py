@@ -4,13 +4,15 @@ import os
 import re
 from pathlib import Path
 
+from engine.catalogue import EMBEDDING, LORA_WEIGHTS
+
 MANIFEST = "manifest.json"
 STATE = "state.json"
 LATEST = "latest"  # in the output directory: the name of the checkpoint to go on from
 BEST = "best"  # the same of the one of the lowest held-out loss
 CHECKPOINT = "checkpoint-"
-VECTORS = {"weight": "learned_embeds.safetensors", "ema": "learned_embeds_ema.safetensors"}
-ADAPTERS = {"weight": "pytorch_lora_weights.safetensors", "ema": "pytorch_lora_weights_ema.safetensors"}
+VECTORS = {"weight": EMBEDDING, "ema": "learned_embeds_ema.safetensors"}
+ADAPTERS = {"weight": LORA_WEIGHTS, "ema": "pytorch_lora_weights_ema.safetensors"}
 REPLACED = ".replaced"  # what a checkpoint of a step is called while another of it takes its place
 
 
