@@ -34,10 +34,7 @@ def labelled_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Im
 
     Many rows stand beside each other, and many images of a row below each other, so that the grid is no strip.
     """
-    images = [image for _, row in rows for image in row]
-    factor = max(1, -(-_MIN_CELL // max(image.width for image in images)))
-    width = max(image.width for image in images) * factor + _MARGIN
-    height = max(image.height for image in images) * factor + _MARGIN
+    factor, width, height = _cell([image for _, row in rows for image in row])
     longest = max(len(row) for _, row in rows)
     columns = min(longest, max(_IMAGES_BESIDE, math.isqrt(longest)))
     block_width = max(columns * width, _MIN_LABEL)
@@ -50,8 +47,8 @@ def labelled_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Im
         left, top = _MARGIN + number % beside * block_width, _MARGIN + number // beside * block_height
         _write(label, draw, left, top, block_width - _MARGIN)
         for place, image in enumerate(row):
-            enlarged = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-            grid.paste(enlarged, (left + place % columns * width, top + _LABEL_HEIGHT + place // columns * height))
+            at = left + place % columns * width, top + _LABEL_HEIGHT + place // columns * height
+            grid.paste(_enlarged(image, factor), at)
     return grid
 
 
@@ -61,10 +58,8 @@ def side_by_side(labels: Sequence[str], rows: Sequence[tuple[str, Sequence[Seque
     Args:
         rows: text -> lines, each an image for every label.
     """
-    images = [image for _, lines in rows for line in lines for image in line]
-    factor = max(1, -(-_MIN_CELL // max(image.width for image in images)))
-    width = max(max(image.width for image in images) * factor, _MIN_LABEL) + _MARGIN
-    height = max(image.height for image in images) * factor + _MARGIN
+    factor, width, height = _cell([image for _, lines in rows for line in lines for image in line])
+    width = max(width, _MIN_LABEL + _MARGIN)
     lines_in_all = sum(len(lines) for _, lines in rows)
     size = (len(labels) * width + _MARGIN, (1 + len(rows)) * _LABEL_HEIGHT + lines_in_all * height + _MARGIN)
     grid = Image.new("RGB", size, "white")
@@ -77,10 +72,20 @@ def side_by_side(labels: Sequence[str], rows: Sequence[tuple[str, Sequence[Seque
         top += _LABEL_HEIGHT
         for line in lines:
             for column, image in enumerate(line):
-                enlarged = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-                grid.paste(enlarged, (_MARGIN + column * width, top))
+                grid.paste(_enlarged(image, factor), (_MARGIN + column * width, top))
             top += height
     return grid
+
+
+def _cell(images: Sequence[Image.Image]) -> tuple[int, int, int]:
+    """How often images are enlarged to be seen, and the width and height that each then has in a grid, with a margin."""
+    width, height = (max(sides) for sides in zip(*(image.size for image in images), strict=True))
+    factor = max(1, -(-_MIN_CELL // width))
+    return factor, width * factor + _MARGIN, height * factor + _MARGIN
+
+
+def _enlarged(image: Image.Image, factor: int) -> Image.Image:
+    return image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 def save_fading(pictures: Iterable[Image.Image], path: Path) -> None:
