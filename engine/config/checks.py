@@ -11,7 +11,7 @@ from pathlib import Path
 from engine.catalogue import INDEX, LORA_WEIGHTS, MODEL, PEFT_CONFIG, PIPELINES
 from engine.config.mixture import DataSet, data_sets_of
 from engine.config.optimizers import OPTIMIZERS, named
-from engine.config.options import CAPTIONED, SPATIAL, XFORMERS, CacheConfig, TrainConfig
+from engine.config.options import CAPTIONED, OFFSET, SPATIAL, XFORMERS, CacheConfig, TrainConfig
 from engine.config.schema import REQUIRED, default_of, options_by_family, options_lacking
 from engine.errors import UserError
 from engine.storage import is_remote, shown
@@ -253,7 +253,7 @@ _NEEDS: dict[str, tuple[str, tuple[str | None, ...]]] = {
 def _check_objective(config: TrainConfig) -> None:
     if _is_given(config, "pyramid_noise_iterations") and not config.pyramid_noise_discount:
         raise UserError("--pyramid_noise_iterations needs --pyramid_noise_discount, for example 0.3")
-    if config.offset_noise and config.noise_offset != 0.1:
+    if config.offset_noise and config.noise_offset != OFFSET:
         raise UserError(f"--offset_noise contradicts --noise_offset {config.noise_offset:g}; leave one out")
     for name, (other, values) in _NEEDS.items():
         if _is_given(config, name) and getattr(config, other) not in values:

@@ -60,14 +60,15 @@ def data_sets_of(config: CacheConfig) -> list[DataSet]:
 
 def _of_dreambooth(config: CacheConfig) -> list[DataSet]:
     """The images of the instance, and those of the class."""
-    tables: dict[str, dict[str, Any]] = {INSTANCE: {"train_data_dir": config.instance_data_dir}}
-    if config.instance_prompt is not None:
-        tables[INSTANCE]["prompt"] = config.instance_prompt
+    named = {"prompt": config.instance_prompt} if config.instance_prompt is not None else {}
+    tables: dict[str, dict[str, Any]] = {INSTANCE: {"train_data_dir": config.instance_data_dir, **named}}
     if config.with_prior_preservation:
-        captioned = {"prompt": config.class_prompt} if config.family in CAPTIONED else {}
-        most = min(config.num_class_images, config.max_train_samples or config.num_class_images)
-        tables[CLASS] = captioned | {"train_data_dir": config.class_data_dir, "max_train_samples": most}
-        tables[CLASS]["loss_weight"] = getattr(config, "prior_loss_weight", 1.0)
+        tables[CLASS] = {
+            "train_data_dir": config.class_data_dir,
+            "max_train_samples": min(config.num_class_images, config.max_train_samples or config.num_class_images),
+            "loss_weight": getattr(config, "prior_loss_weight", 1.0),
+            **({"prompt": config.class_prompt} if config.family in CAPTIONED else {}),
+        }
     config = config.model_copy(update=dict.fromkeys(_OF_DREAMBOOTH) | {"with_prior_preservation": False})
     data_sets = [
         replace(_data_set(config, name, table), prior=name == CLASS, title=f"--{name}_data_dir: ")

@@ -23,6 +23,7 @@ CAPTIONED = [family for family, entry in FAMILIES.items() if entry.captioned]
 SPATIAL = [family for family in FAMILIES if family != "kandinsky-prior"]  # whose samples are images, or latents of them
 CAPTION_VARIANTS = 16  # texts stored of a caption: 2.5 KB of tokens
 SHUFFLE_WINDOW = 64  # shards; of 1,024 records each as many as they take to mix like all of a data set of 65,536
+OFFSET = 0.1  # of the noise, that the DreamBooth script adds by --offset_noise
 XFORMERS = [family for family, entry in FAMILIES.items() if entry.xformers]
 
 
@@ -316,7 +317,7 @@ class CacheConfig(BaseModel):
             if isinstance(values.get(name), str):
                 values = values | {name: [values[name]]}
         if values.get("offset_noise") is True:
-            defaults["noise_offset"] = 0.1
+            defaults["noise_offset"] = OFFSET
         return {name: value for name, value in defaults.items() if value is not REQUIRED} | values
 
     @field_validator("buckets", mode="before")

@@ -103,7 +103,7 @@ def prepare_shards(
         weight = of.loss_weight * turns  # in turn the losses of each data set are a mean of their own
         streams.append(Stream(shards, order, 1, part.data_set, part.bucket, split, weight, of.prior))
     in_turn = config.with_prior_preservation
-    return Streams(seed, (_in_turn if in_turn else _with_shares)(streams, data_sets), unit, in_turn), parts
+    return Streams(seed, _in_turn(streams) if in_turn else _with_shares(streams, data_sets), unit, in_turn), parts
 
 
 def _look_for_new_tokens(taught: list[Shards], family: Family) -> None:
@@ -158,7 +158,7 @@ def _with_shares(streams: list[Stream], data_sets: list[DataSet]) -> list[Stream
     return [replace(stream, share=share(stream)) for stream in streams]
 
 
-def _in_turn(streams: list[Stream], data_sets: list[DataSet]) -> list[Stream]:
+def _in_turn(streams: list[Stream]) -> list[Stream]:
     """Streams of data sets that each take as many slots of an epoch as the largest has records."""
     records = Counter[str]()
     for stream in streams:

@@ -12,11 +12,11 @@ class Subset(Source):
     """The samples at some places of another source.
 
     Args:
-        indices: the places, int64 [samples].
+        indices: the places, int64 [samples] or all.
         drawn: how they were drawn, as an identity has it; those of all samples by default, or of another subset as that was.
     """
 
-    def __init__(self, source: Source, indices: np.ndarray, drawn: dict[str, int] | None = None) -> None:
+    def __init__(self, source: Source, indices: Any, drawn: dict[str, int] | None = None) -> None:
         self.source, self.indices = source, indices
         self.drawn: dict[str, int] = (source.drawn if isinstance(source, Subset) else {}) if drawn is None else drawn
         self.noticed, self.portable = source.noticed, source.portable
@@ -56,7 +56,7 @@ class Prompted(Subset):
     """All samples of a source, each with the same caption."""
 
     def __init__(self, source: Source, prompt: str) -> None:
-        super().__init__(source, np.arange(len(source)))
+        super().__init__(source, range(len(source)))
         self.prompt = prompt
 
     def captions(self, index: int) -> list[str]:
