@@ -12,7 +12,7 @@ from engine.catalogue import INDEX, LORA_WEIGHTS, MODEL, PEFT_CONFIG, PIPELINES
 from engine.config.mixture import DataSet, data_sets_of
 from engine.config.optimizers import OPTIMIZERS, named
 from engine.config.options import CAPTIONED, OFFSET, SPATIAL, XFORMERS, CacheConfig, TrainConfig
-from engine.config.schema import REQUIRED, default_of, options_by_family, options_lacking
+from engine.config.schema import REQUIRED, default_of, options_by_family, options_lacking, options_under
 from engine.errors import UserError
 from engine.storage import is_remote, shown
 
@@ -276,17 +276,7 @@ def _check_rates(config: TrainConfig) -> None:
 
 
 def _check_adapters(config: TrainConfig) -> None:
-    beside = (
-        "lora_alpha",
-        "lora_targets",
-        "lora_dropout",
-        "lora_init",
-        "use_dora",
-        "lora_weights",
-        "save_format",
-        "base_precision",
-    )
-    given = [name for name in beside if _is_given(config, name)]
+    given = [name for name in options_under(TrainConfig, "adapters") if name != "lora_rank" and _is_given(config, name)]
     if given and not config.lora_rank:
         raise UserError(f"--{given[0]} needs --lora_rank, with which adapters are trained")
     for name in ("lora_alpha", "lora_targets"):

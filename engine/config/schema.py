@@ -74,6 +74,11 @@ def options_by_family(model: type[BaseModel]) -> dict[str, dict[str, Any]]:
     return _declared(model, "by_family")
 
 
+def options_under(model: type[BaseModel], heading: str) -> list[str]:
+    """Names of the options under a heading of the help."""
+    return [name for name, group in _declared(model, "group").items() if group == heading]
+
+
 def options_by_alias(model: type[BaseModel]) -> dict[str, str]:
     """Another name of an option -> its name."""
     return {alias: name for name, aliases in _declared(model, "aliases").items() for alias in aliases}
