@@ -138,11 +138,14 @@ class CacheConfig(BaseModel):
         None, "What they are drawn of, and the caption of all of them where captions are trained on.", "DreamBooth"
     )
     num_class_images: int = option(
-        100, "How many of them are trained on, at the most, and drawn where they lack.", "DreamBooth", ge=1
+        100,
+        "How many of them are trained on, at the most, and how many there are once the missing are drawn.",
+        "DreamBooth",
+        ge=1,
     )
     sample_batch_size: int = option(4, "Images of the class that a process draws at a time.", "DreamBooth", ge=1)
     prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = option(
-        None, "Precision in which they are drawn. Default: fp16 on a GPU, else fp32; so does no.", "DreamBooth"
+        None, "Precision in which they are drawn. Default: fp16 on a GPU, else fp32; `no` is the default, too.", "DreamBooth"
     )
     prompt: str | None = option(only(CAPTIONED, None), "Caption of every image of a data set, whatever lies beside it.", "data")
     image_column: str = option("image", "Column that holds the image.", "data")
@@ -525,7 +528,12 @@ class TrainConfig(CacheConfig):
         0.999, "Decay of the second moment; with --optimizer lion of its only one, 0.99 by default.", "optimizer", ge=0, lt=1
     )
     adam_weight_decay: float = option(sd_differs(1e-2, 0.0), "Weight decay.", "optimizer", ge=0)
-    adam_epsilon: float = option(1e-8, "AdamW's epsilon.", "optimizer", gt=0)
+    adam_epsilon: float = option(
+        1e-8,
+        "What is added to the root of the second moment: AdamW's epsilon, and Muon's, Prodigy's and schedule-free AdamW's.",
+        "optimizer",
+        gt=0,
+    )
     max_skipped_steps: int = option(
         10, "Stop once so many steps were skipped because a loss or gradient was not finite.", "optimizer", ge=0
     )
@@ -540,7 +548,7 @@ class TrainConfig(CacheConfig):
     )
     use_ema: bool = option(False, "Keep an exponential moving average of the weights, and export it.", "optimizer")
     offload_ema: bool = option(False, "Keep the moving average in host memory between steps.", "optimizer")
-    set_grads_to_none: bool = option(False, "Accepted from the scripts; gradients are never set to zero.", "optimizer")
+    set_grads_to_none: bool = option(False, "Accepted from the scripts; gradients are always freed.", "optimizer")
     foreach_ema: bool = option(False, "Accepted from the scripts; the moving average is always updated that way.", "optimizer")
 
     lora_alpha: float | None = option(
