@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -439,8 +440,14 @@ def test_state_is_kept_by_what_the_optimizer_declares_and_not_by_its_size(tmp_pa
 def test_state_that_fits_one_partition_is_refused_by_another(tmp_path, monkeypatch):
     partition, metrics = keep(tmp_path, monkeypatch)
     partition.optimizer.state[partition.masters[0]]["rows"] = torch.zeros(4)
+    found = layout.open_checked(tmp_path / "checkpoint-9")
     with pytest.raises(UserError, match="holds no optimizer/0/rows for this optimizer and number of processes"):
-        restore(layout.open_checked(tmp_path / "checkpoint-9"), partition, metrics)
+        restore(found, partition, metrics)
+    with pytest.raises(UserError, match="keeps state that fits 2 processes only; start as many$"):
+        restore(replace(found, state=found.state.model_copy(update={"world": 2})), partition, metrics)
+    partition.slices[0] = replace(partition.slices[0], start=1, length=3)
+    with pytest.raises(UserError, match="keeps state that fits the pieces of one --zero_stage only; give the same$"):
+        restore(found, partition, metrics)
 
 
 @pytest.mark.parametrize("beside", [True, False])

@@ -12,6 +12,7 @@ from engine import checkpoint
 from engine.config.checks import check_options
 from engine.config.options import TrainConfig
 from engine.errors import UserError
+from engine.loop.checkpoints.names import rank_file
 from engine.loop.checkpoints.snapshot import other_state
 from engine.loop.optimizers import create_optimizer
 from engine.loop.optimizers.groups import Group, groups_of
@@ -200,6 +201,20 @@ def test_numbers_are_of_all_groups_also_where_a_process_has_none():
     optimizer.set_rates(1.0)
     optimizer.apply([torch.ones(4)])
     assert optimizer.state_of(weights[0])["weight_sum"].tolist() == pytest.approx([1e-10, 1e-6])
+
+
+def test_state_goes_to_the_weights_that_it_is_of(model, images, shards, tmp_path):
+    """Whatever the rates are; what is of a group that is no more is refused."""
+    values = {"lr_of": ["down_blocks.0.resnets=1e-5", "conv_out=2e-5"], "use_ema": False, "max_train_steps": 1}
+    for name in ("adafactor", "schedulefree_adamw"):
+        assert train(config(model, images, shards, tmp_path / name, **values, optimizer=name)) == 0
+    stored = load_file(tmp_path / "adafactor" / "checkpoint-1" / rank_file(0))
+    assert stored["optimizer/conv_out.weight/row_var"].any()
+    values |= {"resume_from_checkpoint": "latest", "max_train_steps": 2, "lr_of": ["conv_out=1e-5"]}
+    assert train(config(model, images, shards, tmp_path / "adafactor", **values, optimizer="adafactor")) == 0
+    given = "they were others there; give --lr_of down_blocks.0.resnets=1e-5 conv_out=2e-5$"
+    with pytest.raises(UserError, match=given):
+        train(config(model, images, shards, tmp_path / "schedulefree_adamw", **values, optimizer="schedulefree_adamw"))
 
 
 def test_what_is_exported_of_a_checkpoint_is_what_the_run_left(grouped, tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 """What a checkpoint holds of a process: taken from the training, and brought back to it."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from engine.errors import UserError
 from engine.loop.checkpoints.layout import FOUND, Checkpoint, or_another
 from engine.loop.checkpoints.names import STATE
 from engine.loop.checkpoints.slices import Damaged, SliceFiles, damage, generator_state
@@ -143,6 +145,7 @@ def _restore(files: SliceFiles, state: State, partition: Partition, metrics: Met
     processes = partition.processes
     files.check_model(partition.shapes)
     kinds, others = sliced_tensors(partition), other_state(partition)
+    _check_groups(files, state, partition, others)
     files.check_state(kinds, others)
     files.fill((kind, piece, partition.view(piece, holders)) for piece in partition.slices for kind, holders in kinds.items())
     same_world = state.world == processes.world
@@ -175,6 +178,32 @@ def _restore(files: SliceFiles, state: State, partition: Partition, metrics: Met
         )
         for rank in share
     ]
+
+
+def _check_groups(files: SliceFiles, state: State, partition: Partition, others: Collection[str]) -> None:
+    """Refuses sound state of an optimizer that is of other groups of weights, or of other pieces of them.
+
+    Raises:
+        UserError: what to give.
+    """
+    place, optimizer = files.files.checkpoint, f"--optimizer {partition.config.optimizer}"
+    theirs, ours = ({name for name in names if name.count("/") > 1} for names in (files.others, others))
+    kinds = [{name.rpartition("/")[2] for name in names} for names in (theirs, ours)]
+    if theirs != ours and kinds[0] == kinds[1]:
+        options = {f"--{name}": state.options.get(name) for name in ("lr_of", "text_encoder_lr", "layer_lr_decay")}
+        given = " ".join(
+            f"{name} {' '.join(value) if isinstance(value, list) else value}"
+            for name, value in options.items() if value not in (None, [], 1.0)
+        )  # fmt: skip
+        remedy = f"give {given}" if given else f"leave out {', '.join(options)}"
+        raise UserError(f"{place}: {optimizer} keeps state for each group of weights, and they were others there; {remedy}")
+    if partition.optimizer.bound and state.world == partition.processes.world:
+        own = files.files[partition.processes.rank].header
+        pieces = {f"weight/{piece.name}@{piece.start}": [piece.length] for piece in partition.slices}
+        if pieces != {name: described["shape"] for name, described in own.items() if name.startswith("weight/")}:
+            raise UserError(f"{place}: {optimizer} keeps state that fits the pieces of one --zero_stage only; give the same")
+    elif partition.optimizer.bound:
+        raise UserError(f"{place}: {optimizer} keeps state that fits {state.world} processes only; start as many")
 
 
 def _stored(file: TensorFile, name: str, like: Tensor) -> Tensor:
