@@ -12,6 +12,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -41,15 +42,11 @@ BATCHES = (1, 8, 16)  # counted; what lies between and beyond follows the lines 
 MOST = 256  # samples in a batch that are asked for
 STATE_BYTES = 14  # per trained parameter: master 4, moments 8, flat gradient 2; without masters 6
 LORA = {"lora_rank": 16}
-WAYS: dict[str, dict[str, Any]] = {
-    "all weights": {},
-    "all weights, --gradient_checkpointing": {"gradient_checkpointing": True},
-    "all weights, --masters none, --gradient_checkpointing": {"masters": "none", "gradient_checkpointing": True},
-    "LoRA of rank 16": LORA,
-    "LoRA, --gradient_checkpointing": LORA | {"gradient_checkpointing": True},
-    "LoRA, --base_precision int8, --gradient_checkpointing": LORA | {"base_precision": "int8", "gradient_checkpointing": True},
-    "LoRA, --base_precision nf4, --gradient_checkpointing": LORA | {"base_precision": "nf4", "gradient_checkpointing": True},
-}
+LESS = {"gradient_checkpointing": True}
+WAYS: list[dict[str, Any]] = [  # to train; options that a family lacks are left out
+    {}, LESS, {"masters": "none", **LESS}, LORA, LORA | LESS,
+    LORA | {"base_precision": "int8", **LESS}, LORA | {"base_precision": "nf4", **LESS},
+]  # fmt: skip
 EXPECTED_SECONDS = 60
 
 
@@ -149,6 +146,13 @@ def _bytes_of(model: Any) -> int:
     return sum(tensor.nbytes for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
 
 
+def words_of(way: dict[str, Any]) -> str:
+    """How a row calls a way to train."""
+    what = f"LoRA of rank {LORA['lora_rank']}" if way == LORA else "LoRA" if LORA.items() <= way.items() else "all weights"
+    options = (f"--{name}" if value is True else f"--{name} {value}" for name, value in way.items() if name not in LORA)
+    return ", ".join([what, *options])
+
+
 def fits(row: dict[str, Any], room: float) -> int:
     """The most samples in a batch whose peak is within so many bytes."""
     most = 0
@@ -190,10 +194,10 @@ def main() -> int:
     found = []
     for checkpoint in options.checkpoints:
         lacking = options_lacking(TrainConfig, CHECKPOINTS[checkpoint][0])
-        for way, given in WAYS.items():
-            if not set(given) & set(lacking):
-                work = lambda checkpoint=checkpoint, given=given: count(checkpoint, given)  # noqa: E731
-                found.append(rows.measure(f"{checkpoint}: {way}", EXPECTED_SECONDS, work, checkpoint=checkpoint, way=way))
+        ways = [{name: value for name, value in way.items() if name not in lacking} for way in WAYS]
+        for way, given in {words_of(way): way for way in ways}.items():
+            work = partial(count, checkpoint, given)
+            found.append(rows.measure(f"{checkpoint}: {way}", EXPECTED_SECONDS, work, checkpoint=checkpoint, way=way))
     print(table(found, options.reserved))
     return rows.exit_code
 

@@ -18,7 +18,7 @@ from engine.errors import UserError
 BLOCK = 64  # elements that share a scale in nf4
 LARGEST = {"int8": 127.0, "fp8": 448.0}  # that a code stands for
 # Of the layers that make nearly all of a model's matrix products.
-_QUANTIZED = re.compile(r"(^|\.)(attn\d*|attention|ff|channelwise|proj_in|proj_out)(\.|$)")
+_QUANTIZED = re.compile(r"(^|\.)(attn\d*|attentions?|ff|channelwise|proj_in|proj_out)(\.|$)")
 
 
 class QuantizedLinear(nn.Module):

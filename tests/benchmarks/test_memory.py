@@ -12,7 +12,7 @@ CHECKPOINT = "Kandinsky 2.2 prior"
 @pytest.fixture(scope="module")
 def rows(monkeypatch_module):
     monkeypatch_module.setattr(memory, "BATCHES", (1, 2))
-    return {way: memory.count(CHECKPOINT, memory.WAYS[way]) for way in ("all weights", "LoRA of rank 16")}
+    return {memory.words_of(way): memory.count(CHECKPOINT, way) for way in ({}, memory.LORA)}
 
 
 @pytest.fixture(scope="module")

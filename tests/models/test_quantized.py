@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine.catalogue import FAMILIES
 from engine.models.lora import AdaptedLinear, add_adapters
 from engine.models.quantized import QuantizedLinear, quantize_base
 from engine.models.training_form import SHIPPED, to_training_form
@@ -31,13 +32,14 @@ def test_products_are_those_of_the_rounded_weights_and_keep_only_codes(precision
     assert layer.codes.nbytes == 128 * 96 * (0.5 if precision == "nf4" else 1)
 
 
-def test_frozen_linear_layers_of_blocks_are_quantized_and_adapters_are_not(model, published):
-    unet, config = load("sd", model, published), options("sd", base_precision="int8", mixed_precision="bf16")
-    add_adapters(unet, "unet", config, seed=0)
-    to_training_form(unet, SHIPPED)
-    quantize_base(unet, config)
-    adapted = [module for module in unet.modules() if isinstance(module, AdaptedLinear)]
+@pytest.mark.parametrize("family", FAMILIES)
+def test_frozen_linear_layers_of_blocks_are_quantized_and_adapters_are_not(family, model, published):
+    trained, config = load(family, model, published), options(family, base_precision="int8", mixed_precision="bf16")
+    add_adapters(trained, FAMILIES[family].part, config, seed=0)
+    to_training_form(trained, SHIPPED)
+    quantize_base(trained, config)
+    adapted = [module for module in trained.modules() if isinstance(module, AdaptedLinear)]
     assert adapted
     assert all(isinstance(module.base_layer, QuantizedLinear) for module in adapted)
-    left = [name for name, module in unet.named_modules() if type(module) is nn.Linear]
-    assert all("time_emb" in name for name in left)
+    left = [name for name, module in trained.named_modules() if type(module) is nn.Linear]
+    assert not [name for name in left if "attn" in name or "attention" in name or ".ff." in name]
