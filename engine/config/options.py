@@ -709,8 +709,8 @@ class TrainConfig(CacheConfig):
     masters: Literal["fp32", "none"] = option(
         "fp32",
         "Precision of the weights that are trained: fp32, of which those in training are copies; or none beside those in bf16, "
-        "which, as their moments, are rounded stochastically: 8 bytes per parameter less. On one process, with --optimizer "
-        "adamw or lion.",
+        "which, as their moments, are rounded stochastically: 8 bytes per parameter less with --optimizer adamw, 6 with lion. "
+        "On one process, with these alone.",
         "precision",
     )
     matrix_precision: Literal["fp8"] | None = option(

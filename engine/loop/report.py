@@ -85,6 +85,8 @@ def opening(
     encoders = read if reading else "the encoders are not loaded"
     state = state_bytes(config, trained, processes.world) + sum(weight.nbytes for weight in reading) + partition.frozen_bytes
     size, number = checkpoint_bytes(config, trained), checkpoints_to_come(config, run, done)
+    kept = "all" if config.checkpoints_total_limit is None else f"the last {config.checkpoints_total_limit}"
+    least = "at least " if OPTIMIZERS[config.optimizer].whole_parameters else ""  # more for what is no matrix
     every = f"every {config.checkpointing_steps:,} steps and at the end"
     rows = {
         "family": f"{config.family}, from {family.base_model}",
@@ -105,10 +107,9 @@ def opening(
         "precision": precision(config, processes.world),
         "device": f"{device_name(processes)}, ZeRO stage {config.zero_stage}",
         "step runs": how_steps_run(config, partition.module, processes.device, captures, len(streams.shapes), held_out),
-        "memory": f"{gigabytes(state)} a process, by estimate, for weights, gradients, optimizer and average; activations come "
-        "on top",
-        "checkpoints": f"{every}, {gigabytes(size)} each, {'all' if config.checkpoints_total_limit is None else 'the last '}"
-        f"{config.checkpoints_total_limit or ''} kept: {gigabytes(number * size)} in the end",
+        "memory": f"{least}{gigabytes(state)} a process, by estimate, for weights, gradients, optimizer and average; "
+        "activations come on top",
+        "checkpoints": f"{every}, {least}{gigabytes(size)} each, {kept} kept: {least}{gigabytes(number * size)} in the end",
     }
     width = max(map(len, rows))
     return ["Training", *(f"  {name:{width}}  {value}" for name, value in rows.items())]

@@ -174,7 +174,7 @@ def shards_in_bf16(tmp_path_factory):
     ],
     ids=str,
 )
-def test_a_run_goes_on_to_the_bit(values, model, images, shards, shards_in_bf16, tmp_path):
+def test_a_run_goes_on_to_the_bit(values, model, images, shards, shards_in_bf16, tmp_path, capsys):
     values = {"use_ema": values.get("optimizer") != "schedulefree_adamw", "learning_rate": 1e-3} | values
     values |= {
         "checkpointing_steps": 2,
@@ -184,6 +184,8 @@ def test_a_run_goes_on_to_the_bit(values, model, images, shards, shards_in_bf16,
     }
     shards = shards_in_bf16 if "mixed_precision" in values else shards
     assert train(config(model, images, shards, tmp_path / "whole", **values, max_train_steps=4)) == 0
+    said = capsys.readouterr().err.count("at least ")
+    assert said == (3 if values.get("optimizer") in ("adafactor", "muon") else 0), "of state that is more for some weights"
     begun = tmp_path / "resumed"
     begun.mkdir()
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", begun / "checkpoint-2")
