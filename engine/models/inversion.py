@@ -25,12 +25,11 @@ class NewTokens(TextEmbeddings):
     first: int
     vectors: nn.Parameter
 
-    def forward(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def embed(self, input_ids: Tensor) -> Tensor:
         is_new = input_ids >= self.first
         new = F.embedding((input_ids - self.first).clamp(min=0), self.vectors)
         known = self.token_embedding(input_ids.masked_fill(is_new, 0))
-        embedded = torch.where(is_new[..., None], new, known)
-        return embedded + self.position_embedding(self.position_ids[:, : input_ids.shape[1]])
+        return torch.where(is_new[..., None], new, known)
 
 
 def new_tokens(config: CacheConfig) -> list[str]:

@@ -180,7 +180,11 @@ class TextEmbeddings(CLIPTextEmbeddings):
     """CLIP's embeddings of tokens [B, N] and their positions, and no look at a weight that ZeRO 3 gathers later only."""
 
     def forward(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        return self.token_embedding(input_ids) + self.position_embedding(self.position_ids[:, : input_ids.shape[1]])
+        return self.embed(input_ids) + self.position_embedding(self.position_ids[:, : input_ids.shape[1]])
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """The vectors of tokens [B, N], [B, N, C]."""
+        return self.token_embedding(input_ids)
 
 
 class FusedAttention(Attention):
