@@ -26,6 +26,7 @@ from engine.files import parse_json, reading, write_atomically, write_json
 from engine.messages import say
 from engine.models.index import read_json, require_inside
 from engine.models.original_layout import unet_name
+from engine.models.parts import portable
 from engine.models.weights import read_tensors, require_finite, stored_tensors
 from engine.tensors import write_one_by_one
 
@@ -136,13 +137,17 @@ def read_adapter(path: Path, parts: Mapping[str, nn.Module], of_inputs: bool = F
     return Adapter(tensors, alphas)
 
 
-def adaptable_layers(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The layers of models that may have an adapter, linear ones and convolutions, by their paths within the pipeline."""
+def adaptable_layers(parts: Mapping[str, nn.Module], grouped: bool = True) -> dict[str, nn.Module]:
+    """The layers of models that may have an adapter, linear ones and convolutions, by their paths within the pipeline.
+
+    Args:
+        grouped: also convolutions of groups, which have them in files of others alone.
+    """
     return {
         f"{part}.{path.removesuffix('.base_layer')}": layer
         for part, model in parts.items()
         for path, layer in model.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d) and ".lora_" not in path
+        if isinstance(layer, nn.Linear | nn.Conv2d) and ".lora_" not in path and (grouped or getattr(layer, "groups", 1) == 1)
     }
 
 
@@ -386,18 +391,13 @@ def write_adapter(path: Path, adapter: Adapter, form: str = "diffusers", about: 
 
 def _diffusers(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     described = {f"{part}.{key}": value for part in adapter.parts for key, value in peft_configuration(adapter, part).items()}
-    return {_portable(name): tensor for name, tensor in adapter.tensors.items()}, {_DESCRIBED: json.dumps(described)}
-
-
-def _portable(name: str) -> str:
-    """The name of a text encoder's layer as releases of transformers before 5 have it too, and all read it."""
-    return re.sub(r"^text_encoder\.(?=encoder\.)", "text_encoder.text_model.", name)
+    return {portable(name): tensor for name, tensor in adapter.tensors.items()}, {_DESCRIBED: json.dumps(described)}
 
 
 def _kohya(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors: dict[str, Tensor] = {}
     for layer, alpha in adapter.alphas.items():
-        part, path = _portable(layer).split(".", 1)
+        part, path = portable(layer).split(".", 1)
         name = f"{_PART_NAMES[part][0]}.{path}".replace(".", "_")
         tensors[f"{name}.lora_down.weight"] = adapter.tensors[layer + DOWN]
         tensors[f"{name}.lora_up.weight"] = up = adapter.tensors[layer + UP]

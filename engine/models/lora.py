@@ -21,7 +21,7 @@ from engine.config.schema import default_of
 from engine.errors import UserError
 from engine.messages import warn
 from engine.models.adapter import MAGNITUDE, Adapter, read_adapter
-from engine.models.parts import JoinedParts, parts_of
+from engine.models.parts import parts_of, prefix_of
 from engine.models.quantized import QuantizedLinear
 
 NAME = "default"  # of the adapter, to PEFT
@@ -214,7 +214,7 @@ def _start(model: Any, part: str, config: TrainConfig) -> Adapter:
     lengths = [name for name in adapter.tensors if name.endswith(MAGNITUDE)]
     if bool(lengths) != config.use_dora:
         raise UserError(f"{path}: {'is DoRA; give' if lengths else 'is no DoRA; leave out'} --use_dora")
-    within = "" if isinstance(model, JoinedParts) else f"{part}."
+    within = prefix_of(model, part)
     tensors = {name.removeprefix(within): tensor for name, tensor in adapter.tensors.items()}
     return Adapter(tensors, {name.removeprefix(within): alpha for name, alpha in adapter.alphas.items()})
 

@@ -20,6 +20,7 @@ from engine.messages import Progress, say
 from engine.models.adapter import DOWN, MAGNITUDE, OF_INPUTS, UP, Adapter, adaptable, adaptable_layers
 from engine.models.check import check_pipeline
 from engine.models.index import classes_of, read_index, require_inside
+from engine.models.parts import bare
 from engine.models.weights import is_weights, present_variant, read_tensors, stored_tensors, weight_files
 from engine.tensors import write_one_by_one
 
@@ -91,10 +92,6 @@ def merge(pipeline: Path, adapters: Scaled, output: Path, variant: str | None = 
         discard(aside)
 
 
-def _is_grouped(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and module.groups > 1
-
-
 def _copy(pipeline: Path, part: str, target: Path, without_weights: bool) -> None:
     """Copies the files of a part's folder, and what links within the pipeline lead to."""
     target.mkdir()
@@ -123,7 +120,7 @@ def _write_merged(
 def _merged_tensors(
     folder: Path, files: Sequence[Path], layout: Mapping[str, Tensor], adapters: Scaled
 ) -> Iterator[tuple[str, Tensor]]:
-    by_layer = [({_bare(layer): layer for layer in adapter.alphas}, adapter, scale) for adapter, scale in adapters]
+    by_layer = [({bare(layer): layer for layer in adapter.alphas}, adapter, scale) for adapter, scale in adapters]
     layers = {name: _layer(folder.name, name) for name in layout}
     wanted = {layer for names, _, _ in by_layer for layer in names if layer.startswith(f"{folder.name}.")}
     if missing := wanted - set(layers.values()):
@@ -153,12 +150,7 @@ def _readers(files: Sequence[Path]) -> dict[str, Callable[[], Tensor]]:
 
 def _layer(part: str, name: str) -> str:
     """The path of the layer whose weight has this name in a file."""
-    return _bare(f"{part}.{name}").removesuffix(".weight")
-
-
-def _bare(layer: str) -> str:
-    """The path of a layer without what only some releases of transformers have in it."""
-    return layer.replace("text_encoder.text_model.", "text_encoder.")
+    return bare(f"{part}.{name}").removesuffix(".weight")
 
 
 def extract(tuned: Path, base: Path, rank: int, variant: str | None = None) -> Adapter:
@@ -170,7 +162,7 @@ def extract(tuned: Path, base: Path, rank: int, variant: str | None = None) -> A
         UserError: they are not of one architecture, or do not differ.
     """
     parts, others = open_parts(tuned, variant), open_parts(base, variant)
-    layers = {_bare(layer): layer for layer, module in adaptable_layers(parts).items() if not _is_grouped(module)}
+    layers = {bare(layer): layer for layer in adaptable_layers(parts, grouped=False)}
     tensors: dict[str, Tensor] = {}
     kept = left = elsewhere = 0.0
     for part in parts:

@@ -1,5 +1,6 @@
 """The trained module as parts of a pipeline: one of its models, or several that are trained as one module."""
 
+import re
 from typing import Any
 
 import torch
@@ -25,18 +26,33 @@ def parts_of(module: nn.Module, part: str) -> dict[str, Any]:
     return dict(module.named_children()) if isinstance(module, JoinedParts) else {part: module}
 
 
-def part_and_name(module: nn.Module, part: str, name: str) -> tuple[str, str]:
-    """The part that a tensor of the trained module is of, and its name there.
-
-    Where there are several, names begin with the part.
+def prefix_of(module: nn.Module, part: str) -> str:
+    """What is put before the names of a trained module's tensors and layers to have them within the pipeline.
 
     Args:
         part: as `parts_of` takes it.
     """
-    if not isinstance(module, JoinedParts):
-        return part, name
-    of, _, name = name.partition(".")
-    return of, name
+    return "" if isinstance(module, JoinedParts) else f"{part}."
+
+
+def part_and_name(module: nn.Module, part: str, name: str) -> tuple[str, str]:
+    """The part that a tensor of the trained module is of, and its name there.
+
+    Args:
+        part: as `parts_of` takes it.
+    """
+    of, _, within = (prefix_of(module, part) + name).partition(".")
+    return of, within
+
+
+def portable(name: str) -> str:
+    """A name within a pipeline as releases of transformers before 5 have it too, and all read it."""
+    return re.sub(r"^text_encoder\.(?=encoder\.)", "text_encoder.text_model.", name)
+
+
+def bare(name: str) -> str:
+    """A name within a pipeline without what only some releases of transformers have in it."""
+    return name.replace("text_encoder.text_model.", "text_encoder.")
 
 
 def empty_copy(module: Any) -> Any:

@@ -15,7 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from engine.loop.weights.partition import Partition
 from engine.models.adapter import Adapter
-from engine.models.parts import JoinedParts, empty_copy, part_and_name, parts_of
+from engine.models.parts import empty_copy, part_and_name, parts_of, prefix_of
 from engine.models.training_form import alphas_of, to_published_form
 from engine.tensors import writing
 
@@ -76,7 +76,7 @@ def adapter_of(module: Any, part: str, tensors: Iterable[tuple[str, Tensor]], dt
         part: as `parts_of` takes it.
         tensors: of the adapter, in published form.
     """
-    within = "" if isinstance(module, JoinedParts) else f"{part}."
+    within = prefix_of(module, part)
     named = {f"{within}{name}": tensor.to("cpu", dtype).contiguous() for name, tensor in tensors}
     return Adapter(named, {f"{within}{layer}": alpha for layer, alpha in alphas_of(module).items()})
 
