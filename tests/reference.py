@@ -81,3 +81,20 @@ def range_of(offsets: torch.Tensor | None, count: int, record: int) -> range:
     if offsets is None:
         return range(record * count, (record + 1) * count)
     return range(*offsets[record : record + 2].tolist())
+
+
+def batch(
+    data: PlainShards, records: list[int], slots: list[int], seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What training reads and draws for slots that have these records.
+
+    Returns:
+        Latents and noise [B, C, H, W] in fp32, and captions as they are stored.
+    """
+    pairs = list(zip(records, slots, strict=True))
+    chosen = [data.images[r][choice(seed, s, 6, len(data.images[r]))] for r, s in pairs]
+    numbers = [data.caption_numbers[r][choice(seed, s, 5, len(data.caption_numbers[r]))] for r, s in pairs]
+    mean, std = (torch.stack([image[name] for image in chosen]) for name in ("latent_mean", "latent_std"))
+    shape = tuple(mean.shape[1:])
+    noise, posterior = (torch.from_numpy(normals(seed, slots, stream, shape)).float() for stream in (0, 1))
+    return mean + std * posterior, noise, torch.stack([data.captions[number] for number in numbers])

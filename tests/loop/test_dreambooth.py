@@ -104,12 +104,9 @@ def reference_run(model, config: TrainConfig) -> tuple[dict, dict, list[tuple[fl
                 slots = list(range((2 * turn + of) * BATCH, (2 * turn + of + 1) * BATCH))
                 own = torch.arange(turn * BATCH, (turn + 1) * BATCH)
                 records = records_of(seed_of_stream(SEED, of), own, len(shards.images)).tolist()
-                chosen = [shards.images[r][reference.choice(SEED, s, 6, len(shards.images[r]))]
-                          for r, s in zip(records, slots, strict=True)]  # fmt: skip
-                mean, std = (torch.stack([image[name] for image in chosen]) for name in ("latent_mean", "latent_std"))
-                draw = [torch.from_numpy(reference.normals(SEED, slots, k, tuple(mean.shape[1:]))).float() for k in (0, 1)]
+                latents, noise, _ = reference.batch(shards, records, slots, SEED)
                 timesteps = objectives.timesteps(config, SEED, slots, 2 * BATCH * accumulation, count)
-                batches.append((mean + std * draw[1], draw[0], timesteps, states[of].expand(BATCH, -1, -1)))
+                batches.append((latents, noise, timesteps, states[of].expand(BATCH, -1, -1)))
             # As collate_fn has it: the instance's samples, then as many of the class.
             latents, noise, timesteps, conditions = (torch.cat(each) for each in zip(*batches, strict=True))
             epsilon = config.prediction_type == "epsilon"

@@ -44,20 +44,13 @@ def reference_run(model, shards, config: TrainConfig) -> tuple[dict, dict, list[
             first = (step * accumulation + part) * BATCH
             slots = list(range(first, first + BATCH))
             records = records_of(SEED, torch.tensor(slots), len(data.images)).tolist()
-            chosen = [data.images[r][reference.choice(SEED, s, 6, len(data.images[r]))]
-                      for r, s in zip(records, slots, strict=True)]  # fmt: skip
-            numbers = [data.caption_numbers[r][reference.choice(SEED, s, 5, len(data.caption_numbers[r]))]
-                       for r, s in zip(records, slots, strict=True)]  # fmt: skip
-            states = torch.stack([data.captions[number] for number in numbers])
-            mean = torch.stack([image["latent_mean"] for image in chosen])
-            std = torch.stack([image["latent_std"] for image in chosen])
-            shape = mean.shape[1:]
+            latents, noise, states = reference.batch(data, records, slots, SEED)
+            shape = latents.shape[1:]
 
             def draw(stream, shape, slots=slots):
                 return torch.from_numpy(reference.normals(SEED, slots, stream, tuple(shape))).float()
 
-            latents = mean + std * draw(1, shape)
-            noise = draw(0, shape) + config.noise_offset * draw(3, (shape[0], 1, 1))
+            noise = noise + config.noise_offset * draw(3, (shape[0], 1, 1))
             noise = objectives.with_pyramid(config, noise, SEED, slots)
             count = scheduler.config.num_train_timesteps
             timesteps = objectives.timesteps(config, SEED, slots, BATCH * accumulation, count)

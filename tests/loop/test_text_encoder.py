@@ -9,7 +9,6 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel, compute_snr
-from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from transformers import CLIPTextModel
@@ -23,6 +22,7 @@ from engine.loop.trainer import train
 from engine.models.stable_diffusion import StableDiffusion
 from tests import objectives, reference
 from tests.commands import run_two
+from tests.loop.adapters import trained_parameters
 from tests.loop.runs import SLACK, checkpoint_tensors, command, config, published_order, relative_distance
 
 STEPS, BATCH, SEED = 20, 4, 2**40 + 9
@@ -47,12 +47,7 @@ def opened(folder: Path, suffix: str = "") -> torch.nn.ModuleDict:
 def reference_run(model: Path, shards: Path, config: TrainConfig) -> tuple[dict, dict, dict, list[float], list[float]]:
     """Weights at first and at last, averages, losses and gradient norms of a loop of the libraries' parts, at two rates."""
     parts = opened(model).train()
-    if config.lora_rank:
-        parts.requires_grad_(False)
-        torch.manual_seed(SEED)
-        options = {"r": config.lora_rank, "lora_alpha": config.lora_rank, "init_lora_weights": "gaussian"}
-        inject_adapter_in_model(LoraConfig(target_modules=ADAPTED, **options), parts)
-    trained = {name: parameter for name, parameter in parts.named_parameters() if parameter.requires_grad}
+    trained = trained_parameters(parts, config.model_copy(update={"lora_targets": ADAPTED}))
     start = {name: parameter.detach().clone() for name, parameter in trained.items()}
     scheduler, data = DDPMScheduler.from_pretrained(model, subfolder="scheduler"), reference.PlainShards(shards)
     rates = {"unet": config.learning_rate, "text_encoder": config.text_encoder_lr}
@@ -67,17 +62,10 @@ def reference_run(model: Path, shards: Path, config: TrainConfig) -> tuple[dict,
             first = (step * accumulation + part) * BATCH
             slots = list(range(first, first + BATCH))
             records = records_of(SEED, torch.tensor(slots), len(data.images)).tolist()
-            pairs = list(zip(records, slots, strict=True))
-            chosen = [data.images[r][reference.choice(SEED, s, 6, len(data.images[r]))] for r, s in pairs]
-            numbers = [data.caption_numbers[r][reference.choice(SEED, s, 5, len(data.caption_numbers[r]))] for r, s in pairs]
-            mean, std = (torch.stack([image[name] for image in chosen]) for name in ("latent_mean", "latent_std"))
-            noise, posterior = (
-                torch.from_numpy(reference.normals(SEED, slots, stream, tuple(mean.shape[1:]))).float() for stream in (0, 1)
-            )
+            latents, noise, tokens = reference.batch(data, records, slots, SEED)
             timesteps = objectives.timesteps(config, SEED, slots, BATCH * accumulation, scheduler.config.num_train_timesteps)
-            noisy = scheduler.add_noise(mean + std * posterior, noise, timesteps)
-            tokens = torch.stack([data.captions[number].long() for number in numbers])
-            prediction = parts["unet"](noisy, timesteps, parts["text_encoder"](tokens)[0]).sample
+            noisy = scheduler.add_noise(latents, noise, timesteps)
+            prediction = parts["unet"](noisy, timesteps, parts["text_encoder"](tokens.long())[0]).sample
             snr = compute_snr(scheduler, timesteps)
             weights = torch.minimum(snr, torch.full_like(snr, config.snr_gamma)) / snr
             loss = ((prediction - noise).square().mean((1, 2, 3)) * weights).mean() / accumulation

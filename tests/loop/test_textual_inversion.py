@@ -69,17 +69,11 @@ def reference_run(model: Path, run: TrainConfig) -> tuple[torch.Tensor, torch.Te
     for step in range(STEPS):
         slots = list(range(step * BATCH, (step + 1) * BATCH))
         records = records_of(SEED, torch.tensor(slots), len(data.images)).tolist()
-        pairs = list(zip(records, slots, strict=True))
-        chosen = [data.images[r][reference.choice(SEED, s, 6, len(data.images[r]))] for r, s in pairs]
-        numbers = [data.caption_numbers[r][reference.choice(SEED, s, 5, len(data.caption_numbers[r]))] for r, s in pairs]
-        mean, std = (torch.stack([image[name] for image in chosen]) for name in ("latent_mean", "latent_std"))
-        shape = tuple(mean.shape[1:])
-        noise, posterior = (torch.from_numpy(reference.normals(SEED, slots, stream, shape)).float() for stream in (0, 1))
+        latents, noise, tokens = reference.batch(data, records, slots, SEED)
         timesteps = torch.tensor([reference.choice(SEED, s, 2, scheduler.config.num_train_timesteps) for s in slots])
-        noisy = scheduler.add_noise(mean + std * posterior, noise, timesteps)
-        tokens = torch.stack([data.captions[number].long() for number in numbers])
+        noisy = scheduler.add_noise(latents, noise, timesteps)
         assert {tuple(row.tolist()) for row in tokens[:, 1:3]} == {tuple(new)}
-        loss = (unet(noisy, timesteps, text_encoder(tokens)[0]).sample - noise).square().mean()
+        loss = (unet(noisy, timesteps, text_encoder(tokens.long())[0]).sample - noise).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
