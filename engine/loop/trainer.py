@@ -154,14 +154,19 @@ def _train(config: TrainConfig, processes: Processes) -> int:
             with busy(f"Uploading to {repository}"):
                 push_to_hub(config, family, repository)
     if processes.is_first and not config.quiet:
-        if finished:
-            ended = f" of {run.steps}: {training.why_early}" if training.ends_early else ""
-            result, place = result_of(config, family)
-            print(f"Trained {training.step} steps{ended}; the {result} is in {place}{training.where_best}")
-        else:
-            saved = output / checkpoint_name(training.step)
-            print(f"Stopped after step {training.step}, saved in {saved}; continue with --resume_from_checkpoint latest")
+        print(_ending(training, finished))
     return 0
+
+
+def _ending(training: "Training", finished: bool) -> str:
+    """What a run did, and where that is."""
+    config, step = training.config, training.step
+    if not finished:
+        saved = Path(config.output_dir) / checkpoint_name(step)
+        return f"Stopped after step {step}, saved in {saved}; continue with --resume_from_checkpoint latest"
+    ended = f" of {training.run.steps}: {training.why_early}" if training.ends_early else ""
+    result, place = result_of(config, training.family)
+    return f"Trained {step} steps{ended}; the {result} is in {place}{training.where_best}"
 
 
 @contextlib.contextmanager
