@@ -494,10 +494,9 @@ def test_a_model_that_is_none_is_named(entries, said, tmp_path, monkeypatch):
 def test_what_cannot_be_drawn_is_refused_in_one_line(arguments, named, model, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sample", "--model", str(model), "--prompts", "x", *arguments])
     assert exit_code("engine.sample", sample.main) == 2
-    said = capsys.readouterr().err
+    (said,) = (line for line in capsys.readouterr().err.splitlines() if not line.endswith(" ..."))  # of what takes long
     assert said.startswith("engine.sample: error: ")
     assert named in said
-    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize(("family", "wrong", "nearest"), [("wuerstchen", 100, 128), ("kandinsky-prior", 33, 32)])

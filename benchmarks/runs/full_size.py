@@ -88,9 +88,11 @@ def apart(work: Callable[..., None], *arguments: Any) -> None:
 
 def command(directory: Path, **more: Any) -> list[str]:
     options = json.loads((directory / "options.json").read_text()) | more
-    arguments = [f"--{name}={value}" for name, value in options.items() if not isinstance(value, bool) and value is not None]
+    single = {name: value for name, value in options.items() if value is not None and not isinstance(value, bool | list)}
+    arguments = [f"--{name}={value}" for name, value in single.items()]
+    lists = [word for name, value in options.items() if isinstance(value, list) for word in (f"--{name}", *value)]
     switches = [f"--{name}" for name, value in options.items() if value is True]
-    return [sys.executable, "-m", "engine.run", *arguments, *switches]
+    return [sys.executable, "-m", "engine.run", *arguments, *lists, *switches]
 
 
 def phase(output: Path, first: str, last_step: int | None) -> str:

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from engine.kernels import adamw_ema_, add_noise, diffusion_loss, square_sum
+from engine.kernels import adamw_ema_, add_noise, diffusion_loss, lion_ema_, square_sum
 from engine.kernels.group_norm_silu import _backward, _forward
 from tests.kernels.cases import run_kernels
 
@@ -26,13 +26,16 @@ def arguments_of(name: str, device: str) -> tuple:
         "adamw_ema_": (
             adamw_ema_, *flat, None, None, random(1), random(1), random(1), random(1), 0.9, 0.999, 1e-8, 0.0,
         ),
+        "lion_ema_": (lion_ema_, *flat[:3], None, None, random(1), random(1), random(1), random(1), 0.9, 0.99, 0.0),
         "square_sum": (square_sum, flat[0]),
         "group_norm_silu": (_forward, x, affine, affine.clone(), 4, 1e-5, True),
         "group_norm_silu_backward": (_backward, x, x.clone(), affine, affine.clone(), statistic, statistic.clone(), 4, True),
     }[name]  # fmt: skip
 
 
-OPERATIONS = ["add_noise", "diffusion_loss", "adamw_ema_", "square_sum", "group_norm_silu", "group_norm_silu_backward"]
+OPERATIONS = [
+    "add_noise", "diffusion_loss", "adamw_ema_", "lion_ema_", "square_sum", "group_norm_silu", "group_norm_silu_backward",
+]  # fmt: skip
 
 
 def test_every_operation_of_ours_is_among_them():
