@@ -130,15 +130,10 @@ def _optimizer_cases() -> list[Case]:
              "Lion, bf16 masters": (True, True)}  # fmt: skip
     cases = []
     for variant, (lion, rounds) in kinds.items():
-        constants = {
-            "LION": lion,
-            "ROUNDS": rounds,
-            "HAS_WEIGHTS": not rounds,
-            "HAS_EMA": True,
-            "BLOCK": BLOCK,
-            "VECTOR": VECTOR,
-        }
-        options = {"enable_fp_fusion": False} if rounds else {}
+        constants: dict[str, Any] = {
+            "LION": lion, "ROUNDS": rounds, "HAS_WEIGHTS": not rounds, "HAS_EMA": True, "BLOCK": BLOCK, "VECTOR": VECTOR,
+        }  # fmt: skip
+        options: dict[str, Any] = {"enable_fp_fusion": False} if rounds else {}
         in_bf16 = ("master", "exp_avg", "exp_avg_sq") if rounds else ()
         integers = {"elements": 859_520_964}
         cases.append(Case(adamw_ema_kernel, variant, constants, ("gradient", "weights"), integers, options, in_bf16=in_bf16))
