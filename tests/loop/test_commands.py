@@ -93,6 +93,7 @@ def test_a_signal_saves_and_leaves(number, model, images, shards, tmp_path):
 
 
 def test_a_second_interrupt_ends_at_once(capfd):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background has not
     stop = StopSignal(Processes())
     signal.raise_signal(signal.SIGINT)
     assert stop.agreed()
@@ -101,6 +102,7 @@ def test_a_second_interrupt_ends_at_once(capfd):
         signal.raise_signal(signal.SIGINT)
     stop.close()
     stop.release()
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_process_that_was_told_to_stop_is_not_ended_by_being_told_again():
