@@ -28,12 +28,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.tools.cost import FlashAttention, operations
 from benchmarks.tools.published import CHECKPOINTS, trained_model, write
 from engine.models import training_form
 from engine.models.family import Family, open_family
-from engine.models.training_form import Form, alphas_of, to_training_form
+from engine.models.training_form import Form, to_training_form
 
 FORMS: dict[str, Form | None] = {"full": Form(), "peft": None, "apart": Form(projections=False), "stacked": Form()}
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "convolution", "convolution_backward"}
@@ -57,20 +57,6 @@ class _Kernels(TorchDispatchMode):
         return result
 
 
-class _Attention(torch.autograd.Function):
-    """Attention as one kernel."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        result = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, result)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
-
-
 class _OneAttention(TorchFunctionMode):
     """Counts 4 operations for each pair of positions and number of a head, and twice as many for the backward pass."""
 
@@ -82,7 +68,7 @@ class _OneAttention(TorchFunctionMode):
         query, key, value = args or (kwargs["query"], kwargs["key"], kwargs["value"])
         pairs = math.prod(query.shape) * key.shape[-2]
         self.flops += pairs * (12 if query.requires_grad else 4)
-        return _Attention.apply(query, key, value)
+        return FlashAttention.apply(query, key, value)
 
 
 def brought_into(form: str, model: Any, family: Family) -> Any:
@@ -97,7 +83,7 @@ def brought_into(form: str, model: Any, family: Family) -> Any:
 
 def count(family: Family, model: Any) -> dict[str, int]:
     """What a forward and a backward pass of one sample take."""
-    trained, adapted = [parameter for parameter in model.parameters() if parameter.requires_grad], bool(alphas_of(model))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}  # by storage, which lives as long as its tensor
 
@@ -113,15 +99,13 @@ def count(family: Family, model: Any) -> dict[str, int]:
         record = {name: torch.empty(1, *field.shape, dtype=field.dtype) for name, field in fields.items()}
         record = {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in record.items()}
     kernels, attention = _Kernels(), _OneAttention()
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, kernels:
+    with torch.device("meta"), operations() as counter, kernels:
         with attention, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             prediction = family.predict(model, record[encoding.mean], timesteps, record)
-        forward = counter.get_total_flops()
         torch.autograd.grad(prediction, trained, torch.empty_like(prediction), materialize_grads=True)
     return {
         "trained": sum(parameter.numel() for parameter in trained),
-        # torch counts the weights' gradients of a grouped convolution as if it had no groups; all of them are a forward pass.
-        "flops": (counter.get_total_flops() if adapted else 3 * forward) + attention.flops,
+        "flops": counter.get_total_flops() + attention.flops,
         "products": kernels.products,
         "kernels": kernels.kernels,
         "moved_bytes": kernels.moved,

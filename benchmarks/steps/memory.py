@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
+from benchmarks.tools.cost import FlashAttention, operations
 from benchmarks.tools.published import CHECKPOINTS, trained_model, write
 from benchmarks.tools.question import command_line
 from benchmarks.tools.rows import Rows
@@ -49,22 +49,8 @@ WAYS: list[dict[str, Any]] = [  # to train; options that a family lacks are left
 EXPECTED_SECONDS = 60
 
 
-class _Flash(torch.autograd.Function):
-    """Attention that computes nothing and keeps what a Flash kernel keeps: its inputs and output, and a number per query."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        result = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]).transpose(1, 2)
-        ctx.save_for_backward(query, key, value, result, query.new_empty(query.shape[:-1], dtype=torch.float32))
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
-
-
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-    return _Flash.apply(query, key, value)
+    return FlashAttention.apply(query, key, value)
 
 
 class _Peak(TorchDispatchMode):
@@ -120,7 +106,7 @@ def count(checkpoint: str, options: dict[str, Any]) -> dict[str, Any]:
         model = trained_model(checkpoint).train()
         family.ready_to_train(model)
         trained: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _backward_flops}) as flops:
+        with operations() as flops:
             differentiate(family, model, trained, 1)
         peaks = {}
         for batch in BATCHES:
@@ -133,12 +119,6 @@ def count(checkpoint: str, options: dict[str, Any]) -> dict[str, Any]:
         "trained": numbers, "flops": float(flops.get_total_flops()), "weight_bytes": _bytes_of(model), "state_bytes": beside,
         **{f"bytes_{batch}": peak + beside for batch, peak in peaks.items()},
     }  # fmt: skip
-
-
-def _backward_flops(gradient: Any, x: Any, weight: Any, *rest: Any, **_: Any) -> int:
-    """A convolution's backward pass: each gradient as many as its forward pass, where torch forgets groups."""
-    transposed, _, _, wanted = rest[-4:]
-    return conv_flop_count(x, weight, gradient, transposed) * sum(wanted[:2])
 
 
 def _bytes_of(model: Any) -> int:

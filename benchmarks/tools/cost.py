@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from benchmarks.tools.published import trained_model, write
 from engine.loop.flops import forward_flops, forward_on_meta, text_flops
@@ -72,6 +74,31 @@ class OneAttention(TorchFunctionMode):
         result = query.new_empty(*query.shape[:-1], value.shape[-1])
         self.traffic.add(query, key, value, result)
         return result
+
+
+class FlashAttention(torch.autograd.Function):
+    """Attention that computes nothing and keeps what a Flash kernel keeps: its inputs and output, and a number per query."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        result = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, result, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def operations() -> FlopCounterMode:
+    """torch's counter of operations, which forgets groups in the backward pass of a convolution, mended."""
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _backward_flops})
+
+
+def _backward_flops(gradient: Any, x: Any, weight: Any, *rest: Any, **_: Any) -> int:
+    """Each gradient takes as many operations as the forward pass."""
+    transposed, _, _, wanted = rest[-4:]
+    return conv_flop_count(x, weight, gradient, transposed) * sum(wanted[:2])
 
 
 def count(family: Family, model: Any) -> Cost:

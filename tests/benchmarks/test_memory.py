@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.steps import memory
+from benchmarks.tools.cost import operations
 
 CHECKPOINT = "Kandinsky 2.2 prior"
 
@@ -39,8 +39,7 @@ def test_the_peak_counts_what_lives_at_a_time():
 
 
 def test_the_backward_pass_of_a_convolution_in_groups_costs_two_forward_passes():
-    mapping = {torch.ops.aten.convolution_backward: memory._backward_flops}
-    with torch.device("meta"), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    with torch.device("meta"), operations() as counter:
         x, weight = torch.empty(2, 8, 10, 10, requires_grad=True), torch.empty(8, 1, 3, 3, requires_grad=True)
         y = torch.nn.functional.conv2d(x, weight, groups=8)
         forward = counter.get_total_flops()
