@@ -288,11 +288,7 @@ lion_ema_.register_kernel("cuda")(on_its_device(launch_lion_ema_))
 lion_ema_.register_kernel("cpu")(cpu.or_else(reference_lion_ema_)(cpu.run_lion_ema_))
 
 
-@adamw_ema_.register_fake
-def _(*arguments, **named):
-    return None
-
-
 @lion_ema_.register_fake
+@adamw_ema_.register_fake
 def _(*arguments, **named):
     return None

@@ -398,18 +398,9 @@ def test_the_command_merges_and_keeps_all_else_to_the_bit(pipelines, tmp_path, m
     adapter = make_adapter(open_(base), ("unet",))
     write_adapter(tmp_path / "style.safetensors", adapter, "kohya")
     before = digest_folder(base)
-    run(
-        monkeypatch,
-        "--model",
-        base,
-        "--merge",
-        tmp_path / "style.safetensors",
-        "--scale",
-        0.5,
-        "--output",
-        tmp_path / "new" / "out",
-    )
+    merging = ("--model", base, "--merge", tmp_path / "style.safetensors")
     out = tmp_path / "new" / "out"
+    run(monkeypatch, *merging, "--scale", 0.5, "--output", out)
     assert digest_folder(base) == before
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in base.iterdir())
     for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
@@ -422,17 +413,7 @@ def test_the_command_merges_and_keeps_all_else_to_the_bit(pipelines, tmp_path, m
         assert tensor.dtype == torch.float16
         assert torch.equal(tensor, old[name]) == (name not in changed)
 
-    run(
-        monkeypatch,
-        "--model",
-        base,
-        "--merge",
-        tmp_path / "style.safetensors",
-        "--dtype",
-        "fp32",
-        "--output",
-        tmp_path / "fp32",
-    )
+    run(monkeypatch, *merging, "--dtype", "fp32", "--output", tmp_path / "fp32")
     for part in ("unet", "vae", "text_encoder"):
         file = next((tmp_path / "fp32" / part).glob("*.safetensors"))
         assert {tensor.dtype for tensor in load_file(file).values() if tensor.is_floating_point()} == {torch.float32}
