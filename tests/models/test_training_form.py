@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import PriorTransformer, UNet2DConditionModel
 from diffusers.models.upsampling import Upsample2D
 from diffusers.pipelines.wuerstchen import WuerstchenPrior
@@ -13,12 +14,14 @@ from engine.models import training_form
 from engine.models.training_form import (
     SHIPPED,
     ChannelsLastConv2d,
+    ChannelsLastGradient,
     Form,
     FusedAttention,
     GroupNorm,
     ResnetBlock,
     Transformer,
     Upsample,
+    doubled,
     to_published_form,
     to_training_form,
 )
@@ -101,6 +104,26 @@ def test_the_published_form_comes_back_exactly(family, model, published):
     assert all(torch.equal(back[name], start[name]) for name in start)
     flat = {name: parameter.reshape(-1) for name, parameter in parameters.items()}
     assert all(torch.equal(value, start[name]) for name, value in published_order(theirs, flat).items())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_doubling_in_a_compiled_model_is_interpolation_with_the_same_gradient(compiled):
+    image = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
+    gradient = torch.randn(2, 3, 8, 10)
+    ours = (torch.compile(doubled) if compiled else doubled)(image)
+    theirs = F.interpolate(image, scale_factor=2.0, mode="nearest")
+    assert torch.equal(ours, theirs)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(*(torch.autograd.grad(y, image, gradient)[0] for y in (ours, theirs)))
+
+
+def test_a_convolution_is_given_its_gradient_channels_last():
+    image = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
+    convolved, seen = image * 2, []
+    convolved.register_hook(seen.append)
+    ChannelsLastGradient.apply(convolved).backward(torch.ones(2, 3, 4, 5))
+    assert [gradient.is_contiguous(memory_format=torch.channels_last) for gradient in seen] == [True]
+    assert torch.equal(image.grad, torch.full_like(image, 2))
 
 
 def test_projections_stay_apart_for_another_attention(model, published):
