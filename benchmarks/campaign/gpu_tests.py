@@ -1,8 +1,9 @@
 """Do the tests pass on this machine? `python -m benchmarks.campaign.gpu_tests [--json FILE] [--minutes M] [--suites NAME...]`
 
-Each suite is a pytest of its own: what is marked `gpu`, and the kernels, which run as compiled code on a GPU and in Triton's
-interpreter on a CPU. Several processes share its tests, because most of their time is compiling on one core: the kernels' alone
-compile some 400 variants. A process that dies names the test that it died in.
+Each suite is a pytest of its own: what is marked `gpu`; the kernels, which run as compiled code on a GPU and in Triton's
+interpreter on a CPU; and replayed steps, from CUDA graphs on a GPU and from recordings on a CPU. Several processes share its
+tests, because most of their time is compiling on one core: the kernels' alone compile some 400 variants. A process that dies
+names the test that it died in.
 """
 
 import io
@@ -20,14 +21,16 @@ from benchmarks.tools.rows import Rows
 from benchmarks.tools.tables import markdown
 
 SHARED = ["-n", "8", "--dist", "worksteal"]
+MARKED = sorted(str(path) for path in Path("tests").rglob("test_*.py") if "pytest.mark.gpu" in path.read_text())
 # Suite -> arguments of pytest, and seconds that it takes on an H100 (assumed: from its time on two CPU cores). What compiles
 # for other machines needs no GPU.
 SUITES: dict[str, tuple[list[str], float]] = {
-    "marked gpu": ([*SHARED, "-m", "gpu", "tests"], 90),
-    "kernels": ([*SHARED, "--ignore=tests/kernels/test_ahead_of_time.py", "tests/kernels"], 60),
+    "marked gpu": ([*SHARED, "-m", "gpu", *MARKED], 60),
+    "kernels": ([*SHARED, "--ignore=tests/kernels/test_ahead_of_time.py", "tests/kernels"], 45),
+    "graphs": ([*SHARED, "-m", "not gpu", "-k", "replayed or captured or graphs", "tests/loop"], 45),
     "small": (["tests/test_errors.py"], 5),
 }
-DEFAULT = ["marked gpu", "kernels"]
+DEFAULT = ["marked gpu", "kernels", "graphs"]
 HANGS = 90  # seconds after which a test that still runs prints where it is
 TRACE = 3000  # characters of a failure that are kept
 SHOWN, LINES = 5, 20  # failures whose last lines are shown: those after them mostly come of the first

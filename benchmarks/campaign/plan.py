@@ -60,9 +60,9 @@ def waterfall(name: str, checkpoint: str, tiny: str, seconds: float, *few: str) 
 
 PLAN = [
     Part(
-        "gpu tests", "Do the tests that need a GPU, and those of the kernels, pass?",
+        "gpu tests", "Do the tests that need a GPU, and those of the kernels and graphs, pass?",
         module("campaign.gpu_tests"), module("campaign.gpu_tests", "--suites", "small"), 150,
-        "90 s for what is marked gpu, 60 s for the kernels' tests", limit=240,
+        "60 s for what is marked gpu, 45 s each for the tests of kernels and graphs, by 8 processes", limit=240,
     ),
     Part(
         "host waits", "Does a step of one process make the host wait for the GPU?",

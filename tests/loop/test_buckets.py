@@ -13,6 +13,7 @@ from engine.data.format.buckets import Buckets, read_indexes
 from engine.data.format.index import BUCKETS
 from engine.errors import UserError
 from engine.loop.trainer import train
+from tests.commands import ON_GPU
 from tests.loop.runs import checkpoint_tensors
 from tests.loop.test_families import losses
 
@@ -38,6 +39,7 @@ def run(family: str, published, data: Path, output: Path, **options) -> TrainCon
         "family": family, **published(family), "train_data_dir": str(data), "output_dir": str(output), "buckets": True,
         "resolution": resolution, "bucket_step": step, "shard_records": 2, "train_batch_size": 2, "max_train_steps": 6,
         "seed": 3, "log_every": 1, "report_to": "none", "checkpointing_steps": 3, "learning_rate": 1e-3,
+        "deterministic": ON_GPU,
     }  # fmt: skip
     return load(TrainConfig, values | options)
 

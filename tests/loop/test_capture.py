@@ -25,6 +25,7 @@ from tests.loop.runs import checkpoint_tensors, config
 from tests.loop.test_families import config as family_config
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 
 def lines(output) -> list[tuple[float, float]]:
@@ -177,13 +178,13 @@ def test_a_new_shape_has_the_memory_of_the_graphs_first(recorded):
     def function(batch, last):
         return batch.record["x"].flatten(1).sum(1) + last, [batch.record["x"].mean((0, 2))]
 
-    captured = capture.Captured(function, Processes(device=torch.device("cpu")), [(False,), (True,)])
+    captured = capture.Captured(function, Processes(device=DEVICE), [(False,), (True,)])
     graphs, places = [], set()
     for number, width in enumerate([2, 2, 2, 3, 2, 3, 4, 4, 3, 2]):
-        x = torch.full((5, 3, width), float(number))
+        x = torch.full((5, 3, width), float(number), device=DEVICE)
         for last in (False, True):
             if last or width != 4:  # kinds warm up in whatever shape
-                batch = Batch({"x": x}, torch.zeros(1), torch.zeros(1), torch.zeros(5, 1), torch.zeros(1))
+                batch = Batch({"x": x}, *(torch.zeros(1, device=DEVICE) for _ in range(4)))
                 loss, (mean,) = captured(batch, last)
                 assert torch.equal(loss, x.flatten(1).sum(1) + last)
                 assert torch.equal(mean, x.mean((0, 2)))
@@ -196,12 +197,12 @@ def test_a_new_shape_has_the_memory_of_the_graphs_first(recorded):
 
 
 def test_what_shares_a_pool_gives_it_back_before_another_runs_as_it_is(recorded):
-    processes, batch = Processes(device=torch.device("cpu")), Batch({"x": torch.ones(2)}, *(torch.zeros(1) for _ in range(4)))
+    processes, batch = Processes(device=DEVICE), Batch({"x": torch.ones(2, device=DEVICE)}, *torch.zeros(4, 1, device=DEVICE))
     step = capture.Captured(lambda batch: batch.record["x"] * 2, processes)
     other = capture.Captured(lambda batch: batch.record["x"] * 3, processes, beside=step)
     graphs = []
     for captured in [step] * 4 + [other] * 4 + [step, other]:
-        assert torch.equal(captured(batch), torch.full((2,), 2.0 if captured is step else 3.0))
+        assert captured(batch).tolist() == [2.0 if captured is step else 3.0] * 2
         graphs.append((step.graphs, other.graphs))
     assert graphs == [(0, 0)] * 3 + [(1, 0)] + [(0, 0)] * 3 + [(0, 1), (1, 1), (1, 1)]
     other.release()

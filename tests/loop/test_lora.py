@@ -108,6 +108,7 @@ def same_state(ours: Path, theirs: Path) -> bool:
     return all(torch.equal(one[name], other[name]) for one, other in pairs for name in one | other)
 
 
+@pytest.mark.two_processes
 def test_two_processes_train_what_one_does(model, images, shards, tmp_path):
     options = {"lora_rank": 4, "max_train_steps": 4, "zero_stage": 2, "lora_targets": ["to_q", "to_v", "to_out.0"]}
     assert train(config(model, images, shards, tmp_path / "one", **options)) == 0
