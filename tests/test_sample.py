@@ -35,6 +35,13 @@ ARGUMENTS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def commands_draw_on_the_cpu(monkeypatch):
+    """As the pipelines do that their images are compared with."""
+    device = sample._device
+    monkeypatch.setattr(sample, "_device", lambda name: device(name or "cpu"))
+
+
 @pytest.fixture(scope="module")
 def opened(published):
     """Whole pipelines by family, each opened once."""
@@ -82,6 +89,21 @@ def test_all_that_draws_is_one_compiled_graph_each_and_in_the_form_of_training(f
     after = pixels(pipeline, wanted, 2, fill=True, **ARGUMENTS[family])
     assert abs(after - before).max() <= 1
     assert len(compiled) == (2 if family == "sd" else 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", HALVES)
+def test_images_replayed_from_graphs_are_those_of_single_kernels(family, published):
+    ours, other = (published(family)[name] if name else None for name in HALVES[family])
+    pipeline = open_pipeline(ours, other, torch.float32).to("cuda")
+    pipeline.set_progress_bar_config(disable=True)
+    wanted = [Wanted("a cat", 0), Wanted("a cat", 1), Wanted("a dog", 2)]
+    before = pixels(pipeline, wanted, 2, **ARGUMENTS[family])
+    drawing.speed_up(pipeline)
+    drawing.compile_models(pipeline, 1)
+    for _ in range(2):  # the first calls run as they are, and are captured
+        assert abs(pixels(pipeline, wanted, 2, fill=True, **ARGUMENTS[family]) - before).max() <= 1
+    torch._dynamo.reset()
 
 
 def test_results_of_compiled_models_stay_when_the_next_are_written_over_them():
