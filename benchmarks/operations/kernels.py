@@ -4,14 +4,15 @@ Each operation runs at the shapes of the families, beside
 
 - `script`: what the diffusers scripts do with torch's own operations and random numbers: draw the noise, keep it, combine; for
   the loss, the squared error against the noise that was kept, its mean, and its gradient by autograd; group normalisation and
-  SiLU with their backward passes; the norm of a gradient by `torch.linalg.vector_norm`;
+  SiLU, and GELU, GlobalResponseNorm and dropout, with their backward passes; the norm of a gradient by
+  `torch.linalg.vector_norm`;
 - `eager`: the operation's reference in plain torch, with the same counter-based random numbers;
-- `compiled`: that reference (group normalisation: the script's operations) under torch.compile;
+- `compiled`: that reference (normalisations: the script's operations) under torch.compile;
 - `plain`: of the loss with Huber's or with a mask, the same operation without.
 
 Medians of turns that alternate; on a GPU of replays of a graph of the calls (`benchmarks.tools.timing`). `copy` is the share of
-a copy's bandwidth: the bytes that must move once, against a copy of the same size on this device. On a CPU, group normalisation
-and the norm are the reference itself: these kernels are for GPUs.
+a copy's bandwidth: the bytes that must move once, against a copy of the same size on this device. On a CPU, normalisations and
+the norm are the reference itself: these kernels are for GPUs.
 """
 
 import sys
@@ -26,15 +27,16 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 
 # isort: split
 import torch.nn.functional as F
+from diffusers.pipelines.wuerstchen.modeling_wuerstchen_common import GlobalResponseNorm
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.tools.charts import BLUE, GREY, RED, save
 from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
 from benchmarks.tools.timing import Work, compare
-from engine.kernels import add_noise, diffusion_loss, group_norm_silu, square_sum
+from engine.kernels import add_noise, diffusion_loss, gelu_response_norm, group_norm_silu, square_sum
 from engine.kernels.add_noise import per_sample, reference_add_noise
 from engine.kernels.diffusion_loss import reference_diffusion_loss
 from engine.kernels.square_sum import reference_square_sum
@@ -56,6 +58,8 @@ ACTIVATIONS: Shapes = {
     "decoder, 384 channels, 96 x 96": (16, 384, 96, 96), "decoder, 1152 channels, 24 x 24": (16, 1152, 24, 24),
 }  # fmt: skip
 SMALL_ACTIVATIONS: Shapes = {"small": (2, 64, 8, 8)}
+HIDDEN_STATES: Shapes = {"Wuerstchen, 6144 channels, 24 x 24": (16, 24, 24, 6144)}
+SMALL_HIDDEN_STATES: Shapes = {"small": (2, 4, 4, 64)}
 GRADIENTS: Shapes = {"SD, 860 M parameters": (859_520_964,)}
 SMALL_GRADIENTS: Shapes = {"small": (1_000_000,)}
 
@@ -139,6 +143,33 @@ def group_norm_works(shape: tuple[int, ...], dtype: torch.dtype, device: torch.d
     }
 
 
+def response_norm_works(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Works]:
+    """What lies between the linear layers of Wuerstchen's residual block, in training: forward alone, and with backward."""
+    u = torch.randn(shape, device=device).to(dtype).requires_grad_()
+    norm, upstream = GlobalResponseNorm(shape[-1]).to(device, dtype), torch.randn_like(u)
+    script = nn.Sequential(nn.GELU(), norm, nn.Dropout(0.1))
+    compiled = torch.compile(script)
+
+    def ours(u: Tensor) -> Tensor:
+        return gelu_response_norm(u, norm.gamma.flatten(), norm.beta.flatten(), 0.1)
+
+    def forward(function: Callable[..., Tensor]) -> Callable[[], Any]:
+        @torch.no_grad()
+        def work() -> Tensor:
+            return function(u)
+
+        return work
+
+    def backward(function: Callable[..., Tensor]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(function(u), (u, norm.gamma, norm.beta), upstream)
+
+    sides: dict[str, Callable[..., Tensor]] = {"engine": ours, "script": script, "compiled": compiled}
+    return {
+        "gelu_response_norm": {side: forward(function) for side, function in sides.items()},
+        "gelu_response_norm, both passes": {side: backward(function) for side, function in sides.items()},
+    }
+
+
 def square_sum_works(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Works]:
     gradient = torch.randn(shape, device=device).to(dtype)
     return {
@@ -150,10 +181,11 @@ def square_sum_works(shape: tuple[int, ...], dtype: torch.dtype, device: torch.d
 
 
 # How often the elements must move: add_noise reads mean and std and writes; the loss reads and writes; normalisation reads and
-# writes, and with its backward pass reads x and the gradient again and writes another; the norm reads.
+# writes, and with its backward pass reads x and the gradient again and writes another; response normalisation, whose statistics
+# are of a whole sample, reads twice each time; the norm reads.
 MOVES = {
     "add_noise": 3, "diffusion_loss": 2, "diffusion_loss, Huber": 2, "diffusion_loss, masked": 2, "group_norm_silu": 2,
-    "group_norm_silu, both passes": 5, "square_sum": 1,
+    "group_norm_silu, both passes": 5, "gelu_response_norm": 3, "gelu_response_norm, both passes": 8, "square_sum": 1,
 }  # fmt: skip
 
 
@@ -176,6 +208,9 @@ def measure(small: bool, compiled: bool, device: torch.device, rows: Rows | None
         for name, shape in (SMALL_ACTIVATIONS if small else ACTIVATIONS).items():
             operations = ("group_norm_silu", "group_norm_silu, both passes")
             cases.append((operations, name, shape, dtype, "channels_last", partial(group_norm_works, shape, dtype, device)))
+        for name, shape in (SMALL_HIDDEN_STATES if small else HIDDEN_STATES).items():
+            operations = ("gelu_response_norm", "gelu_response_norm, both passes")
+            cases.append((operations, name, shape, dtype, "contiguous", partial(response_norm_works, shape, dtype, device)))
         for name, shape in (SMALL_GRADIENTS if small else GRADIENTS).items():
             cases.append((("square_sum",), name, shape, dtype, "flat", partial(square_sum_works, shape, dtype, device)))
     measured = []

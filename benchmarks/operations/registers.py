@@ -28,6 +28,14 @@ from triton.compiler import ASTSource
 from engine.kernels.adamw_ema import BLOCK, VECTOR, adamw_ema_kernel
 from engine.kernels.add_noise import add_noise_kernel
 from engine.kernels.diffusion_loss import diffusion_loss_kernel
+from engine.kernels.gelu_response_norm import (
+    dropped_of,
+    gelu_norms_kernel,
+    gelu_response_backward_kernel,
+    gelu_response_norm_kernel,
+    gelu_response_sums_kernel,
+    tilings,
+)
 from engine.kernels.group_norm_silu import group_norm_silu_backward_kernel, group_norm_silu_kernel, tiling
 from engine.kernels.layout import positions_of, strides, tile
 from engine.kernels.square_sum import BLOCK as SQUARE_SUM_BLOCK
@@ -124,6 +132,24 @@ def _group_norm_cases(dtype: str, target: str) -> list[Case]:
     return found
 
 
+def _response_norm_cases(dtype: str) -> list[Case]:
+    """At Wuerstchen's 6,144 channels and 24 x 24 positions, with its dropout and without."""
+    adding, writing = tilings(6144, _TORCH_DTYPES[dtype])
+    affine, tensors = ("gamma", "beta"), ("y_gradient", "u", "u_gradient", "y")
+    found = []
+    for kernel, tiling_of in (
+        (gelu_norms_kernel, adding), (gelu_response_norm_kernel, writing),
+        (gelu_response_sums_kernel, adding), (gelu_response_backward_kernel, writing),
+    ):  # fmt: skip
+        options = {"num_warps": tiling_of["num_warps"]}
+        constants = {name: value for name, value in tiling_of.items() if name not in options}
+        moved = constants["ROWS"] * constants["WIDTH"]
+        drops = {"dropout": {"DROPPED": dropped_of(0.1)}, "no dropout": {"DROPPED": 0}}
+        for variant, chance in (drops if "DROPPED" in kernel.arg_names else {"any": {}}).items():
+            found.append(Case(kernel, variant, constants | chance, affine + tensors, {"positions": 576}, options, moved))
+    return found
+
+
 def _optimizer_cases() -> list[Case]:
     """AdamW, as most runs have it, and Lion; then both on bf16 weights, which need no second copy."""
     kinds = {"any count": (False, False), "Lion": (True, False), "bf16 masters": (False, True),
@@ -149,7 +175,7 @@ _CASES = [
 
 
 def cases(dtype: str, target: str) -> list[Case]:
-    return _CASES + _group_norm_cases(dtype, target)
+    return _CASES + _group_norm_cases(dtype, target) + _response_norm_cases(dtype)
 
 
 def compile_case(case: Case, dtype: str, target: GPUTarget) -> Any:

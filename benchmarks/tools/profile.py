@@ -33,7 +33,7 @@ _ONLY_MOVES = (
 # it, so that its own come before the libraries'. Operators of the CPU have their category by the same rules.
 _RULES = [(name, re.compile(pattern)) for name, pattern in (
     ("norms", r"group_norm|layer_norm|batch_norm|var_mean|GroupNorm|LayerNorm|RowwiseMoments|GammaBeta|cuCompute\w*Grad"
-              r"|ComputeInternalGradients|Compute(Backward)?FusedParams"),
+              r"|ComputeInternalGradients|Compute(Backward)?FusedParams|gelu_norms|gelu_response"),
     ("convolutions", r"^triton_tem_\w*conv"),
     ("matrix products", r"^triton_tem_"),
     ("copies", rf"^triton_poi_fused(_({_ONLY_MOVES}))+_\d+$"),

@@ -52,6 +52,9 @@ KERNELS = {
         "void at::native::(anonymous namespace)::RowwiseMomentsCUDAKernel<c10::BFloat16, float, int>(...)",
         "void at::native::vectorized_elementwise_kernel<4, at::native::(anonymous namespace)::GroupNormKernelImplInter...",
         "engine::group_norm_silu",
+        "gelu_norms_kernel",
+        "gelu_response_sums_kernel",
+        "engine::gelu_response_norm",
     ],
     "pointwise": [
         "triton_poi_fused_add_convolution_silu_31",

@@ -35,12 +35,17 @@ VARIANTS = {
     "square_sum": ["any count"],
     "group_norm_silu": ["10 per group", "40 per group", "36 per group"],
     "group_norm_silu_backward": ["10 per group", "40 per group", "36 per group"],
+    "gelu_norms": ["any"],
+    "gelu_response_norm": ["dropout", "no dropout"],
+    "gelu_response_sums": ["dropout", "no dropout"],
+    "gelu_response_backward": ["dropout", "no dropout"],
 }  # fmt: skip
 # What each reads once per program beside its tiles: coefficients, seeds, statistics, affine parameters. Of a mask a thread's 8
 # elements are 64 bits.
 # The optimizer's two also read their last elements one by one.
 SCALAR_LOADS = {"add_noise": 4, "diffusion_loss": 8, "adamw_ema": 15, "square_sum": 1, "group_norm_silu": 3,
-                "group_norm_silu_backward": 4}  # fmt: skip
+                "group_norm_silu_backward": 4, "gelu_norms": 0, "gelu_response_norm": 2, "gelu_response_sums": 4,
+                "gelu_response_backward": 3}  # fmt: skip
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -102,3 +107,14 @@ def test_normalisation_takes_half_the_instructions_that_it_took(report):
     assert sum(instructions for instructions, _ in loops["group_norm_silu_backward"]) <= 1408 * 0.55
     assert [special for _, special in loops["group_norm_silu"]] == [0, 17]
     assert [special for _, special in loops["group_norm_silu_backward"]] == [17, 17]
+
+
+def test_dropouts_numbers_and_the_activation_take_few_instructions(report):
+    """Per 16 elements and thread in bf16 on sm_90, where 4.3 TB/s leave time at full issue for 13.8 instructions for each 2
+    bytes (132 multiprocessors of 4 schedulers, 1.75 GHz); erf alone takes 30."""
+    bounds = {"gelu_norms": 1, "gelu_response_norm": 2, "gelu_response_sums": 2, "gelu_response_backward": 3}
+    for kernel, tensors in bounds.items():
+        row = next(row for row in report if (row["kernel"], row["target"], row["dtype"]) == (kernel, "sm_90", "bf16"))
+        ((instructions, special),) = row["loops"]
+        assert instructions <= 16 * 13.8 * tensors, row
+        assert special == 16 * (2 if kernel == "gelu_response_backward" else 1)

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from engine.kernels import adamw_ema_, add_noise, diffusion_loss, lion_ema_, square_sum
+from engine.kernels.gelu_response_norm import _backward as response_backward
+from engine.kernels.gelu_response_norm import _forward as response_forward
 from engine.kernels.group_norm_silu import _backward, _forward
 from tests.kernels.cases import run_kernels
 
@@ -20,6 +22,7 @@ def arguments_of(name: str, device: str) -> tuple:
     seed, slots = torch.tensor([5], device=device), torch.tensor([7, 8], device=device)
     sample, coefficients, flat = random(2, 4, 8, 8), random(5, 2), [random(64) for _ in range(4)]
     x, affine, statistic = random(2, 8, 4, 4), random(2, 8), random(2, 4)
+    u, gamma, norms, mean = random(2, 4, 4, 8), random(8), random(2, 8), random(2)
     return {
         "add_noise": (add_noise, sample, None, coefficients, seed, slots, 0.0, 0.0),
         "diffusion_loss": (diffusion_loss, sample, sample.clone(), None, coefficients, seed, slots, 0.0, random(1)),
@@ -30,11 +33,14 @@ def arguments_of(name: str, device: str) -> tuple:
         "square_sum": (square_sum, flat[0]),
         "group_norm_silu": (_forward, x, affine, affine.clone(), 4, 1e-5, True),
         "group_norm_silu_backward": (_backward, x, x.clone(), affine, affine.clone(), statistic, statistic.clone(), 4, True),
+        "gelu_response_norm": (response_forward, u, gamma, gamma.clone(), seed, 0.1),
+        "gelu_response_norm_backward": (response_backward, u, u.clone(), gamma, norms, mean, seed, 0.1),
     }[name]  # fmt: skip
 
 
 OPERATIONS = [
     "add_noise", "diffusion_loss", "adamw_ema_", "lion_ema_", "square_sum", "group_norm_silu", "group_norm_silu_backward",
+    "gelu_response_norm", "gelu_response_norm_backward",
 ]  # fmt: skip
 
 
