@@ -44,6 +44,7 @@ PREDICTIONS = [
     ("stacked projections", "stacked projections", "engine", "1.02 times"),
     ("`--compile`", "compiled", "stacked projections", "1.3 times and more"),
     ("`engine::group_norm_silu` under torch.compile", "compiled, own norms", "compiled", "open"),
+    ("`engine::gelu_response_norm` under torch.compile", "compiled", "compiled, plain response norms", "1.3 times"),
     ("CUDA graphs", "compiled and captured", "compiled", "nothing at batch 32; 1.5 times and more for `kandinsky-prior`"),
     ("everything", "compiled and captured", "recipe at its best, cached", "not predicted"),
 ]

@@ -25,7 +25,7 @@ class Lever:
     options: of the engine; None for the recipe.
     encoders: images and captions are encoded in every step.
     best: the recipe with what no script has.
-    projections, norms: of the training form, where they differ from what ships.
+    projections, norms, response_norms: of the training form, where they differ from what ships.
     cudnn_benchmark: likewise.
     families: that have what the lever changes; none for all.
     """
@@ -36,6 +36,7 @@ class Lever:
     best: bool = False
     projections: bool | None = None
     norms: bool | None = None
+    response_norms: bool | None = None
     cudnn_benchmark: bool | None = None
     families: tuple[str, ...] = ()
 
@@ -53,7 +54,8 @@ class Lever:
     def form(self) -> tuple[Any, ...]:
         """What torch.compile makes anew: the same again comes from its cache."""
         options = {name: value for name, value in (self.options or {}).items() if name != "cuda_graphs"}
-        norms = self.training_form.norms_when_compiled
+        form = self.training_form
+        norms = form.norms_when_compiled, form.response_norms_when_compiled
         return self.best, self.options is None, sorted(options.items()), self.projections, norms
 
     @property
@@ -61,6 +63,7 @@ class Lever:
         return Form(
             SHIPPED_FORM.norms_when_compiled if self.norms is None else self.norms,
             SHIPPED_FORM.projections if self.projections is None else self.projections,
+            SHIPPED_FORM.response_norms_when_compiled if self.response_norms is None else self.response_norms,
         )
 
     def fits(self, family: str) -> bool:
@@ -103,6 +106,13 @@ LEVERS = [
     Lever("captured", {}),
     Lever("compiled", {"compile": True, **UNCAPTURED}, norms=False),
     Lever("compiled, own norms", {"compile": True, **UNCAPTURED}, norms=True, families=NORMALISED),
+    Lever(
+        "compiled, plain response norms",
+        {"compile": True, **UNCAPTURED},
+        norms=False,
+        response_norms=False,
+        families=("wuerstchen",),
+    ),
     SHIPPED,
     # Beside "captured", since no kernel of attention needs torch.compile, and each would compile the model anew.
     *(Lever(f"captured, {kind} attention", {"attention": kind}) for kind in ("cudnn", "flash", "efficient")),

@@ -6,6 +6,7 @@
 - Activations stay channels last. diffusers copies to contiguous memory before a shortcut, after a transformer's blocks and,
   from 64 samples on, before upsampling; the convolution that follows copies back.
 - The group normalisations of residual blocks take the SiLU, and a time embedding's scale and shift, into the same pass.
+- Between the two linear layers of Wuerstchen's residual blocks, GELU, GlobalResponseNorm and dropout are one operation.
 - Projections of the same tokens are one matrix product: queries, keys and values, or keys and values alone; and those of their
   adapters (lora.py) two more.
 - What is frozen keeps nothing for a gradient that nobody asks for: autograd's convolution would keep its input.
@@ -23,12 +24,12 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
-from diffusers.pipelines.wuerstchen.modeling_wuerstchen_common import TimestepBlock
+from diffusers.pipelines.wuerstchen.modeling_wuerstchen_common import GlobalResponseNorm, ResBlock, TimestepBlock
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 
-from engine.kernels import group_norm_silu
+from engine.kernels import gelu_response_norm, group_norm_silu
 from engine.models.lora import NAME, AdaptedLinear, can_stack, has_adapter, is_plain_linear
 
 # What is fused -> the published projections that it stacks.
@@ -46,10 +47,13 @@ class Form:
     norms_when_compiled: group normalisation is our kernel in compiled models too, and not inductor's, which fuses it with what
         is around it and copies for it between memory formats (docs/performance.md).
     projections: projections of the same tokens are one matrix product.
+    response_norms_when_compiled: GlobalResponseNorm, with what is around it, is our kernel in compiled models too: inductor
+        takes seven times as long as its bytes would (docs/performance.md).
     """
 
     norms_when_compiled: bool = True
     projections: bool = True
+    response_norms_when_compiled: bool = True
 
 
 SHIPPED = Form()
@@ -187,8 +191,8 @@ class Transformer(Transformer2DModel):
         return (image if self.use_linear_projection else self.proj_out(image)) + residual
 
 
-def fuses(norm: GroupNorm, x: Tensor) -> bool:
-    """Whether a group normalisation runs as our kernel."""
+def fuses(norm: "GroupNorm | ResponseNorm", x: Tensor) -> bool:
+    """Whether a normalisation runs as our kernel."""
     return x.is_cuda and (norm.fuses_when_compiled or not torch.compiler.is_compiling())
 
 
@@ -214,6 +218,28 @@ class Timestep(TimestepBlock):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return super().forward(x, t.to(self.mapper.weight.dtype))
+
+
+class ResponseNorm(GlobalResponseNorm):
+    """Wuerstchen's normalisation of hidden states [B, H, W, C], with the activation before it and the dropout after it.
+
+    fuses_when_compiled: as `Form.response_norms_when_compiled`.
+    """
+
+    fuses_when_compiled = True
+
+    def forward(self, x: Tensor, activation: nn.GELU, dropout: nn.Dropout) -> Tensor:  # type: ignore[override]
+        if fuses(self, x):
+            return gelu_response_norm(x, self.gamma.flatten(), self.beta.flatten(), dropout.p if dropout.training else 0.0)
+        return dropout(super().forward(activation(x)))
+
+
+class Channelwise(nn.Sequential):
+    """What a residual block of Wuerstchen does at each position: two linear layers, and a `ResponseNorm` between them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        expand, activation, norm, dropout, contract = self
+        return contract(norm(expand(x), activation, dropout))
 
 
 class TextEmbeddings(CLIPTextEmbeddings):
@@ -312,6 +338,10 @@ def to_training_form(model: Any, form: Form, learns_like: Callable[[str], Hashab
             module.__class__ = TextEmbeddings
         elif type(module) is TimestepBlock:
             module.__class__ = Timestep
+        elif type(module) is ResBlock:
+            module.channelwise.__class__ = Channelwise
+            norm = module.channelwise[2]
+            norm.__class__, norm.fuses_when_compiled = ResponseNorm, form.response_norms_when_compiled
         elif type(module) is Attention and form.projections and _is_plain(module) and _learns_alike(name, module, learns_like):
             _fuse(module, module in self_attentions)
     for name, module in list(model.named_modules()):
@@ -329,6 +359,7 @@ def form_of(model: nn.Module) -> Form:
     return Form(
         norms_when_compiled=any(isinstance(module, GroupNorm) and module.fuses_when_compiled for module in modules),
         projections=any(isinstance(module, FusedAttention) for module in modules),
+        response_norms_when_compiled=all(module.fuses_when_compiled for module in modules if isinstance(module, ResponseNorm)),
     )
 
 

@@ -1,6 +1,7 @@
 """The waterfall of levers: no row is lost, both sides of a ratio have one batch, and a step that does nothing has no rate."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -192,3 +193,8 @@ def test_levers_whose_option_this_engine_lacks_are_left_out():
     assert levers.SHIPPED.fits("sd")
     assert not levers.Lever("other", {"cuda_graphs": "sometimes"}).fits("sd")
     assert {lever.name for lever in levers.LEVERS if not lever.fits(PRIOR)} >= {"cuDNN's search", "compiled, own norms"}
+    plain = next(lever for lever in levers.LEVERS if lever.name == "compiled, plain response norms")
+    assert [family for family in levers.CONVOLUTIONAL if plain.fits(family)] == ["wuerstchen"]
+    compiled = next(lever for lever in levers.LEVERS if lever.name == "compiled")
+    assert plain.training_form == replace(compiled.training_form, response_norms_when_compiled=False)
+    assert plain.form != compiled.form

@@ -1,6 +1,7 @@
 """The training form of a model computes what the published one computes, and turns back into it exactly."""
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -9,16 +10,21 @@ import torch.nn.functional as F
 from diffusers import PriorTransformer, UNet2DConditionModel
 from diffusers.models.upsampling import Upsample2D
 from diffusers.pipelines.wuerstchen import WuerstchenPrior
+from peft import LoraConfig, inject_adapter_in_model
+from torch.utils.checkpoint import checkpoint
 
 from engine.models import training_form
+from engine.models.lora import NAME
 from engine.models.training_form import (
     SHIPPED,
     ChannelsLastConv2d,
     ChannelsLastGradient,
+    Channelwise,
     Form,
     FusedAttention,
     GroupNorm,
     ResnetBlock,
+    ResponseNorm,
     Transformer,
     Upsample,
     doubled,
@@ -96,7 +102,7 @@ def test_the_published_form_comes_back_exactly(family, model, published):
     kinds = {type(module) for module in ours.modules()}
     decoder = {ChannelsLastConv2d, FusedAttention, ResnetBlock, Upsample}
     expected = {"sd": decoder | {Transformer}, "kandinsky-prior": {FusedAttention}, "kandinsky-decoder": decoder,
-                "wuerstchen": {ChannelsLastConv2d, FusedAttention}}[family]  # fmt: skip
+                "wuerstchen": {ChannelsLastConv2d, FusedAttention, Channelwise, ResponseNorm}}[family]  # fmt: skip
     assert expected <= kinds
     parameters = {name: parameter.detach() for name, parameter in ours.named_parameters()}
     back, start = dict(to_published_form(ours, parameters.items())), dict(theirs.named_parameters())
@@ -199,3 +205,101 @@ def test_a_wuerstchen_prior_takes_timesteps_in_fp32():
     timesteps = torch.tensor([0.1234567])
     predicted = prior(torch.randn(1, 4, 4, 4).bfloat16(), timesteps, torch.randn(1, 3, 16).bfloat16())
     assert predicted.dtype == torch.bfloat16
+
+
+def small_prior(dropout: float, gradient_checkpointing: bool = False) -> WuerstchenPrior:
+    """With weights of the response norms, which begin as zeros."""
+    torch.manual_seed(0)
+    prior = WuerstchenPrior(c_in=4, c=16, c_cond=16, c_r=8, depth=1, nhead=2, dropout=dropout)
+    for name, parameter in prior.named_parameters():
+        if name.endswith(("gamma", "beta")):
+            torch.nn.init.normal_(parameter)
+    if gradient_checkpointing:
+        prior.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))
+    return prior.train()
+
+
+def run_seeded(model, small_prior: WuerstchenPrior) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    torch.manual_seed(7)
+    output, _ = run(model, inputs("wuerstchen", small_prior))
+    return output, {name: parameter.grad for name, parameter in small_prior.named_parameters()}
+
+
+def test_a_residual_block_drops_what_the_published_one_drops_on_a_cpu():
+    theirs, ours = small_prior(0.3), small_prior(0.3)
+    for parameter, published in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(parameter, published)
+    to_training_form(ours, SHIPPED)
+    channelwise, published = ours.blocks[0].channelwise, theirs.blocks[0].channelwise
+    x = torch.randn(2, 3, 3, 16)
+    for training in (True, False):
+        outputs = []
+        for module in (channelwise.train(training), published.train(training)):
+            torch.manual_seed(5)
+            outputs.append(module(x))
+        assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_the_fused_dropout_is_the_same_compiled_and_recomputed(gradient_checkpointing, monkeypatch):
+    """In one graph; drawn from torch's generator, so that other seeds drop others, and nothing drops in evaluation."""
+    monkeypatch.setattr(training_form, "fuses", lambda norm, x: True)
+    plain, prior = small_prior(0.3), small_prior(0.3, gradient_checkpointing)
+    for model in (plain, prior):
+        to_training_form(model, SHIPPED)
+    output, gradients = run_seeded(plain, plain)
+    torch._dynamo.reset()
+    compiled = torch.compile(prior, fullgraph=True, backend="aot_eager")
+    for model in (prior, compiled):
+        same, same_gradients = run_seeded(model, prior)
+        torch.testing.assert_close(same, output)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(same_gradients[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+    torch._dynamo.reset()
+    assert not torch.allclose(run(plain, inputs("wuerstchen", plain))[0], output)
+    prior.eval()
+    assert torch.equal(*(run(prior, inputs("wuerstchen", prior))[0] for _ in range(2)))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_response_norms_are_our_kernel_in_a_compiled_model_where_the_form_says_so(fused, monkeypatch):
+    prior = small_prior(0.1)
+    to_training_form(prior, Form(response_norms_when_compiled=fused))
+    assert training_form.form_of(prior).response_norms_when_compiled == fused
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert training_form.fuses(prior.blocks[0].channelwise[2], SimpleNamespace(is_cuda=True)) == fused
+    assert not training_form.fuses(prior.blocks[0].channelwise[2], torch.ones(1))
+
+
+def test_a_prior_whose_layers_have_adapters_fuses_between_them(monkeypatch):
+    prior = small_prior(0.0)
+    expected = prior(*inputs("wuerstchen", prior)[0])
+    prior.requires_grad_(False)
+    inject_adapter_in_model(LoraConfig(target_modules=["channelwise.0", "channelwise.4"], r=2), prior, NAME)
+    to_training_form(prior, SHIPPED)
+    monkeypatch.setattr(training_form, "fuses", lambda norm, x: True)
+    output = prior(*inputs("wuerstchen", prior)[0])
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    output.square().sum().backward()
+    learned = {name.split("channelwise.")[1][:8] for name, p in prior.named_parameters() if p.grad is not None}
+    assert {kind[0] for kind in learned} == {"0", "4"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_small_prior_computes_on_a_gpu_what_it_computes_on_a_cpu(compiled, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    theirs, ours = small_prior(0.0), small_prior(0.0)
+    expected, expected_gradients = run(theirs, inputs("wuerstchen", theirs))
+    to_training_form(ours, SHIPPED)
+    positional, _ = inputs("wuerstchen", ours)
+    ours.cuda()
+    torch._dynamo.reset()
+    model = torch.compile(ours, fullgraph=True) if compiled else ours
+    model(*(tensor.cuda() for tensor in positional)).square().sum().backward()
+    torch.testing.assert_close(model(*(tensor.cuda() for tensor in positional)).cpu(), expected, rtol=1e-3, atol=1e-3)
+    found = dict(to_published_form(ours, ((name, parameter.grad) for name, parameter in ours.named_parameters())))
+    for name, gradient in expected_gradients.items():
+        size = float(gradient.abs().max())
+        torch.testing.assert_close(found[name].cpu(), gradient, rtol=1e-2, atol=1e-2 * size + 1e-4, msg=name)
+    torch._dynamo.reset()
