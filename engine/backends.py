@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -82,8 +83,13 @@ def compile_model(model: nn.Module, config: TrainConfig, shapes: int) -> None:
 
     A pass without gradients, as DREAM's and that of the held-out loss, is compiled by itself.
     """
+    options: dict[str, Any] = dict(torch._inductor.list_mode_options(config.compile_mode))
+    if any(parameter.is_cuda for parameter in model.parameters()):
+        # The training form stores images channels last. In a model of convolutions inductor would do so with whatever has four
+        # dimensions, and copied the queries and results of Wuerstchen's attention, [B, heads, N, head size], there and back.
+        options["layout_optimization"] = False
     if shapes < 2:
-        model.compile(mode=config.compile_mode)
+        model.compile(options=options)
         return
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 3 * shapes)
-    model.compile(mode=config.compile_mode, dynamic=False)
+    model.compile(options=options, dynamic=False)

@@ -49,7 +49,7 @@ def plain(model, published, photographs, tmp_path_factory):
 def test_every_family_compiles_once_into_one_graph(family, checkpointing, plain, tmp_path, monkeypatch):
     options, expected = plain(family)
     compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, mode: compile_module(module, backend="aot_eager"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, options: compile_module(module, backend="aot_eager"))
     options = options | {"output_dir": str(tmp_path / "compiled"), "compile": True}
     if checkpointing:
         options["gradient_checkpointing"] = True

@@ -180,7 +180,7 @@ class Doubled(torch.nn.Module):
 def test_compiled_code_is_made_once_for_each_shape(settings, monkeypatch):
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda module, mode, dynamic: compile_module(module, backend="eager", dynamic=dynamic)
+        torch.nn.Module, "compile", lambda module, options, dynamic: compile_module(module, backend="eager", dynamic=dynamic)
     )
     torch._dynamo.reset()
     counters.clear()
@@ -197,7 +197,7 @@ def test_compiled_code_is_made_once_for_each_shape(settings, monkeypatch):
 def test_the_held_out_loss_is_compiled_once_more_for_each_shape(settings, tmp_path, monkeypatch, capsys):
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda module, mode, dynamic: compile_module(module, backend="eager", dynamic=dynamic)
+        torch.nn.Module, "compile", lambda module, options, dynamic: compile_module(module, backend="eager", dynamic=dynamic)
     )
     torch._dynamo.reset()
     counters.clear()

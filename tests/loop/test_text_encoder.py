@@ -205,7 +205,7 @@ def test_two_processes_go_on_as_one(one_process, tmp_path):
 
 def test_it_compiles_into_one_graph(one_process, tmp_path, monkeypatch):
     compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, mode: compile_module(module, backend="aot_eager"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, options: compile_module(module, backend="aot_eager"))
     run = one_process.model_copy(update={"output_dir": str(tmp_path / "out"), "compile": True})
     torch._dynamo.reset()
     counters.clear()
