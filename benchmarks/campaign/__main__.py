@@ -1,9 +1,12 @@
 """Every number from one GPU, a few minutes at a time: `python -m benchmarks.campaign --minutes 9 [--only PART] [--output DIR]`
 
-The parts of `benchmarks.campaign.plan` run in the order of what they tell, each in a process of its own: a crash, a hang or a
-lack of memory costs that part alone. Nothing is begun that would not end in the minutes given. A further call with the same
-DIR, on the same or another machine, goes on: what is done is not repeated, what ended early goes on from its last row, and what
-failed is tried again after the others, until nothing came of it twice under one commit.
+The parts of `benchmarks.campaign.plan` run each in a process of its own: a crash, a hang or a lack of memory costs that part
+alone. Those that need no quiet machine run first, beside each other, as many as the card's memory holds; what is compiled is
+compiled there, many forms at once. Then each timed part has the machine for itself.
+
+Nothing is begun that would not end in the minutes given. A further call with the same DIR, on the same or another machine, goes
+on: what is done is not repeated, what ended early goes on from its last row, and what failed is tried again after the others,
+until nothing came of it twice under one commit.
 
 DIR holds `campaign.json` (state and every row, written anew every few seconds), `campaign.md` (every table, chart and
 failure) and the charts: few and small files, to be carried to the next machine. Logs and compiled code lie in `--scratch`;
@@ -13,6 +16,8 @@ they are worth keeping between calls, and nothing is lost without them. `--plan`
 
 import argparse
 import importlib.util
+import json
+import os
 import resource
 import shlex
 import signal
@@ -21,8 +26,8 @@ import time
 from pathlib import Path
 
 from benchmarks.campaign.campaign import Campaign
-from benchmarks.campaign.plan import PLAN, Part, rehearsal
-from benchmarks.campaign.processes import REPORT_SECONDS, environment_of, process_environment, write_report
+from benchmarks.campaign.plan import COMPILED, PLAN, ROW_SECONDS, Part, rehearsal, rows_of
+from benchmarks.campaign.processes import REPORT_SECONDS, environment_of, memory_of_card, process_environment, write_report
 from benchmarks.tools.environment import COMMIT, RESULTS, folder_of
 from engine.errors import UserError, exit_code
 
@@ -39,16 +44,47 @@ def chosen(parts: list[Part], only: str | None) -> list[Part]:
     return [part for part in found if not lacking[part.name]]
 
 
-def print_plan(parts: list[Part], minutes: float) -> None:
-    """Every part with its estimate, and what a first call of so many minutes has time for."""
-    left = 60 * minutes - REPORT_SECONDS
+def kept_rows(output: Path | None) -> dict[str, float]:
+    """Seconds that rows of `benchmarks.steps.step` took, by name; of the campaign of a folder, or of every kept one of GPUs."""
+    files = [output / "campaign.json"] if output else sorted(RESULTS.glob("*/campaign/campaign.json"))
+    states = [json.loads(file.read_text()) for file in files if file.exists()]
+    rows = [row for state in states if not state["rehearsal"] for row in state["rows"].get("step", {"rows": []})["rows"]]
+    return {row["name"]: row["took_seconds"] for row in rows if "failed" not in row and "took_seconds" in row}
+
+
+def expected(part: Part, took: dict[str, float]) -> tuple[float, float]:
+    """A part's seconds, with what rows that compile nothing took where they were measured; and those of rows that are kept.
+
+    Args:
+        took: as `kept_rows`.
+    """
+    seconds, kept = part.seconds, 0.0
+    for lever in rows_of(part.checkpoint) if part.checkpoint else ():
+        known = [value for name, value in took.items() if name.startswith(f"{part.checkpoint}: {lever}, batch ")]
+        if known:
+            of_row = ROW_SECONDS[lever] if lever in COMPILED else known[0]
+            seconds, kept = seconds + of_row - ROW_SECONDS[lever], kept + of_row
+    return seconds, kept
+
+
+def print_plan(parts: list[Part], took: dict[str, float], cards: tuple[float, ...] = (79, 139)) -> None:
+    """Every part with its estimate, and how long all of them take on cards of so many GiB."""
+    timed = beside = held = there = 0.0
     for part in parts:
-        share = min(part.seconds, left) if part.resumes else part.seconds * (part.seconds <= left)
-        left -= share
-        first = "whole" if share == part.seconds else f"{share:.0f} s of it" if share else "not yet"
-        print(f"{part.name:34} {part.seconds:5.0f} s  in the first call: {first:12}  {part.question}")
-        print(f"{'':34} estimate, not measured: {part.assumption}\n{'':34} python {shlex.join(part.python)}")
-    print(f"\n{sum(part.seconds for part in parts) / 60:.0f} minutes in all, by estimate")
+        seconds, kept = expected(part, took)
+        taken = f" but for kept rows, {kept:.0f} s" if kept else ""
+        where = "alone" if part.memory is None else f"beside others, {part.memory:.0f} GiB"
+        print(f"{part.name:34} {seconds:5.0f} s, {where:24}  {part.question}")
+        print(f"{'':34} estimate, not measured{taken}: {part.assumption}\n{'':34} python {shlex.join(part.python)}")
+        timed, there = timed + seconds * (part.memory is None), there + kept
+        beside, held = max(beside, seconds * (part.memory is not None)), held + seconds * (part.memory or 0)
+    for memory in cards:
+        together = max(beside, held / memory)
+        rest = (together + timed - there) / 60
+        print(
+            f"\n{together:.0f} s for what runs beside each other, with {memory:.0f} GiB and 16 cores;\n{timed:.0f} s for what "
+            f"is timed, {there:.0f} s of them for rows that are kept: {rest:.0f} minutes for all others, by estimate"
+        )
 
 
 def main() -> int:
@@ -62,7 +98,7 @@ def main() -> int:
     options = parser.parse_args()
     parts = rehearsal() if options.rehearse else PLAN
     if options.plan:
-        print_plan(parts, options.minutes)
+        print_plan(chosen(parts, options.only), kept_rows(options.output))
         return 0
     deadline = time.monotonic() + 60 * options.minutes - REPORT_SECONDS
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -75,7 +111,8 @@ def main() -> int:
     if here["commit"]:
         variables[COMMIT] = here["commit"]  # of all parts, whatever is committed meanwhile
     selected = chosen(parts, options.only)
-    campaign = Campaign(output, options.scratch, here, variables, deadline)
+    memory = len(os.sched_getaffinity(0)) if options.rehearse else memory_of_card()  # a rehearsal's parts take 1 each
+    campaign = Campaign(output, options.scratch, here, variables, deadline, memory)
     campaign.state["rehearsal"] = options.rehearse
     try:
         campaign.run(selected)

@@ -27,9 +27,13 @@ class Campaign:
     Args:
         here: the environment of this call.
         deadline: by `time.monotonic`, when the last part must have ended.
+        memory: GiB for the parts that run beside each other.
     """
 
-    def __init__(self, output: Path, scratch: Path, here: dict[str, Any], variables: dict[str, str], deadline: float) -> None:
+    def __init__(
+        self, output: Path, scratch: Path, here: dict[str, Any], variables: dict[str, str], deadline: float, memory: float
+    ) -> None:
+        self.memory = memory
         self.file, self.scratch, self.variables, self.deadline = output / "campaign.json", scratch, variables, deadline
         for folder in (output, scratch / "rows", scratch / "logs"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -52,8 +56,11 @@ class Campaign:
         return self.state["parts"].setdefault(part.name, {"status": None, "attempts": [], "failed": [], "tail": []})
 
     def rows(self, part: Part) -> list[dict[str, Any]]:
-        """The rows of a part's benchmark; parts of one benchmark share them, so that none measures what another has."""
-        return self.state["rows"].get(part.benchmark, {"rows": []})["rows"]
+        """The rows that a part, and those with which it shares them, have brought."""
+        return self.state["rows"].get(part.key, {"rows": []})["rows"]
+
+    def rows_file(self, part: Part) -> Path:
+        return self.scratch / "rows" / f"{part.key}.json"
 
     def done(self, part: Part) -> bool:
         """Whether nothing is to be done: all rows are there, and those that failed did so under this commit."""
@@ -61,6 +68,8 @@ class Campaign:
         if kept["status"] != DONE:
             return False
         same = self.commit(self.here) == self.commit(kept["attempts"][-1]["environment"])
+        if part.local:
+            return same and self.rows_file(part).exists()
         return same or not any("failed" in row and row["name"] in kept["failed"] for row in self.rows(part))
 
     def failed(self, part: Part) -> bool:
@@ -81,83 +90,108 @@ class Campaign:
         return self.deadline - time.monotonic() >= min(max([needed, *too_little]), part.limit)
 
     def run(self, parts: list[Part]) -> None:
-        """Every part that is not done and fits; those that failed, before or now, after the others."""
-        for part in [part for part in parts if not self.failed(part)]:
-            while not self.done(part) and self.fits(part):
-                attempt = self.attempt(part)
-                if attempt["status"] != GOES_ON or not attempt["changed"]:
-                    break
+        """Every part that is not done and fits: first those that run beside each other, then the timed, one after another; and
+        those that failed, before or now, after the others."""
+        fresh = [part for part in parts if not self.failed(part)]
+        self.run_beside([part for part in fresh if part.memory is not None])
+        for part in fresh:
+            if part.memory is None:
+                self.run_beside([part])
         for part in parts:
-            if self.failed(part) and self.failures(part) < ATTEMPTS and self.fits(part):
-                self.attempt(part)
+            if self.failed(part) and self.failures(part) < ATTEMPTS:
+                self.run_beside([part])
 
-    def attempt(self, part: Part) -> dict[str, Any]:
-        """Runs a part once, from its last row on."""
-        kept = self.kept(part)
-        rows, log = self.scratch / "rows" / f"{part.benchmark}.json", self.scratch / "logs" / f"{part.slug}.log"
-        rows.unlink(missing_ok=True)
-        if part.benchmark in self.state["rows"]:
-            write_json(rows, self.state["rows"][part.benchmark])
-        before = self.rows(part)
-        left = self.deadline - time.monotonic()
-        arguments = ["--json", str(rows)] if part.measures else []
-        arguments += ["--minutes", f"{max(left - MARGIN, 1) / 60:.2f}"] if part.measures and part.resumes else []
-        attempt = {
-            "environment": self.here,
-            "status": GOES_ON,
-            "ended": "this call ended",
-            "rows": 0,
-            "changed": 0,
-            "seconds": 0.0,
-        }
-        kept["attempts"].append(attempt)
-        self.state["calls"][-1]["parts"].append(part.name)
-        print(f"{part.name}: {part.question}", file=sys.stderr, flush=True)
-        started = time.monotonic()
-        process = start(part, arguments, log, self.variables)
+    def run_beside(self, parts: list[Part]) -> None:
+        """Parts beside each other, each as soon as the card's memory holds it and what runs, and again while it goes on."""
+        waiting, running = list(parts), list[Attempt]()
         try:
-            attempt["status"], attempt["ended"] = self.watch(part, process, rows)
+            while waiting or running:
+                for part in list(waiting):
+                    taken = sum(attempt.part.memory or 0 for attempt in running)
+                    if not running or taken + (part.memory or 0) <= self.memory:
+                        waiting.remove(part)
+                        if (self.failed(part) or not self.done(part)) and self.fits(part):
+                            running.append(Attempt(self, part))
+                time.sleep(POLL)
+                for attempt in [attempt for attempt in running if not attempt.runs()]:
+                    running.remove(attempt)
+                    attempt.end()
+                    if attempt.kept["status"] == GOES_ON and attempt.kept["changed"]:
+                        waiting.append(attempt.part)
         finally:
-            kill(process)
-            attempt["seconds"] = round(time.monotonic() - started, 1)
-            self.take(part, rows)
-            new = [row for row in self.rows(part) if row not in before]
-            attempt["rows"], attempt["changed"] = sum("failed" not in row for row in new), len(new)
-            kept["failed"] += [row["name"] for row in new if "failed" in row]
-            kept["status"], kept["tail"] = attempt["status"], last_lines(log)
-            self.keep()
-        print(f"  {attempt['ended']} after {attempt['seconds']:.0f} s", file=sys.stderr, flush=True)
-        return attempt
-
-    def watch(self, part: Part, process: Any, rows: Path) -> tuple[str, str]:
-        """Waits for a part, keeping its rows; kills it when it gives no sign for its limit, or when the call ends.
-
-        Returns:
-            Its status, and how it ended.
-        """
-        sign = looked = time.monotonic()
-        while process.poll() is None:
-            time.sleep(POLL)
-            now = time.monotonic()
-            if now - looked > KEEP_EVERY:
-                looked = now
-                if self.take(part, rows):
-                    sign = now
-                    self.keep()
-            if now > self.deadline:
-                return GOES_ON, "killed: the minutes of this call were over"
-            if now - sign > part.limit:
-                return FAILED, f"killed: no sign of life for {part.limit:.0f} s"
-        code = process.poll()
-        if code in (0, TRY_AGAIN):
-            return (GOES_ON, "goes on in a further call") if code else (DONE, "done")
-        return FAILED, f"ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+            for attempt in running:
+                attempt.end()
 
     def take(self, part: Part, rows: Path) -> bool:
         """Takes a part's rows over; whether there is anything new."""
         if not part.measures or not rows.exists():
             return False
         measured = json.loads(rows.read_text())
-        changed = measured != self.state["rows"].get(part.benchmark)
-        self.state["rows"][part.benchmark] = measured
+        changed = measured != self.state["rows"].get(part.key)
+        self.state["rows"][part.key] = measured
         return changed
+
+
+class Attempt:
+    """A part's process, which goes on from the part's last row.
+
+    kept: what the campaign keeps of it.
+    """
+
+    def __init__(self, campaign: Campaign, part: Part) -> None:
+        self.campaign, self.part, scratch = campaign, part, campaign.scratch
+        self.rows, self.log = campaign.rows_file(part), scratch / "logs" / f"{part.slug}.log"
+        if not part.local:
+            self.rows.unlink(missing_ok=True)
+            if part.key in campaign.state["rows"]:
+                write_json(self.rows, campaign.state["rows"][part.key])
+        self.before = campaign.rows(part)
+        left = campaign.deadline - time.monotonic()
+        arguments = ["--json", str(self.rows)] if part.measures else []
+        arguments += ["--minutes", f"{max(left - MARGIN, 1) / 60:.2f}"] if part.measures and part.resumes else []
+        self.kept: dict[str, Any] = {
+            "environment": campaign.here, "status": GOES_ON, "ended": "this call ended", "rows": 0, "changed": 0,
+            "seconds": 0.0,
+        }  # fmt: skip
+        campaign.kept(part)["attempts"].append(self.kept)
+        campaign.state["calls"][-1]["parts"].append(part.name)
+        print(f"{part.name}: {part.question}", file=sys.stderr, flush=True)
+        self.started = self.sign = self.looked = time.monotonic()
+        self.process = start(part, arguments, self.log, campaign.variables)
+
+    def runs(self) -> bool:
+        """Keeps its rows; whether it runs, and may: not when it gives no sign for its limit, or when the call ends."""
+        now, part = time.monotonic(), self.part
+        code = self.process.poll()
+        if code is not None:
+            ends = {0: (DONE, "done"), TRY_AGAIN: (GOES_ON, "goes on in a further call")}
+            how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+            return self._ends(*ends.get(code, (FAILED, how)))
+        if now - self.looked > KEEP_EVERY:
+            self.looked = now
+            if self.campaign.take(part, self.rows):
+                self.sign = now
+                self.campaign.keep()
+        if now > self.campaign.deadline:
+            return self._ends(GOES_ON, "killed: the minutes of this call were over")
+        if now - self.sign > part.limit:
+            return self._ends(FAILED, f"killed: no sign of life for {part.limit:.0f} s")
+        return True
+
+    def _ends(self, status: str, how: str) -> bool:
+        self.kept["status"], self.kept["ended"] = status, how
+        return False
+
+    def end(self) -> None:
+        """Ends its processes, and keeps what came of it."""
+        campaign, part, attempt = self.campaign, self.part, self.kept
+        kill(self.process)
+        attempt["seconds"] = round(time.monotonic() - self.started, 1)
+        campaign.take(part, self.rows)
+        new = [row for row in campaign.rows(part) if row not in self.before]
+        attempt["rows"], attempt["changed"] = sum("failed" not in row for row in new), len(new)
+        kept = campaign.kept(part)
+        kept["failed"] += [row["name"] for row in new if "failed" in row]
+        kept["status"], kept["tail"] = attempt["status"], last_lines(self.log)
+        campaign.keep()
+        print(f"  {part.name}: {attempt['ended']} after {attempt['seconds']:.0f} s", file=sys.stderr, flush=True)

@@ -1,7 +1,9 @@
-"""The parts of a campaign, in the order of what they tell; no part has run on a GPU yet, so that every time is an estimate."""
+"""The parts of a campaign, in their order; every time is an estimate, but for rows that were measured."""
 
 import re
 from dataclasses import dataclass, replace
+
+from benchmarks.tools.planned import levers_of
 
 
 @dataclass(frozen=True)
@@ -10,12 +12,16 @@ class Part:
 
     python: arguments of the interpreter.
     tiny: the same for a rehearsal, with small models on a CPU.
-    seconds: how long it should take on an H100 with cold caches; an estimate, from what `assumption` says.
+    seconds: how long it should take on an H100; an estimate, from what `assumption` says.
     limit: seconds without a new row after which it is killed.
     measures: keeps its rows in a file (`--json`).
     resumes: begins no row that would not end in time (`--minutes`), and goes on from its last row.
     needs: packages without which it is skipped.
     predicted: what docs/performance.md expects.
+    memory: GiB of the card that it takes at most, by count; runs beside others where these fit the card together. None for what
+        is timed, and has the machine for itself.
+    checkpoint: whose rows of `benchmarks.steps.step` it measures.
+    local: what it leaves lies in `--scratch`, and says nothing of another machine or commit.
     """
 
     name: str
@@ -29,6 +35,9 @@ class Part:
     resumes: bool = True
     needs: tuple[str, ...] = ()
     predicted: str = ""
+    memory: float | None = None
+    checkpoint: str = ""
+    local: bool = False
 
     @property
     def slug(self) -> str:
@@ -39,60 +48,126 @@ class Part:
         """The question's module, without its package; its own name for code of its own."""
         return self.python[1].rpartition(".")[2] if self.python[0] == "-m" else self.slug
 
+    @property
+    def key(self) -> str:
+        """Of its rows: those that are timed share them by benchmark, so that none measures what another has."""
+        return self.benchmark if self.memory is None else self.slug
+
 
 def module(name: str, *arguments: str) -> tuple[str, ...]:
     return "-m", f"benchmarks.{name}", *arguments
 
 
-FIRST_LOOK = ("recipe", "recipe, cached", "captured", "compiled and captured")
+SHIPPED = "compiled and captured"
+TIMED = "What does each lever give, and how far is the recipe?"
+# Seconds of a row of a lever with compiled code in the caches, where none was measured; an estimate, from rows of others.
+ROW_SECONDS = {
+    "recipe": 30, "recipe, cached": 13, "recipe at its best, cached": 35, "engine": 13, "captured": 20, SHIPPED: 30,
+    "compiled, plain norms": 30, "compiled, plain response norms": 30, "fp8 matrix products": 30,
+}  # fmt: skip
+COMPILED = (
+    "recipe at its best, cached", SHIPPED, "compiled, plain norms", "compiled, plain response norms", "fp8 matrix products"
+)  # fmt: skip
+WITHOUT = {  # levers that a family of a checkpoint lacks
+    "compiled, plain norms": ("Wuerstchen", "Kandinsky 2.2 prior"),
+    "compiled, plain response norms": ("SD", "Kandinsky"), "fp8 matrix products": ("SD", "Kandinsky 2.2 decoder"),
+}  # fmt: skip
 
 
-def waterfall(name: str, checkpoint: str, tiny: str, seconds: float, *few: str) -> Part:
-    """All levers of a checkpoint; in a rehearsal, of a tiny family, those named in `few`."""
+def rows_of(checkpoint: str) -> list[str]:
+    """The levers of a checkpoint's rows."""
+    return [lever for lever in levers_of(checkpoint) if not checkpoint.startswith(WITHOUT.get(lever, ("nothing",)))]
+
+
+def waterfall(name: str, checkpoint: str, tiny: str, *few: str) -> Part:
+    """The planned levers of a checkpoint; in a rehearsal, of a tiny family, those named in `few`."""
     return Part(
-        f"step, {name}", "What does each lever give, and how far is the recipe?",
-        module("steps.step", "--checkpoints", checkpoint, "--without", "max-autotune"),
-        module("steps.step", "--checkpoints", tiny, "--levers", *few), seconds,
-        "the sum of the rows' own estimates (`benchmarks.steps.step.expected_seconds`), without max-autotune", limit=420,
-        predicted="see the comparison below",
+        f"step, {name}", TIMED,
+        module("steps.step", "--warm", "--checkpoints", checkpoint, "--levers", *levers_of(checkpoint)),
+        module("steps.step", "--checkpoints", tiny, "--levers", *few),
+        15 + sum(ROW_SECONDS[lever] for lever in rows_of(checkpoint)),
+        "15 s of imports, 13 to 35 s a row, with compiled code in the caches", limit=420,
+        predicted="see the comparison below", checkpoint=checkpoint,
     )  # fmt: skip
 
 
+def curves(name: str, checkpoint: str, tiny: str, memory: float, seconds: float) -> Part:
+    """A family in bf16, captured and compiled, beside fp32: compilation first, which leaves the GPU to the other families."""
+    sides = ("--sides", "bf16, captured", "fp32, eager")
+    return Part(
+        f"curves in bf16, {name}", "Does a step in bf16, captured, learn as one in fp32, eager?",
+        module("steps.curves", "--checkpoints", checkpoint, *sides),
+        module("steps.curves", "--checkpoints", tiny, "--steps", "6", *sides), seconds,
+        "15 s to open each side, torch.compile, 200 steps at 96 and 45 TFLOP/s, on a GPU that the other families use too",
+        limit=540, predicted="a difference within noise", memory=memory,
+    )  # fmt: skip
+
+
+def curves_in_fp8(name: str, checkpoint: str, memory: float | None, seconds: float, *how: str) -> Part:
+    return Part(
+        f"curves in fp8, {name}", "Does a step with fp8 matrix products learn as one in bf16?",
+        module("steps.curves", "--checkpoints", checkpoint, *how),
+        module("steps.curves", "--checkpoints", "kandinsky-prior", "--steps", "6", "--sides", "bf16, captured", "--batch", "2"),
+        seconds, "as above, without fp32", limit=540, needs=("torchao",),
+        predicted="a difference within noise", memory=memory,
+    )  # fmt: skip
+
+
+# Those that need no quiet machine first, of which as many as the card's memory holds run beside each other.
 PLAN = [
     Part(
         "gpu tests", "Do the tests that need a GPU, and those of the kernels and graphs, pass?",
-        module("campaign.gpu_tests"), module("campaign.gpu_tests", "--suites", "small"), 150,
-        "60 s for what is marked gpu, 45 s each for the tests of kernels and graphs, by 8 processes", limit=240,
+        module("campaign.gpu_tests"), module("campaign.gpu_tests", "--suites", "small"), 250,
+        "150 s alone, 60 for what is marked gpu and 45 each for the tests of kernels and graphs, by 8 processes", limit=480,
+        memory=14,
     ),
     Part(
         "host waits", "Does a step of one process make the host wait for the GPU?",
-        module("steps.host_waits"), module("steps.host_waits", "--families", "kandinsky-prior"), 60,
-        "8 trainings of 12 small steps, 5 s each with the encoding of their images, and 20 s of imports",
-        predicted="no wait between two lines of metrics",
+        module("steps.host_waits"), module("steps.host_waits", "--families", "kandinsky-prior"), 90,
+        "60 s alone: 8 trainings of 12 small steps, 5 s each with the encoding of their images, and 20 s of imports",
+        predicted="no wait between two lines of metrics", memory=2,
     ),
+    Part(
+        "compilation", "How long does torch.compile take for all that is compiled?", module("steps.compilation"),
+        module("steps.compilation", "--processes", "1", "--checkpoints", "kandinsky-prior", "--levers", SHIPPED), 430,
+        "18 processes of 30 to 150 s each with idle cores, 8 at once on 16 that have other work; fills the caches of --scratch",
+        limit=420, memory=40, local=True,
+    ),
+    curves("Wuerstchen prior", "Wuerstchen v2 prior, 768 px", "wuerstchen", 31, 370),
+    curves("Kandinsky prior", "Kandinsky 2.2 prior", "kandinsky-prior", 24, 290),
     Part(
         "captured against uncaptured", "Do captured steps train as uncaptured ones, bit for bit?",
         module("steps.equality"),
-        module("steps.equality", "--families", "kandinsky-prior", "--modes", "eager", "--steps", "2"), 90,
-        "8 pairs of trainings of 20 small steps, 9 s a pair, and 20 s of imports", predicted="equal, under --deterministic",
+        module("steps.equality", "--families", "kandinsky-prior", "--modes", "eager", "--steps", "2"), 130,
+        "90 s alone: 8 pairs of trainings of 20 small steps, 9 s a pair, and 20 s of imports",
+        predicted="equal, under --deterministic", memory=3,
     ),
     Part(
-        "first look", "How fast is each model as it ships, beside the recipe?",
-        module("steps.step", "--levers", *FIRST_LOOK),
-        module("steps.step", "--checkpoints", "sd", "--levers", "recipe, cached", "engine"), 1740,
-        "the sum of the rows' own estimates (`benchmarks.steps.step.expected_seconds`), with torch.compile from cold caches",
-        limit=420, predicted="see the comparison below",
+        "ZeRO 1 and 2", "Do both stages train in a world of one, captured as uncaptured?",
+        module("steps.equality", "--modes", "ZeRO 1", "ZeRO 2"),
+        module("steps.equality", "--families", "kandinsky-prior", "--modes", "ZeRO 1", "ZeRO 2", "--steps", "2"), 170,
+        "120 s alone: 16 trainings of 20 small steps, 6 s each, and 15 s of imports", needs=("deepspeed",),
+        predicted="equal, under --deterministic", memory=3,
     ),
-    waterfall("SD 1.5 at 512 px", "SD 1.5, 512 px", "sd", 1166, "compiled and captured"),
-    waterfall("Kandinsky prior", "Kandinsky 2.2 prior", "kandinsky-prior", 958, "recipe", "compiled and captured"),
-    waterfall("Wuerstchen prior", "Wuerstchen v2 prior, 768 px", "wuerstchen", 904, "captured"),
-    waterfall("Kandinsky decoder at 512 px", "Kandinsky 2.2 decoder, 512 px", "kandinsky-decoder", 1405, "recipe, cached",
-              "captured"),
-    waterfall("Kandinsky decoder at 768 px", "Kandinsky 2.2 decoder, 768 px", "kandinsky-decoder", 1437, "engine"),
+    Part(
+        "compiled against captured", "Do compiled steps train captured as uncaptured, bit for bit?",
+        module("steps.equality", "--modes", "compiled"),
+        module("steps.equality", "--families", "kandinsky-prior", "--modes", "compiled", "--steps", "2"), 300,
+        "260 s alone: 4 pairs of trainings, 60 s each with two compilations of a small model, and 20 s of imports",
+        predicted="equal, under --deterministic", memory=3,
+    ),
+    curves("Kandinsky decoder", "Kandinsky 2.2 decoder, 512 px", "kandinsky-decoder", 26, 320),
+    curves("SD 1.5", "SD 1.5, 512 px", "sd", 22, 300),
+    curves_in_fp8("Kandinsky prior", "Kandinsky 2.2 prior", 20, 130, "--sides", "fp8, captured"),
+    waterfall("SD 1.5 at 512 px", "SD 1.5, 512 px", "sd", "recipe, cached", "compiled and captured"),
+    waterfall("Kandinsky decoder at 768 px", "Kandinsky 2.2 decoder, 768 px", "kandinsky-decoder", "engine"),
+    waterfall("Wuerstchen prior", "Wuerstchen v2 prior, 768 px", "wuerstchen", "captured"),
+    waterfall("Kandinsky prior", "Kandinsky 2.2 prior", "kandinsky-prior", "recipe", "compiled and captured"),
+    waterfall("Kandinsky decoder at 512 px", "Kandinsky 2.2 decoder, 512 px", "kandinsky-decoder", "recipe, cached"),
     Part(
         "kernels", "What do the fused operations gain over eager torch and torch.compile?",
-        module("operations.kernels"), module("operations.kernels", "--small"), 200,
-        "33 rows of 2 s, and 22 compilations of small functions of 5 s, in parallel processes",
+        module("operations.kernels"), module("operations.kernels", "--small"), 90,
+        "33 rows of 2 s, and 15 s of imports, with compiled code in the caches",
         predicted="bytes against a copy's: `add_noise` 34 %, `diffusion_loss` 20 to 40 %, `group_norm_silu` by its "
         "instructions, `gelu_response_norm` 80 %, `square_sum` 85 % and more",
     ),
@@ -109,47 +184,11 @@ PLAN = [
         predicted="cuDNN 1.7 to 2.3 times Flash on Hopper, as others say of it",
     ),
     Part(
-        "ZeRO 1 and 2", "Do both stages train in a world of one, captured as uncaptured?",
-        module("steps.equality", "--modes", "ZeRO 1", "ZeRO 2"),
-        module("steps.equality", "--families", "kandinsky-prior", "--modes", "ZeRO 1", "ZeRO 2", "--steps", "2"), 120,
-        "16 trainings of 20 small steps, 6 s each, and 15 s of imports", needs=("deepspeed",),
-        predicted="equal, under --deterministic",
-    ),
-    Part(
-        "compiled against captured", "Do compiled steps train captured as uncaptured, bit for bit?",
-        module("steps.equality", "--modes", "compiled"),
-        module("steps.equality", "--families", "kandinsky-prior", "--modes", "compiled", "--steps", "2"), 260,
-        "4 pairs of trainings, 60 s each with two compilations of a small model, and 20 s of imports",
-        predicted="equal, under --deterministic",
-    ),
-    Part(
-        "curves in bf16", "Does a step in bf16, captured, learn as one in fp32, eager?",
-        module("steps.curves"), module("steps.curves", "--checkpoints", "kandinsky-prior", "wuerstchen", "--steps", "6"), 1300,
-        "eight sides of 15 s to open; 200 steps at 40 TFLOP/s in fp32 and 96 in bf16: 350 s; torch.compile from cold caches: "
-        "830 s", limit=420,
-        predicted="a difference within noise",
-    ),
-    Part(
-        "curves in fp8", "Does a step with fp8 matrix products learn as one in bf16?",
-        module("steps.curves", "--checkpoints", "Kandinsky 2.2 prior", "Wuerstchen v2 prior, 768 px", "--sides",
-               "bf16, captured", "fp8, captured"),
-        module("steps.curves", "--checkpoints", "kandinsky-prior", "--steps", "4", "--sides", "bf16, captured"),
-        990, "as above without fp32, four compiled sides", limit=420, needs=("torchao",), predicted="a difference within noise",
-    ),
-    Part(
         "sampling", "How fast are images drawn, and where does the time go?",
-        module("sample"), module("sample", "--size", "tiny", "--families", "sd", "--images", "1", "--steps", "2"), 760,
-        "20 s of counts; per family 30 s to draw weights, 21 calls of 25 steps for 4 images, 2 to 6 s each, and 60 s of "
-        "torch.compile", limit=420,
+        module("sample", "--no_counts"),
+        module("sample", "--size", "tiny", "--families", "sd", "--images", "1", "--steps", "2"), 120,
+        "15 s of imports; per family 12 s to draw weights, 16 calls of 10 steps for 4 images, 0.7 to 2 s each", limit=420,
         predicted="compiled at 4 images: up to 1.9 times for Wuerstchen, 1.4 for SD and 1.3 for Kandinsky, by count",
-    ),
-    Part(
-        "whole runs", "What does a user gain over the diffusers recipe, from files to files?",
-        module("runs.recipe", "--full_size", "--steps", "40", "--rounds", "2"),
-        module("runs.recipe", "--tiny", "sd", "--steps", "10", "--rounds", "1"), 1020,
-        "60 s to write 4 GB of weights; two turns of each side, of 110 s and, from cold caches, 150 s of torch.compile for two "
-        "of them", limit=480,
-        predicted="as the waterfall's rows with encoders in the loop, less what loading images costs the recipe",
     ),
     Part(
         "loader", "How fast does the loader make batches beside a GPU's host?",
@@ -159,9 +198,20 @@ PLAN = [
     ),
     Part(
         "overhead", "How long does the GPU wait between two replays?",
-        module("steps.overhead"), module("steps.overhead", "--steps", "50"), 190,
-        "170 s of torch.compile from cold caches, 15 s to open SD 1.5",
+        module("steps.overhead"), module("steps.overhead", "--steps", "50"), 55,
+        "15 s of imports, 40 s as a compiled row with compiled code in the caches",
         predicted="under 2 % of a captured step of SD 1.5 at batch 8",
+    ),
+    # Products in fp8 need batches of 16, four times those of its other curves: with a card for itself.
+    curves_in_fp8("Wuerstchen prior", "Wuerstchen v2 prior, 768 px", None, 400, "--sides", "bf16, captured", "fp8, captured",
+                  "--batch", "16"),
+    Part(
+        "whole runs", "What does a user gain over the diffusers recipe, from files to files?",
+        module("runs.recipe", "--full_size", "--steps", "40", "--rounds", "2"),
+        module("runs.recipe", "--tiny", "sd", "--steps", "10", "--rounds", "1"), 1020,
+        "60 s to write 4 GB of weights; two turns of each side, of 110 s and, from cold caches, 150 s of torch.compile for two "
+        "of them", limit=480,
+        predicted="as the waterfall's rows with encoders in the loop, less what loading images costs the recipe",
     ),
     Part(
         "max-autotune", "What does searching for the fastest kernels give SD 1.5?",
@@ -197,5 +247,9 @@ PROVOKED = [
 
 def rehearsal() -> list[Part]:
     """The plan for a CPU, with failures on purpose between its parts."""
-    tiny = [replace(part, python=part.tiny, seconds=10, assumption="small", needs=()) for part in PLAN]
+
+    def small(part: Part) -> Part:
+        return replace(part, python=part.tiny, seconds=10, assumption="small", needs=(), memory=part.memory and 1)
+
+    tiny = list(map(small, PLAN))
     return [*tiny[:2], *PROVOKED, *tiny[2:]]

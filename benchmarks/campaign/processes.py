@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.campaign.plan import Part
 from engine.errors import UserError
 
-REPORT_SECONDS = 40  # left at the end for campaign.md and its charts
+REPORT_SECONDS = 30  # left at the end for campaign.md and its charts
 TAIL = 30  # lines of a part's output that are kept
 
 
@@ -26,6 +26,16 @@ def environment_of(python: dict[str, str]) -> dict[str, Any]:
         last = (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
         raise UserError(f"torch cannot say where it runs: {last}; mend the installation and start again")
     return json.loads(answer.stdout.splitlines()[-1])
+
+
+def memory_of_card() -> float:
+    """GiB; of the smallest card that the plan is for, where nobody says how many there are."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+        return min(float(line) / 1024 for line in answer.split())
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return 79.0
 
 
 def process_environment(scratch: Path, rehearses: bool) -> dict[str, str]:

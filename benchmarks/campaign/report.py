@@ -43,11 +43,49 @@ PREDICTIONS = [
     ("bf16 weights, channels last, own kernels", "engine", "recipe, cached", "1.1 to 1.3 times"),
     ("stacked projections", "stacked projections", "engine", "1.02 times"),
     ("`--compile`", "compiled", "stacked projections", "1.3 times and more"),
-    ("`engine::group_norm_silu` under torch.compile", "compiled, own norms", "compiled", "open"),
-    ("`engine::gelu_response_norm` under torch.compile", "compiled", "compiled, plain response norms", "1.3 times"),
+    ("`engine::group_norm_silu` under torch.compile", "compiled and captured", "compiled, plain norms", "open"),
+    (
+        "`engine::gelu_response_norm` under torch.compile",
+        "compiled and captured",
+        "compiled, plain response norms",
+        "1.3 times",
+    ),
     ("CUDA graphs", "compiled and captured", "compiled", "nothing at batch 32; 1.5 times and more for `kandinsky-prior`"),
     ("everything", "compiled and captured", "recipe at its best, cached", "not predicted"),
 ]
+# Checkpoint -> images per second aimed at on an H200 and on an H100, and the ratio to the recipe.
+TARGETS = {
+    "SD 1.5, 512 px": ({"H200": 180, "H100": 165}, 2.5),
+    "Kandinsky 2.2 prior": ({"H200": 1000, "H100": 950}, 4),
+    "Kandinsky 2.2 decoder, 768 px": ({"H200": 70, "H100": 65}, 2),
+    "Wuerstchen v2 prior, 768 px": ({"H200": 120, "H100": 110}, 2),
+}
+IDLE = 0.01  # of a step, at most between kernels
+
+
+def targets(rows: Rows) -> str:
+    """The fastest row of every checkpoint beside what is aimed at, with the recipe's rows at the same batch."""
+    columns = ["model", "device", "aim, samples/s", "fastest", "lever", "batch", "GiB allocated", "GiB reserved", "aim, ratio",
+               "over the recipe", "over it cached", "over it at its best, cached", "idle between kernels, of a step",
+               "longest gap, ms", "aim"]  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for (checkpoint, device), group in by_checkpoint(rows).items():
+        ours = [row for row in group if "samples_per_second" in row and row["settings"].get("options") is not None]
+        if not ours:
+            continue
+        best = max(ours, key=lambda row: row["samples_per_second"])
+        speeds, ratio = TARGETS.get(checkpoint, ({}, ""))
+        speed, batch = best["samples_per_second"], best["batch"]
+        recipes = [rate(group, lever, batch) for lever in ("recipe", "recipe, cached", "recipe at its best, cached")]
+        profiled = best.get("profile", {})
+        idle = profiled["milliseconds"]["idle"] / profiled["step_milliseconds"] if profiled else None
+        cells = [
+            checkpoint, device, next((aim for card, aim in speeds.items() if card in device), ""), speed, best["lever"], batch,
+            best.get("memory_gib"), best.get("reserved_gib"), ratio, *(recipe and speed / recipe for recipe in recipes),
+            None if idle is None else f"{idle:.2%}", profiled.get("longest_gap_milliseconds"), f"under {IDLE:.0%}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(map(cell, cells))} |")
+    return "\n".join(lines)
 
 
 def anchors(rows: Rows) -> str:
@@ -87,9 +125,18 @@ def guarded(write: Callable[[], str]) -> str:
 
 
 def rows_of(state: dict[str, Any], benchmark: str) -> Rows:
-    """All kept rows of a benchmark; those of levers as one stands on the other, and not as parts came to them."""
+    """All kept rows of a benchmark's parts, with numbers of `every_environment`; those of levers as one stands on the other,
+    and not as parts came to them."""
     place = {lever.name: number for number, lever in enumerate(LEVERS)}
-    return sorted(state["rows"].get(benchmark, {"rows": []})["rows"], key=lambda row: place.get(row.get("lever"), -1))
+    parts = rehearsal() if state["rehearsal"] else PLAN
+    keys = dict.fromkeys(part.key for part in parts if part.benchmark == benchmark)
+    environments = every_environment(state)
+    rows = [
+        row | {"environment": environments.index(kept["environments"][row["environment"]])}
+        for kept in (state["rows"][key] for key in keys if key in state["rows"])
+        for row in kept["rows"]
+    ]
+    return sorted(rows, key=lambda row: place.get(row.get("lever"), -1))
 
 
 def table_of(part: Part, rows: Rows) -> str:
@@ -145,7 +192,7 @@ def overview(state: dict[str, Any], parts: list[Part]) -> str:
     return "\n".join(lines)
 
 
-def section(parts: list[Part], state: dict[str, Any], environments: Rows, shown: str) -> Iterator[str]:
+def section(parts: list[Part], state: dict[str, Any], shown: str) -> Iterator[str]:
     """Results and failures of a benchmark's parts."""
     benchmark = parts[0].benchmark
     rows = rows_of(state, benchmark)
@@ -155,10 +202,10 @@ def section(parts: list[Part], state: dict[str, Any], environments: Rows, shown:
     yield "\n".join(f"- {question}{expected}" for question, expected in zip(asked, predicted, strict=True))
     if rows:
         yield guarded(lambda: table_of(parts[0], rows))
-        of_rows = state["rows"][benchmark]["environments"]
-        numbers = {environments.index(of_rows[row["environment"]]) + 1 for row in rows}
+        numbers = {row["environment"] + 1 for row in rows}
         yield f"Measured in environment {', '.join(map(str, sorted(numbers)))}."
     if benchmark == "step":
+        yield "Targets, and the fastest row of any batch:\n\n" + guarded(lambda: targets(rows))
         yield guarded(lambda: anchors(rows))
         yield guarded(lambda: predictions(rows))
         yield guarded(lambda: profile.table(rows))
@@ -210,7 +257,7 @@ def report(state: dict[str, Any], output: Path) -> str:
     begun = [part for part in parts if (state["parts"].get(part.name) or {}).get("attempts")]
     for benchmark in dict.fromkeys(part.benchmark for part in begun):
         of_it = [part for part in begun if part.benchmark == benchmark]
-        pieces += section(of_it, state, environments, shown.get(benchmark, ""))
+        pieces += section(of_it, state, shown.get(benchmark, ""))
     waiting = [f"- {part.name}: {part.seconds:.0f} s by estimate ({part.assumption})" for part in parts if part not in begun]
     if waiting:
         pieces.append("## Not begun yet\n\n" + "\n".join(waiting))

@@ -42,13 +42,13 @@ SIDES: dict[str, tuple[str, dict[str, Any]]] = {
     "bf16, captured": ("bf16", {"compile": True}),
     "fp8, captured": ("bf16", {"compile": True, "matrix_precision": "fp8"}),
 }
-BASES = {"fp8, captured": "bf16, captured"}  # what a side is compared with, where that is not the first
+BASES = {"fp8, captured": "bf16, captured"}  # what a side is compared with, where that is not the first of `SIDES`
 # Checkpoint -> batch; those of the decoder at 768 px and of 512 px train the same model.
 BATCHES = {"SD 1.5, 512 px": 4, "Kandinsky 2.2 prior": 32, "Kandinsky 2.2 decoder, 512 px": 4, "Wuerstchen v2 prior, 768 px": 4}
 RECORDS = 8  # batches of records, seen again and again
 LEARNING_RATE = 1e-4
 WINDOW = 10  # steps of the running mean in the picture
-EXPECTED_SECONDS = {False: 120, True: 300}  # of a side, uncompiled in fp32 or compiled from cold caches; assumed
+EXPECTED_SECONDS = {False: 150, True: 200}  # of a side, uncompiled in fp32 or compiled from cold caches; assumed
 
 
 def batches(family: Any, size: int, device: torch.device) -> Iterator[Batch]:
@@ -59,17 +59,17 @@ def batches(family: Any, size: int, device: torch.device) -> Iterator[Batch]:
         yield batch_of(family, records[number % RECORDS], number * size, device)
 
 
-def losses(name: str, side: str, steps: int, device: torch.device) -> dict[str, Any]:
+def losses(name: str, side: str, steps: int, size: int, device: torch.device) -> dict[str, Any]:
     """The loss of every step of a checkpoint, or tiny family, on one side."""
     precision, options = SIDES[side]
     precision = precision if device.type == "cuda" else "no"
     with opened(name, device, mixed_precision=precision) as checkpoint, settings_kept():
         torch.backends.cudnn.allow_tf32 = False  # torch's default would round what fp32 convolutions multiply to 10 bits
         torch.manual_seed(7)
-        size, family = BATCHES.get(name, 4), checkpoint.family
+        family = checkpoint.family
         sequence = batches(family, size, device)
         model = checkpoint.load_model(**options)
-        training = open_training(family, model, device, size, learning_rate=LEARNING_RATE, **options)
+        training = open_training(family, model, device, size, learning_rate=LEARNING_RATE, use_ema=False, **options)
         seen = []
         for number in range(1, steps + 1):
             training.train_step(sequence, number)
@@ -97,21 +97,24 @@ def judge(base: list[float], other: list[float]) -> dict[str, Any]:
 
 def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Every side of every checkpoint against the first that was measured on the same device, or as `BASES` says."""
+    place = {side: number for number, side in enumerate(SIDES)}
     result = []
+    rows = sorted(rows, key=lambda row: place.get(row["side"], len(place)))
     for row in rows:
-        alike = [r for r in rows if (r["checkpoint"], r["device"]) == (row["checkpoint"], row["device"]) and not problem(r)]
+        about = [row.get(key) for key in ("checkpoint", "device", "batch")]
+        alike = [r for r in rows if [r.get(key) for key in ("checkpoint", "device", "batch")] == about and not problem(r)]
         base = next((r for r in alike if r["side"] == BASES.get(row["side"])), alike[0] if alike else row)
-        about = {"checkpoint": row["checkpoint"], "side": row["side"], "base": base["side"]}
+        names = {key: row.get(key) for key in ("checkpoint", "side", "batch")} | {"base": base["side"]}
         if problem(row):
-            result.append(about | {"failed": problem(row)})
+            result.append(names | {"failed": problem(row)})
         elif base is not row:
-            result.append(about | judge(base["losses"], row["losses"]))
+            result.append(names | judge(base["losses"], row["losses"]))
     return result
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     return markdown(verdicts(rows), {
-        "model": "checkpoint", "side": "side", "against": "base", "loss": "loss", "its loss": "base_loss",
+        "model": "checkpoint", "side": "side", "batch": "batch", "against": "base", "loss": "loss", "its loss": "base_loss",
         "difference": "difference", "two standard errors": "two_standard_errors", "within noise": "within_noise",
         "paired": "paired",
     })  # fmt: skip
@@ -128,7 +131,7 @@ def chart(rows: list[dict[str, Any]], path: Path) -> None:
         for row in (row for row in measured if row["checkpoint"] == name):
             values = row["losses"]
             means = [statistics.mean(values[max(0, step - WINDOW + 1) : step + 1]) for step in range(len(values))]
-            panel.plot(range(1, len(values) + 1), means, linewidth=1, label=row["side"])
+            panel.plot(range(1, len(values) + 1), means, linewidth=1, label=f"{row['side']}, batch {row.get('batch')}")
         panel.set(title=name, xlabel="step", ylabel="loss")
         panel.legend(fontsize=8, frameon=False)
         panel.spines[["top", "right"]].set_visible(False)
@@ -140,6 +143,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="a few thousand weights instead of the published size")
     parser.add_argument("--checkpoints", nargs="+", choices=[*AIMS, *TINY], help="default: all but the decoder at 768 px")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES)[:2], help="default: %(default)s")
+    parser.add_argument("--batch", type=int, help="instead of each checkpoint's own")
     parser.add_argument("--steps", type=int, default=200, help="default: %(default)s")
     options = parser.parse_args()
     quiet_libraries()
@@ -149,8 +153,9 @@ def main() -> int:
     for name in options.checkpoints or (list(TINY) if options.tiny else list(BATCHES)):
         for side in options.sides:
             seconds = 5 if name in TINY else EXPECTED_SECONDS["compile" in SIDES[side][1]]
-            work = partial(losses, name, side, options.steps, device)
-            rows.append(kept.measure(f"{name}: {side}", seconds, work, checkpoint=name, side=side))
+            batch = options.batch or BATCHES.get(name, 4)
+            work = partial(losses, name, side, options.steps, batch, device)
+            rows.append(kept.measure(f"{name}: {side}, batch {batch}", seconds, work, checkpoint=name, side=side, batch=batch))
     print(table(rows))
     return kept.exit_code
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks.tools.checkpoints import Checkpoint, opened
 from benchmarks.tools.levers import SHIPPED, Lever, settings_kept
+from benchmarks.tools.planned import SMALL_BATCH
 from benchmarks.tools.published import open_tiny
 from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
@@ -39,7 +40,7 @@ from engine.models.family import Family
 from engine.models.stable_diffusion import StableDiffusion
 from engine.quiet import quiet_libraries
 
-SECONDS = 200  # that the row takes at most, most of them for torch.compile from cold caches
+SECONDS = 60  # that the row should take with compiled code in the caches; from cold ones 110 more
 
 
 class Scale(nn.Module):
@@ -108,7 +109,7 @@ def device_gaps(checkpoint: Checkpoint, lever: Lever, size: int, steps: int = 10
         for _ in range(steps):
             step()
         launched = time.perf_counter() - started
-        work, busy, total = profiled(step, steps, device)
+        work, busy, total, _ = profiled(step, steps, device)
     return {
         "kernels_per_step": len(work) / steps, "step_milliseconds": total / steps / 1000, "idle_share": 1 - busy / total,
         "launch_microseconds": launched / steps * 1e6,
@@ -120,7 +121,7 @@ def measure(steps: int, device: torch.device) -> dict[str, Any]:
     if device.type == "cpu":
         return {"host_microseconds": host_microseconds(steps)}
     with opened("SD 1.5, 512 px", device) as checkpoint:
-        return {"captured_step": device_gaps(checkpoint, SHIPPED, 8)}
+        return {"captured_step": device_gaps(checkpoint, SHIPPED, SMALL_BATCH)}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -33,13 +33,12 @@ import torch
 import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 
 # isort: split
-from torch import nn
 from tqdm import tqdm
 
 from benchmarks.tools import profile
 from benchmarks.tools.checkpoints import AIMS, PRECISION, TINY_AIM, Checkpoint, opened
 from benchmarks.tools.cost import Cost
-from benchmarks.tools.levers import LEVERS, SHIPPED, Lever, settings_kept
+from benchmarks.tools.levers import LEVERS, SHIPPED, Lever, settings_kept, settle_attention
 from benchmarks.tools.published import TINY
 from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import OUT_OF_MEMORY, Rows
@@ -51,8 +50,8 @@ from engine.loop.flops import matrix_flops_per_second
 from engine.models.encoder import PRECISIONS
 from engine.quiet import quiet_libraries
 
-WINDOWS = 7
-WINDOW_SECONDS = 1.5  # or one step, where that takes longer
+WINDOWS = 5
+WINDOW_SECONDS = 1.2  # or one step, where that takes longer
 
 
 def measure_lever(checkpoint: Checkpoint, lever: Lever, size: int, window_seconds: float) -> dict[str, Any]:
@@ -103,16 +102,16 @@ def measure_lever(checkpoint: Checkpoint, lever: Lever, size: int, window_second
 def expected_seconds(lever: Lever, cost: Cost, size: int, cached_code: bool) -> float:
     """How long a row should take on an H100. Meant to be too long rather than too short:
 
-    - 15 s to draw weights, open the training and profile it, 15 more for the encoders (up to 2.5 billion weights; 29 s in all
-      were seen on an H200);
+    - 10 s to draw weights, open the training and profile it, 15 more for cuDNN's search where it is made (34 s were seen of the
+      decoder's at 768 px), 15 for the encoders (up to 2.5 billion weights);
     - torch.compile from cold caches 0.14 s per million parameters (107 s were seen for SD), five times that for
-      max-autotune; 40 s with warm ones, mostly tracing;
-    - steps at 12 % of 800 TFLOP/s, with encoders twice as long; and windows of `WINDOW_SECONDS`, or of one step.
+      max-autotune; 25 s with warm ones, mostly tracing (assumed);
+    - steps at 25 % of 800 TFLOP/s, with encoders twice as long; and windows of `WINDOW_SECONDS`, or of one step.
     """
-    opening = 15 + 15 * lever.encoders
+    opening = 10 + 15 * (lever.cudnn_benchmark is not False) + 15 * lever.encoders
     cold = 0.14e-6 * cost.parameters * (5 if "compile_mode" in (lever.options or {}) else 1)
-    compiling = (min(40, cold) if cached_code else cold) if lever.compiles else 0.0
-    step = size * cost.training_flops / (0.12 * 800e12) * (1 + lever.encoders)
+    compiling = (min(25, cold) if cached_code else cold) if lever.compiles else 0.0
+    step = size * cost.training_flops / (0.25 * 800e12) * (1 + lever.encoders)
     return opening + compiling + (WARM_UP + 1) * step + WINDOWS * max(WINDOW_SECONDS + step, step)
 
 
@@ -125,18 +124,20 @@ class Waterfall:
     """The levers of a checkpoint, one after another.
 
     peak: operations per second of a matrix product, as `measured_peak` says.
+    warm: the caches hold what is compiled.
     """
 
     checkpoint: Checkpoint
     peak: dict[str, Any]
     rows: Rows
+    warm: bool = False
 
     def measure_all(self, levers: list[Lever], size: int) -> list[dict[str, Any]]:
         """A row for every lever; at half the batch where the recipe needs too much memory."""
         measured: list[dict[str, Any]] = []
         seen: list[Any] = []
         for lever in tqdm(levers, desc=f"{self.checkpoint.name}, batch {size}", disable=None, leave=False):
-            row = self.measure(lever, size, lever.form in seen)
+            row = self.measure(lever, size, self.warm or lever.form in seen)
             measured.append(row)
             # Rows of an earlier call may be another machine's.
             if row_name(self.checkpoint.name, lever, size) in self.rows.begun:
@@ -179,22 +180,22 @@ def measure_all(
     batch: int | None = None,
     sweep: bool = False,
     wanted: Iterable[str] = (),
+    warm: bool = False,
 ) -> list[dict[str, Any]]:
     """Every checkpoint, or tiny family, in turn.
 
     Args:
         batch: of the waterfalls, instead of each checkpoint's own.
         wanted: names of levers; none for all.
+        warm: the caches hold what is compiled.
     """
     precision = PRECISION[device.type]
-    if device.type == "cuda":
-        # At its first choice torch writes its order of attention's kernels, which every row then starts from.
-        nn.functional.scaled_dot_product_attention(*torch.zeros(3, 1, 1, 8, 64, device=device, dtype=torch.bfloat16))
+    settle_attention(device)
     peak = measured_peak(rows, device, precision)
     measured = []
     for name in names:
         with opened(name, device) as checkpoint:
-            waterfall, family = Waterfall(checkpoint, peak, rows), checkpoint.family.config.family
+            waterfall, family = Waterfall(checkpoint, peak, rows, warm), checkpoint.family.config.family
             levers = [lever for lever in LEVERS if lever.fits(family) and (not wanted or lever.name in wanted)]
             measured += waterfall.measure_all(levers, batch or checkpoint.batch)
             for further in AIMS.get(name, TINY_AIM)[1] if sweep else ():
@@ -210,6 +211,7 @@ def main() -> int:
     parser.add_argument("--without", nargs="+", choices=[lever.name for lever in LEVERS], default=[], help="leave these out")
     parser.add_argument("--batch", type=int, help="batch of the waterfall, instead of each checkpoint's own")
     parser.add_argument("--sweep", action="store_true", help="measure further batch sizes too")
+    parser.add_argument("--warm", action="store_true", help="the caches hold what is compiled: expect shorter rows")
     parser.add_argument("--compile_cache_dir", type=Path, help="keep compiled code there (default: as torch's variables say)")
     options = parser.parse_args()
     quiet_libraries()
@@ -221,7 +223,7 @@ def main() -> int:
     wanted = [
         lever.name for lever in LEVERS if lever.name in (options.levers or [lever.name]) and lever.name not in options.without
     ]
-    measured = measure_all(rows, names, device, options.batch, options.sweep, wanted)
+    measured = measure_all(rows, names, device, options.batch, options.sweep, wanted, options.warm)
     print(table(measured), profile.table(measured), sep="\n\n")
     return rows.exit_code
 

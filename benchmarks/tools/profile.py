@@ -55,7 +55,7 @@ def category(name: str) -> str:
     return next((found for found, pattern in _RULES if pattern.search(name)), "other")
 
 
-def summarize(work: list[tuple[str, float]], busy: float, total: float, steps: int) -> dict[str, Any]:
+def summarize(work: list[tuple[str, float]], busy: float, total: float, gap: float, steps: int) -> dict[str, Any]:
     """Milliseconds of a step by category, and its largest kernels; kernels that overlap share the time in which they do."""
     overlap = busy / sum(microseconds for _, microseconds in work)
     scale = overlap / 1000 / steps
@@ -67,6 +67,7 @@ def summarize(work: list[tuple[str, float]], busy: float, total: float, steps: i
     milliseconds = {name: by_category[name] for name in COLOURS} | {"idle": (total - busy) / 1000 / steps}
     return {
         "step_milliseconds": total / 1000 / steps, "kernels_per_step": len(work) / steps, "milliseconds": milliseconds,
+        "longest_gap_milliseconds": gap / 1000,
         "largest": [[name[:160], category(name), value] for name, value in by_name.most_common(LARGEST)],
         "unknown": [[name[:160], value] for name, value in by_name.most_common() if category(name) == "other"][:LARGEST],
     }  # fmt: skip

@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.tools.timing import synchronize
 
-Timeline = tuple[list[tuple[str, float]], float, float]
+Timeline = tuple[list[tuple[str, float]], float, float, float]
 Span = tuple[str, float, float, float]
 
 
@@ -43,10 +43,12 @@ def operators(profiler: Any) -> list[Span]:
 
 
 def timeline(spans: list[Span]) -> Timeline:
-    """Names and microseconds of what ran, the microseconds in which anything did, and those in all."""
+    """Names and microseconds of what ran, the microseconds in which anything did, those in all, and the longest in which
+    nothing did."""
     moments = sorted((start, stop) for _, start, stop, _ in spans)
-    busy, end = 0.0, moments[0][0]
+    busy, gap, end = 0.0, 0.0, moments[0][0]
     for start, stop in moments:
         busy += max(stop - max(start, end), 0.0)
+        gap = max(gap, start - end)
         end = max(end, stop)
-    return [(name, own) for name, _, _, own in spans], busy, end - moments[0][0]
+    return [(name, own) for name, _, _, own in spans], busy, end - moments[0][0], gap

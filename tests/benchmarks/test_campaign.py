@@ -15,9 +15,12 @@ import torch
 
 from benchmarks.campaign import __main__ as command
 from benchmarks.campaign import campaign, plan, processes
-from benchmarks.campaign.campaign import DONE, FAILED, GOES_ON, Campaign
+from benchmarks.campaign.campaign import DONE, FAILED, GOES_ON, Attempt, Campaign
 from benchmarks.campaign.plan import PROVOKED, Part
-from benchmarks.tools import environment
+from benchmarks.tools import environment, planned
+from benchmarks.tools.checkpoints import AIMS
+from benchmarks.tools.levers import LEVERS
+from benchmarks.tools.published import CHECKPOINTS
 from tests import in_process
 
 HERE = {"commit": "one", "device": "CPU"}
@@ -38,7 +41,7 @@ def part(name: str, code: str, limit: float = 30, seconds: float = 1, measures: 
 
 def open_campaign(tmp_path: Path, scratch: str = "scratch", seconds: float = 60, here: dict = HERE) -> Campaign:
     variables = processes.process_environment(tmp_path / scratch, rehearses=True)
-    return Campaign(tmp_path / "out", tmp_path / scratch, here, variables, time.monotonic() + seconds)
+    return Campaign(tmp_path / "out", tmp_path / scratch, here, variables, time.monotonic() + seconds, 10)
 
 
 def statuses(opened: Campaign) -> dict[str, str]:
@@ -75,7 +78,10 @@ def test_what_fails_costs_only_itself_and_is_tried_twice_under_a_commit(tmp_path
 def test_a_part_goes_on_from_its_rows_on_another_machine(tmp_path):
     counting = part("counting", COUNTS, measures=True)
     first = open_campaign(tmp_path, "one")
-    first.attempt(counting)
+    attempt = Attempt(first, counting)
+    while attempt.runs():
+        time.sleep(0.05)
+    attempt.end()
     assert statuses(first) == {"counting": GOES_ON}
     second = open_campaign(tmp_path, "two", here={**HERE, "device": "another"})
     second.run([counting])
@@ -184,6 +190,50 @@ time.sleep(3600)
     assert time.monotonic() < until
 
 
+def test_parts_run_beside_each_other_while_they_fit_the_card_and_before_what_is_timed(tmp_path):
+    log = tmp_path / "log"
+    code = """
+import sys, time
+with open({log!r}, "a") as log:
+    print("{name} begins", file=log, flush=True)
+    time.sleep({seconds})
+    print("{name} ends", file=log, flush=True)
+"""
+
+    def beside(name, seconds, memory):
+        return replace(part(name, code.format(log=str(log), name=name, seconds=seconds)), memory=memory)
+
+    crashing = replace(part("crashing", "raise ValueError"), memory=1)
+    open_campaign(tmp_path).run([
+        beside("timed", 0, None), crashing, beside("long", 1.5, 5), beside("large", 0, 9), beside("short", 0.7, 3),
+    ])  # fmt: skip
+    lines = log.read_text().splitlines()
+    assert set(lines[:2]) == {"long begins", "short begins"}
+    assert lines[2:] == ["short ends", "long ends", "large begins", "large ends", "timed begins", "timed ends"]
+    kept = json.loads((tmp_path / "out" / "campaign.json").read_text())["parts"]
+    assert {name for name, part in kept.items() if part["status"] != DONE} == {"crashing"}
+
+
+def test_code_that_was_compiled_elsewhere_is_compiled_again(tmp_path):
+    local = replace(part("compilation", COUNTS.replace("< 3", "< 1"), measures=True), memory=1, local=True)
+    open_campaign(tmp_path).run([local])
+    same, elsewhere = open_campaign(tmp_path), open_campaign(tmp_path, "another")
+    assert same.done(local)
+    assert not elsewhere.done(local)
+    assert not open_campaign(tmp_path, here={**HERE, "commit": "two"}).done(local)
+
+
+def test_every_planned_row_has_a_lever_and_an_estimate():
+    timed = [part for part in plan.PLAN if part.checkpoint]
+    assert {part.checkpoint for part in timed} == set(AIMS)
+    for part in timed:
+        family = CHECKPOINTS[part.checkpoint][0]
+        fitting = [lever.name for lever in LEVERS if lever.fits(family) and lever.name in planned.levers_of(part.checkpoint)]
+        assert set(plan.rows_of(part.checkpoint)) == set(fitting)
+    assert {lever.name for lever in LEVERS if lever.compiles} & set(planned.LEVERS) == set(plan.COMPILED)
+    assert len({part.key for part in plan.PLAN if part.memory is not None}) == sum(p.memory is not None for p in plan.PLAN)
+
+
 def test_a_signal_ends_a_call_with_its_report(tmp_path):
     output = tmp_path / "out"
     code = f"""
@@ -214,9 +264,11 @@ def test_every_part_is_chosen_by_its_name(capsys):
     lacking = Part("lacking", "Why?", (), (), 1, "none", needs=("a_package_that_nobody_has",))
     assert command.chosen([lacking], None) == []
     assert "lacking: skipped, for want of a_package_that_nobody_has" in capsys.readouterr().err
-    command.print_plan(plan.PLAN, 9)
+    command.print_plan(plan.PLAN, {"SD 1.5, 512 px: captured, batch 32": 29.4})
     printed = capsys.readouterr().out
-    assert all(f"estimate, not measured: {part.assumption}" in printed for part in plan.PLAN)
+    assert all(part.assumption in printed for part in plan.PLAN)
+    assert "estimate, not measured but for kept rows, 29 s: 15 s of imports" in printed
+    assert "29 s of them for rows that are kept" in printed
     assert len({part.slug for part in plan.PLAN}) == len(plan.PLAN)
 
 

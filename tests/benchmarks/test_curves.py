@@ -22,6 +22,6 @@ def test_curves_are_judged_by_the_noise_of_the_first(tmp_path):
     assert not verdicts["far"]["within_noise"]
     assert verdicts["wrong"]["failed"] == "a loss is not finite"
     assert "fp32" not in verdicts
-    assert "| sd | near | fp32 |" in curves.table(rows)
+    assert "| sd | near |  | fp32 |" in curves.table(rows)
     curves.chart(rows, tmp_path / "curves.png")
     assert np.asarray(Image.open(tmp_path / "curves.png").convert("L")).std() > 5

@@ -118,6 +118,7 @@ def test_overlapping_kernels_share_their_time_and_the_rest_is_idle():
     row = profile.summarize(*timeline(found), steps=1)
     assert row["step_milliseconds"] == pytest.approx(0.2)
     assert row["milliseconds"]["idle"] == pytest.approx(0.05)
+    assert row["longest_gap_milliseconds"] == pytest.approx(0.05)
     assert sum(row["milliseconds"].values()) == pytest.approx(0.2)
     assert row["milliseconds"]["matrix products"] == pytest.approx(0.075)
     assert row["kernels_per_step"] == 3

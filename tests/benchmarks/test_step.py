@@ -192,7 +192,7 @@ def test_levers_whose_option_this_engine_lacks_are_left_out():
     assert not unknown.fits("sd")
     assert levers.SHIPPED.fits("sd")
     assert not levers.Lever("other", {"cuda_graphs": "sometimes"}).fits("sd")
-    assert {lever.name for lever in levers.LEVERS if not lever.fits(PRIOR)} >= {"cuDNN's search", "compiled, own norms"}
+    assert {lever.name for lever in levers.LEVERS if not lever.fits(PRIOR)} >= {"cuDNN's search", "compiled, plain norms"}
     plain = next(lever for lever in levers.LEVERS if lever.name == "compiled, plain response norms")
     assert [family for family in levers.CONVOLUTIONAL if plain.fits(family)] == ["wuerstchen"]
     compiled = next(lever for lever in levers.LEVERS if lever.name == "compiled")

@@ -28,10 +28,10 @@ def test_charts_draw_what_there_is(tmp_path):
 def test_norms_are_judged_by_quartiles():
     def rows(low, high):
         about = {"checkpoint": "sd", "device": "a card", "batch": 32, "memory_gib": 40}
-        theirs = about | {"lever": "compiled", "samples_per_second": 100, "low": 99, "high": 101}
+        theirs = about | {"lever": "compiled, plain norms", "samples_per_second": 100, "low": 99, "high": 101}
         return [
             theirs,
-            about | {"lever": "compiled, own norms", "samples_per_second": (low + high) / 2, "low": low, "high": high},
+            about | {"lever": "compiled and captured", "samples_per_second": (low + high) / 2, "low": low, "high": high},
         ]
 
     assert waterfall.norms_verdict(rows(104, 106)).endswith("= True")
