@@ -4,15 +4,15 @@ Each operation runs at the shapes of the families, beside
 
 - `script`: what the diffusers scripts do with torch's own operations and random numbers: draw the noise, keep it, combine; for
   the loss, the squared error against the noise that was kept, its mean, and its gradient by autograd; group normalisation and
-  SiLU, and GELU, GlobalResponseNorm and dropout, with their backward passes; the norm of a gradient by
+  SiLU, GELU with its gate, and GELU, GlobalResponseNorm and dropout, with their backward passes; the norm of a gradient by
   `torch.linalg.vector_norm`;
 - `eager`: the operation's reference in plain torch, with the same counter-based random numbers;
-- `compiled`: that reference (normalisations: the script's operations) under torch.compile;
+- `compiled`: that reference (normalisations and GELU: the script's operations) under torch.compile;
 - `plain`: of the loss with Huber's or with a mask, the same operation without.
 
 Medians of turns that alternate; on a GPU of replays of a graph of the calls (`benchmarks.tools.timing`). `copy` is the share of
-a copy's bandwidth: the bytes that must move once, against a copy of the same size on this device. On a CPU, normalisations and
-the norm are the reference itself: these kernels are for GPUs.
+a copy's bandwidth: the bytes that must move once, against a copy of the same size on this device. On a CPU, normalisations,
+GELU and the norm are the reference itself: these kernels are for GPUs.
 """
 
 import sys
@@ -36,7 +36,7 @@ from benchmarks.tools.charts import BLUE, GREY, RED, save
 from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
 from benchmarks.tools.timing import Work, compare
-from engine.kernels import add_noise, diffusion_loss, gelu_response_norm, group_norm_silu, square_sum
+from engine.kernels import add_noise, diffusion_loss, geglu, gelu, gelu_response_norm, group_norm_silu, square_sum
 from engine.kernels.add_noise import per_sample, reference_add_noise
 from engine.kernels.diffusion_loss import reference_diffusion_loss
 from engine.kernels.square_sum import reference_square_sum
@@ -60,6 +60,10 @@ ACTIVATIONS: Shapes = {
 SMALL_ACTIVATIONS: Shapes = {"small": (2, 64, 8, 8)}
 HIDDEN_STATES: Shapes = {"Wuerstchen, 6144 channels, 24 x 24": (16, 24, 24, 6144)}
 SMALL_HIDDEN_STATES: Shapes = {"small": (2, 4, 4, 64)}
+# What a linear layer gives to GELU, with its gate in SD, for batches of 32 and 256.
+GATED: Shapes = {"SD, 2 x 1280, 64 x 64": (32, 4096, 2560), "SD, 2 x 5120, 16 x 16": (32, 256, 10240)}
+UNGATED: Shapes = {"prior, 8192": (256, 81, 8192)}
+SMALL_HIDDEN: Shapes = {"small": (2, 16, 64)}
 GRADIENTS: Shapes = {"SD, 860 M parameters": (859_520_964,)}
 SMALL_GRADIENTS: Shapes = {"small": (1_000_000,)}
 
@@ -70,9 +74,15 @@ def script_group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.silu(F.group_norm(x, 32, weight, bias))
 
 
+def script_geglu(x: Tensor) -> Tensor:
+    value, gate = x.chunk(2, -1)
+    return value * F.gelu(gate)
+
+
 compiled_add_noise = torch.compile(reference_add_noise)
 compiled_diffusion_loss = torch.compile(reference_diffusion_loss)
 compiled_group_norm_silu = torch.compile(script_group_norm_silu)
+compiled_geglu, compiled_gelu = torch.compile(script_geglu), torch.compile(F.gelu)
 compiled_square_sum = torch.compile(reference_square_sum)
 
 
@@ -170,6 +180,27 @@ def response_norm_works(shape: tuple[int, ...], dtype: torch.dtype, device: torc
     }
 
 
+def gelu_works(shape: tuple[int, ...], gated: bool, dtype: torch.dtype, device: torch.device) -> dict[str, Works]:
+    """GELU, gated or not, forward alone and forward with backward."""
+    x = torch.randn(shape, device=device).to(dtype).requires_grad_()
+    name, ours, script, compiled = (
+        ("geglu", geglu, script_geglu, compiled_geglu) if gated else ("gelu", gelu, F.gelu, compiled_gelu)
+    )
+    upstream = torch.randn_like(script(x))
+
+    def forward(function: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
+        return lambda: function(x.detach())
+
+    def backward(function: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(function(x), x, upstream)
+
+    sides: dict[str, Callable[[Tensor], Tensor]] = {"engine": ours, "script": script, "compiled": compiled}
+    return {
+        name: {side: forward(function) for side, function in sides.items()},
+        f"{name}, both passes": {side: backward(function) for side, function in sides.items()},
+    }
+
+
 def square_sum_works(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Works]:
     gradient = torch.randn(shape, device=device).to(dtype)
     return {
@@ -180,12 +211,13 @@ def square_sum_works(shape: tuple[int, ...], dtype: torch.dtype, device: torch.d
     }  # fmt: skip
 
 
-# How often the elements must move: add_noise reads mean and std and writes; the loss reads and writes; normalisation reads and
-# writes, and with its backward pass reads x and the gradient again and writes another; response normalisation, whose statistics
-# are of a whole sample, reads twice each time; the norm reads.
+# How often the elements must move: add_noise reads mean and std and writes; the loss reads and writes; normalisation and GELU
+# read and write (gated half as much), and with their backward passes read x and the gradient again and write another; response
+# normalisation, whose statistics are of a whole sample, reads twice each time; the norm reads.
 MOVES = {
     "add_noise": 3, "diffusion_loss": 2, "diffusion_loss, Huber": 2, "diffusion_loss, masked": 2, "group_norm_silu": 2,
-    "group_norm_silu, both passes": 5, "gelu_response_norm": 3, "gelu_response_norm, both passes": 8, "square_sum": 1,
+    "group_norm_silu, both passes": 5, "gelu_response_norm": 3, "gelu_response_norm, both passes": 8, "geglu": 1.5,
+    "geglu, both passes": 4, "gelu": 2, "gelu, both passes": 5, "square_sum": 1,
 }  # fmt: skip
 
 
@@ -211,6 +243,11 @@ def measure(small: bool, compiled: bool, device: torch.device, rows: Rows | None
         for name, shape in (SMALL_HIDDEN_STATES if small else HIDDEN_STATES).items():
             operations = ("gelu_response_norm", "gelu_response_norm, both passes")
             cases.append((operations, name, shape, dtype, "contiguous", partial(response_norm_works, shape, dtype, device)))
+        for gated, shapes in ((True, GATED), (False, UNGATED)):
+            operations = ("geglu", "geglu, both passes") if gated else ("gelu", "gelu, both passes")
+            for name, shape in (SMALL_HIDDEN if small else shapes).items():
+                build = partial(gelu_works, shape, gated, dtype, device)
+                cases.append((operations, name, shape, dtype, "contiguous", build))
         for name, shape in (SMALL_GRADIENTS if small else GRADIENTS).items():
             cases.append((("square_sum",), name, shape, dtype, "flat", partial(square_sum_works, shape, dtype, device)))
     measured = []
@@ -218,7 +255,7 @@ def measure(small: bool, compiled: bool, device: torch.device, rows: Rows | None
         torch._dynamo.reset()
         for operation in operations:
             about = {"operation": operation, "shape": name, "dtype": str(dtype).removeprefix("torch."), "layout": layout}
-            moved = MOVES[operation] * torch.Size(shape).numel() * dtype.itemsize
+            moved = int(MOVES[operation] * torch.Size(shape).numel() * dtype.itemsize)
             work = partial(compare, partial(_sides, build, operation, compiled), moved, device)
             measured.append(rows.measure(", ".join(about.values()), SECONDS if compiled else 1, work, **about))
     return measured

@@ -28,6 +28,8 @@ from triton.compiler import ASTSource
 from engine.kernels.adamw_ema import BLOCK, VECTOR, adamw_ema_kernel
 from engine.kernels.add_noise import add_noise_kernel
 from engine.kernels.diffusion_loss import diffusion_loss_kernel
+from engine.kernels.gelu import gelu_backward_kernel, gelu_kernel
+from engine.kernels.gelu import tiling as gelu_tiling
 from engine.kernels.gelu_response_norm import (
     dropped_of,
     gelu_norms_kernel,
@@ -150,6 +152,15 @@ def _response_norm_cases(dtype: str) -> list[Case]:
     return found
 
 
+def _gelu_cases(dtype: str) -> list[Case]:
+    """Between the linear layers of SD's transformer blocks at the highest resolution, and of the Kandinsky prior's."""
+    return [
+        Case(kernel, variant, {"GATED": gated, **gelu_tiling(columns, _TORCH_DTYPES[dtype])}, samples, {"rows": rows})
+        for variant, gated, columns, rows in (("gated, 1280", True, 1280, 4096), ("8192", False, 8192, 81))
+        for kernel, samples in ((gelu_kernel, ("y", "x")), (gelu_backward_kernel, ("x_gradient", "y_gradient", "x")))
+    ]
+
+
 def _optimizer_cases() -> list[Case]:
     """AdamW, as most runs have it, and Lion; then both on bf16 weights, which need no second copy."""
     kinds = {"any count": (False, False), "Lion": (True, False), "bf16 masters": (False, True),
@@ -175,7 +186,7 @@ _CASES = [
 
 
 def cases(dtype: str, target: str) -> list[Case]:
-    return _CASES + _group_norm_cases(dtype, target) + _response_norm_cases(dtype)
+    return _CASES + _gelu_cases(dtype) + _group_norm_cases(dtype, target) + _response_norm_cases(dtype)
 
 
 def compile_case(case: Case, dtype: str, target: GPUTarget) -> Any:

@@ -37,7 +37,7 @@ _RULES = [(name, re.compile(pattern)) for name, pattern in (
     ("convolutions", r"^triton_tem_\w*conv"),
     ("matrix products", r"^triton_tem_"),
     ("copies", rf"^triton_poi_fused(_({_ONLY_MOVES}))+_\d+$"),
-    ("pointwise", r"^triton_|add_noise|diffusion_loss"),
+    ("pointwise", r"^triton_|^gelu_|engine::gelu|add_noise|diffusion_loss"),
     ("optimizer", r"adamw|square_sum|multi_tensor_apply_kernel(?!.*[Cc]opy)|vector_norm|lpnorm"),
     ("attention", r"flash|fmha|sdpa|scaled_dot_product|AttentionKernel|softmax|dot_do_o"),
     ("copies", r"^Memcpy|^Memset|^memcpy|[Cc]opy|CatArray|nchwToNhwc|nhwcToNchw|FillFunctor|nccl"

@@ -68,6 +68,9 @@ KERNELS = {
         "void at::native::bitonicSortKVInPlace<-2, -1, 16, 16, long, long, at::native::GTOp<long, true>, unsigned int>(...",
         "add_noise_kernel",
         "diffusion_loss_kernel",
+        "gelu_kernel",
+        "gelu_backward_kernel",
+        "engine::gelu",
     ],
     "copies": [
         "Memcpy DtoD (Device -> Device)",

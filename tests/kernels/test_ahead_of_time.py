@@ -33,6 +33,8 @@ VARIANTS = {
     ],
     "adamw_ema": ["any count", "Lion", "bf16 masters", "Lion, bf16 masters"],
     "square_sum": ["any count"],
+    "gelu": ["gated, 1280", "8192"],
+    "gelu_backward": ["gated, 1280", "8192"],
     "group_norm_silu": ["10 per group", "40 per group", "36 per group"],
     "group_norm_silu_backward": ["10 per group", "40 per group", "36 per group"],
     "gelu_norms": ["any"],
@@ -43,9 +45,9 @@ VARIANTS = {
 # What each reads once per program beside its tiles: coefficients, seeds, statistics, affine parameters. Of a mask a thread's 8
 # elements are 64 bits.
 # The optimizer's two also read their last elements one by one.
-SCALAR_LOADS = {"add_noise": 4, "diffusion_loss": 8, "adamw_ema": 15, "square_sum": 1, "group_norm_silu": 3,
-                "group_norm_silu_backward": 4, "gelu_norms": 0, "gelu_response_norm": 2, "gelu_response_sums": 4,
-                "gelu_response_backward": 3}  # fmt: skip
+SCALAR_LOADS = {"add_noise": 4, "diffusion_loss": 8, "adamw_ema": 15, "square_sum": 1, "gelu": 0, "gelu_backward": 0,
+                "group_norm_silu": 3, "group_norm_silu_backward": 4, "gelu_norms": 0, "gelu_response_norm": 2,
+                "gelu_response_sums": 4, "gelu_response_backward": 3}  # fmt: skip
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -91,6 +93,17 @@ def test_any_number_of_elements_moves_in_128_bit_pieces(report, target):
             assert row["wide_stores"] >= 4, row
             assert row["stores"] - row["wide_stores"] == last + (target == "gfx942" and row["dtype"] != "fp32"), row
             assert row["registers"] <= (128 if "bf16" in row["variant"] else 64), row
+
+
+@pytest.mark.parametrize(
+    ("kernel", "variant", "moved"),
+    [("gelu", "gated, 1280", 6), ("gelu_backward", "gated, 1280", 10), ("gelu", "8192", 4), ("gelu_backward", "8192", 6)],
+)
+def test_gelu_is_bound_by_memory(report, kernel, variant, moved):
+    """At full issue (132 multiprocessors x 128 x 1.75 GHz) in bf16, its bytes would move 1.3 times as fast as a copy's."""
+    bf16 = [row for row in report if (row["target"], row["dtype"]) == ("sm_90", "bf16")]
+    (instructions,) = (row["instructions"] for row in bf16 if (row["kernel"], row["variant"]) == (kernel, variant))
+    assert 132 * 128 * 1.75e9 / (instructions / 16) * moved > 1.3 * 4.3e12  # of a thread's 16 elements
 
 
 def test_normalisation_takes_half_the_instructions_that_it_took(report):

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from engine.kernels import adamw_ema_, add_noise, diffusion_loss, lion_ema_, square_sum
+from engine.kernels.gelu import _backward as gelu_backward
+from engine.kernels.gelu import _forward as gelu
 from engine.kernels.gelu_response_norm import _backward as response_backward
 from engine.kernels.gelu_response_norm import _forward as response_forward
 from engine.kernels.group_norm_silu import _backward, _forward
@@ -31,6 +33,8 @@ def arguments_of(name: str, device: str) -> tuple:
         ),
         "lion_ema_": (lion_ema_, *flat[:3], None, None, random(1), random(1), random(1), random(1), 0.9, 0.99, 0.0),
         "square_sum": (square_sum, flat[0]),
+        "gelu": (gelu, x, True),
+        "gelu_backward": (gelu_backward, x[..., :2].contiguous(), x, True),
         "group_norm_silu": (_forward, x, affine, affine.clone(), 4, 1e-5, True),
         "group_norm_silu_backward": (_backward, x, x.clone(), affine, affine.clone(), statistic, statistic.clone(), 4, True),
         "gelu_response_norm": (response_forward, u, gamma, gamma.clone(), seed, 0.1),
@@ -39,8 +43,8 @@ def arguments_of(name: str, device: str) -> tuple:
 
 
 OPERATIONS = [
-    "add_noise", "diffusion_loss", "adamw_ema_", "lion_ema_", "square_sum", "group_norm_silu", "group_norm_silu_backward",
-    "gelu_response_norm", "gelu_response_norm_backward",
+    "add_noise", "diffusion_loss", "adamw_ema_", "lion_ema_", "square_sum", "gelu", "gelu_backward", "group_norm_silu",
+    "group_norm_silu_backward", "gelu_response_norm", "gelu_response_norm_backward",
 ]  # fmt: skip
 
 
