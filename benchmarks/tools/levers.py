@@ -16,6 +16,7 @@ from engine.models.training_form import Form
 
 CONVOLUTIONAL = ("sd", "kandinsky-decoder", "wuerstchen")
 NORMALISED = ("sd", "kandinsky-decoder")  # with group normalisation
+ACTIVATED = ("sd", "kandinsky-prior", "wuerstchen")  # by GELU, between linear layers
 TRANSFORMERS = ("kandinsky-prior", "wuerstchen")
 
 
@@ -26,7 +27,7 @@ class Lever:
     options: of the engine; None for the recipe.
     encoders: images and captions are encoded in every step.
     best: the recipe with what no script has.
-    projections, norms, response_norms: of the training form, where they differ from what ships.
+    projections, norms, activations: of the training form, where they differ from what ships.
     cudnn_benchmark: likewise.
     families: that have what the lever changes; none for all.
     """
@@ -37,7 +38,7 @@ class Lever:
     best: bool = False
     projections: bool | None = None
     norms: bool | None = None
-    response_norms: bool | None = None
+    activations: bool | None = None
     cudnn_benchmark: bool | None = None
     families: tuple[str, ...] = ()
 
@@ -56,15 +57,15 @@ class Lever:
         """What torch.compile makes anew: the same again comes from its cache."""
         options = {name: value for name, value in (self.options or {}).items() if name != "cuda_graphs"}
         form = self.training_form
-        norms = form.norms_when_compiled, form.response_norms_when_compiled
-        return self.best, self.options is None, sorted(options.items()), self.projections, norms
+        kernels = form.norms_when_compiled, form.activations_when_compiled
+        return self.best, self.options is None, sorted(options.items()), self.projections, kernels
 
     @property
     def training_form(self) -> Form:
         return Form(
             SHIPPED_FORM.norms_when_compiled if self.norms is None else self.norms,
             SHIPPED_FORM.projections if self.projections is None else self.projections,
-            SHIPPED_FORM.response_norms_when_compiled if self.response_norms is None else self.response_norms,
+            SHIPPED_FORM.activations_when_compiled if self.activations is None else self.activations,
         )
 
     def fits(self, family: str) -> bool:
@@ -116,9 +117,9 @@ LEVERS = [
     Lever("cuDNN's search", UNCAPTURED, cudnn_benchmark=True, families=CONVOLUTIONAL),
     Lever("captured", {}),
     Lever("compiled", {"compile": True, **UNCAPTURED}),
-    # Each beside what ships: inductor's normalisation in the place of ours.
+    # Each beside what ships: inductor's kernels in the place of ours.
     Lever("compiled, plain norms", {"compile": True}, norms=False, families=NORMALISED),
-    Lever("compiled, plain response norms", {"compile": True}, response_norms=False, families=("wuerstchen",)),
+    Lever("compiled, plain activations", {"compile": True}, activations=False, families=ACTIVATED),
     SHIPPED,
     # Beside "captured", since no kernel of attention needs torch.compile, and each would compile the model anew.
     *(Lever(f"captured, {kind} attention", {"attention": kind}) for kind in ("cudnn", "flash", "efficient")),

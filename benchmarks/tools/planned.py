@@ -3,7 +3,7 @@
 # Each where the family has what it changes.
 LEVERS = (
     "recipe", "recipe, cached", "recipe at its best, cached", "engine", "captured", "compiled and captured",
-    "compiled, plain norms", "compiled, plain response norms", "fp8 matrix products",
+    "compiled, plain norms", "compiled, plain activations", "fp8 matrix products",
 )  # fmt: skip
 _FEW = {"Kandinsky 2.2 decoder, 512 px": ("recipe", "compiled and captured")}  # the same model as at 768 px
 SMALL_BATCH = 8  # of SD 1.5 in `benchmarks.steps.overhead`

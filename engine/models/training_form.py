@@ -9,6 +9,7 @@
 - Between the two linear layers of Wuerstchen's residual blocks, GELU, GlobalResponseNorm and dropout are one operation.
 - Projections of the same tokens are one matrix product: queries, keys and values, or keys and values alone; and those of their
   adapters (lora.py) two more.
+- GELU and its gate, between the linear layers of a transformer's block, are one operation.
 - What is frozen keeps nothing for a gradient that nobody asks for: autograd's convolution would keep its input.
 """
 
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.activations import GEGLU, GELU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
@@ -29,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 
-from engine.kernels import gelu_response_norm, group_norm_silu
+from engine.kernels import geglu, gelu, gelu_response_norm, group_norm_silu
 from engine.models.lora import NAME, AdaptedLinear, can_stack, has_adapter, is_plain_linear
 
 # What is fused -> the published projections that it stacks.
@@ -47,13 +49,13 @@ class Form:
     norms_when_compiled: group normalisation is our kernel in compiled models too, and not inductor's, which fuses it with what
         is around it and copies for it between memory formats (docs/performance.md).
     projections: projections of the same tokens are one matrix product.
-    response_norms_when_compiled: GlobalResponseNorm, with what is around it, is our kernel in compiled models too: inductor
-        takes seven times as long as its bytes would (docs/performance.md).
+    activations_when_compiled: GELU, with its gate or GlobalResponseNorm and dropout, is our kernel in compiled models too:
+        inductor's take three and seven times as long as their bytes would (docs/performance.md).
     """
 
     norms_when_compiled: bool = True
     projections: bool = True
-    response_norms_when_compiled: bool = True
+    activations_when_compiled: bool = True
 
 
 SHIPPED = Form()
@@ -191,9 +193,9 @@ class Transformer(Transformer2DModel):
         return (image if self.use_linear_projection else self.proj_out(image)) + residual
 
 
-def fuses(norm: "GroupNorm | ResponseNorm", x: Tensor) -> bool:
-    """Whether a normalisation runs as our kernel."""
-    return x.is_cuda and (norm.fuses_when_compiled or not torch.compiler.is_compiling())
+def fuses(module: "GroupNorm | ResponseNorm | GatedLinear | ActivatedLinear", x: Tensor) -> bool:
+    """Whether a normalisation or an activation runs as our kernel."""
+    return x.is_cuda and (module.fuses_when_compiled or not torch.compiler.is_compiling())
 
 
 def normalise(norm: GroupNorm, x: Tensor, silu: bool, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
@@ -213,6 +215,32 @@ def normalise(norm: GroupNorm, x: Tensor, silu: bool, scale: Tensor | None = Non
     return F.silu(y) if silu else y
 
 
+class GatedLinear(GEGLU):
+    """diffusers' linear layer [..., C] -> [..., 2 D] whose second half, by GELU, is the gate of its first.
+
+    fuses_when_compiled: as `Form.activations_when_compiled`.
+    """
+
+    fuses_when_compiled = False
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if fuses(self, hidden_states):
+            return geglu(self.proj(hidden_states))
+        return super().forward(hidden_states, *args, **kwargs)
+
+
+class ActivatedLinear(GELU):
+    """diffusers' linear layer with the exact GELU.
+
+    fuses_when_compiled: as `Form.activations_when_compiled`.
+    """
+
+    fuses_when_compiled = False
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return gelu(self.proj(hidden_states)) if fuses(self, hidden_states) else super().forward(hidden_states)
+
+
 class Timestep(TimestepBlock):
     """Wuerstchen's scale and shift by a timestep, whose sines [B, C] come in fp32: the weights may have another precision."""
 
@@ -223,7 +251,7 @@ class Timestep(TimestepBlock):
 class ResponseNorm(GlobalResponseNorm):
     """Wuerstchen's normalisation of hidden states [B, H, W, C], with the activation before it and the dropout after it.
 
-    fuses_when_compiled: as `Form.response_norms_when_compiled`.
+    fuses_when_compiled: as `Form.activations_when_compiled`.
     """
 
     fuses_when_compiled = True
@@ -341,7 +369,11 @@ def to_training_form(model: Any, form: Form, learns_like: Callable[[str], Hashab
         elif type(module) is ResBlock:
             module.channelwise.__class__ = Channelwise
             norm = module.channelwise[2]
-            norm.__class__, norm.fuses_when_compiled = ResponseNorm, form.response_norms_when_compiled
+            norm.__class__, norm.fuses_when_compiled = ResponseNorm, form.activations_when_compiled
+        elif type(module) is GEGLU or (type(module) is GELU and module.approximate == "none"):
+            layer: Any = module
+            layer.__class__ = GatedLinear if type(module) is GEGLU else ActivatedLinear
+            layer.fuses_when_compiled = form.activations_when_compiled
         elif type(module) is Attention and form.projections and _is_plain(module) and _learns_alike(name, module, learns_like):
             _fuse(module, module in self_attentions)
     for name, module in list(model.named_modules()):
@@ -359,7 +391,9 @@ def form_of(model: nn.Module) -> Form:
     return Form(
         norms_when_compiled=any(isinstance(module, GroupNorm) and module.fuses_when_compiled for module in modules),
         projections=any(isinstance(module, FusedAttention) for module in modules),
-        response_norms_when_compiled=all(module.fuses_when_compiled for module in modules if isinstance(module, ResponseNorm)),
+        activations_when_compiled=all(
+            module.fuses_when_compiled for module in modules if isinstance(module, (GatedLinear, ActivatedLinear, ResponseNorm))
+        ),
     )
 
 

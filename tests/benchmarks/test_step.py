@@ -193,8 +193,8 @@ def test_levers_whose_option_this_engine_lacks_are_left_out():
     assert levers.SHIPPED.fits("sd")
     assert not levers.Lever("other", {"cuda_graphs": "sometimes"}).fits("sd")
     assert {lever.name for lever in levers.LEVERS if not lever.fits(PRIOR)} >= {"cuDNN's search", "compiled, plain norms"}
-    plain = next(lever for lever in levers.LEVERS if lever.name == "compiled, plain response norms")
-    assert [family for family in levers.CONVOLUTIONAL if plain.fits(family)] == ["wuerstchen"]
+    plain = next(lever for lever in levers.LEVERS if lever.name == "compiled, plain activations")
+    assert [family for family in levers.CONVOLUTIONAL if plain.fits(family)] == ["sd", "wuerstchen"]
     compiled = next(lever for lever in levers.LEVERS if lever.name == "compiled")
-    assert plain.training_form == replace(compiled.training_form, response_norms_when_compiled=False)
+    assert plain.training_form == replace(compiled.training_form, activations_when_compiled=False)
     assert plain.form != compiled.form

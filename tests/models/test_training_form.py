@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import PriorTransformer, UNet2DConditionModel
+from diffusers.models.activations import GEGLU, GELU
 from diffusers.models.upsampling import Upsample2D
 from diffusers.pipelines.wuerstchen import WuerstchenPrior
 from peft import LoraConfig, inject_adapter_in_model
@@ -17,11 +18,13 @@ from engine.models import training_form
 from engine.models.lora import NAME
 from engine.models.training_form import (
     SHIPPED,
+    ActivatedLinear,
     ChannelsLastConv2d,
     ChannelsLastGradient,
     Channelwise,
     Form,
     FusedAttention,
+    GatedLinear,
     GroupNorm,
     ResnetBlock,
     ResponseNorm,
@@ -101,7 +104,8 @@ def test_the_published_form_comes_back_exactly(family, model, published):
     to_training_form(ours, SHIPPED)
     kinds = {type(module) for module in ours.modules()}
     decoder = {ChannelsLastConv2d, FusedAttention, ResnetBlock, Upsample}
-    expected = {"sd": decoder | {Transformer}, "kandinsky-prior": {FusedAttention}, "kandinsky-decoder": decoder,
+    expected = {"sd": decoder | {Transformer, GatedLinear}, "kandinsky-prior": {FusedAttention, ActivatedLinear},
+                "kandinsky-decoder": decoder,
                 "wuerstchen": {ChannelsLastConv2d, FusedAttention, Channelwise, ResponseNorm}}[family]  # fmt: skip
     assert expected <= kinds
     parameters = {name: parameter.detach() for name, parameter in ours.named_parameters()}
@@ -150,6 +154,66 @@ def test_norms_are_our_kernel_in_a_compiled_model_where_the_form_says_so(fused, 
     assert all(training_form.fuses(norm, on_a_gpu) for norm in norms)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert [training_form.fuses(norm, on_a_gpu) for norm in norms] == [fused] * len(norms)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("family", "kind"), [("sd", GatedLinear), ("kandinsky-prior", ActivatedLinear)])
+def test_activations_are_our_kernel_in_a_compiled_model_where_the_form_says_so(
+    fused, family, kind, model, published, monkeypatch
+):
+    trained, form = load(family, model, published), Form(activations_when_compiled=fused)
+    to_training_form(trained, form)
+    assert training_form.form_of(trained).activations_when_compiled == fused
+    activations = [module for module in trained.modules() if isinstance(module, kind)]
+    assert activations
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert [training_form.fuses(module, SimpleNamespace(is_cuda=True)) for module in activations] == [fused] * len(activations)
+    assert not any(training_form.fuses(module, torch.ones(1)) for module in activations)
+
+
+ACTIVATIONS = [(GEGLU, GatedLinear), (GELU, ActivatedLinear)]
+
+
+@pytest.mark.parametrize(("published_kind", "kind"), ACTIVATIONS)
+def test_an_activation_on_a_cpu_has_the_published_bits(published_kind, kind):
+    theirs = torch.nn.ModuleList([published_kind(8, 16)])
+    ours = copy.deepcopy(theirs)
+    to_training_form(ours, SHIPPED)
+    assert type(ours[0]) is kind
+    results = [run(module[0], ((torch.linspace(-3, 3, 24).view(3, 8),), {})) for module in (theirs, ours)]
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(gradient, results[1][1][name]) for name, gradient in results[0][1].items())
+
+
+def test_another_gelu_stays_as_it_is():
+    model = torch.nn.ModuleList([GELU(8, 16, approximate="tanh")])
+    to_training_form(model, SHIPPED)
+    assert type(model[0]) is GELU
+
+
+@pytest.mark.parametrize(("published_kind", "kind"), ACTIVATIONS)
+def test_an_adapted_activation_compiles_into_one_graph_and_is_recomputed(published_kind, kind, monkeypatch):
+    torch.manual_seed(0)
+    layer = torch.nn.ModuleList([published_kind(8, 16)]).requires_grad_(False)
+    inject_adapter_in_model(LoraConfig(target_modules=["proj"], r=2, init_lora_weights=False), layer, NAME)
+    x = torch.linspace(-3, 3, 24).view(3, 8)
+    expected, gradients = run(layer[0], ((x,), {}))
+    to_training_form(layer, SHIPPED)
+    monkeypatch.setattr(training_form, "fuses", lambda module, x: True)
+    torch._dynamo.reset()
+
+    def recomputed(x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(layer[0], x, use_reentrant=False)
+
+    for function in (layer[0], recomputed, torch.compile(recomputed, fullgraph=True, backend="aot_eager")):
+        layer.zero_grad()
+        output = function(x)
+        torch.testing.assert_close(output, expected)
+        output.square().sum().backward()
+        found = [parameter.grad.flatten() for parameter in layer.parameters() if parameter.grad is not None]
+        wanted = [gradient.flatten() for gradient in gradients.values()]
+        torch.testing.assert_close(torch.cat(found), torch.cat(wanted), rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(("family", "linear"), [("sd", False), ("sd", True), ("kandinsky-decoder", False)])
@@ -264,8 +328,8 @@ def test_the_fused_dropout_is_the_same_compiled_and_recomputed(gradient_checkpoi
 @pytest.mark.parametrize("fused", [True, False])
 def test_response_norms_are_our_kernel_in_a_compiled_model_where_the_form_says_so(fused, monkeypatch):
     prior = small_prior(0.1)
-    to_training_form(prior, Form(response_norms_when_compiled=fused))
-    assert training_form.form_of(prior).response_norms_when_compiled == fused
+    to_training_form(prior, Form(activations_when_compiled=fused))
+    assert training_form.form_of(prior).activations_when_compiled == fused
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert training_form.fuses(prior.blocks[0].channelwise[2], SimpleNamespace(is_cuda=True)) == fused
     assert not training_form.fuses(prior.blocks[0].channelwise[2], torch.ones(1))
