@@ -130,7 +130,7 @@ PLAN = [
     Part(
         "compilation", "How long does torch.compile take for all that is compiled?", module("steps.compilation"),
         module("steps.compilation", "--processes", "1", "--checkpoints", "kandinsky-prior", "--levers", SHIPPED), 430,
-        "18 processes of 30 to 150 s each with idle cores, 8 at once on 16 that have other work; fills the caches of --scratch",
+        "21 processes of 30 to 150 s each with idle cores, 8 at once on 16 that have other work; fills the caches of --scratch",
         limit=420, memory=40, local=True,
     ),
     curves("Wuerstchen prior", "Wuerstchen v2 prior, 768 px", "wuerstchen", 31, 370),
