@@ -1,4 +1,4 @@
-"""Every number from one GPU, a few minutes at a time: `python -m benchmarks.campaign --minutes 9 [--only PART] [--output DIR]`
+"""Every number from one GPU, a few minutes at a time: `python -m benchmarks.campaign --minutes 9 [--only PART...]`
 
 The parts of `benchmarks.campaign.plan` run each in a process of its own: a crash, a hang or a lack of memory costs that part
 alone. Those that need no quiet machine run first, beside each other, as many as the card's memory holds; what is compiled is
@@ -32,11 +32,11 @@ from benchmarks.tools.environment import COMMIT, RESULTS, folder_of
 from engine.errors import UserError, exit_code
 
 
-def chosen(parts: list[Part], only: str | None) -> list[Part]:
-    """The parts whose name holds `only`, that can run here."""
-    found = [part for part in parts if only is None or only.lower() in part.name.lower()]
+def chosen(parts: list[Part], only: list[str]) -> list[Part]:
+    """The parts whose name holds one of `only`, or all, that can run here."""
+    found = [part for part in parts if not only or any(name.lower() in part.name.lower() for name in only)]
     if not found:
-        raise UserError(f"--only {only}: no such part; there are: {', '.join(part.name for part in parts)}")
+        raise UserError(f"--only {' '.join(only)}: no such part; there are: {', '.join(part.name for part in parts)}")
     lacking = {part.name: [name for name in part.needs if importlib.util.find_spec(name) is None] for part in found}
     for name, packages in lacking.items():
         if packages:
@@ -90,7 +90,7 @@ def print_plan(parts: list[Part], took: dict[str, float], cards: tuple[float, ..
 def main() -> int:
     parser = argparse.ArgumentParser("benchmarks.campaign", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=9, help="of this call, the report included (default: %(default)s)")
-    parser.add_argument("--only", metavar="PART", help="parts whose name holds this")
+    parser.add_argument("--only", nargs="+", metavar="PART", default=[], help="parts whose name holds one of these")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/DEVICE/campaign")
     parser.add_argument("--scratch", type=Path, default=Path("build/campaign"), help="logs and caches (default: %(default)s)")
     parser.add_argument("--plan", action="store_true", help="print every part with its estimate, and run nothing")

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, replace
 
-from benchmarks.tools.planned import levers_of
+from benchmarks.tools.planned import LARGER, levers_of
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,17 @@ def waterfall(name: str, checkpoint: str, tiny: str, *few: str) -> Part:
     )  # fmt: skip
 
 
+def larger(name: str, checkpoint: str, tiny: str) -> Part:
+    """What ships, at a larger batch."""
+    size = LARGER[checkpoint]
+    return Part(
+        f"batch {size}, {name}", "What does a larger batch give?",
+        module("steps.step", "--warm", "--checkpoints", checkpoint, "--levers", SHIPPED, "--batch", str(size)),
+        module("steps.step", "--checkpoints", tiny, "--levers", "captured", "--batch", "2"), 15 + ROW_SECONDS[SHIPPED],
+        "as the row of the smaller batch", limit=420, predicted="5 % and less",
+    )  # fmt: skip
+
+
 def curves(name: str, checkpoint: str, tiny: str, memory: float, seconds: float) -> Part:
     """A family in bf16, captured and compiled, beside fp32: compilation first, which leaves the GPU to the other families."""
     sides = ("--sides", "bf16, captured", "fp32, eager")
@@ -130,7 +141,7 @@ PLAN = [
     Part(
         "compilation", "How long does torch.compile take for all that is compiled?", module("steps.compilation"),
         module("steps.compilation", "--processes", "1", "--checkpoints", "kandinsky-prior", "--levers", SHIPPED), 430,
-        "21 processes of 30 to 150 s each with idle cores, 8 at once on 16 that have other work; fills the caches of --scratch",
+        "26 processes of 30 to 150 s each with idle cores, 8 at once on 16 that have other work; fills the caches of --scratch",
         limit=420, memory=40, local=True,
     ),
     curves("Wuerstchen prior", "Wuerstchen v2 prior, 768 px", "wuerstchen", 31, 370),
@@ -163,6 +174,10 @@ PLAN = [
     waterfall("Kandinsky decoder at 768 px", "Kandinsky 2.2 decoder, 768 px", "kandinsky-decoder", "engine"),
     waterfall("Wuerstchen prior", "Wuerstchen v2 prior, 768 px", "wuerstchen", "captured"),
     waterfall("Kandinsky prior", "Kandinsky 2.2 prior", "kandinsky-prior", "recipe", "compiled and captured"),
+    larger("SD 1.5", "SD 1.5, 512 px", "sd"),
+    larger("Kandinsky decoder", "Kandinsky 2.2 decoder, 768 px", "kandinsky-decoder"),
+    larger("Wuerstchen prior", "Wuerstchen v2 prior, 768 px", "wuerstchen"),
+    larger("Kandinsky prior", "Kandinsky 2.2 prior", "kandinsky-prior"),
     waterfall("Kandinsky decoder at 512 px", "Kandinsky 2.2 decoder, 512 px", "kandinsky-decoder", "recipe, cached"),
     Part(
         "kernels", "What do the fused operations gain over eager torch and torch.compile?",

@@ -33,7 +33,7 @@ from torch._inductor import compile_fx
 from benchmarks.tools import plain
 from benchmarks.tools.checkpoints import AIMS, Checkpoint, opened
 from benchmarks.tools.levers import LEVERS, SHIPPED, Lever, settings_kept, settle_attention
-from benchmarks.tools.planned import SMALL_BATCH, levers_of
+from benchmarks.tools.planned import LARGER, SMALL_BATCH, levers_of
 from benchmarks.tools.published import CHECKPOINTS, TINY
 from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
@@ -224,8 +224,9 @@ def main() -> int:
     rows.rows[:] = [row for row in rows.rows if row["environment"] == rows.number]
     works = forms(options.checkpoints or ORDER, options.levers)
     if not options.checkpoints:
-        small = here("SD 1.5, 512 px", SHIPPED.name, "--batch", str(SMALL_BATCH))
-        works |= {f"SD 1.5, 512 px: {SHIPPED.name}, batch {SMALL_BATCH}": small, **OTHERS}
+        for name, size in (*LARGER.items(), ("SD 1.5, 512 px", SMALL_BATCH)):
+            works[f"{name}: {SHIPPED.name}, batch {size}"] = here(name, SHIPPED.name, "--batch", str(size))
+        works |= OTHERS
     print(table(side_by_side(rows, works, options.processes or most_processes(device), options.minutes)))
     return rows.exit_code
 

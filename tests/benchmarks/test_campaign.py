@@ -258,11 +258,11 @@ sys.exit(command.exit_code("campaign", command.main))
 
 
 def test_every_part_is_chosen_by_its_name(capsys):
-    assert [part.name for part in command.chosen(plan.PLAN, "step, SD")] == ["step, SD 1.5 at 512 px"]
+    assert [part.name for part in command.chosen(plan.PLAN, ["step, SD", "loader"])] == ["step, SD 1.5 at 512 px", "loader"]
     with pytest.raises(command.UserError, match="--only nothing: no such part; there are: gpu tests, host waits"):
-        command.chosen(plan.PLAN, "nothing")
+        command.chosen(plan.PLAN, ["nothing"])
     lacking = Part("lacking", "Why?", (), (), 1, "none", needs=("a_package_that_nobody_has",))
-    assert command.chosen([lacking], None) == []
+    assert command.chosen([lacking], []) == []
     assert "lacking: skipped, for want of a_package_that_nobody_has" in capsys.readouterr().err
     command.print_plan(plan.PLAN, {"SD 1.5, 512 px: captured, batch 32": 29.4})
     printed = capsys.readouterr().out
