@@ -38,7 +38,14 @@ from engine.kernels.gelu_response_norm import (
     gelu_response_sums_kernel,
     tilings,
 )
-from engine.kernels.group_norm_silu import group_norm_silu_backward_kernel, group_norm_silu_kernel, tiling
+from engine.kernels.group_norm_silu import (
+    NUM_WARPS,
+    group_norm_gradient_sums_kernel,
+    group_norm_silu_backward_kernel,
+    group_norm_silu_kernel,
+    group_norm_sums_kernel,
+    tiling,
+)
 from engine.kernels.layout import positions_of, strides, tile
 from engine.kernels.square_sum import BLOCK as SQUARE_SUM_BLOCK
 from engine.kernels.square_sum import TURNS, square_sum_kernel
@@ -118,19 +125,20 @@ def _latent_cases() -> list[Case]:
 def _group_norm_cases(dtype: str, target: str) -> list[Case]:
     """At the highest resolution of SD (groups of 10 channels), further down (40), and for the decoder's 1152 channels (36)."""
     found = []
-    for group, positions in ((10, 64 * 64), (40, 16 * 16), (36, 16 * 16)):
-        for kernel, samples, tensors in (
-            (group_norm_silu_kernel, ("y", "x", "weight", "bias"), 1),
-            (group_norm_silu_backward_kernel, ("x_gradient", "y_gradient", "x", "weight", "bias"), 2),
-        ):
-            nvidia = TARGETS[target].backend == "cuda"
-            _, constants = tiling(32 * group, positions, 32, _TORCH_DTYPES[dtype], nvidia, tensors)
-            options: dict[str, int] = {name: constants.pop(name) for name in ("num_warps", "maxnreg") if name in constants}
-            integers = {"positions": positions, "weight_stride": 0, "bias_stride": 0}
-            span = constants["GROUP"] * constants["GROUPS"]
-            moved = constants["STEPS"] * (constants["WIDTH"] // span) * span
-            known = {"SILU": True, **constants}
-            found.append(Case(kernel, f"{group} per group", known, samples, integers, options, moved))
+    nvidia = TARGETS[target].backend == "cuda"
+    for group, positions in ((10, 64 * 64), (40, 16 * 16), (36, 24 * 24)):
+        x = torch.empty(32, 32 * group, positions, dtype=_TORCH_DTYPES[dtype], device="meta")
+        for backward, kernels in (
+            (False, ((group_norm_silu_kernel, ("y", "x", "weight", "bias")), (group_norm_sums_kernel, ("x",)))),
+            (True, ((group_norm_silu_backward_kernel, ("x_gradient", "y_gradient", "x", "weight", "bias")),
+                    (group_norm_gradient_sums_kernel, ("y_gradient", "x", "weight", "bias")))),
+        ):  # fmt: skip
+            tiles = tiling(x, 32, True, backward, nvidia)
+            moved = tiles.constants["ROWS"] * tiles.constants["WIDTH"]
+            integers = {"positions": positions, "chunk": tiles.chunk, "weight_stride": 0, "bias_stride": 0}
+            for kernel, samples in kernels:
+                options = {"num_warps": NUM_WARPS}
+                found.append(Case(kernel, f"{group} per group", tiles.known_to(kernel), samples, integers, options, moved))
     return found
 
 
@@ -270,7 +278,7 @@ def measure_one(work: tuple[int, str, str]) -> dict[str, Any]:
     case = cases(dtype, target)[number]
     names = {"kernel": case.name, "target": target, "variant": case.variant, "dtype": dtype}
     row = names | usage(compile_case(case, dtype, TARGETS[target]), TARGETS[target])
-    # A thread's share of what a program handles in one turn; lanes without an element do not count.
+    # A thread's share of what a program handles in one turn.
     elements = case.moved / (TARGETS[target].warp_size * case.options.get("num_warps", 4))
     row["loops"] = [[round(16 * count / elements) for count in loop] for loop in row["loops"]] if elements else []
     return row

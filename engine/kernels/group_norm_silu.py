@@ -1,15 +1,16 @@
 """engine::group_norm_silu: y = silu(groupnorm(x) * weight + bias) for tensors stored channels last, and its backward pass.
 
 Group normalisation as in arXiv:1803.08494. Weight and bias are given per sample, so that a time embedding's scale and shift
-fold into them. One program owns a few neighbouring groups of one sample, as many as make 16-byte pieces of memory. A small part
-of a sample it reads once and keeps in registers; over a larger one it walks twice: for the statistics, and for the result. What
-it read first it finds again in the second-level cache, because the programs that run at a time own no more than that holds.
+fold into them. Each pass is two kernels of many small programs, which own some positions of a few neighbouring channels: the
+first leaves sums per channel; the second adds them up for the groups that its channels belong to, in an order that depends on
+shapes alone, and walks the tensors again. It begins with the samples that the first read last, which the second-level cache
+still holds.
 
-Per element of a bf16 tensor, from memory: forward 2 bytes read and 2 written; backward 4 read and 2 written. Separate kernels
-(to contiguous, statistics, normalise, SiLU, and back) move 16 forward.
+Per element of a bf16 tensor: forward 4 bytes read and 2 written; backward 8 read and 2 written; half of the reads need not come
+from memory where the cache holds all. Separate kernels (to contiguous, statistics, normalise, SiLU, and back) move 16 forward.
 """
 
-import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,249 +20,302 @@ from torch import Tensor
 
 from engine.kernels.launch import on_its_device
 
-TILE_BYTES = 16 * 1024  # what a program moves at a time
-WHOLE_BYTES = 32 * 1024  # a program's part of a sample that stays in registers: it is read once
-VECTOR = 8  # bf16 values in a 16-byte piece
-LARGE = 8192  # elements of a program's part of a sample; such a part is worth twice the threads
-MAX_IDLE = 1 / 6  # of the lanes
+# How the work is cut; what each is worth is for a GPU to say.
+WIDTH = 64  # channels of a program: whole lines of memory in bf16, and a divisor of what published models have
+# Elements that a program reads at a time of a tensor, and how many tiles it has in flight or in work. The backward pass's loads
+# run ahead through shared memory: into registers, the second tensor's would wait until the first's has come and been used.
+FORWARD_TILE, FORWARD_STAGES = 4096, 1
+BACKWARD_TILE, BACKWARD_STAGES = 2048, 3
+NUM_WARPS = 4
+TURNS = 8  # tiles of a program, over which what it does once is spread
+PROGRAMS = 2560  # of a kernel, where they have their turns
+FEWEST = 640  # of a kernel, were it by shorter ones
+MAX_CHUNKS = 16  # of a sample's positions: each program of the second kernel reads the sums of all
 
 
 @triton.jit
-def _places(
-    CHANNELS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
-    PIECE: tl.constexpr,
-):  # fmt: skip
-    """What each lane [WIDTH] of a row has, and where a tile of STEPS rows lies.
+def _place(positions, chunk, REVERSED: tl.constexpr, WIDTH: tl.constexpr):
+    """The sample of a program, its first channel, its chunk, and that one's first position and the one after its last."""
+    sample, part = tl.program_id(2), tl.program_id(1)
+    if REVERSED:
+        sample, part = tl.num_programs(2) - 1 - sample, tl.num_programs(1) - 1 - part
+    start = part * chunk
+    return sample.to(tl.int64), tl.program_id(0) * WIDTH, part, start, tl.minimum(start + chunk, positions)
 
-    Channels go by way of pieces, so that the compiler sees that PIECE lanes are neighbours in memory.
 
-    Returns:
-        Each lane's channel of the program's, whether it has one, its group as [WIDTH, GROUPS]; and of each element
-        [STEPS, WIDTH] the position and the offset from the program's first element.
-    """
-    SPAN: tl.constexpr = GROUP * GROUPS
-    ROWS: tl.constexpr = WIDTH // SPAN
-    lane = tl.arange(0, WIDTH)
-    piece = lane // PIECE
-    row, channel = piece // (SPAN // PIECE), piece % (SPAN // PIECE) * PIECE + lane % PIECE
-    inside = row < ROWS
-    member = inside[:, None] & (channel[:, None] // GROUP == tl.arange(0, GROUPS)[None, :])
-    position = (tl.arange(0, STEPS) * ROWS)[:, None] + row[None, :]
-    return channel, inside, member, position, position * CHANNELS + channel[None, :]
+@triton.jit
+def _exists(row, count, inside, FULL: tl.constexpr):
+    """Which elements of a tile [ROWS, WIDTH] there are: `count` rows, of the channels that are `inside`."""
+    return (row < count)[:, None] & inside[None, :] | FULL
 
 
 @triton.jit
 def _affine(weight_pointer, bias_pointer, channel, inside):
-    """Weight and bias of this sample's channels, fp32 [1, WIDTH]."""
+    """Weight and bias of a sample's channels, fp32 [WIDTH]."""
     weight = tl.load(weight_pointer + channel, mask=inside, other=0.0).to(tl.float32)
     bias = tl.load(bias_pointer + channel, mask=inside, other=0.0).to(tl.float32)
-    return weight[None, :], bias[None, :]
+    return weight, bias
 
 
 @triton.jit
-def _over_groups(values, member):
-    """Values per lane [WIDTH], padded with zeros, added up within each group: [GROUPS]."""
-    return tl.sum(tl.where(member, values[:, None], 0.0), 0)
+def _tanh(x):
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
-def _over_lanes(values, member):
-    """A value per group [GROUPS], given to each of its lanes: [1, WIDTH]."""
-    return tl.sum(tl.where(member, values[None, :], 0.0), 1)[None, :]
-
-
-@triton.jit
-def _store_channels(pointer, values, SPAN: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr):
-    """Values per lane [WIDTH], padded with zeros, added up over the positions of a row and stored as [SPAN]."""
-    piece, own = tl.arange(0, WIDTH // PIECE) % (SPAN // PIECE), tl.arange(0, PIECES)
-    same = (piece[:, None] == own[None, :])[:, :, None]
-    sums = tl.sum(tl.where(same, values.reshape(WIDTH // PIECE, 1, PIECE), 0.0), 0)
-    place = own[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
-    tl.store(pointer + place, sums, mask=place < SPAN)
-
-
-@triton.jit
-def _sigmoid(x, TANH: tl.constexpr):
-    """By one special function instead of two and a division where bf16 hides the difference of 2^-12."""
+def _silu(half, TANH: tl.constexpr):
+    """Of twice `half`. One special function instead of two and a division where bf16 hides the difference of 2^-12."""
     if TANH:
-        tanh = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [0.5 * x], tl.float32, is_pure=True, pack=1)
-        return 0.5 * tanh + 0.5
-    return tl.sigmoid(x)
+        return half * _tanh(half) + half
+    return 2 * half * tl.sigmoid(2 * half)
 
 
 @triton.jit
-def _sums(x, exists, shifts):
-    difference = tl.where(exists, x.to(tl.float32) - shifts, 0.0)
-    return difference, difference * difference
+def _silu_slope(half, TANH: tl.constexpr):
+    """Its derivative at twice `half`."""
+    if TANH:
+        tanh = _tanh(half)
+        return 0.5 * (half * (1 - tanh * tanh) + tanh) + 0.5
+    sigmoid = tl.sigmoid(2 * half)
+    return sigmoid * (1 + 2 * half * (1 - sigmoid))
 
 
 @triton.jit
-def _normalise(x, means, factor, bias, SILU: tl.constexpr, TANH: tl.constexpr):
-    y = (x.to(tl.float32) - means) * factor + bias
-    if SILU:
-        y *= _sigmoid(y, TANH)
-    return y
+def group_norm_sums_kernel(
+    sums_pointer, x_pointer, positions, chunk,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, FULL: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Of each channel and chunk: the mean, and the sum of the squares of differences from it; fp32 [B, chunks, 2, C]."""
+    sample, first, part, start, end = _place(positions, chunk, False, WIDTH)
+    row, channel = tl.arange(0, ROWS), first + tl.arange(0, WIDTH)
+    inside = channel < CHANNELS
+    x_pointer += sample * positions * CHANNELS
+
+    # Sums of differences from one of the channel's values: the variance then keeps its digits whatever the mean.
+    shift = tl.load(x_pointer + start * CHANNELS + channel, mask=inside, other=0.0).to(tl.float32)
+    total = tl.zeros((ROWS, WIDTH), tl.float32)
+    squares = tl.zeros((ROWS, WIDTH), tl.float32)
+    for turn in tl.range(start, end, ROWS, num_stages=STAGES):
+        exists = _exists(row, end - turn, inside, FULL)
+        x = tl.load(x_pointer + turn * CHANNELS + row[:, None] * CHANNELS + channel[None, :], mask=exists, other=0.0)
+        difference = tl.where(exists, x.to(tl.float32) - shift[None, :], 0.0)
+        total += difference
+        squares += difference * difference
+    sums_pointer += (sample * tl.num_programs(1) + part) * 2 * CHANNELS + channel
+    total, share = tl.sum(total, 0), 1 / (end - start).to(tl.float32)
+    difference = total * share
+    tl.store(sums_pointer, shift + difference, mask=inside)
+    tl.store(sums_pointer + CHANNELS, tl.sum(squares, 0) - total * difference, mask=inside)
+
+
+@triton.jit
+def _of_groups(
+    sums_pointer, sample, first, CHANNELS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """What the first kernel left for the groups that a program's channels belong to.
+
+    Returns:
+        The first GROUPS numbers of these groups; channels of these, and which there are [GROUPS, MEMBERS]; chunks, and which
+        elements there are [CHUNKS, GROUPS, MEMBERS]; both sums of these.
+    """
+    group, member, part = first // GROUP + tl.arange(0, GROUPS), tl.arange(0, MEMBERS), tl.arange(0, CHUNKS)
+    channel = group[:, None] * GROUP + member[None, :]
+    known = (member < GROUP)[None, :] & (channel < CHANNELS)
+    exists = (part < tl.num_programs(1))[:, None, None] & known[None, :, :]
+    pointer = sums_pointer + sample * tl.num_programs(1) * 2 * CHANNELS
+    place = pointer + part[:, None, None] * (2 * CHANNELS) + channel[None, :, :]
+    one, other = tl.load(place, mask=exists, other=0.0), tl.load(place + CHANNELS, mask=exists, other=0.0)
+    return group, channel, known, part, exists, one, other
+
+
+@triton.jit
+def _over_channels(values, group, channel, GROUP: tl.constexpr):
+    """A value per group [GROUPS], given to each of its channels: [WIDTH]."""
+    return tl.sum(tl.where((channel // GROUP)[:, None] == group[None, :], values[None, :], 0.0), 1)
 
 
 @triton.jit
 def group_norm_silu_kernel(
-    y_pointer, mean_pointer, rstd_pointer, x_pointer, weight_pointer, bias_pointer, weight_stride, bias_stride,
-    positions, epsilon,
+    y_pointer, mean_pointer, rstd_pointer, x_pointer, weight_pointer, bias_pointer, sums_pointer, weight_stride, bias_stride,
+    positions, chunk, epsilon,
     SILU: tl.constexpr, TANH: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
-    WIDTH: tl.constexpr, STEPS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr,
+    MEMBERS: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, FULL: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    SPAN: tl.constexpr = GROUP * GROUPS
-    ROWS: tl.constexpr = WIDTH // SPAN
-    sample, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * SPAN
-    channel, inside, member, position, offset = _places(CHANNELS, GROUP, GROUPS, WIDTH, STEPS, PIECE)
-    group = tl.arange(0, GROUPS)
-    x_pointer += sample * positions * CHANNELS + first
-    y_pointer += sample * positions * CHANNELS + first
+    sample, first, part, start, end = _place(positions, chunk, True, WIDTH)
+    row, channel = tl.arange(0, ROWS), first + tl.arange(0, WIDTH)
+    inside = channel < CHANNELS
 
-    # Sums of differences from one of a group's values: the variance then keeps its digits whatever the mean.
-    shift = tl.load(x_pointer + group * GROUP).to(tl.float32)
-    shifts = _over_lanes(shift, member)
-    if WHOLE:
-        exists = inside[None, :] & (position < positions)
-        whole = tl.load(x_pointer + offset, mask=exists, other=0.0)
-        total, squares = _sums(whole, exists, shifts)
-    else:
-        total = tl.zeros((STEPS, WIDTH), tl.float32)
-        squares = tl.zeros((STEPS, WIDTH), tl.float32)
-        for start in tl.range(0, positions, STEPS * ROWS, num_stages=STAGES):
-            exists = inside[None, :] & (position < positions - start)
-            x = tl.load(x_pointer + start * CHANNELS + offset, mask=exists, other=0.0, eviction_policy="evict_last")
-            difference, square = _sums(x, exists, shifts)
-            total += difference
-            squares += square
-    count = positions * GROUP
-    difference = _over_groups(tl.sum(total, 0), member) / count
-    variance = _over_groups(tl.sum(squares, 0), member) / count - difference * difference
-    rstd = 1 / tl.sqrt(tl.maximum(variance, 0.0) + epsilon)
-    mean = shift + difference
-    statistic = sample * (CHANNELS // GROUP) + tl.program_id(0) * GROUPS + group
-    tl.store(mean_pointer + statistic, mean)
-    tl.store(rstd_pointer + statistic, rstd)
-
-    weight, bias = _affine(
-        weight_pointer + sample * weight_stride + first, bias_pointer + sample * bias_stride + first, channel, inside
+    # Chunks and channels combine as in Chan, Golub and LeVeque's "Updating formulae" (1979), from one of the means.
+    group, _, _, parts, summed, means, squares = _of_groups(
+        sums_pointer, sample, first, CHANNELS, GROUP, GROUPS, MEMBERS, CHUNKS
     )
-    factor, means = _over_lanes(rstd, member) * weight, _over_lanes(mean, member)
-    if WHOLE:
-        y = _normalise(whole, means, factor, bias, SILU, TANH)
-        tl.store(y_pointer + offset, y, mask=inside[None, :] & (position < positions))
-    else:
-        for start in tl.range(0, positions, STEPS * ROWS, num_stages=STAGES):
-            exists = inside[None, :] & (position < positions - start)
-            x = tl.load(x_pointer + start * CHANNELS + offset, mask=exists, other=0.0, eviction_policy="evict_first")
-            y = _normalise(x, means, factor, bias, SILU, TANH)
-            tl.store(y_pointer + start * CHANNELS + offset, y, mask=exists)
+    in_chunk = tl.minimum(chunk, positions - parts * chunk).to(tl.float32)[:, None, None]
+    counts = tl.where(summed, in_chunk, 0.0)
+    shift = tl.load(sums_pointer + sample * tl.num_programs(1) * 2 * CHANNELS + group * GROUP, mask=group * GROUP < CHANNELS)
+    differences = tl.where(summed, means - shift[None, :, None], 0.0)
+    count = positions * GROUP
+    difference = tl.sum(tl.sum(differences * counts, 0), 1) / count
+    differences -= difference[None, :, None]
+    variance = tl.sum(tl.sum(squares + counts * differences * differences, 0), 1) / count
+    mean, rstd = shift + difference, 1 / tl.sqrt(tl.maximum(variance, 0.0) + epsilon)
+    if part == 0:
+        owned = (group * GROUP >= first) & (group * GROUP < tl.minimum(first + WIDTH, CHANNELS))
+        statistic = sample * (CHANNELS // GROUP) + group
+        tl.store(mean_pointer + statistic, mean, mask=owned)
+        tl.store(rstd_pointer + statistic, rstd, mask=owned)
+
+    weight, bias = _affine(weight_pointer + sample * weight_stride, bias_pointer + sample * bias_stride, channel, inside)
+    factor = _over_channels(rstd, group, channel, GROUP) * weight
+    offset = bias - _over_channels(mean, group, channel, GROUP) * factor
+    if SILU:
+        factor, offset = 0.5 * factor, 0.5 * offset
+    x_pointer += sample * positions * CHANNELS
+    y_pointer += sample * positions * CHANNELS
+    for turn in tl.range(start, end, ROWS, num_stages=STAGES):
+        exists = _exists(row, end - turn, inside, FULL)
+        place = turn * CHANNELS + row[:, None] * CHANNELS + channel[None, :]
+        x = tl.load(x_pointer + place, mask=exists, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        y = x * factor[None, :] + offset[None, :]
+        if SILU:
+            y = _silu(y, TANH)
+        tl.store(y_pointer + place, y, mask=exists)
 
 
 @triton.jit
-def _before_activation(x, gradient, mean, rstd, weight, bias, SILU: tl.constexpr, TANH: tl.constexpr):
-    """A tile's normalised values, and the gradient with respect to what the activation was given."""
-    normalised, gradient = (x.to(tl.float32) - mean) * rstd, gradient.to(tl.float32)
+def _before_activation(gradient, x, factor, offset, SILU: tl.constexpr, TANH: tl.constexpr):
+    """A tile's gradient with respect to what the activation was given, of which factor * x + offset is half."""
     if SILU:
-        given = normalised * weight + bias
-        sigmoid = _sigmoid(given, TANH)
-        gradient *= sigmoid * (1 + given * (1 - sigmoid))
-    return normalised, gradient
+        return gradient * _silu_slope(x * factor[None, :] + offset[None, :], TANH)
+    return gradient
+
+
+@triton.jit
+def group_norm_gradient_sums_kernel(
+    sums_pointer, y_gradient_pointer, x_pointer, weight_pointer, bias_pointer, mean_pointer, rstd_pointer, weight_stride,
+    bias_stride, positions, chunk,
+    SILU: tl.constexpr, TANH: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, FULL: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Of each channel and chunk: the sums of the gradient before the activation, and of it times the normalised value.
+
+    As fp32 [B, chunks, 2, C]: parts of the gradients of bias and weight.
+    """
+    sample, first, part, start, end = _place(positions, chunk, False, WIDTH)
+    row, channel = tl.arange(0, ROWS), first + tl.arange(0, WIDTH)
+    inside = channel < CHANNELS
+    statistic = sample * (CHANNELS // GROUP) + channel // GROUP
+    rstd = tl.load(rstd_pointer + statistic, mask=inside, other=0.0)
+    against = -tl.load(mean_pointer + statistic, mask=inside, other=0.0) * rstd
+    weight, bias = _affine(weight_pointer + sample * weight_stride, bias_pointer + sample * bias_stride, channel, inside)
+    weight, bias = 0.5 * weight, 0.5 * bias
+    x_pointer += sample * positions * CHANNELS
+    y_gradient_pointer += sample * positions * CHANNELS
+    bias_sum = tl.zeros((ROWS, WIDTH), tl.float32)
+    weight_sum = tl.zeros((ROWS, WIDTH), tl.float32)
+    for turn in tl.range(start, end, ROWS, num_stages=STAGES):
+        exists = _exists(row, end - turn, inside, FULL)
+        place = turn * CHANNELS + row[:, None] * CHANNELS + channel[None, :]
+        x = tl.load(x_pointer + place, mask=exists, other=0.0).to(tl.float32)
+        gradient = tl.load(y_gradient_pointer + place, mask=exists, other=0.0).to(tl.float32)
+        normalised = x * rstd[None, :] + against[None, :]
+        gradient = _before_activation(gradient, normalised, weight, bias, SILU, TANH)
+        bias_sum += gradient
+        weight_sum += gradient * normalised
+    sums_pointer += (sample * tl.num_programs(1) + part) * 2 * CHANNELS + channel
+    tl.store(sums_pointer, tl.sum(bias_sum, 0), mask=inside)
+    tl.store(sums_pointer + CHANNELS, tl.sum(weight_sum, 0), mask=inside)
 
 
 @triton.jit
 def group_norm_silu_backward_kernel(
     x_gradient_pointer, weight_gradient_pointer, bias_gradient_pointer, y_gradient_pointer, x_pointer, weight_pointer,
-    bias_pointer, mean_pointer, rstd_pointer, weight_stride, bias_stride, positions,
+    bias_pointer, mean_pointer, rstd_pointer, sums_pointer, weight_stride, bias_stride, positions, chunk,
     SILU: tl.constexpr, TANH: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
-    WIDTH: tl.constexpr, STEPS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr,
+    MEMBERS: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, FULL: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    SPAN: tl.constexpr = GROUP * GROUPS
-    ROWS: tl.constexpr = WIDTH // SPAN
-    sample, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * SPAN
-    channel, inside, member, position, offset = _places(CHANNELS, GROUP, GROUPS, WIDTH, STEPS, PIECE)
-    group = tl.arange(0, GROUPS)
-    x_pointer += sample * positions * CHANNELS + first
-    y_gradient_pointer += sample * positions * CHANNELS + first
-    x_gradient_pointer += sample * positions * CHANNELS + first
+    sample, first, part, start, end = _place(positions, chunk, True, WIDTH)
+    row, channel = tl.arange(0, ROWS), first + tl.arange(0, WIDTH)
+    inside = channel < CHANNELS
+    weight_pointer += sample * weight_stride
 
-    statistic = sample * (CHANNELS // GROUP) + tl.program_id(0) * GROUPS + group
-    mean = _over_lanes(tl.load(mean_pointer + statistic), member)
-    rstd = _over_lanes(tl.load(rstd_pointer + statistic), member)
-    weight, bias = _affine(
-        weight_pointer + sample * weight_stride + first, bias_pointer + sample * bias_stride + first, channel, inside
+    group, members, known, _, _, bias_sums, weight_sums = _of_groups(
+        sums_pointer, sample, first, CHANNELS, GROUP, GROUPS, MEMBERS, CHUNKS
     )
-    if WHOLE:
-        exists = inside[None, :] & (position < positions)
-        x = tl.load(x_pointer + offset, mask=exists, other=0.0)
-        gradient = tl.load(y_gradient_pointer + offset, mask=exists, other=0.0)
-        normalised, bias_sum = _before_activation(x, gradient, mean, rstd, weight, bias, SILU, TANH)
-        weight_sum = bias_sum * normalised
-    else:
-        bias_sum = tl.zeros((STEPS, WIDTH), tl.float32)
-        weight_sum = tl.zeros((STEPS, WIDTH), tl.float32)
-        for start in tl.range(0, positions, STEPS * ROWS, num_stages=STAGES):
-            exists = inside[None, :] & (position < positions - start)
-            place = start * CHANNELS + offset
-            x = tl.load(x_pointer + place, mask=exists, other=0.0, eviction_policy="evict_last")
-            gradient = tl.load(y_gradient_pointer + place, mask=exists, other=0.0, eviction_policy="evict_last")
-            normalised, gradient = _before_activation(x, gradient, mean, rstd, weight, bias, SILU, TANH)
-            bias_sum += gradient
-            weight_sum += gradient * normalised
-    bias_gradient, weight_gradient = tl.sum(bias_sum, 0), tl.sum(weight_sum, 0)
-    _store_channels(bias_gradient_pointer + sample * CHANNELS + first, bias_gradient, SPAN, WIDTH, PIECE, PIECES)
-    _store_channels(weight_gradient_pointer + sample * CHANNELS + first, weight_gradient, SPAN, WIDTH, PIECE, PIECES)
-
+    bias_gradient, weight_gradient = tl.sum(bias_sums, 0), tl.sum(weight_sums, 0)
+    if part == 0:
+        owned = known & (members >= first) & (members < first + WIDTH)
+        tl.store(bias_gradient_pointer + sample * CHANNELS + members, bias_gradient, mask=owned)
+        tl.store(weight_gradient_pointer + sample * CHANNELS + members, weight_gradient, mask=owned)
+    weights = tl.load(weight_pointer + members, mask=known, other=0.0).to(tl.float32)
     count = positions * GROUP
-    weights = tl.sum(weight, 0)
-    averages = _over_lanes(_over_groups(weights * bias_gradient, member) / count, member)
-    alongs = _over_lanes(_over_groups(weights * weight_gradient, member) / count, member)
-    if WHOLE:
-        normalised, gradient = _before_activation(x, gradient, mean, rstd, weight, bias, SILU, TANH)
-        x_gradient = rstd * (weight * gradient - averages - normalised * alongs)
-        tl.store(x_gradient_pointer + offset, x_gradient, mask=inside[None, :] & (position < positions))
-    else:
-        for start in tl.range(0, positions, STEPS * ROWS, num_stages=STAGES):
-            exists = inside[None, :] & (position < positions - start)
-            place = start * CHANNELS + offset
-            x = tl.load(x_pointer + place, mask=exists, other=0.0, eviction_policy="evict_first")
-            gradient = tl.load(y_gradient_pointer + place, mask=exists, other=0.0, eviction_policy="evict_first")
-            normalised, gradient = _before_activation(x, gradient, mean, rstd, weight, bias, SILU, TANH)
-            x_gradient = rstd * (weight * gradient - averages - normalised * alongs)
-            tl.store(x_gradient_pointer + place, x_gradient, mask=exists)
+    average = _over_channels(tl.sum(weights * bias_gradient, 1) / count, group, channel, GROUP)
+    along = _over_channels(tl.sum(weights * weight_gradient, 1) / count, group, channel, GROUP)
+
+    # rstd * (weight * gradient - average - normalised * along), with one factor each for gradient and x.
+    weight, bias = _affine(weight_pointer, bias_pointer + sample * bias_stride, channel, inside)
+    statistic = sample * (CHANNELS // GROUP) + channel // GROUP
+    mean = tl.load(mean_pointer + statistic, mask=inside, other=0.0)
+    rstd = tl.load(rstd_pointer + statistic, mask=inside, other=0.0)
+    for_gradient, for_x = rstd * weight, -rstd * rstd * along
+    rest = -rstd * average - mean * for_x
+    factor, offset = 0.5 * for_gradient, 0.5 * (bias - mean * for_gradient)
+    x_pointer += sample * positions * CHANNELS
+    y_gradient_pointer += sample * positions * CHANNELS
+    x_gradient_pointer += sample * positions * CHANNELS
+    for turn in tl.range(start, end, ROWS, num_stages=STAGES):
+        exists = _exists(row, end - turn, inside, FULL)
+        place = turn * CHANNELS + row[:, None] * CHANNELS + channel[None, :]
+        x = tl.load(x_pointer + place, mask=exists, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        gradient = tl.load(y_gradient_pointer + place, mask=exists, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        gradient = _before_activation(gradient, x, factor, offset, SILU, TANH)
+        x_gradient = gradient * for_gradient[None, :] + (x * for_x[None, :] + rest[None, :])
+        tl.store(x_gradient_pointer + place, x_gradient, mask=exists)
 
 
-def tiling(
-    channels: int, positions: int, groups: int, dtype: torch.dtype, nvidia: bool, tensors: int = 1
-) -> tuple[int, dict[str, int]]:
-    """Programs per sample, and the constants of a launch: the groups of a program, and the tile that it moves at a time.
+class Tiling(NamedTuple):
+    """The grid of both kernels of a pass, the positions of a chunk, and the compile-time arguments of both."""
+
+    grid: tuple[int, int, int]
+    chunk: int
+    constants: dict[str, int]
+
+    def known_to(self, kernel: Any) -> dict[str, int]:
+        return {name: value for name, value in self.constants.items() if name in kernel.arg_names}
+
+
+def tiling(x: Tensor, groups: int, silu: bool, backward: bool, nvidia: bool) -> Tiling:
+    """How the kernels of a pass walk tensors like `x` [B, C, ...].
 
     Args:
-        nvidia: there, loads run two tiles ahead, through shared memory, and bf16 takes its sigmoid from the special function
-            unit. (Triton's interpreter, whose tensors are on the CPU, runs without.)
-        tensors: that a pass reads; two at a time are held in half as large tiles, for the registers.
+        nvidia: there, loads run ahead, and bf16 takes its sigmoid from the special function unit. (Triton's interpreter, whose
+            tensors are on the CPU, runs without.)
     """
+    tile, stages = (BACKWARD_TILE, BACKWARD_STAGES) if backward else (FORWARD_TILE, FORWARD_STAGES)
+    (batch, channels), positions = x.shape[:2], x.shape[2:].numel()
     group = channels // groups
-    together = 1
-    while together * group % VECTOR and groups % (2 * together) == 0:
-        together *= 2
-    span = together * group
-    # Rows of lanes hold as many whole positions as fit: three of 40 channels leave 6 % of 128 idle, one of 64 would 37 %.
-    widths = [triton.next_power_of_2(span) * factor for factor in (1, 2, 4, 8)]
-    width = min(widths, key=lambda width: max(width % span / width, MAX_IDLE))
-    steps = triton.next_power_of_2(-(-positions // (width // span)))
-    bytes_per_step = width * dtype.itemsize * tensors
-    whole = steps * bytes_per_step <= WHOLE_BYTES
-    piece = math.gcd(span, VECTOR)
-    return groups // together, {
-        "CHANNELS": channels, "GROUP": group, "GROUPS": together, "WIDTH": width, "PIECE": piece,
-        "PIECES": triton.next_power_of_2(span // piece), "STEPS": steps if whole else TILE_BYTES // bytes_per_step,
-        "WHOLE": whole, "TANH": nvidia and dtype == torch.bfloat16, "STAGES": 3 if nvidia else 1,
-        # Of 512 threads each has 128 registers; untold, ptxas stores some to memory for the sake of 64.
-        **({"num_warps": 16, "maxnreg": 128} if nvidia and positions * span >= LARGE else {"num_warps": 8}),
-    }  # fmt: skip
+    width = min(WIDTH, triton.next_power_of_2(channels))
+    rows = min(tile // width, triton.next_power_of_2(positions))
+    blocks, tiles = triton.cdiv(channels, width), triton.cdiv(positions, rows)
+    # Powers of two, because most numbers of tiles are some, or multiples of large ones.
+    fewest, wanted = (triton.next_power_of_2(triton.cdiv(programs, blocks * batch)) for programs in (FEWEST, PROGRAMS))
+    chunks = min(max(min(fewest, tiles), min(wanted, tiles // TURNS)), MAX_CHUNKS)
+    per_chunk = triton.cdiv(tiles, chunks)
+    chunks = triton.cdiv(tiles, per_chunk)
+    touched = max((min(first + width, channels) - 1) // group - first // group + 1 for first in range(0, channels, width))
+    return Tiling((blocks, chunks, batch), per_chunk * rows, {
+        "SILU": silu, "TANH": nvidia and x.dtype == torch.bfloat16, "STAGES": stages if nvidia else 1,
+        "CHANNELS": channels, "WIDTH": width, "ROWS": rows, "FULL": channels % width == 0 and positions % rows == 0,
+        "GROUP": group, "MEMBERS": triton.next_power_of_2(group), "GROUPS": triton.next_power_of_2(touched),
+        "CHUNKS": triton.next_power_of_2(chunks),
+    })  # fmt: skip
+
+
+def _on_nvidia(x: Tensor) -> bool:
+    return x.is_cuda and torch.version.hip is None
 
 
 def channels_innermost(tensor: Tensor) -> Tensor:
@@ -273,28 +327,42 @@ def channels_innermost(tensor: Tensor) -> Tensor:
 def launch_group_norm_silu(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, epsilon: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs the Triton kernel; arguments as `group_norm_silu`."""
+    """Runs the Triton kernels; arguments as `group_norm_silu`."""
     x = channels_innermost(x)
     y = torch.empty_like(x)
     mean, rstd = (torch.empty(x.shape[0], groups, dtype=torch.float32, device=x.device) for _ in range(2))
-    programs, constants = tiling(x.shape[1], x.shape[2:].numel(), groups, x.dtype, x.is_cuda and torch.version.hip is None)
-    group_norm_silu_kernel[(programs, x.shape[0])](
-        y, mean, rstd, x, weight, bias, weight.stride(0), bias.stride(0), x.shape[2:].numel(), epsilon, SILU=silu, **constants
+    tiles = tiling(x, groups, silu, False, _on_nvidia(x))
+    _, chunks, batch = tiles.grid
+    sums = torch.empty(batch, chunks, 2, x.shape[1], dtype=torch.float32, device=x.device)
+    positions = x.shape[2:].numel()
+    group_norm_sums_kernel[tiles.grid](
+        sums, x, positions, tiles.chunk, **tiles.known_to(group_norm_sums_kernel), num_warps=NUM_WARPS
     )
+    group_norm_silu_kernel[tiles.grid](
+        y, mean, rstd, x, weight, bias, sums, weight.stride(0), bias.stride(0), positions, tiles.chunk, epsilon,
+        **tiles.known_to(group_norm_silu_kernel), num_warps=NUM_WARPS,
+    )  # fmt: skip
     return y, mean, rstd
 
 
 def launch_group_norm_silu_backward(
     y_gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs the Triton kernel; arguments as `group_norm_silu_backward`."""
-    x = channels_innermost(x)
+    """Runs the Triton kernels; arguments as `group_norm_silu_backward`."""
+    x, y_gradient = channels_innermost(x), channels_innermost(y_gradient)
     x_gradient = torch.empty_like(x)
     weight_gradient, bias_gradient = (torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for _ in range(2))
-    programs, constants = tiling(x.shape[1], x.shape[2:].numel(), groups, x.dtype, x.is_cuda and torch.version.hip is None, 2)
-    group_norm_silu_backward_kernel[(programs, x.shape[0])](
-        x_gradient, weight_gradient, bias_gradient, channels_innermost(y_gradient), x, weight, bias, mean, rstd,
-        weight.stride(0), bias.stride(0), x.shape[2:].numel(), SILU=silu, **constants,
+    tiles = tiling(x, groups, silu, True, _on_nvidia(x))
+    _, chunks, batch = tiles.grid
+    sums = torch.empty(batch, chunks, 2, x.shape[1], dtype=torch.float32, device=x.device)
+    given = (y_gradient, x, weight, bias, mean, rstd)
+    sizes = (weight.stride(0), bias.stride(0), x.shape[2:].numel(), tiles.chunk)
+    group_norm_gradient_sums_kernel[tiles.grid](
+        sums, *given, *sizes, **tiles.known_to(group_norm_gradient_sums_kernel), num_warps=NUM_WARPS
+    )
+    group_norm_silu_backward_kernel[tiles.grid](
+        x_gradient, weight_gradient, bias_gradient, *given, sums, *sizes,
+        **tiles.known_to(group_norm_silu_backward_kernel), num_warps=NUM_WARPS,
     )  # fmt: skip
     return x_gradient, weight_gradient, bias_gradient
 

@@ -1,5 +1,7 @@
 """engine::group_norm_silu: kernels and reference against double precision, forward and backward, and under torch.library."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -76,8 +78,15 @@ def test_groups_larger_than_a_tile(side):
     Case((1, 20, 40, 30), 2, torch.float32, shared=True).check(side, 5e-5)
 
 
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """So small that a few hundred positions are many chunks, each of several turns."""
+    for name, value in {"FORWARD_TILE": 512, "BACKWARD_TILE": 256, "MAX_CHUNKS": 5, "TURNS": 2}.items():
+        monkeypatch.setattr(sys.modules[tiling.__module__], name, value)
+
+
 @pytest.mark.parametrize("side", SIDES)
-def test_the_variance_survives_a_mean_a_thousand_times_larger(side):
+def test_the_variance_survives_a_mean_a_thousand_times_larger(side, small_tiles):
     case = Case((2, 12, 16, 16), 2, torch.float32, mean=1000.0)
     y = side[0](case.x, case.weight, case.bias, 2, EPSILON, True)[0]
     torch.testing.assert_close(y.cpu().double(), case.y.detach(), rtol=1e-3, atol=1e-3)
@@ -86,21 +95,30 @@ def test_the_variance_survives_a_mean_a_thousand_times_larger(side):
 @run_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("channels", "groups", "size"), [(80, 8, (31, 32)), (72, 2, (19, 21)), (80, 1, (13, 16)), (24, 2, (35, 30))]
+    ("channels", "groups", "size"),
+    [(120, 12, (11, 8)), (192, 2, (7, 9)), (130, 1, (6, 8)), (24, 2, (16, 16)), (64, 32, (8, 8))],
 )
-def test_parts_that_do_not_stay_in_registers_are_read_twice(dtype, channels, groups, size):
-    """Spans of 40, 72, 80 and 24 channels: rows of lanes that hold several positions, over several tiles, the last not full."""
-    Case((1, channels, *size), groups, dtype, shared=True).check(SIDES[0].values[0], 2 * TOLERANCE[dtype])
+def test_groups_are_added_up_over_chunks_and_blocks_of_channels(dtype, channels, groups, size, small_tiles):
+    """Groups of 10 and 96 channels that a block's edge cuts, one of all channels, and groups of 2; the last chunk not full."""
+    case = Case((2, channels, *size), groups, dtype, shared=True)
+    for backward in (False, True):
+        (_, chunks, _), chunk, constants = tiling(case.x, groups, True, backward, nvidia=False)
+        assert chunks > 2
+        assert chunk > constants["ROWS"]
+    case.check(SIDES[0].values[0], 2 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("channels", [320, 640, 960, 1280, 1920, 2560, 384, 768, 1152, 1536, 2304])
-@pytest.mark.parametrize("nvidia", [True, False])
-def test_few_lanes_are_idle_at_the_families_widths(channels, nvidia):
-    """Of SD's and Kandinsky's decoder's UNets."""
-    programs, constants = tiling(channels, 64 * 64, 32, torch.bfloat16, nvidia)
-    span = constants["GROUP"] * constants["GROUPS"]
-    assert programs * span == channels
-    assert constants["WIDTH"] % span / constants["WIDTH"] <= 1 / 6
+@pytest.mark.parametrize("side", [8, 12, 16, 24, 32, 48, 64, 96])
+def test_no_lane_is_idle_and_programs_suffice_at_the_families_sizes(channels, side):
+    """Of SD's and Kandinsky's decoder's UNets: each of 132 multiprocessors has a program or more, at small batches too."""
+    for batch, backward in ((4, False), (4, True), (32, False), (32, True)):
+        x = torch.empty(batch, channels, side, side, dtype=torch.bfloat16, device="meta")
+        (blocks, chunks, _), chunk, constants = tiling(x, 32, True, backward, nvidia=True)
+        assert blocks * constants["WIDTH"] == channels
+        assert constants["FULL"] or side == 12
+        assert (chunks - 1) * chunk < side * side <= chunks * chunk
+        assert blocks * chunks * batch >= min(132, blocks * batch * (side * side // constants["ROWS"]))
 
 
 def test_half_precision_hides_what_the_special_function_units_tanh_loses():
