@@ -58,6 +58,11 @@ ACTIVATIONS: Shapes = {
     "decoder, 384 channels, 96 x 96": (16, 384, 96, 96), "decoder, 1152 channels, 24 x 24": (16, 1152, 24, 24),
 }  # fmt: skip
 SMALL_ACTIVATIONS: Shapes = {"small": (2, 64, 8, 8)}
+# As SD trains, at a large batch and a small one: each pass alone.
+TRAINED_ACTIVATIONS: Shapes = {
+    f"SD, {channels} channels, {side} x {side}, batch {batch}": (batch, channels, side, side)
+    for batch, channels, side in [(32, 320, 64), (32, 960, 64), (32, 640, 32), (32, 1280, 16), (32, 1280, 8), (4, 320, 64)]
+}
 HIDDEN_STATES: Shapes = {"Wuerstchen, 6144 channels, 24 x 24": (16, 24, 24, 6144)}
 SMALL_HIDDEN_STATES: Shapes = {"small": (2, 4, 4, 64)}
 # What a linear layer gives to GELU, with its gate in SD, for batches of 32 and 256.
@@ -131,7 +136,7 @@ def latent_works(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool
 
 
 def group_norm_works(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Works]:
-    """Group normalisation with SiLU, forward alone and forward with backward."""
+    """Group normalisation with SiLU, forward alone, backward alone, and forward with backward."""
     x = torch.randn(shape, device=device).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
     weight, bias = (torch.randn(shape[1], device=device).to(dtype).requires_grad_() for _ in range(2))
     upstream = torch.randn_like(x)
@@ -147,8 +152,13 @@ def group_norm_works(shape: tuple[int, ...], dtype: torch.dtype, device: torch.d
         return lambda: torch.autograd.grad(function(x, weight, bias), (x, weight, bias), upstream)
 
     sides = {"engine": ours, "script": script_group_norm_silu, "compiled": compiled_group_norm_silu}
+    affine = [tensor.detach().expand(shape[:2]) for tensor in (weight, bias)]
+    statistics = torch.ops.engine.group_norm_silu(x.detach(), *affine, 32, 1e-5, True)[1:]
+    given = (upstream, x.detach(), *affine, *statistics)
     return {
         "group_norm_silu": {side: forward(function) for side, function in sides.items()},
+        "group_norm_silu, forward": {"engine": forward(ours)},
+        "group_norm_silu, backward": {"engine": lambda: torch.ops.engine.group_norm_silu_backward(*given, 32, True)},
         "group_norm_silu, both passes": {side: backward(function) for side, function in sides.items()},
     }
 
@@ -216,11 +226,13 @@ def square_sum_works(shape: tuple[int, ...], dtype: torch.dtype, device: torch.d
 # normalisation, whose statistics are of a whole sample, reads twice each time; the norm reads.
 MOVES = {
     "add_noise": 3, "diffusion_loss": 2, "diffusion_loss, Huber": 2, "diffusion_loss, masked": 2, "group_norm_silu": 2,
-    "group_norm_silu, both passes": 5, "gelu_response_norm": 3, "gelu_response_norm, both passes": 8, "geglu": 1.5,
-    "geglu, both passes": 4, "gelu": 2, "gelu, both passes": 5, "square_sum": 1,
+    "group_norm_silu, forward": 2, "group_norm_silu, backward": 3, "group_norm_silu, both passes": 5, "gelu_response_norm": 3,
+    "gelu_response_norm, both passes": 8, "geglu": 1.5, "geglu, both passes": 4, "gelu": 2, "gelu, both passes": 5,
+    "square_sum": 1,
 }  # fmt: skip
 
 
+ALONE = ("group_norm_silu, forward", "group_norm_silu, backward")  # each pass, against a copy and nothing else
 SECONDS = 40  # that a row takes at most, most of them for torch.compile
 
 
@@ -240,6 +252,8 @@ def measure(small: bool, compiled: bool, device: torch.device, rows: Rows | None
         for name, shape in (SMALL_ACTIVATIONS if small else ACTIVATIONS).items():
             operations = ("group_norm_silu", "group_norm_silu, both passes")
             cases.append((operations, name, shape, dtype, "channels_last", partial(group_norm_works, shape, dtype, device)))
+        for name, shape in (SMALL_ACTIVATIONS if small else TRAINED_ACTIVATIONS).items():
+            cases.append((ALONE, name, shape, dtype, "channels_last", partial(group_norm_works, shape, dtype, device)))
         for name, shape in (SMALL_HIDDEN_STATES if small else HIDDEN_STATES).items():
             operations = ("gelu_response_norm", "gelu_response_norm, both passes")
             cases.append((operations, name, shape, dtype, "contiguous", partial(response_norm_works, shape, dtype, device)))
@@ -257,7 +271,8 @@ def measure(small: bool, compiled: bool, device: torch.device, rows: Rows | None
             about = {"operation": operation, "shape": name, "dtype": str(dtype).removeprefix("torch."), "layout": layout}
             moved = int(MOVES[operation] * torch.Size(shape).numel() * dtype.itemsize)
             work = partial(compare, partial(_sides, build, operation, compiled), moved, device)
-            measured.append(rows.measure(", ".join(about.values()), SECONDS if compiled else 1, work, **about))
+            seconds = SECONDS if compiled and operation not in ALONE else 1
+            measured.append(rows.measure(", ".join(about.values()), seconds, work, **about))
     return measured
 
 
