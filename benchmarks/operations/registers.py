@@ -47,6 +47,8 @@ from engine.kernels.group_norm_silu import (
     tiling,
 )
 from engine.kernels.layout import positions_of, strides, tile
+from engine.kernels.short_attention import most_registers, short_attention_backward_kernel, short_attention_kernel, tiles
+from engine.kernels.short_attention import tiling as attention_tiling
 from engine.kernels.square_sum import BLOCK as SQUARE_SUM_BLOCK
 from engine.kernels.square_sum import TURNS, square_sum_kernel
 
@@ -169,6 +171,35 @@ def _gelu_cases(dtype: str) -> list[Case]:
     ]
 
 
+def _attention_cases(dtype: str, target: str) -> list[Case]:
+    """At SD 2's lowest resolution, in the Kandinsky prior, and in the largest tiles.
+
+    Those that there are for some targets and dtypes alone come last: no fp32, and on sm_80 no backward pass of more than 64
+    tokens, which is torch's (engine/loop/attention.py).
+    """
+    found = []
+    pointers = ("y", "projected", "mask", "y_gradient", "projected_gradient")
+    forward, backward = short_attention_kernel, short_attention_backward_kernel
+    shapes = {"64 tokens": (64, False), "81 tokens, mask": (81, True), "128 tokens": (128, False)}
+    for kernel, variants in (
+        (forward, ["64 tokens"]),
+        (backward, ["64 tokens"]),
+        (forward, [*shapes][1:]),
+        (backward, [*shapes][1:]),
+    ):
+        for variant in variants:
+            tokens, masked = shapes[variant]
+            constants: dict[str, Any] = attention_tiling(tokens, 32, 64, TARGETS[target].backend == "hip")
+            capability = divmod(int(TARGETS[target].arch), 10) if TARGETS[target].backend == "cuda" else None
+            options: dict[str, int] = {"num_warps": constants.pop("num_warps")}
+            options |= most_registers(constants, capability) if kernel is backward else {}
+            row = sum(tiles(tokens)[1:]) if masked else 0
+            integers = {"tokens": tokens, "sample_stride": tokens * row, "row_stride": row}
+            constants |= {} if masked else {"mask_pointer": None}
+            found.append(Case(kernel, variant, constants, pointers, integers, options))
+    return [] if dtype == "fp32" else found[:4] if target == "sm_80" else found
+
+
 def _optimizer_cases() -> list[Case]:
     """AdamW, as most runs have it, and Lion; then both on bf16 weights, which need no second copy."""
     kinds = {"any count": (False, False), "Lion": (True, False), "bf16 masters": (False, True),
@@ -194,7 +225,8 @@ _CASES = [
 
 
 def cases(dtype: str, target: str) -> list[Case]:
-    return _CASES + _gelu_cases(dtype) + _group_norm_cases(dtype, target) + _response_norm_cases(dtype)
+    norms = _group_norm_cases(dtype, target) + _response_norm_cases(dtype)
+    return _CASES + _gelu_cases(dtype) + norms + _attention_cases(dtype, target)
 
 
 def compile_case(case: Case, dtype: str, target: GPUTarget) -> Any:
@@ -209,7 +241,7 @@ def compile_case(case: Case, dtype: str, target: GPUTarget) -> Any:
         elif name.endswith("_pointer"):
             of = name.removesuffix("_pointer")
             kind = "bf16" if of in case.in_bf16 else dtype if of in case.samples else "fp32"
-            signature[name] = _INTEGERS.get(name, f"*{kind}")
+            signature[name] = f"*{kind}" if of in case.samples else _INTEGERS.get(name, f"*{kind}")
             aligned.append(parameter.num)
         elif value is None:
             signature[name] = "fp32"
@@ -223,7 +255,7 @@ def compile_case(case: Case, dtype: str, target: GPUTarget) -> Any:
 
 
 def usage(compiled: Any, target: GPUTarget) -> dict[str, Any]:
-    """Instructions, registers per thread, bytes of shared memory, spills, and which loads and stores are 128 bits wide."""
+    """Instructions, registers of a thread, bytes of shared memory, spills, what is 128 bits wide, and Hopper's products."""
     if target.backend == "hip":
         assembly = compiled.asm["amdgcn"]
         spills = sum(int(n) for n in re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s*(\d+)", assembly))
@@ -247,7 +279,7 @@ def usage(compiled: Any, target: GPUTarget) -> dict[str, Any]:
     return {
         "instructions": instructions, "registers": registers, "shared": compiled.metadata.shared, "spills": spills,
         "loads": len(loads), "wide_loads": wide[0], "stores": len(stores), "wide_stores": wide[1],
-        "loops": loops,
+        "loops": loops, "warp_group_products": len(re.findall(r"\bHGMMA", assembly)),
     }  # fmt: skip
 
 
@@ -296,7 +328,8 @@ def measure(representative: bool) -> list[dict[str, Any]]:
         for number, name in enumerate(names)
         for target in TARGETS
         for dtype in DTYPES
-        if not representative or names.index(name) == number or (dtype, target) == ("bf16", "sm_90")
+        if number < len(cases(dtype, target))
+        and (not representative or names.index(name) == number or (dtype, target) == ("bf16", "sm_90"))
     ]
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(measure_one, work))

@@ -120,6 +120,7 @@ LEVERS = [
     # Each beside what ships: inductor's kernels in the place of ours.
     Lever("compiled, plain norms", {"compile": True}, norms=False, families=NORMALISED),
     Lever("compiled, plain activations", {"compile": True}, activations=False, families=ACTIVATED),
+    Lever("compiled, torch's attention", {"compile": True, "attention": "cudnn"}, families=("kandinsky-prior",)),
     SHIPPED,
     # Beside "captured", since no kernel of attention needs torch.compile, and each would compile the model anew.
     *(Lever(f"captured, {kind} attention", {"attention": kind}) for kind in ("cudnn", "flash", "efficient")),

@@ -39,7 +39,7 @@ _RULES = [(name, re.compile(pattern)) for name, pattern in (
     ("copies", rf"^triton_poi_fused(_({_ONLY_MOVES}))+_\d+$"),
     ("pointwise", r"^triton_|^gelu_|engine::gelu|add_noise|diffusion_loss"),
     ("optimizer", r"adamw|square_sum|multi_tensor_apply_kernel(?!.*[Cc]opy)|vector_norm|lpnorm"),
-    ("attention", r"flash|fmha|sdpa|scaled_dot_product|AttentionKernel|softmax|dot_do_o"),
+    ("attention", r"flash|fmha|sdpa|scaled_dot_product|AttentionKernel|softmax|dot_do_o|short_attention"),
     ("copies", r"^Memcpy|^Memset|^memcpy|[Cc]opy|CatArray|nchwToNhwc|nhwcToNchw|FillFunctor|nccl"
                r"|^aten::(clone|cat|contiguous|fill_|zero_|zeros|zeros_like|reshape|empty\w*|to|as_strided|view|t|transpose|permute|expand"
                r"|slice|select|split\w*|unbind|detach|_unsafe_view|unsqueeze|squeeze|narrow|chunk|_reshape_alias|alias|resize_|ones_like)$"),

@@ -6,9 +6,10 @@ from engine.kernels.diffusion_loss import diffusion_loss
 from engine.kernels.gelu import geglu, gelu
 from engine.kernels.gelu_response_norm import gelu_response_norm
 from engine.kernels.group_norm_silu import group_norm_silu
+from engine.kernels.short_attention import short_attention
 from engine.kernels.square_sum import square_sum
 
 __all__ = [
     "adamw_ema_", "add_noise", "diffusion_loss", "geglu", "gelu", "gelu_response_norm", "group_norm_silu", "lion_ema_",
-    "square_sum",
+    "short_attention", "square_sum",
 ]  # fmt: skip

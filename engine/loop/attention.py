@@ -4,6 +4,8 @@ torch takes the first kernel in an order of its own that accepts a shape, when i
 for torch.compile. So the order is all that must be set, once for the process: training, the recomputation of checkpointed
 blocks and captured graphs agree; shapes that are not trained (a VAE's heads of 512, in validation images) go to the first
 kernel that takes them.
+
+Attention within few tokens is ours (engine::short_attention) on Hopper and on Blackwell in data centres, under `auto`.
 """
 
 from dataclasses import dataclass
@@ -17,9 +19,11 @@ from torch.overrides import TorchFunctionMode
 
 from engine.config.options import TrainConfig
 from engine.errors import UserError, first_line
+from engine.kernels.short_attention import fits
 from engine.loop.flops import forward_on_meta
 from engine.messages import say
 from engine.models.family import Family
+from engine.models.training_form import FusedAttention
 
 KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -31,6 +35,8 @@ NAMES = {kernel: name for name, kernel in KERNELS.items()}
 # 9.15.1: before it the backward pass is broken at lengths that are no multiple of 128, which no trial run shows. torch's wheels
 # for CUDA 12 bring such a cuDNN, and torch itself then leaves it out (pytorch/pytorch#169849).
 CUDNN_SOUND = 91501
+# Major compute capabilities on which our kernel keeps its backward pass in registers; on 8 it would spill.
+OURS = (9, 10)
 
 
 def order_of(wanted: str, capability: tuple[int, int] | None, cudnn: int | None) -> list[str]:
@@ -63,6 +69,13 @@ class Call:
     def __str__(self) -> str:
         masked = " under a mask" if self.mask else ""
         return f"queries {list(self.query[0])} with keys {list(self.key[0])}{masked}"
+
+    def is_short(self, dtype: torch.dtype) -> bool:
+        """Whether it is attention within one stacked projection, which our kernel takes."""
+        (_, heads, tokens, size), _ = self.query
+        stacked = (3 * tokens * heads * size, size, 3 * heads * size, 1)
+        alike = self.query == self.key == self.value
+        return alike and self.query[1] == stacked and fits(tokens, size, dtype)
 
     def tensors(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Arguments of this layout, all zero, that require gradients where the model's do."""
@@ -154,6 +167,12 @@ def prepare(config: TrainConfig, family: Family, model: Any, device: torch.devic
         return
     calls = calls_of(family, model, config.train_batch_size)
     kernels = choose(config.attention, calls, family.encoding.dtype, device)
+    ours = config.attention == "auto" and torch.cuda.get_device_capability(device)[0] in OURS
+    for module in model.modules():
+        if isinstance(module, FusedAttention):
+            module.may_be_short = ours
+    if ours:
+        kernels |= {call: "engine" for call in calls if call.is_short(family.encoding.dtype)}
     if loud:
         # Calls of one shape may differ in their strides.
         for line in dict.fromkeys(f"Attention of {call}: {kernel}" for call, kernel in kernels.items()):

@@ -8,7 +8,7 @@
 - The group normalisations of residual blocks take the SiLU, and a time embedding's scale and shift, into the same pass.
 - Between the two linear layers of Wuerstchen's residual blocks, GELU, GlobalResponseNorm and dropout are one operation.
 - Projections of the same tokens are one matrix product: queries, keys and values, or keys and values alone; and those of their
-  adapters (lora.py) two more.
+  adapters (lora.py) two more. Where they are of few tokens, attention reads them as they are stacked (engine::short_attention).
 - GELU and its gate, between the linear layers of a transformer's block, are one operation.
 - What is frozen keeps nothing for a gradient that nobody asks for: autograd's convolution would keep its input.
 """
@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 
-from engine.kernels import geglu, gelu, gelu_response_norm, group_norm_silu
+from engine.kernels import geglu, gelu, gelu_response_norm, group_norm_silu, short_attention
+from engine.kernels.short_attention import fits
 from engine.models.lora import NAME, AdaptedLinear, can_stack, has_adapter, is_plain_linear
 
 # What is fused -> the published projections that it stacks.
@@ -286,8 +287,11 @@ class FusedAttention(Attention):
 
     Queries attend to the hidden states themselves, or to `encoder_hidden_states`; with added projections (Kandinsky's decoder)
     to both.
+
+    may_be_short: our kernel takes what fits it; what trains is told by loop/attention.py.
     """
 
+    may_be_short = True
     to_qkv: nn.Linear
     to_kv: nn.Linear
     to_added_kv: nn.Linear
@@ -307,34 +311,58 @@ class FusedAttention(Attention):
             hidden_states = self.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
 
-        keys_and_values: list[tuple[Tensor, ...]] = []
-        if hasattr(self, "to_added_kv"):
-            keys_and_values.append(self._heads(self.to_added_kv(context), 2))
-        if hasattr(self, "to_qkv"):
-            query, *own = self._heads(self.to_qkv(hidden_states), 3)
-            keys_and_values.append(tuple(own))
+        projected = self.to_qkv(hidden_states) if hasattr(self, "to_qkv") else None
+        if projected is not None and is_short(self, projected, attention_mask):
+            attended = short_attention(projected, self._mask(attention_mask, tokens, batch), self.heads)
         else:
-            (query,) = self._heads(self.to_q(hidden_states), 1)
-        if hasattr(self, "to_kv"):
-            keys_and_values.append(self._heads(self.to_kv(context), 2))
-        key, value = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2) for parts in zip(*keys_and_values, strict=True))
-        if attention_mask is not None:
-            # diffusers repeats it for every head; one of them broadcasts.
-            attention_mask = self.prepare_attention_mask(attention_mask, key.shape[2], batch)
-            attention_mask = attention_mask.view(batch, self.heads, -1, attention_mask.shape[-1])[:, :1]
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+            attended = self._attend(hidden_states, context, projected, attention_mask)
         projection, dropout = self.to_out
-        attended = dropout(projection(attended.transpose(1, 2).reshape(batch, tokens, -1)))
+        attended = dropout(projection(attended))
         if residual.dim() == 4:
             attended = attended.transpose(1, 2).reshape(residual.shape)
         if self.residual_connection:
             attended = attended + residual
         return _divided(attended, self.rescale_output_factor)
 
+    def _attend(
+        self, hidden_states: Tensor, context: Tensor, projected: Tensor | None, attention_mask: Tensor | None
+    ) -> Tensor:
+        """Attention in torch's kernels, [B, N, C]; `projected` are the hidden states' queries, keys and values if stacked."""
+        batch, tokens, _ = hidden_states.shape
+        keys_and_values: list[tuple[Tensor, ...]] = []
+        if hasattr(self, "to_added_kv"):
+            keys_and_values.append(self._heads(self.to_added_kv(context), 2))
+        if projected is not None:
+            query, *own = self._heads(projected, 3)
+            keys_and_values.append(tuple(own))
+        else:
+            (query,) = self._heads(self.to_q(hidden_states), 1)
+        if hasattr(self, "to_kv"):
+            keys_and_values.append(self._heads(self.to_kv(context), 2))
+        key, value = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2) for parts in zip(*keys_and_values, strict=True))
+        mask = self._mask(attention_mask, key.shape[2], batch)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return attended.transpose(1, 2).reshape(batch, tokens, -1)
+
+    def _mask(self, attention_mask: Tensor | None, keys: int, batch: int) -> Tensor | None:
+        """What diffusers repeats for every head, [B, 1, ..., keys]: one of them broadcasts."""
+        if attention_mask is None:
+            return None
+        attention_mask = self.prepare_attention_mask(attention_mask, keys, batch)
+        return attention_mask.view(batch, self.heads, -1, attention_mask.shape[-1])[:, :1]
+
     def _heads(self, projected: Tensor, number: int) -> tuple[Tensor, ...]:
         """[B, N, number * C] as `number` tensors [B, heads, N, head size]."""
         split = projected.unflatten(-1, (number, self.heads, -1))
         return split.permute(2, 0, 3, 1, 4).unbind()
+
+
+def is_short(attention: FusedAttention, projected: Tensor, mask: Tensor | None) -> bool:
+    """Whether our kernel attends within what was projected, [B, N, 3 C]: on a GPU, and where there are no other keys."""
+    if not (attention.may_be_short and projected.is_cuda) or hasattr(attention, "to_kv") or hasattr(attention, "to_added_kv"):
+        return False
+    size = projected.shape[-1] // (3 * attention.heads)
+    return fits(projected.shape[1], size, projected.dtype) and (mask is None or not mask.requires_grad)
 
 
 def to_training_form(model: Any, form: Form, learns_like: Callable[[str], Hashable] = lambda name: None) -> None:

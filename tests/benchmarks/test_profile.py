@@ -33,6 +33,9 @@ KERNELS = {
         "aten::convolution_backward",
     ],
     "attention": [
+        "short_attention_kernel",
+        "short_attention_backward_kernel",
+        "engine::short_attention",
         "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4, false, false, cutlass::bfloat16...",
         "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<Flash_bwd_kernel_traits<64, 128, 128, 8, 4, ...",
         "void pytorch_flash::flash_bwd_dot_do_o_kernel<true, Flash_bwd_kernel_traits<64, 128, 128, 8>>(...)",

@@ -11,6 +11,8 @@ from engine.kernels.gelu import _forward as gelu
 from engine.kernels.gelu_response_norm import _backward as response_backward
 from engine.kernels.gelu_response_norm import _forward as response_forward
 from engine.kernels.group_norm_silu import _backward, _forward
+from engine.kernels.short_attention import _backward as attention_backward
+from engine.kernels.short_attention import _forward as attention
 from tests.kernels.cases import run_kernels
 
 
@@ -25,6 +27,7 @@ def arguments_of(name: str, device: str) -> tuple:
     sample, coefficients, flat = random(2, 4, 8, 8), random(5, 2), [random(64) for _ in range(4)]
     x, affine, statistic = random(2, 8, 4, 4), random(2, 8), random(2, 4)
     u, gamma, norms, mean = random(2, 4, 4, 8), random(8), random(2, 8), random(2)
+    projected = random(2, 5, 96)
     return {
         "add_noise": (add_noise, sample, None, coefficients, seed, slots, 0.0, 0.0),
         "diffusion_loss": (diffusion_loss, sample, sample.clone(), None, coefficients, seed, slots, 0.0, random(1)),
@@ -39,12 +42,15 @@ def arguments_of(name: str, device: str) -> tuple:
         "group_norm_silu_backward": (_backward, x, x.clone(), affine, affine.clone(), statistic, statistic.clone(), 4, True),
         "gelu_response_norm": (response_forward, u, gamma, gamma.clone(), seed, 0.1),
         "gelu_response_norm_backward": (response_backward, u, u.clone(), gamma, norms, mean, seed, 0.1),
+        "short_attention": (attention, projected, None, 2),
+        "short_attention_backward": (attention_backward, projected[..., :32].contiguous(), projected, None, 2),
     }[name]  # fmt: skip
 
 
 OPERATIONS = [
     "add_noise", "diffusion_loss", "adamw_ema_", "lion_ema_", "square_sum", "gelu", "gelu_backward", "group_norm_silu",
-    "group_norm_silu_backward", "gelu_response_norm", "gelu_response_norm_backward",
+    "group_norm_silu_backward", "gelu_response_norm", "gelu_response_norm_backward", "short_attention",
+    "short_attention_backward",
 ]  # fmt: skip
 
 

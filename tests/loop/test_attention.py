@@ -11,7 +11,7 @@ from engine.loop import attention
 from engine.loop.attention import Call, Calls, calls_of, choose, order_of
 from engine.loop.trainer import train
 from engine.models.family import open_family
-from engine.models.training_form import SHIPPED, Form
+from engine.models.training_form import SHIPPED, Form, FusedAttention
 from examples.local import RESOLUTION
 from tests.loop.runs import config
 
@@ -136,11 +136,42 @@ def test_a_kernel_needs_a_gpu(model, images, shards, tmp_path):
 def test_kernels_are_named_once_per_shape(model, images, shards, tmp_path, monkeypatch, capsys):
     family = open_family(config(model, images, shards, tmp_path, mixed_precision="bf16"))
     monkeypatch.setattr(attention, "choose", lambda wanted, calls, dtype, device: dict.fromkeys(calls, f"{wanted} in {dtype}"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for loud in (True, False):
         attention.prepare(family.config, family, family.load_model(), torch.device("cuda"), loud)
     lines = capsys.readouterr().err.splitlines()
     # The calls with themselves and with the captions have one shape here, and other strides.
     assert lines == ["Attention of queries [4, 8, 16, 4] with keys [4, 8, 16, 4]: auto in torch.bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "capability", "ours"), [("auto", (9, 0), True), ("auto", (8, 0), False), ("cudnn", (9, 0), False)]
+)
+def test_short_attention_is_ours_where_no_other_is_asked_for(wanted, capability, ours, published, monkeypatch, capsys):
+    config = TrainConfig(
+        family="kandinsky-prior", resolution=RESOLUTIONS["kandinsky-prior"], shards_dir="unused", attention=wanted,
+        mixed_precision="bf16", **published("kandinsky-prior"),
+    )  # fmt: skip
+    family = open_family(config)
+    monkeypatch.setattr(attention, "fits", lambda tokens, size, dtype: tokens <= 128)  # the tiny prior's heads are too small
+    monkeypatch.setattr(attention, "choose", lambda wanted, calls, dtype, device: dict.fromkeys(calls, "torch's"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    model = family.load_model()
+    attention.prepare(config, family, model, torch.device("cuda"), loud=True)
+    kernels = {line.rpartition(": ")[2] for line in capsys.readouterr().err.splitlines() if line.startswith("Attention of")}
+    assert kernels == {"engine" if ours else "torch's"}
+    attentions = [module for module in model.modules() if isinstance(module, FusedAttention)]
+    assert attentions
+    assert all(module.may_be_short == ours for module in attentions)
+
+
+def test_short_attention_is_known_by_its_layout():
+    stacked = torch.Size((2, 32, 81, 64)), (81 * 6144, 64, 6144, 1)
+    apart = torch.Size((2, 32, 81, 64)), (81 * 2048, 64, 2048, 1)
+    assert Call(stacked, stacked, stacked, MASKED.mask).is_short(torch.bfloat16)
+    assert not Call(stacked, stacked, stacked, None).is_short(torch.float32)
+    assert not Call(apart, apart, apart, None).is_short(torch.bfloat16)
+    assert not Call(stacked, apart, apart, None).is_short(torch.bfloat16)
 
 
 @pytest.mark.gpu

@@ -143,6 +143,37 @@ def test_projections_stay_apart_for_another_attention(model, published):
     assert training_form.form_of(unet) == Form(projections=False)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_prior_attends_from_its_stacked_projection_as_from_three(compiled, model, published, monkeypatch):
+    prior = load("kandinsky-prior", model, published)
+    to_training_form(prior, SHIPPED)
+    arguments = inputs("kandinsky-prior", prior)
+    expected, expected_gradients = run(prior, arguments)
+    monkeypatch.setattr(training_form, "is_short", lambda attention, projected, mask: mask is not None)
+    torch._dynamo.reset()
+    output, gradients = run(torch.compile(prior, fullgraph=True, backend="aot_eager") if compiled else prior, arguments)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    for name, gradient in gradients.items():
+        expected = expected_gradients[name.removeprefix("_orig_mod.")]
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5 * max(1.0, float(expected.abs().max())))
+
+
+def test_attention_is_short_on_a_gpu_among_few_tokens(model, published):
+    prior = load("kandinsky-prior", model, published)
+    to_training_form(prior, SHIPPED)
+    attention = next(module for module in prior.modules() if isinstance(module, FusedAttention))
+
+    def short(tokens: int = 81, size: int = 64, gpu: bool = True, mask: torch.Tensor | None = None) -> bool:
+        shape = torch.Size((2, tokens, 3 * attention.heads * size))
+        return training_form.is_short(attention, SimpleNamespace(shape=shape, is_cuda=gpu, dtype=torch.bfloat16), mask)
+
+    assert short()
+    assert short(mask=torch.zeros(2, 1, 81, 81))
+    assert not any((short(tokens=129), short(size=8), short(gpu=False), short(mask=torch.zeros(1, requires_grad=True))))
+    attention.may_be_short = False
+    assert not short()
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_norms_are_our_kernel_in_a_compiled_model_where_the_form_says_so(fused, model, published, monkeypatch):
     unet = load("sd", model, published)
