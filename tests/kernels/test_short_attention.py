@@ -21,7 +21,7 @@ SIDES = [
     pytest.param((launch_short_attention, launch_short_attention_backward), id="triton", marks=run_kernels),
     pytest.param((reference_short_attention, reference_short_attention_backward), id="reference"),
 ]
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 # A GPU multiplies fp32 in TF32; Triton's interpreter multiplies the bits of bf16 as if they were numbers.
 DTYPES = [torch.bfloat16, torch.float16] if torch.cuda.is_available() else [torch.float32, torch.float16]
 
@@ -66,7 +66,8 @@ class Case:
             assert result.is_contiguous()
             # Of scores that are all -10000 fp32 keeps 2^-11.
             tolerance = max(TOLERANCE[result.dtype], 4e-3 * (self.mask is not None))
-            torch.testing.assert_close(result.cpu().double(), exact, rtol=tolerance, atol=tolerance)
+            size = float(exact.abs().max())
+            torch.testing.assert_close(result.cpu().double(), exact, rtol=tolerance, atol=tolerance * size)
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -136,11 +137,11 @@ def test_attention_on_a_gpu_is_torchs_twice_with_the_same_bits(dtype, tokens, si
     for result, same, exact in zip(first, again, (y.detach(), *torch.autograd.grad(y, wide, upstream.float())), strict=True):
         assert torch.equal(result, same)
         tolerance = TOLERANCE[dtype]
-        torch.testing.assert_close(result.float(), exact, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(result.float(), exact, rtol=tolerance, atol=tolerance * float(exact.abs().max()))
 
 
 @pytest.mark.gpu
-def test_a_compiled_model_pads_its_mask_once_and_captures():
+def test_compiled_layers_are_replayed_from_a_graph():
     projected = torch.randn(4, 81, 3 * 32 * 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
     mask = mask_of("of samples", 4, 81, torch.bfloat16)
 
@@ -160,4 +161,6 @@ def test_a_compiled_model_pads_its_mask_once_and_captures():
         (found,) = torch.autograd.grad(compiled(projected, mask).sum(), projected)
     graph.replay()
     (expected,) = torch.autograd.grad(layers(projected, mask).sum(), projected)
-    torch.testing.assert_close(found, expected)
+    # Eager code rounds twice where it adds the three gradients of what was joined.
+    size = float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=TOLERANCE[found.dtype], atol=2 * TOLERANCE[found.dtype] * size)
