@@ -1,7 +1,8 @@
 """Which kernel of attention is fastest at the shapes of the families? `python -m benchmarks.operations.attention`
 
 Every distinct call of a training step, found as the engine finds it, with the strides that it has there, in each kernel of
-torch; forward, and forward and backward together. Heads of 40 are also padded to 64 (the padding counts). On a GPU the
+torch, and in the engine's own (`engine`) where they are of few tokens within one projection, whose gradient torch's leave to be
+stacked; forward, and forward and backward together. Heads of 40 are also padded to 64 (the padding counts). On a GPU the
 published checkpoints in bf16; on a CPU the tiny ones in fp32, to try the benchmark itself.
 
 Predicted, on Hopper: cuDNN 1.7 to 2.3 times as fast as Flash.
@@ -11,6 +12,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from benchmarks.tools.published import CHECKPOINTS, TINY, open_tiny, trained_mod
 from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
 from benchmarks.tools.timing import LARGE, LAUNCHES, Work, microseconds
+from engine.kernels import short_attention
 from engine.loop.attention import KERNELS, Call, calls_of
 from engine.models.family import open_family
 from engine.models.training_form import SHIPPED, to_training_form
@@ -70,19 +73,41 @@ def calls_with(attend: Attend, call: Call, number: int, dtype: torch.dtype, devi
     return [build() for _ in range(number)]
 
 
+def short_calls(call: Call, number: int, dtype: torch.dtype, device: torch.device, backward: bool) -> list[Work]:
+    """So many calls of our kernel for short sequences, each on a stacked projection of its own."""
+
+    def build() -> Work:
+        _, _, value, mask = call.tensors(dtype, device)
+        batch, heads, tokens, size = value.shape
+        projected = torch.randn(batch, tokens, 3 * heads * size, device=device, dtype=dtype).requires_grad_()
+        gradient = torch.randn(batch, tokens, heads * size, device=device, dtype=dtype)
+
+        def work() -> Any:
+            attended = short_attention(projected, mask, heads)
+            return torch.autograd.grad(attended, projected, gradient) if backward else attended.detach()
+
+        return work
+
+    return [build() for _ in range(number)]
+
+
 def measure_call(call: Call, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Median microseconds of every side, forward and with the backward pass; notes on those that fail."""
     size = call.query[0][-1]
-    sides = {kernel: attention_of(kernel, size, size) for kernel in SIDES[device.type]}
-    if size in PADDED:
-        sides |= {f"{kernel}, padded": attention_of(kernel, size, PADDED[size]) for kernel in SIDES[device.type]}
+    sides: dict[str, Callable[..., list[Work]]] = {
+        kernel if padded == size else f"{kernel}, padded": partial(calls_with, attention_of(kernel, size, padded))
+        for padded in dict.fromkeys((size, PADDED.get(size, size)))
+        for kernel in SIDES[device.type]
+    }
+    if call.is_short(dtype):
+        sides["engine"] = short_calls
     moved = dtype.itemsize * sum(shape.numel() for shape, _ in (call.query, call.query, call.key, call.value))
     number = 1 if moved >= LARGE else LAUNCHES
     row: dict[str, Any] = {"forward": {}, "training": {}, "notes": {}}
-    for side, attend in sides.items():  # one after the other: a side's failure, or its memory, is its own
+    for side, calls in sides.items():  # one after the other: a side's failure, or its memory, is its own
         for kind, backward in (("forward", False), ("training", True)):
             try:
-                works = calls_with(attend, call, number, dtype, device, backward)
+                works = calls(call, number, dtype, device, backward)
             except RuntimeError as error:
                 row["notes"][side] = f"does not run: {str(error).splitlines()[0]}"
                 break

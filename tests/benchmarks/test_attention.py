@@ -34,3 +34,10 @@ def test_a_kernel_that_does_not_run_costs_only_itself(monkeypatch):
     assert row["notes"].keys() == {"cudnn", "cudnn, padded"}
     assert "| a call | flash, padded |" in table([row])
     assert "| a call | cudnn | does not run: " in table([row])
+
+
+def test_attention_within_a_short_projection_is_ours_too(monkeypatch):
+    monkeypatch.setitem(SIDES, "cpu", ("math",))
+    stacked = torch.Size((2, 4, 17, 16)), (17 * 192, 16, 192, 1)
+    call = Call(stacked, stacked, stacked, (torch.Size((2, 1, 17, 17)), (289, 289, 17, 1)))
+    assert measure_call(call, torch.bfloat16, CPU)["training"].keys() == {"math", "engine"}
