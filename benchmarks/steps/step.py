@@ -20,9 +20,11 @@ sheet. `--sweep` runs what `--compile` gives at further batch sizes. `--tiny` ta
 benchmark itself.
 """
 
+import contextlib
 import math
 import sys
 import time
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,9 +43,10 @@ from benchmarks.tools.cost import Cost
 from benchmarks.tools.levers import LEVERS, SHIPPED, Lever, settings_kept, settle_attention
 from benchmarks.tools.published import TINY
 from benchmarks.tools.question import command_line, this_device
-from benchmarks.tools.rows import OUT_OF_MEMORY, Rows
+from benchmarks.tools.rows import OUT_OF_MEMORY, Rows, release_memory
 from benchmarks.tools.sides import WARM_UP, check, open_side, sample
 from benchmarks.tools.timing import data_sheet_flops_per_second, spread, synchronize
+from benchmarks.tools.turns import Turn
 from benchmarks.tools.waterfall import table
 from engine.backends import keep_compiled_code
 from engine.loop.flops import matrix_flops_per_second
@@ -54,49 +57,62 @@ WINDOWS = 5
 WINDOW_SECONDS = 1.2  # or one step, where that takes longer
 
 
-def measure_lever(checkpoint: Checkpoint, lever: Lever, size: int, window_seconds: float) -> dict[str, Any]:
+def measure_lever(checkpoint: Checkpoint, lever: Lever, size: int, window_seconds: float, turn: Turn) -> dict[str, Any]:
     """Samples per second (median and quartiles over windows), the loss, peak memory, and where the time goes.
 
     Raises:
         RuntimeError: a step did not do what it should; and whatever a step raises.
     """
+    turn.take()
+    try:
+        with settings_kept():
+            return timed(checkpoint, lever, size, window_seconds, turn)
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)  # which hold the model, and the next to take the turn needs the memory
+        raise
+    finally:
+        torch._dynamo.reset()
+        release_memory()
+        turn.give()
+
+
+def timed(checkpoint: Checkpoint, lever: Lever, size: int, window_seconds: float, turn: Turn) -> dict[str, Any]:
+    """As `measure_lever`, with torch's settings as the lever leaves them."""
     device = checkpoint.device
     gpu = device.type == "cuda"
     if gpu:
         torch.cuda.reset_peak_memory_stats()
-    try:
-        with settings_kept():
-            started = time.perf_counter()
-            side = open_side(checkpoint, lever, size)
-            before = sample(side.weights)
-            for _ in range(WARM_UP):
-                side.step()
-            graphs = side.graphs()
-            synchronize(device)
-            ready = time.perf_counter()
+    started = time.perf_counter()
+    side = open_side(checkpoint, lever, size)
+    before = sample(side.weights)
+    with turn.taken_by_compiled_code() if lever.compiles else contextlib.nullcontext():
+        side.step()
+    for _ in range(WARM_UP - 1):
+        side.step()
+    graphs = side.graphs()
+    synchronize(device)
+    ready = time.perf_counter()
+    side.step()
+    synchronize(device)
+    steps = max(1, math.ceil(window_seconds / (time.perf_counter() - ready)))
+    rates = []
+    for _ in range(WINDOWS):
+        synchronize(device)
+        window = time.perf_counter()
+        for _ in range(steps):
             side.step()
-            synchronize(device)
-            steps = max(1, math.ceil(window_seconds / (time.perf_counter() - ready)))
-            rates = []
-            for _ in range(WINDOWS):
-                synchronize(device)
-                window = time.perf_counter()
-                for _ in range(steps):
-                    side.step()
-                synchronize(device)
-                rates.append(steps * size / (time.perf_counter() - window))
-            if gpu:
-                allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-            profiled = profile.measure(side.step, device)
-        row: dict[str, Any] = dict(zip(("samples_per_second", "low", "high"), spread(rates), strict=True))
-        row |= {"steps_per_window": steps, "ready_seconds": ready - started, "graphs": graphs, "profile": profiled}
-        if gpu:
-            row |= {"memory_gib": allocated / 2**30, "reserved_gib": reserved / 2**30}
-        if side.graphs() != graphs:
-            raise RuntimeError("a graph was captured within a window")
-        return row | check(side, before)
-    finally:
-        torch._dynamo.reset()
+        synchronize(device)
+        rates.append(steps * size / (time.perf_counter() - window))
+    if gpu:
+        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    profiled = profile.measure(side.step, device)
+    row: dict[str, Any] = dict(zip(("samples_per_second", "low", "high"), spread(rates), strict=True))
+    row |= {"steps_per_window": steps, "ready_seconds": ready - started, "graphs": graphs, "profile": profiled}
+    if gpu:
+        row |= {"memory_gib": allocated / 2**30, "reserved_gib": reserved / 2**30}
+    if side.graphs() != graphs:
+        raise RuntimeError("a graph was captured within a window")
+    return row | check(side, before)
 
 
 def expected_seconds(lever: Lever, cost: Cost, size: int, cached_code: bool) -> float:
@@ -124,12 +140,14 @@ class Waterfall:
     """The levers of a checkpoint, one after another.
 
     peak: operations per second of a matrix product, as `measured_peak` says.
+    turn: taken for what is timed.
     warm: the caches hold what is compiled.
     """
 
     checkpoint: Checkpoint
     peak: dict[str, Any]
     rows: Rows
+    turn: Turn
     warm: bool = False
 
     def measure_all(self, levers: list[Lever], size: int) -> list[dict[str, Any]]:
@@ -150,7 +168,7 @@ class Waterfall:
         checkpoint, cost = self.checkpoint, self.checkpoint.cost
 
         def work() -> dict[str, Any]:
-            row = measure_lever(checkpoint, lever, size, 0.0 if checkpoint.tiny else WINDOW_SECONDS)
+            row = measure_lever(checkpoint, lever, size, 0.0 if checkpoint.tiny else WINDOW_SECONDS, self.turn)
             flops = row["samples_per_second"] * cost.training_flops
             row |= {"training_flops_per_sample": cost.training_flops, "bytes_per_step": cost.bytes_per_step(size)}
             return row | {f"mfu_{kind}": flops / value for kind, value in self.peak.items() if value}
@@ -162,12 +180,15 @@ class Waterfall:
         return self.rows.measure(row_name(checkpoint.name, lever, size), seconds, work, **about)
 
 
-def measured_peak(rows: Rows, device: torch.device, precision: str) -> dict[str, Any]:
+def measured_peak(rows: Rows, device: torch.device, precision: str, turn: Turn) -> dict[str, Any]:
     """Operations per second of a matrix product, `measured` here and by the card's `data_sheet`; None where unknown."""
 
     def work() -> dict[str, Any]:
         promised = data_sheet_flops_per_second(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        return {"measured": matrix_flops_per_second(device, PRECISIONS[precision]), "data_sheet": promised}
+        turn.take()
+        measured = matrix_flops_per_second(device, PRECISIONS[precision])
+        turn.give()
+        return {"measured": measured, "data_sheet": promised}
 
     row = rows.measure(f"matrix product, {precision}", 10, work)
     return {kind: row.get(kind) for kind in ("measured", "data_sheet")}
@@ -181,6 +202,7 @@ def measure_all(
     sweep: bool = False,
     wanted: Iterable[str] = (),
     warm: bool = False,
+    turn: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Every checkpoint, or tiny family, in turn.
 
@@ -188,14 +210,15 @@ def measure_all(
         batch: of the waterfalls, instead of each checkpoint's own.
         wanted: names of levers; none for all.
         warm: the caches hold what is compiled.
+        turn: a file, by which processes that are given it are timed one after another.
     """
-    precision = PRECISION[device.type]
+    precision, taken = PRECISION[device.type], Turn(turn)
     settle_attention(device)
-    peak = measured_peak(rows, device, precision)
+    peak = measured_peak(rows, device, precision, taken)
     measured = []
     for name in names:
         with opened(name, device) as checkpoint:
-            waterfall, family = Waterfall(checkpoint, peak, rows, warm), checkpoint.family.config.family
+            waterfall, family = Waterfall(checkpoint, peak, rows, taken, warm), checkpoint.family.config.family
             levers = [lever for lever in LEVERS if lever.fits(family) and (not wanted or lever.name in wanted)]
             measured += waterfall.measure_all(levers, batch or checkpoint.batch)
             for further in AIMS.get(name, TINY_AIM)[1] if sweep else ():
@@ -212,6 +235,8 @@ def main() -> int:
     parser.add_argument("--batch", type=int, help="batch of the waterfall, instead of each checkpoint's own")
     parser.add_argument("--sweep", action="store_true", help="measure further batch sizes too")
     parser.add_argument("--warm", action="store_true", help="the caches hold what is compiled: expect shorter rows")
+    parser.add_argument("--turn", type=Path, metavar="FILE", help="trace beside other processes that are given this file, and "
+                        "be timed one after another")  # fmt: skip
     parser.add_argument("--compile_cache_dir", type=Path, help="keep compiled code there (default: as torch's variables say)")
     options = parser.parse_args()
     quiet_libraries()
@@ -223,7 +248,7 @@ def main() -> int:
     wanted = [
         lever.name for lever in LEVERS if lever.name in (options.levers or [lever.name]) and lever.name not in options.without
     ]
-    measured = measure_all(rows, names, device, options.batch, options.sweep, wanted, options.warm)
+    measured = measure_all(rows, names, device, options.batch, options.sweep, wanted, options.warm, options.turn)
     print(table(measured), profile.table(measured), sep="\n\n")
     return rows.exit_code
 

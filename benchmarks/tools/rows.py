@@ -49,7 +49,7 @@ def reason(error: Exception) -> str:
 TRACE = 3000  # characters at the end of a failure's trace that are kept
 
 
-def _release_memory() -> None:
+def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_initialized() and torch.cuda.memory_reserved():
         torch.cuda.synchronize()
@@ -109,7 +109,7 @@ class Rows:
         row["took_seconds"] = round(time.monotonic() - started, 1)
         self._keep(row)
         try:
-            _release_memory()
+            release_memory()
         except RuntimeError as error:  # an illegal access, say: nothing more will run in this process
             self.broken = f"the device failed in an earlier row ({first_line(error)}); the next call goes on"
         return row

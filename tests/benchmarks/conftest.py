@@ -11,5 +11,5 @@ def kept_memory():
     """On a CPU, where nothing else needs it, memory is not given back after every row."""
     with pytest.MonkeyPatch.context() as patch:
         if not torch.cuda.is_available():
-            patch.setattr(rows, "_release_memory", lambda: None)
+            patch.setattr(rows, "release_memory", lambda: None)
         yield

@@ -95,7 +95,7 @@ def test_a_broken_device_ends_the_call_and_not_the_results(tmp_path, monkeypatch
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     rows = Rows(tmp_path / "rows.json", DOCUMENT)
-    monkeypatch.setattr(kept_rows, "_release_memory", broken)
+    monkeypatch.setattr(kept_rows, "release_memory", broken)
     assert rows.measure("breaks", 1, fail, lever="captured")["lever"] == "captured"
     assert "illegal memory access" in rows.measure("after", 1, lambda: pytest.fail("begun"))["missing"]
     monkeypatch.undo()

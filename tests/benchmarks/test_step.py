@@ -11,6 +11,7 @@ from benchmarks.steps import step
 from benchmarks.tools import checkpoints, cost, levers, published, rows, sides, waterfall
 from benchmarks.tools.compiling import compiling_cheaply
 from benchmarks.tools.rows import OUT_OF_MEMORY, Rows
+from benchmarks.tools.turns import Turn
 from engine.errors import TRY_AGAIN
 from engine.loop import attention
 from engine.models.training_form import ChannelsLastConv2d
@@ -29,13 +30,13 @@ def measured(monkeypatch) -> list[tuple[str, int]]:
     """What was measured, by name and batch, with rates that need no training."""
     calls = []
 
-    def measure_lever(checkpoint, lever, size, window_seconds):
+    def measure_lever(checkpoint, lever, size, window_seconds, turn):
         calls.append((lever.name, size))
         return {"samples_per_second": 1.0 + len(calls), "low": 1.0, "high": 2.0 + len(calls)}
 
     monkeypatch.setattr(step, "measure_lever", measure_lever)
     monkeypatch.setattr(step, "matrix_flops_per_second", lambda device, dtype: 1e12)
-    monkeypatch.setattr(rows, "_release_memory", lambda: None)
+    monkeypatch.setattr(rows, "release_memory", lambda: None)
     return calls
 
 
@@ -48,7 +49,7 @@ def test_a_lever_trains_and_leaves_torch_as_it_was(prior, lever, monkeypatch):
     monkeypatch.setattr(step, "WINDOWS", 2)
     settings = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
     with compiling_cheaply():
-        row = step.measure_lever(prior, lever, 2, 0.0)
+        row = step.measure_lever(prior, lever, 2, 0.0, Turn(None))
     assert row["low"] <= row["samples_per_second"] <= row["high"]
     assert row["moved"] > 0.9
     assert row["loss"] > 0
@@ -144,7 +145,7 @@ def test_caches_are_warm_for_what_this_process_compiled(tmp_path, monkeypatch, m
     def waterfall(file, wanted):
         warm.clear()
         rows = Rows(file, step.__doc__)
-        step.Waterfall(checkpoint, {}, rows).measure_all(wanted, 2)
+        step.Waterfall(checkpoint, {}, rows, Turn(None)).measure_all(wanted, 2)
         return list(warm)
 
     assert waterfall(None, both) == [False, True]

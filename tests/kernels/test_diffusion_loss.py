@@ -181,7 +181,10 @@ def test_a_white_mask_is_none_and_a_black_one_weighs_nothing(function, shape, hu
     black = case.call(function)
     case.mask = None
     for ours, bare in zip(white, case.call(function), strict=True):
-        assert torch.equal(ours, bare)
+        if ours.is_cuda:  # two compiled variants, whose sums and contractions differ
+            torch.testing.assert_close(ours, bare, rtol=2e-6, atol=2e-6 * float(bare.abs().max()))
+        else:
+            assert torch.equal(ours, bare)
     assert not any(torch.count_nonzero(tensor) for tensor in black)
 
 
