@@ -78,16 +78,22 @@ def _share_processors() -> None:
             inductor.compile_threads = max(part, 1)  # type: ignore[attr-defined]
 
 
+def inductor_options(mode: str, on_gpu: bool) -> dict[str, Any]:
+    """What torch.compile is given for one of its modes."""
+    options: dict[str, Any] = dict(torch._inductor.list_mode_options(mode))
+    if on_gpu:
+        # The training form stores images channels last. In a model of convolutions inductor would do so with whatever has four
+        # dimensions, and copied the queries and results of Wuerstchen's attention, [B, heads, N, head size], there and back.
+        options["layout_optimization"] = False
+    return options
+
+
 def compile_model(model: nn.Module, config: TrainConfig, shapes: int) -> None:
     """Has the model compiled when it is called, in place: once for each of so many shapes, whose sizes the code then knows.
 
     A pass without gradients, as DREAM's and that of the held-out loss, is compiled by itself.
     """
-    options: dict[str, Any] = dict(torch._inductor.list_mode_options(config.compile_mode))
-    if any(parameter.is_cuda for parameter in model.parameters()):
-        # The training form stores images channels last. In a model of convolutions inductor would do so with whatever has four
-        # dimensions, and copied the queries and results of Wuerstchen's attention, [B, heads, N, head size], there and back.
-        options["layout_optimization"] = False
+    options = inductor_options(config.compile_mode, any(parameter.is_cuda for parameter in model.parameters()))
     if shapes < 2:
         model.compile(options=options)
         return

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import cpp_ext
-from engine.backends import _directory_of_the_node, configure
+from engine.backends import _directory_of_the_node, configure, inductor_options
 from engine.config.options import TrainConfig
 from engine.loop.trainer import train
 from tests.loop.runs import config
@@ -67,6 +67,13 @@ def test_the_mode_of_compilation_reaches_torch(mode, model, images, shards, tmp_
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, options: given.append(options))
     assert train(config(model, images, shards, tmp_path, max_train_steps=1, compile=True, compile_mode=mode)) == 0
     assert given == [torch._inductor.list_mode_options(mode)]
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_torch_accepts_the_options_of_a_gpu_which_leave_layouts_to_the_training_form(mode):
+    options = inductor_options(mode, on_gpu=True)
+    assert options == {**torch._inductor.list_mode_options(mode), "layout_optimization": False}
+    torch.compile(torch.sin, fullgraph=True, dynamic=False, options=options)  # which checks their names and types
 
 
 @pytest.fixture

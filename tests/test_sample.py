@@ -78,7 +78,7 @@ def test_all_that_draws_is_one_compiled_graph_each_and_in_the_form_of_training(f
         return graph
 
     compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda call, mode, **options: compiler(call, backend=backend, **options))
+    monkeypatch.setattr(torch, "compile", lambda call, options, **others: compiler(call, backend=backend, **others))
     ours, other = (published(family)[name] if name else None for name in HALVES[family])
     pipeline = open_pipeline(ours, other, torch.float32)
     pipeline.set_progress_bar_config(disable=True)
@@ -296,7 +296,7 @@ def test_the_command_compiles_where_it_is_told_to(model, tmp_path, monkeypatch):
     plain = np.asarray(Image.open(tmp_path / "a.png"))
     assert not compiled
     assert draw_with(monkeypatch, model, tmp_path, *words, "--compile") == 0
-    assert compiled == [{"fullgraph": True, "dynamic": False, "mode": None}] * 2
+    assert compiled == [{"fullgraph": True, "dynamic": False, "options": {}}] * 2
     assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), plain)
 
 

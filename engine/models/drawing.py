@@ -8,6 +8,7 @@ import torch
 from diffusers import WuerstchenDecoderPipeline
 from torch.utils._pytree import tree_map_only
 
+from engine.backends import inductor_options
 from engine.errors import out_of_memory
 from engine.messages import say
 from engine.models.training_form import SHIPPED, to_training_form
@@ -73,11 +74,9 @@ def compile_models(pipeline: Any, shapes: int) -> None:
         shapes: in how many sizes of images and batches it will draw. There is one program for each, which knows its sizes:
             one for any would be slower, and CUDA graphs are of one size each.
     """
-    options: dict[str, Any] = {
-        "fullgraph": True,
-        "dynamic": False,
-        "mode": "reduce-overhead" if pipeline.device.type == "cuda" else None,
-    }
+    on_gpu = pipeline.device.type == "cuda"
+    inductor = inductor_options("reduce-overhead" if on_gpu else "default", on_gpu)
+    options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "options": inductor}
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 3 * shapes)
     for name in (*DENOISERS, *DECODERS):
         model = pipeline.components.get(name)
