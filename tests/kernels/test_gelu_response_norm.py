@@ -96,14 +96,14 @@ def test_bf16_hides_what_the_polynomial_leaves_out():
     exact = u.cpu().double().requires_grad_()
     g = F.gelu(exact)
     g.sum().backward()
-    # bf16 keeps 2^-8; what the activation is beyond -5.5 is below 1.1e-7.
-    torch.testing.assert_close(norms.cpu().double(), g.detach().abs().view(norms.shape), rtol=2**-11.7, atol=1.1e-7)
+    # bf16 keeps 2^-8; the activation at -5.5 is 1.0e-7, and what the polynomial makes of it beyond differs by less than 1e-10.
+    torch.testing.assert_close(norms.cpu().double(), g.detach().abs().view(norms.shape), rtol=2**-11.7, atol=1e-10)
     torch.testing.assert_close(slope.cpu().double(), exact.grad, rtol=1.04 * 2**-7, atol=1e-4)  # cut off by the interpreter
 
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_comes_through(side, dtype, value):
     u, ones = torch.zeros(1, 2, 2, 8, dtype=dtype, device=DEVICE), torch.ones(8, dtype=dtype, device=DEVICE)
     u[0, 1, 0, 2] = value
