@@ -7,7 +7,8 @@ positions that gradients need, and the gradient. Nothing but u, the norms and dr
 
 Dropout's numbers are drawn again wherever they are needed: Philox with the seed as its key and counter (position * pieces +
 piece, sample, 0, DROPOUT) serves a piece of 8 neighbouring channels with 16 bits each, of which the even channels have the low
-ones. An element is dropped where its number is below 65536 p, rounded, and the others are divided by what that rounding keeps.
+ones. An element is dropped where its number is below 65536 p, rounded, and the others are divided by what that rounding keeps,
+or by 1 where it keeps none.
 
 Per element of a bf16 tensor, from memory: forward 4 bytes read and 2 written, backward 8 and 2.
 """
@@ -90,7 +91,7 @@ def _keep(values, seed, sample, start, DROPPED: tl.constexpr, CHANNELS: tl.const
         # of the channels. A number's lower neighbour does not change on which side of the bound it lies.
         words = tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3))
         numbers = tl.join(words << 16, words).reshape(ROWS, WIDTH)
-        values = tl.where(numbers >= DROPPED << 16, values, 0.0)
+        values = tl.where(numbers > (DROPPED << 16) - 1, values, 0.0)  # a bound of 32 bits where all are dropped, too
     return values
 
 
@@ -137,7 +138,7 @@ def gelu_response_norm_kernel(
     gamma = tl.load(gamma_pointer + channel, mask=exists, other=0.0).to(tl.float32)
     beta = tl.load(beta_pointer + channel, mask=exists, other=0.0).to(tl.float32)
     norms = tl.load(norms_pointer + sample * CHANNELS + channel, mask=exists, other=0.0)
-    scale = _NUMBERS / (_NUMBERS - DROPPED)
+    scale = _NUMBERS / (_NUMBERS - DROPPED + (DROPPED == _NUMBERS))
     factor, shift = (1 + gamma * (norms / (mean + _EPSILON))) * scale, beta * scale
     seed = 0 if DROPPED == 0 else tl.load(seed_pointer)
     first = tl.program_id(2) * TURNS * ROWS
@@ -169,7 +170,7 @@ def gelu_response_sums_kernel(
         gradient = _keep(gradient, seed, sample, start, DROPPED, CHANNELS, ROWS, WIDTH)
         total += gradient
         along += gradient * _gelu(u.to(tl.float32), COARSE)
-    scale = _NUMBERS / (_NUMBERS - DROPPED)
+    scale = _NUMBERS / (_NUMBERS - DROPPED + (DROPPED == _NUMBERS))
     totals, alongs = tl.sum(total, 0) * scale, tl.sum(along, 0) * scale
     gamma = tl.load(gamma_pointer + channel, mask=exists, other=0.0).to(tl.float32)
     place = sample * CHANNELS + channel
@@ -196,7 +197,7 @@ def gelu_response_backward_kernel(
     norms = tl.load(norms_pointer + sample * CHANNELS + channel, mask=exists, other=0.0)
     alongs = tl.load(along_pointer + sample * CHANNELS + channel, mask=exists, other=0.0)
     divisor = tl.load(mean_pointer + sample) + _EPSILON
-    factor = (1 + gamma * (norms / divisor)) * (_NUMBERS / (_NUMBERS - DROPPED))
+    factor = (1 + gamma * (norms / divisor)) * (_NUMBERS / (_NUMBERS - DROPPED + (DROPPED == _NUMBERS)))
     # Gradients with respect to the norms, over them; of a channel of zeros, as torch's, none.
     mean = _mean(totals_pointer, sample, CHANNELS, WIDTH, PROGRAMS)
     by_norms = (gamma * alongs - mean / divisor) / divisor
@@ -216,7 +217,7 @@ def gelu_response_backward_kernel(
 
 def dropped_of(probability: float) -> int:
     """How many of 65536 numbers drop an element."""
-    return min(round(probability * CHANCES), CHANCES - 1)
+    return round(probability * CHANCES)
 
 
 def tilings(channels: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
@@ -284,7 +285,7 @@ def _weights(u: Tensor, seed: Tensor | None, probability: float) -> Tensor | flo
     samples = torch.arange(u.shape[0], device=u.device)
     words = philox.draw_words(seed, samples, philox.DROPOUT, u.shape[1:-1].numel() * pieces)
     numbers = torch.stack([words & 0xFFFF, words >> 16], -1).view(u.shape[0], -1, pieces * PIECE)[..., : u.shape[-1]]
-    return (numbers >= dropped) * (CHANCES / (CHANCES - dropped))
+    return (numbers >= dropped) * (CHANCES / max(CHANCES - dropped, 1))
 
 
 def reference_gelu_response_norm(

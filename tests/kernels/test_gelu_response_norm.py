@@ -111,6 +111,17 @@ def test_what_is_not_finite_comes_through(side, dtype, value):
 
 
 @pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("probability", [1.0, 1 - 2**-18])
+def test_dropout_of_all_leaves_zeros(side, probability):
+    """Of 98,304 numbers, one in 65,536 would come through."""
+    case = Case((2, 8, 96, 64), torch.float32)
+    seed = torch.tensor([SEED], device=DEVICE)
+    y, norms, mean = side[0](case.u, case.gamma, case.beta, seed, probability)
+    found = side[1](case.y_gradient, case.u, case.gamma, norms, mean, seed, probability)
+    assert not any(tensor.any() for tensor in (y, *found))
+
+
+@pytest.mark.parametrize("side", SIDES)
 def test_nothing_but_zeros_has_finite_gradients(side):
     u, ones = torch.zeros(1, 2, 2, 8, device=DEVICE), torch.ones(8, device=DEVICE)
     y, norms, mean = side[0](u, ones, ones, None, 0.0)
