@@ -32,6 +32,9 @@ PROGRAMS = 2560  # of a kernel, where they have their turns
 FEWEST = 640  # of a kernel, were it by shorter ones
 MAX_CHUNKS = 16  # of a sample's positions: each program of the second kernel reads the sums of all
 
+# Arguments for whose values no kernel is compiled again: addresses are aligned by the channels alone.
+_SIZES = ["positions", "chunk"]
+
 
 @triton.jit
 def _place(positions, chunk, REVERSED: tl.constexpr, WIDTH: tl.constexpr):
@@ -80,7 +83,7 @@ def _silu_slope(half, TANH: tl.constexpr):
     return sigmoid * (1 + 2 * half * (1 - sigmoid))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def group_norm_sums_kernel(
     sums_pointer, x_pointer, positions, chunk,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, FULL: tl.constexpr,
@@ -136,7 +139,7 @@ def _over_channels(values, group, channel, GROUP: tl.constexpr):
     return tl.sum(tl.where((channel // GROUP)[:, None] == group[None, :], values[None, :], 0.0), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def group_norm_silu_kernel(
     y_pointer, mean_pointer, rstd_pointer, x_pointer, weight_pointer, bias_pointer, sums_pointer, weight_stride, bias_stride,
     positions, chunk, epsilon,
@@ -192,7 +195,7 @@ def _before_activation(gradient, x, factor, offset, SILU: tl.constexpr, TANH: tl
     return gradient
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def group_norm_gradient_sums_kernel(
     sums_pointer, y_gradient_pointer, x_pointer, weight_pointer, bias_pointer, mean_pointer, rstd_pointer, weight_stride,
     bias_stride, positions, chunk,
@@ -229,7 +232,7 @@ def group_norm_gradient_sums_kernel(
     tl.store(sums_pointer + CHANNELS, tl.sum(weight_sum, 0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def group_norm_silu_backward_kernel(
     x_gradient_pointer, weight_gradient_pointer, bias_gradient_pointer, y_gradient_pointer, x_pointer, weight_pointer,
     bias_pointer, mean_pointer, rstd_pointer, sums_pointer, weight_stride, bias_stride, positions, chunk,

@@ -121,6 +121,20 @@ def test_no_lane_is_idle_and_programs_suffice_at_the_families_sizes(channels, si
         assert blocks * chunks * batch >= min(132, blocks * batch * (side * side // constants["ROWS"]))
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_buckets_of_one_area_share_compiled_kernels(backward):
+    """64 x 64, 72 x 56 and 75 x 53 latents, whose last tile is not full: no kernel is compiled for a size."""
+    constants = []
+    for positions in (64 * 64, 72 * 56, 75 * 53):
+        x = torch.empty(4, 320, positions, dtype=torch.bfloat16, device="meta")
+        constants.append(tiling(x, 32, True, backward, nvidia=True).constants)
+    assert constants[0] == constants[1] == constants[2] | {"FULL": True}
+    for name in ("sums", "silu", "gradient_sums", "silu_backward"):
+        kernel = getattr(sys.modules[tiling.__module__], f"group_norm_{name}_kernel")
+        options = getattr(kernel, "kwargs", None) or vars(kernel)  # of the interpreter, and of what compiles
+        assert options["do_not_specialize"] == ["positions", "chunk"]
+
+
 def test_half_precision_hides_what_the_special_function_units_tanh_loses():
     """tanh.approx.f32 is within 2^-10.987 of the exact value (PTX ISA); here by that much too large, and too small."""
     given = torch.linspace(-30, 30, 20_001, dtype=torch.float64)
