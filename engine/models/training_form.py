@@ -358,11 +358,15 @@ class FusedAttention(Attention):
 
 
 def is_short(attention: FusedAttention, projected: Tensor, mask: Tensor | None) -> bool:
-    """Whether our kernel attends within what was projected, [B, N, 3 C]: on a GPU, and where there are no other keys."""
+    """Whether our kernel attends within what was projected, [B, N, 3 C]: on a GPU, and where there are no other keys.
+
+    Its mask is added to the scores, one number for each key, and has no gradient.
+    """
     if not (attention.may_be_short and projected.is_cuda) or hasattr(attention, "to_kv") or hasattr(attention, "to_added_kv"):
         return False
-    size = projected.shape[-1] // (3 * attention.heads)
-    return fits(projected.shape[1], size, projected.dtype) and (mask is None or not mask.requires_grad)
+    tokens, size = projected.shape[1], projected.shape[-1] // (3 * attention.heads)
+    added = mask is None or (mask.is_floating_point() and mask.shape[-1] == tokens and not mask.requires_grad)
+    return added and fits(tokens, size, projected.dtype)
 
 
 def to_training_form(model: Any, form: Form, learns_like: Callable[[str], Hashable] = lambda name: None) -> None:
