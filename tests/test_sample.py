@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from engine.models.adapter import DOWN, UP, Adapter, adaptable, adaptable_layers
 from engine.models.drawing import draw
 from engine.models.pipelines import open_pipeline
 from engine.models.schedulers import SAMPLERS, parse_scheduler, schedulers_of, use_scheduler
+from engine.models.training_form import FusedAttention
 from engine.prompts import Wanted, read_prompts
 from tests.models.test_check import change, write_safety_checker
 
@@ -89,6 +91,17 @@ def test_all_that_draws_is_one_compiled_graph_each_and_in_the_form_of_training(f
     after = pixels(pipeline, wanted, 2, fill=True, **ARGUMENTS[family])
     assert abs(after - before).max() <= 1
     assert len(compiled) == (2 if family == "sd" else 3)
+
+
+@pytest.mark.parametrize(("capability", "ours"), [((9, 0), True), ((7, 5), False)])
+def test_short_attention_draws_where_it_trains(capability, ours, published, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    halves = (published("kandinsky-prior")[name] for name in HALVES["kandinsky-prior"])
+    prior = open_pipeline(*halves, torch.float32).prior_prior
+    drawing.speed_up(SimpleNamespace(components={"prior_prior": prior}, device=torch.device("cuda")))
+    attentions = [module for module in prior.modules() if isinstance(module, FusedAttention)]
+    assert attentions
+    assert all(module.may_be_short == ours for module in attentions)
 
 
 @pytest.mark.gpu

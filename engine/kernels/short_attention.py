@@ -21,6 +21,8 @@ from engine.kernels.launch import on_its_device
 
 MOST_TOKENS = 128
 SIZES = range(16, 129, 16)  # of heads
+# Major compute capabilities on which the backward pass stays in registers (on 8 it would spill) and shared memory suffices.
+CAPABILITIES = (9, 10)
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
 
@@ -148,6 +150,12 @@ def short_attention_backward_kernel(
 def fits(tokens: int, size: int, dtype: torch.dtype) -> bool:
     """Whether the kernels take sequences of so many tokens and heads of this size."""
     return tokens <= MOST_TOKENS and size in SIZES and dtype in (torch.bfloat16, torch.float16)
+
+
+def pays_on(device: torch.device) -> bool:
+    """Whether the kernels are made for a device: Hopper, and Blackwell in data centres. AMD's gfx942 calls itself (9, 4)."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device)[0] in CAPABILITIES
 
 
 def tiles(tokens: int) -> tuple[int, int, int]:

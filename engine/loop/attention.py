@@ -23,7 +23,7 @@ from engine.kernels.short_attention import fits
 from engine.loop.flops import forward_on_meta
 from engine.messages import say
 from engine.models.family import Family
-from engine.models.training_form import FusedAttention
+from engine.models.training_form import let_be_short
 
 KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -35,8 +35,6 @@ NAMES = {kernel: name for name, kernel in KERNELS.items()}
 # 9.15.1: before it the backward pass is broken at lengths that are no multiple of 128, which no trial run shows. torch's wheels
 # for CUDA 12 bring such a cuDNN, and torch itself then leaves it out (pytorch/pytorch#169849).
 CUDNN_SOUND = 91501
-# Major compute capabilities on which our kernel keeps its backward pass in registers; on 8 it would spill.
-OURS = (9, 10)
 
 
 def order_of(wanted: str, capability: tuple[int, int] | None, cudnn: int | None) -> list[str]:
@@ -167,11 +165,7 @@ def prepare(config: TrainConfig, family: Family, model: Any, device: torch.devic
         return
     calls = calls_of(family, model, config.train_batch_size)
     kernels = choose(config.attention, calls, family.encoding.dtype, device)
-    ours = config.attention == "auto" and torch.cuda.get_device_capability(device)[0] in OURS
-    for module in model.modules():
-        if isinstance(module, FusedAttention):
-            module.may_be_short = ours
-    if ours:
+    if config.attention == "auto" and let_be_short(model, device):
         kernels |= {call: "engine" for call in calls if call.is_short(family.encoding.dtype)}
     if loud:
         # Calls of one shape may differ in their strides.

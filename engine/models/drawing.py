@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 from engine.backends import inductor_options
 from engine.errors import out_of_memory
 from engine.messages import say
-from engine.models.training_form import SHIPPED, to_training_form
+from engine.models.training_form import SHIPPED, let_be_short, to_training_form
 from engine.prompts import Wanted
 
 DENOISERS = ("unet", "prior_prior", "decoder")  # the parts of pipelines that are called once or twice per sampling step
@@ -59,10 +59,15 @@ def draw(
 
 
 def speed_up(pipeline: Any) -> None:
-    """Gives the models that draw the form in which they train fastest, in place; images change by rounding at the most."""
+    """Gives the models that draw the form in which they train fastest, in place; images change by rounding at the most.
+
+    Args:
+        pipeline: on the device where it will draw, which decides on its kernels.
+    """
     for name in (*DENOISERS, *DECODERS):
         if name in pipeline.components:
             to_training_form(pipeline.components[name], SHIPPED)
+            let_be_short(pipeline.components[name], pipeline.device)
 
 
 def compile_models(pipeline: Any, shapes: int) -> None:

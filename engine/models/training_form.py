@@ -32,7 +32,7 @@ from torch.nn.grad import conv2d_input
 from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 
 from engine.kernels import geglu, gelu, gelu_response_norm, group_norm_silu, short_attention
-from engine.kernels.short_attention import fits
+from engine.kernels.short_attention import fits, pays_on
 from engine.models.lora import NAME, AdaptedLinear, can_stack, has_adapter, is_plain_linear
 
 # What is fused -> the published projections that it stacks.
@@ -288,10 +288,10 @@ class FusedAttention(Attention):
     Queries attend to the hidden states themselves, or to `encoder_hidden_states`; with added projections (Kandinsky's decoder)
     to both.
 
-    may_be_short: our kernel takes what fits it; what trains is told by loop/attention.py.
+    may_be_short: our kernel takes what fits it (`let_be_short`).
     """
 
-    may_be_short = True
+    may_be_short = False
     to_qkv: nn.Linear
     to_kv: nn.Linear
     to_added_kv: nn.Linear
@@ -367,6 +367,15 @@ def is_short(attention: FusedAttention, projected: Tensor, mask: Tensor | None) 
     tokens, size = projected.shape[1], projected.shape[-1] // (3 * attention.heads)
     added = mask is None or (mask.is_floating_point() and mask.shape[-1] == tokens and not mask.requires_grad)
     return added and fits(tokens, size, projected.dtype)
+
+
+def let_be_short(model: nn.Module, device: torch.device) -> bool:
+    """Gives attention within few tokens to our kernel, in place, if it is made for this device; returns whether it is."""
+    ours = pays_on(device)
+    for module in model.modules():
+        if isinstance(module, FusedAttention):
+            module.may_be_short = ours
+    return ours
 
 
 def to_training_form(model: Any, form: Form, learns_like: Callable[[str], Hashable] = lambda name: None) -> None:

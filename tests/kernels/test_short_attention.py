@@ -11,6 +11,7 @@ from engine.kernels.short_attention import (
     fits,
     launch_short_attention,
     launch_short_attention_backward,
+    pays_on,
     reference_short_attention,
     reference_short_attention_backward,
     widened,
@@ -97,6 +98,20 @@ def test_what_fits():
     assert not fits(129, 64, torch.bfloat16)
     assert not any(fits(81, size, torch.bfloat16) for size in (8, 40, 144, 160))
     assert not fits(81, 64, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "hip", "expected"),
+    [
+        ("cuda", (9, 0), None, True), ("cuda", (10, 0), None, True), ("cuda", (8, 0), None, False),
+        ("cuda", (7, 5), None, False), ("cuda", (12, 0), None, False), ("cuda", (9, 4), "6.4", False),
+        ("cpu", (9, 0), None, False),
+    ],
+)  # fmt: skip
+def test_which_gpus_it_pays_on(device, capability, hip, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert pays_on(torch.device(device)) == expected
 
 
 def test_the_operations_gradients_are_those_of_finite_differences():
