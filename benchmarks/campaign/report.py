@@ -50,6 +50,7 @@ PREDICTIONS = [
         "compiled, plain activations",
         "1.3 times for `wuerstchen`, 1.04 for SD 1.5",
     ),
+    ("`engine::short_attention`", "compiled and captured", "compiled, torch's attention", "1.10 times for `kandinsky-prior`"),
     ("CUDA graphs", "compiled and captured", "compiled", "nothing at batch 32; 1.5 times and more for `kandinsky-prior`"),
     ("everything", "compiled and captured", "recipe at its best, cached", "not predicted"),
 ]

@@ -3,7 +3,7 @@
 # Each where the family has what it changes.
 LEVERS = (
     "recipe", "recipe, cached", "recipe at its best, cached", "engine", "captured", "compiled and captured",
-    "compiled, plain norms", "compiled, plain activations", "fp8 matrix products",
+    "compiled, plain norms", "compiled, plain activations", "compiled, torch's attention", "fp8 matrix products",
 )  # fmt: skip
 _FEW = {"Kandinsky 2.2 decoder, 512 px": ("recipe", "compiled and captured")}  # the same model as at 768 px
 # Checkpoint -> a batch at which what ships is measured too, for which the recipe may lack memory: the optimizer takes a smaller
