@@ -24,7 +24,7 @@ from benchmarks.tools import profile, waterfall
 from benchmarks.tools.levers import LEVERS
 from benchmarks.tools.rows import OUT_OF_MEMORY
 from benchmarks.tools.tables import cell, markdown, problem
-from benchmarks.tools.waterfall import by_checkpoint, rate
+from benchmarks.tools.waterfall import batch_of_waterfall, by_checkpoint, rate
 from engine.files import write_text
 
 Rows = list[dict[str, Any]]
@@ -64,28 +64,36 @@ TARGETS = {
 IDLE = 0.01  # of a step, at most between kernels
 
 
+def fastest(rows: Rows) -> dict[str, Any]:
+    return max(rows, key=lambda row: row["samples_per_second"])
+
+
 def targets(rows: Rows) -> str:
-    """The fastest row of every checkpoint beside what is aimed at, with the recipe's rows at the same batch."""
+    """Of every checkpoint the fastest row of any batch, and at the batch of the waterfall, where that is another: what is aimed
+    at, and the ratios over the recipe's rows at the same batch."""
     columns = ["model", "device", "aim, samples/s", "fastest", "lever", "batch", "GiB allocated", "GiB reserved", "aim, ratio",
                "over the recipe", "over it cached", "over it at its best, cached", "idle between kernels, of a step",
                "longest gap, ms", "aim"]  # fmt: skip
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for (checkpoint, device), group in by_checkpoint(rows).items():
         ours = [row for row in group if "samples_per_second" in row and row["settings"].get("options") is not None]
-        if not ours:
-            continue
-        best = max(ours, key=lambda row: row["samples_per_second"])
         speeds, ratio = TARGETS.get(checkpoint, ({}, ""))
-        speed, batch = best["samples_per_second"], best["batch"]
-        recipes = [rate(group, lever, batch) for lever in ("recipe", "recipe, cached", "recipe at its best, cached")]
-        profiled = best.get("profile", {})
-        idle = profiled["milliseconds"]["idle"] / profiled["step_milliseconds"] if profiled else None
-        cells = [
-            checkpoint, device, next((aim for card, aim in speeds.items() if card in device), ""), speed, best["lever"], batch,
-            best.get("memory_gib"), best.get("reserved_gib"), ratio, *(recipe and speed / recipe for recipe in recipes),
-            None if idle is None else f"{idle:.2%}", profiled.get("longest_gap_milliseconds"), f"under {IDLE:.0%}",
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(map(cell, cells))} |")
+        for batch in dict.fromkeys((fastest(ours)["batch"], batch_of_waterfall(group)) if ours else ()):
+            of_batch = [row for row in ours if row["batch"] == batch]
+            if not of_batch:
+                continue
+            best = fastest(of_batch)
+            speed = best["samples_per_second"]
+            recipes = [rate(group, lever, batch) for lever in ("recipe", "recipe, cached", "recipe at its best, cached")]
+            profiled = best.get("profile", {})
+            idle = profiled["milliseconds"]["idle"] / profiled["step_milliseconds"] if profiled else None
+            cells = [
+                checkpoint, device, next((aim for card, aim in speeds.items() if card in device), ""), speed, best["lever"],
+                batch, best.get("memory_gib"), best.get("reserved_gib"), ratio,
+                *(recipe and speed / recipe for recipe in recipes),
+                None if idle is None else f"{idle:.2%}", profiled.get("longest_gap_milliseconds"), f"under {IDLE:.0%}",
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(map(cell, cells))} |")
     return "\n".join(lines)
 
 
@@ -95,7 +103,7 @@ def anchors(rows: Rows) -> str:
     for (checkpoint, device), group in by_checkpoint(rows).items():
         measured = [row for row in group if "samples_per_second" in row]
         if checkpoint in ANCHORED and measured:
-            best = max(measured, key=lambda row: row["samples_per_second"])
+            best = fastest(measured)
             lines.append(
                 f"| {checkpoint}, here | {device} | {best['samples_per_second']:.4g} | {best['lever']}, batch {best['batch']} |"
             )
@@ -206,7 +214,7 @@ def section(parts: list[Part], state: dict[str, Any], shown: str) -> Iterator[st
         numbers = {row["environment"] + 1 for row in rows}
         yield f"Measured in environment {', '.join(map(str, sorted(numbers)))}."
     if benchmark == "step":
-        yield "Targets, and the fastest row of any batch:\n\n" + guarded(lambda: targets(rows))
+        yield "Targets, and the fastest rows of any batch and of the waterfall's:\n\n" + guarded(lambda: targets(rows))
         yield guarded(lambda: anchors(rows))
         yield guarded(lambda: predictions(rows))
         yield guarded(lambda: profile.table(rows))

@@ -1,0 +1,22 @@
+"""The report of a campaign says no more than its rows do."""
+
+from benchmarks.campaign import report
+
+SD = "SD 1.5, 512 px"
+
+
+def row(lever: str, speed: float, batch: int = 32, **others) -> dict:
+    settings = {} if lever.startswith("recipe") else {"options": {}}
+    return {"checkpoint": SD, "device": "an H200", "lever": lever, "batch": batch, "settings": settings,
+            "samples_per_second": speed, "environment": 0, **others}  # fmt: skip
+
+
+def test_the_fastest_row_of_a_larger_batch_hides_no_ratio():
+    waterfall = [row("recipe", 50), row("recipe, cached", 80), row("captured", 120), row("compiled and captured", 150)]
+    lines = report.targets([*waterfall, row("compiled and captured", 160, 64)]).splitlines()[2:]
+    assert [line.split(" | ")[3:6] for line in lines] == [
+        ["160", "compiled and captured", "64"], ["150", "compiled and captured", "32"],
+    ]  # fmt: skip
+    assert [line.split(" | ")[9:12] for line in lines] == [["", "", ""], ["3", "1.875", ""]]
+    assert len(report.targets(waterfall).splitlines()) == 3
+    assert len(report.targets(waterfall[:2]).splitlines()) == 2
