@@ -13,7 +13,6 @@ from engine.errors import TRY_AGAIN
 from engine.files import write_json
 
 MARGIN = 15  # seconds by which a part is told to end before its time
-LEAST = 60  # seconds that a part must have to go on
 ATTEMPTS = 2  # of a part under one commit, where nothing came of them
 POLL = 0.2  # seconds between two looks at a part
 KEEP_EVERY = 5  # seconds between two looks at its rows
@@ -43,7 +42,8 @@ class Campaign:
         if here not in self.state["environments"]:
             self.state["environments"].append(here)
         self.here = self.state["environments"].index(here)
-        self.state["calls"].append({"environment": self.here, "began": time.strftime("%Y-%m-%d %H:%M:%S"), "parts": []})
+        began, seconds = time.strftime("%Y-%m-%d %H:%M:%S"), deadline - time.monotonic()
+        self.state["calls"].append({"environment": self.here, "began": began, "seconds": seconds, "parts": []})
 
     def keep(self) -> None:
         write_json(self.file, self.state)
@@ -86,8 +86,7 @@ class Campaign:
     def fits(self, part: Part) -> bool:
         """Whether there is time for a part, or for some rows of it; more than what was too little before."""
         too_little = [1.5 * a["seconds"] for a in self.kept(part)["attempts"] if a["status"] == GOES_ON and not a["rows"]]
-        needed = min(LEAST, part.seconds) if part.resumes else part.seconds
-        return self.deadline - time.monotonic() >= min(max([needed, *too_little]), part.limit)
+        return self.deadline - time.monotonic() >= min(max([part.least, *too_little]), part.limit)
 
     def run(self, parts: list[Part]) -> None:
         """Every part that is not done and fits: first those that run beside each other, then the timed, one after another; and

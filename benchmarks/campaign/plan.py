@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 
 from benchmarks.tools.planned import LARGER, levers_of
 
+LEAST = 60  # seconds that a part must have to go on
+
 
 @dataclass(frozen=True)
 class Part:
@@ -44,6 +46,11 @@ class Part:
         return re.sub(r"\W+", "-", self.name.lower()).strip("-")
 
     @property
+    def least(self) -> float:
+        """Seconds of a call without which it does not begin."""
+        return min(self.limit, min(LEAST, self.seconds) if self.resumes else self.seconds)
+
+    @property
     def benchmark(self) -> str:
         """The question's module, without its package; its own name for code of its own."""
         return self.python[1].rpartition(".")[2] if self.python[0] == "-m" else self.slug
@@ -63,11 +70,12 @@ TIMED = "What does each lever give, and how far is the recipe?"
 # Seconds of a row of a lever with compiled code in the caches, where none was measured; an estimate, from rows of others.
 ROW_SECONDS = {
     "recipe": 30, "recipe, cached": 13, "recipe at its best, cached": 35, "engine": 13, "captured": 20, SHIPPED: 30,
-    "compiled, plain norms": 30, "compiled, plain activations": 30, "compiled, torch's attention": 30, "fp8 matrix products": 30,
+    "compiled, plain norms": 30, "compiled, plain activations": 30, "compiled, torch's attention": 30,
+    "fp8 matrix products": 30,
 }  # fmt: skip
 COMPILED = (
-    "recipe at its best, cached", SHIPPED, "compiled, plain norms", "compiled, plain activations", "compiled, torch's attention",
-    "fp8 matrix products",
+    "recipe at its best, cached", SHIPPED, "compiled, plain norms", "compiled, plain activations",
+    "compiled, torch's attention", "fp8 matrix products",
 )  # fmt: skip
 WITHOUT = {  # levers that a family of a checkpoint lacks
     "compiled, plain norms": ("Wuerstchen", "Kandinsky 2.2 prior"),

@@ -6,6 +6,7 @@
 import argparse
 import importlib
 import json
+import math
 import shlex
 import sys
 import traceback
@@ -18,6 +19,7 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 
 # isort: split
 from benchmarks.campaign.plan import PLAN, Part, rehearsal
+from benchmarks.campaign.processes import REPORT_SECONDS
 from benchmarks.operations import kernels
 from benchmarks.steps import curves
 from benchmarks.tools import profile, waterfall
@@ -190,12 +192,15 @@ def _draw(path: Path, draw: Callable[[Path], None]) -> str:
 
 def overview(state: dict[str, Any], parts: list[Part]) -> str:
     lines = ["| part | question | state | new rows | expected, s (estimate) | taken, s |", "|---|---|---|---|---|---|"]
+    longest = max((call.get("seconds", math.inf) for call in state["calls"]), default=math.inf)
     for part in parts:
         kept = state["parts"].get(part.name) or {"status": None, "attempts": []}
         taken, rows = (sum(attempt[key] for attempt in kept["attempts"]) for key in ("seconds", "rows"))
         tries = f", {len(kept['attempts'])} attempts" if len(kept["attempts"]) > 1 else ""
+        minutes = math.ceil((part.least + REPORT_SECONDS) / 60)
+        waits = f"not begun: needs --minutes {minutes}, more than any call had" if part.least > longest else "not begun"
         lines.append(
-            f"| {part.name} | {part.question} | {kept['status'] or 'not begun'}{tries} | {rows or ''} | {part.seconds:.0f} | "
+            f"| {part.name} | {part.question} | {kept['status'] or waits}{tries} | {rows or ''} | {part.seconds:.0f} | "
             f"{taken:.0f} |"
         )
     return "\n".join(lines)

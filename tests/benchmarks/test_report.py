@@ -1,6 +1,7 @@
 """The report of a campaign says no more than its rows do."""
 
 from benchmarks.campaign import report
+from benchmarks.campaign.plan import PLAN
 
 SD = "SD 1.5, 512 px"
 
@@ -20,3 +21,13 @@ def test_the_fastest_row_of_a_larger_batch_hides_no_ratio():
     assert [line.split(" | ")[9:12] for line in lines] == [["", "", ""], ["3", "1.875", ""]]
     assert len(report.targets(waterfall).splitlines()) == 3
     assert len(report.targets(waterfall[:2]).splitlines()) == 2
+
+
+def test_a_part_for_which_no_call_is_long_enough_says_so():
+    state = {"parts": {}, "calls": [{"seconds": 510.0}, {"seconds": 300.0}]}
+    lines = report.overview(state, PLAN).splitlines()
+    short = [line for line in lines if "more than any call had" in line]
+    assert len(short) == 1
+    assert short[0].startswith("| max-autotune |")
+    assert "needs --minutes 17" in short[0]
+    assert "more than" not in report.overview({"parts": {}, "calls": [{"seconds": 990.0}]}, PLAN)
