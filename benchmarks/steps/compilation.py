@@ -162,7 +162,8 @@ def family_of(name: str) -> str:
 
 
 def side_by_side(rows: Rows, works: dict[str, tuple[str, ...]], processes: int, minutes: float | None) -> list[dict[str, Any]]:
-    """Runs each in a process of its own, so many at once; a row for each that ended."""
+    """Runs each in a process of its own, so many at once; a row for each that ended. One that fails has a second attempt, in a
+    further call."""
     deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
     cores = len(os.sched_getaffinity(0))
     variables = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(2 * cores // processes, 1)), **os.environ}
@@ -181,15 +182,19 @@ def side_by_side(rows: Rows, works: dict[str, tuple[str, ...]], processes: int, 
         return {"seconds": time.monotonic() - started, **counted}
 
     done = {row["name"]: row for row in rows.rows if "failed" not in row}
+    before = {row["name"] for row in rows.rows} - done.keys()
+    rows.rows[:] = done.values()
     with ThreadPoolExecutor(processes) as pool:
         futures: dict[Future[dict[str, Any]], str] = {
             pool.submit(run, arguments): name for name, arguments in works.items() if name not in done
         }
         for future in as_completed(futures):
-            if isinstance(future.exception(), subprocess.TimeoutExpired):
+            name, error = futures[future], future.exception()
+            timed_out = isinstance(error, subprocess.TimeoutExpired)
+            if not timed_out:
+                done[name] = rows.measure(name, 0, future.result, attempts=1 + (name in before))
+            if timed_out or (error and name not in before):
                 rows.exit_code = TRY_AGAIN
-            else:
-                done[futures[future]] = rows.measure(futures[future], 0, future.result)
     return [done[name] for name in works if name in done]
 
 

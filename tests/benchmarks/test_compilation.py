@@ -73,8 +73,19 @@ def test_each_form_has_a_process_and_a_row(tmp_path, monkeypatch, capsys):
     assert (rows["good"]["compiled"], rows["good"]["found"], rows["bad"]["failed"]) == (2, 0, "RuntimeError: why")
     assert kept.exit_code == TRY_AGAIN
     started.clear()
-    compilation.side_by_side(Rows(tmp_path / "rows.json", compilation.__doc__), works, 2, 1.0)
+    again = Rows(tmp_path / "rows.json", compilation.__doc__)
+    compilation.side_by_side(again, works, 2, 1.0)
     assert set(started) == {"bad", "slow"}, "what is compiled stays so, what failed is tried again"
+    assert again.exit_code == TRY_AGAIN
+    del works["slow"]
+    for exit_code, name in ((0, "bad"), (TRY_AGAIN, "worse")):  # the second attempt was the last; another's first is not
+        works[name] = ("-c", "bad")
+        last = Rows(tmp_path / "rows.json", compilation.__doc__)
+        compilation.side_by_side(last, works, 2, 1.0)
+        assert last.exit_code == exit_code
+    works["bad"] = works["worse"] = ("-c", "mended")
+    rows = {row["name"]: row for row in compilation.side_by_side(last, works, 2, 1.0)}
+    assert not any("failed" in row for row in rows.values()), "what an attempt brings is kept"
     assert "| good |" in compilation.table(list(rows.values()))
 
 
