@@ -10,7 +10,7 @@ host reads; by an assumed H200 the time that the device has per launch, and what
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -54,34 +54,38 @@ def open_way(way: str, family: str, size: str, device: torch.device) -> Any:
     return pipeline
 
 
-def measure(family: str, size: str, images: int, steps: int, turns: int, device: torch.device) -> dict[str, Any]:
+def measure(
+    family: str, size: str, images: int, steps: int, turns: int, device: torch.device, ways: Sequence[str] = WAYS
+) -> dict[str, Any]:
     """Seconds of a call by way, medians and quartiles; of the first, which compiles; by part; and how far pixels are apart."""
     side = SIDES[family][size]
     wanted = [Wanted("a photograph", seed, width=side, height=side, steps=steps) for seed in range(images)]
     prior: dict[str, Any] = {} if family == "sd" else {"prior_num_inference_steps": steps}
-    pipelines = {way: open_way(way, family, size, device) for way in WAYS}
+    pipelines = {way: open_way(way, family, size, device) for way in ways}
     drawn: dict[str, np.ndarray] = {}
 
     def call(way: str) -> None:
         drawn[way] = np.stack([np.asarray(image, float) for _, image in draw(pipelines[way], wanted, images, **prior)])
 
     first = {}
-    for way in WAYS:
+    for way in ways:
         started = time.perf_counter()
         call(way)
         synchronize(device)
         first[way] = time.perf_counter() - started
-    call("compiled")  # on a GPU it is a model's second call that makes its graph, and the decoder had one
-    taken = seconds_in_turns([partial(call, way) for way in WAYS], turns, 0, device)
-    medians = {way: spread(seconds) for way, seconds in zip(WAYS, taken, strict=True)}
+    if "compiled" in ways:
+        call("compiled")  # on a GPU it is a model's second call that makes its graph, and the decoder had one
+    taken = seconds_in_turns([partial(call, way) for way in ways], turns, 0, device)
+    medians = {way: spread(seconds) for way, seconds in zip(ways, taken, strict=True)}
+    against = [way for way in ways if way != "plain"] if "plain" in ways else []
     return {
         "images": images, "pixels": side, "inference_steps": steps,
         "seconds": {way: median for way, (median, _, _) in medians.items()},
         "quartiles": {way: quartiles for way, (_, *quartiles) in medians.items()},
         "first_seconds": first,
-        "gain": {way: medians["plain"][0] / medians[way][0] for way in WAYS[1:]},
-        "parts": {way: breakdown(pipelines[way], partial(call, way), device) for way in WAYS},
-        "pixels_apart": {way: float(abs(drawn[way] - drawn["plain"]).max()) for way in WAYS[1:]},
+        "gain": {way: medians["plain"][0] / medians[way][0] for way in against},
+        "parts": {way: breakdown(pipelines[way], partial(call, way), device) for way in ways},
+        "pixels_apart": {way: float(abs(drawn[way] - drawn["plain"]).max()) for way in against},
     }  # fmt: skip
 
 
@@ -257,6 +261,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = command_line(__doc__)
     parser.add_argument("--families", nargs="+", choices=SIDES, default=list(SIDES), help="default: all")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="default: all")
     parser.add_argument("--size", choices=EXPECTED_SECONDS, default="full", help="of the models (default: %(default)s)")
     parser.add_argument("--images", type=int, default=4, help="at a time (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="of sampling, in each stage (default: %(default)s)")
@@ -270,8 +275,9 @@ def main() -> int:
     rows = [kept.measure(name, 10, partial(count, name)) for name in counted]
     with compiling_cheaply() if options.size == "tiny" else contextlib.nullcontext():
         for family in options.families:
-            work = partial(measure, family, options.size, options.images, options.steps, options.turns, device)
-            rows.append(kept.measure(f"{family}, {options.size}", EXPECTED_SECONDS[options.size], work))
+            work = partial(measure, family, options.size, options.images, options.steps, options.turns, device, options.ways)
+            name = ", ".join([family, options.size, *(options.ways if set(options.ways) != set(WAYS) else ())])
+            rows.append(kept.measure(name, EXPECTED_SECONDS[options.size], work))
     print(table(rows))
     return kept.exit_code
 

@@ -50,10 +50,22 @@ from engine.quiet import quiet_libraries
 HOST, DEVICE = 12 * 2**30, 10 * 2**30  # bytes of memory per process, with as much for what runs beside; assumed
 # What runs for its compiled code alone, and its arguments of the interpreter.
 OTHERS = {
-    **{
-        f"sampling, {family}": ("-m", "benchmarks.sample", "--families", family, "--steps", "2", "--turns", "1", "--no_counts")
-        for family in ("wuerstchen", "sd", "kandinsky")
-    },
+    # One family after another: whole pipelines take the most memory.
+    "sampling": (
+        "-m",
+        "benchmarks.sample",
+        "--families",
+        "wuerstchen",
+        "sd",
+        "kandinsky",
+        "--ways",
+        "compiled",
+        "--steps",
+        "2",
+        "--turns",
+        "1",
+        "--no_counts",
+    ),
     "kernels": ("-m", "benchmarks.operations.kernels"),
 }
 # What takes long comes first.
@@ -231,7 +243,7 @@ def main() -> int:
     if not options.checkpoints:
         for name, size in (*LARGER.items(), ("SD 1.5, 512 px", SMALL_BATCH)):
             works[f"{name}: {SHIPPED.name}, batch {size}"] = here(name, SHIPPED.name, "--batch", str(size))
-        works |= OTHERS
+        works = OTHERS | works
     print(table(side_by_side(rows, works, options.processes or most_processes(device), options.minutes)))
     return rows.exit_code
 

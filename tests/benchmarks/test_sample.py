@@ -3,6 +3,7 @@
 import torch
 
 from benchmarks import sample
+from benchmarks.tools.compiling import compiling_cheaply
 from benchmarks.tools.cost import OneAttention
 
 
@@ -40,3 +41,15 @@ def test_the_time_of_a_call_is_told_by_part_and_nothing_stays_changed():
     assert min(seconds[part] for part in ("text encoder", "denoiser", "decoder", "scheduler", "host")) > 0
     assert "forward" not in vars(pipeline.unet)
     assert "step" not in vars(pipeline.scheduler)
+
+
+def test_one_way_alone_is_opened_and_compared_with_none(monkeypatch):
+    opened = []
+    opens = sample.open_way
+    monkeypatch.setattr(sample, "open_way", lambda way, *others: opened.append(way) or opens(way, *others))
+    with compiling_cheaply():
+        row = sample.measure("sd", "tiny", 1, 1, 1, torch.device("cpu"), ["compiled"])
+    assert opened == ["compiled"]
+    assert row["seconds"]["compiled"] > 0
+    assert row["gain"] == row["pixels_apart"] == {}
+    assert "| sd |" in sample.table([{"name": "sd"} | row])
