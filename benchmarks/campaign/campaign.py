@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.campaign.plan import Part
 from benchmarks.campaign.processes import kill, last_lines, start
+from benchmarks.tools.tables import OUT_OF_MEMORY
 from engine.errors import TRY_AGAIN
 from engine.files import write_json
 
@@ -65,12 +66,18 @@ class Campaign:
     def done(self, part: Part) -> bool:
         """Whether nothing is to be done: all rows are there, and those that failed did so under this commit."""
         kept = self.kept(part)
-        if kept["status"] != DONE:
+        if kept["status"] != DONE or self.lacked_memory(part):
             return False
         same = self.commit(self.here) == self.commit(kept["attempts"][-1]["environment"])
         if part.local:
             return same and self.rows_file(part).exists()
         return same or not any("failed" in row and row["name"] in kept["failed"] for row in self.rows(part))
+
+    def lacked_memory(self, part: Part) -> list[str]:
+        """Names of the rows that ran out of memory, once, in a part that runs beside others: they are measured again alone."""
+        failed = self.kept(part)["failed"] if part.memory is not None else []
+        short = [row["name"] for row in self.rows(part) if row.get("failed") == OUT_OF_MEMORY]
+        return [name for name in short if failed.count(name) == 1]
 
     def failed(self, part: Part) -> bool:
         """Whether its last attempt failed, under this commit."""
@@ -89,10 +96,14 @@ class Campaign:
         return self.deadline - time.monotonic() >= min(max([part.least, *too_little]), part.limit)
 
     def run(self, parts: list[Part]) -> None:
-        """Every part that is not done and fits: first those that run beside each other, then the timed, one after another; and
-        those that failed, before or now, after the others."""
+        """Every part that is not done and fits: first those that run beside each other, and alone what lacked memory there;
+        then the timed, one after another; and those that failed, before or now, after the others."""
         fresh = [part for part in parts if not self.failed(part)]
-        self.run_beside([part for part in fresh if part.memory is not None])
+        beside = [part for part in fresh if part.memory is not None]
+        self.run_beside([part for part in beside if not self.lacked_memory(part)])
+        for part in beside:
+            if self.lacked_memory(part):
+                self.run_beside([part])
         for part in fresh:
             if part.memory is None:
                 self.run_beside([part])
@@ -115,7 +126,8 @@ class Campaign:
                 for attempt in [attempt for attempt in running if not attempt.runs()]:
                     running.remove(attempt)
                     attempt.end()
-                    if attempt.kept["status"] == GOES_ON and attempt.kept["changed"]:
+                    goes_on = attempt.kept["status"] == GOES_ON and attempt.kept["changed"]
+                    if goes_on and not self.lacked_memory(attempt.part):
                         waiting.append(attempt.part)
         finally:
             for attempt in running:
@@ -140,11 +152,12 @@ class Attempt:
     def __init__(self, campaign: Campaign, part: Part) -> None:
         self.campaign, self.part, scratch = campaign, part, campaign.scratch
         self.rows, self.log = campaign.rows_file(part), scratch / "logs" / f"{part.slug}.log"
+        again = campaign.lacked_memory(part)
+        self.before = [row for row in campaign.rows(part) if row["name"] not in again]
         if not part.local:
             self.rows.unlink(missing_ok=True)
             if part.key in campaign.state["rows"]:
-                write_json(self.rows, campaign.state["rows"][part.key])
-        self.before = campaign.rows(part)
+                write_json(self.rows, campaign.state["rows"][part.key] | {"rows": self.before})
         left = campaign.deadline - time.monotonic()
         arguments = ["--json", str(self.rows)] if part.measures else []
         arguments += ["--minutes", f"{max(left - MARGIN, 1) / 60:.2f}"] if part.measures and part.resumes else []

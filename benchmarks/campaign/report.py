@@ -24,8 +24,7 @@ from benchmarks.operations import kernels
 from benchmarks.steps import curves
 from benchmarks.tools import profile, waterfall
 from benchmarks.tools.levers import LEVERS
-from benchmarks.tools.rows import OUT_OF_MEMORY
-from benchmarks.tools.tables import cell, markdown, problem
+from benchmarks.tools.tables import OUT_OF_MEMORY, cell, markdown, problem
 from benchmarks.tools.waterfall import batch_of_waterfall, by_checkpoint, rate
 from engine.files import write_text
 

@@ -43,8 +43,9 @@ from benchmarks.tools.cost import Cost
 from benchmarks.tools.levers import LEVERS, SHIPPED, Lever, settings_kept, settle_attention
 from benchmarks.tools.published import TINY
 from benchmarks.tools.question import command_line, this_device
-from benchmarks.tools.rows import OUT_OF_MEMORY, Rows, release_memory
+from benchmarks.tools.rows import Rows, release_memory
 from benchmarks.tools.sides import WARM_UP, check, open_side, sample
+from benchmarks.tools.tables import OUT_OF_MEMORY
 from benchmarks.tools.timing import data_sheet_flops_per_second, spread, synchronize
 from benchmarks.tools.turns import Turn
 from benchmarks.tools.waterfall import table

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.tools.environment import environment
+from benchmarks.tools.tables import OUT_OF_MEMORY
 from engine.errors import TRY_AGAIN, first_line
 from engine.files import write_json, write_text
 
@@ -33,7 +34,6 @@ UNFINISHED = "begun and not ended: the process was killed, or crashed"
 ATTEMPTS = 2  # of a row that did not end; a limit of time may have been too short for cold caches, a hang comes again
 # What the allocators of torch, CUDA and cuBLAS say, also from within another library's error.
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
-OUT_OF_MEMORY = "out of memory"
 
 
 def reason(error: Exception) -> str:

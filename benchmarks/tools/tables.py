@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+OUT_OF_MEMORY = "out of memory"  # why a row failed, whoever met it
+
 
 def problem(row: Mapping[str, Any]) -> str | None:
     """Why a row holds no result; None where it does."""

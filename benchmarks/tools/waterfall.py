@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.tools.charts import BLUE, GREY, save
-from benchmarks.tools.rows import OUT_OF_MEMORY
+from benchmarks.tools.tables import OUT_OF_MEMORY
 
 
 def by_checkpoint(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:

@@ -104,6 +104,23 @@ def test_rows_that_failed_are_measured_again_under_another_commit(tmp_path):
     assert not mended.done(failing)
 
 
+def test_a_row_that_lacked_memory_beside_others_is_tried_once_more_alone(tmp_path):
+    kept = COUNTS.replace("< 3", "< 1")
+    lacks = kept.replace('str(len(kept["rows"]))', "'large'").replace(
+        '"environment": 0}', '"environment": 0, "failed": "out of memory"}'
+    )
+    assert "'large'" in lacks
+    parts = [replace(part(name, code, measures=True), memory=1) for name, code in (("lacks", lacks), ("other", kept))]
+    opened = open_campaign(tmp_path)
+    opened.run(parts)
+    assert runs(opened) == ["lacks", "other", "lacks"]
+    assert [row["name"] for row in opened.rows(parts[0])] == ["large"], "in the place of the first attempt's"
+    assert opened.done(parts[0])
+    again = open_campaign(tmp_path)
+    again.run(parts)
+    assert runs(again) == []
+
+
 class Forked:
     """A part's process, forked from this one, which has imported torch already."""
 

@@ -9,6 +9,7 @@ from benchmarks.tools import environment as environments
 from benchmarks.tools import rows as kept_rows
 from benchmarks.tools.environment import environment
 from benchmarks.tools.rows import Rows
+from benchmarks.tools.tables import OUT_OF_MEMORY
 
 DOCUMENT = "Is it kept? `python -m benchmarks.nothing`\n\nMore."
 
@@ -87,7 +88,7 @@ def test_a_lack_of_memory_is_known_from_within_other_errors():
         except RuntimeError as error:
             raise ValueError("capturing failed") from error
 
-    assert Rows(None, DOCUMENT).measure("one", 1, wrapped)["failed"] == kept_rows.OUT_OF_MEMORY
+    assert Rows(None, DOCUMENT).measure("one", 1, wrapped)["failed"] == OUT_OF_MEMORY
 
 
 def test_a_broken_device_ends_the_call_and_not_the_results(tmp_path, monkeypatch):

@@ -10,7 +10,8 @@ import torch
 from benchmarks.steps import step
 from benchmarks.tools import checkpoints, cost, levers, published, rows, sides, waterfall
 from benchmarks.tools.compiling import compiling_cheaply
-from benchmarks.tools.rows import OUT_OF_MEMORY, Rows
+from benchmarks.tools.rows import Rows
+from benchmarks.tools.tables import OUT_OF_MEMORY
 from benchmarks.tools.turns import Turn
 from engine.errors import TRY_AGAIN
 from engine.loop import attention
