@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.campaign.plan import Part
 from benchmarks.campaign.processes import kill, last_lines, start
-from benchmarks.tools.tables import OUT_OF_MEMORY
+from benchmarks.tools.tables import OUT_OF_MEMORY, lasts
 from engine.errors import TRY_AGAIN
 from engine.files import write_json
 
@@ -64,14 +64,15 @@ class Campaign:
         return self.scratch / "rows" / f"{part.key}.json"
 
     def done(self, part: Part) -> bool:
-        """Whether nothing is to be done: all rows are there, and those that failed did so under this commit."""
+        """Whether nothing is to be done: all rows are there, and those that failed, or do not last, are of this commit."""
         kept = self.kept(part)
         if kept["status"] != DONE or self.lacked_memory(part):
             return False
         same = self.commit(self.here) == self.commit(kept["attempts"][-1]["environment"])
         if part.local:
             return same and self.rows_file(part).exists()
-        return same or not any("failed" in row and row["name"] in kept["failed"] for row in self.rows(part))
+        failed = kept["failed"]
+        return same or all(lasts(row) and not ("failed" in row and row["name"] in failed) for row in self.rows(part))
 
     def lacked_memory(self, part: Part) -> list[str]:
         """Names of the rows that ran out of memory, once, in a part that runs beside others: they are measured again alone."""

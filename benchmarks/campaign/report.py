@@ -25,7 +25,7 @@ from benchmarks.steps import curves
 from benchmarks.tools import profile, waterfall
 from benchmarks.tools.levers import LEVERS
 from benchmarks.tools.tables import OUT_OF_MEMORY, cell, markdown, problem
-from benchmarks.tools.waterfall import batch_of_waterfall, by_checkpoint, rate
+from benchmarks.tools.waterfall import batch_of_waterfall, by_checkpoint, rate, ratio
 from engine.files import write_text
 
 Rows = list[dict[str, Any]]
@@ -119,9 +119,8 @@ def predictions(rows: Rows) -> str:
     for lever, above, below, predicted in PREDICTIONS:
         ratios = []
         for group in groups.values():
-            pairs = {row["batch"]: (rate(group, above, row["batch"]), rate(group, below, row["batch"])) for row in group}
-            found = [f"{high / low:.2f} x" for high, low in pairs.values() if high and low]
-            ratios.append(", ".join(found))
+            found = [ratio(group, above, below, batch) for batch in dict.fromkeys(row["batch"] for row in group)]
+            ratios.append(", ".join(f"{gain:.2f} x" for gain in found if gain))
         lines.append(f"| {lever} | {above} / {below} | {predicted} | {' | '.join(ratios)} |")
     return "\n".join(lines)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.tools.environment import environment
-from benchmarks.tools.tables import OUT_OF_MEMORY
+from benchmarks.tools.tables import OUT_OF_MEMORY, lasts
 from engine.errors import TRY_AGAIN, first_line
 from engine.files import write_json, write_text
 
@@ -61,7 +61,8 @@ class Rows:
 
     Where the file exists, what it holds is kept and not measured again, so that a call goes on where the one before ended, be
     it on another machine: every row names its environment. Rows of two devices stand beside each other, because their times
-    make no ratio. What failed is tried again under another commit; what did not end, because the process was killed, once more.
+    make no ratio. A row of the engine's training step stands for its own commit alone (`lasts`). What failed is tried again
+    under another commit; what did not end, because the process was killed, once more.
 
     Args:
         path: the JSON file, or None to keep nothing.
@@ -114,6 +115,9 @@ class Rows:
             self.broken = f"the device failed in an earlier row ({first_line(error)}); the next call goes on"
         return row
 
+    def _commit(self, number: int) -> str | None:
+        return self.environments[number].get("commit")
+
     def _device(self, number: int) -> str:
         return str(self.environments[number]["device"])
 
@@ -123,9 +127,9 @@ class Rows:
 
     def _stands(self, row: dict[str, Any]) -> bool:
         """Whether a kept row need not be measured again."""
-        if "failed" not in row:
-            return True
         here = row["environment"] == self.number
+        if "failed" not in row:
+            return here or lasts(row) or self._commit(row["environment"]) == self._commit(self.number)
         return here and (row["failed"] != UNFINISHED or row["attempts"] >= ATTEMPTS)
 
     def _keep(self, row: dict[str, Any]) -> None:

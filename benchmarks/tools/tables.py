@@ -6,6 +6,11 @@ from typing import Any
 OUT_OF_MEMORY = "out of memory"  # why a row failed, whoever met it
 
 
+def lasts(row: Mapping[str, Any]) -> bool:
+    """Whether a row stands for every commit: not where the engine trains, whose form changes with the code."""
+    return "options" not in row.get("settings", {})
+
+
 def problem(row: Mapping[str, Any]) -> str | None:
     """Why a row holds no result; None where it does."""
     return row.get("failed") or row.get("missing")

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.tools.charts import BLUE, GREY, save
-from benchmarks.tools.tables import OUT_OF_MEMORY
+from benchmarks.tools.tables import OUT_OF_MEMORY, lasts
 
 
 def by_checkpoint(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -27,6 +27,15 @@ def batch_of_waterfall(rows: list[dict[str, Any]]) -> int:
 
 def rate(rows: list[dict[str, Any]], lever: str, batch: int) -> float | None:
     return next((row.get("samples_per_second") for row in rows if (row["lever"], row["batch"]) == (lever, batch)), None)
+
+
+def ratio(rows: list[dict[str, Any]], above: str, below: str, batch: int) -> float | None:
+    """How much faster a lever is than another; None where a rate is missing, or both are of the engine at two commits."""
+    found = {row["lever"]: row for row in rows if row["batch"] == batch and "samples_per_second" in row}
+    high, low = found.get(above), found.get(below)
+    if high is None or low is None or not (lasts(low) or high.get("environment") == low.get("environment")):
+        return None
+    return high["samples_per_second"] / low["samples_per_second"]
 
 
 def chart(rows: list[dict[str, Any]], path: Path) -> None:
@@ -118,15 +127,17 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def norms_verdict(rows: list[dict[str, Any]]) -> str:
-    """Which value of `norms_when_compiled` the rows of a checkpoint support; nothing without both levers on a GPU."""
+    """Which value of `norms_when_compiled` the rows of a checkpoint support; nothing without both levers on a GPU,
+    at one commit."""
     batch = batch_of_waterfall(rows)
     levers = {row["lever"]: row for row in rows if row["batch"] == batch and "memory_gib" in row}
     theirs, ours = levers.get("compiled, plain norms"), levers.get("compiled and captured")
-    if theirs is None or ours is None:
+    gain = ratio(rows, "compiled and captured", "compiled, plain norms", batch)
+    if theirs is None or ours is None or gain is None:
         return ""
-    ratio = f"own norms give {ours['samples_per_second'] / theirs['samples_per_second']:.3f} times inductor's"
+    gives = f"own norms give {gain:.3f} times inductor's"
     if ours["low"] > theirs["high"]:
-        return f"{ratio}: norms_when_compiled = True"
+        return f"{gives}: norms_when_compiled = True"
     if ours["high"] < theirs["low"]:
-        return f"{ratio}: norms_when_compiled = False"
-    return f"{ratio}, within the quartiles: no reason to change norms_when_compiled"
+        return f"{gives}: norms_when_compiled = False"
+    return f"{gives}, within the quartiles: no reason to change norms_when_compiled"

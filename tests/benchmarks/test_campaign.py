@@ -121,6 +121,16 @@ def test_a_row_that_lacked_memory_beside_others_is_tried_once_more_alone(tmp_pat
     assert runs(again) == []
 
 
+def test_rows_of_the_engines_step_stand_for_their_own_commit(tmp_path):
+    trains = COUNTS.replace('"environment": 0}', '"environment": 0, "settings": {"options": {}}}').replace("< 3", "< 1")
+    recipe = trains.replace('{"options": {}}', "{}")
+    parts = [part(name, code, measures=True) for name, code in (("engine", trains), ("recipe", recipe))]
+    open_campaign(tmp_path).run(parts)
+    same, other = open_campaign(tmp_path), open_campaign(tmp_path, here={**HERE, "commit": "two"})
+    assert [same.done(part) for part in parts] == [True, True]
+    assert [other.done(part) for part in parts] == [False, True]
+
+
 class Forked:
     """A part's process, forked from this one, which has imported torch already."""
 
@@ -281,11 +291,11 @@ def test_every_part_is_chosen_by_its_name(capsys):
     lacking = Part("lacking", "Why?", (), (), 1, "none", needs=("a_package_that_nobody_has",))
     assert command.chosen([lacking], []) == []
     assert "lacking: skipped, for want of a_package_that_nobody_has" in capsys.readouterr().err
-    command.print_plan(plan.PLAN, {"SD 1.5, 512 px: captured, batch 32": 29.4})
+    command.print_plan(plan.PLAN, {"SD 1.5, 512 px: captured, batch 32": 29.4, "SD 1.5, 512 px: recipe, batch 32": 31.0})
     printed = capsys.readouterr().out
     assert all(part.assumption in printed for part in plan.PLAN)
-    assert "estimate, not measured but for kept rows, 29 s: 15 s of imports" in printed
-    assert "29 s of them for rows that are kept" in printed
+    assert "estimate, not measured but for kept rows, 31 s: 15 s of imports" in printed
+    assert "31 s of them for rows that are kept" in printed
     assert len({part.slug for part in plan.PLAN}) == len(plan.PLAN)
 
 
