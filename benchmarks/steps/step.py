@@ -47,9 +47,10 @@ from benchmarks.tools.rows import Rows, release_memory
 from benchmarks.tools.sides import WARM_UP, check, open_side, sample
 from benchmarks.tools.tables import OUT_OF_MEMORY
 from benchmarks.tools.timing import data_sheet_flops_per_second, spread, synchronize
-from benchmarks.tools.turns import Turn
+from benchmarks.tools.turns import Turn, written_alone
 from benchmarks.tools.waterfall import table
 from engine.backends import keep_compiled_code
+from engine.errors import exit_code
 from engine.loop.flops import matrix_flops_per_second
 from engine.models.encoder import PRECISIONS
 from engine.quiet import quiet_libraries
@@ -86,7 +87,9 @@ def timed(checkpoint: Checkpoint, lever: Lever, size: int, window_seconds: float
     started = time.perf_counter()
     side = open_side(checkpoint, lever, size)
     before = sample(side.weights)
-    with turn.taken_by_compiled_code() if lever.compiles else contextlib.nullcontext():
+    # Encoders run on the GPU before the compiled model, and a compile mode times kernels while it compiles.
+    only_traces = lever.compiles and not lever.encoders and "compile_mode" not in (lever.options or {})
+    with turn.taken_by_compiled_code() if only_traces else contextlib.nullcontext():
         side.step()
     for _ in range(WARM_UP - 1):
         side.step()
@@ -237,22 +240,23 @@ def main() -> int:
     parser.add_argument("--sweep", action="store_true", help="measure further batch sizes too")
     parser.add_argument("--warm", action="store_true", help="the caches hold what is compiled: expect shorter rows")
     parser.add_argument("--turn", type=Path, metavar="FILE", help="trace beside other processes that are given this file, and "
-                        "be timed one after another")  # fmt: skip
+                        "be timed one after another; rows that the host's launches bound need the machine alone")  # fmt: skip
     parser.add_argument("--compile_cache_dir", type=Path, help="keep compiled code there (default: as torch's variables say)")
     options = parser.parse_args()
     quiet_libraries()
     if options.compile_cache_dir:
         keep_compiled_code(options.compile_cache_dir)
     device = this_device()
-    rows = Rows(options.json, __doc__, options.minutes)
     names = options.checkpoints or (list(TINY) if options.tiny else list(AIMS))
     wanted = [
         lever.name for lever in LEVERS if lever.name in (options.levers or [lever.name]) and lever.name not in options.without
     ]
-    measured = measure_all(rows, names, device, options.batch, options.sweep, wanted, options.warm, options.turn)
+    with written_alone(options.json) if options.turn and options.json else contextlib.nullcontext():
+        rows = Rows(options.json, __doc__, options.minutes)
+        measured = measure_all(rows, names, device, options.batch, options.sweep, wanted, options.warm, options.turn)
     print(table(measured), profile.table(measured), sep="\n\n")
     return rows.exit_code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code("benchmarks.steps.step", main))
