@@ -10,7 +10,8 @@ the weights, skipped no step and left everything finite, and where steps should 
 the first window.
 
 Batches are the largest powers of two, up to `AIMS`, for which the recipe's memory should fit the card (`largest_batch`). Where
-the recipe then still runs out of memory, every lever of that checkpoint takes half the batch, so that ratios stay fair.
+the recipe then still runs out of memory, every lever of that checkpoint takes half the batch, so that ratios stay fair; but not
+beside other processes (`--turn`), whose memory may be what lacked: the row fails, and is measured again by a call without them.
 
 Each row is then profiled: every kernel of some further steps is put into a category by its name
 (`benchmarks.tools.profile`), the rest of the time is idle.
@@ -155,7 +156,7 @@ class Waterfall:
     warm: bool = False
 
     def measure_all(self, levers: list[Lever], size: int) -> list[dict[str, Any]]:
-        """A row for every lever; at half the batch where the recipe needs too much memory."""
+        """A row for every lever; at half the batch where the recipe, alone on the card, needs too much memory."""
         measured: list[dict[str, Any]] = []
         seen: list[Any] = []
         for lever in tqdm(levers, desc=f"{self.checkpoint.name}, batch {size}", disable=None, leave=False):
@@ -164,7 +165,7 @@ class Waterfall:
             # Rows of an earlier call may be another machine's.
             if row_name(self.checkpoint.name, lever, size) in self.rows.begun:
                 seen.append(lever.form)
-            if lever.options is None and row.get("failed") == OUT_OF_MEMORY and size > 1:
+            if lever.options is None and row.get("failed") == OUT_OF_MEMORY and size > 1 and not row.get("beside_others"):
                 return measured + self.measure_all(levers, size // 2)
         return measured
 
@@ -179,7 +180,8 @@ class Waterfall:
 
         config = checkpoint.family.config
         about = {"checkpoint": checkpoint.name, "family": config.family, "lever": lever.name, "batch": size,
-                 "settings": lever.settings, "precision": config.mixed_precision}  # fmt: skip
+                 "settings": lever.settings, "precision": config.mixed_precision,
+                 **({"beside_others": True} if self.turn.file else {})}  # fmt: skip
         seconds = 5.0 if checkpoint.tiny else expected_seconds(lever, cost, size, cached_code)
         return self.rows.measure(row_name(checkpoint.name, lever, size), seconds, work, **about)
 
@@ -217,6 +219,8 @@ def measure_all(
         turn: a file, by which processes that are given it are timed one after another.
     """
     precision, taken = PRECISION[device.type], Turn(turn)
+    if turn is None:  # what lacked memory beside others may have it now
+        rows.rows[:] = [row for row in rows.rows if not (row.get("beside_others") and row.get("failed") == OUT_OF_MEMORY)]
     settle_attention(device)
     peak = measured_peak(rows, device, precision, taken)
     measured = []

@@ -120,7 +120,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             cells = [f"{speed:.4g}", f"{row['low']:.4g} to {row['high']:.4g}", *ratios, *shares, *memory]
             lines.append(f"{start} {' | '.join(cells)} |")
         where = f"{checkpoint} on {device}"
-        short = {row["batch"] for row in group if row["settings"].get("options") is None and row.get("failed") == OUT_OF_MEMORY}
+        halved = [row for row in group if row.get("failed") == OUT_OF_MEMORY and not row.get("beside_others")]
+        short = {row["batch"] for row in halved if row["settings"].get("options") is None}
         notes += [f"- {where}: the recipe does not fit batch {batch}; every lever took half." for batch in sorted(short)]
         notes += [f"- {where}: {verdict}" for verdict in [norms_verdict(group)] if verdict]
     return "\n".join([*lines, "", *notes])

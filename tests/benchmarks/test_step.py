@@ -173,6 +173,22 @@ def test_a_recipe_that_needs_too_much_memory_halves_the_batch_of_every_lever(mon
     waterfall.chart(rows, tmp_path / "waterfall.png")
 
 
+def test_beside_others_a_lack_of_memory_fails_the_row_and_halves_nothing(monkeypatch, measured, tmp_path):
+    def needs_memory(checkpoint, lever, *rest):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(step, "Turn", lambda path: SimpleNamespace(file=path, take=lambda: None, give=lambda: None))
+    works, file = step.measure_lever, tmp_path / "rows.json"
+    monkeypatch.setattr(step, "measure_lever", needs_memory)
+    wanted = ("recipe", "captured")
+    rows = step.measure_all(Rows(file, step.__doc__), [PRIOR], CPU, wanted=wanted, turn=tmp_path / "turn")
+    assert [(row["batch"], row["failed"]) for row in rows] == [(4, OUT_OF_MEMORY)] * 2
+    assert "took half" not in waterfall.table(rows)
+    monkeypatch.setattr(step, "measure_lever", works)
+    rows = step.measure_all(Rows(file, step.__doc__), [PRIOR], CPU, wanted=wanted)
+    assert [row["batch"] for row in rows if "failed" not in row] == [4, 4]
+
+
 def test_batches_follow_the_memory_of_the_card():
     wuerstchen = cost.Cost(3.461e12, 9031 * 2**20, 993_600_000)  # Wuerstchen's prior, by benchmarks.steps.sizes
     h100, h200 = 79 * 2**30, 140 * 2**30
