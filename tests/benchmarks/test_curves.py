@@ -1,10 +1,15 @@
 """Curves of losses beside each other: what differs, and what is noise."""
 
+from functools import partial
+
 import numpy as np
 import pytest
+import torch
+from diffusers.pipelines.wuerstchen import WuerstchenPrior
 from PIL import Image
 
 from benchmarks.steps import curves
+from benchmarks.tools import published
 
 
 def test_curves_are_judged_by_the_noise_of_the_first(tmp_path):
@@ -25,3 +30,16 @@ def test_curves_are_judged_by_the_noise_of_the_first(tmp_path):
     assert "| sd | near |  | fp32 |" in curves.table(rows)
     curves.chart(rows, tmp_path / "curves.png")
     assert np.asarray(Image.open(tmp_path / "curves.png").convert("L")).std() > 5
+
+
+def test_wuerstchens_random_weights_divide_by_nothing_near_zero(monkeypatch):
+    prior = partial(WuerstchenPrior, c_in=4, c=64, c_cond=8, depth=1, nhead=4)
+    name = "Wuerstchen v2 prior, 768 px"
+    monkeypatch.setitem(published.CHECKPOINTS, name, ("wuerstchen", 768, {"prior": {"prior": prior}}))
+    torch.manual_seed(0)
+    model = published.trained_model(name)
+    seen = []
+    model.out.register_forward_hook(lambda module, inputs, output: seen.append(output.chunk(2, dim=1)[1]))
+    with torch.no_grad():
+        model(torch.randn(64, 4, 8, 8), torch.rand(64), torch.randn(64, 5, 8))
+    assert float((1 - seen[0]).abs().min()) > 0.2
