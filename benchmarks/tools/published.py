@@ -158,8 +158,8 @@ def trained_model(checkpoint: str) -> Any:
     pipeline, part = _TRAINED[family]
     model = parts[pipeline][part]()
     if family == "wuerstchen":
-        # Its result is divided by |1 - b|. Of random weights b has a deviation of 0.6, and bf16 rounds some of it to 1: that gave
-        # losses of 1e7, in which no two precisions can be compared.
+        # Its result is divided by |1 - b|. Of random weights b has a deviation of 0.6, and bf16 rounds some of it to 1: losses
+        # of 1e7, in which no two precisions can be compared.
         with torch.no_grad():
             for parameter in model.out.parameters():
                 parameter.mul_(0.2)
