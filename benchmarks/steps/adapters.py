@@ -120,7 +120,7 @@ def count_all(family: Family, published: Callable[[], Any]) -> list[dict[str, An
         published: builds the published model.
     """
     norms = training_form.fuses
-    training_form.fuses = lambda norm, x: True
+    training_form.fuses = lambda module, x: True
     try:
         with torch.device("meta"):
             models = {form: published() for form in FORMS}

@@ -50,7 +50,7 @@ VARIANTS = {
 # mask a thread's 8 elements are 64 bits.
 # The optimizer's two also read their last elements one by one.
 SCALAR_LOADS = {"add_noise": 4, "diffusion_loss": 8, "adamw_ema": 15, "square_sum": 1, "gelu": 0, "gelu_backward": 0,
-                "group_norm_sums": 0, "group_norm_silu": 16, "group_norm_gradient_sums": 16, "group_norm_silu_backward": 33,
+                "group_norm_sums": 0, "group_norm_silu": 32, "group_norm_gradient_sums": 16, "group_norm_silu_backward": 33,
                 "gelu_norms": 0, "gelu_response_norm": 2, "gelu_response_sums": 4, "gelu_response_backward": 3,
                 "short_attention": 0, "short_attention_backward": 0}  # fmt: skip
 
@@ -124,7 +124,7 @@ def test_normalisation_takes_few_instructions(report):
         if row["variant"] == "10 per group" and row["target"] == "sm_90" and row["dtype"] == "bf16"
     }
     limits = {
-        "group_norm_sums": (85, 0), "group_norm_silu": (105, 16), "group_norm_gradient_sums": (245, 16),
+        "group_norm_sums": (110, 0), "group_norm_silu": (125, 16), "group_norm_gradient_sums": (245, 16),
         "group_norm_silu_backward": (250, 16),
     }  # fmt: skip
     for kernel, (most, special) in limits.items():
