@@ -10,8 +10,7 @@ the weights, skipped no step and left everything finite, and where steps should 
 the first window.
 
 Batches are the largest powers of two, up to `AIMS`, for which the recipe's memory should fit the card (`largest_batch`). Where
-the recipe then still runs out of memory, every lever of that checkpoint takes half the batch, so that ratios stay fair; but not
-beside other processes (`--turn`), whose memory may be what lacked: the row fails, and is measured again by a call without them.
+the recipe then still runs out of memory, every lever of that checkpoint takes half the batch, so that ratios stay fair.
 
 Each row is then profiled: every kernel of some further steps is put into a category by its name
 (`benchmarks.tools.profile`), the rest of the time is idle.
@@ -21,11 +20,9 @@ sheet. `--sweep` runs what `--compile` gives at further batch sizes. `--tiny` ta
 benchmark itself.
 """
 
-import contextlib
 import math
 import sys
 import time
-import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,11 +41,10 @@ from benchmarks.tools.cost import Cost
 from benchmarks.tools.levers import LEVERS, SHIPPED, Lever, settings_kept, settle_attention
 from benchmarks.tools.published import TINY
 from benchmarks.tools.question import command_line, this_device
-from benchmarks.tools.rows import Rows, release_memory
+from benchmarks.tools.rows import Rows
 from benchmarks.tools.sides import WARM_UP, check, open_side, sample
 from benchmarks.tools.tables import OUT_OF_MEMORY
 from benchmarks.tools.timing import data_sheet_flops_per_second, spread, synchronize
-from benchmarks.tools.turns import Turn, written_alone
 from benchmarks.tools.waterfall import table
 from engine.backends import keep_compiled_code
 from engine.errors import exit_code
@@ -60,26 +56,20 @@ WINDOWS = 5
 WINDOW_SECONDS = 1.2  # or one step, where that takes longer
 
 
-def measure_lever(checkpoint: Checkpoint, lever: Lever, size: int, window_seconds: float, turn: Turn) -> dict[str, Any]:
+def measure_lever(checkpoint: Checkpoint, lever: Lever, size: int, window_seconds: float) -> dict[str, Any]:
     """Samples per second (median and quartiles over windows), the loss, peak memory, and where the time goes.
 
     Raises:
         RuntimeError: a step did not do what it should; and whatever a step raises.
     """
-    turn.take()
     try:
         with settings_kept():
-            return timed(checkpoint, lever, size, window_seconds, turn)
-    except Exception as error:
-        traceback.clear_frames(error.__traceback__)  # which hold the model, and the next to take the turn needs the memory
-        raise
+            return timed(checkpoint, lever, size, window_seconds)
     finally:
         torch._dynamo.reset()
-        release_memory()
-        turn.give()
 
 
-def timed(checkpoint: Checkpoint, lever: Lever, size: int, window_seconds: float, turn: Turn) -> dict[str, Any]:
+def timed(checkpoint: Checkpoint, lever: Lever, size: int, window_seconds: float) -> dict[str, Any]:
     """As `measure_lever`, with torch's settings as the lever leaves them."""
     device = checkpoint.device
     gpu = device.type == "cuda"
@@ -88,11 +78,7 @@ def timed(checkpoint: Checkpoint, lever: Lever, size: int, window_seconds: float
     started = time.perf_counter()
     side = open_side(checkpoint, lever, size)
     before = sample(side.weights)
-    # Encoders run on the GPU before the compiled model, and a compile mode times kernels while it compiles.
-    only_traces = lever.compiles and not lever.encoders and "compile_mode" not in (lever.options or {})
-    with turn.taken_by_compiled_code() if only_traces else contextlib.nullcontext():
-        side.step()
-    for _ in range(WARM_UP - 1):
+    for _ in range(WARM_UP):
         side.step()
     graphs = side.graphs()
     synchronize(device)
@@ -145,18 +131,16 @@ class Waterfall:
     """The levers of a checkpoint, one after another.
 
     peak: operations per second of a matrix product, as `measured_peak` says.
-    turn: taken for what is timed.
     warm: the caches hold what is compiled.
     """
 
     checkpoint: Checkpoint
     peak: dict[str, Any]
     rows: Rows
-    turn: Turn
     warm: bool = False
 
     def measure_all(self, levers: list[Lever], size: int) -> list[dict[str, Any]]:
-        """A row for every lever; at half the batch where the recipe, alone on the card, needs too much memory."""
+        """A row for every lever; at half the batch where the recipe needs too much memory."""
         measured: list[dict[str, Any]] = []
         seen: list[Any] = []
         for lever in tqdm(levers, desc=f"{self.checkpoint.name}, batch {size}", disable=None, leave=False):
@@ -165,7 +149,7 @@ class Waterfall:
             # Rows of an earlier call may be another machine's.
             if row_name(self.checkpoint.name, lever, size) in self.rows.begun:
                 seen.append(lever.form)
-            if lever.options is None and row.get("failed") == OUT_OF_MEMORY and size > 1 and not row.get("beside_others"):
+            if lever.options is None and row.get("failed") == OUT_OF_MEMORY and size > 1:
                 return measured + self.measure_all(levers, size // 2)
         return measured
 
@@ -173,28 +157,24 @@ class Waterfall:
         checkpoint, cost = self.checkpoint, self.checkpoint.cost
 
         def work() -> dict[str, Any]:
-            row = measure_lever(checkpoint, lever, size, 0.0 if checkpoint.tiny else WINDOW_SECONDS, self.turn)
+            row = measure_lever(checkpoint, lever, size, 0.0 if checkpoint.tiny else WINDOW_SECONDS)
             flops = row["samples_per_second"] * cost.training_flops
             row |= {"training_flops_per_sample": cost.training_flops, "bytes_per_step": cost.bytes_per_step(size)}
             return row | {f"mfu_{kind}": flops / value for kind, value in self.peak.items() if value}
 
         config = checkpoint.family.config
         about = {"checkpoint": checkpoint.name, "family": config.family, "lever": lever.name, "batch": size,
-                 "settings": lever.settings, "precision": config.mixed_precision,
-                 **({"beside_others": True} if self.turn.file else {})}  # fmt: skip
+                 "settings": lever.settings, "precision": config.mixed_precision}  # fmt: skip
         seconds = 5.0 if checkpoint.tiny else expected_seconds(lever, cost, size, cached_code)
         return self.rows.measure(row_name(checkpoint.name, lever, size), seconds, work, **about)
 
 
-def measured_peak(rows: Rows, device: torch.device, precision: str, turn: Turn) -> dict[str, Any]:
+def measured_peak(rows: Rows, device: torch.device, precision: str) -> dict[str, Any]:
     """Operations per second of a matrix product, `measured` here and by the card's `data_sheet`; None where unknown."""
 
     def work() -> dict[str, Any]:
         promised = data_sheet_flops_per_second(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        turn.take()
-        measured = matrix_flops_per_second(device, PRECISIONS[precision])
-        turn.give()
-        return {"measured": measured, "data_sheet": promised}
+        return {"measured": matrix_flops_per_second(device, PRECISIONS[precision]), "data_sheet": promised}
 
     row = rows.measure(f"matrix product, {precision}", 10, work)
     return {kind: row.get(kind) for kind in ("measured", "data_sheet")}
@@ -208,7 +188,6 @@ def measure_all(
     sweep: bool = False,
     wanted: Iterable[str] = (),
     warm: bool = False,
-    turn: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Every checkpoint, or tiny family, in turn.
 
@@ -216,17 +195,13 @@ def measure_all(
         batch: of the waterfalls, instead of each checkpoint's own.
         wanted: names of levers; none for all.
         warm: the caches hold what is compiled.
-        turn: a file, by which processes that are given it are timed one after another.
     """
-    precision, taken = PRECISION[device.type], Turn(turn)
-    if turn is None:  # what lacked memory beside others may have it now
-        rows.rows[:] = [row for row in rows.rows if not (row.get("beside_others") and row.get("failed") == OUT_OF_MEMORY)]
     settle_attention(device)
-    peak = measured_peak(rows, device, precision, taken)
+    peak = measured_peak(rows, device, PRECISION[device.type])
     measured = []
     for name in names:
         with opened(name, device) as checkpoint:
-            waterfall, family = Waterfall(checkpoint, peak, rows, taken, warm), checkpoint.family.config.family
+            waterfall, family = Waterfall(checkpoint, peak, rows, warm), checkpoint.family.config.family
             levers = [lever for lever in LEVERS if lever.fits(family) and (not wanted or lever.name in wanted)]
             measured += waterfall.measure_all(levers, batch or checkpoint.batch)
             for further in AIMS.get(name, TINY_AIM)[1] if sweep else ():
@@ -243,8 +218,6 @@ def main() -> int:
     parser.add_argument("--batch", type=int, help="batch of the waterfall, instead of each checkpoint's own")
     parser.add_argument("--sweep", action="store_true", help="measure further batch sizes too")
     parser.add_argument("--warm", action="store_true", help="the caches hold what is compiled: expect shorter rows")
-    parser.add_argument("--turn", type=Path, metavar="FILE", help="trace beside other processes that are given this file, and "
-                        "be timed one after another; rows that the host's launches bound need the machine alone")  # fmt: skip
     parser.add_argument("--compile_cache_dir", type=Path, help="keep compiled code there (default: as torch's variables say)")
     options = parser.parse_args()
     quiet_libraries()
@@ -255,9 +228,8 @@ def main() -> int:
     wanted = [
         lever.name for lever in LEVERS if lever.name in (options.levers or [lever.name]) and lever.name not in options.without
     ]
-    with written_alone(options.json) if options.turn and options.json else contextlib.nullcontext():
-        rows = Rows(options.json, __doc__, options.minutes)
-        measured = measure_all(rows, names, device, options.batch, options.sweep, wanted, options.warm, options.turn)
+    rows = Rows(options.json, __doc__, options.minutes)
+    measured = measure_all(rows, names, device, options.batch, options.sweep, wanted, options.warm)
     print(table(measured), profile.table(measured), sep="\n\n")
     return rows.exit_code
 

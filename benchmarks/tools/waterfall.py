@@ -120,7 +120,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             cells = [f"{speed:.4g}", f"{row['low']:.4g} to {row['high']:.4g}", *ratios, *shares, *memory]
             lines.append(f"{start} {' | '.join(cells)} |")
         where = f"{checkpoint} on {device}"
-        halved = [row for row in group if row.get("failed") == OUT_OF_MEMORY and not row.get("beside_others")]
+        halved = [row for row in group if row.get("failed") == OUT_OF_MEMORY]
         short = {row["batch"] for row in halved if row["settings"].get("options") is None}
         notes += [f"- {where}: the recipe does not fit batch {batch}; every lever took half." for batch in sorted(short)]
         notes += [f"- {where}: {verdict}" for verdict in [norms_verdict(group)] if verdict]

@@ -12,7 +12,6 @@ from benchmarks.tools import checkpoints, cost, levers, published, rows, sides, 
 from benchmarks.tools.compiling import compiling_cheaply
 from benchmarks.tools.rows import Rows
 from benchmarks.tools.tables import OUT_OF_MEMORY
-from benchmarks.tools.turns import Turn
 from engine.errors import TRY_AGAIN
 from engine.loop import attention
 from engine.models.training_form import ChannelsLastConv2d
@@ -31,7 +30,7 @@ def measured(monkeypatch) -> list[tuple[str, int]]:
     """What was measured, by name and batch, with rates that need no training."""
     calls = []
 
-    def measure_lever(checkpoint, lever, size, window_seconds, turn):
+    def measure_lever(checkpoint, lever, size, window_seconds):
         calls.append((lever.name, size))
         return {"samples_per_second": 1.0 + len(calls), "low": 1.0, "high": 2.0 + len(calls)}
 
@@ -50,7 +49,7 @@ def test_a_lever_trains_and_leaves_torch_as_it_was(prior, lever, monkeypatch):
     monkeypatch.setattr(step, "WINDOWS", 2)
     settings = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
     with compiling_cheaply():
-        row = step.measure_lever(prior, lever, 2, 0.0, Turn(None))
+        row = step.measure_lever(prior, lever, 2, 0.0)
     assert row["low"] <= row["samples_per_second"] <= row["high"]
     assert row["moved"] > 0.9
     assert row["loss"] > 0
@@ -146,7 +145,7 @@ def test_caches_are_warm_for_what_this_process_compiled(tmp_path, monkeypatch, m
     def waterfall(file, wanted):
         warm.clear()
         rows = Rows(file, step.__doc__)
-        step.Waterfall(checkpoint, {}, rows, Turn(None)).measure_all(wanted, 2)
+        step.Waterfall(checkpoint, {}, rows).measure_all(wanted, 2)
         return list(warm)
 
     assert waterfall(None, both) == [False, True]
@@ -171,22 +170,6 @@ def test_a_recipe_that_needs_too_much_memory_halves_the_batch_of_every_lever(mon
     assert "does not fit batch 4; every lever took half" in waterfall.table(rows)
     assert waterfall.batch_of_waterfall(rows) == 2
     waterfall.chart(rows, tmp_path / "waterfall.png")
-
-
-def test_beside_others_a_lack_of_memory_fails_the_row_and_halves_nothing(monkeypatch, measured, tmp_path):
-    def needs_memory(checkpoint, lever, *rest):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(step, "Turn", lambda path: SimpleNamespace(file=path, take=lambda: None, give=lambda: None))
-    works, file = step.measure_lever, tmp_path / "rows.json"
-    monkeypatch.setattr(step, "measure_lever", needs_memory)
-    wanted = ("recipe", "captured")
-    rows = step.measure_all(Rows(file, step.__doc__), [PRIOR], CPU, wanted=wanted, turn=tmp_path / "turn")
-    assert [(row["batch"], row["failed"]) for row in rows] == [(4, OUT_OF_MEMORY)] * 2
-    assert "took half" not in waterfall.table(rows)
-    monkeypatch.setattr(step, "measure_lever", works)
-    rows = step.measure_all(Rows(file, step.__doc__), [PRIOR], CPU, wanted=wanted)
-    assert [row["batch"] for row in rows if "failed" not in row] == [4, 4]
 
 
 def test_batches_follow_the_memory_of_the_card():
