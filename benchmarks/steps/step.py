@@ -176,7 +176,7 @@ def measured_peak(rows: Rows, device: torch.device, precision: str) -> dict[str,
         promised = data_sheet_flops_per_second(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         return {"measured": matrix_flops_per_second(device, PRECISIONS[precision]), "data_sheet": promised}
 
-    row = rows.measure(f"matrix product, {precision}", 10, work)
+    row = rows.measure(f"matrix product, {precision}", 10, work, settings={})
     return {kind: row.get(kind) for kind in ("measured", "data_sheet")}
 
 

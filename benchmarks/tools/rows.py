@@ -61,8 +61,8 @@ class Rows:
 
     Where the file exists, what it holds is kept and not measured again, so that a call goes on where the one before ended, be
     it on another machine: every row names its environment. Rows of two devices stand beside each other, because their times
-    make no ratio. A row of the engine's training step stands for its own commit alone (`lasts`). What failed is tried again
-    under another commit; what did not end, because the process was killed, once more.
+    make no ratio. A row stands for its own commit alone, but for those of the recipe and the matrix product (`lasts`). What
+    failed is tried again under another commit; what did not end, because the process was killed, once more.
 
     Args:
         path: the JSON file, or None to keep nothing.

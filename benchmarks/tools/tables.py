@@ -7,8 +7,9 @@ OUT_OF_MEMORY = "out of memory"  # why a row failed, whoever met it
 
 
 def lasts(row: Mapping[str, Any]) -> bool:
-    """Whether a row stands for every commit: not where the engine trains, whose form changes with the code."""
-    return "options" not in row.get("settings", {})
+    """Whether a row stands for every commit: of the recipe and of the card alone, whose settings hold no options of the engine.
+    What has no settings is of this project's code, which changes."""
+    return "settings" in row and "options" not in row["settings"]
 
 
 def problem(row: Mapping[str, Any]) -> str | None:

@@ -121,14 +121,16 @@ def test_a_row_that_lacked_memory_beside_others_is_tried_once_more_alone(tmp_pat
     assert runs(again) == []
 
 
-def test_rows_of_the_engines_step_stand_for_their_own_commit(tmp_path):
-    trains = COUNTS.replace('"environment": 0}', '"environment": 0, "settings": {"options": {}}}').replace("< 3", "< 1")
+def test_only_rows_of_the_recipe_stand_for_every_commit(tmp_path):
+    kernel = COUNTS.replace("< 3", "< 1")
+    trains = kernel.replace('"environment": 0}', '"environment": 0, "settings": {"options": {}}}')
     recipe = trains.replace('{"options": {}}', "{}")
-    parts = [part(name, code, measures=True) for name, code in (("engine", trains), ("recipe", recipe))]
+    codes = {"kernel": kernel, "engine": trains, "recipe": recipe}
+    parts = [part(name, code, measures=True) for name, code in codes.items()]
     open_campaign(tmp_path).run(parts)
     same, other = open_campaign(tmp_path), open_campaign(tmp_path, here={**HERE, "commit": "two"})
-    assert [same.done(part) for part in parts] == [True, True]
-    assert [other.done(part) for part in parts] == [False, True]
+    assert [same.done(part) for part in parts] == [True, True, True]
+    assert [other.done(part) for part in parts] == [False, False, True]
 
 
 class Forked:

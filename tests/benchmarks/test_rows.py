@@ -111,15 +111,14 @@ def test_rows_of_another_device_stand_beside_ours(tmp_path, monkeypatch):
     assert [(row["value"], row["device"] == "another card") for row in kept] == [(1, False), (2, True)]
 
 
-def test_rows_of_the_engines_step_stand_for_their_own_commit(tmp_path, monkeypatch):
-    engine, recipe = {"options": {"compile": True}}, {"encoders": True}
+def test_only_rows_of_the_recipe_stand_for_every_commit(tmp_path, monkeypatch):
+    settings = {"engine": {"settings": {"options": {"compile": True}}}, "recipe": {"settings": {"encoders": True}}, "kernel": {}}
 
     def measure(commit: str, value: int) -> list[int]:
         monkeypatch.setattr(kept_rows, "environment", lambda: {"device": "a card", "commit": commit})
         rows = Rows(tmp_path / "rows.json", DOCUMENT)
-        both = (("engine", engine), ("recipe", recipe))
-        return [rows.measure(name, 1, lambda: {"value": value}, settings=settings)["value"] for name, settings in both]
+        return [rows.measure(name, 1, lambda: {"value": value}, **about)["value"] for name, about in settings.items()]
 
-    assert measure("one", 1) == [1, 1]
-    assert measure("one", 2) == [1, 1]
-    assert measure("two", 3) == [3, 1]
+    assert measure("one", 1) == [1, 1, 1]
+    assert measure("one", 2) == [1, 1, 1]
+    assert measure("two", 3) == [3, 1, 3]
