@@ -42,8 +42,7 @@ ANCHORED = ("SD 1.5, 512 px", "sd")
 PREDICTIONS = [
     ("cached latents", "recipe, cached", "recipe", "1.4 times for SD 1.5 at 512 px; far more for `kandinsky-prior`"),
     ("bf16 weights, channels last, own kernels", "engine", "recipe, cached", "1.1 to 1.3 times"),
-    ("stacked projections", "stacked projections", "engine", "1.02 times"),
-    ("`--compile`", "compiled", "stacked projections", "1.3 times and more"),
+    ("`--compile`", "compiled and captured", "captured", "1.3 times and more"),
     ("`engine::group_norm_silu` under torch.compile", "compiled and captured", "compiled, plain norms", "open"),
     (
         "`engine::gelu_response_norm` and `engine::gelu` under torch.compile",
@@ -52,7 +51,12 @@ PREDICTIONS = [
         "1.3 times for `wuerstchen`, 1.04 for SD 1.5",
     ),
     ("`engine::short_attention`", "compiled and captured", "compiled, torch's attention", "1.10 times for `kandinsky-prior`"),
-    ("CUDA graphs", "compiled and captured", "compiled", "nothing at batch 32; 1.5 times and more for `kandinsky-prior`"),
+    (
+        "CUDA graphs, with cuDNN's search and stacked projections",
+        "captured",
+        "engine",
+        "nothing at batch 32 but for the search; 1.5 times and more for `kandinsky-prior`",
+    ),
     ("everything", "compiled and captured", "recipe at its best, cached", "not predicted"),
 ]
 # Checkpoint -> images per second aimed at on an H200 and on an H100, and the ratio to the recipe.

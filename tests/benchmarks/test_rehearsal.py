@@ -104,7 +104,7 @@ def test_a_rehearsal_brings_home_few_small_files_with_every_table_and_chart(rehe
         assert f"({name})" in text
         assert np.asarray(Image.open(files[name]).convert("L")).std() > 5
     assert "| MLPerf Training 4.0, Stable Diffusion | H100 | 126 |" in text
-    assert "| CUDA graphs | compiled and captured / compiled |" in text
+    assert "| CUDA graphs, with cuDNN's search and stacked projections | captured / engine |" in text
     assert "| model | device | aim, samples/s | fastest |" in text
     assert "torch.OutOfMemoryError: CUDA out of memory" in text
 
