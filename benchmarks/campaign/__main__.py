@@ -26,9 +26,10 @@ import time
 from pathlib import Path
 
 from benchmarks.campaign.campaign import Campaign
-from benchmarks.campaign.plan import COMPILED, PLAN, ROW_SECONDS, Part, rehearsal, rows_of
+from benchmarks.campaign.plan import PLAN, Part, rehearsal
 from benchmarks.campaign.processes import REPORT_SECONDS, environment_of, memory_of_card, process_environment, write_report
 from benchmarks.tools.environment import COMMIT, RESULTS, folder_of
+from benchmarks.tools.planned import SECONDS
 from engine.errors import UserError, exit_code
 
 
@@ -60,11 +61,12 @@ def expected(part: Part, took: dict[str, float]) -> tuple[float, float]:
         took: as `kept_rows`.
     """
     seconds, kept = part.seconds, 0.0
-    for lever in rows_of(part.checkpoint) if part.checkpoint else ():
-        known = [value for name, value in took.items() if name.startswith(f"{part.checkpoint}: {lever}, batch ")]
+    for lever in part.levers:
+        known = [value for name, value in took.items() if name.startswith(f"{part.checkpoint}: {lever.name}, batch ")]
         if known:
-            of_row = ROW_SECONDS[lever] if lever in COMPILED else known[0]
-            seconds, kept = seconds + of_row - ROW_SECONDS[lever], kept + of_row * lever.startswith("recipe")
+            estimate = SECONDS[lever.name]
+            of_row = estimate if lever.compiles else known[0]
+            seconds, kept = seconds + of_row - estimate, kept + of_row * (lever.options is None)
     return seconds, kept
 
 

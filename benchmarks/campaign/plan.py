@@ -3,7 +3,8 @@
 import re
 from dataclasses import dataclass, replace
 
-from benchmarks.tools.planned import LARGER, levers_of
+from benchmarks.tools.levers import SHIPPED, Lever
+from benchmarks.tools.planned import LARGER, SECONDS, levers_of
 
 LEAST = 60  # seconds that a part must have to go on
 
@@ -22,7 +23,7 @@ class Part:
     predicted: what docs/performance.md expects.
     memory: GiB of the card that it takes at most, by count; runs beside others where these fit the card together. None for what
         is timed, and has the machine for itself.
-    checkpoint: whose rows of `benchmarks.steps.step` it measures.
+    checkpoint, levers: whose rows of `benchmarks.steps.step` it measures.
     local: what it leaves lies in `--scratch`, and says nothing of another machine or commit.
     """
 
@@ -39,6 +40,7 @@ class Part:
     predicted: str = ""
     memory: float | None = None
     checkpoint: str = ""
+    levers: tuple[Lever, ...] = ()
     local: bool = False
 
     @property
@@ -65,40 +67,19 @@ def module(name: str, *arguments: str) -> tuple[str, ...]:
     return "-m", f"benchmarks.{name}", *arguments
 
 
-SHIPPED = "compiled and captured"
 TIMED = "What does each lever give, and how far is the recipe?"
-# Seconds of a row of a lever with compiled code in the caches, where none was measured; an estimate, from rows of others.
-ROW_SECONDS = {
-    "recipe": 30, "recipe, cached": 13, "recipe at its best, cached": 35, "engine": 13, "captured": 20, SHIPPED: 30,
-    "compiled, plain norms": 30, "compiled, plain activations": 30, "compiled, torch's attention": 30,
-    "fp8 matrix products": 30,
-}  # fmt: skip
-COMPILED = (
-    "recipe at its best, cached", SHIPPED, "compiled, plain norms", "compiled, plain activations",
-    "compiled, torch's attention", "fp8 matrix products",
-)  # fmt: skip
-WITHOUT = {  # levers that a family of a checkpoint lacks
-    "compiled, plain norms": ("Wuerstchen", "Kandinsky 2.2 prior"),
-    "compiled, plain activations": ("Kandinsky 2.2 decoder",),
-    "compiled, torch's attention": ("SD", "Kandinsky 2.2 decoder", "Wuerstchen"),
-    "fp8 matrix products": ("SD", "Kandinsky 2.2 decoder"),
-}  # fmt: skip
 
 
-def rows_of(checkpoint: str) -> list[str]:
-    """The levers of a checkpoint's rows."""
-    return [lever for lever in levers_of(checkpoint) if not checkpoint.startswith(WITHOUT.get(lever, ("nothing",)))]
-
-
-def waterfall(name: str, checkpoint: str, tiny: str, *few: str) -> Part:
-    """The planned levers of a checkpoint; in a rehearsal, of a tiny family, those named in `few`."""
+def waterfall(name: str, checkpoint: str, family: str, *few: str) -> Part:
+    """The planned levers of a checkpoint; in a rehearsal, of its family's tiny model, those named in `few`."""
+    levers = levers_of(checkpoint, family)
     return Part(
         f"step, {name}", TIMED,
-        module("steps.step", "--warm", "--checkpoints", checkpoint, "--levers", *levers_of(checkpoint)),
-        module("steps.step", "--checkpoints", tiny, "--levers", *few),
-        15 + sum(ROW_SECONDS[lever] for lever in rows_of(checkpoint)),
+        module("steps.step", "--warm", "--checkpoints", checkpoint, "--levers", *(lever.name for lever in levers)),
+        module("steps.step", "--checkpoints", family, "--levers", *few),
+        15 + sum(SECONDS[lever.name] for lever in levers),
         "15 s of imports, 13 to 35 s a row, with compiled code in the caches", limit=420,
-        predicted="see the comparison below", checkpoint=checkpoint,
+        predicted="see the comparison below", checkpoint=checkpoint, levers=levers,
     )  # fmt: skip
 
 
@@ -107,8 +88,8 @@ def larger(name: str, checkpoint: str, tiny: str) -> Part:
     size = LARGER[checkpoint]
     return Part(
         f"batch {size}, {name}", "What does a larger batch give?",
-        module("steps.step", "--warm", "--checkpoints", checkpoint, "--levers", SHIPPED, "--batch", str(size)),
-        module("steps.step", "--checkpoints", tiny, "--levers", "captured", "--batch", "2"), 15 + ROW_SECONDS[SHIPPED],
+        module("steps.step", "--warm", "--checkpoints", checkpoint, "--levers", SHIPPED.name, "--batch", str(size)),
+        module("steps.step", "--checkpoints", tiny, "--levers", "captured", "--batch", "2"), 15 + SECONDS[SHIPPED.name],
         "as the row of the smaller batch", limit=420, predicted="5 % and less",
     )  # fmt: skip
 
@@ -151,7 +132,7 @@ PLAN = [
     ),
     Part(
         "compilation", "How long does torch.compile take for all that is compiled?", module("steps.compilation"),
-        module("steps.compilation", "--processes", "1", "--checkpoints", "kandinsky-prior", "--levers", SHIPPED), 430,
+        module("steps.compilation", "--processes", "1", "--checkpoints", "kandinsky-prior", "--levers", SHIPPED.name), 430,
         "24 processes of 30 to 150 s each with idle cores, one of three samplings, 8 at once on 16 that have other "
         "work; fills the caches of --scratch; 19 GiB for a pipeline that is drawn in fp32, and 7 times 5 for models",
         limit=420, memory=54, local=True,

@@ -32,11 +32,12 @@ from torch._inductor import compile_fx
 
 from benchmarks.tools import plain
 from benchmarks.tools.checkpoints import AIMS, Checkpoint, opened
-from benchmarks.tools.levers import LEVERS, SHIPPED, Lever, settings_kept, settle_attention
+from benchmarks.tools.levers import LEVERS, SHIPPED, Lever
 from benchmarks.tools.planned import LARGER, SMALL_BATCH, levers_of
 from benchmarks.tools.published import CHECKPOINTS, TINY
 from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
+from benchmarks.tools.settings import settings_kept, settle_attention
 from benchmarks.tools.sides import RecipeSide, random_batch
 from benchmarks.tools.tables import markdown
 from engine.backends import compile_model, configure
@@ -155,9 +156,9 @@ def forms(names: Sequence[str], wanted: Sequence[str]) -> dict[str, tuple[str, .
     found: dict[str, tuple[str, ...]] = {}
     for name in names:
         seen = []
-        levers = [lever for lever in LEVERS if lever.name in (wanted or levers_of(name)) and lever.compiles]
-        for lever in levers:
-            if lever.form not in seen and lever.fits(family_of(name)):
+        fitting = [lever for lever in LEVERS if lever.fits(family_of(name))]
+        for lever in [lever for lever in fitting if lever.name in wanted] if wanted else levers_of(name, family_of(name)):
+            if lever.compiles and lever.form not in seen:
                 seen.append(lever.form)
                 found[f"{name}: {lever.name}"] = here(name, lever.name)
     return found

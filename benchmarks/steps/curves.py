@@ -27,10 +27,10 @@ from matplotlib.figure import Figure
 
 from benchmarks.tools.charts import save
 from benchmarks.tools.checkpoints import AIMS, opened
-from benchmarks.tools.levers import settings_kept
 from benchmarks.tools.published import TINY
 from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
+from benchmarks.tools.settings import settings_kept
 from benchmarks.tools.sides import batch_of, open_training, random_records
 from benchmarks.tools.tables import markdown, problem
 from engine.data.samples.batch import Batch

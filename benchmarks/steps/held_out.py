@@ -18,10 +18,10 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 
 # isort: split
 from benchmarks.tools.checkpoints import AIMS, opened
-from benchmarks.tools.levers import settings_kept
 from benchmarks.tools.published import TINY
 from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
+from benchmarks.tools.settings import settings_kept
 from benchmarks.tools.shards import write_shards
 from benchmarks.tools.sides import WARM_UP, batch_of, open_training, random_records
 from benchmarks.tools.tables import markdown

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from benchmarks.tools.charts import BLUE, GREY, RED, save
 from benchmarks.tools.checkpoints import opened
-from benchmarks.tools.levers import settings_kept
 from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
+from benchmarks.tools.settings import settings_kept
 from benchmarks.tools.sides import batch_of, open_training, random_records
 from benchmarks.tools.tables import markdown, problem
 from engine.kernels.adamw_ema import reference_adamw_ema_, reference_lion_ema_

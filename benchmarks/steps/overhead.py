@@ -26,11 +26,12 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 from torch import Tensor, nn
 
 from benchmarks.tools.checkpoints import Checkpoint, opened
-from benchmarks.tools.levers import SHIPPED, Lever, settings_kept
+from benchmarks.tools.levers import SHIPPED, Lever
 from benchmarks.tools.planned import SMALL_BATCH
 from benchmarks.tools.published import open_tiny
 from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
+from benchmarks.tools.settings import settings_kept
 from benchmarks.tools.sides import WARM_UP, open_side, open_training, random_batch
 from benchmarks.tools.tables import problem
 from benchmarks.tools.timeline import profiled

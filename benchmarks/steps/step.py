@@ -38,10 +38,11 @@ from tqdm import tqdm
 from benchmarks.tools import profile
 from benchmarks.tools.checkpoints import AIMS, PRECISION, TINY_AIM, Checkpoint, opened
 from benchmarks.tools.cost import Cost
-from benchmarks.tools.levers import LEVERS, SHIPPED, Lever, settings_kept, settle_attention
+from benchmarks.tools.levers import LEVERS, SHIPPED, Lever
 from benchmarks.tools.published import TINY
 from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
+from benchmarks.tools.settings import settings_kept, settle_attention
 from benchmarks.tools.sides import WARM_UP, check, open_side, sample
 from benchmarks.tools.tables import OUT_OF_MEMORY
 from benchmarks.tools.timing import data_sheet_flops_per_second, spread, synchronize

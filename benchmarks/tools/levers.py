@@ -1,18 +1,15 @@
 """The levers of a training step's speed: the diffusers recipe, and then the engine, each with what the one before has."""
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch.nn.attention import _cur_sdpa_kernel_backends, sdpa_kernel
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, get_args
 
 from engine.config.options import TrainConfig
 from engine.config.schema import options_lacking
-from engine.models.training_form import SHIPPED as SHIPPED_FORM
-from engine.models.training_form import Form
+
+if TYPE_CHECKING:
+    from engine.models.training_form import Form
 
 CONVOLUTIONAL = ("sd", "kandinsky-decoder", "wuerstchen")
 NORMALISED = ("sd", "kandinsky-decoder")  # with group normalisation
@@ -62,10 +59,12 @@ class Lever:
 
     @property
     def training_form(self) -> Form:
+        from engine.models.training_form import SHIPPED, Form  # here, because a campaign's own process imports no libraries
+
         return Form(
-            SHIPPED_FORM.norms_when_compiled if self.norms is None else self.norms,
-            SHIPPED_FORM.projections if self.projections is None else self.projections,
-            SHIPPED_FORM.activations_when_compiled if self.activations is None else self.activations,
+            SHIPPED.norms_when_compiled if self.norms is None else self.norms,
+            SHIPPED.projections if self.projections is None else self.projections,
+            SHIPPED.activations_when_compiled if self.activations is None else self.activations,
         )
 
     def fits(self, family: str) -> bool:
@@ -81,26 +80,6 @@ class Lever:
 def _choices(annotation: Any) -> list[Any]:
     """The values of a `Literal`, also where None is another."""
     return [value for part in (annotation, *get_args(annotation)) for value in get_args(part)]
-
-
-@contextlib.contextmanager
-def settings_kept() -> Iterator[None]:
-    """For a side that is opened and stepped inside: torch's settings are afterwards as before, and its own at first."""
-    matmul, cudnn, compiler = torch.backends.cuda.matmul, torch.backends.cudnn, torch.compiler.config
-    before = matmul.allow_tf32, cudnn.benchmark, cudnn.allow_tf32, compiler.cache_key_tag
-    try:
-        # The engine sets the order of attention's kernels for the process; the recipe has torch's own.
-        kernels = _cur_sdpa_kernel_backends(with_priority=True)
-        with sdpa_kernel(kernels, set_priority=True):
-            yield
-    finally:
-        matmul.allow_tf32, cudnn.benchmark, cudnn.allow_tf32, compiler.cache_key_tag = before
-
-
-def settle_attention(device: torch.device) -> None:
-    """Has torch write its own order of attention's kernels, as it does at its first choice; every side then starts from it."""
-    if device.type == "cuda":
-        F.scaled_dot_product_attention(*torch.zeros(3, 1, 1, 8, 64, device=device, dtype=torch.bfloat16))
 
 
 UNCAPTURED = {"cuda_graphs": "off"}

@@ -255,11 +255,11 @@ def test_code_that_was_compiled_elsewhere_is_compiled_again(tmp_path):
 def test_every_planned_row_has_a_lever_and_an_estimate():
     timed = [part for part in plan.PLAN if part.checkpoint]
     assert {part.checkpoint for part in timed} == set(AIMS)
+    assert planned.SECONDS.keys() <= {lever.name for lever in LEVERS}
     for part in timed:
-        family = CHECKPOINTS[part.checkpoint][0]
-        fitting = [lever.name for lever in LEVERS if lever.fits(family) and lever.name in planned.levers_of(part.checkpoint)]
-        assert set(plan.rows_of(part.checkpoint)) == set(fitting)
-    assert {lever.name for lever in LEVERS if lever.compiles} & set(planned.LEVERS) == set(plan.COMPILED)
+        assert part.levers == planned.levers_of(part.checkpoint, CHECKPOINTS[part.checkpoint][0])
+        assert part.python[part.python.index("--levers") + 1 :] == tuple(lever.name for lever in part.levers)
+    assert not any(lever.name == "compiled, plain norms" for part in timed if "prior" in part.name for lever in part.levers)
     assert len({part.key for part in plan.PLAN if part.memory is not None}) == sum(p.memory is not None for p in plan.PLAN)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from benchmarks.steps import compilation
-from benchmarks.tools import checkpoints, levers, sides
+from benchmarks.tools import checkpoints, levers, settings, sides
 from benchmarks.tools.rows import Rows
 from engine.errors import TRY_AGAIN
 
@@ -46,7 +46,7 @@ def test_a_row_finds_what_was_compiled(checkpoint, name):
     assert compilation.compile_form(checkpoint, lever, 2) == {"compiled": 2, "found": 0}
     torch._dynamo.reset()
     counters.clear()
-    with levers.settings_kept():
+    with settings.settings_kept():
         side = sides.open_side(checkpoint, lever, 2)
         side.step()
         side.step()

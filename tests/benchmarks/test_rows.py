@@ -112,7 +112,11 @@ def test_rows_of_another_device_stand_beside_ours(tmp_path, monkeypatch):
 
 
 def test_only_rows_of_the_recipe_stand_for_every_commit(tmp_path, monkeypatch):
-    settings = {"engine": {"settings": {"options": {"compile": True}}}, "recipe": {"settings": {"encoders": True}}, "kernel": {}}
+    settings = {
+        "engine": {"settings": {"options": {"compile": True}}},
+        "recipe": {"settings": {"encoders": True}},
+        "kernel": {},
+    }
 
     def measure(commit: str, value: int) -> list[int]:
         monkeypatch.setattr(kept_rows, "environment", lambda: {"device": "a card", "commit": commit})

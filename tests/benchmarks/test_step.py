@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.steps import step
-from benchmarks.tools import checkpoints, cost, levers, published, rows, sides, waterfall
+from benchmarks.tools import checkpoints, cost, levers, published, rows, settings, sides, waterfall
 from benchmarks.tools.compiling import compiling_cheaply
 from benchmarks.tools.rows import Rows
 from benchmarks.tools.tables import OUT_OF_MEMORY
@@ -59,7 +59,7 @@ def test_a_lever_trains_and_leaves_torch_as_it_was(prior, lever, monkeypatch):
 
 def test_the_recipe_finds_torchs_own_order_of_attention_kernels():
     before = torch._C._get_sdp_priority_order(), torch._C._get_cudnn_sdp_enabled(), torch.compiler.config.cache_key_tag
-    with levers.settings_kept():
+    with settings.settings_kept():
         attention.set_order(["efficient", "math"])
         assert torch._C._get_sdp_priority_order() != before[0]
     after = torch._C._get_sdp_priority_order(), torch._C._get_cudnn_sdp_enabled(), torch.compiler.config.cache_key_tag
