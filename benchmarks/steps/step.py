@@ -16,7 +16,7 @@ Each row is then profiled: every kernel of some further steps is put into a cate
 (`benchmarks.tools.profile`), the rest of the time is idle.
 
 Model FLOP utilisation is against a matrix product of the same precision measured beforehand, and against the card's data
-sheet. `--sweep` runs what `--compile` gives at further batch sizes. `--tiny` takes models of a few thousand weights, to try the
+sheet. `--tiny` takes models of a few thousand weights, to try the
 benchmark itself.
 """
 
@@ -36,9 +36,9 @@ import engine.quiet  # noqa: F401 (before the libraries that it quiets)
 from tqdm import tqdm
 
 from benchmarks.tools import profile
-from benchmarks.tools.checkpoints import AIMS, PRECISION, TINY_AIM, Checkpoint, opened
+from benchmarks.tools.checkpoints import AIMS, PRECISION, Checkpoint, opened
 from benchmarks.tools.cost import Cost
-from benchmarks.tools.levers import LEVERS, SHIPPED, Lever
+from benchmarks.tools.levers import LEVERS, Lever
 from benchmarks.tools.published import TINY
 from benchmarks.tools.question import command_line, this_device
 from benchmarks.tools.rows import Rows
@@ -186,7 +186,6 @@ def measure_all(
     names: list[str],
     device: torch.device,
     batch: int | None = None,
-    sweep: bool = False,
     wanted: Iterable[str] = (),
     warm: bool = False,
 ) -> list[dict[str, Any]]:
@@ -205,8 +204,6 @@ def measure_all(
             waterfall, family = Waterfall(checkpoint, peak, rows, warm), checkpoint.family.config.family
             levers = [lever for lever in LEVERS if lever.fits(family) and (not wanted or lever.name in wanted)]
             measured += waterfall.measure_all(levers, batch or checkpoint.batch)
-            for further in AIMS.get(name, TINY_AIM)[1] if sweep else ():
-                measured.append(waterfall.measure(SHIPPED, further, True))
     return measured
 
 
@@ -215,9 +212,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="a few thousand weights instead of the published size")
     parser.add_argument("--checkpoints", nargs="+", choices=[*AIMS, *TINY], help="default: all")
     parser.add_argument("--levers", nargs="+", choices=[lever.name for lever in LEVERS], default=[], help="default: all")
-    parser.add_argument("--without", nargs="+", choices=[lever.name for lever in LEVERS], default=[], help="leave these out")
     parser.add_argument("--batch", type=int, help="batch of the waterfall, instead of each checkpoint's own")
-    parser.add_argument("--sweep", action="store_true", help="measure further batch sizes too")
     parser.add_argument("--warm", action="store_true", help="the caches hold what is compiled: expect shorter rows")
     parser.add_argument("--compile_cache_dir", type=Path, help="keep compiled code there (default: as torch's variables say)")
     options = parser.parse_args()
@@ -226,11 +221,8 @@ def main() -> int:
         keep_compiled_code(options.compile_cache_dir)
     device = this_device()
     names = options.checkpoints or (list(TINY) if options.tiny else list(AIMS))
-    wanted = [
-        lever.name for lever in LEVERS if lever.name in (options.levers or [lever.name]) and lever.name not in options.without
-    ]
     rows = Rows(options.json, __doc__, options.minutes)
-    measured = measure_all(rows, names, device, options.batch, options.sweep, wanted, options.warm)
+    measured = measure_all(rows, names, device, options.batch, options.levers, options.warm)
     print(table(measured), profile.table(measured), sep="\n\n")
     return rows.exit_code
 

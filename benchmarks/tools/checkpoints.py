@@ -19,15 +19,15 @@ from engine.models.encoder import Encoder
 from engine.models.family import Family, open_family
 from engine.models.training_form import SHIPPED, Form
 
-# Checkpoint -> the batch that its waterfall aims at, and further ones of the sweep.
+# Checkpoint -> the batch that its waterfall aims at.
 AIMS = {
-    "SD 1.5, 512 px": (32, [8, 16, 64]),
-    "Kandinsky 2.2 prior": (128, [32, 256]),
-    "Wuerstchen v2 prior, 768 px": (32, [8, 64]),
-    "Kandinsky 2.2 decoder, 768 px": (16, [4, 32]),
-    "Kandinsky 2.2 decoder, 512 px": (32, [8, 64]),
+    "SD 1.5, 512 px": 32,
+    "Kandinsky 2.2 prior": 128,
+    "Wuerstchen v2 prior, 768 px": 32,
+    "Kandinsky 2.2 decoder, 768 px": 16,
+    "Kandinsky 2.2 decoder, 512 px": 32,
 }
-TINY_AIM = (4, [2])
+TINY_AIM = 4
 PRECISION = {"cuda": "bf16", "cpu": "no"}
 
 
@@ -93,7 +93,7 @@ class Checkpoint:
     def batch(self) -> int:
         """The batch of its waterfall."""
         memory = torch.cuda.mem_get_info(self.device)[1] if self.device.type == "cuda" else math.inf
-        return largest_batch(AIMS.get(self.name, TINY_AIM)[0], self.cost, memory)
+        return largest_batch(AIMS.get(self.name, TINY_AIM), self.cost, memory)
 
 
 def open_checkpoint(name: str, directory: Path, device: torch.device, **options: Any) -> Checkpoint:
