@@ -1,8 +1,9 @@
 """How fast is a training step, and what does each lever give? `python -m benchmarks.steps.step [--checkpoints NAME...]`
 
 Per checkpoint (the published sizes with random weights, over a batch that stays on the device) one row per lever and batch; the
-levers are `LEVERS`: the diffusers recipe (benchmarks/tools/plain.py) and then the engine, each with what the one before has.
-Rows that leave the defaults alone are what a user gets, with and without `--compile`.
+levers are `LEVERS`: the diffusers recipe (benchmarks/tools/plain.py), the engine, each with what the one before has, up to what
+ships; and levers that take one thing from what ships. Rows that leave the defaults alone are what a user gets, with and
+without `--compile`.
 
 Each row is kept in FILE the moment it is measured, and a further call goes on with what is missing (exit code 75 says that
 something is): with `--minutes`, no row begins that would not end in time. A row fails, and only it, unless its optimizer moved

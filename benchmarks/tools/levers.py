@@ -1,4 +1,5 @@
-"""The levers of a training step's speed: the diffusers recipe, and then the engine, each with what the one before has."""
+"""The levers of a training step's speed: the diffusers recipe, the engine, each with what the one before has, up to what ships;
+and levers that take one thing from what ships."""
 
 from __future__ import annotations
 
@@ -53,9 +54,7 @@ class Lever:
     def form(self) -> tuple[Any, ...]:
         """What torch.compile makes anew: the same again comes from its cache."""
         options = {name: value for name, value in (self.options or {}).items() if name != "cuda_graphs"}
-        form = self.training_form
-        kernels = form.norms_when_compiled, form.activations_when_compiled
-        return self.best, self.options is None, sorted(options.items()), self.projections, kernels
+        return self.best, self.options is None, sorted(options.items()), self.training_form
 
     @property
     def training_form(self) -> Form:
@@ -96,11 +95,11 @@ LEVERS = [
     Lever("cuDNN's search", UNCAPTURED, cudnn_benchmark=True, families=CONVOLUTIONAL),
     Lever("captured", {}),
     Lever("compiled", {"compile": True, **UNCAPTURED}),
-    # Each beside what ships: inductor's kernels in the place of ours.
+    SHIPPED,
+    # Each beside what ships: inductor's kernels, or torch's, in the place of ours.
     Lever("compiled, plain norms", {"compile": True}, norms=False, families=NORMALISED),
     Lever("compiled, plain activations", {"compile": True}, activations=False, families=ACTIVATED),
     Lever("compiled, torch's attention", {"compile": True, "attention": "cudnn"}, families=("kandinsky-prior",)),
-    SHIPPED,
     # Beside "captured", since no kernel of attention needs torch.compile, and each would compile the model anew.
     *(Lever(f"captured, {kind} attention", {"attention": kind}) for kind in ("cudnn", "flash", "efficient")),
     Lever("max-autotune", {"compile": True, "compile_mode": "max-autotune-no-cudagraphs"}),

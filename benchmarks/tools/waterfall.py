@@ -69,7 +69,7 @@ def chart(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def roofline(rows: list[dict[str, Any]], bytes_per_second: float | None, path: Path) -> None:
-    """The last measured lever of every model and batch size, under the limits of matrix products and of memory.
+    """The fastest lever of every model and batch size, under the limits of matrix products and of memory.
 
     Args:
         rows: all of one device; a limit is left out where it was not measured.
@@ -78,9 +78,10 @@ def roofline(rows: list[dict[str, Any]], bytes_per_second: float | None, path: P
     peak = next((row["measured"] for row in rows if "measured" in row), None)
     figure = Figure(figsize=(8, 5), layout="constrained")
     panel = figure.subplots()
-    last = {(row["checkpoint"], row["batch"]): row for row in rows if "samples_per_second" in row}
+    measured = [row for row in rows if "samples_per_second" in row]
+    fastest = {(row["checkpoint"], row["batch"]): row for row in sorted(measured, key=lambda row: row["samples_per_second"])}
     intensities = []
-    for (checkpoint, batch), row in last.items():
+    for (checkpoint, batch), row in fastest.items():
         intensity = batch * row["training_flops_per_sample"] / row["bytes_per_step"]
         reached = row["samples_per_second"] * row["training_flops_per_sample"]
         panel.plot(intensity, reached, "o", color=BLUE)

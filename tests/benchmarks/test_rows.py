@@ -112,16 +112,13 @@ def test_rows_of_another_device_stand_beside_ours(tmp_path, monkeypatch):
 
 
 def test_only_rows_of_the_recipe_stand_for_every_commit(tmp_path, monkeypatch):
-    settings = {
-        "engine": {"settings": {"options": {"compile": True}}},
-        "recipe": {"settings": {"encoders": True}},
-        "kernel": {},
-    }
+    abouts = [{"settings": {"options": {"compile": True}}}, {"settings": {"encoders": True}}, {}]
 
     def measure(commit: str, value: int) -> list[int]:
         monkeypatch.setattr(kept_rows, "environment", lambda: {"device": "a card", "commit": commit})
         rows = Rows(tmp_path / "rows.json", DOCUMENT)
-        return [rows.measure(name, 1, lambda: {"value": value}, **about)["value"] for name, about in settings.items()]
+        named = zip(("engine", "recipe", "kernel"), abouts, strict=True)
+        return [rows.measure(name, 1, lambda: {"value": value}, **about)["value"] for name, about in named]
 
     assert measure("one", 1) == [1, 1, 1]
     assert measure("one", 2) == [1, 1, 1]
