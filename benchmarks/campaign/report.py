@@ -82,7 +82,7 @@ def targets(rows: Rows) -> str:
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for (checkpoint, device), group in by_checkpoint(rows).items():
         ours = [row for row in group if "samples_per_second" in row and row["settings"].get("options") is not None]
-        speeds, ratio = TARGETS.get(checkpoint, ({}, ""))
+        speeds, aim = TARGETS.get(checkpoint, ({}, ""))
         for batch in dict.fromkeys((fastest(ours)["batch"], batch_of_waterfall(group)) if ours else ()):
             of_batch = [row for row in ours if row["batch"] == batch]
             if not of_batch:
@@ -93,8 +93,8 @@ def targets(rows: Rows) -> str:
             profiled = best.get("profile", {})
             idle = profiled["milliseconds"]["idle"] / profiled["step_milliseconds"] if profiled else None
             cells = [
-                checkpoint, device, next((aim for card, aim in speeds.items() if card in device), ""), speed, best["lever"],
-                batch, best.get("memory_gib"), best.get("reserved_gib"), ratio,
+                checkpoint, device, next((fast for card, fast in speeds.items() if card in device), ""), speed, best["lever"],
+                batch, best.get("memory_gib"), best.get("reserved_gib"), aim,
                 *(recipe and speed / recipe for recipe in recipes),
                 None if idle is None else f"{idle:.2%}", profiled.get("longest_gap_milliseconds"), f"under {IDLE:.0%}",
             ]  # fmt: skip

@@ -53,22 +53,11 @@ HOST, DEVICE = 12 * 2**30, 10 * 2**30  # bytes of memory per process, with as mu
 OTHERS = {
     # One family after another: whole pipelines take the most memory.
     "sampling": (
-        "-m",
-        "benchmarks.sample",
-        "--families",
-        "wuerstchen",
-        "sd",
-        "kandinsky",
-        "--ways",
-        "compiled",
-        "--steps",
-        "2",
-        "--turns",
-        "1",
-        "--no_counts",
+        "-m", "benchmarks.sample", "--families", "wuerstchen", "sd", "kandinsky", "--ways", "compiled", "--steps", "2",
+        "--turns", "1", "--no_counts",
     ),
     "kernels": ("-m", "benchmarks.operations.kernels"),
-}
+}  # fmt: skip
 # What takes long comes first.
 ORDER = sorted(AIMS, key=lambda name: CHECKPOINTS[name][0] not in ("wuerstchen", "sd"))
 
@@ -160,11 +149,11 @@ def forms(names: Sequence[str], wanted: Sequence[str]) -> dict[str, tuple[str, .
         for lever in [lever for lever in fitting if lever.name in wanted] if wanted else levers_of(name, family_of(name)):
             if lever.compiles and lever.form not in seen:
                 seen.append(lever.form)
-                found[f"{name}: {lever.name}"] = here(name, lever.name)
+                found[f"{name}: {lever.name}"] = command_of(name, lever.name)
     return found
 
 
-def here(name: str, lever: str, *others: str) -> tuple[str, ...]:
+def command_of(name: str, lever: str, *others: str) -> tuple[str, ...]:
     """What compiles a form in its own process."""
     module = "benchmarks.steps.compilation"
     return "-m", module, "--processes", "0", "--checkpoints", name, "--levers", lever, *others
@@ -243,7 +232,7 @@ def main() -> int:
     works = forms(options.checkpoints or ORDER, options.levers)
     if not options.checkpoints:
         for name, size in (*LARGER.items(), ("SD 1.5, 512 px", SMALL_BATCH)):
-            works[f"{name}: {SHIPPED.name}, batch {size}"] = here(name, SHIPPED.name, "--batch", str(size))
+            works[f"{name}: {SHIPPED.name}, batch {size}"] = command_of(name, SHIPPED.name, "--batch", str(size))
         works = OTHERS | works
     print(table(side_by_side(rows, works, options.processes or most_processes(device), options.minutes)))
     return rows.exit_code

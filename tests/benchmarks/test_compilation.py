@@ -101,6 +101,6 @@ def test_every_form_that_a_planned_row_compiles_is_compiled_once():
 
 
 def test_a_tiny_form_is_opened_in_this_process(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [*compilation.here("kandinsky-prior", "compiled and captured")[1:]])
+    monkeypatch.setattr(sys, "argv", [*compilation.command_of("kandinsky-prior", "compiled and captured")[1:]])
     assert compilation.main() == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"compiled": 0, "found": 0}
