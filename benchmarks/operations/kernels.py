@@ -73,6 +73,7 @@ GRADIENTS: Shapes = {"SD, 860 M parameters": (859_520_964,)}
 SMALL_GRADIENTS: Shapes = {"small": (1_000_000,)}
 
 Works = dict[str, Work]
+BACKWARD = "group_norm_silu, backward"  # a pass alone, against a copy and nothing else
 
 
 def script_group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -135,6 +136,29 @@ def latent_works(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool
     }  # fmt: skip
 
 
+def both_passes(
+    name: str, sides: dict[str, Callable[..., Tensor]], inputs: tuple[Tensor, ...], upstream: Tensor, *weights: Tensor
+) -> dict[str, Works]:
+    """Of each side the forward pass alone, and with the backward pass.
+
+    Args:
+        inputs: of a side.
+        upstream: the gradient of its result.
+        weights: that take a gradient beside the inputs.
+    """
+
+    def forward(function: Callable[..., Tensor]) -> Work:
+        return torch.no_grad()(lambda: function(*inputs))
+
+    def backward(function: Callable[..., Tensor]) -> Work:
+        return lambda: torch.autograd.grad(function(*inputs), (*inputs, *weights), upstream)
+
+    return {
+        name: {side: forward(function) for side, function in sides.items()},
+        f"{name}, both passes": {side: backward(function) for side, function in sides.items()},
+    }
+
+
 def group_norm_works(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Works]:
     """Group normalisation with SiLU, forward alone, backward alone, and forward with backward."""
     x = torch.randn(shape, device=device).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
@@ -144,50 +168,27 @@ def group_norm_works(shape: tuple[int, ...], dtype: torch.dtype, device: torch.d
     def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return group_norm_silu(x, weight, bias, 32, 1e-5)
 
-    def forward(function: Callable[..., Tensor]) -> Callable[[], Any]:
-        with_weights = (x.detach(), weight.detach(), bias.detach())
-        return lambda: function(*with_weights)
-
-    def backward(function: Callable[..., Tensor]) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(function(x, weight, bias), (x, weight, bias), upstream)
-
     sides = {"engine": ours, "script": script_group_norm_silu, "compiled": compiled_group_norm_silu}
     affine = [tensor.detach().expand(shape[:2]) for tensor in (weight, bias)]
     statistics = torch.ops.engine.group_norm_silu(x.detach(), *affine, 32, 1e-5, True)[1:]
     given = (upstream, x.detach(), *affine, *statistics)
     return {
-        "group_norm_silu": {side: forward(function) for side, function in sides.items()},
-        "group_norm_silu, forward": {"engine": forward(ours)},
-        "group_norm_silu, backward": {"engine": lambda: torch.ops.engine.group_norm_silu_backward(*given, 32, True)},
-        "group_norm_silu, both passes": {side: backward(function) for side, function in sides.items()},
+        **both_passes("group_norm_silu", sides, (x, weight, bias), upstream),
+        BACKWARD: {"engine": lambda: torch.ops.engine.group_norm_silu_backward(*given, 32, True)},
     }
 
 
 def response_norm_works(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Works]:
     """What lies between the linear layers of Wuerstchen's residual block, in training: forward alone, and with backward."""
     u = torch.randn(shape, device=device).to(dtype).requires_grad_()
-    norm, upstream = GlobalResponseNorm(shape[-1]).to(device, dtype), torch.randn_like(u)
+    norm = GlobalResponseNorm(shape[-1]).to(device, dtype)
     script = nn.Sequential(nn.GELU(), norm, nn.Dropout(0.1))
-    compiled = torch.compile(script)
 
     def ours(u: Tensor) -> Tensor:
         return gelu_response_norm(u, norm.gamma.flatten(), norm.beta.flatten(), 0.1)
 
-    def forward(function: Callable[..., Tensor]) -> Callable[[], Any]:
-        @torch.no_grad()
-        def work() -> Tensor:
-            return function(u)
-
-        return work
-
-    def backward(function: Callable[..., Tensor]) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(function(u), (u, norm.gamma, norm.beta), upstream)
-
-    sides: dict[str, Callable[..., Tensor]] = {"engine": ours, "script": script, "compiled": compiled}
-    return {
-        "gelu_response_norm": {side: forward(function) for side, function in sides.items()},
-        "gelu_response_norm, both passes": {side: backward(function) for side, function in sides.items()},
-    }
+    sides: dict[str, Callable[..., Tensor]] = {"engine": ours, "script": script, "compiled": torch.compile(script)}
+    return both_passes("gelu_response_norm", sides, (u,), torch.randn_like(u), norm.gamma, norm.beta)
 
 
 def gelu_works(shape: tuple[int, ...], gated: bool, dtype: torch.dtype, device: torch.device) -> dict[str, Works]:
@@ -196,19 +197,8 @@ def gelu_works(shape: tuple[int, ...], gated: bool, dtype: torch.dtype, device: 
     name, ours, script, compiled = (
         ("geglu", geglu, script_geglu, compiled_geglu) if gated else ("gelu", gelu, F.gelu, compiled_gelu)
     )
-    upstream = torch.randn_like(script(x))
-
-    def forward(function: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
-        return lambda: function(x.detach())
-
-    def backward(function: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(function(x), x, upstream)
-
-    sides: dict[str, Callable[[Tensor], Tensor]] = {"engine": ours, "script": script, "compiled": compiled}
-    return {
-        name: {side: forward(function) for side, function in sides.items()},
-        f"{name}, both passes": {side: backward(function) for side, function in sides.items()},
-    }
+    sides: dict[str, Callable[..., Tensor]] = {"engine": ours, "script": script, "compiled": compiled}
+    return both_passes(name, sides, (x,), torch.randn_like(script(x)))
 
 
 def square_sum_works(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Works]:
@@ -226,13 +216,11 @@ def square_sum_works(shape: tuple[int, ...], dtype: torch.dtype, device: torch.d
 # normalisation, whose statistics are of a whole sample, reads twice each time; the norm reads.
 MOVES = {
     "add_noise": 3, "diffusion_loss": 2, "diffusion_loss, Huber": 2, "diffusion_loss, masked": 2, "group_norm_silu": 2,
-    "group_norm_silu, forward": 2, "group_norm_silu, backward": 3, "group_norm_silu, both passes": 5, "gelu_response_norm": 3,
+    BACKWARD: 3, "group_norm_silu, both passes": 5, "gelu_response_norm": 3,
     "gelu_response_norm, both passes": 8, "geglu": 1.5, "geglu, both passes": 4, "gelu": 2, "gelu, both passes": 5,
     "square_sum": 1,
 }  # fmt: skip
 
-
-ALONE = ("group_norm_silu, forward", "group_norm_silu, backward")  # each pass, against a copy and nothing else
 SECONDS = 40  # that a row takes at most, most of them for torch.compile
 
 
@@ -250,10 +238,11 @@ def measure(small: bool, compiled: bool, device: torch.device, rows: Rows | None
     if gpu or small:
         dtype = torch.bfloat16
         for name, shape in (SMALL_ACTIVATIONS if small else ACTIVATIONS).items():
-            operations = ("group_norm_silu", "group_norm_silu, both passes")
+            operations: tuple[str, ...] = ("group_norm_silu", "group_norm_silu, both passes")
             cases.append((operations, name, shape, dtype, "channels_last", partial(group_norm_works, shape, dtype, device)))
         for name, shape in (SMALL_ACTIVATIONS if small else TRAINED_ACTIVATIONS).items():
-            cases.append((ALONE, name, shape, dtype, "channels_last", partial(group_norm_works, shape, dtype, device)))
+            operations = (BACKWARD,) if small else ("group_norm_silu", BACKWARD)
+            cases.append((operations, name, shape, dtype, "channels_last", partial(group_norm_works, shape, dtype, device)))
         for name, shape in (SMALL_HIDDEN_STATES if small else HIDDEN_STATES).items():
             operations = ("gelu_response_norm", "gelu_response_norm, both passes")
             cases.append((operations, name, shape, dtype, "contiguous", partial(response_norm_works, shape, dtype, device)))
@@ -271,7 +260,7 @@ def measure(small: bool, compiled: bool, device: torch.device, rows: Rows | None
             about = {"operation": operation, "shape": name, "dtype": str(dtype).removeprefix("torch."), "layout": layout}
             moved = int(MOVES[operation] * torch.Size(shape).numel() * dtype.itemsize)
             work = partial(compare, partial(_sides, build, operation, compiled), moved, device)
-            seconds = SECONDS if compiled and operation not in ALONE else 1
+            seconds = SECONDS if compiled and operation != BACKWARD else 1
             measured.append(rows.measure(", ".join(about.values()), seconds, work, **about))
     return measured
 
