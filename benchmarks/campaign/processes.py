@@ -90,6 +90,7 @@ def last_lines(log: Path) -> list[str]:
     # The report travels: where this machine keeps things is nobody's business.
     scratch = str(log.absolute().parent.parent)
     places = {sys.executable: "python", sys.prefix: "PREFIX", scratch: "SCRATCH", str(Path.cwd()): "."}
-    for place, name in places.items():
+    sites = {path: "SITE" for path in sys.path if Path(path).is_absolute() and path not in places}
+    for place, name in (places | sites).items():
         shown = [line.replace(place, name) for line in shown]
     return [line[:400] for line in shown]

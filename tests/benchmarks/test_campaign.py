@@ -301,8 +301,12 @@ def test_every_part_is_chosen_by_its_name(capsys):
     assert len({part.slug for part in plan.PLAN}) == len(plan.PLAN)
 
 
-def test_a_report_does_not_say_where_a_machine_keeps_things(tmp_path):
+def test_a_report_does_not_say_where_a_machine_keeps_things(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path / "site")
     log = tmp_path / "scratch" / "logs" / "part.log"
     log.parent.mkdir(parents=True)
-    log.write_text(f"$ {sys.executable} -m part --json {tmp_path}/scratch/rows/part.json\nFile {Path.cwd()}/engine/run.py\n")
-    assert processes.last_lines(log) == ["$ python -m part --json SCRATCH/rows/part.json", "File ./engine/run.py"]
+    log.write_text(f"$ {sys.executable} -m part --json {tmp_path}/scratch/rows/part.json\nFile {Path.cwd()}/engine/run.py\n"
+                   f"{tmp_path}/site/torchao/api.py: a warning\n")  # fmt: skip
+    assert processes.last_lines(log) == [
+        "$ python -m part --json SCRATCH/rows/part.json", "File ./engine/run.py", "SITE/torchao/api.py: a warning",
+    ]  # fmt: skip
