@@ -174,8 +174,8 @@ PLAN = [
     waterfall("Kandinsky decoder at 512 px", "Kandinsky 2.2 decoder, 512 px", "kandinsky-decoder", "recipe, cached"),
     Part(
         "kernels", "What do the fused operations gain over eager torch and torch.compile?",
-        module("operations.kernels"), module("operations.kernels", "--small"), 115,
-        "45 rows of 2 s, and 15 s of imports, with compiled code in the caches",
+        module("operations.kernels"), module("operations.kernels", "--small"), 225,
+        "105 rows of 2 s, and 15 s of imports, with compiled code in the caches",
         predicted="bytes against a copy's: `add_noise` 34 %, `diffusion_loss` 20 to 40 %, `group_norm_silu` 50 to 65 % "
         "(8 x 8: 25 %), `gelu_response_norm` 80 %, `square_sum` 85 % and more",
     ),

@@ -120,4 +120,4 @@ def test_a_table_that_fails_costs_only_itself(tmp_path):
     assert "This could not be written:\n\n```\nTraceback" in text
     assert "KeyError: 'microseconds'" in text
     assert "| SD 1.5, 512 px |  |  |  |  |  |  | 1.5 |  |" in text
-    assert "- kernels: 115 s by estimate" in text
+    assert "- kernels: 225 s by estimate" in text
