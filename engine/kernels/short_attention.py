@@ -79,6 +79,29 @@ def _exponentials(query, key_0, key_1, mask_0, mask_1, SCALE: tl.constexpr):
 
 
 @triton.jit
+def _load_parts(
+    pointer, tokens, CHANNELS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
+    KEYS: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """A head's queries, and both parts of its keys and of its values: of COUNT tokens each, [COUNT, WIDTH]."""
+    ROW: tl.constexpr = 3 * CHANNELS
+    query = _load(pointer, tokens, 0, TOKENS, ROW, SIZE, WIDTH)
+    key_0 = _load(pointer + CHANNELS, tokens, 0, KEYS, ROW, SIZE, WIDTH)
+    key_1 = _load(pointer + CHANNELS, tokens, KEYS, REST, ROW, SIZE, WIDTH)
+    value_0 = _load(pointer + 2 * CHANNELS, tokens, 0, KEYS, ROW, SIZE, WIDTH)
+    value_1 = _load(pointer + 2 * CHANNELS, tokens, KEYS, REST, ROW, SIZE, WIDTH)
+    return query, key_0, key_1, value_0, value_1
+
+
+@triton.jit
+def _load_masks(mask_pointer, tokens, row_stride, TOKENS: tl.constexpr, KEYS: tl.constexpr, REST: tl.constexpr):
+    """What is added to scores with both parts of the keys."""
+    mask_0 = _load_mask(mask_pointer, tokens, row_stride, 0, KEYS, TOKENS)
+    mask_1 = _load_mask(mask_pointer, tokens, row_stride, KEYS, REST, TOKENS)
+    return mask_0, mask_1
+
+
+@triton.jit
 def short_attention_kernel(
     y_pointer, projected_pointer, mask_pointer, tokens, sample_stride, row_stride,
     HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr, TOKENS: tl.constexpr,
@@ -91,13 +114,8 @@ def short_attention_kernel(
     projected_pointer += sample * tokens * ROW + head * SIZE
     if mask_pointer is not None:
         mask_pointer += sample * sample_stride
-    query = _load(projected_pointer, tokens, 0, TOKENS, ROW, SIZE, WIDTH)
-    key_0 = _load(projected_pointer + CHANNELS, tokens, 0, KEYS, ROW, SIZE, WIDTH)
-    key_1 = _load(projected_pointer + CHANNELS, tokens, KEYS, REST, ROW, SIZE, WIDTH)
-    value_0 = _load(projected_pointer + 2 * CHANNELS, tokens, 0, KEYS, ROW, SIZE, WIDTH)
-    value_1 = _load(projected_pointer + 2 * CHANNELS, tokens, KEYS, REST, ROW, SIZE, WIDTH)
-    mask_0 = _load_mask(mask_pointer, tokens, row_stride, 0, KEYS, TOKENS)
-    mask_1 = _load_mask(mask_pointer, tokens, row_stride, KEYS, REST, TOKENS)
+    query, key_0, key_1, value_0, value_1 = _load_parts(projected_pointer, tokens, CHANNELS, SIZE, WIDTH, TOKENS, KEYS, REST)
+    mask_0, mask_1 = _load_masks(mask_pointer, tokens, row_stride, TOKENS, KEYS, REST)
 
     powers_0, powers_1, factor = _exponentials(query, key_0, key_1, mask_0, mask_1, SCALE)
     y = tl.dot(powers_0.to(value_0.dtype), value_0)
@@ -119,14 +137,9 @@ def short_attention_backward_kernel(
     projected_gradient_pointer += sample * tokens * ROW + head * SIZE
     if mask_pointer is not None:
         mask_pointer += sample * sample_stride
-    query = _load(projected_pointer, tokens, 0, TOKENS, ROW, SIZE, WIDTH)
-    key_0 = _load(projected_pointer + CHANNELS, tokens, 0, KEYS, ROW, SIZE, WIDTH)
-    key_1 = _load(projected_pointer + CHANNELS, tokens, KEYS, REST, ROW, SIZE, WIDTH)
-    value_0 = _load(projected_pointer + 2 * CHANNELS, tokens, 0, KEYS, ROW, SIZE, WIDTH)
-    value_1 = _load(projected_pointer + 2 * CHANNELS, tokens, KEYS, REST, ROW, SIZE, WIDTH)
+    query, key_0, key_1, value_0, value_1 = _load_parts(projected_pointer, tokens, CHANNELS, SIZE, WIDTH, TOKENS, KEYS, REST)
     gradient = _load(y_gradient_pointer, tokens, 0, TOKENS, CHANNELS, SIZE, WIDTH)
-    mask_0 = _load_mask(mask_pointer, tokens, row_stride, 0, KEYS, TOKENS)
-    mask_1 = _load_mask(mask_pointer, tokens, row_stride, KEYS, REST, TOKENS)
+    mask_0, mask_1 = _load_masks(mask_pointer, tokens, row_stride, TOKENS, KEYS, REST)
 
     powers_0, powers_1, factor = _exponentials(query, key_0, key_1, mask_0, mask_1, SCALE)
     # In the precision in which they weigh values, and in half the registers.
@@ -178,8 +191,10 @@ def most_registers(constants: dict[str, int | float], capability: tuple[int, int
     Untold, ptxas stores some to memory on Blackwell for the sake of 128.
     """
     alike = constants["TOKENS"] == 128 and constants["REST"] == 32 and constants["WIDTH"] == 64
-    limits = {9: 128, 10: 160} if alike and capability is not None else {}
-    return {"maxnreg": limits[capability[0]]} if capability is not None and capability[0] in limits else {}
+    if capability is None or not alike:
+        return {}
+    limit = {9: 128, 10: 160}.get(capability[0])
+    return {} if limit is None else {"maxnreg": limit}
 
 
 def _layout(projected: Tensor, mask: Tensor | None, heads: int) -> tuple[tuple[int, ...], dict[str, int | float]]:
