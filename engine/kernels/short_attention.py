@@ -278,7 +278,7 @@ def _(y_gradient, projected, mask, heads):
     return torch.empty_like(projected, memory_format=torch.contiguous_format)
 
 
-def _remember(ctx, inputs, output):
+def _keep(ctx, inputs, output):
     projected, mask, ctx.heads = inputs
     ctx.save_for_backward(projected, mask)
 
@@ -287,7 +287,7 @@ def _differentiate(ctx, y_gradient):
     return _backward(y_gradient, *ctx.saved_tensors, ctx.heads), None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_remember)
+_forward.register_autograd(_differentiate, setup_context=_keep)
 
 
 def widened(mask: Tensor) -> Tensor:
