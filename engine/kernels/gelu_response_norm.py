@@ -40,7 +40,7 @@ def _tail(x):
     """|x|, and the normal distribution's part beyond it as 2^polynomial, within 2^-11.8 of its value up to 5.5.
 
     Both fall to zero from there: |x| times their difference is below 5e-11.
-    gelu.py's fit holds beyond, and in fp16 too, for two special functions; of bf16 this keeps all digits that matter for one.
+    gelu.py's fit holds beyond, and for fp16 too, with two special functions; this one, for bf16, takes one.
     """
     size = tl.abs(x)
     outer = -0.0452387390 + size * (0.00498826371 - size * 0.000241196208)
