@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.launch import on_its_device
+from engine.kernels.layout import at_least_fp32
 
 ELEMENTS = 2048  # of a program's tile: two 16-byte pieces of bf16 per thread and tensor, all asked for before any is used
 WIDTH = 256  # columns of a tile at most: a warp's pieces
@@ -118,11 +119,6 @@ def launch_gelu_backward(y_gradient: Tensor, x: Tensor, gated: bool) -> Tensor:
     return x_gradient
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """At least fp32; double precision stays, for checks of the formulas."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def reference_gelu(x: Tensor, gated: bool) -> Tensor:
     """gelu(x), or value * gelu(gate) with (value, gate) the halves of x, rounded once.
 
@@ -133,15 +129,15 @@ def reference_gelu(x: Tensor, gated: bool) -> Tensor:
         [..., C] in the dtype of x, contiguous.
     """
     if not gated:
-        return F.gelu(_wide(x)).to(x.dtype).contiguous()
-    value, gate = _wide(x).chunk(2, -1)
+        return F.gelu(at_least_fp32(x)).to(x.dtype).contiguous()
+    value, gate = at_least_fp32(x).chunk(2, -1)
     return (value * F.gelu(gate)).to(x.dtype).contiguous()
 
 
 def reference_gelu_backward(y_gradient: Tensor, x: Tensor, gated: bool) -> Tensor:
     """The gradient with respect to x, in its shape and dtype, contiguous."""
-    value, gate = _wide(x).chunk(2, -1) if gated else (1, _wide(x))
-    gradient = _wide(y_gradient)
+    value, gate = at_least_fp32(x).chunk(2, -1) if gated else (1, at_least_fp32(x))
+    gradient = at_least_fp32(y_gradient)
     through = torch.ops.aten.gelu_backward(gradient * value, gate)
     both = torch.cat([gradient * F.gelu(gate), through], -1) if gated else through
     return both.to(x.dtype).contiguous()

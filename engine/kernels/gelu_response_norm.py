@@ -21,6 +21,7 @@ from torch import Tensor
 
 from engine import philox
 from engine.kernels.launch import on_its_device
+from engine.kernels.layout import at_least_fp32
 from engine.kernels.philox import words_of
 
 WIDTH = 64  # channels of a program: a cache line of bf16
@@ -291,8 +292,8 @@ def launch_gelu_response_norm_backward(
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """[B, positions, C], at least fp32; double precision stays, for checks of the formulas."""
-    return tensor.flatten(1, -2).to(torch.promote_types(tensor.dtype, torch.float32))
+    """[B, positions, C]."""
+    return at_least_fp32(tensor.flatten(1, -2))
 
 
 def _weights(u: Tensor, seed: Tensor | None, probability: float) -> Tensor | float:

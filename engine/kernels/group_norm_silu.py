@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.launch import on_its_device
+from engine.kernels.launch import is_nvidia, on_its_device
+from engine.kernels.layout import at_least_fp32
 
 # How the work is cut: of six ways the fastest on an H200 at the sizes that SD trains, by 5 % forward.
 WIDTH = 64  # channels of a program: whole lines of memory in bf16, and a divisor of what published models have
@@ -317,10 +318,6 @@ def tiling(x: Tensor, groups: int, silu: bool, backward: bool, nvidia: bool) -> 
     })  # fmt: skip
 
 
-def _on_nvidia(x: Tensor) -> bool:
-    return x.is_cuda and torch.version.hip is None
-
-
 def channels_innermost(tensor: Tensor) -> Tensor:
     """`tensor` [B, C, ...] itself where its memory is [B, ..., C], else a copy that is so."""
     turned = tensor.movedim(1, -1)
@@ -334,7 +331,7 @@ def launch_group_norm_silu(
     x = channels_innermost(x)
     y = torch.empty_like(x)
     mean, rstd = (torch.empty(x.shape[0], groups, dtype=torch.float32, device=x.device) for _ in range(2))
-    tiles = tiling(x, groups, silu, False, _on_nvidia(x))
+    tiles = tiling(x, groups, silu, False, is_nvidia(x.device))
     _, chunks, batch = tiles.grid
     sums = torch.empty(batch, chunks, 2, x.shape[1], dtype=torch.float32, device=x.device)
     positions = x.shape[2:].numel()
@@ -355,7 +352,7 @@ def launch_group_norm_silu_backward(
     x, y_gradient = channels_innermost(x), channels_innermost(y_gradient)
     x_gradient = torch.empty_like(x)
     weight_gradient, bias_gradient = (torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for _ in range(2))
-    tiles = tiling(x, groups, silu, True, _on_nvidia(x))
+    tiles = tiling(x, groups, silu, True, is_nvidia(x.device))
     _, chunks, batch = tiles.grid
     sums = torch.empty(batch, chunks, 2, x.shape[1], dtype=torch.float32, device=x.device)
     given = (y_gradient, x, weight, bias, mean, rstd)
@@ -370,11 +367,6 @@ def launch_group_norm_silu_backward(
     return x_gradient, weight_gradient, bias_gradient
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """At least fp32; double precision stays, for checks of the formulas."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def reference_group_norm_silu(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, epsilon: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -387,13 +379,13 @@ def reference_group_norm_silu(
     Returns:
         y in the shape and dtype of x, channels last; mean and 1 / standard deviation of the groups, fp32 [B, groups].
     """
-    wide = channels_innermost(_wide(x))
+    wide = channels_innermost(at_least_fp32(x))
     grouped = wide.unflatten(1, (groups, -1)).flatten(2)
     mean = grouped.mean(2)
     rstd = (grouped.var(2, correction=0) + epsilon).rsqrt()
     per_channel = [*weight.shape, *[1] * (x.dim() - 2)]
     normalised = (wide - _per_channel(mean, x)) * _per_channel(rstd, x)
-    y = normalised * _wide(weight).view(per_channel) + _wide(bias).view(per_channel)
+    y = normalised * at_least_fp32(weight).view(per_channel) + at_least_fp32(bias).view(per_channel)
     return channels_innermost((F.silu(y) if silu else y).to(x.dtype)), mean, rstd
 
 
@@ -407,19 +399,19 @@ def reference_group_norm_silu_backward(
     y_gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to x (its shape and dtype), weight and bias (fp32 [B, C], per sample)."""
-    wide, gradient = channels_innermost(_wide(x)), _wide(y_gradient)
+    wide, gradient = channels_innermost(at_least_fp32(x)), at_least_fp32(y_gradient)
     per_channel = [*weight.shape, *[1] * (x.dim() - 2)]
     spatial = list(range(2, x.dim()))
-    scale = _wide(weight).view(per_channel)
+    scale = at_least_fp32(weight).view(per_channel)
     normalised = (wide - _per_channel(mean, x)) * _per_channel(rstd, x)
     if silu:
-        given = normalised * scale + _wide(bias).view(per_channel)
+        given = normalised * scale + at_least_fp32(bias).view(per_channel)
         sigmoid = given.sigmoid()
         gradient = gradient * sigmoid * (1 + given * (1 - sigmoid))
     bias_gradient, weight_gradient = gradient.sum(spatial), (gradient * normalised).sum(spatial)
     count = x[0, 0].numel() * x.shape[1] // groups
     average, along = (
-        (_wide(weight) * sums).unflatten(1, (groups, -1)).sum(2) / count for sums in (bias_gradient, weight_gradient)
+        (at_least_fp32(weight) * sums).unflatten(1, (groups, -1)).sum(2) / count for sums in (bias_gradient, weight_gradient)
     )
     x_gradient = _per_channel(rstd, x) * (scale * gradient - _per_channel(average, x) - normalised * _per_channel(along, x))
     return channels_innermost(x_gradient.to(x.dtype)), weight_gradient, bias_gradient

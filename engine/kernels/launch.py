@@ -11,6 +11,11 @@ Others = ParamSpec("Others")
 Result = TypeVar("Result")
 
 
+def is_nvidia(device: torch.device) -> bool:
+    """Whether it is a GPU of NVIDIA's: AMD's call themselves cuda too."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
 def on_its_device(launch: Callable[Concatenate[Tensor, Others], Result]) -> Callable[Concatenate[Tensor, Others], Result]:
     """Makes the device of the first argument the current one during the launch."""
 

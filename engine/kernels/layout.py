@@ -89,6 +89,11 @@ def stored_like(tensor: Tensor, other: Tensor) -> Tensor:
     return tensor if tensor.stride() == other.stride() else torch.empty_like(other, dtype=tensor.dtype).copy_(tensor)
 
 
+def at_least_fp32(tensor: Tensor) -> Tensor:
+    """For the reference of a kernel, which adds up in fp32; double precision stays, for checks of the formulas."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def strides(tensor: Tensor, tiling: Tiling) -> tuple[int, int, int]:
     """Strides of a walkable tensor over (sample, channel, position) as `tiling` counts them."""
     if tiling.channels == 1 and tiling.positions != positions_of(tensor):

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.launch import on_its_device
+from engine.kernels.launch import is_nvidia, on_its_device
+from engine.kernels.layout import at_least_fp32
 
 MOST_TOKENS = 128
 SIZES = range(16, 129, 16)  # of heads
@@ -167,8 +168,7 @@ def fits(tokens: int, size: int, dtype: torch.dtype) -> bool:
 
 def pays_on(device: torch.device) -> bool:
     """Whether the kernels are made for a device: Hopper, and Blackwell in data centres. AMD's gfx942 calls itself (9, 4)."""
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    return nvidia and torch.cuda.get_device_capability(device)[0] in CAPABILITIES
+    return is_nvidia(device) and torch.cuda.get_device_capability(device)[0] in CAPABILITIES
 
 
 def tiles(tokens: int) -> tuple[int, int, int]:
@@ -217,19 +217,17 @@ def launch_short_attention_backward(y_gradient: Tensor, projected: Tensor, mask:
     """Runs the Triton kernel; arguments as `reference_short_attention_backward`."""
     y_gradient, projected = y_gradient.contiguous(), projected.contiguous()
     integers, constants = _layout(projected, mask, heads)
-    nvidia = projected.is_cuda and torch.version.hip is None
-    registers = most_registers(constants, torch.cuda.get_device_capability(projected.device) if nvidia else None)
+    capability = torch.cuda.get_device_capability(projected.device) if is_nvidia(projected.device) else None
     found = torch.empty_like(projected)
     short_attention_backward_kernel[(projected.shape[0] * heads,)](
-        found, y_gradient, projected, mask, *integers, **constants, **registers
+        found, y_gradient, projected, mask, *integers, **constants, **most_registers(constants, capability)
     )
     return found
 
 
 def _weights(projected: Tensor, mask: Tensor | None, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Queries, keys and values [B, heads, N, size], at least fp32, and the weights of attention, [B, heads, N, N]."""
-    wide = projected.to(torch.promote_types(projected.dtype, torch.float32))
-    query, key, value = wide.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+    query, key, value = at_least_fp32(projected).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
     scores = query @ key.mT * query.shape[-1] ** -0.5
     if mask is not None:
         scores = scores + mask[..., : scores.shape[-1]]
