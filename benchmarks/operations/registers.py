@@ -130,17 +130,15 @@ def _group_norm_cases(dtype: str, target: str) -> list[Case]:
     nvidia = TARGETS[target].backend == "cuda"
     for group, positions in ((10, 64 * 64), (40, 16 * 16), (36, 24 * 24)):
         x = torch.empty(32, 32 * group, positions, dtype=_TORCH_DTYPES[dtype], device="meta")
-        for backward, kernels in (
-            (False, ((group_norm_silu_kernel, ("y", "x", "weight", "bias")), (group_norm_sums_kernel, ("x",)))),
-            (True, ((group_norm_silu_backward_kernel, ("x_gradient", "y_gradient", "x", "weight", "bias")),
-                    (group_norm_gradient_sums_kernel, ("y_gradient", "x", "weight", "bias")))),
+        tiles, options = tiling(x, 32, True, nvidia), {"num_warps": NUM_WARPS}
+        moved = tiles.constants["ROWS"] * tiles.constants["WIDTH"]
+        integers = {"positions": positions, "chunk": tiles.chunk, "weight_stride": 0, "bias_stride": 0}
+        for kernel, samples in (
+            (group_norm_silu_kernel, ("y", "x", "weight", "bias")), (group_norm_sums_kernel, ("x",)),
+            (group_norm_silu_backward_kernel, ("x_gradient", "y_gradient", "x", "weight", "bias")),
+            (group_norm_gradient_sums_kernel, ("y_gradient", "x", "weight", "bias")),
         ):  # fmt: skip
-            tiles = tiling(x, 32, True, backward, nvidia)
-            moved = tiles.constants["ROWS"] * tiles.constants["WIDTH"]
-            integers = {"positions": positions, "chunk": tiles.chunk, "weight_stride": 0, "bias_stride": 0}
-            for kernel, samples in kernels:
-                options = {"num_warps": NUM_WARPS}
-                found.append(Case(kernel, f"{group} per group", tiles.known_to(kernel), samples, integers, options, moved))
+            found.append(Case(kernel, f"{group} per group", tiles.known_to(kernel), samples, integers, options, moved))
     return found
 
 

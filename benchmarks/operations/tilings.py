@@ -20,10 +20,10 @@ from benchmarks.tools.timing import Work, copying, microseconds
 from engine.errors import UserError, exit_code
 
 kernels: Any = importlib.import_module("engine.kernels.group_norm_silu")  # whose function has its name
-NAMES = ("FORWARD_TILE", "FORWARD_STAGES", "BACKWARD_TILE", "BACKWARD_STAGES", "NUM_WARPS", "TURNS", "PROGRAMS")
+NAMES = ("TILE", "STAGES", "NUM_WARPS", "TURNS", "PROGRAMS")
 TILINGS = [
-    (4096, 1, 2048, 3, 4, 8, 2560), (2048, 3, 2048, 3, 4, 8, 2560), (2048, 1, 2048, 1, 4, 8, 2560),
-    (4096, 1, 2048, 3, 4, 16, 1280), (2048, 1, 1024, 3, 2, 8, 2560), (2048, 3, 4096, 2, 8, 4, 1280),
+    (2048, 3, 4, 8, 2560), (4096, 1, 4, 8, 2560), (2048, 1, 4, 8, 2560), (2048, 3, 4, 16, 1280), (1024, 3, 2, 8, 2560),
+    (4096, 2, 8, 4, 1280),
 ]  # fmt: skip
 SHAPES = [(32, 320, 64, 64), (32, 960, 64, 64), (32, 640, 32, 32), (32, 1280, 16, 16), (32, 1280, 8, 8), (16, 384, 96, 96),
           (4, 320, 64, 64), (4, 640, 32, 32), (4, 1280, 16, 16)]  # fmt: skip

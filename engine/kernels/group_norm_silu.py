@@ -21,12 +21,11 @@ from torch import Tensor
 from engine.kernels.launch import is_nvidia, on_its_device
 from engine.kernels.layout import at_least_fp32
 
-# How the work is cut: of six ways the fastest on an H200 at the sizes that SD trains, by 5 % forward.
+# How the work is cut: as was fastest on an H200 at 64 x 64 positions and more (benchmarks/results/h200/tilings.txt).
 WIDTH = 64  # channels of a program: whole lines of memory in bf16, and a divisor of what published models have
 # Elements that a program reads at a time of a tensor, and how many tiles it has in flight or in work. The backward pass's loads
 # run ahead through shared memory: into registers, the second tensor's would wait until the first's has come and been used.
-FORWARD_TILE, FORWARD_STAGES = 2048, 3
-BACKWARD_TILE, BACKWARD_STAGES = 2048, 3
+TILE, STAGES = 2048, 3
 NUM_WARPS = 4
 TURNS = 8  # tiles of a program, over which what it does once is spread
 PROGRAMS = 2560  # of a kernel, where they have their turns
@@ -291,18 +290,17 @@ class Tiling(NamedTuple):
         return {name: value for name, value in self.constants.items() if name in kernel.arg_names}
 
 
-def tiling(x: Tensor, groups: int, silu: bool, backward: bool, nvidia: bool) -> Tiling:
-    """How the kernels of a pass walk tensors like `x` [B, C, ...].
+def tiling(x: Tensor, groups: int, silu: bool, nvidia: bool) -> Tiling:
+    """How the kernels of either pass walk tensors like `x` [B, C, ...].
 
     Args:
         nvidia: there, loads run ahead, and bf16 takes its sigmoid from the special function unit. (Triton's interpreter, whose
             tensors are on the CPU, runs without.)
     """
-    tile, stages = (BACKWARD_TILE, BACKWARD_STAGES) if backward else (FORWARD_TILE, FORWARD_STAGES)
     (batch, channels), positions = x.shape[:2], x.shape[2:].numel()
     group = channels // groups
     width = min(WIDTH, triton.next_power_of_2(channels))
-    rows = min(tile // width, triton.next_power_of_2(positions))
+    rows = min(TILE // width, triton.next_power_of_2(positions))
     blocks, tiles = triton.cdiv(channels, width), triton.cdiv(positions, rows)
     # Powers of two, because most numbers of tiles are some, or multiples of large ones.
     fewest, wanted = (triton.next_power_of_2(triton.cdiv(programs, blocks * batch)) for programs in (FEWEST, PROGRAMS))
@@ -311,7 +309,7 @@ def tiling(x: Tensor, groups: int, silu: bool, backward: bool, nvidia: bool) -> 
     chunks = triton.cdiv(tiles, per_chunk)
     touched = max((min(first + width, channels) - 1) // group - first // group + 1 for first in range(0, channels, width))
     return Tiling((blocks, chunks, batch), per_chunk * rows, {
-        "SILU": silu, "TANH": nvidia and x.dtype == torch.bfloat16, "STAGES": stages if nvidia else 1,
+        "SILU": silu, "TANH": nvidia and x.dtype == torch.bfloat16, "STAGES": STAGES if nvidia else 1,
         "CHANNELS": channels, "WIDTH": width, "ROWS": rows, "FULL": channels % width == 0 and positions % rows == 0,
         "GROUP": group, "MEMBERS": triton.next_power_of_2(group), "GROUPS": triton.next_power_of_2(touched),
         "CHUNKS": triton.next_power_of_2(chunks),
@@ -331,7 +329,7 @@ def launch_group_norm_silu(
     x = channels_innermost(x)
     y = torch.empty_like(x)
     mean, rstd = (torch.empty(x.shape[0], groups, dtype=torch.float32, device=x.device) for _ in range(2))
-    tiles = tiling(x, groups, silu, False, is_nvidia(x.device))
+    tiles = tiling(x, groups, silu, is_nvidia(x.device))
     _, chunks, batch = tiles.grid
     sums = torch.empty(batch, chunks, 2, x.shape[1], dtype=torch.float32, device=x.device)
     positions = x.shape[2:].numel()
@@ -352,7 +350,7 @@ def launch_group_norm_silu_backward(
     x, y_gradient = channels_innermost(x), channels_innermost(y_gradient)
     x_gradient = torch.empty_like(x)
     weight_gradient, bias_gradient = (torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for _ in range(2))
-    tiles = tiling(x, groups, silu, True, is_nvidia(x.device))
+    tiles = tiling(x, groups, silu, is_nvidia(x.device))
     _, chunks, batch = tiles.grid
     sums = torch.empty(batch, chunks, 2, x.shape[1], dtype=torch.float32, device=x.device)
     given = (y_gradient, x, weight, bias, mean, rstd)

@@ -81,7 +81,7 @@ def test_groups_larger_than_a_tile(side):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """So small that a few hundred positions are many chunks, each of several turns."""
-    for name, value in {"FORWARD_TILE": 512, "BACKWARD_TILE": 256, "MAX_CHUNKS": 5, "TURNS": 2}.items():
+    for name, value in {"TILE": 256, "MAX_CHUNKS": 5, "TURNS": 2}.items():
         monkeypatch.setattr(sys.modules[tiling.__module__], name, value)
 
 
@@ -101,10 +101,9 @@ def test_the_variance_survives_a_mean_a_thousand_times_larger(side, small_tiles)
 def test_groups_are_added_up_over_chunks_and_blocks_of_channels(dtype, channels, groups, size, small_tiles):
     """Groups of 10 and 96 channels that a block's edge cuts, one of all channels, and groups of 2; the last chunk not full."""
     case = Case((2, channels, *size), groups, dtype, shared=True)
-    for backward in (False, True):
-        (_, chunks, _), chunk, constants = tiling(case.x, groups, True, backward, nvidia=False)
-        assert chunks > 2
-        assert chunk > constants["ROWS"]
+    (_, chunks, _), chunk, constants = tiling(case.x, groups, True, nvidia=False)
+    assert chunks > 2
+    assert chunk > constants["ROWS"]
     case.check(SIDES[0].values[0], 2 * TOLERANCE[dtype])
 
 
@@ -112,22 +111,21 @@ def test_groups_are_added_up_over_chunks_and_blocks_of_channels(dtype, channels,
 @pytest.mark.parametrize("side", [8, 12, 16, 24, 32, 48, 64, 96])
 def test_no_lane_is_idle_and_programs_suffice_at_the_families_sizes(channels, side):
     """Of SD's and Kandinsky's decoder's UNets: each of 132 multiprocessors has a program or more, at small batches too."""
-    for batch, backward in ((4, False), (4, True), (32, False), (32, True)):
+    for batch in (4, 32):
         x = torch.empty(batch, channels, side, side, dtype=torch.bfloat16, device="meta")
-        (blocks, chunks, _), chunk, constants = tiling(x, 32, True, backward, nvidia=True)
+        (blocks, chunks, _), chunk, constants = tiling(x, 32, True, nvidia=True)
         assert blocks * constants["WIDTH"] == channels
         assert constants["FULL"] or side == 12
         assert (chunks - 1) * chunk < side * side <= chunks * chunk
         assert blocks * chunks * batch >= min(132, blocks * batch * (side * side // constants["ROWS"]))
 
 
-@pytest.mark.parametrize("backward", [False, True])
-def test_buckets_of_one_area_share_compiled_kernels(backward):
+def test_buckets_of_one_area_share_compiled_kernels():
     """64 x 64, 72 x 56 and 75 x 53 latents, whose last tile is not full: no kernel is compiled for a size."""
     constants = []
     for positions in (64 * 64, 72 * 56, 75 * 53):
         x = torch.empty(4, 320, positions, dtype=torch.bfloat16, device="meta")
-        constants.append(tiling(x, 32, True, backward, nvidia=True).constants)
+        constants.append(tiling(x, 32, True, nvidia=True).constants)
     assert constants[0] == constants[1] == constants[2] | {"FULL": True}
     for name in ("sums", "silu", "gradient_sums", "silu_backward"):
         kernel = getattr(sys.modules[tiling.__module__], f"group_norm_{name}_kernel")
