@@ -139,6 +139,29 @@ def _over_channels(values, group, channel, GROUP: tl.constexpr):
     return tl.sum(tl.where((channel // GROUP)[:, None] == group[None, :], values[None, :], 0.0), 1)
 
 
+@triton.jit
+def _statistics(
+    sums_pointer, sample, first, positions, chunk, epsilon,
+    CHANNELS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Numbers, means and 1 / standard deviations of the groups that a program's channels belong to, [GROUPS].
+
+    Chunks and channels combine as in Chan, Golub and LeVeque's "Updating formulae" (1979), from one of the means.
+    """
+    group, _, _, parts, summed, means, squares = _of_groups(
+        sums_pointer, sample, first, CHANNELS, GROUP, GROUPS, MEMBERS, CHUNKS
+    )
+    in_chunk = tl.minimum(chunk, positions - parts * chunk).to(tl.float32)[:, None, None]
+    counts = tl.where(summed, in_chunk, 0.0)
+    shift = tl.load(sums_pointer + sample * tl.num_programs(1) * 2 * CHANNELS + group * GROUP, mask=group * GROUP < CHANNELS)
+    differences = tl.where(summed, means - shift[None, :, None], 0.0)
+    count = positions * GROUP
+    difference = tl.sum(tl.sum(differences * counts, 0), 1) / count
+    differences -= difference[None, :, None]
+    variance = tl.sum(tl.sum(squares + counts * differences * differences, 0), 1) / count
+    return group, shift + difference, 1 / tl.sqrt(tl.maximum(variance, 0.0) + epsilon)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def group_norm_silu_kernel(
     y_pointer, mean_pointer, rstd_pointer, x_pointer, weight_pointer, bias_pointer, sums_pointer, weight_stride, bias_stride,
@@ -151,19 +174,9 @@ def group_norm_silu_kernel(
     row, channel = tl.arange(0, ROWS), first + tl.arange(0, WIDTH)
     inside = channel < CHANNELS
 
-    # Chunks and channels combine as in Chan, Golub and LeVeque's "Updating formulae" (1979), from one of the means.
-    group, _, _, parts, summed, means, squares = _of_groups(
-        sums_pointer, sample, first, CHANNELS, GROUP, GROUPS, MEMBERS, CHUNKS
+    group, mean, rstd = _statistics(
+        sums_pointer, sample, first, positions, chunk, epsilon, CHANNELS, GROUP, GROUPS, MEMBERS, CHUNKS
     )
-    in_chunk = tl.minimum(chunk, positions - parts * chunk).to(tl.float32)[:, None, None]
-    counts = tl.where(summed, in_chunk, 0.0)
-    shift = tl.load(sums_pointer + sample * tl.num_programs(1) * 2 * CHANNELS + group * GROUP, mask=group * GROUP < CHANNELS)
-    differences = tl.where(summed, means - shift[None, :, None], 0.0)
-    count = positions * GROUP
-    difference = tl.sum(tl.sum(differences * counts, 0), 1) / count
-    differences -= difference[None, :, None]
-    variance = tl.sum(tl.sum(squares + counts * differences * differences, 0), 1) / count
-    mean, rstd = shift + difference, 1 / tl.sqrt(tl.maximum(variance, 0.0) + epsilon)
     if part == 0:
         owned = (group * GROUP >= first) & (group * GROUP < tl.minimum(first + WIDTH, CHANNELS))
         statistic = sample * (CHANNELS // GROUP) + group
