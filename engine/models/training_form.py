@@ -169,7 +169,7 @@ def doubled(image: Tensor) -> Tensor:
     """[B, C, H, W] stored channels last, each position four times: [B, C, 2 H, 2 W].
 
     As a view that is copied, whose backward pass adds four values; inductor's for interpolation adds each to an fp32 image in
-    memory, one after another: on an H200 0.93 ms for 32 images of 640 channels at 64 x 64, where their bytes take 0.1.
+    memory, one after another, which takes several times as long as their bytes would.
     """
     batch, channels, height, width = image.shape
     rows = image.permute(0, 2, 3, 1)[:, :, None, :, None].expand(batch, height, 2, width, 2, channels)
