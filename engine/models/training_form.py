@@ -255,7 +255,7 @@ class ResponseNorm(GlobalResponseNorm):
     fuses_when_compiled: as `Form.activations_when_compiled`.
     """
 
-    fuses_when_compiled = True
+    fuses_when_compiled = False
 
     def forward(self, x: Tensor, activation: nn.GELU, dropout: nn.Dropout) -> Tensor:  # type: ignore[override]
         if fuses(self, x):
@@ -427,14 +427,16 @@ def to_training_form(model: Any, form: Form, learns_like: Callable[[str], Hashab
 
 
 def form_of(model: nn.Module) -> Form:
-    """The form that a model in training form was given, as its modules remember it."""
+    """The form that a model in training form was given, as its modules remember it; without such modules, the shipped one."""
     modules = list(model.modules())
+
+    def fuse_when_compiled(*kinds: type) -> bool:
+        return all(module.fuses_when_compiled for module in modules if isinstance(module, kinds))
+
     return Form(
-        norms_when_compiled=any(isinstance(module, GroupNorm) and module.fuses_when_compiled for module in modules),
+        norms_when_compiled=fuse_when_compiled(GroupNorm),
         projections=any(isinstance(module, FusedAttention) for module in modules),
-        activations_when_compiled=all(
-            module.fuses_when_compiled for module in modules if isinstance(module, (GatedLinear, ActivatedLinear, ResponseNorm))
-        ),
+        activations_when_compiled=fuse_when_compiled(GatedLinear, ActivatedLinear, ResponseNorm),
     )
 
 
