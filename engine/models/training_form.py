@@ -417,10 +417,20 @@ def to_training_form(model: Any, form: Form, learns_like: Callable[[str], Hashab
             layer.fuses_when_compiled = form.activations_when_compiled
         elif type(module) is Attention and form.projections and _is_plain(module) and _learns_alike(name, module, learns_like):
             _fuse(module, module in self_attentions)
+    _adapt_plainly(model)
+    _activate_last_norms(model)
+
+
+def _adapt_plainly(model: Any) -> None:
+    """Replaces PEFT's linear layers that have nothing but an adapter by ours."""
     for name, module in list(model.named_modules()):
         if is_plain_linear(module):
             path, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(path), leaf, AdaptedLinear(module.base_layer, [module]))
+
+
+def _activate_last_norms(model: Any) -> None:
+    """Lets the normalisation before an output's convolution take its SiLU."""
     for module in model.modules():
         if isinstance(getattr(module, "conv_norm_out", None), GroupNorm) and isinstance(module.conv_act, nn.SiLU):
             module.conv_norm_out.silu, module.conv_act = True, nn.Identity()
