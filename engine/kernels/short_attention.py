@@ -161,8 +161,13 @@ def short_attention_backward_kernel(
     _store(place, tl.dot(by_scores_1.T, query) * SCALE, tokens, KEYS, REST, ROW, SIZE, WIDTH)
 
 
-def fits(tokens: int, size: int, dtype: torch.dtype) -> bool:
-    """Whether the kernels take sequences of so many tokens and heads of this size."""
+def fits(tokens: int, size: int, dtype: torch.dtype, mask: Tensor | None) -> bool:
+    """Whether the kernels take sequences of so many tokens and heads of this size, under a mask if there is one.
+
+    Which is added to the scores, a number for each key in its last dimension, and has no gradient.
+    """
+    if mask is not None and (not mask.is_floating_point() or mask.shape[-1] != tokens or mask.requires_grad):
+        return False
     return tokens <= MOST_TOKENS and size in SIZES and dtype in (torch.bfloat16, torch.float16)
 
 

@@ -57,12 +57,16 @@ def order_of(wanted: str, capability: tuple[int, int] | None, cudnn: int | None)
 
 @dataclass(frozen=True)
 class Call:
-    """What attention is called with: shape and strides of queries, keys and values [B, heads, N, head size], and of a mask."""
+    """What attention is called with: shape and strides of queries, keys and values [B, heads, N, head size], and of a mask.
+
+    adds: the mask is added to the scores; else it is one of booleans.
+    """
 
     query: tuple[torch.Size, tuple[int, ...]]
     key: tuple[torch.Size, tuple[int, ...]]
     value: tuple[torch.Size, tuple[int, ...]]
     mask: tuple[torch.Size, tuple[int, ...]] | None
+    adds: bool = True
 
     def __str__(self) -> str:
         masked = " under a mask" if self.mask else ""
@@ -73,7 +77,8 @@ class Call:
         (_, heads, tokens, size), _ = self.query
         stacked = (3 * tokens * heads * size, size, 3 * heads * size, 1)
         alike = self.query == self.key == self.value
-        return alike and self.query[1] == stacked and fits(tokens, size, dtype)
+        *_, mask = self.tensors(dtype, torch.device("meta"))
+        return alike and self.query[1] == stacked and fits(tokens, size, dtype, mask)
 
     def tensors(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Arguments of this layout, all zero, that require gradients where the model's do."""
@@ -81,7 +86,8 @@ class Call:
             torch.empty_strided(*layout, dtype=dtype, device=device).zero_().requires_grad_()
             for layout in (self.query, self.key, self.value)
         )
-        mask = torch.empty_strided(*self.mask, dtype=dtype, device=device).zero_() if self.mask else None
+        mask_dtype = dtype if self.adds else torch.bool
+        mask = torch.empty_strided(*self.mask, dtype=mask_dtype, device=device).zero_() if self.mask else None
         return query, key, value, mask
 
     def choice(self, dtype: torch.dtype, device: torch.device) -> str:
@@ -110,8 +116,9 @@ class Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
             mask = kwargs.get("attn_mask")
-            layouts = [None if tensor is None else (tensor.shape, tensor.stride()) for tensor in (*args, mask)]
-            self.calls[Call(*layouts)] = None  # type: ignore[arg-type]
+            query, key, value = ((tensor.shape, tensor.stride()) for tensor in args)
+            masked = None if mask is None else (mask.shape, mask.stride())
+            self.calls[Call(query, key, value, masked, mask is None or mask.is_floating_point())] = None
         return function(*args, **kwargs)
 
 

@@ -358,15 +358,11 @@ class FusedAttention(Attention):
 
 
 def is_short(attention: FusedAttention, projected: Tensor, mask: Tensor | None) -> bool:
-    """Whether our kernel attends within what was projected, [B, N, 3 C]: on a GPU, and where there are no other keys.
-
-    Its mask is added to the scores, one number for each key, and has no gradient.
-    """
+    """Whether our kernel attends within what was projected, [B, N, 3 C]: on a GPU, and where there are no other keys."""
     if not (attention.may_be_short and projected.is_cuda) or hasattr(attention, "to_kv") or hasattr(attention, "to_added_kv"):
         return False
     tokens, size = projected.shape[1], projected.shape[-1] // (3 * attention.heads)
-    added = mask is None or (mask.is_floating_point() and mask.shape[-1] == tokens and not mask.requires_grad)
-    return added and fits(tokens, size, projected.dtype)
+    return fits(tokens, size, projected.dtype, mask)
 
 
 def let_be_short(model: nn.Module, device: torch.device) -> bool:

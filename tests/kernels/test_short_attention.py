@@ -93,11 +93,14 @@ def test_other_memory_is_copied():
 
 
 def test_what_fits():
-    assert fits(81, 64, torch.bfloat16)
-    assert fits(128, 128, torch.float16)
-    assert not fits(129, 64, torch.bfloat16)
-    assert not any(fits(81, size, torch.bfloat16) for size in (8, 40, 144, 160))
-    assert not fits(81, 64, torch.float32)
+    assert fits(81, 64, torch.bfloat16, None)
+    assert fits(128, 128, torch.float16, None)
+    assert not fits(129, 64, torch.bfloat16, None)
+    assert not any(fits(81, size, torch.bfloat16, None) for size in (8, 40, 144, 160))
+    assert not fits(81, 64, torch.float32, None)
+    assert fits(81, 64, torch.bfloat16, torch.zeros(2, 1, 1, 81))
+    others = torch.zeros(2, 1, 81, requires_grad=True), torch.ones(2, 1, 81, dtype=torch.bool), torch.zeros(2, 1, 80)
+    assert not any(fits(81, 64, torch.bfloat16, mask) for mask in others)
 
 
 @pytest.mark.parametrize(

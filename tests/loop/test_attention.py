@@ -89,6 +89,15 @@ def test_calls_are_those_of_the_training_step(name, form, model, published):
     assert all((call.mask is not None) == (name == "kandinsky-prior") for call in calls)
 
 
+def test_a_mask_of_booleans_is_tried_as_one():
+    query, mask = torch.zeros(2, 2, 8, 40), torch.ones(2, 1, 8, 8, dtype=torch.bool)
+    with Calls() as mode:
+        F.scaled_dot_product_attention(query, query, query, attn_mask=mask)
+        F.scaled_dot_product_attention(query, query, query, attn_mask=mask.float())
+    assert [call.adds for call in mode.calls] == [False, True]
+    assert [call.tensors(torch.bfloat16, CPU)[3].dtype for call in mode.calls] == [torch.bool, torch.bfloat16]
+
+
 def test_every_call_is_tried_and_its_kernel_told():
     assert choose("flash", [CALL, MASKED], torch.float32, CPU) == {CALL: "flash", MASKED: "flash"}
     assert order() == ["flash", "efficient", "math"]
@@ -153,7 +162,8 @@ def test_short_attention_is_ours_where_no_other_is_asked_for(wanted, capability,
         mixed_precision="bf16", **published("kandinsky-prior"),
     )  # fmt: skip
     family = open_family(config)
-    monkeypatch.setattr(attention, "fits", lambda tokens, size, dtype: tokens <= 128)  # the tiny prior's heads are too small
+    # The tiny prior's heads are too small.
+    monkeypatch.setattr(attention, "fits", lambda tokens, size, dtype, mask: tokens <= 128)
     monkeypatch.setattr(attention, "choose", lambda wanted, calls, dtype, device: dict.fromkeys(calls, "torch's"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     model = family.load_model()
@@ -168,7 +178,10 @@ def test_short_attention_is_ours_where_no_other_is_asked_for(wanted, capability,
 def test_short_attention_is_known_by_its_layout():
     stacked = torch.Size((2, 32, 81, 64)), (81 * 6144, 64, 6144, 1)
     apart = torch.Size((2, 32, 81, 64)), (81 * 2048, 64, 2048, 1)
-    assert Call(stacked, stacked, stacked, MASKED.mask).is_short(torch.bfloat16)
+    mask = torch.Size((2, 1, 81, 81)), (81 * 81, 81 * 81, 81, 1)
+    assert Call(stacked, stacked, stacked, mask).is_short(torch.bfloat16)
+    assert not Call(stacked, stacked, stacked, mask, adds=False).is_short(torch.bfloat16)
+    assert not Call(stacked, stacked, stacked, MASKED.mask).is_short(torch.bfloat16)
     assert not Call(stacked, stacked, stacked, None).is_short(torch.float32)
     assert not Call(apart, apart, apart, None).is_short(torch.bfloat16)
     assert not Call(stacked, apart, apart, None).is_short(torch.bfloat16)
