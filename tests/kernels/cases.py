@@ -1,6 +1,8 @@
 """Inputs for the fused kernels, their results in double precision, and where the kernels run."""
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,6 +34,19 @@ run_kernels = pytest.mark.skipif(
     not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ,
     reason="Triton kernels need a GPU or the interpreter",
 )
+
+
+def captured(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of a function that has run once, on a stream aside, and the results that replays write."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = function()
+    return graph, results
 
 
 class Sample:

@@ -18,7 +18,7 @@ from engine.kernels.gelu_response_norm import (
     reference_gelu_response_norm_backward,
 )
 from tests import reference
-from tests.kernels.cases import DEVICE, DTYPES, run_kernels, with_layout
+from tests.kernels.cases import DEVICE, DTYPES, captured, run_kernels, with_layout
 
 SIDES = [
     pytest.param((launch_gelu_response_norm, launch_gelu_response_norm_backward), id="triton", marks=run_kernels),
@@ -200,14 +200,7 @@ def test_replays_of_a_graph_draw_other_masks_and_the_backward_pass_the_same():
         y = gelu_response_norm(u, gamma, beta, 0.5)
         return y, torch.autograd.grad(y.sum(), beta)[0]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y, by_beta = step()
+    graph, (y, by_beta) = captured(step)
     masks = []
     for _ in range(2):
         graph.replay()

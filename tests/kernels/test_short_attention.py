@@ -16,7 +16,7 @@ from engine.kernels.short_attention import (
     reference_short_attention_backward,
     widened,
 )
-from tests.kernels.cases import DEVICE, run_kernels
+from tests.kernels.cases import DEVICE, captured, run_kernels
 
 SIDES = [
     pytest.param((launch_short_attention, launch_short_attention_backward), id="triton", marks=run_kernels),
@@ -169,14 +169,7 @@ def test_compiled_layers_are_replayed_from_a_graph():
 
     torch._dynamo.reset()
     compiled = torch.compile(layers, fullgraph=True)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.autograd.grad(compiled(projected, mask).sum(), projected)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        (found,) = torch.autograd.grad(compiled(projected, mask).sum(), projected)
+    graph, (found,) = captured(lambda: torch.autograd.grad(compiled(projected, mask).sum(), projected))
     graph.replay()
     (expected,) = torch.autograd.grad(layers(projected, mask).sum(), projected)
     # Eager code rounds twice where it adds the three gradients of what was joined.
