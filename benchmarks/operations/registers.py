@@ -173,7 +173,7 @@ def _attention_cases(dtype: str, target: str) -> list[Case]:
     """At SD 2's lowest resolution, in the Kandinsky prior, and in the largest tiles.
 
     Those that there are for some targets and dtypes alone come last: no fp32, and on sm_80 no backward pass of more than 64
-    tokens, which is torch's (engine/loop/attention.py).
+    tokens, which is torch's (`pays_on`).
     """
     found = []
     pointers = ("y", "projected", "mask", "y_gradient", "projected_gradient")

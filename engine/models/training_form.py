@@ -252,6 +252,8 @@ class Timestep(TimestepBlock):
 class ResponseNorm(GlobalResponseNorm):
     """Wuerstchen's normalisation of hidden states [B, H, W, C], with the activation before it and the dropout after it.
 
+    They come to it, and not its weights to them: at stage 3 DeepSpeed gathers weights where their own module is called.
+
     fuses_when_compiled: as `Form.activations_when_compiled`.
     """
 
